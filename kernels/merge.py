@@ -1,0 +1,141 @@
+"""Exact merge of partial attention results.
+
+A query that attends to disjoint sets of keys separately gets one softmax from each. Their log-sum-exps say
+how much weight each deserves (Hydragen, arXiv:2402.05099, eq. 4, for any number of states):
+
+    lse = log(sum_n exp(lse_n))
+    out = sum_n exp(lse_n - lse) * out_n
+
+Bytes: every state is read once and the result written once, (states + 1) * batch * heads * queries *
+(head_dim * element size + 4); one multiplication and one addition an element, so bound by bandwidth.
+
+All log-sum-exps here are natural logarithms in float32.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+
+
+def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merges attention states over disjoint keys into the state over their union.
+
+    Args:
+        outs: partial attention outputs, each [batch, heads, queries, head_dim].
+        lses: their log-sum-exps, each [batch, heads, queries], float32.
+            -inf marks a state that saw no key; whatever its output holds, it takes no part in the result.
+
+    Returns:
+        The merged output, [batch, heads, queries, head_dim] in the dtype of the first, and its
+        log-sum-exp, [batch, heads, queries].
+    """
+    if (
+        not outs
+        or len(outs) != len(lses)
+        or any(out.shape != outs[0].shape for out in outs)
+        or any(lse.shape != outs[0].shape[:-1] for lse in lses)
+    ):
+        raise ValueError(
+            "merge_states needs outputs [batch, heads, queries, head_dim] and log-sum-exps [batch, heads, queries] "
+            f"of one size, as many of each and at least one; got outs {[list(out.shape) for out in outs]}, "
+            f"lses {[list(lse.shape) for lse in lses]}"
+        )
+    return _merge_states(list(outs), list(lses))
+
+
+def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What merge_states means, in plain PyTorch: the oracle of its test and its path on a CPU."""
+    lse = lses[0].clone() if len(lses) == 1 else torch.logaddexp(lses[0], lses[1])
+    for other in lses[2:]:
+        lse = torch.logaddexp(lse, other)
+    # where all are empty lse = -inf; shifting by 0 there keeps exp(-inf - shift) = 0 and not NaN
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)
+    merged = torch.zeros((), dtype=torch.promote_types(outs[0].dtype, torch.float32), device=lse.device)
+    for out, part in zip(outs, lses, strict=True):
+        weight = (part - shift).exp_()[..., None]
+        # the output of an empty state may hold anything, NaN included
+        merged = merged + torch.where(weight > 0, out * weight, 0.0)
+    return merged.to(outs[0].dtype), lse
+
+
+def _merge_states_fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(outs[0], memory_format=torch.contiguous_format), torch.empty_like(
+        lses[0], memory_format=torch.contiguous_format
+    )
+
+
+@compilable(_merge_states_fake)
+def _merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if not runs_triton(outs[0]):
+        return merge_states_reference(outs, lses)
+    outs, lses = [out.contiguous() for out in outs], [lse.contiguous() for lse in lses]
+    out, lse = _merge_states_fake(outs, lses)
+    rows, head_dim = lse.numel(), out.shape[-1]
+    if out.numel():
+        grid = (triton.cdiv(rows, _BLOCK_ROWS),)
+        _merge_states_kernel[grid](
+            tuple(outs), tuple(lses), out, lse, rows,
+            HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=_BLOCK_ROWS, BLOCK_DIM=triton.next_power_of_2(head_dim),
+        )  # fmt: skip
+    return out, lse
+
+
+_BLOCK_ROWS = 16
+
+
+@triton.jit
+def _merge_states_kernel(
+    out_ptrs, lse_ptrs, out_ptr, lse_ptr,  # STATES of [rows, HEAD_DIM], STATES of [rows], and one of each
+    rows,
+    HEAD_DIM: tl.constexpr,
+    STATES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    # one program merges BLOCK_ROWS rows; a row is one (batch, head, query)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
+    dim = tl.arange(0, BLOCK_DIM)  # [D]
+    row_ok = row < rows
+    tile_ok = row_ok[:, None] & (dim[None, :] < HEAD_DIM)  # [R, D]
+    tile = row[:, None] * HEAD_DIM + dim[None, :]
+
+    peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    for n in tl.static_range(STATES):
+        peak = tl.maximum(peak, tl.load(lse_ptrs[n] + row, mask=row_ok, other=float("-inf")))
+    # all states of a row empty: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    merged = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    for n in tl.static_range(STATES):
+        weight = tl.exp(tl.load(lse_ptrs[n] + row, mask=row_ok, other=float("-inf")) - shift)  # [R]
+        # an empty state is not even read: its output may hold anything
+        out = tl.load(out_ptrs[n] + tile, mask=tile_ok & (weight > 0)[:, None], other=0.0).to(tl.float32)
+        merged += weight[:, None] * out
+        total += weight
+    merged = merged * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    tl.store(out_ptr + tile, merged.to(out_ptr.dtype.element_ty), mask=tile_ok)
+    tl.store(lse_ptr + row, shift + tl.log(total), mask=row_ok)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for states in (2, 3, 5):
+        for head_dim in (64, 80, 129, 256):
+            for dtype in ("fp32", "bf16"):
+                outs = tuple(f"*{dtype}" for _ in range(states))
+                yield aot_case(
+                    _merge_states_kernel,
+                    f"{states} states, head_dim {head_dim}, {dtype}",
+                    {"out_ptrs": outs, "lse_ptrs": ("*fp32",) * states, "out_ptr": f"*{dtype}", "lse_ptr": "*fp32"},
+                    {
+                        "HEAD_DIM": head_dim,
+                        "STATES": states,
+                        "BLOCK_ROWS": _BLOCK_ROWS,
+                        "BLOCK_DIM": triton.next_power_of_2(head_dim),
+                    },
+                )

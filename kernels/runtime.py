@@ -1,0 +1,76 @@
+"""Where and how a kernel runs: on a GPU, or on a CPU under Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """True where a Triton kernel can take this tensor; ops use their PyTorch path elsewhere.
+
+    The kernels compute in float32, so float64 always takes the PyTorch path.
+    """
+    return (tensor.is_cuda or triton.knobs.runtime.interpret) and tensor.dtype != torch.float64
+
+
+def autotune(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
+    """triton.autotune on a GPU. The interpreter has no clock to tune by, so it takes the first config."""
+    if triton.knobs.runtime.interpret:
+        return triton.heuristics({name: lambda _, value=value: value for name, value in configs[0].kwargs.items()})
+    return triton.autotune(configs, key)
+
+
+def compilable(fake: Callable[..., Any], mutates: Iterable[str] = ()) -> Callable[[Function], Function]:
+    """Makes a function one opaque node of a compiled graph: the torch.library op kvcompress::<its name>.
+
+    Only a call that torch.compile is tracing goes through the op; an eager call runs the function itself,
+    because the dispatch of a custom op costs some 30 us, more than many of these functions.
+
+    Args:
+        fake: takes the same arguments and returns empty tensors as the function would.
+        mutates: names of the arguments that the function writes to. What it returns must be fresh memory.
+    """
+
+    def decorate(function: Function) -> Function:
+        name = f"kvcompress::{function.__name__.lstrip('_')}"
+        op = torch.library.custom_op(name, function, mutates_args=tuple(mutates))
+        op.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return op(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+class AotCase(NamedTuple):
+    """One way a kernel can be launched: what the ahead-of-time check (evals/aot.py) compiles without a GPU."""
+
+    kernel: Any
+    label: str
+    signature: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def aot_case(kernel: Any, label: str, types: dict[str, Any], constants: dict[str, Any], **options: int) -> AotCase:
+    """Completes a case from what its launch does not say by itself.
+
+    Args:
+        types: Triton type of each argument that is not a 32-bit integer, such as {"out_ptr": "*bf16"}.
+        constants: the compile-time arguments, and the pointers that are None.
+        options: num_warps and num_stages.
+    """
+    # under the autotuner and its like lies the function itself
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    return AotCase(kernel, label, signature, constants, options)
