@@ -1,0 +1,105 @@
+"""The full cache, behind kvcompress's two doors: the ceiling that the others are measured against."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kvcompress.cache import CompressedCache
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.merge import merge_states
+from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.segments import DenseSegment, Segment
+
+# tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
+_SLACK = 256
+
+
+class DenseLayer(CompressedLayer):
+    """Keeps every token; on a sliding layer, those of the window and a little more."""
+
+    is_croppable = True
+    dense: DenseSegment | None = None
+    dropped = 0
+
+    def segments(self) -> list[Segment]:
+        return [] if self.dense is None else [self.dense]
+
+    def _attend(self, chunk: Chunk) -> Tensor:
+        if self.dense is None:
+            self.dense = DenseSegment(chunk.key, chunk.value)
+        self.dense.append(chunk.key, chunk.value, chunk.visible)
+        key, value, visible = self.dense.held()
+        out, lse = causal_attention(
+            chunk.query,
+            key,
+            value,
+            scale=chunk.scale,
+            visible=visible,
+            window=self.window,
+            softcap=chunk.softcap,
+        )
+        if chunk.sinks is not None:
+            out, _ = merge_states(*with_sinks([out], [lse], chunk.sinks))
+        if self.window is not None and self.dense.length >= self.window - 1 + 2 * _SLACK:
+            excess = self.dense.length - (self.window - 1 + _SLACK)
+            self.dense.drop_first(excess)
+            self.dropped += excess
+        return out
+
+    def _remap(self, remap: Tensor) -> None:
+        assert self.dense is not None
+        visible = self.padding.visible
+        assert visible is not None
+        past = remap.shape[1]
+        self.dense.show(visible[:, past - self.dense.length : past].to(remap.device))
+
+    def tokens_kept(self) -> Tensor:
+        assert self.dense is not None and self.kv_shape is not None
+        _, _, visible = self.dense.held()
+        batch, kv_heads, _ = self.kv_shape
+        kept = self.dense.keys.new_full((batch,), self.dense.length) if visible is None else visible.sum(-1)
+        return kept.long()[:, None].expand(batch, kv_heads)
+
+    def check_crop(self, tokens: int) -> None:
+        held = 0 if self.dense is None else self.dense.length
+        room = held if not self.dropped else held - ((self.window or 1) - 1)
+        if tokens > room:
+            raise ValueError(f"crop can take back {room} tokens here, got {tokens}: older ones have left the window")
+
+    def _crop(self, tokens: int) -> None:
+        assert self.dense is not None
+        self.dense.drop_last(tokens)
+        self._seen -= tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.dense = None
+        self.dropped = 0
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {} if self.dense is None else self.dense.tensors()
+        length = 0 if self.dense is None else self.dense.length
+        return tensors, {"seen": self._seen, "length": length, "dropped": self.dropped}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if tensors:
+            self.dense = DenseSegment.from_tensors(tensors)
+            self.dense.length = facts["length"]
+            self.lazy_initialization(self.dense.keys, self.dense.values)
+        self._seen, self.dropped = facts["seen"], facts["dropped"]
+
+
+class DenseCache(CompressedCache):
+    """Keeps every token, as transformers' DynamicCache does: `DenseCache(model)`.
+
+    Exact. It is the ceiling of every comparison, and what a cache with too large a budget must equal.
+    """
+
+    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+        return DenseLayer(self.padding, window, leads=index == 0)
+
+
+def with_sinks(outs: list[Tensor], lses: list[Tensor], sinks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Partial attentions with one more, that of learned sink logits [heads], which carry weight and no value."""
+    lse = sinks.float()[None, :, None].expand_as(lses[0])
+    return [*outs, outs[0].new_zeros(()).expand_as(outs[0])], [*lses, lse]

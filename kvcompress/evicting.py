@@ -1,0 +1,410 @@
+"""Caches of fixed capacity that keep, per sequence and KV head, the tokens a policy scores highest.
+
+Every forward ends with an eviction, in prefill and at every decode step: the tokens just fed join the slots, the
+policy scores them all, and what is over the budget goes. Kept tokens stay at their true positions. Attention of a
+forward is exact over what was kept before and all that it was fed, causally.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.cache import CompressedCache
+from kvcompress.dense import with_sinks
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.column_sums import causal_column_sums
+from kvcompress.kernels.decode import decode_attention
+from kvcompress.kernels.evict import choose_victim
+from kvcompress.kernels.merge import merge_states
+from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.padding import PaddingRecord
+from kvcompress.policies.allocation import Allocation, shares
+from kvcompress.policies.h2o import H2O
+from kvcompress.policies.policy import Candidates, Policy
+from kvcompress.policies.snapkv import SnapKV
+from kvcompress.policies.streaming_llm import StreamingLLM
+from kvcompress.segments import EMPTY, Segment, SlotSegment
+
+_COUNTERS = ("lengths", "limits", "recents", "seen")
+
+
+class EvictingLayer(CompressedLayer):
+    """One layer's slots, and the policy that decides who stays."""
+
+    is_compileable = True
+
+    def __init__(
+        self,
+        padding: PaddingRecord,
+        policy: Policy,
+        budget: int | float,
+        window: int | None = None,
+        leads: bool = False,
+    ) -> None:
+        """
+        Args:
+            policy: what to keep.
+            budget: tokens kept a sequence and KV head, or a fraction of the first forward's real tokens.
+            padding, window, leads: as in CompressedLayer.
+        """
+        super().__init__(padding, window, leads)
+        self.policy = policy
+        self.budget = budget
+        self.slots: SlotSegment | None = None
+        self.state: dict[str, Tensor] = {}
+        # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps; and tokens seen by all
+        self.lengths: Tensor
+        self.limits: Tensor
+        self.recents: Tensor
+        self.seen: Tensor
+
+    def segments(self) -> list[Segment]:
+        return [] if self.slots is None else [self.slots]
+
+    def counters(self) -> dict[str, Tensor]:
+        if self.slots is None:
+            return {}
+        return {
+            "counters": self.lengths,
+            "limits": self.limits,
+            "recents": self.recents,
+            "seen": self.seen,
+        } | self.state
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(change)
+        if self.slots is not None:
+            self.lengths, self.limits, self.recents = change(self.lengths), change(self.limits), change(self.recents)
+            self.state = {name: change(tensor) for name, tensor in self.state.items()}
+
+    def tokens_kept(self) -> Tensor:
+        assert self.slots is not None
+        return self.slots.kept()
+
+    def get_seq_length(self) -> int:
+        if self.slots is None:
+            return 0
+        # the compiled step must not read a tensor's value; transformers' static layers answer with the tensor too
+        return self.seen if torch.compiler.is_compiling() else int(self.seen)  # type: ignore[return-value]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            return hf.TokensSeen(query_length), 0
+        return super().get_mask_sizes(query_length)
+
+    def _count(self, tokens: int) -> None:
+        self.seen.add_(tokens)
+
+    def reset(self) -> None:
+        super().reset()
+        self.slots = None
+        self.state = {}
+
+    def check_crop(self, tokens: int) -> None:
+        if tokens > 0:
+            raise ValueError(
+                f"{type(self.policy).__name__} cannot take back {tokens} tokens: what was evicted for them is gone; "
+                "use DenseCache for assisted or prompt-lookup decoding, or clone() the cache first"
+            )
+
+    def _remap(self, remap: Tensor) -> None:
+        assert self.slots is not None
+        positions = self.slots.positions
+        rows = remap[:, None].expand(-1, positions.shape[1], -1)
+        moved = rows.gather(2, positions.clamp(min=0).long())
+        positions.copy_(torch.where(positions == EMPTY, EMPTY, moved))
+        self.slots.spare.copy_(positions.argmin(-1))
+        self.lengths.copy_((remap != EMPTY).sum(-1))
+
+    def _attend(self, chunk: Chunk) -> Tensor:
+        if self.slots is not None and chunk.tokens == 1 and chunk.sinks is None:
+            return self._decode(chunk)
+        return self._extend(chunk)
+
+    # one token: it takes the spare slot, and the slots answer alone
+
+    def _decode(self, chunk: Chunk) -> Tensor:
+        slots = self.slots
+        assert slots is not None
+        at = self.lengths
+        if chunk.visible is not None:
+            at = torch.where(chunk.visible[:, 0], at, EMPTY)
+        slots.put(chunk.key, chunk.value, at)
+        query_positions = self.lengths[:, None]
+        out, attention = decode_attention(
+            chunk.query,
+            slots.keys,
+            slots.values,
+            slots.positions,
+            query_positions,
+            scale=chunk.scale,
+            window=self.window,
+            softcap=chunk.softcap,
+        )
+        self.lengths = self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
+        self._score_step(slots, chunk, query_positions, attention)
+        self._evict_one(slots)
+        return out
+
+    def _score_step(self, slots: SlotSegment, chunk: Chunk, query_positions: Tensor, attention: Tensor) -> None:
+        positions, scores, parts = slots.positions, slots.scores, [(slots.keys, slots.values)]
+        spare = slots.spare[..., None]
+        if self.policy.static:
+            positions, scores = positions.gather(2, spare), scores.gather(2, spare)
+            parts = [(chunk.key, chunk.value)]
+        candidates = Candidates(
+            positions,
+            scores,
+            None if self.policy.observes == 0 else attention,
+            chunk.query,
+            query_positions,
+            chunk.visible,
+            self.lengths,
+            parts,
+            self.state,
+        )
+        scored = self.policy.score(candidates)
+        if self.policy.static:
+            slots.scores.scatter_(2, spare, scored)
+        else:
+            slots.scores.copy_(scored)
+
+    def _evict_one(self, slots: SlotSegment) -> None:
+        scores = slots.scores
+        if self.window is not None:
+            out_of_window = slots.positions <= (self.lengths - self.window)[:, None, None]
+            scores = scores.masked_fill(out_of_window, -torch.inf)
+        victims = choose_victim(scores, slots.positions, self.lengths - self.recents, self.policy.sinks)
+        slots.free(victims, slots.kept() > self.limits[:, None])
+
+    # a chunk: attention to the slots and, causally, to itself; then slots and chunk compete
+
+    def _extend(self, chunk: Chunk) -> Tensor:
+        fresh = self.slots is None
+        slots = self._allocate(chunk)
+        how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
+        query_positions = self._query_positions(chunk)
+        out, lse = causal_attention(chunk.query, chunk.key, chunk.value, visible=chunk.visible, **how)
+        outs, lses = [out], [lse]
+        if not fresh:
+            past_out, past_lse = slots.attend(chunk.query, query_positions, **how)
+            outs, lses = [*outs, past_out], [*lses, past_lse]
+        if chunk.sinks is not None:
+            outs, lses = with_sinks(outs, lses, chunk.sinks)
+        if len(outs) > 1:
+            out, lse = merge_states(outs, lses)
+
+        attention = self._observe(chunk, None if fresh else slots, query_positions, lse, how)
+        self._choose(chunk, slots, query_positions, attention)
+        return out
+
+    def _query_positions(self, chunk: Chunk) -> Tensor:
+        if chunk.visible is None:
+            places = torch.arange(chunk.tokens, dtype=torch.int32, device=chunk.key.device)[None]
+        else:
+            places = chunk.visible.cumsum(-1, dtype=torch.int32) - 1
+        return self.lengths[:, None] + places
+
+    def _observe(
+        self, chunk: Chunk, past: SlotSegment | None, query_positions: Tensor, lse: Tensor, how: dict[str, Any]
+    ) -> Tensor | None:
+        """Attention received from the queries the policy observes, [batch, kv_heads, slots + tokens] float32."""
+        last = self.policy.observes
+        if last == 0:
+            return None
+        first = 0
+        if chunk.visible is None:
+            first = 0 if last is None else max(0, chunk.tokens - last)
+        else:
+            # of each sequence its last real queries; those before them, and padding, are left out
+            from_end = chunk.visible.flip(-1).cumsum(-1).flip(-1)
+            observed = chunk.visible if last is None else chunk.visible & (from_end <= last)
+            lse = lse.masked_fill(~observed[:, None], torch.inf)
+            if last is not None:
+                first = int(observed.any(0).to(torch.uint8).argmax())
+        query, lse = chunk.query[:, :, first:], lse[:, :, first:]
+        within = causal_column_sums(query, chunk.key, lse, visible=chunk.visible, **how)
+        if past is None:
+            assert self.slots is not None
+            return torch.cat([torch.zeros_like(self.slots.scores), within], -1)
+        return torch.cat([past.column_sums(query, query_positions[:, first:], lse, **how), within], -1)
+
+    def _choose(self, chunk: Chunk, slots: SlotSegment, query_positions: Tensor, attention: Tensor | None) -> None:
+        places = query_positions if chunk.visible is None else query_positions.masked_fill(~chunk.visible, EMPTY)
+        places = places[:, None].expand(-1, chunk.key.shape[1], -1)
+        tokens = chunk.tokens if chunk.visible is None else chunk.visible.sum(-1)
+        self.lengths = self.lengths + tokens
+        self.lengths = self.lengths.to(torch.int32)
+        candidates = Candidates(
+            torch.cat([slots.positions, places], -1),
+            torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1),
+            attention,
+            chunk.query,
+            query_positions,
+            chunk.visible,
+            self.lengths,
+            [(slots.keys, slots.values), (chunk.key, chunk.value)],
+            self.state,
+        )
+        scores = self.policy.score(candidates)
+        kept = self._kept(scores, candidates.positions)
+        slots.replace(chunk.key, chunk.value, places, scores, kept)
+
+    def _kept(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Which candidates stay, [batch, kv_heads, candidates] bool: per sequence, as many as it may keep."""
+        lengths, recents = self.lengths[:, None, None], self.recents[:, None, None]
+        protected = (positions < self.policy.sinks) | (positions >= lengths - recents)
+        gone = positions == EMPTY
+        if self.window is not None:
+            gone = gone | (positions <= lengths - self.window)
+        worth = scores.masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
+        # of equal scores the later candidate stays, whatever padding stands before them
+        order = worth.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        chosen = torch.arange(order.shape[-1], device=order.device) < self.limits[:, None, None]
+        kept = torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)).flip(-1)
+        return kept & ~gone
+
+    def _allocate(self, chunk: Chunk) -> SlotSegment:
+        if self.slots is None:
+            batch, device = chunk.key.shape[0], chunk.key.device
+            real = torch.full((batch,), chunk.tokens, device=device) if chunk.visible is None else chunk.visible.sum(-1)
+            limits = torch.full_like(real, self.budget) if isinstance(self.budget, int) else (self.budget * real).int()
+            limits = limits.clamp(min=max(1, self.policy.sinks + 1), max=self.window)
+            recent = self.policy.recent
+            recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
+            self.limits = limits.to(torch.int32)
+            self.recents = recents.clamp(min=1).minimum(limits - self.policy.sinks).to(torch.int32)
+            self.lengths = torch.zeros_like(self.limits)
+            self.seen = torch.zeros((), dtype=torch.int64, device=device)
+            self.slots = SlotSegment(chunk.key, chunk.value, int(limits.max()) + 1)
+        return self.slots
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self.slots is None:
+            return {}, {}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, {}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if tensors:
+            self.slots = SlotSegment.from_tensors(tensors)
+            for name in _COUNTERS:
+                setattr(self, name, tensors[name])
+            self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
+            self.lazy_initialization(self.slots.keys, self.slots.values)
+
+
+class EvictingCache(CompressedCache):
+    """Keeps a budget of tokens, chosen by a policy: `EvictingCache(model, policy=SnapKV(window=32), budget=512)`."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, policy: Policy, budget: int | float, allocation: Allocation = "uniform"
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            policy: what to keep.
+            budget: tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of the
+                real tokens of the first forward (pass a count where the prompt is fed in chunks).
+            allocation: how layers share the budget, "uniform" or "pyramid".
+
+        Raises:
+            ValueError: the budget leaves no room for the tokens the policy always keeps, or the model is unsupported.
+        """
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
+        self.policy = policy
+        self.budget = _checked(budget, policy)
+        self.allocation: Allocation = allocation
+        super().__init__(model)
+
+    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+        share = shares(self.allocation, layers)[index]
+        least = self.policy.least_budget()
+        budget: int | float
+        if isinstance(self.budget, int):
+            budget = max(least, round(self.budget * share))
+        else:
+            budget = min(1.0, self.budget * share)
+        return EvictingLayer(self.padding, self.policy, budget, window, leads=index == 0)
+
+    def _settings(self) -> dict[str, Any]:
+        policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}
+        return {"policy": policy, "budget": self.budget, "allocation": self.allocation}
+
+    @classmethod
+    def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
+        policy = dict(settings["policy"])
+        kinds = {kind.__name__: kind for kind in _subclasses(Policy)}
+        name = policy.pop("name")
+        if name not in kinds:
+            raise ValueError(f"the file's policy {name!r} is not imported; known: {', '.join(sorted(kinds))}")
+        cache = cls.__new__(cls)
+        # the short names take a policy's settings one by one; the file has the policy itself
+        EvictingCache.__init__(cache, model, **{**settings, "policy": kinds[name](**policy)})
+        return cache
+
+
+class H2OCache(EvictingCache):
+    """Heavy hitters and recent tokens (arXiv:2306.14048): `H2OCache(model, budget=512)`."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, budget: int | float, recent: int | float = 0.5, sinks: int = 0
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
+            recent: newest tokens always kept: a count, or a fraction of the budget.
+            sinks: first tokens always kept.
+        """
+        super().__init__(model, policy=H2O(recent=recent, sinks=sinks), budget=budget)
+
+
+class SnapKVCache(EvictingCache):
+    """What the last queries attend to (arXiv:2404.14469): `SnapKVCache(model, budget=512)`."""
+
+    def __init__(self, model: PreTrainedModel, *, budget: int | float, window: int = 32, kernel: int = 5) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
+            window: queries observed, and newest tokens always kept.
+            kernel: neighbouring tokens pooled together, an odd number.
+        """
+        super().__init__(model, policy=SnapKV(window=window, recent=window, kernel=kernel), budget=budget)
+
+
+class StreamingLLMCache(EvictingCache):
+    """Sinks and a recent window (arXiv:2309.17453): `StreamingLLMCache(model, budget=512)`."""
+
+    def __init__(self, model: PreTrainedModel, *, budget: int | float, sinks: int = 4) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            budget: tokens kept: a count, or a fraction of the prompt.
+            sinks: first tokens kept; the rest of the budget is the window.
+        """
+        super().__init__(model, policy=StreamingLLM(sinks=sinks), budget=budget)
+
+
+def _checked(budget: int | float, policy: Policy) -> int | float:
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"budget must be a count of tokens (int) or a fraction of the prompt (float), got {budget!r}")
+    if isinstance(budget, float):
+        if not 0.0 < budget <= 1.0:
+            raise ValueError(f"budget as a fraction of the prompt must be in (0, 1], got {budget}")
+    elif budget < policy.least_budget():
+        raise ValueError(
+            f"budget must be at least sinks + recent = {policy.least_budget()} tokens for {policy}, got {budget}"
+        )
+    return budget
+
+
+def _subclasses(kind: type) -> set[type]:
+    return {kind} | {leaf for child in kind.__subclasses__() for leaf in _subclasses(child)}

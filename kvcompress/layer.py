@@ -1,0 +1,198 @@
+"""The cache layer contract of transformers, written once: subclasses say how to store and how to attend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress import hf
+from kvcompress.padding import PaddingRecord
+from kvcompress.segments import Segment
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one forward in one layer.
+
+    query: [batch, heads, queries, head_dim]. key, value: [batch, kv_heads, queries, head_dim].
+    visible: [batch, queries] bool, False for padding; None where nothing is padded.
+    past: tokens the layer saw before. softcap: bound of the logits. sinks: [heads] extra logits of no token.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return self.key.shape[2]
+
+
+class CompressedLayer(hf.CacheLayerMixin):
+    """One layer's storage. `update` takes the new tokens in hand, `attend` stores them and answers the query.
+
+    Subclasses define `_attend` and `segments`, and the sizes that follow from how they store.
+    """
+
+    supports_early_init = False
+
+    def __init__(self, padding: PaddingRecord, window: int | None = None, leads: bool = False) -> None:
+        """
+        Args:
+            padding: the cache's record of padding.
+            window: sliding window in tokens, None for full attention.
+            leads: first layer of the cache: it reads the mask for all.
+        """
+        super().__init__()
+        self.padding = padding
+        self.window = window
+        self.leads = leads
+        self.is_sliding = window is not None
+        self.in_hand: tuple[Tensor, Tensor] | None = None
+        self.kv_shape: tuple[int, int, int] | None = None
+        self._seen = 0
+
+    def segments(self) -> list[Segment]:
+        """What the layer holds."""
+        raise NotImplementedError
+
+    def _attend(self, chunk: Chunk) -> Tensor:
+        """Attention of a chunk to all that is held and to itself, [batch, heads, queries, head_dim]; stores the chunk."""
+        raise NotImplementedError
+
+    def _remap(self, remap: Tensor) -> None:
+        """Moves the tokens held to other positions, [batch, past tokens] int32, EMPTY for those to drop."""
+        raise NotImplementedError
+
+    def tokens_kept(self) -> Tensor:
+        """Tokens held per sequence and KV head, [batch, kv_heads] int64."""
+        raise NotImplementedError
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces each tensor that has the batch as its first dimension by `change(tensor)`."""
+        for segment in self.segments():
+            segment.map_tensors(change)
+
+    def counters(self) -> dict[str, Tensor]:
+        """Small tensors that belong to the layer and to no segment, by name."""
+        return {}
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `restore` needs: tensors, and facts that JSON can carry."""
+        raise NotImplementedError
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Takes on a state that `dump` gave."""
+        raise NotImplementedError
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.kv_shape = (key_states.shape[0], key_states.shape[1], key_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes the new tokens, [batch, kv_heads, tokens, head_dim], and hands the key over to the attention function."""
+        if self.in_hand is not None:
+            raise RuntimeError(
+                "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.kv_shape != (key_states.shape[0], key_states.shape[1], key_states.shape[-1]):
+            raise ValueError(
+                f"the cache holds [batch, kv_heads, head_dim] = {list(self.kv_shape or ())}, "
+                f"got keys of shape {list(key_states.shape)}; use one cache a batch, or cache.reset()"
+            )
+        self.in_hand = (key_states, value_states)
+        return hf.hand_over(key_states, self), value_states
+
+    def attend(
+        self,
+        query: Tensor,
+        visible: Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        """The attention output for the tokens that `update` took in, [batch, heads, queries, head_dim].
+
+        Args:
+            query: [batch, heads, queries, head_dim].
+            visible: [batch, tokens seen or queries] bool padding mask, or None.
+        """
+        assert self.in_hand is not None
+        key, value = self.in_hand
+        tokens = key.shape[2]
+        if not torch.compiler.is_compiling():
+            past = int(self.get_seq_length())
+            if self.leads:
+                self.padding.read(visible, key.shape[0], past, tokens)
+            if self.padding.remap is not None:
+                self._remap(self.padding.remap.to(key.device))
+        fresh = None if visible is None else visible[:, -tokens:]
+        out = self._attend(Chunk(query, key, value, fresh, scale, softcap, sinks))
+        self.in_hand = None
+        self._count(tokens)
+        return out
+
+    def _count(self, tokens: int) -> None:
+        self._seen += tokens
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return hf.TokensSeen(self.get_seq_length() + query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Forgets everything, settings aside, and frees the memory."""
+        self.in_hand = None
+        self.is_initialized = False
+        self.kv_shape = None
+        self._seen = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove and self.is_initialized:
+            self._crop(-tokens_to_remove)
+
+    def check_crop(self, tokens: int) -> None:
+        """Raises ValueError where the last tokens cannot be taken back exactly."""
+
+    def _crop(self, tokens: int) -> None:
+        raise NotImplementedError
+
+    def offload(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} does not move between devices by layer; compress instead")
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.kv_shape is not None:
+            self.map_tensors(lambda tensor: tensor.repeat_interleave(repeats, 0))
+            self.kv_shape = (self.kv_shape[0] * repeats, *self.kv_shape[1:])
+
+    def _select(self, rows: Tensor) -> None:
+        if self.kv_shape is not None:
+            self.map_tensors(lambda tensor: tensor[rows.to(tensor.device)])
+            batch = int(rows.sum()) if rows.dtype == torch.bool else len(rows)
+            self.kv_shape = (batch, *self.kv_shape[1:])

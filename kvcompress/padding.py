@@ -1,0 +1,77 @@
+"""Which of the tokens a cache has seen are padding.
+
+Caches place tokens by their position in their own sequence, pads not counted, so that a row of a padded batch is
+treated as if it were alone. The record is kept once a cache, and read by its first layer in each forward.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcompress.segments import EMPTY
+
+
+class PaddingRecord:
+    """The padding mask of all tokens seen, [batch, tokens seen] bool; None while nothing is padded."""
+
+    def __init__(self) -> None:
+        self.visible: Tensor | None = None
+        self.remap: Tensor | None = None
+
+    def read(self, mask: Tensor | None, batch: int, past: int, queries: int) -> None:
+        """Takes in the mask of a forward, once, before its first layer stores anything.
+
+        Leaves in `remap` how positions change, [batch, past tokens] int32 (EMPTY for a token that goes), where the
+        mask hides tokens that were visible; else None.
+
+        Args:
+            mask: [batch, past + queries] or [batch, queries] bool, or None.
+
+        Raises:
+            ValueError: the mask's size is wrong, or it shows a token that was cached as padding.
+        """
+        self.remap = None
+        if mask is None:
+            fresh = None
+        else:
+            if mask.shape[0] != batch or mask.shape[1] not in (queries, past + queries):
+                raise ValueError(
+                    f"attention_mask must be [batch={batch}, tokens seen={past + queries}], got {list(mask.shape)}"
+                )
+            fresh = mask[:, -queries:]
+            if past and mask.shape[1] == past + queries:
+                self._compare(mask[:, :past])
+        self._append(fresh, batch, past, queries)
+
+    def _compare(self, now: Tensor) -> None:
+        if self.visible is None and bool(now.all()):
+            return
+        before = torch.ones_like(now)
+        if self.visible is not None:
+            before[:, : self.visible.shape[1]] = self.visible
+        if torch.equal(before, now):
+            return
+        if bool((now & ~before).any()):
+            raise ValueError(
+                "attention_mask shows tokens that were padding when they were cached; their keys and values are gone"
+            )
+        # the token at place p of its sequence goes to place remap[p]
+        place = (before.cumsum(-1) - 1).masked_fill(~before, now.shape[1])
+        to = (now.cumsum(-1) - 1).masked_fill(~now, EMPTY).to(torch.int32)
+        remap = torch.full((now.shape[0], now.shape[1] + 1), EMPTY, dtype=torch.int32, device=now.device)
+        self.remap = remap.scatter_(1, place, to)[:, :-1]
+        self.visible = now.clone()
+
+    def _append(self, fresh: Tensor | None, batch: int, past: int, queries: int) -> None:
+        if self.visible is None:
+            if fresh is None or bool(fresh.all()):
+                return
+            self.visible = torch.ones(batch, past, dtype=torch.bool, device=fresh.device)
+        missing = past - self.visible.shape[1]
+        tail = fresh if fresh is not None else self.visible.new_ones(batch, queries)
+        # steps that were compiled left no record; what they fed is visible
+        self.visible = torch.cat([self.visible, self.visible.new_ones(batch, missing), tail], 1)
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last tokens."""
+        if self.visible is not None:
+            self.visible = self.visible[:, : self.visible.shape[1] - tokens]

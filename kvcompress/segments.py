@@ -1,0 +1,256 @@
+"""Segments: disjoint sets of cached tokens, each in one representation, that report attention with its log-sum-exp.
+
+Softmax over the union of segments is exact: `kvcompress.kernels.merge` weighs their answers by log-sum-exp.
+All tensors of a segment have the batch as their first dimension, which makes beam reordering, batch selection,
+cloning and saving one loop over them.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.column_sums import slot_column_sums
+
+EMPTY = -1
+_GROWTH = 256
+
+
+class Segment:
+    """A set of cached tokens. Subclasses name their tensors in `state` and answer `attend`."""
+
+    state: ClassVar[tuple[str, ...]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The segment's tensors by name, batch first."""
+        return {name: tensor for name in self.state if (tensor := getattr(self, name)) is not None}
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces each tensor by `change(tensor)`."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, change(tensor))
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        """A segment of these tensors, as `tensors()` gives them."""
+        segment = cls.__new__(cls)
+        for name in cls.state:
+            setattr(segment, name, tensors.get(name))
+        return segment
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of queries to the segment's tokens, all of which precede them.
+
+        Args:
+            query: [batch, heads, queries, head_dim].
+            query_positions: [batch, queries] int32.
+
+        Returns:
+            Output [batch, heads, queries, head_dim] and natural log-sum-exp [batch, heads, queries] float32.
+        """
+        raise NotImplementedError
+
+
+class SlotSegment(Segment):
+    """A fixed number of slots per KV head, in no order; a token that goes frees its slot for the next.
+
+    keys, values: [batch, kv_heads, slots, head_dim]. positions: [batch, kv_heads, slots] int32, which of its
+    sequence's tokens a slot holds, pads not counted, or EMPTY. scores: [batch, kv_heads, slots] float32, what the
+    policy remembers of each token. spare: [batch, kv_heads] int64, the slot that the next token takes.
+    """
+
+    state = ("keys", "values", "positions", "scores", "spare")
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor
+    spare: Tensor
+
+    def __init__(self, key: Tensor, value: Tensor, slots: int) -> None:
+        """Empty slots for tokens like these, [batch, kv_heads, any, head_dim]."""
+        batch, kv_heads = key.shape[:2]
+        self.keys = key.new_zeros(batch, kv_heads, slots, key.shape[-1])
+        self.values = value.new_zeros(batch, kv_heads, slots, value.shape[-1])
+        self.positions = torch.full((batch, kv_heads, slots), EMPTY, dtype=torch.int32, device=key.device)
+        self.scores = torch.zeros(batch, kv_heads, slots, dtype=torch.float32, device=key.device)
+        self.spare = torch.zeros(batch, kv_heads, dtype=torch.int64, device=key.device)
+
+    @property
+    def slots(self) -> int:
+        """Slots per KV head, the spare one included."""
+        return self.keys.shape[2]
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        return slot_attention(
+            query,
+            self.keys,
+            self.values,
+            self.positions,
+            query_positions,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
+    def column_sums(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention each slot received, [batch, kv_heads, slots] float32, given the queries' whole log-sum-exp."""
+        return slot_column_sums(
+            query, self.keys, self.positions, query_positions, lse, scale=scale, window=window, softcap=softcap
+        )
+
+    def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """Writes one token into the spare slots.
+
+        Args:
+            key, value: [batch, kv_heads, 1, head_dim].
+            positions: [batch] int32; EMPTY for a sequence whose token is padding.
+        """
+        slot = self.spare[..., None]
+        self.keys.scatter_(2, slot[..., None].expand(-1, -1, -1, key.shape[-1]), key)
+        self.values.scatter_(2, slot[..., None].expand(-1, -1, -1, value.shape[-1]), value)
+        self.positions.scatter_(2, slot, positions[:, None, None].expand_as(slot))
+        self.scores.scatter_(2, slot, 0.0)
+
+    def free(self, victims: Tensor, over: Tensor) -> None:
+        """Empties the victim's slot where a head is over its budget, and finds the next spare slot.
+
+        Args:
+            victims: [batch, kv_heads] int64.
+            over: [batch, kv_heads] bool.
+        """
+        slot = victims[..., None]
+        freed = torch.where(over[..., None], EMPTY, self.positions.gather(2, slot))
+        self.positions.scatter_(2, slot, freed)
+        torch.argmin(self.positions, -1, out=self.spare)
+
+    def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
+        """Keeps some of the slots and of the tokens of a chunk: those of the chunk overwrite the slots let go.
+
+        Args:
+            key, value: the chunk, [batch, kv_heads, tokens, head_dim].
+            positions: of the chunk, [batch, kv_heads, tokens] int32.
+            scores: of slots then chunk, [batch, kv_heads, slots + tokens] float32.
+            kept: of slots then chunk, [batch, kv_heads, slots + tokens] bool; at most `slots` a head.
+        """
+        slots = self.slots
+        stays, comes = kept[..., :slots], kept[..., slots:]
+        self.positions.masked_fill_(~stays, EMPTY)
+        self.scores.copy_(scores[..., :slots])
+        # free slots first and wanted tokens first, each in order: the i-th wanted token takes the i-th free slot
+        moved = min(slots, key.shape[2])
+        target = stays.to(torch.int8).argsort(dim=-1, stable=True)[..., :moved]
+        source = comes.to(torch.int8).argsort(dim=-1, stable=True, descending=True)[..., :moved]
+        wanted = comes.gather(-1, source)
+        for slot_values, chunk_values in (
+            (self.positions, positions),
+            (self.scores, scores[..., slots:]),
+            (self.keys, key),
+            (self.values, value),
+        ):
+            to, at, is_wanted = target, source, wanted
+            if slot_values.dim() == 4:
+                width = slot_values.shape[-1]
+                to, at, is_wanted = (x[..., None].expand(-1, -1, -1, width) for x in (to, at, is_wanted))
+            slot_values.scatter_(2, to, torch.where(is_wanted, chunk_values.gather(2, at), slot_values.gather(2, to)))
+        torch.argmin(self.positions, -1, out=self.spare)
+
+    def kept(self) -> Tensor:
+        """Tokens held, [batch, kv_heads] int64."""
+        return (self.positions != EMPTY).sum(-1)
+
+
+class DenseSegment(Segment):
+    """Every token, in order, in buffers that grow by blocks.
+
+    keys, values: [batch, kv_heads, room, head_dim]. visible: [batch, room] bool, False for padding, or None while
+    nothing is padded. length: tokens held, at most `room`.
+    """
+
+    state = ("keys", "values", "visible")
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None
+    length: int
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        """An empty segment for tokens like these, [batch, kv_heads, any, head_dim]."""
+        self.keys, self.values = key[:, :, :0].clone(), value[:, :, :0].clone()
+        self.visible = None
+        self.length = 0
+
+    def append(self, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
+        """Adds tokens [batch, kv_heads, tokens, head_dim]; visible [batch, tokens] bool marks padding by False."""
+        stop = self.length + key.shape[2]
+        self._grow(stop)
+        self.keys[:, :, self.length : stop] = key
+        self.values[:, :, self.length : stop] = value
+        if visible is not None and self.visible is None:
+            self.visible = torch.ones(key.shape[0], self.keys.shape[2], dtype=torch.bool, device=key.device)
+        if self.visible is not None:
+            self.visible[:, self.length : stop] = True if visible is None else visible
+        self.length = stop
+
+    def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Views of the tokens held: keys, values [batch, kv_heads, length, head_dim], visible [batch, length]."""
+        visible = None if self.visible is None else self.visible[:, : self.length]
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length], visible
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        key, value, visible = self.held()
+        if visible is None:
+            positions = torch.arange(self.length, device=key.device)[None]
+        else:
+            positions = (visible.cumsum(-1) - 1).masked_fill(~visible, EMPTY)
+        positions = positions.to(torch.int32)[:, None].expand(key.shape[:3])
+        return slot_attention(
+            query, key, value, positions, query_positions, scale=scale, window=window, softcap=softcap
+        )
+
+    def show(self, visible: Tensor) -> None:
+        """Sets which tokens are visible, [batch, length] bool."""
+        if self.visible is None:
+            self.visible = torch.ones(visible.shape[0], self.keys.shape[2], dtype=torch.bool, device=visible.device)
+        self.visible[:, : self.length] = visible
+
+    def drop_first(self, tokens: int) -> None:
+        """Lets the oldest tokens go, and their memory with them."""
+        self._reallocate(tokens, self.length - tokens)
+
+    def drop_last(self, tokens: int) -> None:
+        """Lets the newest tokens go; the room stays."""
+        self.length -= tokens
+
+    def _grow(self, tokens: int) -> None:
+        if tokens > self.keys.shape[2]:
+            room = tokens if self.length == 0 else tokens + max(_GROWTH, self.length // 8)
+            self._reallocate(0, room)
+
+    def _reallocate(self, first: int, room: int) -> None:
+        held = self.length - first
+        for name, tensor in self.tensors().items():
+            dim = 1 if name == "visible" else 2
+            shape = list(tensor.shape)
+            shape[dim] = room
+            grown = tensor.new_zeros(shape)
+            grown.narrow(dim, 0, held).copy_(tensor.narrow(dim, first, held))
+            setattr(self, name, grown)
+        self.length = held

@@ -1,0 +1,29 @@
+"""H2O: keep the heavy hitters, the tokens that received the most attention so far (arXiv:2306.14048).
+
+    score[j] = sum over all queries i >= j seen so far of softmax(q_i . k)[j]
+
+summed over the query heads that share a KV head (for one query head a KV head this is the paper's score). The paper's
+formal algorithm writes the last step's attention; its text, its figures and all of its code accumulate, as here.
+Sums are float32: in half precision a running sum stops growing at 2048.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvcompress.policies.policy import Candidates, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Policy):
+    """Half of the budget for the newest tokens, half for the heavy hitters, as in the paper."""
+
+    recent: int | float = 0.5
+
+    @property
+    def observes(self) -> int | None:
+        return None
+
+    def score(self, candidates: Candidates) -> Tensor:
+        assert candidates.attention is not None
+        return candidates.scores + candidates.attention

@@ -1,0 +1,21 @@
+"""Knorm: keep the keys of small norm, which tend to draw attention (arXiv:2406.11430).
+
+score[j] = -|k_j|
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvcompress.policies.policy import Candidates, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knorm(Policy):
+    """No settings of its own; a token's score never changes."""
+
+    static: ClassVar[bool] = True
+
+    def score(self, candidates: Candidates) -> Tensor:
+        return -candidates.keys.float().norm(dim=-1)

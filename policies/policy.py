@@ -1,0 +1,99 @@
+"""What an evicting cache asks of a policy: a score for every token it might keep.
+
+After each forward the cache holds its slots and the tokens just fed: the candidates. The policy scores them,
+per sequence and per KV head; the cache always keeps the `recent` newest tokens and the first `sinks`, and of the
+rest those that score highest, up to its budget. One policy object can serve many caches: what grows with a
+sequence (scores, `Candidates.state`) belongs to the cache.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Candidates:
+    """The tokens to choose from: a cache's slots, then the tokens of the forward that just ended.
+
+    positions: [batch, kv_heads, candidates] int32, place in the token's own sequence; -1 is an empty slot or padding.
+    scores: [batch, kv_heads, candidates] float32, what the policy returned last time; 0 for a token just fed.
+    attention: [batch, kv_heads, candidates] float32, attention received in this forward from the queries the policy
+        observes, summed over them and over the query heads of the group; None where it observes none.
+    query: [batch, heads, queries, head_dim], this forward's queries.
+    query_positions: [batch, queries] int32, their places; of no meaning for padding.
+    visible: [batch, queries] bool, False where the query is padding; None where none is.
+    lengths: [batch] int32, real tokens of each sequence so far.
+    state: tensors, batch first, that the policy wants to find again next time.
+    """
+
+    positions: Tensor
+    scores: Tensor
+    attention: Tensor | None
+    query: Tensor
+    query_positions: Tensor
+    visible: Tensor | None
+    lengths: Tensor
+    parts: list[tuple[Tensor, Tensor]]
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def queries(self) -> int:
+        """Tokens fed by the forward that just ended; 1 while decoding."""
+        return self.query.shape[2]
+
+    @property
+    def keys(self) -> Tensor:
+        """[batch, kv_heads, candidates, head_dim]."""
+        return _joined([key for key, _ in self.parts])
+
+    @property
+    def values(self) -> Tensor:
+        """[batch, kv_heads, candidates, head_dim]."""
+        return _joined([value for _, value in self.parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Settings every policy has. Subclasses add their own and define `score`.
+
+    recent: newest tokens always kept, at least 1: a count, or a fraction of the budget.
+    sinks: first tokens always kept.
+    """
+
+    recent: int | float = 1
+    sinks: int = 0
+
+    # scores of a token never change, so only new tokens are scored
+    static: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recent, float):
+            if not 0.0 < self.recent <= 1.0:
+                raise ValueError(f"recent must be a count of tokens or a fraction in (0, 1], got {self.recent}")
+        elif self.recent < 1:
+            raise ValueError(f"recent must be at least 1 token, the one just fed, got {self.recent}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must be 0 tokens or more, got {self.sinks}")
+
+    @property
+    def observes(self) -> int | None:
+        """How many of a forward's last queries the policy wants to see the attention of; None for all."""
+        return 0
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """How much each candidate is worth keeping.
+
+        Returns:
+            [batch, kv_heads, candidates] float32. What stands at empty slots and padding is not read.
+        """
+        raise NotImplementedError
+
+    def least_budget(self) -> int:
+        """The smallest budget in tokens that leaves the protected tokens room."""
+        return self.sinks + (1 if isinstance(self.recent, float) else self.recent)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

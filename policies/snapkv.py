@@ -1,0 +1,60 @@
+"""SnapKV: keep what the last queries of the prompt attend to, in neighbourhoods (arXiv:2404.14469).
+
+    score[j] = pool over neighbours of j of sum over the last `window` queries i of softmax(q_i . k)[j]
+
+The paper compresses once, after the prompt. Here eviction goes on while decoding, so the observation window slides:
+each new query adds its attention and the older ones fade, `score = (1 - 1 / window) * score + attention`, whose
+memory is `window` queries. Without that, what is generated could never be judged against the prompt.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvcompress.policies.policy import Candidates, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(Policy):
+    """The defaults of the official code: 32 queries observed and kept, pooling over 5 tokens by average.
+
+    window: queries observed at the end of each forward.
+    kernel: tokens pooled together, an odd number; 1 for none.
+    pooling: "avg" or "max".
+    """
+
+    recent: int | float = 32
+    window: int = 32
+    kernel: int = 5
+    pooling: Literal["avg", "max"] = "avg"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 query, got {self.window}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be an odd number of tokens, got {self.kernel}")
+        if self.pooling not in ("avg", "max"):
+            raise ValueError(f"pooling must be 'avg' or 'max', got {self.pooling!r}")
+
+    @property
+    def observes(self) -> int | None:
+        return self.window
+
+    def score(self, candidates: Candidates) -> Tensor:
+        assert candidates.attention is not None
+        if candidates.queries == 1:
+            return candidates.scores * (1.0 - 1.0 / self.window) + candidates.attention
+        return self._pool(candidates.attention, candidates.positions)
+
+    def _pool(self, attention: Tensor, positions: Tensor) -> Tensor:
+        if self.kernel == 1:
+            return attention
+        # neighbours in the text: slots are in no order, and what is missing has no attention to lend
+        order = positions.argsort(dim=-1, stable=True)
+        in_order = attention.masked_fill(positions < 0, 0.0).gather(-1, order)
+        pool = torch.nn.functional.avg_pool1d if self.pooling == "avg" else torch.nn.functional.max_pool1d
+        pooled = pool(in_order, self.kernel, stride=1, padding=self.kernel // 2)
+        return torch.empty_like(attention).scatter_(-1, order, pooled)

@@ -1,0 +1,19 @@
+"""StreamingLLM: keep the first tokens, on which attention rests, and the newest (arXiv:2309.17453)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvcompress.policies.policy import Candidates, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Policy):
+    """The paper's four sinks; all the rest of the budget is the recent window."""
+
+    sinks: int = 4
+    static: ClassVar[bool] = True
+
+    def score(self, candidates: Candidates) -> Tensor:
+        return candidates.positions.float()

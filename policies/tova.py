@@ -1,0 +1,25 @@
+"""TOVA: keep the tokens that the newest query attends to (arXiv:2401.06104).
+
+    score[j] = softmax(q_last . k)[j], averaged over all heads of the layer
+
+so that all heads of a layer keep the same tokens, and nothing accumulates.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvcompress.policies.policy import Candidates, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(Policy):
+    """The paper's form: no window but the newest token."""
+
+    @property
+    def observes(self) -> int | None:
+        return 1
+
+    def score(self, candidates: Candidates) -> Tensor:
+        assert candidates.attention is not None
+        return candidates.attention.mean(1, keepdim=True).expand_as(candidates.scores)
