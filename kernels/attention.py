@@ -15,9 +15,23 @@ All log-sum-exps are natural logarithms in float32; a query that sees no key has
 from collections.abc import Iterator
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.merge import merge_states
+from kvcompress.kernels.merge import merge_stack, merge_states
+from kvcompress.kernels.runtime import autotune, compilable, core_count, runs_triton
+from kvcompress.kernels.tile import (
+    LOG2E,
+    MIN_SIDE,
+    bound_logits,
+    dot,
+    load_tile,
+    rows_contiguous,
+    store_tile,
+    tile_widths,
+    wide,
+)
 
 # logits a block of the CPU path may hold: 2 MB in float32, about one core's share of the cache
 _BLOCK_LOGITS = 2**19
@@ -54,9 +68,7 @@ def causal_attention(
             f"causal_attention needs at most as many queries as tokens, got {query.shape[2]} and {key.shape[2]}"
         )
     window = None if window is None or window >= key.shape[2] else window
-    if softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        return _causal_blocks(query, key, value, scale, visible, window, softcap)
-    return _causal_flash(query, key, value, scale, visible)
+    return _causal_attention(query, key, value, visible, scale, window, softcap)
 
 
 def causal_attention_reference(
@@ -106,9 +118,7 @@ def slot_attention(
         [batch, heads, queries].
     """
     _check(query, key, value)
-    if softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        return _slot_blocks(query, key, value, positions, query_positions, scale, window, softcap)
-    return _slot_flash(query, key, value, positions, scale)
+    return _slot_attention(query, key, value, positions, query_positions, scale, window, softcap)
 
 
 def slot_attention_reference(
@@ -180,6 +190,70 @@ def slot_blocks(
         yield rows, logits.masked_fill_(~seen, -torch.inf)
 
 
+def _causal_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return _empty_result(query, value)
+
+
+@compilable(_causal_attention_fake)
+def _causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    if runs_triton(query) and query.numel():
+        return _launch_causal(query, key, value, visible, scale, window, softcap)
+    if softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
+        return _causal_blocks(query, key, value, scale, visible, window, softcap)
+    return _causal_flash(query, key, value, scale, visible)
+
+
+def _slot_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return _empty_result(query, value)
+
+
+@compilable(_slot_attention_fake)
+def _slot_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    if runs_triton(query) and query.numel():
+        return launch_split(query, key, value, None, positions, query_positions, scale, window, softcap)
+    if softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
+        return _slot_blocks(query, key, value, positions, query_positions, scale, window, softcap)
+    return _slot_flash(query, key, value, positions, scale)
+
+
+def _empty_result(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
 def _block(rows: int, queries: int, tokens: int) -> int:
     return min(queries, max(16, _BLOCK_LOGITS // max(1, rows * tokens)))
 
@@ -192,8 +266,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         or query.shape[1] % key.shape[1]
     ):
         raise ValueError(
-            "attention needs query [batch, heads, queries, head_dim], key [batch, kv_heads, tokens, head_dim] and value "
-            "[batch, kv_heads, tokens, value_dim] with heads a multiple of kv_heads; got "
+            "attention needs query [batch, heads, queries, head_dim], key [batch, kv_heads, tokens, head_dim] and "
+            "value [batch, kv_heads, tokens, value_dim] with heads a multiple of kv_heads; got "
             f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
         )
 
@@ -220,7 +294,7 @@ def _softmax_reference(logits: Tensor, value: Tensor, query: Tensor) -> tuple[Te
 
 
 def _softmax(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [batch, kv_heads, group, queries, value_dim] and lse [batch, kv_heads, group, queries] of masked logits."""
+    """Of masked logits, the output [batch, kv_heads, group, queries, value_dim] and lse, the same less value_dim."""
     lse = logits.logsumexp(-1)
     # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
@@ -258,7 +332,7 @@ def _causal_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, visib
 
 def _slot_flash(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, queries, head_dim = query.shape
-    kv_heads, slots = key.shape[1], key.shape[2]
+    kv_heads = key.shape[1]
     # the heads of a group become more queries of their kv head: keys are read once a group
     rows = query.reshape(batch, kv_heads, -1, head_dim)
     bias = torch.zeros_like(positions, dtype=query.dtype).masked_fill_(positions < 0, -torch.inf)[:, :, None, :]
@@ -288,3 +362,363 @@ def _slot_blocks(query, key, value, positions, query_positions, scale, window, s
         block_out, block_lse = _softmax(logits, value)
         out[:, :, rows], lse[:, :, rows] = block_out.flatten(1, 2), block_lse.flatten(1, 2)
     return out, lse
+
+
+def _launch_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, head_dim = query.shape
+    if window is not None:
+        # no query sees further back than this
+        reach = min(key.shape[2], window + queries - 1)
+        key, value = key[:, :, -reach:], value[:, :, -reach:]
+        visible = None if visible is None else visible[:, -reach:]
+    kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    if queries * (heads // kv_heads) <= _FEW_ROWS:
+        return launch_split(query, key, value, visible, None, None, scale, window, softcap)[:2]
+    query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
+    visible = None if visible is None else visible.contiguous().view(torch.uint8)
+    out = query.new_empty(batch, heads, queries, value_dim)
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    (dim, tail), (value_width, value_tail) = tile_widths(head_dim), tile_widths(value_dim)
+
+    def grid(meta):
+        return triton.cdiv(queries, meta["BLOCK_QUERIES"]), heads, batch
+
+    with torch.cuda.device_of(query):
+        _causal_kernel[grid](
+            query, key, value, visible, out, lse,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
+            GROUP=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
+            VALUE_DIM=value_dim, VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
+            PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
+        )  # fmt: skip
+    return out, lse
+
+
+def launch_split(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    logits: Tensor | None = None,
+    merge: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attention of few queries, split over the keys so that few heads fill a GPU.
+
+    Args:
+        positions, query_positions: as in slot_attention; None: a causal chunk, as in causal_attention.
+        logits: [batch, heads, tokens] float32 to write the logits to, -inf where unseen; for one query.
+        merge: False leaves the parts apart, float32 with the split as a first dimension.
+    """
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    group = heads // kv_heads
+    query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
+    visible = None if visible is None else visible.contiguous().view(torch.uint8)
+    positions = None if positions is None else positions.contiguous()
+    query_positions = None if window is None or query_positions is None else query_positions.contiguous()
+    (dim, tail), (value_width, value_tail) = tile_widths(head_dim), tile_widths(value_dim)
+    block_rows, block_tokens, warps, stages = _split_blocks(
+        queries * group, max(dim + tail, value_width + value_tail), query.element_size()
+    )
+    row_blocks = triton.cdiv(queries * group, block_rows)
+    splits, split_tokens = split_keys(batch * kv_heads * row_blocks, tokens, block_tokens, query.device)
+    whole = splits == 1 and merge
+    shape = (batch, heads, queries) if whole else (splits, batch, heads, queries)
+    out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
+    lse = query.new_empty(shape, dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        _split_kernel[(batch * kv_heads * row_blocks * splits,)](
+            query, key, value, visible, positions, query_positions, out, lse, logits,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            batch, kv_heads, queries, tokens, splits, split_tokens, window or 0, scale, softcap or 0.0,
+            GROUP=group, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
+            VALUE_DIM=value_dim, VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
+            PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
+            SOFTCAPPED=softcap is not None, WRITES_LOGITS=logits is not None,
+            BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return (out, lse) if whole or not merge else merge_stack(out, lse, query.dtype)
+
+
+def split_keys(programs: int, tokens: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Into how many parts to split the keys, and how many keys are in a part, a multiple of the block."""
+    wanted = triton.cdiv(_PROGRAMS_PER_CORE * core_count(device), programs)
+    splits = max(1, min(wanted, triton.cdiv(tokens, _LEAST_SPLIT), MOST_SPLITS))
+    part = triton.cdiv(triton.cdiv(tokens, splits), block) * block
+    return max(1, triton.cdiv(tokens, part)), part
+
+
+# as many rows (queries times group) as one tile of the split kernel takes
+_FEW_ROWS = 64
+# queries from which on the causal kernel is tuned anew
+_LONG = 512
+_PROGRAMS_PER_CORE = 4
+# keys below which a part does not repay its share of the merge
+_LEAST_SPLIT = 256
+MOST_SPLITS = 64
+
+
+def _split_blocks(rows: int, width: int, element_size: int) -> tuple[int, int, int, int]:
+    """Rows and tokens a tile, warps and pipeline stages of the split kernel."""
+    block_rows = min(_FEW_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
+    if element_size == 4:
+        return min(block_rows, 32), 32 if width <= 128 else 16, 4, 2
+    return block_rows, 64 if width <= 128 else 32, 4, 3
+
+
+def _causal_config(queries: int, tokens: int, warps: int, stages: int) -> triton.Config:
+    return triton.Config({"BLOCK_QUERIES": queries, "BLOCK_TOKENS": tokens}, num_warps=warps, num_stages=stages)
+
+
+_CAUSAL_CONFIGS = {
+    # widest side of the tiles in bytes: configs
+    256: [_causal_config(64, 64, 4, 3), _causal_config(128, 64, 4, 3), _causal_config(128, 64, 8, 3)],
+    512: [_causal_config(64, 32, 4, 2), _causal_config(64, 64, 8, 2), _causal_config(128, 32, 8, 2)],
+    1024: [_causal_config(32, 16, 4, 2), _causal_config(32, 32, 8, 2)],
+}
+
+
+def _causal_configs(width: int, element_size: int) -> list[triton.Config]:
+    return _CAUSAL_CONFIGS[max(256, triton.next_power_of_2(width * element_size))]
+
+
+def _prune_causal(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
+    width = max(constants["DIM"] + constants["TAIL"], constants["VALUE_WIDTH"] + constants["VALUE_TAIL"])
+    return _causal_configs(width, arguments["query_ptr"].element_size())
+
+
+@autotune(
+    [config for configs in _CAUSAL_CONFIGS.values() for config in configs],
+    key=["long", "HEAD_DIM", "VALUE_DIM", "WINDOWED"],
+    prune=_prune_causal,
+)
+@triton.jit(do_not_specialize=["queries", "tokens", "window", "long"])
+def _causal_kernel(
+    query_ptr, key_ptr, value_ptr, visible_ptr, out_ptr, lse_ptr,
+    query_batch_stride, query_head_stride, query_stride,
+    key_batch_stride, key_head_stride, key_stride,
+    value_batch_stride, value_head_stride, value_stride,
+    heads, queries, tokens, window, scale, softcap,
+    long,  # only a key of the autotuner: whether the queries are many
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TAIL: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
+    PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    # one program owns BLOCK_QUERIES queries of one head; the last queries see most, so they start first
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    key_ptr += batch * key_batch_stride + (head // GROUP) * key_head_stride
+    value_ptr += batch * value_batch_stride + (head // GROUP) * value_head_stride
+
+    row = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)  # [Q]
+    row_ok = row < queries
+    query_offset = batch * query_batch_stride + head * query_head_stride + row.to(tl.int64) * query_stride
+    query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [Q, DIM]
+    if TAIL:
+        query_tail = load_tile(query_ptr, query_offset, row_ok, DIM, TAIL, HEAD_DIM)
+    position = tokens - queries + row  # [Q]
+    first = tokens - queries + block * BLOCK_QUERIES
+    last = tl.minimum(first + BLOCK_QUERIES, tokens) - 1
+
+    # keys full_low .. full_high are seen by every query of the block and need no mask
+    full_high = (first + 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    if WINDOWED:
+        low = tl.maximum(first - window + 1, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+        full_low = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_TOKENS) * BLOCK_TOKENS
+    else:
+        low = 0
+        full_low = 0
+
+    peak = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_QUERIES], tl.float32)
+    out = tl.zeros([BLOCK_QUERIES, VALUE_WIDTH], tl.float32)
+    out_tail = tl.zeros([BLOCK_QUERIES, VALUE_TAIL if VALUE_TAIL else 1], tl.float32)
+    column = tl.arange(0, BLOCK_TOKENS)  # [T]
+
+    # the keys at the edge of the window, those all queries see, and those at the diagonal
+    for part in tl.static_range(0 if WINDOWED else 1, 3):
+        if part == 0:
+            start_token = low
+            stop_token = tl.minimum(full_low, last + 1)
+        elif part == 1:
+            start_token = full_low
+            stop_token = full_high
+        else:
+            start_token = tl.maximum(full_low, full_high)
+            stop_token = last + 1
+        for start in range(start_token, stop_token, BLOCK_TOKENS):
+            token = start + column
+            token_ok = token < tokens
+            key_offset = column * key_stride
+            tile_ptr = key_ptr + wide(start) * key_stride
+            key = load_tile(tile_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]
+            logits = dot(query, tl.trans(key), tl.zeros([BLOCK_QUERIES, BLOCK_TOKENS], tl.float32))  # [Q, T]
+            if TAIL:
+                key_tail = load_tile(tile_ptr, key_offset, token_ok, DIM, TAIL, HEAD_DIM)
+                logits = dot(query_tail, tl.trans(key_tail), logits)
+            # base 2 inside: exp2 is one instruction
+            logits = bound_logits(logits, scale, softcap, SOFTCAPPED) * LOG2E
+            if part != 1:
+                seen = (token[None, :] <= position[:, None]) & token_ok[None, :]
+                if WINDOWED:
+                    seen = seen & (token[None, :] > position[:, None] - window)
+                logits = tl.where(seen, logits, float("-inf"))
+            if PADDED:
+                visible = tl.load(visible_ptr + batch * tokens + token, mask=token_ok, other=0)
+                logits = tl.where((visible != 0)[None, :], logits, float("-inf"))
+
+            risen = tl.maximum(peak, tl.max(logits, 1))
+            # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+            shift = tl.where(risen == float("-inf"), 0.0, risen)
+            fade = tl.exp2(peak - shift)
+            weight = tl.exp2(logits - shift[:, None])  # [Q, T]
+            peak = risen
+            total = total * fade + tl.sum(weight, 1)
+            value_offset = column * value_stride
+            tile_ptr = value_ptr + wide(start) * value_stride
+            value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_DIM)  # [T, VALUE_WIDTH]
+            weight = weight.to(value.dtype)
+            out = dot(weight, value, out * fade[:, None])
+            if VALUE_TAIL:
+                value_tail = load_tile(tile_ptr, value_offset, token_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
+                out_tail = dot(weight, value_tail, out_tail * fade[:, None])
+
+    lse_offset = (batch * heads + head) * queries + row
+    norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
+    if VALUE_TAIL:
+        store_tile(out_ptr, lse_offset * VALUE_DIM, out_tail * norm, row_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
+    tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["batch_size", "queries", "tokens", "splits", "split_tokens", "window"])
+def _split_kernel(
+    query_ptr, key_ptr, value_ptr, visible_ptr, positions_ptr, query_positions_ptr, out_ptr, lse_ptr, logits_ptr,
+    query_batch_stride, query_head_stride, query_stride,
+    key_batch_stride, key_head_stride, key_stride,
+    value_batch_stride, value_head_stride, value_stride,
+    batch_size, kv_heads, queries, tokens, splits, split_tokens, window, scale, softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TAIL: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLOTTED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    WRITES_LOGITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    # one program owns BLOCK_ROWS rows of one KV head and the tokens of one split;
+    # a row is one (query, head of the group), so that the group reads its keys once
+    row_blocks = tl.cdiv(queries * GROUP, BLOCK_ROWS)
+    split = tl.program_id(0) % splits
+    block = tl.program_id(0) // splits % row_blocks
+    owner = tl.program_id(0) // splits // row_blocks
+    kv_head = (owner % kv_heads).to(tl.int64)
+    batch = (owner // kv_heads).to(tl.int64)
+    key_ptr += batch * key_batch_stride + kv_head * key_head_stride
+    value_ptr += batch * value_batch_stride + kv_head * value_head_stride
+    positions_base = (batch * kv_heads + kv_head) * tokens
+
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
+    row_ok = row < queries * GROUP
+    index = (row // GROUP).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
+    query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
+    if TAIL:
+        query_tail = load_tile(query_ptr, query_offset, row_ok, DIM, TAIL, HEAD_DIM)
+    if SLOTTED:
+        if WINDOWED:
+            position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)  # [R]
+    else:
+        position = tokens - queries + index
+
+    peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
+    out_tail = tl.zeros([BLOCK_ROWS, VALUE_TAIL if VALUE_TAIL else 1], tl.float32)
+    column = tl.arange(0, BLOCK_TOKENS)  # [T]
+
+    for start in range(split * split_tokens, tl.minimum((split + 1) * split_tokens, tokens), BLOCK_TOKENS):
+        token = start + column
+        token_ok = token < tokens
+        key_offset = column * key_stride
+        tile_ptr = key_ptr + wide(start) * key_stride
+        key = load_tile(tile_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]
+        logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32))  # [R, T]
+        if TAIL:
+            key_tail = load_tile(tile_ptr, key_offset, token_ok, DIM, TAIL, HEAD_DIM)
+            logits = dot(query_tail, tl.trans(key_tail), logits)
+        logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
+        if SLOTTED:
+            slot_position = tl.load(positions_ptr + positions_base + token, mask=token_ok, other=-1)
+            seen = (slot_position >= 0)[None, :]
+        else:
+            slot_position = token
+            seen = (token[None, :] <= position[:, None]) & token_ok[None, :]
+        if WINDOWED:
+            seen = seen & (slot_position[None, :] > position[:, None] - window)
+        if PADDED:
+            visible = tl.load(visible_ptr + batch * tokens + token, mask=token_ok, other=0)
+            seen = seen & (visible != 0)[None, :]
+        logits = tl.where(seen, logits, float("-inf"))
+        if WRITES_LOGITS:
+            # one query: a row is a head
+            logits_offset = (batch * kv_heads * GROUP + head) * tokens
+            tl.store(
+                logits_ptr + logits_offset[:, None] + token[None, :], logits, mask=row_ok[:, None] & token_ok[None, :]
+            )
+
+        logits *= LOG2E
+        risen = tl.maximum(peak, tl.max(logits, 1))
+        # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+        shift = tl.where(risen == float("-inf"), 0.0, risen)
+        fade = tl.exp2(peak - shift)
+        weight = tl.exp2(logits - shift[:, None])  # [R, T]
+        peak = risen
+        total = total * fade + tl.sum(weight, 1)
+        value_offset = column * value_stride
+        tile_ptr = value_ptr + wide(start) * value_stride
+        value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_DIM)  # [T, VALUE_WIDTH]
+        weight = weight.to(value.dtype)
+        out = dot(weight, value, out * fade[:, None])
+        if VALUE_TAIL:
+            value_tail = load_tile(tile_ptr, value_offset, token_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
+            out_tail = dot(weight, value_tail, out_tail * fade[:, None])
+
+    lse_offset = ((split * batch_size + batch) * kv_heads * GROUP + head) * queries + index
+    norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
+    if VALUE_TAIL:
+        store_tile(out_ptr, lse_offset * VALUE_DIM, out_tail * norm, row_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
+    tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)

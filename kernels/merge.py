@@ -78,14 +78,35 @@ def _merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tenso
     rows, head_dim = lse.numel(), out.shape[-1]
     if out.numel():
         grid = (triton.cdiv(rows, _BLOCK_ROWS),)
-        _merge_states_kernel[grid](
-            tuple(outs), tuple(lses), out, lse, rows,
-            HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=_BLOCK_ROWS, BLOCK_DIM=triton.next_power_of_2(head_dim),
+        with torch.cuda.device_of(out):
+            _merge_states_kernel[grid](
+                tuple(outs), tuple(lses), out, lse, rows,
+                HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=_BLOCK_ROWS, BLOCK_DIM=triton.next_power_of_2(head_dim),
+            )  # fmt: skip
+    return out, lse
+
+
+def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """merge_states of the parts that a kernel's splits left.
+
+    Args:
+        outs: [parts, batch, heads, queries, head_dim] float32, contiguous.
+        lses: [parts, batch, heads, queries] float32, contiguous.
+        dtype: of the merged output.
+    """
+    parts, *shape, head_dim = outs.shape
+    out = outs.new_empty(*shape, head_dim, dtype=dtype)
+    lse = lses.new_empty(shape)
+    with torch.cuda.device_of(outs):
+        _merge_stack_kernel[(lse.numel(),)](
+            outs, lses, out, lse, lse.numel(), parts,
+            HEAD_DIM=head_dim, BLOCK_PARTS=_BLOCK_PARTS, BLOCK_DIM=triton.next_power_of_2(head_dim),
         )  # fmt: skip
     return out, lse
 
 
 _BLOCK_ROWS = 16
+_BLOCK_PARTS = 16
 
 
 @triton.jit
@@ -121,6 +142,42 @@ def _merge_states_kernel(
     merged = merged * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
     tl.store(out_ptr + tile, merged.to(out_ptr.dtype.element_ty), mask=tile_ok)
     tl.store(lse_ptr + row, shift + tl.log(total), mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def _merge_stack_kernel(
+    outs_ptr, lses_ptr, out_ptr, lse_ptr,  # [parts, rows, HEAD_DIM], [parts, rows], [rows, HEAD_DIM] and [rows]
+    rows, parts,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    # one program merges one row; few rows have many parts, so the parts are a side of the tile
+    row = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, BLOCK_DIM)  # [D]
+    dim_ok = dim < HEAD_DIM
+    peak = tl.full([BLOCK_PARTS], float("-inf"), tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)  # [P]
+        peak = tl.maximum(
+            peak, tl.load(lses_ptr + part.to(tl.int64) * rows + row, mask=part < parts, other=float("-inf"))
+        )
+    highest = tl.max(peak, 0)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+
+    total = tl.zeros([BLOCK_PARTS], tl.float32)
+    merged = tl.zeros([BLOCK_PARTS, BLOCK_DIM], tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        part_row = part.to(tl.int64) * rows + row
+        weight = tl.exp(tl.load(lses_ptr + part_row, mask=part < parts, other=float("-inf")) - shift)
+        ok = (weight > 0)[:, None] & dim_ok[None, :]
+        merged += weight[:, None] * tl.load(outs_ptr + part_row[:, None] * HEAD_DIM + dim[None, :], mask=ok, other=0.0)
+        total += weight
+    whole = tl.sum(total, 0)
+    out = tl.sum(merged, 0) * tl.where(whole > 0, 1.0 / whole, 0.0)
+    tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim_ok)
+    tl.store(lse_ptr + row, shift + tl.log(whole))
 
 
 def aot_cases() -> Iterator[AotCase]:

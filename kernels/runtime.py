@@ -19,11 +19,24 @@ def runs_triton(tensor: Tensor) -> bool:
     return (tensor.is_cuda or triton.knobs.runtime.interpret) and tensor.dtype != torch.float64
 
 
-def autotune(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
-    """triton.autotune on a GPU. The interpreter has no clock to tune by, so it takes the first config."""
+def autotune(
+    configs: list[triton.Config], key: list[str], prune: Callable[..., list[triton.Config]] | None = None
+) -> Callable[[Any], Any]:
+    """triton.autotune on a GPU. The interpreter has no clock to tune by, so it takes the first config.
+
+    Args:
+        key: arguments whose values, like all dtypes, call for tuning anew. None of them may change while decoding.
+        prune: (configs, arguments, **constants) to the configs worth trying there.
+    """
     if triton.knobs.runtime.interpret:
         return triton.heuristics({name: lambda _, value=value: value for name, value in configs[0].kwargs.items()})
-    return triton.autotune(configs, key)
+    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": prune} if prune else None)
+
+
+@functools.lru_cache
+def core_count(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of no matter elsewhere, so few that the interpreter's tests split keys too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def compilable(fake: Callable[..., Any], mutates: Iterable[str] = ()) -> Callable[[Function], Function]:
