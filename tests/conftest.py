@@ -1,0 +1,55 @@
+import os
+
+# before transformers is imported: no test waits for a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# what cuBLAS asks of those who want the deterministic mode of `fresh_memory_is_nan`
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import random
+import warnings
+
+import numpy
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # the workers share the cores
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch finds none"))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """torch.empty and its kin hold NaN (integers: their maximum), so a read before the first write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in float32 on the CPU, and its tokenizer. Do not change either."""
+    from kvcompress.loading import ModelUnavailableError, load_model
+
+    try:
+        return load_model()
+    except ModelUnavailableError as error:
+        pytest.skip(f"needs the real model: {error}")

