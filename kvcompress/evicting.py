@@ -1,8 +1,9 @@
 """Caches of fixed capacity that keep, per sequence and KV head, the tokens a policy scores highest.
 
 Every forward ends with an eviction, in prefill and at every decode step: the tokens just fed join the slots, the
-policy scores them all, and what is over the budget goes. Kept tokens stay at their true positions. Attention of a
-forward is exact over what was kept before and all that it was fed, causally.
+policy scores them all, and what is over the budget goes. Kept tokens stay at their true positions, or, with `rolled`,
+move up (kvcompress/rolled.py). Attention of a forward is exact over what was kept before and all that it was fed,
+causally.
 """
 
 import dataclasses
@@ -28,6 +29,8 @@ from kvcompress.policies.h2o import H2O
 from kvcompress.policies.policy import Candidates, Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
+from kvcompress.rolled import RolledSlots
+from kvcompress.rope import Rope
 from kvcompress.segments import EMPTY, Segment, SlotSegment
 
 _COUNTERS = ("lengths", "limits", "recents", "seen")
@@ -45,16 +48,19 @@ class EvictingLayer(CompressedLayer):
         budget: int | float,
         window: int | None = None,
         leads: bool = False,
+        rope: Rope | None = None,
     ) -> None:
         """
         Args:
             policy: what to keep.
             budget: tokens kept a sequence and KV head, or a fraction of the first forward's real tokens.
             padding, window, leads: as in CompressedLayer.
+            rope: the layer's rotary embedding, where the policy uses it.
         """
         super().__init__(padding, window, leads)
         self.policy = policy
         self.budget = budget
+        self.rope = rope
         self.slots: SlotSegment | None = None
         self.state: dict[str, Tensor] = {}
         # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps; and tokens seen by all
@@ -134,11 +140,12 @@ class EvictingLayer(CompressedLayer):
         at = self.lengths
         if chunk.visible is not None:
             at = torch.where(chunk.visible[:, 0], at, EMPTY)
+        placed, query_positions = self._place(chunk, self.lengths[:, None])
         slots.put(chunk.key, chunk.value, at)
-        query_positions = self.lengths[:, None]
+        keys = slots.placed_keys()
         out, attention = decode_attention(
-            chunk.query,
-            slots.keys,
+            placed.query,
+            keys,
             slots.values,
             slots.positions,
             query_positions,
@@ -147,12 +154,18 @@ class EvictingLayer(CompressedLayer):
             softcap=chunk.softcap,
         )
         self.lengths = self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
-        self._score_step(slots, chunk, query_positions, attention)
+        self._score_step(slots, placed, keys, query_positions, attention)
         self._evict_one(slots)
         return out
 
-    def _score_step(self, slots: SlotSegment, chunk: Chunk, query_positions: Tensor, attention: Tensor) -> None:
-        positions, scores, parts = slots.positions, slots.scores, [(slots.keys, slots.values)]
+    def _place(self, chunk: Chunk, query_positions: Tensor) -> tuple[Chunk, Tensor]:
+        """The chunk as it meets the slots' `placed_keys`, and the positions its queries then have, [batch, queries]."""
+        return chunk, query_positions
+
+    def _score_step(
+        self, slots: SlotSegment, chunk: Chunk, keys: Tensor, query_positions: Tensor, attention: Tensor
+    ) -> None:
+        positions, scores, parts = slots.positions, slots.scores, [(keys, slots.values)]
         spare = slots.spare[..., None]
         if self.policy.static:
             positions, scores = positions.gather(2, spare), scores.gather(2, spare)
@@ -166,7 +179,9 @@ class EvictingLayer(CompressedLayer):
             chunk.visible,
             self.lengths,
             parts,
+            chunk.scale,
             self.state,
+            self.rope,
         )
         scored = self.policy.score(candidates)
         if self.policy.static:
@@ -188,19 +203,21 @@ class EvictingLayer(CompressedLayer):
         fresh = self.slots is None
         slots = self._allocate(chunk)
         how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
-        query_positions = self._query_positions(chunk)
-        out, lse = causal_attention(chunk.query, chunk.key, chunk.value, visible=chunk.visible, **how)
+        places = self._query_positions(chunk)
+        placed, query_positions = self._place(chunk, places)
+        out, lse = causal_attention(placed.query, placed.key, chunk.value, visible=chunk.visible, **how)
         outs, lses = [out], [lse]
         if not fresh:
-            past_out, past_lse = slots.attend(chunk.query, query_positions, **how)
+            past_out, past_lse = slots.attend(placed.query, query_positions, **how)
             outs, lses = [*outs, past_out], [*lses, past_lse]
         if chunk.sinks is not None:
             outs, lses = with_sinks(outs, lses, chunk.sinks)
         if len(outs) > 1:
             out, lse = merge_states(outs, lses)
 
-        attention = self._observe(chunk, None if fresh else slots, query_positions, lse, how)
-        self._choose(chunk, slots, query_positions, attention)
+        attention = self._observe(placed, None if fresh else slots, query_positions, lse, how)
+        kept = self._choose(placed, slots, places, query_positions, attention)
+        slots.replace(chunk.key, chunk.value, *kept)
         return out
 
     def _query_positions(self, chunk: Chunk) -> Tensor:
@@ -234,8 +251,11 @@ class EvictingLayer(CompressedLayer):
             return torch.cat([torch.zeros_like(self.slots.scores), within], -1)
         return torch.cat([past.column_sums(query, query_positions[:, first:], lse, **how), within], -1)
 
-    def _choose(self, chunk: Chunk, slots: SlotSegment, query_positions: Tensor, attention: Tensor | None) -> None:
-        places = query_positions if chunk.visible is None else query_positions.masked_fill(~chunk.visible, EMPTY)
+    def _choose(
+        self, chunk: Chunk, slots: SlotSegment, places: Tensor, query_positions: Tensor, attention: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `SlotSegment.replace` needs: the chunk's positions, and the scores and the fate of all candidates."""
+        places = places if chunk.visible is None else places.masked_fill(~chunk.visible, EMPTY)
         places = places[:, None].expand(-1, chunk.key.shape[1], -1)
         tokens = chunk.tokens if chunk.visible is None else chunk.visible.sum(-1)
         self.lengths = self.lengths + tokens
@@ -248,12 +268,13 @@ class EvictingLayer(CompressedLayer):
             query_positions,
             chunk.visible,
             self.lengths,
-            [(slots.keys, slots.values), (chunk.key, chunk.value)],
+            [(slots.placed_keys(), slots.values), (chunk.key, chunk.value)],
+            chunk.scale,
             self.state,
+            self.rope,
         )
         scores = self.policy.score(candidates)
-        kept = self._kept(scores, candidates.positions)
-        slots.replace(chunk.key, chunk.value, places, scores, kept)
+        return places, scores, self._kept(scores, candidates.positions)
 
     def _kept(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Which candidates stay, [batch, kv_heads, candidates] bool: per sequence, as many as it may keep."""
@@ -281,8 +302,11 @@ class EvictingLayer(CompressedLayer):
             self.recents = recents.clamp(min=1).minimum(limits - self.policy.sinks).to(torch.int32)
             self.lengths = torch.zeros_like(self.limits)
             self.seen = torch.zeros((), dtype=torch.int64, device=device)
-            self.slots = SlotSegment(chunk.key, chunk.value, int(limits.max()) + 1)
+            self.slots = self._new_slots(chunk, int(limits.max()) + 1)
         return self.slots
+
+    def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
+        return SlotSegment(chunk.key, chunk.value, slots)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.slots is None:
@@ -292,18 +316,53 @@ class EvictingLayer(CompressedLayer):
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if tensors:
-            self.slots = SlotSegment.from_tensors(tensors)
+            self.slots = self._restored_slots(tensors)
             for name in _COUNTERS:
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self.lazy_initialization(self.slots.keys, self.slots.values)
+
+    def _restored_slots(self, tensors: dict[str, Tensor]) -> SlotSegment:
+        return SlotSegment.from_tensors(tensors)
+
+
+class RolledLayer(EvictingLayer):
+    """An evicting layer whose tokens are placed by their index among those kept."""
+
+    def _place(self, chunk: Chunk, query_positions: Tensor) -> tuple[Chunk, Tensor]:
+        slots, rope = self.slots, self.rope
+        assert isinstance(slots, RolledSlots)
+        assert rope is not None
+        indices = query_positions + (slots.held() - self.lengths)[:, None]
+        # float32 between the two turns: one rounding in place of two
+        query, key = (
+            rope.rotate(rope.unrotate(x.float(), query_positions[:, None]), indices[:, None]).to(x.dtype)
+            for x in (chunk.query, chunk.key)
+        )
+        return dataclasses.replace(chunk, query=query, key=key), indices
+
+    def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
+        return self._rolled(super()._new_slots(chunk, slots))
+
+    def _restored_slots(self, tensors: dict[str, Tensor]) -> SlotSegment:
+        return self._rolled(super()._restored_slots(tensors))
+
+    def _rolled(self, slots: SlotSegment) -> SlotSegment:
+        assert self.rope is not None
+        return RolledSlots.rolled(slots, self.rope)
 
 
 class EvictingCache(CompressedCache):
     """Keeps a budget of tokens, chosen by a policy: `EvictingCache(model, policy=SnapKV(window=32), budget=512)`."""
 
     def __init__(
-        self, model: PreTrainedModel, *, policy: Policy, budget: int | float, allocation: Allocation = "uniform"
+        self,
+        model: PreTrainedModel,
+        *,
+        policy: Policy,
+        budget: int | float,
+        allocation: Allocation = "uniform",
+        rolled: bool = False,
     ) -> None:
         """
         Args:
@@ -312,16 +371,24 @@ class EvictingCache(CompressedCache):
             budget: tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of the
                 real tokens of the first forward (pass a count where the prompt is fed in chunks).
             allocation: how layers share the budget, "uniform" or "pyramid".
+            rolled: close up the positions of the tokens kept, to go on past the length the model was trained for.
 
         Raises:
-            ValueError: the budget leaves no room for the tokens the policy always keeps, or the model is unsupported.
+            ValueError: the budget leaves no room for the tokens the policy always keeps, or the model is unsupported;
+                with `rolled`, also a model without rotary embeddings, or whose frequencies change with the length.
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
         self.policy = policy
         self.budget = _checked(budget, policy)
         self.allocation: Allocation = allocation
+        self.rolled = rolled
         super().__init__(model)
+        if rolled and not any(isinstance(layer, RolledLayer) or layer.is_sliding for layer in self.layers):
+            raise ValueError(
+                f"rolled closes up rotary positions, and {type(model).__name__} has none; leave it off, "
+                "and stay within the positions the model knows"
+            )
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         share = shares(self.allocation, layers)[index]
@@ -331,11 +398,18 @@ class EvictingCache(CompressedCache):
             budget = max(least, round(self.budget * share))
         else:
             budget = min(1.0, self.budget * share)
-        return EvictingLayer(self.padding, self.policy, budget, window, leads=index == 0)
+        rope = None
+        if self.policy.uses_rotary or (self.rolled and window is None):
+            model = self._model()
+            assert model is not None
+            rope = Rope.of(model, index)
+        # a sliding layer's distances never exceed its window, and a layer without positions has none to close up
+        kind = RolledLayer if self.rolled and window is None and rope is not None else EvictingLayer
+        return kind(self.padding, self.policy, budget, window, leads=index == 0, rope=rope)
 
     def _settings(self) -> dict[str, Any]:
         policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}
-        return {"policy": policy, "budget": self.budget, "allocation": self.allocation}
+        return {"policy": policy, "budget": self.budget, "allocation": self.allocation, "rolled": self.rolled}
 
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
@@ -354,7 +428,13 @@ class H2OCache(EvictingCache):
     """Heavy hitters and recent tokens (arXiv:2306.14048): `H2OCache(model, budget=512)`."""
 
     def __init__(
-        self, model: PreTrainedModel, *, budget: int | float, recent: int | float = 0.5, sinks: int = 0
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        recent: int | float = 0.5,
+        sinks: int = 0,
+        rolled: bool = False,
     ) -> None:
         """
         Args:
@@ -362,8 +442,9 @@ class H2OCache(EvictingCache):
             budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
             recent: newest tokens always kept: a count, or a fraction of the budget.
             sinks: first tokens always kept.
+            rolled: as in EvictingCache.
         """
-        super().__init__(model, policy=H2O(recent=recent, sinks=sinks), budget=budget)
+        super().__init__(model, policy=H2O(recent=recent, sinks=sinks), budget=budget, rolled=rolled)
 
 
 class SnapKVCache(EvictingCache):
@@ -381,16 +462,21 @@ class SnapKVCache(EvictingCache):
 
 
 class StreamingLLMCache(EvictingCache):
-    """Sinks and a recent window (arXiv:2309.17453): `StreamingLLMCache(model, budget=512)`."""
+    """Sinks and a recent window (arXiv:2309.17453): `StreamingLLMCache(model, budget=512)`.
 
-    def __init__(self, model: PreTrainedModel, *, budget: int | float, sinks: int = 4) -> None:
+    The paper counts positions within the cache, which `rolled=True` does; without it tokens keep their true
+    positions, which serves up to the length the model was trained for.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, budget: int | float, sinks: int = 4, rolled: bool = False) -> None:
         """
         Args:
             model: the model the cache will be used with.
             budget: tokens kept: a count, or a fraction of the prompt.
             sinks: first tokens kept; the rest of the budget is the window.
+            rolled: as in EvictingCache.
         """
-        super().__init__(model, policy=StreamingLLM(sinks=sinks), budget=budget)
+        super().__init__(model, policy=StreamingLLM(sinks=sinks), budget=budget, rolled=rolled)
 
 
 def _checked(budget: int | float, policy: Policy) -> int | float:
@@ -406,5 +492,5 @@ def _checked(budget: int | float, policy: Policy) -> int | float:
     return budget
 
 
-def _subclasses(kind: type) -> set[type]:
-    return {kind} | {leaf for child in kind.__subclasses__() for leaf in _subclasses(child)}
+def _subclasses(kind: type[Policy]) -> set[type[Policy]]:
+    return {kind}.union(*(_subclasses(child) for child in kind.__subclasses__()))

@@ -85,12 +85,16 @@ class SlotSegment(Segment):
         """Slots per KV head, the spare one included."""
         return self.keys.shape[2]
 
+    def placed_keys(self) -> Tensor:
+        """The keys as queries meet them, rotated to where they stand, [batch, kv_heads, slots, head_dim]."""
+        return self.keys
+
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         return slot_attention(
             query,
-            self.keys,
+            self.placed_keys(),
             self.values,
             self.positions,
             query_positions,
@@ -111,7 +115,14 @@ class SlotSegment(Segment):
     ) -> Tensor:
         """Attention each slot received, [batch, kv_heads, slots] float32, given the queries' whole log-sum-exp."""
         return slot_column_sums(
-            query, self.keys, self.positions, query_positions, lse, scale=scale, window=window, softcap=softcap
+            query,
+            self.placed_keys(),
+            self.positions,
+            query_positions,
+            lse,
+            scale=scale,
+            window=window,
+            softcap=softcap,
         )
 
     def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:

@@ -7,10 +7,26 @@ sequence (scores, `Candidates.state`) belongs to the cache.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Rotary(Protocol):
+    """A layer's rotary position embedding, as a policy may ask for it.
+
+    Positions are integers that broadcast to x, [..., head_dim], without its head_dim.
+    """
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Vectors without a position, turned to these positions."""
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Takes back `rotate`."""
+
+    def rotate_average(self, x: Tensor, first: Tensor, count: int) -> Tensor:
+        """The mean of `rotate(x, p)` over p = first, ..., first + count - 1."""
 
 
 @dataclass
@@ -22,10 +38,14 @@ class Candidates:
     attention: [batch, kv_heads, candidates] float32, attention received in this forward from the queries the policy
         observes, summed over them and over the query heads of the group; None where it observes none.
     query: [batch, heads, queries, head_dim], this forward's queries.
-    query_positions: [batch, queries] int32, their places; of no meaning for padding.
+    query_positions: [batch, queries] int32, the positions to which the queries are rotated (their places in the
+        sequence, or among the tokens kept where a cache rolls positions); of no meaning for padding.
     visible: [batch, queries] bool, False where the query is padding; None where none is.
     lengths: [batch] int32, real tokens of each sequence so far.
-    state: tensors, batch first, that the policy wants to find again next time.
+    parts: keys and values of the slots, then of the tokens just fed; read `keys` and `values` instead.
+    scale: factor of q.k in the layer's attention.
+    state: tensors, batch first, that the policy wants to find again next time; they count as memory of the cache.
+    rotary: the layer's rotary embedding, for a policy that says it `uses_rotary`; None where the layer has none.
     """
 
     positions: Tensor
@@ -36,7 +56,9 @@ class Candidates:
     visible: Tensor | None
     lengths: Tensor
     parts: list[tuple[Tensor, Tensor]]
+    scale: float = 1.0
     state: dict[str, Tensor] = field(default_factory=dict)
+    rotary: Rotary | None = None
 
     @property
     def queries(self) -> int:
@@ -67,6 +89,8 @@ class Policy:
 
     # scores of a token never change, so only new tokens are scored
     static: ClassVar[bool] = False
+    # wants `Candidates.rotary`; a model whose rotary embedding cannot be taken back is then refused
+    uses_rotary: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.recent, float):
