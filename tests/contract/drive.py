@@ -1,0 +1,64 @@
+"""How the tests drive a cache: generate under recording, feed by hand, replay what was recorded."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from tests.contract.caches import Entry
+from tests.contract.models import PAD, places
+from tests.contract.oracle import Transcript, recording
+
+
+def generate(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> Tensor:
+    """`model.generate` with a cache; greedy and 12 tokens where nothing else is asked. Gives prompt and answer."""
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": PAD, "disable_compile": True, **settings}
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+
+
+def full(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> Tensor:
+    """What transformers' own cache generates."""
+    return generate(model, DynamicCache(config=model.config), ids, mask, **settings)
+
+
+def recorded(
+    entry: Entry, model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **settings: Any
+) -> tuple[Tensor, Any, Transcript]:
+    """Generates through a new cache: the ids, the cache and what went through it."""
+    cache = entry.build(model)
+    with recording(model, cache, entry.kept, entry.decoded) as transcript:
+        out = generate(model, cache, ids, mask, **settings)
+    return out, cache, transcript
+
+
+@torch.no_grad()
+def feed(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One forward of new tokens; mask [batch, tokens seen + new]. The logits, [batch, new, vocabulary]."""
+    if mask is None:
+        mask = torch.ones(ids.shape[0], cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
+    position_ids = places(mask)[:, -ids.shape[1] :]
+    return model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+
+
+def replay(model: PreTrainedModel, cache: Any, transcript: Transcript) -> list[Tensor]:
+    """Feeds a transcript's tokens, forward by forward, to another cache; the logits of each forward."""
+    logits, start = [], 0
+    for forward in transcript.forwards:
+        logits.append(feed(model, cache, forward.ids, forward.visible.long())[:, -forward.logits.shape[1] :])
+        start += forward.queries
+    return logits
+
+
+def tokens_kept(cache: Any) -> list[Tensor]:
+    """Tokens kept by layer, [batch, kv_heads]."""
+    return cache.memory().tokens_kept
+
+
+def assert_same_state(entry: Entry, cache: Any, other: Any, rows: Any = slice(None), other_rows: Any = slice(None)):
+    """Two caches have seen as much and hold the same tokens."""
+    assert cache.get_seq_length() == other.get_seq_length()
+    for index, (held, wanted) in enumerate(zip(entry.kept(cache), entry.kept(other), strict=True)):
+        if held is not None and wanted is not None:
+            assert torch.equal(held[rows], wanted[other_rows]), f"layer {index} holds other tokens"

@@ -1,0 +1,115 @@
+"""Tiny random models, one a family: small enough to run thousands of times, with attention peaked enough to tell."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCABULARY = 128
+PAD = 0
+WINDOW = 12
+
+# what every config here shares; a family that calls a size by another name overrides it below
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "mistral": {"model_type": "mistral", "sliding_window": WINDOW},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "gemma2": {
+        "model_type": "gemma2",
+        "attention": "eager",
+        "head_dim": 32,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 24,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 24,
+    },
+    "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": None},
+    "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
+    "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **_EXPERTS},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "attention": "eager",
+        "head_dim": 32,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **_EXPERTS,
+    },
+}
+
+
+def build(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of its own, for tests that change it."""
+    settings = {**_SIZES, **FAMILIES[family], **changes}
+    attention, dtype = settings.pop("attention", "sdpa"), settings.pop("dtype", torch.float32)
+    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for name, parameter in model.named_parameters():
+        # what starts at a constant (biases, norms, sinks) would test nothing
+        if parameter.dim() == 1:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) * (1.0 if "sinks" in name else 0.1))
+    model.generation_config.eos_token_id = None
+    return model.to(DEVICE, dtype).eval()
+
+
+@functools.cache
+def tiny(family: str = "llama", **changes: Any) -> PreTrainedModel:
+    """A model shared between tests; they may build caches for it and change nothing else."""
+    return build(family, **changes)
+
+
+def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:
+    """Random tokens, never the padding token, [batch, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (batch, tokens), generator=generator).to(DEVICE)
+
+
+def left_padded(rows: list[Tensor], tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows [tokens of the row] as one batch: ids and mask, [batch, tokens]."""
+    tokens = tokens or max(len(row) for row in rows)
+    ids = torch.full((len(rows), tokens), PAD, device=DEVICE)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, tokens - len(row) :] = row
+        mask[index, tokens - len(row) :] = 1
+    return ids, mask
+
+
+def places(mask: Tensor) -> Tensor:
+    """Position ids as `generate` makes them, [batch, tokens]."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

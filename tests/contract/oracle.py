@@ -1,0 +1,276 @@
+"""The oracle: full attention, in plain torch, with the tokens that a cache dropped masked out.
+
+A `Transcript` writes down every forward that goes through a cache: what was fed, with which padding mask, and which
+tokens each layer and KV head held before it. From that follows who may see whom, for all tokens of the conversation:
+
+    query i sees token j   iff   j is not padding, and
+                                 i and j were fed together and j <= i,   or   j was held when i was fed
+
+(and i - j < window on a sliding layer, i and j counted without padding). One forward over the whole conversation,
+without any cache, under that mask must give the logits that the cache gave one by one.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+
+# what a cache holds in a layer: [batch, kv_heads, places] bool, or None for every token seen
+Kept = list[Tensor | None]
+
+
+@dataclass
+class Forward:
+    """One call of the model.
+
+    ids: [batch, queries]. visible: [batch, seen + queries] bool, the padding as this forward was told.
+    position_ids: [batch, queries]. kept: for each layer the columns held before it, [batch, kv_heads, seen] bool,
+    or None for all. decoded: for each layer the keys and values a lossy cache gives for them, or None.
+    logits: [batch, the last queries, vocabulary].
+    """
+
+    ids: Tensor
+    visible: Tensor
+    position_ids: Tensor
+    kept: Kept
+    decoded: list[tuple[Tensor, Tensor]] | None
+    logits: Tensor
+
+    @property
+    def queries(self) -> int:
+        return self.ids.shape[1]
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.ids, self.visible, self.position_ids = map(change, (self.ids, self.visible, self.position_ids))
+        self.kept = [None if kept is None else change(kept) for kept in self.kept]
+        if self.decoded is not None:
+            self.decoded = [(change(key), change(value)) for key, value in self.decoded]
+        self.logits = change(self.logits)
+
+
+@dataclass
+class Transcript:
+    """All forwards of one cache, in order, rows as the cache has them now."""
+
+    forwards: list[Forward] = field(default_factory=list)
+
+    @property
+    def seen(self) -> int:
+        return sum(forward.queries for forward in self.forwards)
+
+    @property
+    def fed(self) -> list[int]:
+        """Tokens fed by each forward."""
+        return [forward.queries for forward in self.forwards]
+
+    @property
+    def ids(self) -> Tensor:
+        """All that was fed, [batch, tokens]."""
+        return torch.cat([forward.ids for forward in self.forwards], 1)
+
+    @property
+    def visible(self) -> Tensor:
+        """The padding mask as it stands, [batch, tokens] bool."""
+        return self.forwards[-1].visible
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        for forward in self.forwards:
+            forward.map_rows(change)
+
+    def crop(self, tokens: int) -> None:
+        while tokens:
+            last = self.forwards[-1]
+            if last.queries <= tokens:
+                tokens -= last.queries
+                self.forwards.pop()
+                continue
+            last.ids, last.visible = last.ids[:, :-tokens], last.visible[:, :-tokens]
+            last.position_ids, last.logits = last.position_ids[:, :-tokens], last.logits[:, :-tokens]
+            tokens = 0
+
+
+@contextmanager
+def recording(
+    model: PreTrainedModel,
+    cache: Cache,
+    kept: Callable[[Cache], Kept],
+    decoded: Callable[[Cache], list[tuple[Tensor, Tensor]]] | None = None,
+    transcript: Transcript | None = None,
+) -> Iterator[Transcript]:
+    """Writes down the forwards of a model through a cache, and follows its rows where the cache moves them.
+
+    Args:
+        kept: reads which places (tokens of the row itself, padding not counted) each layer holds.
+        decoded: reads what a lossy cache gives for the tokens seen.
+        transcript: an earlier one of this cache, to go on with.
+    """
+    transcript = Transcript() if transcript is None else transcript
+    before: dict[str, Any] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("past_key_values") is not cache:
+            return
+        assert cache.get_seq_length() == transcript.seen, "get_seq_length() must count the tokens seen"
+        before["kept"] = _columns(kept(cache), transcript.visible) if transcript.forwards else []
+        before["decoded"] = decoded(cache) if decoded is not None and transcript.forwards else None
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("past_key_values") is not cache:
+            return
+        ids = args[0] if args else kwargs["input_ids"]
+        visible = _visible(kwargs.get("attention_mask"), ids, transcript)
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = transcript.seen + torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
+        transcript.forwards.append(
+            Forward(ids, visible, position_ids.expand_as(ids), before["kept"], before["decoded"], output.logits.detach())
+        )
+
+    def follow(name: str, change: Callable[..., None]) -> None:
+        method = getattr(cache, name)
+
+        def both(*args: Any, **kwargs: Any) -> None:
+            method(*args, **kwargs)
+            change(*args, **kwargs)
+
+        setattr(cache, name, both)
+
+    follow("reorder_cache", lambda beam_idx: transcript.map_rows(lambda rows: rows[beam_idx]))
+    follow("batch_select_indices", lambda indices: transcript.map_rows(lambda rows: rows[indices]))
+    follow("batch_repeat_interleave", lambda repeats: transcript.map_rows(lambda rows: rows.repeat_interleave(repeats, 0)))
+    follow("crop", lambda tokens_to_remove: transcript.crop(-tokens_to_remove))
+    hooks = [
+        model.register_forward_pre_hook(enter, with_kwargs=True),
+        model.register_forward_hook(leave, with_kwargs=True),
+    ]
+    try:
+        yield transcript
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"):
+            delattr(cache, name)
+
+
+def assert_equals_oracle(model: PreTrainedModel, transcript: Transcript, **tolerance: float) -> None:
+    """Every logit of every real token is what full attention gives with the dropped tokens masked out."""
+    # float32 sums of other order, through three layers of large weights
+    tolerance = tolerance or {"rtol": 1e-4, "atol": 2e-4}
+    expected = oracle_logits(model, transcript)
+    start = 0
+    for index, forward in enumerate(transcript.forwards):
+        stop = start + forward.queries
+        judged = forward.logits.shape[1]
+        real = forward.visible[:, stop - judged : stop]
+        assert torch.isfinite(forward.logits).all(), f"forward {index} gave what is not a number"
+        torch.testing.assert_close(
+            forward.logits[real],
+            expected[:, stop - judged : stop][real],
+            msg=lambda text, index=index: f"forward {index} (of {transcript.fed} tokens): {text}",
+            **tolerance,
+        )
+        start = stop
+
+
+@torch.no_grad()
+def oracle_logits(model: PreTrainedModel, transcript: Transcript) -> Tensor:
+    """The logits of one forward over all of a transcript's tokens, [batch, tokens, vocabulary]."""
+    judge = copy.deepcopy(model)
+    judge.set_attn_implementation("oracle")
+    global _transcript
+    _transcript = transcript
+    try:
+        position_ids = torch.cat([forward.position_ids for forward in transcript.forwards], 1)
+        return judge(input_ids=transcript.ids, position_ids=position_ids, use_cache=False).logits
+    finally:
+        _transcript = None
+
+
+_transcript: Transcript | None = None
+
+
+def _oracle_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    assert _transcript is not None
+    group = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    outs, start = [], 0
+    for forward in _transcript.forwards:
+        stop = start + forward.queries
+        keys, values = key[:, :, :stop], value[:, :, :stop]
+        if forward.decoded is not None and start:
+            past_key, past_value = forward.decoded[module.layer_idx]
+            keys = torch.cat([past_key, key[:, :, start:stop]], 2)
+            values = torch.cat([past_value, value[:, :, start:stop]], 2)
+        sees = _sees(forward, module.layer_idx, start, key.shape[1], sliding_window).repeat_interleave(group, 1)
+        keys, values = (x.float().repeat_interleave(group, 1) for x in (keys, values))
+        logits = query[:, :, start:stop].float() @ keys.mT * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~sees, -torch.inf)
+        if s_aux is not None:
+            logits = torch.cat([logits, s_aux.float()[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
+        # a query that sees nothing, as padding may, attends to nothing
+        weights = logits.softmax(-1).nan_to_num(0.0)[..., :stop]
+        outs.append((weights @ values).to(query.dtype))
+        start = stop
+    return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
+
+
+def _sees(forward: Forward, layer: int, start: int, kv_heads: int, window: int | None) -> Tensor:
+    """Who sees whom, [batch, kv_heads, queries, start + queries] bool."""
+    stop = start + forward.queries
+    batch, device = forward.ids.shape[0], forward.ids.device
+    query = torch.arange(start, stop, device=device)[:, None]
+    column = torch.arange(stop, device=device)[None]
+    sees = (column <= query).expand(batch, kv_heads, -1, -1).clone()
+    if start and forward.kept[layer] is not None:
+        sees[..., :start] &= forward.kept[layer][:, :, None]
+    sees &= forward.visible[:, None, None, :]
+    if window is not None:
+        place = forward.visible.cumsum(-1)
+        sees &= (place[:, start:, None] - place[:, None, :] < window)[:, None]
+    return sees
+
+
+def _columns(kept: Kept, visible: Tensor) -> Kept:
+    """Places, padding not counted, as columns of what was fed, [batch, kv_heads, seen] bool."""
+    place = (visible.cumsum(-1) - 1).clamp(min=0)
+    columns: Kept = []
+    for held in kept:
+        if held is not None:
+            held = held.gather(2, place[:, None].expand(-1, held.shape[1], -1)) & visible[:, None]
+        columns.append(held)
+    return columns
+
+
+def _visible(mask: Any, ids: Tensor, transcript: Transcript) -> Tensor:
+    # models with layers of several kinds are handed a mask for each kind
+    if isinstance(mask, dict):
+        mask = next((value for value in mask.values() if value is not None), None)
+    past = transcript.visible if transcript.forwards else ids.new_zeros(ids.shape[0], 0, dtype=torch.bool)
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if mask.shape[1] == ids.shape[1]:
+        mask = torch.cat([past, mask.bool()], 1)
+    return mask.bool()
+
+
+AttentionInterface.register("oracle", _oracle_attention)
+AttentionMaskInterface.register("oracle", lambda *args, **kwargs: None)
