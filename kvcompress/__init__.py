@@ -1,11 +1,35 @@
 """Drop-in Hugging Face caches that keep less and read less."""
 
-from kvcompress import hf
-from kvcompress.dense import DenseCache as DenseCache
-from kvcompress.evicting import EvictingCache as EvictingCache
-from kvcompress.evicting import H2OCache as H2OCache
-from kvcompress.evicting import SnapKVCache as SnapKVCache
-from kvcompress.evicting import StreamingLLMCache as StreamingLLMCache
-from kvcompress.loading import load_model as load_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-hf.register()
+if TYPE_CHECKING:
+    from kvcompress.cache import CompressedCache as CompressedCache
+    from kvcompress.dense import DenseCache as DenseCache
+    from kvcompress.evicting import EvictingCache as EvictingCache
+    from kvcompress.evicting import H2OCache as H2OCache
+    from kvcompress.evicting import SnapKVCache as SnapKVCache
+    from kvcompress.evicting import StreamingLLMCache as StreamingLLMCache
+    from kvcompress.loading import load_model as load_model
+
+# found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
+_HOMES = {
+    "CompressedCache": "cache",
+    "DenseCache": "dense",
+    "EvictingCache": "evicting",
+    "H2OCache": "evicting",
+    "SnapKVCache": "evicting",
+    "StreamingLLMCache": "evicting",
+    "load_model": "loading",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

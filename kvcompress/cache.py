@@ -29,7 +29,7 @@ class CompressedCache(hf.Cache):
     come through a kvcompress cache. Subclasses build their layers in `_layer`.
     """
 
-    layers: list[CompressedLayer]
+    layers: list[CompressedLayer]  # type: ignore[assignment]
 
     def __init__(self, model: PreTrainedModel) -> None:
         """
@@ -64,8 +64,9 @@ class CompressedCache(hf.Cache):
             layer_idx and self.layers[layer_idx - 1].in_hand is not None
         ):
             raise RuntimeError(
-                f"the model's attention implementation is {chosen!r}, not the one this cache selected when it was built; "
-                f"build the cache anew, with the model that uses it, or call model.set_attn_implementation({hf.IMPLEMENTATION!r})"
+                f"the model's attention implementation is {chosen!r}, not the one this cache selected when it was "
+                "built; build the cache anew, with the model that uses it, or call "
+                f"model.set_attn_implementation({hf.IMPLEMENTATION!r})"
             )
 
     @property
@@ -82,8 +83,7 @@ class CompressedCache(hf.Cache):
             for segment in layer.segments():
                 for name, tensor in segment.tensors().items():
                     members.setdefault(name, []).append(tensor)
-            for name, tensor in layer.counters().items():
-                members.setdefault(name, []).append(tensor)
+            members.setdefault("counters", []).extend(layer.counters().values())
             if layer.kv_shape is not None:
                 full += full_cache_bytes(int(layer.get_seq_length()), layer.window, layer.kv_shape, layer.dtype)
         if self.padding.visible is not None:
@@ -112,7 +112,7 @@ class CompressedCache(hf.Cache):
         self.padding.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._map_padding(lambda visible: visible[beam_idx.to(visible.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:

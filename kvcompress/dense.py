@@ -54,7 +54,8 @@ class DenseLayer(CompressedLayer):
         self.dense.show(visible[:, past - self.dense.length : past].to(remap.device))
 
     def tokens_kept(self) -> Tensor:
-        assert self.dense is not None and self.kv_shape is not None
+        assert self.dense is not None
+        assert self.kv_shape is not None
         _, _, visible = self.dense.held()
         batch, kv_heads, _ = self.kv_shape
         kept = self.dense.keys.new_full((batch,), self.dense.length) if visible is None else visible.sum(-1)

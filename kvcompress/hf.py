@@ -103,7 +103,8 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
         raise ValueError(f"{name} is multimodal; kvcompress serves text models: pass its language model")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); kvcompress serves MHA, GQA and MQA"
+            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); "
+            "kvcompress serves MHA, GQA and MQA"
         )
     return config
 
@@ -182,7 +183,7 @@ def _attention(
 
 
 def _previous_attention(module: nn.Module, previous: str) -> Any:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(previous, eager)
 
 
@@ -222,3 +223,6 @@ def _mask(
         )
     # the compiled step wants a mask that does not grow: past tokens carry their padding in their slots
     return attention_mask[:, -q_length:] if q_length == 1 and attention_mask.is_cuda else attention_mask
+
+
+register()

@@ -63,7 +63,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         raise NotImplementedError
 
     def _attend(self, chunk: Chunk) -> Tensor:
-        """Attention of a chunk to all that is held and to itself, [batch, heads, queries, head_dim]; stores the chunk."""
+        """Stores the chunk; its attention to all that is held and to itself, [batch, heads, queries, head_dim]."""
         raise NotImplementedError
 
     def _remap(self, remap: Tensor) -> None:
@@ -97,7 +97,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes the new tokens, [batch, kv_heads, tokens, head_dim], and hands the key over to the attention function."""
+        """Takes the new tokens in hand, [batch, kv_heads, tokens, head_dim]; the key finds its way back to `attend`."""
         if self.in_hand is not None:
             raise RuntimeError(
                 "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"

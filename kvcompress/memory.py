@@ -12,7 +12,7 @@ class MemoryReport:
 
     by_component: bytes by what they hold (keys, values, scores, ...), whole storages, each counted once.
     by_device: bytes by device.
-    full_bytes: what keys and values of every token seen (within the window, on sliding layers) would take, pads included.
+    full_bytes: what keys and values of every token seen would take (on sliding layers, of the window), pads included.
     tokens_seen: tokens fed, pads included.
     tokens_kept: a tensor [batch, kv_heads] for each layer.
     """
@@ -47,10 +47,11 @@ class MemoryReport:
     def __str__(self) -> str:
         kept = [layer.float().mean().item() for layer in self.tokens_kept]
         span = f"{min(kept):.0f} to {max(kept):.0f}" if kept else "0"
+        share = f"{self.ratio:.1%} of the full cache's {_size(self.full_bytes)}"
         rows = [
             f"tokens seen {self.tokens_seen}, kept per layer and head {span}",
             *(f"  {name:<12} {_size(size):>12}" for name, size in sorted(self.by_component.items())),
-            f"  {'total':<12} {_size(self.total_bytes):>12}   {self.ratio:.1%} of the full cache's {_size(self.full_bytes)}",
+            f"  {'total':<12} {_size(self.total_bytes):>12}   {share}",
             *(f"  on {device:<9} {_size(size):>12}" for device, size in sorted(self.by_device.items())),
         ]
         return "\n".join(rows)
