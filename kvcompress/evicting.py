@@ -24,7 +24,7 @@ from kvcompress.kernels.evict import choose_victim
 from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import Chunk, CompressedLayer
 from kvcompress.padding import PaddingRecord
-from kvcompress.policies.allocation import Allocation, shares
+from kvcompress.policies.allocation import Allocation, layer_budgets
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.policy import Candidates, Policy
 from kvcompress.policies.snapkv import SnapKV
@@ -391,13 +391,7 @@ class EvictingCache(CompressedCache):
             )
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        share = shares(self.allocation, layers)[index]
-        least = self.policy.least_budget()
-        budget: int | float
-        if isinstance(self.budget, int):
-            budget = max(least, round(self.budget * share))
-        else:
-            budget = min(1.0, self.budget * share)
+        budget = layer_budgets(self.allocation, self.budget, layers, self.policy.least_budget())[index]
         rope = None
         if self.policy.uses_rotary or (self.rolled and window is None):
             model = self._model()

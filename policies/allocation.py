@@ -1,7 +1,8 @@
 """How a cache's budget is shared out between its layers.
 
-`pyramid` follows PyramidKV (arXiv:2406.02069): early layers attend broadly and get more, late layers less, on a
-straight line whose mean is the budget.
+`pyramid` follows PyramidKV (arXiv:2406.02069): early layers attend broadly and get more, late layers less. What the
+policy keeps in any case (sinks, recent tokens) every layer gets; the rest of the budget falls on a straight line from
+the first layer to the last, whose mean is the budget and whose end is a twentieth of it.
 """
 
 from typing import Literal
@@ -9,20 +10,34 @@ from typing import Literal
 Allocation = Literal["uniform", "pyramid"]
 ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "pyramid")
 
-# the paper's beta: the last layer gets 1 / 20 of the budget, the first 39 / 20
+# the paper's beta: the last layer gets 1 / 20 of the mean, the first 39 / 20
 _STEEPNESS = 20
 
 
-def shares(allocation: Allocation, layers: int) -> list[float]:
-    """Each layer's budget as a multiple of the mean budget; the multiples average 1.
+def layer_budgets(allocation: Allocation, budget: int | float, layers: int, least: int = 1) -> list[int] | list[float]:
+    """Each layer's budget; their mean is the budget, to within the rounding of token counts.
+
+    Args:
+        allocation: "uniform" or "pyramid".
+        budget: mean over the layers: a count of tokens, or a fraction of the prompt.
+        layers: how many.
+        least: tokens that every layer gets, at most a budget that is a count. Fractions have no such floor here.
 
     Raises:
         ValueError: an unknown allocation.
     """
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
     if allocation == "uniform" or layers == 1:
-        return [1.0] * layers
-    if allocation == "pyramid":
-        last = 1.0 / _STEEPNESS
-        step = (2.0 - 2.0 * last) / (layers - 1)
-        return [2.0 - last - step * index for index in range(layers)]
-    raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
+        return [budget] * layers
+    if isinstance(budget, int):
+        shared = budget - least
+        line = _line(2 * shared - shared / _STEEPNESS, shared / _STEEPNESS, layers)
+        return [least + round(share) for share in line]
+    # nobody keeps more than the whole prompt; what the first layers cannot use, the last ones get
+    most = min(1.0, 2 * budget - budget / _STEEPNESS)
+    return _line(most, 2 * budget - most, layers)
+
+
+def _line(first: float, last: float, layers: int) -> list[float]:
+    return [first + (last - first) * index / (layers - 1) for index in range(layers)]

@@ -39,7 +39,8 @@ class Candidates:
         observes, summed over them and over the query heads of the group; None where it observes none.
     query: [batch, heads, queries, head_dim], this forward's queries.
     query_positions: [batch, queries] int32, the positions to which the queries are rotated (their places in the
-        sequence, or among the tokens kept where a cache rolls positions); of no meaning for padding.
+        sequence, or among the tokens kept where a cache rolls positions); for padding, at most one more than the
+        newest real token's.
     visible: [batch, queries] bool, False where the query is padding; None where none is.
     lengths: [batch] int32, real tokens of each sequence so far.
     parts: keys and values of the slots, then of the tokens just fed; read `keys` and `values` instead.

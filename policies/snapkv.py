@@ -2,9 +2,12 @@
 
     score[j] = pool over neighbours of j of sum over the last `window` queries i of softmax(q_i . k)[j]
 
+The window's own tokens are kept whatever they score, and lend nothing to their neighbours before the window.
+
 The paper compresses once, after the prompt. Here eviction goes on while decoding, so the observation window slides:
-each new query adds its attention and the older ones fade, `score = (1 - 1 / window) * score + attention`, whose
-memory is `window` queries. Without that, what is generated could never be judged against the prompt.
+a forward of n < window queries adds its attention and what was observed before fades,
+`score = (1 - n / window) * score + attention`, whose memory is `window` queries. Without that, what is generated could
+never be judged against the prompt. The attention of a single query is not pooled.
 """
 
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ from kvcompress.policies.policy import Candidates, Policy
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
     """The defaults of the official code: 32 queries observed and kept, pooling over 5 tokens by average.
+
+    Its experiments also use windows of 16 and 64, and pooling over 7 tokens by maximum (LongBench).
 
     window: queries observed at the end of each forward.
     kernel: tokens pooled together, an odd number; 1 for none.
@@ -47,14 +52,19 @@ class SnapKV(Policy):
         assert candidates.attention is not None
         if candidates.queries == 1:
             return candidates.scores * (1.0 - 1.0 / self.window) + candidates.attention
-        return self._pool(candidates.attention, candidates.positions)
+        attention = candidates.attention if self.kernel == 1 else self._pool(candidates)
+        if candidates.visible is None:
+            return attention + max(0.0, 1.0 - candidates.queries / self.window) * candidates.scores
+        fade = (1.0 - candidates.visible.sum(-1) / self.window).clamp(min=0.0)
+        return attention + fade[:, None, None] * candidates.scores
 
-    def _pool(self, attention: Tensor, positions: Tensor) -> Tensor:
-        if self.kernel == 1:
-            return attention
+    def _pool(self, candidates: Candidates) -> Tensor:
+        attention, positions = candidates.attention, candidates.positions
+        assert attention is not None
+        within = positions >= (candidates.lengths - self.window)[:, None, None]
         # neighbours in the text: slots are in no order, and what is missing has no attention to lend
         order = positions.argsort(dim=-1, stable=True)
-        in_order = attention.masked_fill(positions < 0, 0.0).gather(-1, order)
+        in_order = attention.masked_fill(within | (positions < 0), 0.0).gather(-1, order)
         pool = torch.nn.functional.avg_pool1d if self.pooling == "avg" else torch.nn.functional.max_pool1d
         pooled = pool(in_order, self.kernel, stride=1, padding=self.kernel // 2)
-        return torch.empty_like(attention).scatter_(-1, order, pooled)
+        return torch.where(within, attention, torch.empty_like(attention).scatter_(-1, order, pooled))
