@@ -84,6 +84,7 @@ class CompressedCache(hf.Cache):
                 for name, tensor in segment.tensors().items():
                     members.setdefault(name, []).append(tensor)
             members.setdefault("counters", []).extend(layer.counters().values())
+            members.setdefault("statistics", []).extend(layer.statistics().values())
             if layer.kv_shape is not None:
                 full += full_cache_bytes(int(layer.get_seq_length()), layer.window, layer.kv_shape, layer.dtype)
         if self.padding.visible is not None:

@@ -80,7 +80,10 @@ class EvictingLayer(CompressedLayer):
             "limits": self.limits,
             "recents": self.recents,
             "seen": self.seen,
-        } | self.state
+        }
+
+    def statistics(self) -> dict[str, Tensor]:
+        return self.state
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_tensors(change)

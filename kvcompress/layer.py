@@ -83,6 +83,10 @@ class CompressedLayer(hf.CacheLayerMixin):
         """Small tensors that belong to the layer and to no segment, by name."""
         return {}
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What the layer's policy remembers of the sequences as a whole, by name."""
+        return {}
+
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `restore` needs: tensors, and facts that JSON can carry."""
         raise NotImplementedError

@@ -52,12 +52,11 @@ class ExpectedAttention(Policy):
         self._learn(candidates)
         mean, covariance = self._foresee(candidates)
         keys = candidates.keys.float()
-        batch, kv_heads, tokens, head_dim = keys.shape
-        mean = mean.unflatten(1, (kv_heads, -1))
+        mean = mean.unflatten(1, (keys.shape[1], -1))
         group = mean.shape[2]
         logits = candidates.scale * (mean @ keys.mT)  # [batch, kv_heads, group, candidates]
         if covariance is not None:
-            covariance = covariance.unflatten(1, (kv_heads, group))
+            covariance = covariance.unflatten(1, (-1, group))
             # head by head: a group at once would hold the keys `group` times over
             for head in range(group):
                 spread = ((keys @ covariance[:, :, head]) * keys).sum(-1)
@@ -70,18 +69,15 @@ class ExpectedAttention(Policy):
 
     def _learn(self, candidates: Candidates) -> None:
         """Brings the statistics up to date with this forward's queries."""
-        positions, rotary = candidates.query_positions, candidates.rotary
         query = candidates.query.float()
-        if rotary is not None:
-            query = rotary.unrotate(query, positions[:, None])
-        places = (
-            candidates.lengths[:, None] - candidates.queries + torch.arange(candidates.queries, device=query.device)
-        )
-        counts = places >= self.sinks
-        if candidates.visible is not None:
-            places = candidates.lengths[:, None] - candidates.visible.flip(-1).cumsum(-1).flip(-1)
-            counts = (places >= self.sinks) & candidates.visible
-        weight = counts[:, None, :, None].float()
+        if candidates.rotary is not None:
+            query = candidates.rotary.unrotate(query, candidates.query_positions[:, None])
+        visible = candidates.visible
+        if visible is None:
+            visible = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
+        # how many of its sequence's tokens stand before a query
+        places = candidates.lengths[:, None] - visible.flip(-1).cumsum(-1).flip(-1)
+        weight = (visible & (places >= self.sinks))[:, None, :, None].float()
 
         # Chan's update: the statistics of a union, from those of its parts
         fresh = weight.sum(2)  # [batch, 1, 1]
