@@ -8,6 +8,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.padding import pads_first, reordered
 from kvcompress.segments import DenseSegment, Segment
 
 # tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
@@ -29,10 +30,16 @@ class DenseLayer(CompressedLayer):
             self.dense = DenseSegment(chunk.key, chunk.value)
         self.dense.append(chunk.key, chunk.value, chunk.visible)
         key, value, visible = self.dense.held()
+        order = own_order = None
+        if self.window is not None and visible is not None:
+            order = pads_first(visible)
+            own_order = None if chunk.visible is None else pads_first(chunk.visible)
+        if order is not None:
+            visible = visible.gather(1, order)
         out, lse = causal_attention(
-            chunk.query,
-            key,
-            value,
+            reordered(chunk.query, own_order),
+            reordered(key, order),
+            reordered(value, order),
             scale=chunk.scale,
             visible=visible,
             window=self.window,
@@ -40,6 +47,8 @@ class DenseLayer(CompressedLayer):
         )
         if chunk.sinks is not None:
             out, _ = merge_states(*with_sinks([out], [lse], chunk.sinks))
+        if own_order is not None:
+            out = reordered(out, own_order.argsort(-1))
         if self.window is not None and self.dense.length >= self.window - 1 + 2 * _SLACK:
             excess = self.dense.length - (self.window - 1 + _SLACK)
             self.dense.drop_first(excess)

@@ -75,3 +75,20 @@ class PaddingRecord:
         """Forgets the last tokens."""
         if self.visible is not None:
             self.visible = self.visible[:, : self.visible.shape[1] - tokens]
+
+
+def pads_first(visible: Tensor) -> Tensor | None:
+    """The order that puts padding before all tokens, [batch, tokens] int64, or None where it stands there already.
+
+    A window counts tokens and no padding. In this order it may count columns.
+    """
+    if bool((visible[:, 1:] >= visible[:, :-1]).all()):
+        return None
+    return visible.to(torch.uint8).argsort(dim=-1, stable=True)
+
+
+def reordered(tensor: Tensor, order: Tensor | None) -> Tensor:
+    """The tokens of [batch, heads, tokens, head_dim] in another order, [batch, tokens] int64."""
+    if order is None:
+        return tensor
+    return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
