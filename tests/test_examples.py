@@ -1,0 +1,54 @@
+"""Each example runs on the real model, as README says it does."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def run(smollm2, monkeypatch):
+    """Runs an example's main() with the model that is already loaded."""
+
+    def run(name, **settings):
+        path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(module, "load_model", lambda: smollm2)
+        return module.main(**settings)
+
+    return run
+
+
+def test_every_example_is_tested_here():
+    tested = {
+        name.removeprefix("test_the_").removesuffix("_example") for name in globals() if name.endswith("_example")
+    }
+    assert {path.stem for path in EXAMPLES} == tested
+
+
+def test_the_h2o_example(run, capsys):
+    run("h2o", budget=128, new_tokens=8)
+    assert "of the full cache" in capsys.readouterr().out
+
+
+def test_the_snapkv_example(run):
+    answers = run("snapkv", new_tokens=8)
+    assert len(set(answers)) == 2
+
+
+def test_the_streaming_example(run):
+    cache = run("streaming", budget=64, new_tokens=12)
+    assert cache.memory().tokens_seen > 64
+    assert all((kept <= 64).all() for kept in cache.memory().tokens_kept)
+
+
+def test_the_own_policy_example(run):
+    assert all((kept == 64).all() for kept in run("own_policy", new_tokens=4).memory().tokens_kept)
+
+
+def test_the_dense_example(run):
+    assert run("dense", new_tokens=8)
