@@ -23,7 +23,7 @@ from kvcompress.kernels.decode import decode_attention
 from kvcompress.kernels.evict import choose_victim
 from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import Chunk, CompressedLayer
-from kvcompress.padding import PaddingRecord
+from kvcompress.padding import PaddingRecord, pads_first, reordered
 from kvcompress.policies.allocation import Allocation, layer_budgets
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.policy import Candidates, Policy
@@ -133,7 +133,14 @@ class EvictingLayer(CompressedLayer):
     def _attend(self, chunk: Chunk) -> Tensor:
         if self.slots is not None and chunk.tokens == 1 and chunk.sinks is None:
             return self._decode(chunk)
-        return self._extend(chunk)
+        order = None
+        if self.window is not None and chunk.tokens > 1 and chunk.visible is not None:
+            order = pads_first(chunk.visible)
+        if order is None:
+            return self._extend(chunk)
+        query, key, value = (reordered(x, order) for x in (chunk.query, chunk.key, chunk.value))
+        moved = dataclasses.replace(chunk, query=query, key=key, value=value, visible=chunk.visible.gather(1, order))
+        return reordered(self._extend(moved), order.argsort(-1))
 
     # one token: it takes the spare slot, and the slots answer alone
 
@@ -193,11 +200,13 @@ class EvictingLayer(CompressedLayer):
             slots.scores.copy_(scored)
 
     def _evict_one(self, slots: SlotSegment) -> None:
-        scores = slots.scores
+        scores, sinks = slots.scores, self.policy.sinks
         if self.window is not None:
+            # what has left the window goes first, sinks too
+            scores = scores.masked_fill(slots.positions < sinks, torch.inf)
             out_of_window = slots.positions <= (self.lengths - self.window)[:, None, None]
-            scores = scores.masked_fill(out_of_window, -torch.inf)
-        victims = choose_victim(scores, slots.positions, self.lengths - self.recents, self.policy.sinks)
+            scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
+        victims = choose_victim(scores, slots.positions, self.lengths - self.recents, sinks)
         slots.free(victims, slots.kept() > self.limits[:, None])
 
     # a chunk: attention to the slots and, causally, to itself; then slots and chunk compete
