@@ -33,9 +33,8 @@ class DenseLayer(CompressedLayer):
         order = own_order = None
         if self.window is not None and visible is not None:
             order = pads_first(visible)
+            visible = visible if order is None else visible.gather(1, order)
             own_order = None if chunk.visible is None else pads_first(chunk.visible)
-        if order is not None:
-            visible = visible.gather(1, order)
         out, lse = causal_attention(
             reordered(chunk.query, own_order),
             reordered(key, order),

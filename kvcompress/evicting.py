@@ -133,9 +133,9 @@ class EvictingLayer(CompressedLayer):
     def _attend(self, chunk: Chunk) -> Tensor:
         if self.slots is not None and chunk.tokens == 1 and chunk.sinks is None:
             return self._decode(chunk)
-        order = None
-        if self.window is not None and chunk.tokens > 1 and chunk.visible is not None:
-            order = pads_first(chunk.visible)
+        if self.window is None or chunk.tokens == 1 or chunk.visible is None:
+            return self._extend(chunk)
+        order = pads_first(chunk.visible)
         if order is None:
             return self._extend(chunk)
         query, key, value = (reordered(x, order) for x in (chunk.query, chunk.key, chunk.value))

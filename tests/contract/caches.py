@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvcompress import DenseCache, EvictingCache, H2OCache
+from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
@@ -86,8 +87,8 @@ def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, **setting
 
 
 def _pyramid(layer: int, tokens: int) -> int:
-    # of three layers: 1.95, 1 and 0.05 times the budget
-    return (round(1.95 * BUDGET), BUDGET, 1)[layer]
+    # one token for each of three layers, and 1.95, 1 and 0.05 times what is left of the budget
+    return (15, 8, 1)[layer]
 
 
 ENTRIES = [
@@ -114,6 +115,7 @@ ENTRIES = [
     _evicting("streaming", StreamingLLM(sinks=2)),
     _evicting("keydiff", KeyDiff()),
     _evicting("knorm", Knorm()),
+    _evicting("expected", ExpectedAttention()),
 ]
 
 by_name = {entry.name: entry for entry in ENTRIES}
