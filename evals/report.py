@@ -1,0 +1,308 @@
+"""A sweep's rows as a table for a spreadsheet, a plot and a page that needs nothing beside it."""
+
+import base64
+import csv
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcompress import registry
+
+Row = dict[str, Any]
+
+_COLUMNS = [
+    name
+    for line in (
+        "task length protocol method budget budget_tokens status metric score stderr kl kl_stderr perplexity",
+        "full_perplexity bytes full_bytes ratio tokens_kept least_kept most_kept tokens_seen compressed samples seed",
+        "hold_back chunk continuation model dtype device seconds error key",
+    )
+    for name in line.split()
+]
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#a5732a")
+_MARKERS = "osD^vPX*"
+_FLOOR_COLOR = "#666666"
+_ORDER = tuple(registry.METHODS)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: rows of a task, length and protocol, and the figure of theirs that it shows."""
+
+    rows: tuple[Row, ...]
+    value: str
+    error: str
+    label: str
+    rises: bool
+
+    @property
+    def title(self) -> str:
+        """Task, context length and protocol."""
+        first = self.rows[0]
+        return f"{first['task']}, {first['length']} tokens\n{first['protocol']}"
+
+
+def make_panels(rows: Sequence[Row]) -> list[list[Panel]]:
+    """Panels in a grid: a line for each task and length, the protocols (for text its figures) side by side."""
+    grid: dict[tuple[str, int], dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            grid.setdefault((row["task"], row["length"]), {}).setdefault(row["protocol"], []).append(row)
+    lines = []
+    for protocols in grid.values():
+        line = []
+        for members in protocols.values():
+            line.append(Panel(tuple(members), "score", "stderr", members[0]["metric"], True))
+            if "kl" in members[0]:
+                line.append(Panel(tuple(members), "kl", "kl_stderr", "KL from the full cache, nats", False))
+        lines.append(line)
+    return lines
+
+
+def pareto_front(rows: Sequence[Row], value: str = "score", rises: bool = True) -> list[Row]:
+    """The rows, but for the full cache, that no other beats by being as good in fewer bytes or better in as few."""
+    sign = 1 if rises else -1
+    front: list[Row] = []
+    compressed = [row for row in rows if row["budget"] is not None]
+    for row in sorted(compressed, key=lambda row: (row["bytes"], -sign * row[value])):
+        if not front or sign * row[value] > sign * front[-1][value]:
+            front.append(row)
+    return front
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """The rows' plain figures, one line each."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def draw(rows: Sequence[Row], path: Path) -> bool:
+    """Plots every panel into one PNG; False where no row succeeded, and nothing is written."""
+    # no display is needed, and the caller's choice of one is left alone
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = make_panels(rows)
+    if not lines:
+        return False
+    width = max(len(line) for line in lines)
+    figure = Figure(figsize=(5.4 * width, 3.9 * len(lines) + 1.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(lines), width, squeeze=False)
+    methods = sorted({row["method"] for row in rows}, key=_rank)
+    handles: dict[str, Any] = {}
+    for line, places in zip(lines, axes, strict=True):
+        for index, place in enumerate(places):
+            if index < len(line):
+                _draw_panel(place, line[index], methods, handles)
+            else:
+                place.set_visible(False)
+    first = rows[0]
+    figure.suptitle(
+        f"{Path(first['model']).name}, {first['dtype']}: quality against measured cache memory "
+        f"({first['samples']} samples a point, bars are standard errors)",
+        fontsize=11,
+    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=9)
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, dpi=130, format="png")
+    partial.replace(path)
+    return True
+
+
+def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[str, Any]) -> None:
+    mebibyte = 1024.0**2
+    for method in methods:
+        rows = sorted((row for row in panel.rows if row["method"] == method), key=lambda row: row["bytes"])
+        if not rows:
+            continue
+        sizes = [row["bytes"] / mebibyte for row in rows]
+        values = [row[panel.value] for row in rows]
+        errors = [row[panel.error] or 0.0 for row in rows]
+        if method == registry.FULL:
+            # a KL of 0 has no place on a logarithmic axis
+            if panel.rises:
+                place.axhline(values[0], color="black", linewidth=0.9, linestyle=":", zorder=1)
+            line = place.axvline(sizes[0], color="black", linewidth=0.9, linestyle=":", zorder=1)
+            handles.setdefault("full cache (ceiling)", line)
+            continue
+        floor = method == registry.FLOOR
+        color, marker = _style(method, methods)
+        bars = place.errorbar(
+            sizes,
+            values,
+            yerr=errors,
+            color=color,
+            marker=marker,
+            markersize=5.5,
+            linewidth=1.4,
+            elinewidth=0.8,
+            capsize=2,
+            linestyle="--" if floor else "-",
+            alpha=0.9,
+            zorder=2 if floor else 3,
+        )
+        handles.setdefault(f"{method} (floor)" if floor else method, bars)
+    front = pareto_front(panel.rows, panel.value, panel.rises)
+    if front:
+        ring = place.scatter(
+            [row["bytes"] / mebibyte for row in front],
+            [row[panel.value] for row in front],
+            s=130,
+            facecolors="none",
+            edgecolors="black",
+            linewidths=1.1,
+            zorder=4,
+        )
+        handles.setdefault("Pareto front", ring)
+    place.set_title(panel.title, fontsize=10)
+    place.set_xlabel("cache, MiB a sequence (measured)", fontsize=9)
+    place.set_ylabel(panel.label, fontsize=9)
+    place.set_xscale("log")
+    _plain_ticks(place.xaxis, [row["bytes"] / mebibyte for row in panel.rows])
+    if panel.rises:
+        place.set_ylim(-0.05, 1.05)
+    elif any(row[panel.value] > 0 for row in panel.rows):
+        place.set_yscale("log")
+    place.grid(True, color="#dddddd", linewidth=0.6)
+    place.set_axisbelow(True)
+    place.tick_params(labelsize=8)
+
+
+def _plain_ticks(axis: Any, sizes: Sequence[float]) -> None:
+    """Ticks in round figures, where matplotlib would label a logarithmic axis by powers of ten alone."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = min(sizes) / 1.15, max(sizes) * 1.15
+    steps = [factor * 10.0**power for power in range(-4, 7) for factor in (1, 2, 5)]
+    axis.set_major_locator(FixedLocator([step for step in steps if low <= step <= high]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.axes.set_xlim(low, high)
+
+
+def _style(method: str, methods: Sequence[str]) -> tuple[str, str]:
+    if method == registry.FLOOR:
+        return _FLOOR_COLOR, "s"
+    others = [name for name in methods if name not in (registry.FULL, registry.FLOOR)]
+    index = others.index(method)
+    return _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+
+
+def _rank(method: str) -> tuple[int, str]:
+    return _ORDER.index(method.partition(":")[0]), method
+
+
+@dataclass(frozen=True)
+class Table:
+    """One task, length and protocol: a line for each method, a column for each budget."""
+
+    title: str
+    budgets: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+
+def make_tables(rows: Sequence[Row]) -> list[Table]:
+    """The scores for people to read, with the bytes held and what failed."""
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["length"], row["protocol"]), []).append(row)
+    tables = []
+    for (task, length, protocol), members in groups.items():
+        budgets = list(dict.fromkeys(row["budget"] for row in members if row["budget"] is not None))
+        metric = next((row["metric"] for row in members if row["status"] == "ok"), "score")
+        if any("kl" in row for row in members):
+            metric += " / KL"
+        lines = []
+        for method in sorted({row["method"] for row in members}, key=_rank):
+            own = {row["budget"]: row for row in members if row["method"] == method}
+            if method == registry.FULL:
+                cell = _cell(own[None])
+                lines.append(("full cache (ceiling)", *(cell for _ in budgets)))
+            else:
+                name = f"{method} (floor)" if method == registry.FLOOR else method
+                lines.append((name, *(_cell(own[budget]) if budget in own else "" for budget in budgets)))
+        heads = tuple(f"{budget:.0%}" if isinstance(budget, float) else f"{budget} tokens" for budget in budgets)
+        tables.append(Table(f"{task}, {length} tokens, {protocol}: {metric}", heads, tuple(lines)))
+    return tables
+
+
+def _cell(row: Row) -> str:
+    if row["status"] != "ok":
+        return "failed"
+    score = f"{row['score']:.2f}"
+    if row["stderr"]:
+        score += f" ±{row['stderr']:.2f}"
+    if "kl" in row:
+        score += f" / {row['kl']:.3f}"
+    return f"{score} ({row['bytes'] / 1024**2:.1f} MiB)"
+
+
+def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
+    """A page of HTML with the plot inside, the tables, what failed and how it was measured."""
+    first, newest = rows[0], max(rows, key=lambda row: row["provenance"]["time"])["provenance"]
+    parts = [f"<h1>kvcompress sweep: {html.escape(Path(first['model']).name)}</h1>"]
+    if plot is not None:
+        picture = base64.b64encode(plot.read_bytes()).decode()
+        parts.append(f'<img alt="quality against measured bytes" src="data:image/png;base64,{picture}">')
+    parts.append(
+        "<p>Each cell: score ± standard error, and the bytes the cache held for a sequence when the question came "
+        "(all live storages). The context is compressed before the question is read (question-agnostic), or after all "
+        "but its last tokens (question-aware); every answer token comes through the compressed cache. The full cache "
+        "is the ceiling, sinks and recent tokens are the floor.</p>"
+    )
+    for table in make_tables(rows):
+        heads = "".join(f"<th>{html.escape(head)}</th>" for head in ("method", *table.budgets))
+        lines = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines
+        )
+        parts.append(f"<h2>{html.escape(table.title)}</h2><table><tr>{heads}</tr>{lines}</table>")
+    failed = [row for row in rows if row["status"] != "ok"]
+    if failed:
+        items = "".join(
+            f"<li>{html.escape(describe(row))}: {html.escape(row['error'].splitlines()[0])}</li>" for row in failed
+        )
+        parts.append(f"<h2>Failed</h2><ul>{items}</ul>")
+    versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items() if version)
+    facts = {
+        "command": newest["command"],
+        "commit": newest["commit"],
+        "machine": f"{newest['machine']}, {newest['threads']} threads",
+        "versions": f"{versions}, Python {newest['python']}",
+        "model": f"{first['model']}, {first['dtype']} on {first['device']}",
+        "samples, seed": f"{first['samples']} a point, seed {first['seed']}",
+        "time": f"{newest['time']}; {sum(row['seconds'] for row in rows):.0f} s for all points",
+    }
+    lines = "".join(f"<tr><td>{name}</td><td>{html.escape(str(fact))}</td></tr>" for name, fact in facts.items())
+    parts.append(f"<h2>How it was measured</h2><table>{lines}</table>")
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>kvcompress sweep</title><style>'
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+        "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
+        "</style><body>" + "\n".join(parts) + "</body></html>\n"
+    )
+    partial = path.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def describe(row: Row) -> str:
+    """Which point a row is."""
+    budget = "" if row["budget"] is None else f" {row['budget']}"
+    return f"{row['task']} {row['length']} {row['protocol']}, {row['method']}{budget}"
+
+
+def write_all(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Writes table, plot and page into a folder, and returns their paths."""
+    table, plot, page = folder / "results.csv", folder / "accuracy.png", folder / "report.html"
+    write_csv(rows, table)
+    drawn = draw(rows, plot)
+    write_page(rows, page, plot if drawn else None)
+    return [table, *([plot] if drawn else []), page]

@@ -1,0 +1,443 @@
+"""The command line: sweep, generate, plan.
+
+Heavy imports wait until a command runs. A user's mistake is one line on stderr and exit status 2.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from kvcompress.evals.report import Row
+    from kvcompress.evals.sweep import Settings, Sweep
+
+_METHODS = "h2o,snapkv,tova,streaming,keydiff,knorm,expected"
+_BUDGETS = "0.1,0.2,0.3,0.5,1.0"
+_TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
+
+# what --quick sets, where the user does not
+_QUICK: dict[str, Any] = {
+    "budgets": "0.2,0.5",
+    "tasks": "needle,text",
+    "lengths": "512",
+    "samples": 4,
+    "continuation": 32,
+    "chunk": 4,
+}
+
+app = typer.Typer(
+    name="kvcompress",
+    help="Compressed KV caches for transformers: measure them, use them, plan for them.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else a GPU where there is one.")]
+
+
+class UsageError(Exception):
+    """A user's mistake, in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit status: 0, or 1 where a point failed, 2 for a mistake, 130 for an interruption.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(args=arguments or ["--help"], prog_name="kvcompress", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has gone; leave nothing for the interpreter to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if isinstance(error, UsageError):
+            message = str(error)
+        elif hasattr(error, "format_message"):
+            # typer carries click inside itself, or beside: its errors are known by this
+            message = error.format_message()
+        else:
+            raise
+        print("kvcompress: " + " ".join(message.split()), file=sys.stderr)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    model: ModelOption = None,
+    methods: Annotated[str, typer.Option(help="By commas; with settings as in h2o:sinks=4:recent=0.25.")] = _METHODS,
+    budgets: Annotated[str, typer.Option(help="Fractions of the length (0.2), or tokens (512).")] = _BUDGETS,
+    tasks: Annotated[str, typer.Option(help="By commas.")] = _TASKS,
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024",
+    samples: Annotated[int, typer.Option(help="Prompts, or windows of text, a point.")] = 20,
+    protocols: Annotated[str, typer.Option(help="By commas.")] = "question-agnostic,question-aware",
+    out: Annotated[Path, typer.Option(help="Folder for rows, table, plot and page.")] = Path("sweep"),
+    quick: Annotated[bool, typer.Option("--quick", help="Some minutes on two cores; what else is set counts.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder already has.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
+    hold_back: Annotated[int, typer.Option(help="Question-aware: question tokens read after compression.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
+    text: Annotated[str | None, typer.Option(help="UTF-8 file for the task text and for essays.")] = None,
+    continuation: Annotated[int, typer.Option(help="Task text: tokens scored after each context.")] = 64,
+    chunk: Annotated[int, typer.Option(help="Task text: tokens read a forward; generation reads 1.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: DeviceOption = None,
+) -> int:
+    """Measure accuracy against memory: every method, at every budget, on every task.
+
+    Finished points are kept in the folder and not repeated; a point that fails is reported, and the rest goes on.
+    """
+    values: dict[str, Any] = {
+        "methods": methods,
+        "budgets": budgets,
+        "tasks": tasks,
+        "lengths": lengths,
+        "samples": samples,
+        "protocols": protocols,
+        "continuation": continuation,
+        "chunk": chunk,
+    }
+    if quick:
+        values |= {name: value for name, value in _QUICK.items() if _is_default(context, name)}
+    kinds: dict[str, Callable[[str], Any]] = {"lengths": _count, "budgets": _budget}
+    for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
+        values[name] = tuple(kinds.get(name, str)(part) for part in _parts(values[name]))
+    _check_folder(out)
+
+    from kvcompress.evals.sweep import Settings
+
+    with _mistakes():
+        settings = Settings(**values, seed=seed, hold_back=hold_back, batch=batch, text=text)
+    return _sweep(settings, model, out, fresh, dtype, device)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
+    model: ModelOption = None,
+    cache: Annotated[str, typer.Option(help=f"Of none,{_METHODS}; with settings as in h2o:sinks=4.")] = "h2o",
+    budget: Annotated[str, typer.Option(help="Tokens kept (512), or a fraction of the prompt (0.2).")] = "512",
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: DeviceOption = None,
+) -> None:
+    """Answer a prompt through a cache, and show its memory and speed."""
+    tokens_kept = _budget(budget)
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise UsageError(f"--temperature must be 0 or more, got {temperature}")
+    question = sys.stdin.read() if prompt == "-" else prompt
+    if not question.strip():
+        raise UsageError("the prompt is empty")
+
+    from kvcompress import registry
+
+    with _mistakes():
+        registry.parse(cache)
+    _generate(question, model, cache, tokens_kept, max_new_tokens, temperature, raw, seed, dtype, device)
+
+
+@app.command()
+def plan(
+    context: Annotated[int, typer.Option(help="Tokens a sequence will have in the end.")],
+    model: ModelOption = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    budget: Annotated[str, typer.Option(help="Tokens kept (2048), or a fraction of the context (0.2).")] = "0.2",
+    methods: Annotated[str, typer.Option(help="By commas.")] = f"none,{_METHODS}",
+    gpu_memory: Annotated[float, typer.Option(help="Of the GPU, in GiB.")] = 80.0,
+    dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16, float16.")] = "bfloat16",
+) -> None:
+    """Tell, without loading weights, what each cache would need and which fits."""
+    tokens_kept = _budget(budget)
+    if gpu_memory <= 0:
+        raise UsageError(f"--gpu-memory must be more than 0 GiB, got {gpu_memory}")
+    names = _parts(methods)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvcompress.plan import largest_batch, make_plan, read_shape
+
+    with _mistakes():
+        kind = _dtype(dtype)
+        shape = read_shape(model)
+        needs = make_plan(shape, names, context, batch, tokens_kept, kind)
+    table = Table(
+        title=f"{shape.name}: {shape.parameters / 1e9:.2f} G parameters, {dtype}; {context} tokens x batch {batch}"
+    )
+    for head in ("cache", "tokens kept", "cache, GiB", "of full", "weights", "prefill, about", "peak", "fits"):
+        table.add_column(head, justify="left" if head == "cache" else "right")
+    table.add_column("largest batch", justify="right")
+    for need in needs:
+        fits = need.peak <= gpu_memory * 2**30
+        table.add_row(
+            need.method,
+            "all" if need.budget is None else str(need.budget),
+            _gibibytes(need.cache),
+            f"{need.cache / need.full_cache:.1%}",
+            _gibibytes(need.weights),
+            _gibibytes(need.prefill),
+            _gibibytes(need.peak),
+            "yes" if fits else "no",
+            str(largest_batch(need, batch, int(gpu_memory * 2**30))),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"GPU of {gpu_memory:g} GiB. Prefill: activations of one forward over the context and, where a cache evicts, "
+        "the full keys and values of one layer. Feeding the prompt in chunks needs less."
+    )
+    if shape.longest is not None and context > shape.longest:
+        console.print(f"The model was trained for at most {shape.longest} tokens.")
+
+
+def _sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool, dtype: str, device: str | None) -> int:
+    from filelock import FileLock, Timeout
+
+    from kvcompress.evals import report
+    from kvcompress.evals.sweep import Sweep, check_budgets
+    from kvcompress.evals.tasks import read_text
+
+    with _mistakes():
+        read_text(settings.text)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"another sweep is writing to {folder}; give this one its own --out") from None
+    with lock:
+        model, tokenizer = _load(name, dtype, device)
+        with _mistakes():
+            work = Sweep(settings, model, tokenizer, folder, forget=fresh)
+            check_budgets(model, work.points)
+            work.check_tasks()
+        try:
+            rows = _run(work)
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on from what {folder} has", file=sys.stderr)
+            return 130
+        paths = report.write_all(rows, folder)
+    return _show(rows, [work.results.path, *paths])
+
+
+def _run(work: "Sweep") -> "list[Row]":
+    """Measures what is missing, with a bar of the time left; where there is no terminal, with a line a point."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    missing = work.missing()
+    done = len(work.points) - len(missing)
+    had = f"; {done} of them are already in {work.folder}" if done else ""
+    print(f"{len(work.points)} points on {work.model_name}{had}", flush=True)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.fields[count]}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600)
+    with bar:
+        # progress counts tokens to read, so that long points weigh more
+        total = sum(work.cost(point) for point in missing)
+        task = bar.add_task(missing[0].title if missing else "", total=total, count=f"{done}/{len(work.points)}")
+        finished = 0
+
+        def on_row(point: Any, row: "Row") -> None:
+            nonlocal finished
+            finished += 1
+            following = missing[finished].title if finished < len(missing) else "done"
+            count = f"{done + finished}/{len(work.points)}"
+            bar.update(task, advance=work.cost(point), description=following, count=count)
+            said = f"{row['score']:.3f}" if row["status"] == "ok" else f"failed: {row['error'].splitlines()[0]}"
+            if bar.disable:
+                print(f"{count} {point.title}: {said} ({row['seconds']:.1f} s)", flush=True)
+            elif row["status"] != "ok":
+                bar.console.print(f"{point.title}: {said}", style="red", markup=False)
+
+        return work.run(on_row)
+
+
+def _show(rows: "list[Row]", paths: list[Path]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvcompress.evals import report
+
+    console = Console()
+    for table in report.make_tables(rows):
+        shown = Table(title=table.title, title_justify="left")
+        shown.add_column("method")
+        for budget in table.budgets:
+            shown.add_column(budget, justify="right")
+        for line in table.lines:
+            shown.add_row(*line)
+        console.print(shown)
+    for path in paths:
+        print(path)
+    failed = [row for row in rows if row["status"] != "ok"]
+    for row in failed:
+        print(f"kvcompress: failed: {report.describe(row)}: {row['error'].splitlines()[0]}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _generate(
+    question: str,
+    name: str | None,
+    method: str,
+    budget: int | float,
+    max_new_tokens: int,
+    temperature: float,
+    raw: bool,
+    seed: int,
+    dtype: str,
+    device: str | None,
+) -> None:
+    from transformers import TextStreamer, set_seed
+
+    from kvcompress import registry
+
+    class Clock(TextStreamer):
+        """Prints text as it comes and notes when each token did."""
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            self.times: list[float] = []
+
+        def put(self, value: "torch.Tensor") -> None:
+            self.times.append(time.perf_counter())
+            super().put(value)
+
+    model, tokenizer = _load(name, dtype, device)
+    if raw or not tokenizer.chat_template:
+        inputs = tokenizer(question, return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    with _mistakes():
+        cache = registry.make_cache(method, model, budget)
+    set_seed(seed)
+    clock = Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    generate: Any = model.generate
+    generate(
+        **inputs.to(model.device), past_key_values=cache, max_new_tokens=max_new_tokens, streamer=clock, **sampling
+    )
+    # the first time is the prompt's, the second the first token's, which ends the prefill
+    prompt_tokens, new_tokens = inputs["input_ids"].shape[1], len(clock.times) - 1
+    prefill, decode = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
+    speed = f"{(new_tokens - 1) / decode:.1f} tokens/s" if new_tokens > 1 else "one token"
+    print(f"\n{prompt_tokens} prompt tokens in {prefill:.2f} s; {new_tokens} new tokens, {speed}")
+    print(f"{registry.canonical(method)}: {cache.memory()}")
+
+
+def _load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedModel, Any]":
+    import torch
+    from transformers.utils import logging
+
+    from kvcompress.loading import ModelUnavailableError, load_model
+
+    logging.disable_progress_bar()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with _mistakes():
+            return load_model(name, dtype="auto" if dtype == "auto" else _dtype(dtype), device=device)
+    except ModelUnavailableError as error:
+        raise UsageError(str(error)) from error
+
+
+def _dtype(name: str) -> "torch.dtype":
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise UsageError(f"--dtype must be one of {', '.join(kinds)}, got {name!r}")
+    return kinds[name]
+
+
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """Within it, an error about values is the user's mistake, because nothing but the user's values is looked at."""
+    from kvcompress.loading import ModelUnavailableError
+
+    try:
+        yield
+    except (ValueError, ModelUnavailableError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"a length must be a number of tokens, got {text!r}") from None
+
+
+def _budget(text: str) -> int | float:
+    """A count of tokens where it is written as an integer, else a fraction."""
+    try:
+        budget = int(text)
+    except ValueError:
+        try:
+            fraction = float(text)
+        except ValueError:
+            fraction = -1.0
+        if not 0.0 < fraction <= 1.0:
+            raise UsageError(
+                f"a budget must be a fraction in (0, 1] such as 0.2, or a count of tokens such as 512; got {text!r}"
+            ) from None
+        return fraction
+    if budget < 1:
+        raise UsageError(f"a budget must be at least 1 token, got {text}")
+    return budget
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+def _gibibytes(size: int) -> str:
+    value = size / 2**30
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}"

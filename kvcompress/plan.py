@@ -1,0 +1,142 @@
+"""What each cache would need for a model, a context and a batch, from the model's config alone.
+
+    full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
+    slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score
+    while prefill runs, an evicting cache also holds the keys and values of the one layer at work
+
+On sliding layers `tokens` and `budget` are at most the window. Activations of a prefill in one forward are estimated
+as hidden states, queries and the MLP's middle for every token; weights are counted on the meta device, exactly.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from kvcompress import hf, loading, registry
+from kvcompress.loading import ModelUnavailableError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a config says about memory. windows: each layer's sliding window, None for full attention."""
+
+    name: str
+    parameters: int
+    windows: tuple[int | None, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    longest: int | None
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes one cache needs. prefill: what prefill holds beside weights and cache, estimated."""
+
+    method: str
+    budget: int | None
+    weights: int
+    cache: int
+    full_cache: int
+    prefill: int
+
+    @property
+    def peak(self) -> int:
+        """Weights, cache, and what prefill holds beside them."""
+        return self.weights + self.cache + self.prefill
+
+
+def read_shape(name: str | None) -> Shape:
+    """The shape of a model: a hub id, a local folder or .gguf file, or None for the default model.
+
+    Raises:
+        ModelUnavailableError: there is no such config.
+        ValueError: kvcompress does not serve this kind of model.
+    """
+    config = _read_config(name)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type} is an encoder-decoder model; kvcompress serves decoder-only models")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(f"{config.model_type} uses multi-head latent attention; kvcompress serves MHA, GQA and MQA")
+    windows = tuple(hf.attention_windows(config))
+    heads, kv_heads, head_dim = hf.head_counts(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    longest = getattr(config, "max_position_embeddings", None)
+    shown = name or loading.DEFAULT_PACKAGE
+    return Shape(shown, parameters, windows, heads, kv_heads, head_dim, hidden, intermediate, longest)
+
+
+def make_plan(
+    shape: Shape, methods: Iterable[str], context: int, batch: int, budget: int | float, dtype: torch.dtype
+) -> list[Need]:
+    """What each method's cache needs.
+
+    Args:
+        methods: specs of the registry.
+        context: tokens a sequence will have in the end.
+        budget: tokens kept a KV head, or a fraction of the context.
+
+    Raises:
+        ValueError: a size below 1, or an unknown method.
+    """
+    for size_name, size in (("context", context), ("batch", batch)):
+        if size < 1:
+            raise ValueError(f"{size_name} must be at least 1, got {size}")
+    if not (0.0 < budget <= 1.0 if isinstance(budget, float) else budget >= 1):
+        raise ValueError(f"budget must be a fraction in (0, 1] or a count of tokens, got {budget}")
+    kept = max(1, int(budget * context)) if isinstance(budget, float) else budget
+    item = dtype.itemsize
+    token = 2 * shape.kv_heads * shape.head_dim * item
+    full = sum(batch * token * min(context, window or context) for window in shape.windows)
+    # hidden states in and out, queries, and the gate, up and product of the MLP
+    a_token = item * (2 * shape.hidden + shape.heads * shape.head_dim + 3 * shape.intermediate)
+    activations = batch * context * a_token
+    needs = []
+    for spec in methods:
+        method, _ = registry.parse(spec)
+        weights = shape.parameters * item
+        if not method.takes_budget:
+            needs.append(Need(spec, None, weights, full, full, activations))
+            continue
+        cache = sum(slots_bytes(shape, min(kept, window or kept), batch, item) for window in shape.windows)
+        one_layer = batch * context * token
+        needs.append(Need(spec, kept, weights, cache, full, activations + one_layer))
+    return needs
+
+
+def slots_bytes(shape: Shape, budget: int, batch: int, item: int) -> int:
+    """Bytes of one layer's slots: keys, values, positions, scores, spare slot and counters."""
+    a_slot = 2 * shape.head_dim * item + 4 + 4
+    return batch * (shape.kv_heads * ((budget + 1) * a_slot + 8) + 3 * 4) + 8
+
+
+def largest_batch(need: Need, batch: int, memory: int) -> int:
+    """The largest batch that fits, as everything but the weights grows with the batch."""
+    free = memory - need.weights
+    return max(0, free * batch // (need.cache + need.prefill))
+
+
+def _read_config(name: str | None) -> PreTrainedConfig:
+    if name is None:
+        source, local = loading._unpacked(loading._bundled_gguf(), None), True
+    elif name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ModelUnavailableError(f"there is no file {name}")
+        source, local = loading._unpacked(Path(name), None), True
+    else:
+        source, local = name, Path(name).is_dir()
+        if not local and loading._is_path(name):
+            raise ModelUnavailableError(f"there is no folder {name}")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise loading._explained(error, name or source, local) from error

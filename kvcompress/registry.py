@@ -1,0 +1,121 @@
+"""Caches by name, for the command line, the sweep and the tests.
+
+A method is asked for as `name` or as `name:setting=value:setting=value`, such as `h2o:sinks=4:recent=0.25`.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvcompress.cache import CompressedCache
+from kvcompress.dense import DenseCache
+from kvcompress.evicting import EvictingCache
+
+FULL = "none"
+FLOOR = "streaming"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A cache the command line knows.
+
+    build: (model, budget, settings) -> cache. takes_budget: False for what keeps every token.
+    """
+
+    name: str
+    about: str
+    build: Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]
+    takes_budget: bool = True
+
+
+def parse(spec: str) -> tuple[Method, dict[str, Any]]:
+    """The method and the settings that a spec names.
+
+    Raises:
+        ValueError: an unknown method, or something that is no `setting=value`.
+    """
+    name, *pairs = spec.strip().split(":")
+    name = _ALIASES.get(name, name)
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    settings = {}
+    for pair in pairs:
+        setting, equals, value = pair.partition("=")
+        if not (setting and equals and value):
+            raise ValueError(f"a method's settings are written {name}:setting=value, got {spec!r}")
+        settings[setting] = _value(value)
+    return METHODS[name], settings
+
+
+def canonical(spec: str) -> str:
+    """The one way to write a spec."""
+    method, settings = parse(spec)
+    return ":".join([method.name, *(f"{name}={settings[name]}" for name in sorted(settings))])
+
+
+def make_cache(spec: str, model: PreTrainedModel, budget: int | float | None = None) -> CompressedCache:
+    """A new cache for the model.
+
+    Args:
+        spec: a method's name, with settings or without.
+        budget: tokens kept per sequence and KV head, or as a float a fraction of the prompt; not read by `none`.
+
+    Raises:
+        ValueError: an unknown method or setting, or a budget it cannot keep.
+    """
+    method, settings = parse(spec)
+    if method.takes_budget and budget is None:
+        raise ValueError(f"the method {method.name} needs a budget: tokens to keep, or a fraction of the prompt")
+    try:
+        return method.build(model, 0 if budget is None else budget, settings)
+    except TypeError as error:
+        if settings and "argument" in str(error):
+            raise ValueError(f"the method {method.name} does not take these settings: {error}") from None
+        raise
+
+
+def _evicting(module: str, policy: str) -> Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]:
+    def build(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
+        settings = dict(settings)
+        of_cache = {"allocation": settings.pop("allocation")} if "allocation" in settings else {}
+        kind = getattr(importlib.import_module(f"kvcompress.policies.{module}"), policy)
+        return EvictingCache(model, policy=kind(**settings), budget=budget, **of_cache)
+
+    return build
+
+
+def _dense(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
+    return DenseCache(model, **settings)
+
+
+def _value(text: str) -> Any:
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+_ALIASES = {"dense": "none", "full": "none", "streaming_llm": "streaming", "expected_attention": "expected"}
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("none", "every token: the full cache", _dense, takes_budget=False),
+        Method("h2o", "heavy hitters and recent tokens", _evicting("h2o", "H2O")),
+        Method("snapkv", "what the last queries attend to", _evicting("snapkv", "SnapKV")),
+        Method("tova", "what the newest query attends to", _evicting("tova", "TOVA")),
+        Method("streaming", "the first tokens and the newest", _evicting("streaming_llm", "StreamingLLM")),
+        Method("keydiff", "the keys least like the others", _evicting("keydiff", "KeyDiff")),
+        Method("knorm", "the keys of small norm", _evicting("knorm", "Knorm")),
+        Method(
+            "expected",
+            "what future queries are expected to attend to",
+            _evicting("expected_attention", "ExpectedAttention"),
+        ),
+    )
+}
