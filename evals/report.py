@@ -66,7 +66,8 @@ def pareto_front(rows: Sequence[Row], value: str = "score", rises: bool = True) 
     """The rows, but for the full cache, that no other beats by being as good in fewer bytes or better in as few."""
     sign = 1 if rises else -1
     front: list[Row] = []
-    compressed = [row for row in rows if row["budget"] is not None]
+    # having found nothing is no point of a front
+    compressed = [row for row in rows if row["budget"] is not None and not (rises and row[value] <= 0)]
     for row in sorted(compressed, key=lambda row: (row["bytes"], -sign * row[value])):
         if not front or sign * row[value] > sign * front[-1][value]:
             front.append(row)
@@ -141,7 +142,9 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
             yerr=errors,
             color=color,
             marker=marker,
-            markersize=5.5,
+            # hollow and of falling size: of methods at one place all can be seen
+            markersize=11 - 7 * methods.index(method) / len(methods),
+            markerfacecolor="none",
             linewidth=1.4,
             elinewidth=0.8,
             capsize=2,
@@ -155,7 +158,7 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
         ring = place.scatter(
             [row["bytes"] / mebibyte for row in front],
             [row[panel.value] for row in front],
-            s=130,
+            s=190,
             facecolors="none",
             edgecolors="black",
             linewidths=1.1,
@@ -190,7 +193,7 @@ def _plain_ticks(axis: Any, sizes: Sequence[float]) -> None:
 
 def _style(method: str, methods: Sequence[str]) -> tuple[str, str]:
     if method == registry.FLOOR:
-        return _FLOOR_COLOR, "s"
+        return _FLOOR_COLOR, "x"
     others = [name for name in methods if name not in (registry.FULL, registry.FLOOR)]
     index = others.index(method)
     return _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]

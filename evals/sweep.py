@@ -7,31 +7,25 @@ A budget is resolved to tokens from the length asked for, so that all methods ho
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import math
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from kvcompress import registry
 from kvcompress.evals.agreement import FullReference, make_windows
 from kvcompress.evals.protocol import PROTOCOLS, Measured, answer, split
+from kvcompress.evals.provenance import provenance
 from kvcompress.evals.tasks import TASKS, Tokenizer, make_prompt, make_samples, read_text, score
 
 TEXT = "text"
@@ -135,7 +129,7 @@ def check_budgets(model: PreTrainedModel, points: Iterable[Point]) -> None:
     """
     for method, tokens in dict.fromkeys((point.method, point.budget_tokens(2**20)) for point in points):
         try:
-            registry.make_cache(method, model, tokens)
+            registry.build(method, model, tokens)
         except ValueError as error:
             raise ValueError(f"{method} at a budget of {tokens} tokens: {error}") from None
 
@@ -191,7 +185,7 @@ class Sweep:
     tokenizer: Tokenizer
     folder: Path
     forget: bool = False
-    make_cache: Callable[[str, PreTrainedModel, int | None], Any] = registry.make_cache
+    build: Callable[[str, PreTrainedModel, int | None], Any] = registry.build
 
     def __post_init__(self) -> None:
         self.points = make_points(self.settings)
@@ -277,7 +271,7 @@ class Sweep:
             shortest = min(len(prompts[index].context) for index in chosen)
             answers, held = answer(
                 self.model,
-                lambda: self.make_cache(point.method, self.model, budget),
+                lambda: self.build(point.method, self.model, budget),
                 [prompts[index] for index in chosen],
                 point.protocol,
                 hold_back=settings.hold_back,
@@ -313,7 +307,7 @@ class Sweep:
         parts = []
         for reference in references:
             part, held = reference.compare(
-                lambda: self.make_cache(point.method, self.model, budget),
+                lambda: self.build(point.method, self.model, budget),
                 chunk=settings.chunk,
                 must_keep_at_most=budget if budget is not None and budget < point.length - 1 else None,
             )
@@ -379,35 +373,7 @@ class Sweep:
         return hashlib.sha256(read_text(self.settings.text).encode()).hexdigest()[:16]
 
     def _provenance(self) -> dict[str, Any]:
-        return self._machine | {
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "threads": torch.get_num_threads(),
-            "batch": self.settings.batch,
-        }
-
-    @cached_property
-    def _machine(self) -> dict[str, Any]:
-        return {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": _commit(),
-            "machine": device_name(self.model.device),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "versions": {name: _version(name) for name in ("kvcompress", "torch", "transformers", "triton")},
-        }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {os.cpu_count()} cores"
+        return provenance(self.model.device) | {"batch": self.settings.batch}
 
 
 def _held(measured: Sequence[Measured], budget: int | None) -> dict[str, Any]:
@@ -440,21 +406,3 @@ def _mean(values: Sequence[float]) -> float:
 def _standard_error(values: Sequence[float]) -> float | None:
     """Of the mean, from the spread of the samples; None for a single one."""
     return None if len(values) < 2 else statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that this file is tracked in, marked where files differ from it."""
-    file = Path(__file__).resolve()
-    git = ["git", "-C", str(file.parent)]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        # an installed copy may lie inside a repository that is not ours
-        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=True)
-        command = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    return None

@@ -122,12 +122,12 @@ def sweep(
     kinds: dict[str, Callable[[str], Any]] = {"lengths": _count, "budgets": _budget}
     for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
         values[name] = tuple(kinds.get(name, str)(part) for part in _parts(values[name]))
-    _check_folder(out)
 
     from kvcompress.evals.sweep import Settings
 
     with _mistakes():
         settings = Settings(**values, seed=seed, hold_back=hold_back, batch=batch, text=text)
+    _check_folder(out)
     return _sweep(settings, model, out, fresh, dtype, device)
 
 
@@ -342,7 +342,7 @@ def _generate(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     with _mistakes():
-        cache = registry.make_cache(method, model, budget)
+        cache = registry.build(method, model, budget)
     set_seed(seed)
     clock = Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

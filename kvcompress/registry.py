@@ -3,7 +3,6 @@
 A method is asked for as `name` or as `name:setting=value:setting=value`, such as `h2o:sinks=4:recent=0.25`.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,14 @@ from transformers import PreTrainedModel
 from kvcompress.cache import CompressedCache
 from kvcompress.dense import DenseCache
 from kvcompress.evicting import EvictingCache
+from kvcompress.policies.expected_attention import ExpectedAttention
+from kvcompress.policies.h2o import H2O
+from kvcompress.policies.keydiff import KeyDiff
+from kvcompress.policies.knorm import Knorm
+from kvcompress.policies.policy import Policy
+from kvcompress.policies.snapkv import SnapKV
+from kvcompress.policies.streaming_llm import StreamingLLM
+from kvcompress.policies.tova import TOVA
 
 FULL = "none"
 FLOOR = "streaming"
@@ -56,7 +63,7 @@ def canonical(spec: str) -> str:
     return ":".join([method.name, *(f"{name}={settings[name]}" for name in sorted(settings))])
 
 
-def make_cache(spec: str, model: PreTrainedModel, budget: int | float | None = None) -> CompressedCache:
+def build(spec: str, model: PreTrainedModel, budget: int | float | None = None) -> CompressedCache:
     """A new cache for the model.
 
     Args:
@@ -77,14 +84,13 @@ def make_cache(spec: str, model: PreTrainedModel, budget: int | float | None = N
         raise
 
 
-def _evicting(module: str, policy: str) -> Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]:
-    def build(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
+def _evicting(policy: type[Policy]) -> Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]:
+    def evicting(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
         settings = dict(settings)
         of_cache = {"allocation": settings.pop("allocation")} if "allocation" in settings else {}
-        kind = getattr(importlib.import_module(f"kvcompress.policies.{module}"), policy)
-        return EvictingCache(model, policy=kind(**settings), budget=budget, **of_cache)
+        return EvictingCache(model, policy=policy(**settings), budget=budget, **of_cache)
 
-    return build
+    return evicting
 
 
 def _dense(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
@@ -106,16 +112,16 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("none", "every token: the full cache", _dense, takes_budget=False),
-        Method("h2o", "heavy hitters and recent tokens", _evicting("h2o", "H2O")),
-        Method("snapkv", "what the last queries attend to", _evicting("snapkv", "SnapKV")),
-        Method("tova", "what the newest query attends to", _evicting("tova", "TOVA")),
-        Method("streaming", "the first tokens and the newest", _evicting("streaming_llm", "StreamingLLM")),
-        Method("keydiff", "the keys least like the others", _evicting("keydiff", "KeyDiff")),
-        Method("knorm", "the keys of small norm", _evicting("knorm", "Knorm")),
+        Method("h2o", "heavy hitters and recent tokens", _evicting(H2O)),
+        Method("snapkv", "what the last queries attend to", _evicting(SnapKV)),
+        Method("tova", "what the newest query attends to", _evicting(TOVA)),
+        Method("streaming", "the first tokens and the newest", _evicting(StreamingLLM)),
+        Method("keydiff", "the keys least like the others", _evicting(KeyDiff)),
+        Method("knorm", "the keys of small norm", _evicting(Knorm)),
         Method(
             "expected",
             "what future queries are expected to attend to",
-            _evicting("expected_attention", "ExpectedAttention"),
+            _evicting(ExpectedAttention),
         ),
     )
 }

