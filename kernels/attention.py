@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.merge import merge_stack, merge_states
-from kvcompress.kernels.runtime import autotune, compilable, core_count, runs_triton
+from kvcompress.kernels.runtime import AotCase, aot_case, autotune, compilable, core_count, runs_triton
 from kvcompress.kernels.tile import (
     LOG2E,
     MIN_SIDE,
@@ -30,6 +30,7 @@ from kvcompress.kernels.tile import (
     rows_contiguous,
     store_tile,
     tile_widths,
+    triton_type,
     wide,
 )
 
@@ -722,3 +723,80 @@ def _split_kernel(
     if VALUE_TAIL:
         store_tile(out_ptr, lse_offset * VALUE_DIM, out_tail * norm, row_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
     tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+
+
+# a tile, tiles with tails, the wasteful case, and the widest
+AOT_HEAD_DIMS = (64, 80, 96, 112, 128, 129, 192, 256)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for head_dim in AOT_HEAD_DIMS:
+        for dtype in (torch.bfloat16, torch.float32):
+            for plain in (True, False):
+                yield from _aot_causal(head_dim, dtype, plain)
+                yield from _aot_split(head_dim, dtype, plain)
+
+
+def _aot_causal(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotCase]:
+    for config in _causal_configs(sum(tile_widths(head_dim)), dtype.itemsize):
+        blocks = f"{config.kwargs['BLOCK_QUERIES']}x{config.kwargs['BLOCK_TOKENS']}"
+        yield aot_case(
+            _causal_kernel,
+            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {'plain' if plain else 'pads window softcap'}, {blocks}",
+            _aot_types(dtype, dtype),
+            _aot_constants(head_dim, plain) | ({"visible_ptr": None} if plain else {}) | config.kwargs,
+            aligned=head_dim % 16 == 0,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def _aot_split(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotCase]:
+    # slots as decoding sees them, or a causal chunk with all that it can have
+    absent = ("visible_ptr", "query_positions_ptr") if plain else ("positions_ptr", "query_positions_ptr", "logits_ptr")
+    for rows in (MIN_SIDE, _FEW_ROWS):
+        block_rows, block_tokens, warps, stages = _split_blocks(rows, sum(tile_widths(head_dim)), dtype.itemsize)
+        yield aot_case(
+            _split_kernel,
+            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {'slots' if plain else 'causal'}, {block_rows} rows",
+            _aot_types(dtype, torch.float32),
+            _aot_constants(head_dim, plain)
+            | dict.fromkeys(absent)
+            | {"SLOTTED": plain, "WRITES_LOGITS": plain, "BLOCK_ROWS": block_rows, "BLOCK_TOKENS": block_tokens},
+            aligned=head_dim % 16 == 0,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+
+def _aot_types(dtype: torch.dtype, out: torch.dtype) -> dict[str, str]:
+    pointer = triton_type(dtype)
+    return {
+        "query_ptr": pointer,
+        "key_ptr": pointer,
+        "value_ptr": pointer,
+        "visible_ptr": "*u8",
+        "positions_ptr": "*i32",
+        "query_positions_ptr": "*i32",
+        "out_ptr": triton_type(out),
+        "lse_ptr": "*fp32",
+        "logits_ptr": "*fp32",
+        "scale": "fp32",
+        "softcap": "fp32",
+    }
+
+
+def _aot_constants(head_dim: int, plain: bool) -> dict[str, int | bool | None]:
+    width, tail = tile_widths(head_dim)
+    return {
+        "GROUP": 4,
+        "HEAD_DIM": head_dim,
+        "DIM": width,
+        "TAIL": tail,
+        "VALUE_DIM": head_dim,
+        "VALUE_WIDTH": width,
+        "VALUE_TAIL": tail,
+        "PADDED": not plain,
+        "WINDOWED": not plain,
+        "SOFTCAPPED": not plain,
+    }

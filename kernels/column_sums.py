@@ -6,18 +6,26 @@ The log-sum-exp comes from the attention pass, so probabilities are recomputed a
 queries x tokens matrix never exists. Flops 2 * batch * heads * (query, key) pairs * head_dim, half an
 attention; bytes (heads + kv_heads) * head_dim a token and the lse.
 
-On a CPU the sums come out of torch's fused attention with the roles swapped: with queries `[k_j, 1]` and
-keys `[q_i, -lse_i / scale]` its log-sum-exp over i is `log(sums[j])`; with both sequences flipped,
-`i >= j` is causal. One extra dimension, no extra pass.
+On a CPU a tile is one matrix product that carries the log-sum-exp as an extra dimension, `[scale * q, -lse] . [k, 1]`,
+then exp and a sum in place, in a buffer sized for the cache.
 """
 
+from collections.abc import Iterator
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.attention import causal_blocks, slot_blocks, slots_seen
+from kvcompress.kernels.attention import AOT_HEAD_DIMS, slots_seen
+from kvcompress.kernels.runtime import AotCase, aot_case, autotune, compilable, runs_triton
+from kvcompress.kernels.tile import LOG2E, bound_logits, dot, load_tile, rows_contiguous, tile_widths, triton_type
 
-# exp of it is 0 in float32, and a finite number survives the scaling that -inf does not
+# the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not
 _IGNORED = 1e4
+_TILE_COLUMNS = 256
+# 1 MB in float32: a tile stays in one core's cache
+_TILE_LOGITS = 2**18
 
 
 def causal_column_sums(
@@ -43,9 +51,7 @@ def causal_column_sums(
         [batch, kv_heads, tokens] float32; 0 for a token nobody sees.
     """
     window = None if window is None or window >= key.shape[2] else window
-    if softcap is not None or window is not None:
-        return _causal_blocks(query, key, lse, scale, visible, window, softcap)
-    return _causal_flash(query, key, lse, scale, visible)
+    return _causal_column_sums(query, key, lse, visible, scale, window, softcap)
 
 
 def causal_column_sums_reference(
@@ -98,11 +104,7 @@ def slot_column_sums(
     Returns:
         [batch, kv_heads, slots] float32; 0 for an empty slot.
     """
-    sums = key.new_zeros(key.shape[:3], dtype=torch.float32)
-    shift = _finite(lse).unflatten(1, (key.shape[1], -1))
-    for rows, logits in slot_blocks(query, key, positions, query_positions, scale, window, softcap):
-        sums += (logits - shift[..., rows, None]).exp_().sum((2, 3))
-    return sums
+    return _slot_column_sums(query, key, positions, query_positions, lse, scale, window, softcap)
 
 
 def slot_column_sums_reference(
@@ -126,45 +128,359 @@ def slot_column_sums_reference(
     return probabilities.sum(2).unflatten(1, (-1, group)).sum(2)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    return lse.masked_fill(~lse.isfinite(), _IGNORED)
+def _causal_column_sums_fake(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return key.new_empty(key.shape[:3], dtype=torch.float32)
 
 
-def _causal_flash(query: Tensor, key: Tensor, lse: Tensor, scale: float, visible: Tensor | None) -> Tensor:
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, tokens = key.shape[1], key.shape[2]
-    group = heads // kv_heads
-    # a head_dim that stays a multiple of 16 keeps torch's kernel on its fast path;
-    # float32 always, because 16 bits cannot carry the lse in one dimension
-    padded = head_dim + 16
-    seekers = key.new_zeros(batch * kv_heads, 1, tokens, padded, dtype=torch.float32)
-    seekers[:, 0, :, :head_dim] = key.flip(2).flatten(0, 1)
-    seekers[..., head_dim] = 1.0
-    seekers = seekers.expand(-1, group, -1, -1)
-    sought = query.new_zeros(batch, heads, queries, padded, dtype=torch.float32)
-    sought[..., :head_dim] = query.flip(2)
-    sought[..., head_dim] = _finite(lse).flip(2) / -scale
-    sought = sought.view(batch * kv_heads, group, queries, padded)
+@compilable(_causal_column_sums_fake)
+def _causal_column_sums(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if runs_triton(query) and query.numel():
+        return _launch(query, key, lse, visible, None, None, scale, window, softcap)
+    return _causal_tiles(query, key, lse, scale, visible, window, softcap)
 
-    # flipped, the queries come first: a token among them is sought causally, an earlier one by all of them
-    parts = [_log_sums(seekers[:, :, :queries], sought, scale, causal=True)]
-    if tokens > queries:
-        parts.append(_log_sums(seekers[:, :, queries:], sought, scale, causal=False))
-    sums = torch.cat(parts, -1).exp_().sum(1).flip(-1).view(batch, kv_heads, tokens)
+
+def _slot_column_sums_fake(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return key.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+@compilable(_slot_column_sums_fake)
+def _slot_column_sums(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if runs_triton(query) and query.numel():
+        return _launch(query, key, lse, None, positions, query_positions, scale, window, softcap)
+    return _slot_tiles(query, key, positions, query_positions, lse, scale, window, softcap)
+
+
+def _causal_tiles(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    scale: float,
+    visible: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    queries, tokens = query.shape[2], key.shape[2]
+    tiles = _Tiles(query, key, lse, scale, softcap)
+    for start in range(0, queries, tiles.block):
+        stop = min(start + tiles.block, queries)
+        # the block's first query is token `first`, its last is token `last - 1`
+        first, last = tokens - queries + start, tokens - queries + stop
+        low = 0 if window is None else max(0, first - window + 1)
+        for left in range(low, last, _TILE_COLUMNS):
+            right = min(left + _TILE_COLUMNS, last)
+            tile = tiles.probabilities(slice(start, stop), slice(left, right))
+            if right > first + 1:
+                tile.tril_(first - left)
+            if window is not None and left <= last - 1 - window:
+                tile.triu_(first - left - window + 1)
+            tiles.sums[:, left:right] += tile.sum((1, 2))
+    sums = tiles.sums.view(key.shape[:3]).float()
     return sums if visible is None else sums.masked_fill_(~visible[:, None], 0.0)
 
 
-def _log_sums(seekers: Tensor, sought: Tensor, scale: float, causal: bool) -> Tensor:
-    # only the lse is wanted; the keys serve as values, which costs no memory
-    _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        seekers, sought, sought, 0.0, causal, scale=scale
-    )
-    return lse
+def _slot_tiles(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    queries, slots = query.shape[2], key.shape[2]
+    tiles = _Tiles(query, key, lse, scale, softcap)
+    for start in range(0, queries, tiles.block):
+        rows = slice(start, min(start + tiles.block, queries))
+        for left in range(0, slots, _TILE_COLUMNS):
+            columns = slice(left, min(left + _TILE_COLUMNS, slots))
+            tile = tiles.probabilities(rows, columns)
+            if window is not None:
+                seen = slots_seen(positions[..., columns], query_positions[:, rows], window)
+                tile.masked_fill_(~seen.flatten(0, 1)[:, None], 0.0)
+            tiles.sums[:, columns] += tile.sum((1, 2))
+    return tiles.sums.view(key.shape[:3]).float().masked_fill_(positions < 0, 0.0)
 
 
-def _causal_blocks(query, key, lse, scale, visible, window, softcap) -> Tensor:
-    sums = key.new_zeros(key.shape[:3], dtype=torch.float32)
-    shift = _finite(lse).unflatten(1, (key.shape[1], -1))
-    for rows, columns, logits in causal_blocks(query, key, scale, visible, window, softcap):
-        sums[:, :, columns] += (logits - shift[..., rows, None]).exp_().sum((2, 3))
+class _Tiles:
+    """Tiles of exp(logit - lse) in one buffer, and the sums they add to, [batch * kv_heads, tokens]."""
+
+    def __init__(self, query: Tensor, key: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
+        batch, heads, queries, _ = query.shape
+        kv_heads, tokens = key.shape[1], key.shape[2]
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        lse = lse.masked_fill(~lse.isfinite(), _IGNORED).to(dtype)[..., None]
+        rows, columns = query.to(dtype) * scale, key.to(dtype)
+        self.softcap, self.lse = softcap, None
+        if softcap is None:
+            rows = torch.cat([rows, -lse], -1)
+            columns = torch.cat([columns, columns.new_ones(()).expand(*columns.shape[:-1], 1)], -1)
+        else:
+            self.lse = lse.reshape(batch * kv_heads, heads // kv_heads, queries, 1)
+        self.rows = rows.reshape(batch * kv_heads, heads // kv_heads, queries, -1)
+        self.columns = columns.reshape(batch * kv_heads, tokens, -1)
+        self.sums = self.columns.new_zeros(batch * kv_heads, tokens)
+        self.block = min(queries, max(16, _TILE_LOGITS // (batch * heads * _TILE_COLUMNS)))
+        self.buffer = self.columns.new_empty(batch * heads * self.block * _TILE_COLUMNS)
+
+    def probabilities(self, rows: slice, columns: slice) -> Tensor:
+        """[batch * kv_heads, group, rows, columns], unmasked; the next call overwrites it."""
+        queries = self.rows[:, :, rows]
+        pairs, group, count, _ = queries.shape
+        width = columns.stop - columns.start
+        tile = self.buffer[: pairs * group * count * width].view(pairs, group * count, width)
+        torch.bmm(queries.flatten(1, 2), self.columns[:, columns].mT, out=tile)
+        tile = tile.view(pairs, group, count, width)
+        if self.lse is not None:
+            tile.div_(self.softcap).tanh_().mul_(self.softcap).sub_(self.lse[:, :, rows])
+        return tile.exp_()
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    visible: Tensor | None,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """positions and query_positions as in slot_column_sums; None: a causal chunk, as in causal_column_sums."""
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    query, key, lse = rows_contiguous(query), rows_contiguous(key), lse.contiguous()
+    visible = None if visible is None else visible.contiguous().view(torch.uint8)
+    positions = None if positions is None else positions.contiguous()
+    query_positions = None if window is None or query_positions is None else query_positions.contiguous()
+    sums = key.new_empty(batch, kv_heads, tokens, dtype=torch.float32)
+    dim, tail = tile_widths(head_dim)
+
+    def grid(meta):
+        return triton.cdiv(tokens, meta["BLOCK_TOKENS"]), kv_heads, batch
+
+    if tokens:
+        with torch.cuda.device_of(query):
+            _column_sums_kernel[grid](
+                query, key, lse, visible, positions, query_positions, sums,
+                *query.stride()[:3], *key.stride()[:3],
+                kv_heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
+                GROUP=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
+                PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
+                SOFTCAPPED=softcap is not None,
+            )  # fmt: skip
     return sums
+
+
+# queries from which on the kernel is tuned anew
+_LONG = 512
+
+
+def _config(tokens: int, rows: int, warps: int, stages: int) -> triton.Config:
+    return triton.Config({"BLOCK_TOKENS": tokens, "BLOCK_ROWS": rows}, num_warps=warps, num_stages=stages)
+
+
+# by element size, then by head_dim at most
+_CONFIGS = {
+    2: {
+        128: [_config(64, 64, 4, 3), _config(128, 64, 8, 3)],
+        256: [_config(64, 64, 8, 2)],
+    },
+    4: {
+        64: [_config(32, 32, 4, 2)],
+        128: [_config(32, 32, 4, 2)],
+        256: [_config(16, 16, 4, 2)],
+    },
+}
+
+
+def _configs(width: int, element_size: int) -> list[triton.Config]:
+    return next(configs for widest, configs in _CONFIGS[element_size].items() if width <= widest)
+
+
+def _prune(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
+    return _configs(constants["DIM"] + constants["TAIL"], arguments["query_ptr"].element_size())
+
+
+@autotune(
+    [config for sizes in _CONFIGS.values() for configs in sizes.values() for config in configs],
+    key=["long", "HEAD_DIM", "SLOTTED", "WINDOWED"],
+    prune=_prune,
+)
+@triton.jit(do_not_specialize=["queries", "tokens", "window", "long"])
+def _column_sums_kernel(
+    query_ptr, key_ptr, lse_ptr, visible_ptr, positions_ptr, query_positions_ptr, sums_ptr,
+    query_batch_stride, query_head_stride, query_stride,
+    key_batch_stride, key_head_stride, key_stride,
+    kv_heads, queries, tokens, window, scale, softcap,
+    long,  # only a key of the autotuner: whether the queries are many
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TAIL: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLOTTED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    # one program owns BLOCK_TOKENS tokens of one KV head and runs over all rows that see them, in order, so that
+    # the sums are deterministic; a row is one (query, head of the group)
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    first_token = tl.program_id(0) * BLOCK_TOKENS
+    token = first_token + tl.arange(0, BLOCK_TOKENS)  # [T]
+    token_ok = token < tokens
+    last_token = tl.minimum(first_token + BLOCK_TOKENS, tokens) - 1
+    query_ptr += batch * query_batch_stride + kv_head * GROUP * query_head_stride
+    lse_ptr += (batch * kv_heads + kv_head) * GROUP * queries
+
+    key_offset = batch * key_batch_stride + kv_head * key_head_stride + token.to(tl.int64) * key_stride
+    key = load_tile(key_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]
+    if TAIL:
+        key_tail = load_tile(key_ptr, key_offset, token_ok, DIM, TAIL, HEAD_DIM)
+    sums_offset = (batch * kv_heads + kv_head) * tokens + token
+    if SLOTTED:
+        token_position = tl.load(positions_ptr + sums_offset, mask=token_ok, other=-1)  # [T]
+    else:
+        token_position = token
+
+    # rows start .. full_start are at the diagonal, rows full_start .. full_stop see all of these tokens and need no
+    # mask, rows full_stop .. stop are at the edge of the window
+    past = tokens - queries
+    start = 0
+    full_start = 0
+    full_stop = queries * GROUP
+    stop = queries * GROUP
+    if SLOTTED:
+        if WINDOWED:
+            full_stop = 0
+    else:
+        start = tl.maximum(first_token - past, 0) * GROUP
+        full_start = start + tl.cdiv(tl.maximum(last_token - past, 0) * GROUP - start, BLOCK_ROWS) * BLOCK_ROWS
+        full_stop = tl.maximum(full_stop, full_start)
+        if WINDOWED:
+            stop = tl.minimum(last_token - past + window, queries) * GROUP
+            within = tl.maximum(first_token - past + window, 0) * GROUP
+            full_stop = full_start + tl.maximum(tl.minimum(within, stop) - full_start, 0) // BLOCK_ROWS * BLOCK_ROWS
+
+    sums = tl.zeros([BLOCK_TOKENS], tl.float32)
+    for part in tl.static_range(0, 3):
+        if part == 0:
+            from_row = start
+            to_row = full_start
+        elif part == 1:
+            from_row = full_start
+            to_row = full_stop
+        else:
+            from_row = full_stop
+            to_row = stop
+        for block in range(from_row, to_row, BLOCK_ROWS):
+            row = block + tl.arange(0, BLOCK_ROWS)  # [R]
+            row_ok = row < queries * GROUP
+            index = (row // GROUP).to(tl.int64)
+            head = (row % GROUP).to(tl.int64)
+            query_offset = head * query_head_stride + index * query_stride
+            query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
+            logits = dot(key, tl.trans(query), tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32))  # [T, R]
+            if TAIL:
+                query_tail = load_tile(query_ptr, query_offset, row_ok, DIM, TAIL, HEAD_DIM)
+                logits = dot(key_tail, tl.trans(query_tail), logits)
+            lse = tl.load(lse_ptr + head * queries + index, mask=row_ok, other=float("inf"))
+            # a row that is not there, one left out and one that saw nothing count for exp2(-inf) = 0
+            lse = tl.where(lse == float("-inf"), float("inf"), lse)
+            logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
+            probability = tl.exp2((logits - lse[None, :]) * LOG2E)
+            if part != 1:
+                if SLOTTED:
+                    position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)
+                    seen = token_position[:, None] > position[None, :] - window
+                else:
+                    position = past + index
+                    seen = token_position[:, None] <= position[None, :]
+                    if WINDOWED:
+                        seen = seen & (token_position[:, None] > position[None, :] - window)
+                probability = tl.where(seen, probability, 0.0)
+            sums += tl.sum(probability, 1)
+
+    if SLOTTED:
+        sums = tl.where(token_position >= 0, sums, 0.0)
+    if PADDED:
+        visible = tl.load(visible_ptr + batch * tokens + token, mask=token_ok, other=0)
+        sums = tl.where(visible != 0, sums, 0.0)
+    tl.store(sums_ptr + sums_offset, sums, mask=token_ok)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for head_dim in AOT_HEAD_DIMS:
+        width, tail = tile_widths(head_dim)
+        for dtype in (torch.bfloat16, torch.float32):
+            for name, slotted, rich in (("causal", False, False), ("slots", True, False), ("all", False, True)):
+                for config in _configs(width + tail, dtype.itemsize):
+                    absent = {"positions_ptr": not slotted, "query_positions_ptr": True, "visible_ptr": not rich}
+                    yield aot_case(
+                        _column_sums_kernel,
+                        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}, "
+                        f"{config.kwargs['BLOCK_TOKENS']}x{config.kwargs['BLOCK_ROWS']}",
+                        {
+                            "query_ptr": triton_type(dtype),
+                            "key_ptr": triton_type(dtype),
+                            "lse_ptr": "*fp32",
+                            "visible_ptr": "*u8",
+                            "positions_ptr": "*i32",
+                            "sums_ptr": "*fp32",
+                            "scale": "fp32",
+                            "softcap": "fp32",
+                        },
+                        {
+                            **{pointer: None for pointer, is_absent in absent.items() if is_absent},
+                            "GROUP": 4,
+                            "HEAD_DIM": head_dim,
+                            "DIM": width,
+                            "TAIL": tail,
+                            "PADDED": rich,
+                            "SLOTTED": slotted,
+                            "WINDOWED": rich,
+                            "SOFTCAPPED": rich,
+                            **config.kwargs,
+                        },
+                        aligned=head_dim % 16 == 0,
+                        num_warps=config.num_warps,
+                        num_stages=config.num_stages,
+                    )

@@ -77,11 +77,12 @@ def _merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tenso
     out, lse = _merge_states_fake(outs, lses)
     rows, head_dim = lse.numel(), out.shape[-1]
     if out.numel():
-        grid = (triton.cdiv(rows, _BLOCK_ROWS),)
+        block_dim = triton.next_power_of_2(head_dim)
+        block_rows = max(1, _TILE // block_dim)
         with torch.cuda.device_of(out):
-            _merge_states_kernel[grid](
+            _merge_states_kernel[(triton.cdiv(rows, block_rows),)](
                 tuple(outs), tuple(lses), out, lse, rows,
-                HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=_BLOCK_ROWS, BLOCK_DIM=triton.next_power_of_2(head_dim),
+                HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim,
             )  # fmt: skip
     return out, lse
 
@@ -105,7 +106,8 @@ def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return out, lse
 
 
-_BLOCK_ROWS = 16
+# elements of a program's tile, some eight a thread: what a program holds limits how many fill the GPU
+_TILE = 1024
 _BLOCK_PARTS = 16
 
 
@@ -181,18 +183,20 @@ def _merge_stack_kernel(
 
 
 def aot_cases() -> Iterator[AotCase]:
-    for states in (2, 3, 5):
-        for head_dim in (64, 80, 129, 256):
-            for dtype in ("fp32", "bf16"):
-                outs = tuple(f"*{dtype}" for _ in range(states))
+    for head_dim in (64, 80, 129, 256):
+        for dtype in ("*fp32", "*bf16"):
+            constants = {"HEAD_DIM": head_dim, "BLOCK_DIM": triton.next_power_of_2(head_dim)}
+            types = {"out_ptr": dtype, "lse_ptr": "*fp32"}
+            for states in (2, 3, 5):
                 yield aot_case(
                     _merge_states_kernel,
-                    f"{states} states, head_dim {head_dim}, {dtype}",
-                    {"out_ptrs": outs, "lse_ptrs": ("*fp32",) * states, "out_ptr": f"*{dtype}", "lse_ptr": "*fp32"},
-                    {
-                        "HEAD_DIM": head_dim,
-                        "STATES": states,
-                        "BLOCK_ROWS": _BLOCK_ROWS,
-                        "BLOCK_DIM": triton.next_power_of_2(head_dim),
-                    },
+                    f"head_dim {head_dim}, {dtype[1:]}, {states} states",
+                    types | {"out_ptrs": (dtype,) * states, "lse_ptrs": ("*fp32",) * states},
+                    constants | {"STATES": states, "BLOCK_ROWS": max(1, _TILE // constants["BLOCK_DIM"])},
                 )
+            yield aot_case(
+                _merge_stack_kernel,
+                f"head_dim {head_dim}, {dtype[1:]}",
+                types | {"outs_ptr": "*fp32", "lses_ptr": "*fp32"},
+                constants | {"BLOCK_PARTS": _BLOCK_PARTS},
+            )

@@ -71,19 +71,29 @@ class AotCase(NamedTuple):
     label: str
     signature: dict[str, Any]
     constants: dict[str, Any]
+    aligned: bool
     options: dict[str, int]
 
 
-def aot_case(kernel: Any, label: str, types: dict[str, Any], constants: dict[str, Any], **options: int) -> AotCase:
+def aot_case(
+    kernel: Any,
+    label: str,
+    types: dict[str, Any],
+    constants: dict[str, Any],
+    *,
+    aligned: bool = True,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> AotCase:
     """Completes a case from what its launch does not say by itself.
 
     Args:
         types: Triton type of each argument that is not a 32-bit integer, such as {"out_ptr": "*bf16"}.
         constants: the compile-time arguments, and the pointers that are None.
-        options: num_warps and num_stages.
+        aligned: whether the strides are multiples of 16, as a launch would see.
     """
     # under the autotuner and its like lies the function itself
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    return AotCase(kernel, label, signature, constants, options)
+    return AotCase(kernel, label, signature, constants, aligned, {"num_warps": num_warps, "num_stages": num_stages})
