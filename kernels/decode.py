@@ -3,13 +3,25 @@
 Bytes 2 * batch * kv_heads * slots * head_dim * element size + 8 * batch * kv_heads * slots;
 flops 4 * batch * heads * slots * head_dim: bound by bandwidth. Reading `budget` slots in place of
 `tokens` is the speed-up over a full cache, tokens / budget at best.
+
+A probability needs the log-sum-exp over all slots, which no split of them knows. The splits therefore leave their
+logits, in float32, and a second launch makes probabilities of them while it merges the splits: 8 more bytes a slot and
+query head (group / head_dim * 2 of K and V in 16 bits: 6 % at group 4 and head_dim 128, most of it in the L2 cache),
+where a second reading of K would be 50 %. Summing over the group before storing is not possible, as each head has its
+own log-sum-exp.
 """
 
+from collections.abc import Iterator
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.attention import slot_attention_reference, slots_seen
+from kvcompress.kernels.attention import MOST_SPLITS, launch_split, slot_attention_reference, slots_seen
 from kvcompress.kernels.column_sums import slot_column_sums_reference
+from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.tile import triton_type
 
 
 def decode_attention(
@@ -37,19 +49,9 @@ def decode_attention(
         The output, [batch, heads, 1, value_dim] in query's dtype, and the probabilities summed over the
         query heads of each group, [batch, kv_heads, slots] float32. A query that sees no slot gives 0.
     """
-    batch, heads, queries, head_dim = query.shape
-    if queries != 1:
+    if query.shape[2] != 1:
         raise ValueError(f"decode_attention takes one query a sequence, got query {list(query.shape)}")
-    kv_heads = key.shape[1]
-    rows = query.view(batch, kv_heads, heads // kv_heads, head_dim) * scale
-    logits = (rows @ key.mT).float()  # [batch, kv_heads, group, slots]
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    seen = slots_seen(positions, query_positions, window)
-    # a finite floor: a query that sees nothing gets a flat softmax and not NaN, and the mask then clears it
-    probabilities = logits.masked_fill_(~seen, -1e30).softmax(-1).masked_fill_(~seen, 0.0)
-    out = probabilities.to(value.dtype) @ value
-    return out.view(batch, heads, 1, -1).to(query.dtype), probabilities.sum(2)
+    return _decode_attention(query, key, value, positions, query_positions, scale, window, softcap)
 
 
 def decode_attention_reference(
@@ -67,3 +69,189 @@ def decode_attention_reference(
     how = {"scale": scale, "window": window, "softcap": softcap}
     out, lse = slot_attention_reference(query, key, value, positions, query_positions, **how)
     return out, slot_column_sums_reference(query, key, positions, query_positions, lse, **how)
+
+
+def _decode_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), key.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+@compilable(_decode_attention_fake)
+def _decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    if runs_triton(query) and query.numel():
+        return _launch(query, key, value, positions, query_positions, scale, window, softcap)
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    rows = query.view(batch, kv_heads, heads // kv_heads, head_dim) * scale
+    logits = (rows @ key.mT).float()  # [batch, kv_heads, group, slots]
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    seen = slots_seen(positions, query_positions, window)
+    # a finite floor: a query that sees nothing gets a flat softmax and not NaN, and the mask then clears it
+    probabilities = logits.masked_fill_(~seen, -1e30).softmax(-1).masked_fill_(~seen, 0.0)
+    out = probabilities.to(value.dtype) @ value
+    return out.view(batch, heads, 1, -1).to(query.dtype), probabilities.sum(2)
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads = query.shape[:2]
+    kv_heads, slots = key.shape[1:3]
+    logits = query.new_empty(batch, heads, slots, dtype=torch.float32)
+    parts, lses = launch_split(
+        query, key, value, None, positions, query_positions, scale, window, softcap, logits=logits, merge=False
+    )
+    out, probabilities = _decode_attention_fake(query, key, value, positions, query_positions, scale, window, softcap)
+    value_dim, group = value.shape[-1], heads // kv_heads
+    with torch.cuda.device_of(query):
+        _finish_kernel[(triton.cdiv(slots, _CHUNK), kv_heads, batch)](
+            parts, lses, logits, out, probabilities,
+            batch, kv_heads, slots, len(parts),
+            GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim),
+        )  # fmt: skip
+    return out, probabilities
+
+
+# slots a program of the second launch turns into probabilities
+_CHUNK = 1024
+
+
+def finish_blocks(group: int, value_dim: int) -> dict[str, int]:
+    """Sides of the tiles of a second launch."""
+    block_group = triton.next_power_of_2(group)
+    return {
+        "BLOCK_GROUP": block_group,
+        "BLOCK_VALUE": triton.next_power_of_2(value_dim),
+        "BLOCK_SPLITS": max(1, min(MOST_SPLITS, 2048 // block_group)),
+        "BLOCK_SLOTS": max(16, min(1024, 4096 // block_group)),
+    }
+
+
+@triton.jit
+def group_lse(
+    lses_ptr, first_row, rows, splits, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+):
+    # the splits' log-sum-exps [splits, rows] merged for the rows of a group, -inf where a head saw nothing
+    head = tl.arange(0, BLOCK_GROUP)  # [G]
+    peak = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        offset = split.to(tl.int64)[None, :] * rows + first_row + head[:, None]
+        ok = (head < GROUP)[:, None] & (split < splits)[None, :]
+        lse = tl.load(lses_ptr + offset, mask=ok, other=float("-inf"))  # [G, splits]
+        risen = tl.maximum(peak, tl.max(lse, 1))
+        shift = tl.where(risen == float("-inf"), 0.0, risen)
+        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(lse - shift[:, None]), 1)
+        peak = risen
+    return tl.where(peak == float("-inf"), peak, peak + tl.log(total))  # [G]
+
+
+@triton.jit
+def merge_head(
+    parts_ptr, lses_ptr, row, rows, splits, lse,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    # the splits' outputs [splits, rows, VALUE_DIM] of one row, weighed by their share of its whole log-sum-exp
+    dim = tl.arange(0, BLOCK_VALUE)  # [V]
+    shift = tl.where(lse == float("-inf"), 0.0, lse)
+    merged = tl.zeros([16, BLOCK_VALUE], tl.float32)
+    for start in range(0, splits, 16):
+        split = start + tl.arange(0, 16)
+        part = split.to(tl.int64) * rows + row
+        weight = tl.exp(tl.load(lses_ptr + part, mask=split < splits, other=float("-inf")) - shift)
+        ok = (weight > 0)[:, None] & (dim < VALUE_DIM)[None, :]
+        merged += weight[:, None] * tl.load(parts_ptr + part[:, None] * VALUE_DIM + dim[None, :], mask=ok, other=0.0)
+    return tl.sum(merged, 0)  # [V]
+
+
+@triton.jit
+def group_probabilities(
+    logits_ptr, first_row, slot, slots, lse,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+):  # fmt: skip
+    # exp(logit - lse) [rows, slots] of these slots, summed over the rows of a group
+    head = tl.arange(0, BLOCK_GROUP)
+    ok = (head < GROUP)[:, None] & (slot < slots)[None, :]
+    offset = (first_row + head)[:, None] * slots + slot[None, :]
+    logits = tl.load(logits_ptr + offset, mask=ok, other=float("-inf"))  # [G, S]
+    shift = tl.where(lse == float("-inf"), 0.0, lse)
+    return tl.sum(tl.exp(logits - shift[:, None]), 0)  # [S]
+
+
+@triton.jit(do_not_specialize=["batch_size", "slots", "splits"])
+def _finish_kernel(
+    parts_ptr, lses_ptr, logits_ptr, out_ptr, probabilities_ptr,
+    batch_size, kv_heads, slots, splits,
+    GROUP: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):  # fmt: skip
+    # one program owns CHUNK slots of one KV head, and a share of its group's outputs
+    owner = tl.program_id(2).to(tl.int64) * kv_heads + tl.program_id(1)
+    first_row = owner * GROUP
+    rows = batch_size.to(tl.int64) * kv_heads * GROUP
+    lse = group_lse(lses_ptr, first_row, rows, splits, GROUP, BLOCK_GROUP, BLOCK_SPLITS)
+
+    head = tl.arange(0, BLOCK_GROUP)
+    dim = tl.arange(0, BLOCK_VALUE)
+    for g in range(tl.program_id(0), GROUP, tl.num_programs(0)):
+        row = first_row + g
+        head_lse = tl.max(tl.where(head == g, lse, float("-inf")), 0)
+        out = merge_head(parts_ptr, lses_ptr, row, rows, splits, head_lse, VALUE_DIM, BLOCK_VALUE)
+        tl.store(out_ptr + row * VALUE_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < VALUE_DIM)
+
+    first_slot = tl.program_id(0) * CHUNK
+    for start in range(first_slot, tl.minimum(first_slot + CHUNK, slots), BLOCK_SLOTS):
+        slot = start + tl.arange(0, BLOCK_SLOTS)
+        sums = group_probabilities(logits_ptr, first_row, slot, slots, lse, GROUP, BLOCK_GROUP)
+        tl.store(probabilities_ptr + owner * slots + slot, sums, mask=slot < slots)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for group in (1, 4, 8, 64):
+        for value_dim in (64, 129, 256):
+            for dtype in (torch.bfloat16, torch.float32):
+                yield aot_case(
+                    _finish_kernel,
+                    f"value_dim {value_dim}, {triton_type(dtype)[1:]}, group {group}",
+                    {
+                        "parts_ptr": "*fp32",
+                        "lses_ptr": "*fp32",
+                        "logits_ptr": "*fp32",
+                        "out_ptr": triton_type(dtype),
+                        "probabilities_ptr": "*fp32",
+                    },
+                    {"GROUP": group, "VALUE_DIM": value_dim, "CHUNK": _CHUNK, **finish_blocks(group, value_dim)},
+                )
