@@ -80,7 +80,7 @@ class EvictingLayer(CompressedLayer):
             "limits": self.limits,
             "recents": self.recents,
             "seen": self.seen,
-        }
+        } | ({} if self.rope is None else {"inv_freq": self.rope.inv_freq})
 
     def statistics(self) -> dict[str, Tensor]:
         return self.state

@@ -1,0 +1,86 @@
+"""Bytes of live storages."""
+
+import pytest
+import torch
+
+from kvcompress import EvictingCache, H2OCache
+from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
+from kvcompress.policies.expected_attention import ExpectedAttention
+from kvcompress.policies.h2o import H2O
+from tests.contract.models import prompt, tiny
+
+
+def test_a_storage_is_counted_whole_and_once():
+    base = torch.zeros(10, 4)
+    by_component, by_device = storage_bytes({"keys": [base[:1], base[5:]], "values": [base, torch.zeros(3)]})
+    assert by_component == {"keys": 160, "values": 12}
+    assert by_device == {"cpu": 172}
+
+
+def test_an_empty_tensor_weighs_nothing():
+    assert storage_bytes({"keys": [torch.empty(0)], "values": []}) == ({}, {})
+
+
+def test_the_full_cache_of_a_sliding_layer_holds_its_window():
+    assert full_cache_bytes(100, None, (2, 3, 8), torch.bfloat16) == 2 * 2 * 3 * 8 * 100 * 2
+    assert full_cache_bytes(100, 16, (2, 3, 8), torch.bfloat16) == 2 * 2 * 3 * 8 * 16 * 2
+    assert full_cache_bytes(10, 16, (2, 3, 8), torch.float32) == 2 * 2 * 3 * 8 * 10 * 4
+
+
+def test_devices_are_told_apart():
+    report = MemoryReport({"keys": 300}, {"cpu": 100, "cuda:0": 200}, 600, 7, [])
+    assert (report.total_bytes, report.host_bytes, report.device_bytes) == (300, 100, 200)
+    assert report.ratio == 0.5
+    alone = MemoryReport({"keys": 300}, {"cpu": 300}, 600, 7, [])
+    assert (alone.host_bytes, alone.device_bytes) == (300, 300)
+
+
+def test_an_empty_cache_reports_nothing_and_prints():
+    report = H2OCache(tiny("llama"), budget=8).memory()
+    assert (report.total_bytes, report.full_bytes, report.tokens_seen, report.ratio) == (0, 0, 0, 0.0)
+    assert "tokens seen 0, kept per layer and head 0" in str(report)
+
+
+def test_the_printed_report_names_components_and_the_ratio():
+    model = tiny("llama")
+    cache = H2OCache(model, budget=8)
+    with torch.no_grad():
+        model(prompt(40), past_key_values=cache)
+    report = cache.memory()
+    text = str(report)
+    assert "tokens seen 40, kept per layer and head 8 to 8" in text
+    for name in ("keys", "values", "positions", "scores", "total", f"{report.ratio:.1%} of the full cache's"):
+        assert name in text
+    assert sum(report.by_component.values()) == sum(report.by_device.values()) == report.total_bytes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"policy": H2O()}, {"policy": H2O(), "rolled": True}, {"policy": ExpectedAttention(sinks=1, future=8)}],
+    ids=["h2o", "rolled", "expected"],
+)
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_what_is_reported_is_every_tensor_a_cache_can_reach(tokens, settings):
+    model = tiny("llama")
+    cache = EvictingCache(model, budget=8, **settings)
+    with torch.no_grad():
+        model(prompt(tokens, batch=2), past_key_values=cache)
+    found: dict[int, int] = {}
+
+    def visit(value, seen):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item, seen)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item, seen)
+        elif type(value).__module__.startswith("kvcompress"):
+            visit(vars(value), seen)
+
+    visit(cache, set())
+    assert sum(found.values()) == cache.memory().total_bytes
