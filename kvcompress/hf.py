@@ -106,6 +106,12 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
             f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); "
             "kvcompress serves MHA, GQA and MQA"
         )
+    shared = getattr(config, "num_kv_shared_layers", None)
+    if shared:
+        raise ValueError(
+            f"{name} shares keys and values between layers (num_kv_shared_layers={shared}); "
+            "kvcompress serves models whose layers each have their own"
+        )
     return config
 
 

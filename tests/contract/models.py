@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VOCABULARY = 128
-PAD = 0
+VOCABULARY = 512
+PAD, END = 0, VOCABULARY - 1
 WINDOW = 12
 
 # what every config here shares; a family that calls a size by another name overrides it below
@@ -94,9 +94,13 @@ def tiny(family: str = "llama", **changes: Any) -> PreTrainedModel:
 
 
 def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:
-    """Random tokens, never the padding token, [batch, tokens]."""
+    """Random tokens, neither PAD nor END, [batch, tokens]; a shorter prompt is the beginning of a longer one.
+
+    No token comes twice in a row, because some policies score two of a kind equal up to rounding.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCABULARY, (batch, tokens), generator=generator).to(DEVICE)
+    rows = [torch.randperm(VOCABULARY - 3, generator=generator)[:tokens] + 2 for _ in range(batch)]
+    return torch.stack(rows).to(DEVICE)
 
 
 def left_padded(rows: list[Tensor], tokens: int | None = None) -> tuple[Tensor, Tensor]:

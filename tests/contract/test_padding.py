@@ -31,9 +31,11 @@ def test_left_padded_rows_generate_what_they_do_alone_in_every_family(entry, fam
 
 
 def assert_rows_equal_alone(entry, model):
-    together, cache, transcript = recorded(entry, model, *left_padded(ROWS))
+    # a token that comes twice has two equal keys in the first layer, and rounding would choose between them
+    how = {"no_repeat_ngram_size": 1, "suppress_tokens": [PAD]}
+    together, cache, transcript = recorded(entry, model, *left_padded(ROWS), **how)
     for index, row in enumerate(ROWS):
-        alone, own_cache, own = recorded(entry, model, row[None])
+        alone, own_cache, own = recorded(entry, model, row[None], **how)
         assert torch.equal(together[index, 20:], alone[0, len(row) :]), f"row {index}"
         for forward, by_itself in zip(transcript.forwards, own.forwards, strict=True):
             torch.testing.assert_close(forward.logits[index], by_itself.logits[0], rtol=1e-4, atol=2e-4)

@@ -6,11 +6,10 @@ from transformers import LogitsProcessor
 
 from tests.contract.caches import caches, every_cache, those
 from tests.contract.drive import feed, full, generate, recorded, tokens_kept
-from tests.contract.models import DEVICE, FAMILIES, PAD, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, END, FAMILIES, PAD, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle, recording
 
 TOKENS = 12
-END = 127
 
 
 @every_cache

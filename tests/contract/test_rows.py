@@ -1,0 +1,246 @@
+"""Rows move, multiply and go: reorder_cache, batch_select_indices, batch_repeat_interleave; and tokens are taken back."""
+
+import pytest
+import torch
+
+from tests.contract.caches import caches, every_cache, those
+from tests.contract.drive import assert_same_state, feed, generate, recorded, tokens_kept
+from tests.contract.models import DEVICE, FAMILIES, left_padded, prompt, tiny
+from tests.contract.oracle import assert_equals_oracle, recording
+
+ROWS = [prompt(20)[0], prompt(13, seed=2)[0], prompt(9, seed=3)[0]]
+
+
+def index(*rows):
+    return torch.tensor(rows, device=DEVICE)
+
+
+@every_cache
+@pytest.mark.parametrize(
+    ("method", "argument", "rows"),
+    [
+        ("reorder_cache", index(2, 0, 0), [2, 0, 0]),
+        ("batch_select_indices", index(2, 1), [2, 1]),
+        ("batch_select_indices", torch.tensor([True, False, True], device=DEVICE), [0, 2]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["reorder", "select", "select by mask", "repeat"],
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_rows_take_all_they_have_along(entry, method, argument, rows, padded):
+    """The cache then goes on as one that was fed those rows from the beginning: scores, positions and padding moved."""
+    model = tiny()
+    ids, mask = left_padded(ROWS) if padded else (prompt(20, 3), torch.ones(3, 20, dtype=torch.long, device=DEVICE))
+    moved, straight = entry.build(model), entry.build(model)
+    steps = prompt(20, len(rows), seed=8)
+    with recording(model, moved, entry.kept, entry.decoded) as transcript:
+        for cache, own in ((moved, index(0, 1, 2)), (straight, index(*rows))):
+            feed(model, cache, ids[own], mask[own])
+            feed(model, cache, prompt(1, 3, seed=5)[own], torch.cat([mask[own], mask[own, -1:]], 1))
+        getattr(moved, method)(argument)
+        mask = torch.cat([mask, mask[:, -1:]], 1)[rows]
+        assert moved.batch_size == len(rows)
+        assert_same_state(entry, moved, straight)
+        # long enough for what was kept to change altogether
+        for chunk in (*steps[:, :12].split(1, 1), steps[:, 12:17], *steps[:, 17:].split(1, 1)):
+            mask = torch.cat([mask, torch.ones_like(chunk)], 1)
+            logits = feed(model, moved, chunk, mask)
+            torch.testing.assert_close(logits, feed(model, straight, chunk, mask), rtol=1e-5, atol=1e-5)
+    assert_same_state(entry, moved, straight)
+    assert_equals_oracle(model, transcript)
+    for kept in tokens_kept(moved):
+        assert kept.shape[0] == len(rows)
+
+
+@every_cache
+def test_one_prompt_is_fed_once_and_answered_many_times(entry):
+    model = tiny()
+    ids = prompt(20)
+    cache = entry.build(model)
+    with recording(model, cache, entry.kept, entry.decoded) as transcript:
+        feed(model, cache, ids)
+        cache.batch_repeat_interleave(3)
+        for step in range(6):
+            feed(model, cache, prompt(1, 3, seed=step))
+    assert_equals_oracle(model, transcript)
+
+
+@those(lambda entry: entry.croppable)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "opt"])
+@pytest.mark.parametrize("tokens", [1, 4, 11])
+def test_crop_takes_tokens_back_exactly(entry, family, tokens):
+    model = tiny(family)
+    ids, mask = left_padded(ROWS)
+    cache, straight = entry.build(model), entry.build(model)
+    assert cache.is_croppable
+    more = prompt(11, 3, seed=6)
+    with recording(model, cache, entry.kept, entry.decoded) as transcript:
+        feed(model, cache, ids, mask)
+        feed(model, cache, more, torch.cat([mask, torch.ones_like(more)], 1))
+        cache.crop(-tokens)
+        assert cache.get_seq_length() == 31 - tokens
+        feed(model, straight, ids, mask)
+        mask = torch.cat([mask, torch.ones_like(more[:, tokens:])], 1)
+        if tokens < 11:
+            feed(model, straight, more[:, :-tokens], mask)
+        for step in range(4):
+            mask = torch.cat([mask, torch.ones_like(more[:, :1])], 1)
+            token = prompt(1, 3, seed=step)
+            torch.testing.assert_close(
+                feed(model, cache, token, mask), feed(model, straight, token, mask), rtol=1e-4, atol=1e-4
+            )
+    assert_equals_oracle(model, transcript)
+
+
+@those(lambda entry: entry.croppable)
+def test_crop_may_take_padding_back(entry):
+    model = tiny()
+    cache, straight = entry.build(model), entry.build(model)
+    mask = torch.ones(2, 12, dtype=torch.long, device=DEVICE)
+    mask[0, 9:] = 0
+    feed(model, cache, prompt(12, 2), mask)
+    cache.crop(-4)
+    feed(model, straight, prompt(8, 2))
+    torch.testing.assert_close(feed(model, cache, prompt(3, 2)), feed(model, straight, prompt(3, 2)))
+
+
+@every_cache
+def test_crop_of_nothing_changes_nothing(entry):
+    model = tiny()
+    cache, straight = entry.build(model), entry.build(model)
+    cache.crop(0)
+    for each in (cache, straight):
+        feed(model, each, prompt(20, 2))
+    cache.crop(0)
+    assert torch.equal(feed(model, cache, prompt(1, 2)), feed(model, straight, prompt(1, 2)))
+
+
+@those(lambda entry: not entry.croppable)
+def test_crop_is_refused_and_nothing_is_half_changed(entry):
+    model = tiny()
+    cache, straight = entry.build(model), entry.build(model)
+    assert not cache.is_croppable
+    for each in (cache, straight):
+        feed(model, each, prompt(20, 2))
+    with pytest.raises(ValueError, match=r"cannot take back 3 tokens.*DenseCache"):
+        cache.crop(-3)
+    assert_same_state(entry, cache, straight)
+    for step in range(12):
+        token = prompt(1, 2, seed=step)
+        assert torch.equal(feed(model, cache, token), feed(model, straight, token))
+
+
+@every_cache
+def test_a_reset_cache_is_a_new_one(entry):
+    model = tiny()
+    cache = entry.build(model)
+    generate(model, cache, *left_padded(ROWS))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.memory().total_bytes == 0
+    # another batch, another length, no padding
+    ids, fresh, _ = recorded(entry, model, prompt(25, 2))
+    assert torch.equal(generate(model, cache, prompt(25, 2)), ids)
+    assert_same_state(entry, cache, fresh)
+
+
+@caches("dense", "h2o")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reset_cache_is_a_new_one_in_every_family(entry, family):
+    model = tiny(family)
+    cache = entry.build(model)
+    wanted = generate(model, cache, *left_padded(ROWS), max_new_tokens=4)
+    cache.reset()
+    assert torch.equal(generate(model, cache, *left_padded(ROWS), max_new_tokens=4), wanted)
+
+
+# copies
+
+
+def fork(entry, model, cache, path):
+    return {"clone": cache.clone, "file": lambda: save_and_load(entry, model, cache, path)}
+
+
+def save_and_load(entry, model, cache, path):
+    cache.save(path / "cache.safetensors")
+    return type(cache).load(path / "cache.safetensors", model)
+
+
+@every_cache
+@pytest.mark.parametrize("way", ["clone", "file"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_copy_goes_on_as_the_original_and_apart_from_it(entry, way, family, tmp_path):
+    model = tiny(family)
+    ids, mask = left_padded(ROWS)
+    cache = entry.build(model)
+    ids = generate(model, cache, ids, mask, max_new_tokens=6)
+    mask = torch.cat([mask, torch.ones_like(ids[:, 20:-1])], 1)
+    copy = fork(entry, model, cache, tmp_path)[way]()
+    assert type(copy) is type(cache)
+    assert copy.memory().total_bytes == cache.memory().total_bytes
+    assert copy.memory().by_component == cache.memory().by_component
+    assert_same_state(entry, copy, cache)
+
+    def go_on(each, seed):
+        so_far, logits = mask, []
+        for chunk in prompt(16, 3, seed=seed).split([1, 4, 1, 1, 9], 1):
+            so_far = torch.cat([so_far, torch.ones_like(chunk)], 1)
+            logits.append(feed(model, each, chunk, so_far))
+        return torch.cat(logits, 1)
+
+    # the original goes another way first; the copy must not notice, nor what is copied from the copy
+    second = copy.clone()
+    other = go_on(cache, 1)
+    ours = go_on(copy, 2)
+    assert not torch.equal(other, ours)
+    assert torch.equal(go_on(second, 2), ours)
+    with recording(model, reference := entry.build(model), entry.kept, entry.decoded):
+        generate(model, reference, *left_padded(ROWS), max_new_tokens=6)
+    torch.testing.assert_close(go_on(reference, 2), ours, rtol=1e-5, atol=1e-5)
+
+
+@every_cache
+def test_an_empty_cache_can_be_copied_and_saved(entry, tmp_path):
+    model = tiny()
+    wanted, _, _ = recorded(entry, model, prompt(20, 2))
+    cache = entry.build(model)
+    for copy in (cache.clone(), save_and_load(entry, model, cache, tmp_path)):
+        assert copy.get_seq_length() == 0
+        assert torch.equal(generate(model, copy, prompt(20, 2)), wanted)
+
+
+@every_cache
+def test_one_prefix_serves_many_forks(entry):
+    """Fork after the shared context, answer each question, equal to feeding both in turn."""
+    model = tiny()
+    context = entry.build(model)
+    feed(model, context, prompt(20))
+    for seed in range(3):
+        question = prompt(4, seed=seed)
+        own = entry.build(model)
+        feed(model, own, prompt(20))
+        assert torch.equal(feed(model, context.clone(), question), feed(model, own, question))
+
+
+def test_a_file_of_another_cache_is_refused(tmp_path):
+    from kvcompress import DenseCache, H2OCache
+
+    model = tiny()
+    cache = DenseCache(model)
+    feed(model, cache, prompt(5))
+    cache.save(tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    with pytest.raises(ValueError, match=r"holds a DenseCache; load it with DenseCache.load"):
+        H2OCache.load(tmp_path / "cache", model)
+    with pytest.raises(ValueError, match=r"3 layers.*has 2"):
+        DenseCache.load(tmp_path / "cache", tiny(num_hidden_layers=2))
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    from kvcompress import DenseCache
+
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="not a saved kvcompress cache"):
+        DenseCache.load(tmp_path / "weights", tiny())
