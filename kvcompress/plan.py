@@ -2,6 +2,7 @@
 
     full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
     slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score
+    expected     = also 4 x heads x (head_dim^2 + head_dim) a layer, its statistics of the queries
     while prefill runs, an evicting cache also holds the keys and values of the one layer at work
 
 On sliding layers `tokens` and `budget` are at most the window. Activations of a prefill in one forward are estimated
@@ -102,27 +103,35 @@ def make_plan(
     activations = batch * context * a_token
     needs = []
     for spec in methods:
-        method, _ = registry.parse(spec)
+        method, settings = registry.parse(spec)
         weights = shape.parameters * item
         if not method.takes_budget:
             needs.append(Need(spec, None, weights, full, full, activations))
             continue
-        cache = sum(slots_bytes(shape, min(kept, window or kept), batch, item) for window in shape.windows)
+        cache = sum(_slots(shape, min(kept, window or kept), batch, item) for window in shape.windows)
+        if method.name == "expected":
+            cache += len(shape.windows) * _query_statistics(shape, batch, settings.get("covariance", True))
         one_layer = batch * context * token
         needs.append(Need(spec, kept, weights, cache, full, activations + one_layer))
     return needs
-
-
-def slots_bytes(shape: Shape, budget: int, batch: int, item: int) -> int:
-    """Bytes of one layer's slots: keys, values, positions, scores, spare slot and counters."""
-    a_slot = 2 * shape.head_dim * item + 4 + 4
-    return batch * (shape.kv_heads * ((budget + 1) * a_slot + 8) + 3 * 4) + 8
 
 
 def largest_batch(need: Need, batch: int, memory: int) -> int:
     """The largest batch that fits, as everything but the weights grows with the batch."""
     free = memory - need.weights
     return max(0, free * batch // (need.cache + need.prefill))
+
+
+def _slots(shape: Shape, budget: int, batch: int, item: int) -> int:
+    """Bytes of one layer: keys, values, positions and scores of its slots, which is spare, and what is counted."""
+    a_slot = 2 * shape.head_dim * item + 4 + 4
+    return batch * (shape.kv_heads * ((budget + 1) * a_slot + 8) + 3 * 4) + 8
+
+
+def _query_statistics(shape: Shape, batch: int, covariance: bool) -> int:
+    """Bytes of one layer's mean and covariance of the queries, float32, and of its rotary frequencies."""
+    a_head = shape.head_dim + (shape.head_dim**2 if covariance else 0)
+    return 4 * batch * (shape.heads * a_head + 1) + 4 * (shape.head_dim // 2)
 
 
 def _read_config(name: str | None) -> PreTrainedConfig:

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from kvcompress import registry
+from kvcompress.loading import ModelUnavailableError
+from kvcompress.plan import largest_batch, make_plan, read_shape
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+BATCH, CONTEXT, BUDGET = 2, 100, 40
+
+
+def kinds():
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**SMALL)),
+        "mistral": MistralForCausalLM(MistralConfig(**SMALL, sliding_window=30)),
+    }
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def saved(request, tmp_path):
+    model = kinds()[request.param].eval()
+    model.save_pretrained(tmp_path)
+    return model, str(tmp_path)
+
+
+@pytest.mark.parametrize("method", registry.METHODS)
+@torch.inference_mode()
+def test_the_plan_is_what_a_cache_comes_to_hold(method, saved):
+    model, folder = saved
+    (need,) = make_plan(read_shape(folder), [method], CONTEXT, BATCH, BUDGET, torch.float32)
+    cache = registry.build(method, model, BUDGET)
+    model(torch.zeros(BATCH, CONTEXT, dtype=torch.long), past_key_values=cache)
+    report = cache.memory()
+    assert need.full_cache == report.full_bytes
+    if method == "none" and model.config.model_type == "mistral":
+        # the dense cache keeps a little more than the window
+        assert need.cache <= report.total_bytes
+    else:
+        assert need.cache == report.total_bytes
+
+
+def test_weights_are_counted_without_being_loaded(saved):
+    model, folder = saved
+    shape = read_shape(folder)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_needs_grow_with_batch_and_the_largest_batch_just_fits(saved):
+    _, folder = saved
+    shape = read_shape(folder)
+    memory = 10**7
+    for need in make_plan(shape, list(registry.METHODS), CONTEXT, BATCH, 0.3, torch.bfloat16):
+        most = largest_batch(need, BATCH, memory)
+        fits, over = (
+            make_plan(shape, [need.method], CONTEXT, batch, 0.3, torch.bfloat16)[0].peak for batch in (most, most + 1)
+        )
+        # a few counters do not grow with the batch
+        assert fits <= memory + 100
+        assert over > memory - 100
+
+
+def test_a_fraction_is_of_the_context():
+    shape = read_shape_of(LlamaConfig(**SMALL))
+    (need,) = make_plan(shape, ["h2o"], 1000, 1, 0.25, torch.float16)
+    assert need.budget == 250
+
+
+def read_shape_of(config):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        LlamaForCausalLM(config).config.save_pretrained(folder)
+        return read_shape(folder)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "nowhere.gguf"])
+def test_a_missing_model_is_named(name):
+    with pytest.raises(ModelUnavailableError, match="nowhere"):
+        read_shape(name)
