@@ -115,12 +115,15 @@ class Rope:
             x: [..., head_dim].
             first: integers that broadcast to x's shape without head_dim.
         """
-        cos, sin = self.turns(first[..., None] + torch.arange(count, device=first.device))
-        return self.turn(x, cos.mean(-2), sin.mean(-2))
+        # a geometric series: the turn to the middle, shortened by what the turns around it cancel
+        cos, sin = self.turns(first + (count - 1) / 2)
+        half = self.inv_freq.to(first.device) / 2
+        shortening = torch.where(half == 0, 1.0, (count * half).sin() / (count * half.sin()))
+        return self.turn(x, cos * shortening, sin * shortening)
 
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every pair's angle times the scaling, [*positions, rotary_dim / 2] float32 each."""
-        # float32 angles, as the models compute them: far out, only equal rounding is rotated back exactly
+        # float32 angles, as the models compute them: far out, only what was rounded alike is rotated back exactly
         angles = positions[..., None].float() * self.inv_freq.to(positions.device)
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 

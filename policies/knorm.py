@@ -1,6 +1,8 @@
 """Knorm: keep the keys of small norm, which tend to draw attention (arXiv:2406.11430).
 
 score[j] = -|k_j|
+
+The paper leaves the first two layers whole; here every layer has its budget.
 """
 
 from dataclasses import dataclass
