@@ -54,6 +54,10 @@ class CompressedCache(hf.Cache):
     ) -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_compiling():
             self._check_attention(layer_idx)
+            if layer_idx == 0 and self.layers[0].forwards_begun != self.layers[-1].forwards_ended:
+                raise RuntimeError(
+                    "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
+                )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_attention(self, layer_idx: int) -> None:
@@ -90,7 +94,7 @@ class CompressedCache(hf.Cache):
         if self.padding.visible is not None:
             members["padding"] = [self.padding.visible]
         by_component, by_device = storage_bytes(members)
-        kept = [layer.tokens_kept() for layer in self.layers if layer.is_initialized]
+        kept = [layer.tokens_kept() for layer in self.layers if layer.segments()]
         return MemoryReport(by_component, by_device, full, int(self.get_seq_length()), kept)
 
     def reset(self) -> None:

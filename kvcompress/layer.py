@@ -55,6 +55,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.leads = leads
         self.is_sliding = window is not None
         self.in_hand: tuple[Tensor, Tensor] | None = None
+        # forwards that came this far: where layers differ, one was interrupted. Compiled ones are not counted
+        self.forwards_begun = self.forwards_ended = 0
         self.kv_shape: tuple[int, int, int] | None = None
         self._seen = 0
 
@@ -102,11 +104,7 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes the new tokens in hand, [batch, kv_heads, tokens, head_dim]; the key finds its way back to `attend`."""
-        if self.in_hand is not None:
-            raise RuntimeError(
-                "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
-            )
-        if not self.is_initialized:
+        if not self.segments():
             self.lazy_initialization(key_states, value_states)
         if self.kv_shape != (key_states.shape[0], key_states.shape[1], key_states.shape[-1]):
             raise ValueError(
@@ -141,10 +139,13 @@ class CompressedLayer(hf.CacheLayerMixin):
                 self.padding.read(visible, key.shape[0], past, tokens)
             if self.padding.remap is not None:
                 self._remap(self.padding.remap.to(key.device))
+            self.forwards_begun += 1
         fresh = None if visible is None else visible[:, -tokens:]
         out = self._attend(Chunk(query, key, value, fresh, scale, softcap, sinks))
         self.in_hand = None
         self._count(tokens)
+        if not torch.compiler.is_compiling():
+            self.forwards_ended = self.forwards_begun
         return out
 
     def _count(self, tokens: int) -> None:
@@ -163,6 +164,7 @@ class CompressedLayer(hf.CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything, settings aside, and frees the memory."""
         self.in_hand = None
+        self.forwards_begun = self.forwards_ended = 0
         self.is_initialized = False
         self.kv_shape = None
         self._seen = 0

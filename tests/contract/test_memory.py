@@ -1,0 +1,174 @@
+"""Bytes reported are bytes alive, and what was let go is gone."""
+
+import gc
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tests.contract.caches import by_name, every_cache, those
+from tests.contract.drive import feed, generate
+from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
+
+# longer than any matrix of the tiny models is large
+LONG = 400
+
+
+def storages(root):
+    """Bytes of every storage that an object holds on to, by address; models are only referred to, not held."""
+    found, visited, queue = {}, set(), [root]
+    while queue:
+        thing = queue.pop()
+        if id(thing) in visited or isinstance(thing, type | torch.nn.Module | weakref.ref):
+            continue
+        visited.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(thing, dict):
+            queue.extend(thing.values())
+        elif isinstance(thing, list | tuple | set):
+            queue.extend(thing)
+        elif hasattr(thing, "__dict__") and not callable(thing):
+            queue.extend(vars(thing).values())
+    return found
+
+
+@every_cache
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_the_bytes_reported_are_those_of_the_live_storages(entry, family):
+    model = tiny(family)
+    cache = entry.build(model)
+    assert cache.memory().total_bytes == 0
+    ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
+    for ids, mask in ((ids, mask), (ids[:, :1], None), (ids[:, :5], None), (ids[:, :1], None)):
+        past = cache.get_seq_length()
+        if mask is None:
+            mask = torch.ones(2, past + ids.shape[1], dtype=torch.long, device=DEVICE)
+            mask[1, :7] = 0
+        feed(model, cache, ids, mask)
+        assert cache.memory().total_bytes == sum(storages(cache).values())
+    report = cache.memory()
+    assert report.total_bytes == sum(report.by_component.values()) == sum(report.by_device.values())
+    assert report.total_bytes == (report.host_bytes if DEVICE == "cpu" else report.device_bytes + report.host_bytes)
+    assert report.ratio == report.total_bytes / report.full_bytes
+    assert report.tokens_seen == 27
+    assert f"tokens seen {report.tokens_seen}" in str(report)
+    for name in report.by_component:
+        assert name in str(report)
+
+
+@every_cache
+def test_what_a_generation_leaves_is_reported(entry):
+    model = tiny()
+    cache = entry.build(model)
+    generate(model, cache, *left_padded([prompt(20)[0], prompt(13, seed=2)[0]]), num_beams=2)
+    assert cache.memory().total_bytes == sum(storages(cache).values())
+    cache.batch_select_indices(torch.tensor([0], device=DEVICE))
+    assert cache.memory().total_bytes == sum(storages(cache).values())
+
+
+@every_cache
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_the_full_cache_it_is_compared_with_is_transformers_own(entry, family):
+    model = tiny(family)
+    cache, full = entry.build(model), DynamicCache(config=model.config)
+    for each in (cache, full):
+        feed(model, each, prompt(20, 2))
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+    # transformers' own windows hold one token less, and get it back from the next forward
+    windows = sum(layer.window is not None for layer in cache.layers)
+    assert cache.memory().full_bytes == held + windows * 2 * full.layers[0].keys[:, :, 0].nbytes
+
+
+@contextmanager
+def what_comes():
+    """Gives a function that finds the tensors made since, whose storage has at least so many bytes, by shape."""
+
+    def large_tensors(least):
+        gc.collect()
+        return [
+            list(thing.shape)
+            for thing in gc.get_objects()
+            if type(thing) is torch.Tensor and thing.untyped_storage().nbytes() >= least
+        ]
+
+    gc.collect()
+    # what is there already is not looked at, which is most of the time
+    gc.freeze()
+    try:
+        yield large_tensors
+    finally:
+        gc.unfreeze()
+
+
+@those(lambda entry: entry.budget and entry.name != "h2o_fraction")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_no_full_length_tensor_is_alive_after_prefill(entry, family, padded):
+    model = tiny(family)
+    ids, mask = left_padded([prompt(LONG)[0], prompt(LONG - (37 if padded else 0), seed=2)[0]])
+    cache = entry.build(model)
+    with what_comes() as large_tensors:
+        feed(model, cache, ids, mask)
+        head_dim = cache.layers[0].kv_shape[2]
+        # the keys of one row's one head are that large
+        full_length = LONG * head_dim * 4
+        assert not large_tensors(full_length)
+        generate(model, cache, torch.cat([ids, ids[:, :1]], 1), torch.cat([mask, mask[:, -1:]], 1), max_new_tokens=3)
+        assert not large_tensors(full_length)
+    assert cache.memory().ratio < 0.5
+
+
+def test_a_full_length_tensor_that_stays_alive_is_found():
+    model = tiny()
+    cache = by_name["h2o"].build(model)
+    update = cache.layers[1].update
+    hidden = []
+
+    def leak(key, value, *args, **kwargs):
+        hidden.append(key[:, :1, :5])
+        return update(key, value, *args, **kwargs)
+
+    cache.layers[1].update = leak
+    with what_comes() as large_tensors:
+        feed(model, cache, prompt(LONG, 2))
+        assert [2, 1, 5, 16] in large_tensors(LONG * 16 * 4)
+
+
+@every_cache
+def test_a_cache_that_is_dropped_frees_everything(entry):
+    model = tiny()
+    cache = entry.build(model)
+    generate(model, cache, prompt(20, 2))
+    tensors = [weakref.ref(tensor) for layer in cache.layers for s in layer.segments() for tensor in s.tensors().values()]
+    assert tensors
+    del cache
+    gc.collect()
+    assert not any(tensor() is not None for tensor in tensors)
+
+
+@every_cache
+def test_a_cache_keeps_no_model_alive(entry):
+    model = build("llama")
+    cache = entry.build(model)
+    generate(model, cache, prompt(20), max_new_tokens=2)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert cache.memory().total_bytes > 0
+
+
+@those(lambda entry: entry.budget)
+def test_bytes_do_not_grow_while_decoding(entry):
+    model = tiny()
+    cache = entry.build(model)
+    feed(model, cache, prompt(20, 2))
+    before = cache.memory().total_bytes
+    for step in range(30):
+        feed(model, cache, prompt(1, 2, seed=step))
+    assert cache.memory().total_bytes == before
