@@ -132,7 +132,7 @@ def _launch(
         _finish_kernel[(triton.cdiv(slots, _CHUNK), kv_heads, batch)](
             parts, lses, logits, out, probabilities,
             batch, kv_heads, slots, len(parts),
-            GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim),
+            GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim, _CHUNK),
         )  # fmt: skip
     return out, probabilities
 
@@ -141,14 +141,14 @@ def _launch(
 _CHUNK = 1024
 
 
-def finish_blocks(group: int, value_dim: int) -> dict[str, int]:
-    """Sides of the tiles of a second launch."""
+def finish_blocks(group: int, value_dim: int, chunk: int) -> dict[str, int]:
+    """Sides of the tiles of a second launch whose programs own `chunk` slots, a power of two."""
     block_group = triton.next_power_of_2(group)
     return {
         "BLOCK_GROUP": block_group,
         "BLOCK_VALUE": triton.next_power_of_2(value_dim),
         "BLOCK_SPLITS": max(1, min(MOST_SPLITS, 2048 // block_group)),
-        "BLOCK_SLOTS": max(16, min(1024, 4096 // block_group)),
+        "BLOCK_SLOTS": min(chunk, 1024, 4096 // block_group),
     }
 
 
@@ -253,5 +253,10 @@ def aot_cases() -> Iterator[AotCase]:
                         "out_ptr": triton_type(dtype),
                         "probabilities_ptr": "*fp32",
                     },
-                    {"GROUP": group, "VALUE_DIM": value_dim, "CHUNK": _CHUNK, **finish_blocks(group, value_dim)},
+                    {
+                        "GROUP": group,
+                        "VALUE_DIM": value_dim,
+                        "CHUNK": _CHUNK,
+                        **finish_blocks(group, value_dim, _CHUNK),
+                    },
                 )

@@ -1,0 +1,416 @@
+"""One H2O decode step in two launches: attend, score, choose the victim, overwrite in place (arXiv:2306.14048).
+
+    the new token takes the spare slot; every slot sees the query
+    score[j] += sum over the group of softmax(q.k)[j]
+    where a head holds more than its limit, the slot of least score that is neither recent nor a sink becomes the spare
+
+The first launch is that of `decode_attention`: the splits' outputs, their log-sum-exps, and the logits of the old
+slots. The second adds the new token's own logit, which it computes itself, so that the token need not be stored
+before it is attended to. It merges the splits, turns logits into probabilities, adds them to the scores and finds the
+victim on the way. Above `_CHUNK` slots several programs share a head, and a third launch compares their candidates.
+
+Bytes 2 * batch * kv_heads * slots * head_dim * element size for K and V; 8 * heads for the logits, 8 * kv_heads for
+the scores and 4 * kv_heads for the positions, each * batch * slots. The same as separate operations costs ten
+launches and reads scores and positions four times.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcompress.kernels.attention import launch_split
+from kvcompress.kernels.decode import (
+    decode_attention_reference,
+    finish_blocks,
+    group_lse,
+    group_probabilities,
+    merge_head,
+)
+from kvcompress.kernels.evict import choose_victim_reference, first_to_go, worse
+from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.tile import bound_logits, triton_type
+
+EMPTY = -1
+
+
+def decode_and_evict(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    spare: Tensor,
+    token_positions: Tensor,
+    limits: Tensor,
+    recents: Tensor,
+    *,
+    scale: float,
+    sinks: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    accumulate: bool = True,
+) -> Tensor:
+    """Attention of one new token to itself and to the cache slots, which are updated in place.
+
+    Args:
+        query: [batch, heads, 1, head_dim].
+        key, value: of the new token, [batch, kv_heads, 1, head_dim] and value_dim.
+        keys, values: slots, [batch, kv_heads, slots, head_dim] and value_dim. Written at the spare slot.
+        positions: [batch, kv_heads, slots] int32, -1 marks an empty slot. Written.
+        scores: [batch, kv_heads, slots] float32. Written.
+        spare: [batch, kv_heads] int64, an empty slot of each head. Written: the next one.
+        token_positions: [batch] int32, position of the new token; -1 where it is padding, which changes no slot.
+        limits: [batch] int32, tokens a head may hold, fewer than slots.
+        recents: [batch] int32, newest tokens that stay, at least 1.
+        scale, window, softcap: as in slot_attention. With a window, what the next token will not see goes first.
+        sinks: positions below it stay.
+        accumulate: False scores a slot by this step's attention alone (TOVA).
+
+    Returns:
+        The output, [batch, heads, 1, value_dim] in query's dtype.
+    """
+    if query.shape[2] != 1 or key.shape[2] != 1:
+        raise ValueError(
+            f"decode_and_evict takes one token a sequence, got query {list(query.shape)}, key {list(key.shape)}"
+        )
+    if not all(tensor.is_contiguous() for tensor in (positions, scores, spare)):
+        raise ValueError("decode_and_evict writes to positions, scores and spare, which must be contiguous")
+    return _decode_and_evict(
+        query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
+        scale, sinks, window, softcap, accumulate,
+    )  # fmt: skip
+
+
+def decode_and_evict_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    spare: Tensor,
+    token_positions: Tensor,
+    limits: Tensor,
+    recents: Tensor,
+    *,
+    scale: float,
+    sinks: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    accumulate: bool = True,
+) -> Tensor:
+    """What decode_and_evict means, in plain PyTorch."""
+    real = (token_positions != EMPTY)[:, None, None]
+    slot = spare[..., None]
+    for stored, new in ((keys, key), (values, value)):
+        index = slot[..., None].expand(-1, -1, -1, new.shape[-1])
+        stored.scatter_(2, index, torch.where(real[..., None], new, stored.gather(2, index)))
+    positions.scatter_(2, slot, torch.where(real, token_positions[:, None, None], positions.gather(2, slot)))
+    scores.scatter_(2, slot, torch.where(real, 0.0, scores.gather(2, slot)))
+    out, attention = decode_attention_reference(
+        query, keys, values, positions, token_positions[:, None], scale=scale, window=window, softcap=softcap
+    )
+    scores.copy_(torch.where(real, scores * accumulate + attention, scores))
+
+    newest = token_positions + 1
+    ranked = scores
+    if window is not None:
+        # what has left the window goes first, sinks too
+        ranked = ranked.masked_fill(positions < sinks, torch.inf)
+        ranked = ranked.masked_fill(positions <= (newest - window)[:, None, None], -torch.inf)
+        sinks = 0
+    victims = choose_victim_reference(ranked, positions, newest - recents, sinks)[..., None]
+    over = ((positions != EMPTY).sum(-1, keepdim=True) > limits[:, None, None]) & real
+    positions.scatter_(2, victims, torch.where(over, EMPTY, positions.gather(2, victims)))
+    spare.copy_(torch.where(real[..., 0], positions.argmin(-1), spare))
+    return out
+
+
+def _decode_and_evict_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    spare: Tensor,
+    token_positions: Tensor,
+    limits: Tensor,
+    recents: Tensor,
+    scale: float,
+    sinks: int,
+    window: int | None,
+    softcap: float | None,
+    accumulate: bool,
+) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@compilable(_decode_and_evict_fake, mutates=("keys", "values", "positions", "scores", "spare"))
+def _decode_and_evict(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    spare: Tensor,
+    token_positions: Tensor,
+    limits: Tensor,
+    recents: Tensor,
+    scale: float,
+    sinks: int,
+    window: int | None,
+    softcap: float | None,
+    accumulate: bool,
+) -> Tensor:
+    if not runs_triton(query):
+        return decode_and_evict_reference(
+            query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
+            scale=scale, sinks=sinks, window=window, softcap=softcap, accumulate=accumulate,
+        )  # fmt: skip
+    batch, heads, _, head_dim = query.shape
+    kv_heads, slots = keys.shape[1:3]
+    value_dim, group = values.shape[-1], heads // kv_heads
+    logits = query.new_empty(batch, heads, slots, dtype=torch.float32)
+    parts, lses = launch_split(
+        query,
+        keys,
+        values,
+        None,
+        positions,
+        token_positions[:, None],
+        scale,
+        window,
+        softcap,
+        logits=logits,
+        merge=False,
+    )
+    out = query.new_empty(batch, heads, 1, value_dim)
+    chunk = triton.next_power_of_2(triton.cdiv(slots, triton.cdiv(slots, _CHUNK)))
+    chunks = triton.cdiv(slots, chunk)
+    # what each program found: a score; a position, a slot, an empty slot and how many tokens it counted
+    least = scores.new_empty(batch * kv_heads, chunks)
+    found = positions.new_empty(4, batch * kv_heads, chunks)
+    with torch.cuda.device_of(query):
+        _evict_kernel[(chunks, kv_heads, batch)](
+            query.contiguous(), key.contiguous(), value.contiguous(), keys, values, positions, scores, spare,
+            token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
+            parts, lses, logits, out, least, found,
+            *keys.stride()[:3], *values.stride()[:3],
+            batch, kv_heads, slots, len(parts), window or 0, sinks, scale, softcap or 0.0,
+            GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, CHUNK=chunk, SETTLES=chunks == 1,
+            WINDOWED=window is not None, SOFTCAPPED=softcap is not None, ACCUMULATES=accumulate,
+            BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, chunk),
+        )  # fmt: skip
+        if chunks > 1:
+            _settle_kernel[(kv_heads, batch)](
+                positions, spare, token_positions.contiguous(), limits.contiguous(), least, found,
+                kv_heads, slots, chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks),
+            )  # fmt: skip
+    return out
+
+
+# slots that one program of the second launch takes: fewer would want a third launch more often
+_CHUNK = 4096
+
+
+@triton.jit
+def settle(
+    positions_ptr, spare_ptr, owner, slots, token_position, limit, taken, victim, empty, kept,
+):  # fmt: skip
+    # the new token's slot is occupied and, over the limit, the victim's is freed; the two may be one
+    over = kept > limit
+    tl.store(positions_ptr + owner * slots + taken, tl.where(over & (victim == taken), -1, token_position))
+    tl.store(positions_ptr + owner * slots + victim, -1, mask=over & (victim != taken))
+    # the free slot of the lowest index; no slot is free only if the limit is not below the slots
+    free = tl.minimum(empty, tl.where(over, victim, 2147483647))
+    tl.store(spare_ptr + owner, free.to(tl.int64), mask=free < slots)
+
+
+@triton.jit(do_not_specialize=["batch_size", "slots", "splits", "window", "sinks"])
+def _evict_kernel(
+    query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr, scores_ptr, spare_ptr,
+    token_positions_ptr, limits_ptr, recents_ptr,
+    parts_ptr, lses_ptr, logits_ptr, out_ptr, least_ptr, found_ptr,
+    keys_batch_stride, keys_head_stride, keys_stride,
+    values_batch_stride, values_head_stride, values_stride,
+    batch_size, kv_heads, slots, splits, window, sinks, scale, softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SETTLES: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    ACCUMULATES: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):  # fmt: skip
+    # one program owns CHUNK slots of one KV head and a share of its group's outputs; the first stores the new token
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(1)
+    owner = batch * kv_heads + kv_head
+    first_row = owner * GROUP
+    rows = batch_size.to(tl.int64) * kv_heads * GROUP
+    token_position = tl.load(token_positions_ptr + batch)
+    real = token_position >= 0
+    taken = tl.load(spare_ptr + owner).to(tl.int32)
+    head = tl.arange(0, BLOCK_GROUP)  # [G]
+    head_ok = head < GROUP
+    dim = tl.arange(0, BLOCK_DIM)  # [D]
+    value_dim = tl.arange(0, BLOCK_VALUE)  # [V]
+
+    # the new token's own logit: it is in none of the splits, as its slot was empty
+    key = tl.load(key_ptr + owner * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+    value = tl.load(value_ptr + owner * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM, other=0.0)
+    query = tl.load(
+        query_ptr + (first_row + head)[:, None] * HEAD_DIM + dim[None, :],
+        mask=head_ok[:, None] & (dim < HEAD_DIM)[None, :],
+        other=0.0,
+    )  # [G, D]
+    own_logit = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+    own_logit = bound_logits(own_logit, scale, softcap, SOFTCAPPED)
+    own_logit = tl.where(head_ok & real, own_logit, float("-inf"))
+
+    past_lse = group_lse(lses_ptr, first_row, rows, splits, GROUP, BLOCK_GROUP, BLOCK_SPLITS)
+    peak = tl.maximum(past_lse, own_logit)
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    lse = shift + tl.log(tl.exp(past_lse - shift) + tl.exp(own_logit - shift))
+    lse = tl.where(peak == float("-inf"), float("-inf"), lse)
+    own = tl.exp(own_logit - tl.where(lse == float("-inf"), 0.0, lse))  # [G]
+
+    for g in range(tl.program_id(0), GROUP, tl.num_programs(0)):
+        row = first_row + g
+        head_lse = tl.max(tl.where(head == g, lse, float("-inf")), 0)
+        out = merge_head(parts_ptr, lses_ptr, row, rows, splits, head_lse, VALUE_DIM, BLOCK_VALUE)
+        out += tl.sum(tl.where(head == g, own, 0.0), 0) * value.to(tl.float32)
+        tl.store(out_ptr + row * VALUE_DIM + value_dim, out.to(out_ptr.dtype.element_ty), mask=value_dim < VALUE_DIM)
+
+    if (tl.program_id(0) == 0) & real:
+        keys_ptr += batch * keys_batch_stride + kv_head.to(tl.int64) * keys_head_stride
+        values_ptr += batch * values_batch_stride + kv_head.to(tl.int64) * values_head_stride
+        tl.store(keys_ptr + taken.to(tl.int64) * keys_stride + dim, key, mask=dim < HEAD_DIM)
+        tl.store(values_ptr + taken.to(tl.int64) * values_stride + value_dim, value, mask=value_dim < VALUE_DIM)
+
+    least = tl.full([BLOCK_SLOTS], float("inf"), tl.float32)
+    lowest = tl.full([BLOCK_SLOTS], 2147483647, tl.int32)
+    victim = tl.full([BLOCK_SLOTS], 2147483647, tl.int32)
+    empty = tl.full([BLOCK_SLOTS], 2147483647, tl.int32)
+    kept = tl.zeros([BLOCK_SLOTS], tl.int32)
+    recent_from = token_position + 1 - tl.load(recents_ptr + batch)
+    first_slot = tl.program_id(0) * CHUNK
+    for start in range(first_slot, tl.minimum(first_slot + CHUNK, slots), BLOCK_SLOTS):
+        slot = start + tl.arange(0, BLOCK_SLOTS)  # [S]
+        slot_ok = slot < slots
+        is_own = slot == taken
+        position = tl.load(positions_ptr + owner * slots + slot, mask=slot_ok, other=2147483647)
+        position = tl.where(is_own, token_position, position)
+        score = group_probabilities(logits_ptr, first_row, slot, slots, lse, GROUP, BLOCK_GROUP)
+        if ACCUMULATES:
+            score += tl.load(scores_ptr + owner * slots + slot, mask=slot_ok, other=0.0)
+        score = tl.where(is_own, tl.sum(own, 0), score)
+        if real:
+            tl.store(scores_ptr + owner * slots + slot, score, mask=slot_ok)
+
+        stays = (position < sinks) | (position >= recent_from)
+        ranked = tl.where(stays | (position < 0), float("inf"), score)
+        if WINDOWED:
+            gone = (position <= token_position + 1 - window) & (position >= 0) & (position < recent_from)
+            ranked = tl.where(gone, float("-inf"), ranked)
+        least, lowest, victim = worse(ranked, position, slot, least, lowest, victim)
+        empty = tl.minimum(empty, tl.where(position < 0, slot, 2147483647))
+        kept += (slot_ok & (position >= 0)).to(tl.int32)
+
+    score, position, slot = first_to_go(least, lowest, victim)
+    first_empty = tl.min(empty, 0)
+    count = tl.sum(kept, 0)
+    if SETTLES:
+        if real:
+            limit = tl.load(limits_ptr + batch)
+            settle(positions_ptr, spare_ptr, owner, slots, token_position, limit, taken, slot, first_empty, count)
+    else:
+        place = owner * tl.num_programs(0) + tl.program_id(0)
+        field = batch_size.to(tl.int64) * kv_heads * tl.num_programs(0)
+        tl.store(least_ptr + place, score)
+        tl.store(found_ptr + place, position)
+        tl.store(found_ptr + field + place, slot)
+        tl.store(found_ptr + 2 * field + place, first_empty)
+        tl.store(found_ptr + 3 * field + place, count)
+
+
+@triton.jit(do_not_specialize=["slots", "chunks"])
+def _settle_kernel(
+    positions_ptr, spare_ptr, token_positions_ptr, limits_ptr, least_ptr, found_ptr,
+    kv_heads, slots, chunks,
+    BLOCK_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    # one program owns one KV head of one sequence and compares what the programs of _evict_kernel found
+    batch = tl.program_id(1).to(tl.int64)
+    owner = batch * kv_heads + tl.program_id(0)
+    field = tl.num_programs(1).to(tl.int64) * kv_heads * chunks
+    chunk = tl.arange(0, BLOCK_CHUNKS)
+    ok = chunk < chunks
+    place = owner * chunks + chunk
+    least = tl.load(least_ptr + place, mask=ok, other=float("inf"))
+    lowest = tl.load(found_ptr + place, mask=ok, other=2147483647)
+    victim = tl.load(found_ptr + field + place, mask=ok, other=2147483647)
+    empty = tl.min(tl.load(found_ptr + 2 * field + place, mask=ok, other=2147483647), 0)
+    kept = tl.sum(tl.load(found_ptr + 3 * field + place, mask=ok, other=0), 0)
+    _, _, slot = first_to_go(least, lowest, victim)
+    token_position = tl.load(token_positions_ptr + batch)
+    if token_position >= 0:
+        taken = tl.load(spare_ptr + owner).to(tl.int32)
+        limit = tl.load(limits_ptr + batch)
+        settle(positions_ptr, spare_ptr, owner, slots, token_position, limit, taken, slot, empty, kept)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for group in (1, 4, 8, 64):
+        for head_dim in (64, 80, 256):
+            for dtype in (torch.bfloat16, torch.float32):
+                for plain in (True, False):
+                    yield aot_case(
+                        _evict_kernel,
+                        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, group {group}, {'plain' if plain else 'all'}",
+                        dict.fromkeys(
+                            ("query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr", "out_ptr"),
+                            triton_type(dtype),
+                        )
+                        | dict.fromkeys(
+                            ("positions_ptr", "token_positions_ptr", "limits_ptr", "recents_ptr", "found_ptr"), "*i32"
+                        )
+                        | dict.fromkeys(("scores_ptr", "parts_ptr", "lses_ptr", "logits_ptr", "least_ptr"), "*fp32")
+                        | {"spare_ptr": "*i64", "scale": "fp32", "softcap": "fp32"},
+                        {
+                            "GROUP": group,
+                            "HEAD_DIM": head_dim,
+                            "VALUE_DIM": head_dim,
+                            "CHUNK": _CHUNK,
+                            "SETTLES": plain,
+                            "WINDOWED": not plain,
+                            "SOFTCAPPED": not plain,
+                            "ACCUMULATES": plain,
+                            "BLOCK_DIM": triton.next_power_of_2(head_dim),
+                            **finish_blocks(group, head_dim, _CHUNK),
+                        },
+                    )
+    for chunks in (2, 32):
+        yield aot_case(
+            _settle_kernel,
+            f"{chunks} chunks",
+            dict.fromkeys(("positions_ptr", "token_positions_ptr", "limits_ptr", "found_ptr"), "*i32")
+            | {"spare_ptr": "*i64", "least_ptr": "*fp32"},
+            {"BLOCK_CHUNKS": chunks},
+        )
