@@ -136,4 +136,6 @@ def caches(*names: str) -> pytest.MarkDecorator:
 
 def those(promise: Callable[[Entry], Any]) -> pytest.MarkDecorator:
     """The caches that promise something."""
-    return pytest.mark.parametrize("entry", [entry for entry in ENTRIES if promise(entry)], ids=lambda entry: entry.name)
+    return pytest.mark.parametrize(
+        "entry", [entry for entry in ENTRIES if promise(entry)], ids=lambda entry: entry.name
+    )

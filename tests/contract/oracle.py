@@ -129,7 +129,9 @@ def recording(
         if position_ids is None:
             position_ids = transcript.seen + torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
         transcript.forwards.append(
-            Forward(ids, visible, position_ids.expand_as(ids), before["kept"], before["decoded"], output.logits.detach())
+            Forward(
+                ids, visible, position_ids.expand_as(ids), before["kept"], before["decoded"], output.logits.detach()
+            )
         )
 
     def follow(name: str, change: Callable[..., None]) -> None:
@@ -143,7 +145,9 @@ def recording(
 
     follow("reorder_cache", lambda beam_idx: transcript.map_rows(lambda rows: rows[beam_idx]))
     follow("batch_select_indices", lambda indices: transcript.map_rows(lambda rows: rows[indices]))
-    follow("batch_repeat_interleave", lambda repeats: transcript.map_rows(lambda rows: rows.repeat_interleave(repeats, 0)))
+    follow(
+        "batch_repeat_interleave", lambda repeats: transcript.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
+    )
     follow("crop", lambda tokens_to_remove: transcript.crop(-tokens_to_remove))
     hooks = [
         model.register_forward_pre_hook(enter, with_kwargs=True),

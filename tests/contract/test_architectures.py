@@ -74,9 +74,7 @@ def test_half_precision_equals_the_oracle(entry, dtype, family):
 @caches("dense", "h2o", "tova")
 def test_a_mixture_of_previous_attentions_makes_no_difference(entry):
     """What the model used before is what others get; our caches attend by themselves."""
-    answers = [
-        recorded(entry, tiny("llama", attention=attention), prompt(20, 2))[0] for attention in ("sdpa", "eager")
-    ]
+    answers = [recorded(entry, tiny("llama", attention=attention), prompt(20, 2))[0] for attention in ("sdpa", "eager")]
     assert torch.equal(*answers)
 
 

@@ -63,9 +63,7 @@ def test_generation_with_a_static_cache(family, attention):
         so_far = torch.cat([mask, torch.ones_like(mask)], 1)
         logits[-1] += [feed(model, cache, ids[:, step : step + 1], so_far[:, : 21 + step]) for step in range(4)]
     assert all(torch.equal(*step) for step in zip(*logits, strict=True))
-    assert torch.equal(
-        *(generate(model, None, ids, mask, cache_implementation="static") for model in (before, after))
-    )
+    assert torch.equal(*(generate(model, None, ids, mask, cache_implementation="static") for model in (before, after)))
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

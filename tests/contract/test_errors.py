@@ -78,7 +78,9 @@ def test_another_batch_without_a_reset(entry):
     for each in (cache, straight):
         feed(model, each, prompt(20, 2))
     with (
-        pytest.raises(ValueError, match=r"\[batch, kv_heads, head_dim\] = \[2, 2, 16\].*one cache a batch, or cache.reset\(\)"),
+        pytest.raises(
+            ValueError, match=r"\[batch, kv_heads, head_dim\] = \[2, 2, 16\].*one cache a batch, or cache.reset\(\)"
+        ),
         torch.no_grad(),
     ):
         model(prompt(20, 3), past_key_values=cache)

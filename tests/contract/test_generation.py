@@ -47,7 +47,9 @@ def test_a_budget_that_is_never_filled_equals_the_full_cache(entry, family):
     cache = entry.roomy(model)
     # a fraction is one of the prompt, so nothing may follow it
     tokens = 1 if entry.name == "h2o_fraction" else 12
-    assert torch.equal(generate(model, cache, prompt(20, 2), max_new_tokens=tokens), full(model, prompt(20, 2), max_new_tokens=tokens))
+    assert torch.equal(
+        generate(model, cache, prompt(20, 2), max_new_tokens=tokens), full(model, prompt(20, 2), max_new_tokens=tokens)
+    )
     reference = by_name["dense"].build(model)
     feed(model, reference, prompt(20, 2))
     cache = entry.roomy(model)

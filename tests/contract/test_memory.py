@@ -144,7 +144,9 @@ def test_a_cache_that_is_dropped_frees_everything(entry):
     model = tiny()
     cache = entry.build(model)
     generate(model, cache, prompt(20, 2))
-    tensors = [weakref.ref(tensor) for layer in cache.layers for s in layer.segments() for tensor in s.tensors().values()]
+    tensors = [
+        weakref.ref(tensor) for layer in cache.layers for s in layer.segments() for tensor in s.tensors().values()
+    ]
     assert tensors
     del cache
     gc.collect()
