@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvcompress import DenseCache, EvictingCache, H2OCache, SnapKVCache, StreamingLLMCache
+from kvcompress import EvictingCache, H2OCache, SnapKVCache, StreamingLLMCache
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM

@@ -43,13 +43,9 @@ def test_the_bytes_reported_are_those_of_the_live_storages(entry, family):
     model = tiny(family)
     cache = entry.build(model)
     assert cache.memory().total_bytes == 0
-    ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
-    for ids, mask in ((ids, mask), (ids[:, :1], None), (ids[:, :5], None), (ids[:, :1], None)):
-        past = cache.get_seq_length()
-        if mask is None:
-            mask = torch.ones(2, past + ids.shape[1], dtype=torch.long, device=DEVICE)
-            mask[1, :7] = 0
-        feed(model, cache, ids, mask)
+    ids, whole = left_padded([prompt(27)[0], prompt(20, seed=2)[0]])
+    for start, stop in ((0, 20), (20, 21), (21, 26), (26, 27)):
+        feed(model, cache, ids[:, start:stop], whole[:, :stop])
         assert cache.memory().total_bytes == sum(storages(cache).values())
     report = cache.memory()
     assert report.total_bytes == sum(report.by_component.values()) == sum(report.by_device.values())

@@ -1,8 +1,10 @@
-"""Rows move, multiply and go: reorder_cache, batch_select_indices, batch_repeat_interleave; and tokens are taken back."""
+"""Rows move, multiply and go, tokens are taken back, and whole caches are copied and saved."""
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from kvcompress import DenseCache, H2OCache
 from tests.contract.caches import caches, every_cache, those
 from tests.contract.drive import assert_same_state, feed, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, FAMILIES, left_padded, prompt, tiny
@@ -223,8 +225,6 @@ def test_one_prefix_serves_many_forks(entry):
 
 
 def test_a_file_of_another_cache_is_refused(tmp_path):
-    from kvcompress import DenseCache, H2OCache
-
     model = tiny()
     cache = DenseCache(model)
     feed(model, cache, prompt(5))
@@ -237,10 +237,6 @@ def test_a_file_of_another_cache_is_refused(tmp_path):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    from kvcompress import DenseCache
-
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="not a saved kvcompress cache"):
         DenseCache.load(tmp_path / "weights", tiny())
