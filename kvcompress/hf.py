@@ -85,7 +85,7 @@ def select_attention(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != name:
         raise ValueError(
             f"{type(model).__name__} does not choose its attention through transformers' AttentionInterface, "
-            "so its cache cannot be compressed; models that do: Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX, OPT"
+            "so its cache cannot be compressed; models that do: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, OPT"
         )
 
 
