@@ -128,7 +128,9 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
                 f"layer {index} of model type {config.model_type!r} is of type {kind!r}; "
                 f"kvcompress serves {', '.join(_WINDOWS)}"
             )
-    return [setting.get("sliding_window") for setting in settings]
+    # transformers 5.17 has one dictionary of settings for all layers
+    each = [settings] * len(types) if isinstance(settings, dict) else settings
+    return [each[index].get("sliding_window") if _WINDOWS[kind] else None for index, kind in enumerate(types)]
 
 
 def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:
