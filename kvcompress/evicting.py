@@ -150,7 +150,8 @@ class EvictingLayer(CompressedLayer):
         at = self.lengths
         if chunk.visible is not None:
             at = torch.where(chunk.visible[:, 0], at, EMPTY)
-        placed, query_positions = self._place(chunk, self.lengths[:, None])
+        # a copy: the lengths grow in place before the policy reads the positions
+        placed, query_positions = self._place(chunk, self.lengths[:, None].clone())
         slots.put(chunk.key, chunk.value, at)
         keys = slots.placed_keys()
         out, attention = decode_attention(
@@ -164,6 +165,9 @@ class EvictingLayer(CompressedLayer):
             softcap=chunk.softcap,
         )
         self.lengths = self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
+        if chunk.visible is not None:
+            # a query that is padding gives out no attention
+            attention = attention * chunk.visible[..., None]
         self._score_step(slots, placed, keys, query_positions, attention)
         self._evict_one(slots)
         return out

@@ -49,18 +49,21 @@ class SnapKV(Policy):
         return self.window
 
     def score(self, candidates: Candidates) -> Tensor:
-        assert candidates.attention is not None
-        if candidates.queries == 1:
-            return candidates.scores * (1.0 - 1.0 / self.window) + candidates.attention
-        attention = candidates.attention if self.kernel == 1 else self._pool(candidates)
-        if candidates.visible is None:
-            return attention + max(0.0, 1.0 - candidates.queries / self.window) * candidates.scores
-        fade = (1.0 - candidates.visible.sum(-1) / self.window).clamp(min=0.0)
-        return attention + fade[:, None, None] * candidates.scores
+        attention, visible = candidates.attention, candidates.visible
+        assert attention is not None
+        if visible is None:
+            fade = max(0.0, 1.0 - candidates.queries / self.window)
+            return fade * candidates.scores + (self._pool(candidates) if candidates.queries > 1 else attention)
+        fresh = visible.sum(-1)[:, None, None]
+        if candidates.queries > 1:
+            attention = torch.where(fresh > 1, self._pool(candidates), attention)
+        return (1.0 - fresh / self.window).clamp(min=0.0) * candidates.scores + attention
 
     def _pool(self, candidates: Candidates) -> Tensor:
         attention, positions = candidates.attention, candidates.positions
         assert attention is not None
+        if self.kernel == 1:
+            return attention
         within = positions >= (candidates.lengths - self.window)[:, None, None]
         # neighbours in the text: slots are in no order, and what is missing has no attention to lend
         order = positions.argsort(dim=-1, stable=True)

@@ -62,15 +62,15 @@ def test_a_chunk_takes_the_slots_of_what_was_let_go_and_leaves_the_rest_where_it
     kept = torch.zeros(2, 3, 5 + 3, dtype=torch.bool)
     stays = torch.isin(before, torch.tensor([1, 3], dtype=torch.int32))
     kept[..., :5] = stays
-    kept[..., 5:] = torch.tensor([True, False, True])
+    kept[..., 5:] = torch.tensor([False, False, True])
     positions = torch.tensor([4, 5, 6], dtype=torch.int32).expand(2, 3, -1)
     segment.replace(new_key, new_value, positions, torch.arange(8.0).expand(2, 3, -1), kept)
     assert torch.equal(segment.positions[stays], before[stays])
     held, scores, keys, values = in_order(segment)
-    assert held.tolist() == [[[1, 3, 4, 6]] * 3] * 2
-    assert scores[..., 2:].tolist() == [[[5.0, 7.0]] * 3] * 2
-    assert torch.equal(keys, torch.cat([key[:, :, [1, 3]], new_key[:, :, [0, 2]]], 2))
-    assert torch.equal(values, torch.cat([value[:, :, [1, 3]], new_value[:, :, [0, 2]]], 2))
+    assert held.tolist() == [[[1, 3, 6]] * 3] * 2
+    assert scores[..., 2:].tolist() == [[[7.0]] * 3] * 2
+    assert torch.equal(keys, torch.cat([key[:, :, [1, 3]], new_key[:, :, [2]]], 2))
+    assert torch.equal(values, torch.cat([value[:, :, [1, 3]], new_value[:, :, [2]]], 2))
     assert (segment.positions.gather(2, segment.spare[..., None]) == EMPTY).all()
 
 
@@ -159,7 +159,7 @@ def test_dense_tokens_can_be_dropped_at_both_ends():
 
 def test_dense_tokens_attend_as_a_causal_past():
     segment, (key, value) = DenseSegment(*tokens(1)), tokens(6)
-    visible = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    visible = torch.tensor([[False, True, False, False, True, True], [True] * 6])
     segment.append(key, value, visible)
     query = torch.randn(2, 6, 1, 8)
     at = visible.sum(-1, keepdim=True).int()
