@@ -148,6 +148,12 @@ def test_the_average_rotation_is_the_mean_of_the_rotations(family):
     torch.testing.assert_close(rope.rotate_average(x, first, 50), each.mean(0), atol=1e-5, rtol=1e-4)
 
 
+def test_a_pair_that_does_not_turn_is_its_own_average():
+    rope = Rope(torch.tensor([0.5, 0.0]))
+    x = torch.ones(4)
+    torch.testing.assert_close(rope.rotate_average(x, torch.tensor(3), 7)[[1, 3]], x[[1, 3]])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_dtype_of_the_vectors_is_kept(dtype):
     rope = Rope.of(make("llama", dtype=dtype), 0)
