@@ -43,13 +43,14 @@ class Target:
     registers: int
     threads: int
     blocks: int
+    has_wgmma: bool
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 65536, 2048, 32),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 65536, 2048, 32),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 65536, 2048, 32),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 131072, 2048, 32),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 65536, 2048, 32, False),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 65536, 2048, 32, True),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 65536, 2048, 32, True),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 131072, 2048, 32, False),
 }
 
 
@@ -189,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         for index, case in enumerate(cases(module))
         if options.label in f"{case.kernel.__name__} {case.label}"
         for target in ([options.target] if options.target else TARGETS)
+        if TARGETS[target].has_wgmma or not case.needs_wgmma
     ]
     failed = print_table(compile_all(jobs, options.workers))
     print(f"\n{len(jobs)} compiled, {len(failed)} failed")

@@ -13,6 +13,7 @@ All log-sum-exps are natural logarithms in float32; a query that sees no key has
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.merge import merge_stack, merge_states
-from kvcompress.kernels.runtime import AotCase, aot_case, autotune, compilable, core_count, runs_triton
+from kvcompress.kernels.runtime import AotCase, aot_case, autotune, compilable, core_count, has_wgmma, runs_triton
 from kvcompress.kernels.tile import (
     LOG2E,
     MIN_SIDE,
@@ -200,7 +201,10 @@ def _causal_attention_fake(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_result(query, value)
+    batch, heads, queries, _ = query.shape
+    # as torch's fused attention and the layers that come after it have it: a token's heads side by side
+    out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
 @compilable(_causal_attention_fake)
@@ -214,10 +218,12 @@ def _causal_attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(query) and query.numel():
-        return _launch_causal(query, key, value, visible, scale, window, softcap)
-    if softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        return _causal_blocks(query, key, value, scale, visible, window, softcap)
-    return _causal_flash(query, key, value, scale, visible)
+        out, lse = _launch_causal(query, key, value, visible, scale, window, softcap)
+    elif query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
+        out, lse = _causal_blocks(query, key, value, scale, visible, window, softcap)
+    else:
+        out, lse = _causal_flash(query, key, value, scale, visible)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 def _slot_attention_fake(
@@ -246,7 +252,7 @@ def _slot_attention(
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(query) and query.numel():
         return launch_split(query, key, value, None, positions, query_positions, scale, window, softcap)
-    if softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
+    if query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
         return _slot_blocks(query, key, value, positions, query_positions, scale, window, softcap)
     return _slot_flash(query, key, value, positions, scale)
 
@@ -385,8 +391,7 @@ def _launch_causal(
         return launch_split(query, key, value, visible, None, None, scale, window, softcap)[:2]
     query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
-    out = query.new_empty(batch, heads, queries, value_dim)
-    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    out, lse = _causal_attention_fake(query, key, value, visible, scale, window, softcap)
     (dim, tail), (value_width, value_tail) = tile_widths(head_dim), tile_widths(value_dim)
 
     def grid(meta):
@@ -481,29 +486,49 @@ def _split_blocks(rows: int, width: int, element_size: int) -> tuple[int, int, i
     return block_rows, 64 if width <= 128 else 32, 4, 3
 
 
-def _causal_config(queries: int, tokens: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"BLOCK_QUERIES": queries, "BLOCK_TOKENS": tokens}, num_warps=warps, num_stages=stages)
+class _Config(NamedTuple):
+    queries: int
+    tokens: int
+    warps: int
+    stages: int
+    needs_wgmma: bool = False
+
+    def triton(self) -> triton.Config:
+        blocks = {"BLOCK_QUERIES": self.queries, "BLOCK_TOKENS": self.tokens}
+        return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages)
 
 
+# by element size, then by head_dim at most: the largest tiles that spill on no target (evals/aot.py), and a smaller one
 _CAUSAL_CONFIGS = {
-    # widest side of the tiles in bytes: configs
-    256: [_causal_config(64, 64, 4, 3), _causal_config(128, 64, 4, 3), _causal_config(128, 64, 8, 3)],
-    512: [_causal_config(64, 32, 4, 2), _causal_config(64, 64, 8, 2), _causal_config(128, 32, 8, 2)],
-    1024: [_causal_config(32, 16, 4, 2), _causal_config(32, 32, 8, 2)],
+    2: {
+        64: [_Config(64, 64, 4, 3), _Config(128, 64, 8, 3)],
+        128: [_Config(64, 32, 4, 3), _Config(128, 32, 8, 3), _Config(128, 64, 8, 3, needs_wgmma=True)],
+        256: [_Config(64, 32, 8, 2), _Config(128, 32, 8, 2, needs_wgmma=True)],
+    },
+    4: {
+        64: [_Config(32, 16, 4, 2)],
+        128: [_Config(32, 16, 8, 2), _Config(16, 16, 4, 2)],
+        256: [_Config(16, 16, 8, 2)],
+    },
 }
 
 
-def _causal_configs(width: int, element_size: int) -> list[triton.Config]:
-    return _CAUSAL_CONFIGS[max(256, triton.next_power_of_2(width * element_size))]
+def _causal_configs(width: int, element_size: int) -> list[_Config]:
+    return next(configs for widest, configs in _CAUSAL_CONFIGS[element_size].items() if width <= widest)
 
 
 def _prune_causal(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
     width = max(constants["DIM"] + constants["TAIL"], constants["VALUE_WIDTH"] + constants["VALUE_TAIL"])
-    return _causal_configs(width, arguments["query_ptr"].element_size())
+    query = arguments["query_ptr"]
+    return [
+        config.triton()
+        for config in _causal_configs(width, query.element_size())
+        if has_wgmma(query.device) or not config.needs_wgmma
+    ]
 
 
 @autotune(
-    [config for configs in _CAUSAL_CONFIGS.values() for config in configs],
+    [config.triton() for sizes in _CAUSAL_CONFIGS.values() for configs in sizes.values() for config in configs],
     key=["long", "HEAD_DIM", "VALUE_DIM", "WINDOWED"],
     prune=_prune_causal,
 )
@@ -608,11 +633,12 @@ def _causal_kernel(
                 value_tail = load_tile(tile_ptr, value_offset, token_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
                 out_tail = dot(weight, value_tail, out_tail * fade[:, None])
 
+    out_offset = ((batch * queries + row) * heads + head) * VALUE_DIM
     lse_offset = (batch * heads + head) * queries + row
     norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
-    store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
+    store_tile(out_ptr, out_offset, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
     if VALUE_TAIL:
-        store_tile(out_ptr, lse_offset * VALUE_DIM, out_tail * norm, row_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
+        store_tile(out_ptr, out_offset, out_tail * norm, row_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
     tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
 
 
@@ -739,15 +765,16 @@ def aot_cases() -> Iterator[AotCase]:
 
 def _aot_causal(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotCase]:
     for config in _causal_configs(sum(tile_widths(head_dim)), dtype.itemsize):
-        blocks = f"{config.kwargs['BLOCK_QUERIES']}x{config.kwargs['BLOCK_TOKENS']}"
         yield aot_case(
             _causal_kernel,
-            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {'plain' if plain else 'pads window softcap'}, {blocks}",
+            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {'plain' if plain else 'pads window softcap'}, "
+            f"{config.queries}x{config.tokens}",
             _aot_types(dtype, dtype),
-            _aot_constants(head_dim, plain) | ({"visible_ptr": None} if plain else {}) | config.kwargs,
+            _aot_constants(head_dim, plain) | ({"visible_ptr": None} if plain else {}) | config.triton().kwargs,
             aligned=head_dim % 16 == 0,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            needs_wgmma=config.needs_wgmma,
+            num_warps=config.warps,
+            num_stages=config.stages,
         )
 
 

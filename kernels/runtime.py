@@ -39,6 +39,12 @@ def core_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.lru_cache
+def has_wgmma(device: torch.device) -> bool:
+    """True for GPUs whose matrix units read shared memory (Hopper on), which leaves registers for larger tiles."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def compilable(fake: Callable[..., Any], mutates: Iterable[str] = ()) -> Callable[[Function], Function]:
     """Makes a function one opaque node of a compiled graph: the torch.library op kvcompress::<its name>.
 
@@ -72,6 +78,7 @@ class AotCase(NamedTuple):
     signature: dict[str, Any]
     constants: dict[str, Any]
     aligned: bool
+    needs_wgmma: bool
     options: dict[str, int]
 
 
@@ -82,6 +89,7 @@ def aot_case(
     constants: dict[str, Any],
     *,
     aligned: bool = True,
+    needs_wgmma: bool = False,
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> AotCase:
@@ -91,9 +99,11 @@ def aot_case(
         types: Triton type of each argument that is not a 32-bit integer, such as {"out_ptr": "*bf16"}.
         constants: the compile-time arguments, and the pointers that are None.
         aligned: whether the strides are multiples of 16, as a launch would see.
+        needs_wgmma: launched only where `has_wgmma`.
     """
     # under the autotuner and its like lies the function itself
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    return AotCase(kernel, label, signature, constants, aligned, {"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return AotCase(kernel, label, signature, constants, aligned, needs_wgmma, options)

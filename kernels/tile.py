@@ -19,6 +19,8 @@ MIN_SIDE = 16
 
 def tile_widths(head_dim: int) -> tuple[int, int]:
     """The widths of a tile and of its tail that cover head_dim with the fewest columns."""
+    if head_dim > 256:
+        raise ValueError(f"the Triton kernels take a head_dim of at most 256, got {head_dim}")
     whole = max(MIN_SIDE, triton.next_power_of_2(head_dim))
     below = whole // 2
     tail = max(MIN_SIDE, triton.next_power_of_2(head_dim - below))

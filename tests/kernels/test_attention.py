@@ -1,0 +1,149 @@
+import pytest
+import torch
+
+from kvcompress.kernels.attention import (
+    causal_attention,
+    causal_attention_reference,
+    slot_attention,
+    slot_attention_reference,
+)
+from kvcompress.kernels.merge import merge_states
+from tests.kernels.inputs import DEVICE, DTYPES, heads, slot_positions, tolerance
+
+
+def padding(batch, tokens):
+    """The first row is padded on the left by a third, the second has holes, others have none."""
+    visible = torch.ones(batch, tokens, dtype=torch.bool, device=DEVICE)
+    visible[0, : tokens // 3 + 1] = False
+    visible[1:, 1::3] = False
+    return visible
+
+
+# group, queries, tokens, head_dim, value_dim, options; more than 64 rows of queries and group take the tiled kernel
+CAUSAL = [
+    (1, 1, 1, 64, 64, {}),
+    (3, 7, 7, 80, 80, {}),
+    (1, 65, 65, 129, 129, {}),
+    (3, 100, 100, 64, 64, {}),
+    (4, 70, 133, 96, 96, {}),
+    (8, 20, 20, 64, 80, {}),
+    (1, 130, 130, 112, 64, {"pads": True}),
+    (1, 200, 200, 64, 64, {"window": 40}),
+    (3, 90, 131, 80, 80, {"window": 65, "pads": True}),
+    (2, 70, 70, 64, 64, {"softcap": 5.0}),
+    (4, 1, 600, 64, 64, {}),
+    (4, 1, 600, 80, 80, {"window": 300, "pads": True}),
+    (2, 5, 300, 256, 256, {"softcap": 5.0, "pads": True}),
+]
+
+
+@pytest.mark.parametrize(("group", "queries", "tokens", "head_dim", "value_dim", "options"), CAUSAL, ids=str)
+def test_causal_attention_agrees_with_the_reference(group, queries, tokens, head_dim, value_dim, options):
+    check_causal(group, queries, tokens, head_dim, value_dim, torch.float32, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [3, 80])
+def test_causal_attention_agrees_with_the_reference_in_16_bits(queries, dtype):
+    check_causal(3, queries, 80, 80, 80, dtype)
+
+
+def check_causal(group, queries, tokens, head_dim, value_dim, dtype, pads=False, **options):
+    kv_heads = 1 if tokens > 100 else 2
+    query = heads(2, kv_heads * group, queries, head_dim, dtype)
+    key, value = heads(2, kv_heads, tokens, head_dim, dtype), heads(2, kv_heads, tokens, value_dim, dtype)
+    options |= {"scale": head_dim**-0.5, "visible": padding(2, tokens) if pads else None}
+    out, lse = causal_attention(query, key, value, **options)
+    expected_out, expected_lse = causal_attention_reference(query, key, value, **options)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected_out, **tolerance(dtype))
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
+
+
+# group, queries, slots, head_dim, value_dim, options
+SLOTS = [
+    (1, 1, 1, 64, 64, {}),
+    (3, 7, 70, 80, 80, {}),
+    (4, 1, 600, 64, 64, {}),
+    (8, 1, 300, 129, 96, {}),
+    (4, 30, 65, 64, 64, {}),
+    (3, 1, 300, 64, 64, {"window": 250}),
+    (4, 40, 65, 112, 64, {"window": 60, "softcap": 5.0}),
+]
+
+
+@pytest.mark.parametrize(("group", "queries", "slots", "head_dim", "value_dim", "options"), SLOTS, ids=str)
+def test_slot_attention_agrees_with_the_reference(group, queries, slots, head_dim, value_dim, options):
+    check_slots(group, queries, slots, head_dim, value_dim, torch.float32, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_slot_attention_agrees_with_the_reference_in_16_bits(dtype):
+    check_slots(3, 2, 300, 80, 80, dtype, {})
+
+
+def check_slots(group, queries, slots, head_dim, value_dim, dtype, options):
+    query = heads(2, 2 * group, queries, head_dim, dtype)
+    key, value = heads(2, 2, slots, head_dim, dtype), heads(2, 2, slots, value_dim, dtype)
+    positions = slot_positions(2, 2, slots)
+    query_positions = (2 * slots + torch.arange(2 * queries, device=DEVICE).view(2, queries)).int()
+    arguments = (query, key, value, positions, query_positions)
+    out, lse = slot_attention(*arguments, scale=head_dim**-0.5, **options)
+    expected_out, expected_lse = slot_attention_reference(*arguments, scale=head_dim**-0.5, **options)
+    torch.testing.assert_close(out, expected_out, **tolerance(dtype))
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
+    assert lse[-1, -group:].eq(-torch.inf).all()
+    assert out[-1, -group:].eq(0).all()
+
+
+def test_attending_to_slots_and_chunk_apart_and_merging_equals_attending_to_all():
+    query, key, value = heads(2, 4, 70, 64), heads(2, 2, 110, 64), heads(2, 2, 110, 64)
+    order = torch.randperm(40, device=DEVICE)
+    positions = order.int().expand(2, 2, -1)
+    query_positions = torch.arange(40, 110, device=DEVICE).int().expand(2, -1)
+    past = slot_attention(query, key[:, :, order], value[:, :, order], positions, query_positions, scale=0.125)
+    chunk = causal_attention(query, key[:, :, 40:], value[:, :, 40:], scale=0.125)
+    merged = merge_states(*map(list, zip(past, chunk, strict=True)))
+    torch.testing.assert_close(merged, causal_attention(query, key, value, scale=0.125))
+
+
+def test_what_a_hidden_token_holds_does_not_matter():
+    query, key, value = heads(2, 4, 70, 64), heads(2, 2, 70, 64), heads(2, 2, 70, 64)
+    visible = padding(2, 70)
+    before = causal_attention(query, key, value, scale=0.125, visible=visible)
+    hidden = ~visible[:, None, :, None]
+    after = causal_attention(
+        query, key.masked_fill(hidden, 1e3), value.masked_fill(hidden, 1e3), scale=0.125, visible=visible
+    )
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_query_before_all_visible_tokens_sees_nothing():
+    query, key = heads(2, 2, 70, 64), heads(2, 2, 70, 64)
+    out, lse = causal_attention(query, key, key, scale=0.125, visible=padding(2, 70))
+    assert lse[0, :, :24].eq(-torch.inf).all()
+    assert out[0, :, :24].eq(0).all()
+    assert lse[0, :, 24:].isfinite().all()
+
+
+def test_a_window_as_long_as_the_chunk_is_no_window():
+    query, key = heads(2, 2, 70, 64), heads(2, 1, 70, 64)
+    whole = causal_attention(query, key, key, scale=0.125)
+    torch.testing.assert_close(causal_attention(query, key, key, scale=0.125, window=70), whole)
+    torch.testing.assert_close(causal_attention(query, key, key, scale=0.125, window=1)[0], key.repeat_interleave(2, 1))
+
+
+def test_mismatched_shapes_are_named_in_the_error():
+    query, key = heads(2, 3, 5, 64), heads(2, 2, 5, 64)
+    with pytest.raises(ValueError, match=r"heads a multiple of kv_heads.*query \[2, 3, 5, 64\], key \[2, 2, 5, 64\]"):
+        causal_attention(query, key, key, scale=1.0)
+    with pytest.raises(ValueError, match="at most as many queries as tokens, got 5 and 4"):
+        causal_attention(key, key[:, :, :4], key[:, :, :4], scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits_do_not_overflow(dtype):
+    query, key = 30 * heads(1, 1, 70, 64, dtype), heads(1, 1, 70, 64, dtype)
+    out, lse = causal_attention(query, key, key, scale=1.0)
+    assert out.isfinite().all()
+    torch.testing.assert_close(lse, causal_attention_reference(query, key, key, scale=1.0)[1], rtol=1e-5, atol=1e-3)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from kvcompress.kernels.attention import causal_attention_reference, slot_attention_reference
+from kvcompress.kernels.column_sums import (
+    causal_column_sums,
+    causal_column_sums_reference,
+    slot_column_sums,
+    slot_column_sums_reference,
+)
+from tests.kernels.inputs import DEVICE, heads, slot_positions
+from tests.kernels.test_attention import padding
+
+# a sum over many probabilities in another order
+LOOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+# group, queries, tokens, head_dim, options
+CAUSAL = [
+    (1, 1, 1, 64, {}),
+    (3, 7, 7, 80, {}),
+    (1, 65, 65, 129, {}),
+    (3, 100, 100, 64, {}),
+    (4, 16, 133, 96, {}),
+    (8, 1, 300, 64, {}),
+    (1, 130, 130, 112, {"pads": True}),
+    (1, 300, 300, 64, {"window": 40}),
+    (3, 90, 131, 80, {"window": 65, "pads": True}),
+    (2, 200, 200, 64, {"window": 150}),
+    (2, 70, 70, 256, {"softcap": 5.0}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("group", "queries", "tokens", "head_dim", "options"), CAUSAL, ids=str)
+def test_causal_sums_agree_with_the_reference(group, queries, tokens, head_dim, options, dtype):
+    query, key = heads(2, 2 * group, queries, head_dim, dtype), heads(2, 2, tokens, head_dim, dtype)
+    options = {"scale": head_dim**-0.5, **options}
+    options["visible"] = padding(2, tokens) if options.pop("pads", False) else None
+    _, lse = causal_attention_reference(query, key, key, **options)
+    sums = causal_column_sums(query, key, lse, **options)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums, causal_column_sums_reference(query, key, lse, **options), **LOOSE)
+    if options["visible"] is not None:
+        assert sums.masked_select(~options["visible"][:, None]).eq(0).all()
+
+
+# group, queries, slots, head_dim, options
+SLOTS = [
+    (1, 1, 1, 64, {}),
+    (3, 7, 70, 80, {}),
+    (4, 32, 150, 64, {}),
+    (3, 1, 300, 64, {"window": 250}),
+    (4, 40, 65, 129, {"window": 60, "softcap": 5.0}),
+]
+
+
+@pytest.mark.parametrize(("group", "queries", "slots", "head_dim", "options"), SLOTS, ids=str)
+def test_slot_sums_agree_with_the_reference(group, queries, slots, head_dim, options):
+    query, key = heads(2, 2 * group, queries, head_dim), heads(2, 2, slots, head_dim)
+    positions = slot_positions(2, 2, slots)
+    query_positions = (2 * slots + torch.arange(2 * queries, device=DEVICE).view(2, queries)).int()
+    options = {"scale": head_dim**-0.5, **options}
+    _, lse = slot_attention_reference(query, key, key, positions, query_positions, **options)
+    sums = slot_column_sums(query, key, positions, query_positions, lse, **options)
+    expected = slot_column_sums_reference(query, key, positions, query_positions, lse, **options)
+    torch.testing.assert_close(sums, expected, **LOOSE)
+    assert sums[positions < 0].eq(0).all()
+
+
+def test_every_query_hands_out_one():
+    query, key = heads(2, 6, 90, 64), heads(2, 2, 90, 64)
+    _, lse = causal_attention_reference(query, key, key, scale=0.125)
+    sums = causal_column_sums(query, key, lse, scale=0.125)
+    torch.testing.assert_close(sums.sum(-1), torch.full((2, 2), 3 * 90.0, device=DEVICE))
+
+
+@pytest.mark.parametrize("left_out", [torch.inf, -torch.inf])
+def test_a_query_with_an_infinite_lse_is_left_out(left_out):
+    query, key = heads(2, 2, 70, 64), heads(2, 1, 70, 64)
+    _, lse = causal_attention_reference(query, key, key, scale=0.125)
+    positions = torch.arange(70, device=DEVICE).int().expand(2, 1, -1)
+    query_positions = torch.full((2, 70), 70, dtype=torch.int32, device=DEVICE)
+    masked = lse.clone()
+    masked[:, :, :69] = left_out
+    torch.testing.assert_close(
+        causal_column_sums(query, key, masked, scale=0.125),
+        causal_column_sums_reference(query[:, :, 69:], key, lse[:, :, 69:], scale=0.125),
+    )
+    torch.testing.assert_close(
+        slot_column_sums(query, key, positions, query_positions, masked, scale=0.125),
+        slot_column_sums_reference(
+            query[:, :, 69:], key, positions, query_positions[:, 69:], lse[:, :, 69:], scale=0.125
+        ),
+    )
+
+
+def test_sums_are_the_same_every_time():
+    query, key = heads(2, 4, 150, 64), heads(2, 2, 150, 64)
+    _, lse = causal_attention_reference(query, key, key, scale=0.125)
+    once, again = (causal_column_sums(query, key, lse, scale=0.125) for _ in range(2))
+    assert torch.equal(once, again)

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from kvcompress.kernels.decode import decode_attention, decode_attention_reference
+from tests.kernels.inputs import DEVICE, DTYPES, heads, slot_positions, tolerance
+
+# group, slots, head_dim, value_dim, options
+CASES = [
+    (1, 1, 64, 64, {}),
+    (3, 70, 80, 80, {}),
+    (4, 600, 64, 96, {}),
+    (8, 300, 129, 64, {"window": 250}),
+    (2, 1100, 64, 64, {"window": 900, "softcap": 5.0}),
+]
+
+
+def step(group, slots, head_dim, value_dim, dtype):
+    query = heads(2, 2 * group, 1, head_dim, dtype)
+    key, value = heads(2, 2, slots, head_dim, dtype), heads(2, 2, slots, value_dim, dtype)
+    query_positions = torch.tensor([[2 * slots], [2 * slots + 3]], dtype=torch.int32, device=DEVICE)
+    return query, key, value, slot_positions(2, 2, slots), query_positions
+
+
+@pytest.mark.parametrize(("group", "slots", "head_dim", "value_dim", "options"), CASES, ids=str)
+def test_a_step_agrees_with_the_reference(group, slots, head_dim, value_dim, options):
+    arguments = step(group, slots, head_dim, value_dim, torch.float32)
+    found = decode_attention(*arguments, scale=head_dim**-0.5, **options)
+    torch.testing.assert_close(found, decode_attention_reference(*arguments, scale=head_dim**-0.5, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_step_agrees_with_the_reference_in_16_bits(dtype):
+    arguments = step(3, 300, 80, 80, dtype)
+    out, probabilities = decode_attention(*arguments, scale=0.1)
+    expected_out, expected = decode_attention_reference(*arguments, scale=0.1)
+    torch.testing.assert_close(out, expected_out, **tolerance(dtype))
+    # the PyTorch path multiplies in 16 bits
+    torch.testing.assert_close(probabilities, expected, rtol=3e-2, atol=1e-3)
+
+
+def test_the_probabilities_of_a_head_sum_to_its_group():
+    _, probabilities = decode_attention(*step(3, 70, 64, 64, torch.float32), scale=0.125)
+    torch.testing.assert_close(probabilities.sum(-1), torch.tensor([[3.0, 3.0], [3.0, 0.0]], device=DEVICE))
+
+
+def test_two_queries_are_refused():
+    query, *rest = step(1, 5, 64, 64, torch.float32)
+    with pytest.raises(ValueError, match=r"one query a sequence, got query \[2, 2, 2, 64\]"):
+        decode_attention(torch.cat([query, query], 2), *rest, scale=1.0)

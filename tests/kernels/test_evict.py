@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from kvcompress.kernels.evict import choose_victim, choose_victim_reference
+from tests.kernels.inputs import DEVICE, slot_positions
+
+
+def brute_force(scores, positions, recent_from, sinks):
+    best = None
+    for slot, (score, position) in enumerate(zip(scores.tolist(), positions.tolist(), strict=True)):
+        if sinks <= position < recent_from and (best is None or (score, position) < best[:2]):
+            best = score, position, slot
+    return None if best is None else best[2]
+
+
+@pytest.mark.parametrize("choose", [choose_victim, choose_victim_reference])
+@pytest.mark.parametrize("slots", [1, 7, 1100])
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_the_victim_is_the_lowest_score_then_the_lowest_position(choose, slots, sinks):
+    positions = slot_positions(3, 2, slots)
+    # few values, so that scores tie
+    scores = torch.randint(0, 5, positions.shape, device=DEVICE).float()
+    recent_from = torch.tensor([2 * slots, slots, 1], dtype=torch.int32, device=DEVICE)
+    victims = choose(scores, positions, recent_from, sinks)
+    assert victims.dtype == torch.int64
+    for batch in range(3):
+        for head in range(2):
+            expected = brute_force(scores[batch, head], positions[batch, head], int(recent_from[batch]), sinks)
+            assert expected is None or expected == victims[batch, head]
+
+
+def test_what_must_go_and_what_must_stay_may_be_infinite():
+    positions = slot_positions(2, 2, 70)
+    scores = torch.rand(2, 2, 70, device=DEVICE)
+    scores[..., ::2], scores[..., 1::4] = torch.inf, -torch.inf
+    recent_from = torch.full((2,), 100, dtype=torch.int32, device=DEVICE)
+    found = choose_victim(scores, positions, recent_from, 3)
+    assert torch.equal(found, choose_victim_reference(scores, positions, recent_from, 3))
