@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -19,7 +18,8 @@ from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.policies.tova import TOVA
-from tests.contract.oracle import Kept
+from kvcompress.rolled import RolledSlots
+from tests.contract.oracle import Decoded, Kept
 
 BUDGET = 8
 LARGE = 10_000
@@ -29,27 +29,33 @@ LARGE = 10_000
 class Entry:
     """A cache and what it promises.
 
-    build: makes one for a model.
+    make: makes one for a model; tests call `build`.
     exact: it equals the full cache, to float tolerance.
     croppable: it takes back tokens exactly; else it must refuse and stay as it was.
     compileable: its decode step compiles to one graph.
-    chunk_free: how a prompt is cut into chunks does not change what is kept.
     roomy: the same cache with more room than any test fills; it must equal the full cache.
     budget: the most tokens it may keep a layer, sequence and KV head, given the layer and the prompt's real tokens.
     kept: which places each layer holds, for the oracle.
-    decoded: keys and values as a lossy cache gives them, for the oracle; None where it keeps what it was fed.
+    decoded: what a cache gives for the keys and values it was fed, by place, [batch, kv_heads, seen, head_dim] of
+        each layer, for the oracle; None where it gives them back as they were.
+    refuses: model types it does not serve; a test elsewhere sees it refuse them.
     """
 
     name: str
-    build: Callable[[PreTrainedModel], Any]
+    make: Callable[[PreTrainedModel], Any]
     kept: Callable[[Cache], Kept]
     exact: bool = False
     croppable: bool = False
     compileable: bool = False
-    chunk_free: bool = False
     roomy: Callable[[PreTrainedModel], Any] | None = None
     budget: Callable[[int, int], int] | None = None
-    decoded: Callable[[Cache], list[tuple[Tensor, Tensor]]] | None = None
+    decoded: Callable[[Cache], Decoded] | None = None
+    refuses: tuple[str, ...] = ()
+
+    def build(self, model: PreTrainedModel) -> Any:
+        if model.config.model_type in self.refuses:
+            pytest.skip(f"{self.name} does not serve {model.config.model_type}")
+        return self.make(model)
 
 
 def everything(cache: Any) -> Kept:
@@ -69,9 +75,29 @@ def slots(cache: Any) -> Kept:
     return kept
 
 
-def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, **settings: Any) -> Entry:
+def closed_up(cache: Any) -> Decoded:
+    """Keys of a cache with rolled positions, turned to where the newest query, at its true position, finds them:
+    the tokens a head keeps stand before it without gaps."""
+    decoded: Decoded = []
+    for layer, kept in zip(cache.layers, slots(cache), strict=True):
+        assert kept is not None
+        stored, positions = layer.slots, layer.slots.positions.long()
+        places = kept.shape[-1]
+        at = positions.masked_fill(positions < 0, places)[..., None].expand_as(stored.keys)
+        keys, values = (
+            tensor.new_zeros(*tensor.shape[:2], places + 1, tensor.shape[3]).scatter_(2, at, tensor)[:, :, :places]
+            for tensor in (stored.keys, stored.values)
+        )
+        if isinstance(stored, RolledSlots):
+            newer = kept.flip(-1).cumsum(-1).flip(-1)
+            keys = layer.rope.rotate(keys.float(), layer.lengths[:, None, None] - newer).to(keys.dtype)
+        decoded.append((keys, values))
+    return decoded
+
+
+def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, rolled: bool = False, **promises: Any) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
-        return EvictingCache(model, policy=policy, budget=budget, **settings)
+        return EvictingCache(model, policy=policy, budget=budget, rolled=rolled)
 
     def limit(layer: int, tokens: int) -> int:
         return budget if isinstance(budget, int) else max(1, int(budget * tokens))
@@ -83,6 +109,7 @@ def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, **setting
         compileable=True,
         roomy=lambda model: build(model, LARGE if isinstance(budget, int) else 1.0),
         budget=limit,
+        **promises,
     )
 
 
@@ -92,7 +119,7 @@ def _pyramid(layer: int, tokens: int) -> int:
 
 
 ENTRIES = [
-    Entry("dense", DenseCache, kept=everything, exact=True, croppable=True, chunk_free=True),
+    Entry("dense", DenseCache, kept=everything, exact=True, croppable=True),
     Entry(
         "h2o",
         lambda model: H2OCache(model, budget=BUDGET),
@@ -116,6 +143,7 @@ ENTRIES = [
     _evicting("keydiff", KeyDiff()),
     _evicting("knorm", Knorm()),
     _evicting("expected", ExpectedAttention()),
+    _evicting("h2o_rolled", H2O(), rolled=True, decoded=closed_up, refuses=("opt",)),
 ]
 
 by_name = {entry.name: entry for entry in ENTRIES}

@@ -23,6 +23,8 @@ from transformers.cache_utils import Cache
 
 # what a cache holds in a layer: [batch, kv_heads, places] bool, or None for every token seen
 Kept = list[Tensor | None]
+# keys and values as a cache gives them, by layer
+Decoded = list[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Forward:
     visible: Tensor
     position_ids: Tensor
     kept: Kept
-    decoded: list[tuple[Tensor, Tensor]] | None
+    decoded: Decoded | None
     logits: Tensor
 
     @property
@@ -100,14 +102,14 @@ def recording(
     model: PreTrainedModel,
     cache: Cache,
     kept: Callable[[Cache], Kept],
-    decoded: Callable[[Cache], list[tuple[Tensor, Tensor]]] | None = None,
+    decoded: Callable[[Cache], Decoded] | None = None,
     transcript: Transcript | None = None,
 ) -> Iterator[Transcript]:
     """Writes down the forwards of a model through a cache, and follows its rows where the cache moves them.
 
     Args:
         kept: reads which places (tokens of the row itself, padding not counted) each layer holds.
-        decoded: reads what a lossy cache gives for the tokens seen.
+        decoded: reads what the cache gives for keys and values, by place too, where it is not what it was fed.
         transcript: an earlier one of this cache, to go on with.
     """
     transcript = Transcript() if transcript is None else transcript
@@ -118,7 +120,10 @@ def recording(
             return
         assert cache.get_seq_length() == transcript.seen, "get_seq_length() must count the tokens seen"
         before["kept"] = _columns(kept(cache), transcript.visible) if transcript.forwards else []
-        before["decoded"] = decoded(cache) if decoded is not None and transcript.forwards else None
+        before["decoded"] = None
+        if decoded is not None and transcript.forwards:
+            place = _places(transcript.visible)
+            before["decoded"] = [tuple(_take(tensor, place) for tensor in pair) for pair in decoded(cache)]
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if kwargs.get("past_key_values") is not cache:
@@ -255,13 +260,24 @@ def _sees(forward: Forward, layer: int, start: int, kv_heads: int, window: int |
 
 def _columns(kept: Kept, visible: Tensor) -> Kept:
     """Places, padding not counted, as columns of what was fed, [batch, kv_heads, seen] bool."""
-    place = (visible.cumsum(-1) - 1).clamp(min=0)
+    place = _places(visible)
     columns: Kept = []
     for held in kept:
         if held is not None:
-            held = held.gather(2, place[:, None].expand(-1, held.shape[1], -1)) & visible[:, None]
+            held = _take(held[..., None], place)[..., 0] & visible[:, None]
         columns.append(held)
     return columns
+
+
+def _places(visible: Tensor) -> Tensor:
+    """The place in its own sequence of each column, [batch, seen]; of no meaning for padding."""
+    return (visible.cumsum(-1) - 1).clamp(min=0)
+
+
+def _take(by_place: Tensor, place: Tensor) -> Tensor:
+    """[batch, kv_heads, places, any] in the order of the columns."""
+    index = place[:, None, :, None].expand(-1, by_place.shape[1], -1, by_place.shape[3])
+    return by_place.gather(2, index)
 
 
 def _visible(mask: Any, ids: Tensor, transcript: Transcript) -> Tensor:

@@ -126,7 +126,7 @@ def test_speculative_decoding_gives_the_greedy_answer(entry, family, way):
     model = few_words(family)
     cache = entry.build(model)
     ids = prompt(20) % 12 + 2
-    how = {"prompt_lookup_num_tokens": 4} if way == "prompt lookup" else {"assistant_model": _assistant(family)}
+    how = {"prompt_lookup_num_tokens": 4} if way == "prompt lookup" else {"assistant_model": _assistant()}
     out = generate(model, cache, ids, max_new_tokens=20, **how)
     assert torch.equal(out, full(model, ids, max_new_tokens=20))
     # prompt and answer, of which the last token was never fed
@@ -148,7 +148,7 @@ def test_speculative_decoding_is_refused_and_the_cache_stays_whole(entry, way):
     cache = entry.build(model)
     assert not cache.is_croppable
     ids = prompt(24) % 12 + 2
-    how = {"prompt_lookup_num_tokens": 4} if way == "prompt lookup" else {"assistant_model": _assistant("llama")}
+    how = {"prompt_lookup_num_tokens": 4} if way == "prompt lookup" else {"assistant_model": _assistant()}
     with pytest.raises(ValueError, match=r"cannot take back \d+ tokens.*use DenseCache"):
         generate(model, cache, ids, max_new_tokens=20, **how)
     assert len({layer.get_seq_length() for layer in cache.layers}) == 1
@@ -166,8 +166,9 @@ def few_words(family):
     return tiny(family, vocab_size=14)
 
 
-def _assistant(family):
-    return build(family, vocab_size=14, num_hidden_layers=1, layer_types=None)
+def _assistant():
+    # without windows, whose own cache transformers 5.17 cannot crop
+    return build("llama", vocab_size=14, num_hidden_layers=1)
 
 
 def test_every_entry_has_a_name_of_its_own():
