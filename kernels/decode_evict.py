@@ -1,7 +1,7 @@
 """One H2O decode step in two launches: attend, score, choose the victim, overwrite in place (arXiv:2306.14048).
 
     the new token takes the spare slot; every slot sees the query
-    score[j] += sum over the group of softmax(q.k)[j]
+    score[j] = memory * score[j] + sum over the group of softmax(q.k)[j]
     where a head holds more than its limit, the slot of least score that is neither recent nor a sink becomes the spare
 
 The first launch is that of `decode_attention`: the splits' outputs, their log-sum-exps, and the logits of the old
@@ -53,7 +53,7 @@ def decode_and_evict(
     sinks: int = 0,
     window: int | None = None,
     softcap: float | None = None,
-    accumulate: bool = True,
+    memory: float = 1.0,
 ) -> Tensor:
     """Attention of one new token to itself and to the cache slots, which are updated in place.
 
@@ -69,7 +69,7 @@ def decode_and_evict(
         recents: [batch] int32, newest tokens that stay, at least 1.
         scale, window, softcap: as in slot_attention. With a window, what the next token will not see goes first.
         sinks: positions below it stay.
-        accumulate: False scores a slot by this step's attention alone (TOVA).
+        memory: how much of its old score a slot keeps; 1 accumulates (H2O), 1 - 1 / w fades over w queries (SnapKV).
 
     Returns:
         The output, [batch, heads, 1, value_dim] in query's dtype.
@@ -82,7 +82,7 @@ def decode_and_evict(
         raise ValueError("decode_and_evict writes to positions, scores and spare, which must be contiguous")
     return _decode_and_evict(
         query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-        scale, sinks, window, softcap, accumulate,
+        scale, sinks, window, softcap, memory,
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def decode_and_evict_reference(
     sinks: int = 0,
     window: int | None = None,
     softcap: float | None = None,
-    accumulate: bool = True,
+    memory: float = 1.0,
 ) -> Tensor:
     """What decode_and_evict means, in plain PyTorch."""
     real = (token_positions != EMPTY)[:, None, None]
@@ -116,7 +116,7 @@ def decode_and_evict_reference(
     out, attention = decode_attention_reference(
         query, keys, values, positions, token_positions[:, None], scale=scale, window=window, softcap=softcap
     )
-    scores.copy_(torch.where(real, scores * accumulate + attention, scores))
+    scores.copy_(torch.where(real, scores * memory + attention, scores))
 
     newest = token_positions + 1
     ranked = scores
@@ -148,7 +148,7 @@ def _decode_and_evict_fake(
     sinks: int,
     window: int | None,
     softcap: float | None,
-    accumulate: bool,
+    memory: float,
 ) -> Tensor:
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
@@ -170,12 +170,12 @@ def _decode_and_evict(
     sinks: int,
     window: int | None,
     softcap: float | None,
-    accumulate: bool,
+    memory: float,
 ) -> Tensor:
     if not runs_triton(query):
         return decode_and_evict_reference(
             query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-            scale=scale, sinks=sinks, window=window, softcap=softcap, accumulate=accumulate,
+            scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory,
         )  # fmt: skip
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = keys.shape[1:3]
@@ -206,9 +206,9 @@ def _decode_and_evict(
             token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
             parts, lses, logits, out, least, found,
             *keys.stride()[:3], *values.stride()[:3],
-            batch, kv_heads, slots, len(parts), window or 0, sinks, scale, softcap or 0.0,
+            batch, kv_heads, slots, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
             GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, CHUNK=chunk, SETTLES=chunks == 1,
-            WINDOWED=window is not None, SOFTCAPPED=softcap is not None, ACCUMULATES=accumulate,
+            WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
             BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, chunk),
         )  # fmt: skip
         if chunks > 1:
@@ -243,7 +243,7 @@ def _evict_kernel(
     parts_ptr, lses_ptr, logits_ptr, out_ptr, least_ptr, found_ptr,
     keys_batch_stride, keys_head_stride, keys_stride,
     values_batch_stride, values_head_stride, values_stride,
-    batch_size, kv_heads, slots, splits, window, sinks, scale, softcap,
+    batch_size, kv_heads, slots, splits, window, sinks, scale, softcap, memory,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -251,7 +251,6 @@ def _evict_kernel(
     SETTLES: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
-    ACCUMULATES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -318,8 +317,7 @@ def _evict_kernel(
         position = tl.load(positions_ptr + owner * slots + slot, mask=slot_ok, other=2147483647)
         position = tl.where(is_own, token_position, position)
         score = group_probabilities(logits_ptr, first_row, slot, slots, lse, GROUP, BLOCK_GROUP)
-        if ACCUMULATES:
-            score += tl.load(scores_ptr + owner * slots + slot, mask=slot_ok, other=0.0)
+        score += memory * tl.load(scores_ptr + owner * slots + slot, mask=slot_ok, other=0.0)
         score = tl.where(is_own, tl.sum(own, 0), score)
         if real:
             tl.store(scores_ptr + owner * slots + slot, score, mask=slot_ok)
@@ -392,7 +390,7 @@ def aot_cases() -> Iterator[AotCase]:
                             ("positions_ptr", "token_positions_ptr", "limits_ptr", "recents_ptr", "found_ptr"), "*i32"
                         )
                         | dict.fromkeys(("scores_ptr", "parts_ptr", "lses_ptr", "logits_ptr", "least_ptr"), "*fp32")
-                        | {"spare_ptr": "*i64", "scale": "fp32", "softcap": "fp32"},
+                        | {"spare_ptr": "*i64", "scale": "fp32", "softcap": "fp32", "memory": "fp32"},
                         {
                             "GROUP": group,
                             "HEAD_DIM": head_dim,
@@ -401,7 +399,6 @@ def aot_cases() -> Iterator[AotCase]:
                             "SETTLES": plain,
                             "WINDOWED": not plain,
                             "SOFTCAPPED": not plain,
-                            "ACCUMULATES": plain,
                             "BLOCK_DIM": triton.next_power_of_2(head_dim),
                             **finish_blocks(group, head_dim, _CHUNK),
                         },

@@ -20,8 +20,10 @@ from kvcompress.dense import with_sinks
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.decode import decode_attention
+from kvcompress.kernels.decode_evict import decode_and_evict
 from kvcompress.kernels.evict import choose_victim
 from kvcompress.kernels.merge import merge_states
+from kvcompress.kernels.runtime import runs_triton
 from kvcompress.layer import Chunk, CompressedLayer
 from kvcompress.padding import PaddingRecord, pads_first, reordered
 from kvcompress.policies.allocation import Allocation, layer_budgets
@@ -68,6 +70,8 @@ class EvictingLayer(CompressedLayer):
         self.limits: Tensor
         self.recents: Tensor
         self.seen: Tensor
+        # the value of `seen` where it is known: to read a tensor is to wait for the GPU
+        self._host_seen: int | None = None
 
     def segments(self) -> list[Segment]:
         return [] if self.slots is None else [self.slots]
@@ -90,6 +94,7 @@ class EvictingLayer(CompressedLayer):
         if self.slots is not None:
             self.lengths, self.limits, self.recents = change(self.lengths), change(self.limits), change(self.recents)
             self.state = {name: change(tensor) for name, tensor in self.state.items()}
+            self._pin()
 
     def tokens_kept(self) -> Tensor:
         assert self.slots is not None
@@ -98,8 +103,12 @@ class EvictingLayer(CompressedLayer):
     def get_seq_length(self) -> int:
         if self.slots is None:
             return 0
-        # the compiled step must not read a tensor's value; transformers' static layers answer with the tensor too
-        return self.seen if torch.compiler.is_compiling() else int(self.seen)  # type: ignore[return-value]
+        if torch.compiler.is_compiling():
+            # the compiled step must not read a tensor's value; transformers' static layers answer with the tensor too
+            return self.seen  # type: ignore[return-value]
+        if self._host_seen is None:
+            self._host_seen = int(self.seen)
+        return self._host_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if torch.compiler.is_compiling():
@@ -108,6 +117,8 @@ class EvictingLayer(CompressedLayer):
 
     def _count(self, tokens: int) -> None:
         self.seen.add_(tokens)
+        # a compiled step cannot count on the host
+        self._host_seen = None if torch.compiler.is_compiling() or self._host_seen is None else self._host_seen + tokens
 
     def reset(self) -> None:
         super().reset()
@@ -150,6 +161,8 @@ class EvictingLayer(CompressedLayer):
         at = self.lengths
         if chunk.visible is not None:
             at = torch.where(chunk.visible[:, 0], at, EMPTY)
+        if self.policy.memory is not None and self.rope is None and runs_triton(chunk.query):
+            return self._decode_at_once(chunk, slots, at)
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self._place(chunk, self.lengths[:, None].clone())
         slots.put(chunk.key, chunk.value, at)
@@ -164,12 +177,35 @@ class EvictingLayer(CompressedLayer):
             window=self.window,
             softcap=chunk.softcap,
         )
-        self.lengths = self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
+        self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
         if chunk.visible is not None:
             # a query that is padding gives out no attention
             attention = attention * chunk.visible[..., None]
         self._score_step(slots, placed, keys, query_positions, attention)
         self._evict_one(slots)
+        return out
+
+    def _decode_at_once(self, chunk: Chunk, slots: SlotSegment, at: Tensor) -> Tensor:
+        assert self.policy.memory is not None
+        out = decode_and_evict(
+            chunk.query,
+            chunk.key,
+            chunk.value,
+            slots.keys,
+            slots.values,
+            slots.positions,
+            slots.scores,
+            slots.spare,
+            at,
+            self.limits,
+            self.recents,
+            scale=chunk.scale,
+            sinks=self.policy.sinks,
+            window=self.window,
+            softcap=chunk.softcap,
+            memory=self.policy.memory,
+        )
+        self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
         return out
 
     def _place(self, chunk: Chunk, query_positions: Tensor) -> tuple[Chunk, Tensor]:
@@ -234,7 +270,15 @@ class EvictingLayer(CompressedLayer):
         attention = self._observe(placed, None if fresh else slots, query_positions, lse, how)
         kept = self._choose(placed, slots, places, query_positions, attention)
         slots.replace(chunk.key, chunk.value, *kept)
+        self._pin()
         return out
+
+    def _pin(self) -> None:
+        """Tells the compiler that the layer's tensors stay where they are: else CUDA graphs refuse to write to them."""
+        assert self.slots is not None
+        for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
+            # unguarded: another cache of the same shapes records a graph, and compiles nothing
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
     def _query_positions(self, chunk: Chunk) -> Tensor:
         if chunk.visible is None:
@@ -273,9 +317,7 @@ class EvictingLayer(CompressedLayer):
         """What `SlotSegment.replace` needs: the chunk's positions, and the scores and the fate of all candidates."""
         places = places if chunk.visible is None else places.masked_fill(~chunk.visible, EMPTY)
         places = places[:, None].expand(-1, chunk.key.shape[1], -1)
-        tokens = chunk.tokens if chunk.visible is None else chunk.visible.sum(-1)
-        self.lengths = self.lengths + tokens
-        self.lengths = self.lengths.to(torch.int32)
+        self.lengths.add_(chunk.tokens if chunk.visible is None else chunk.visible.sum(-1))
         candidates = Candidates(
             torch.cat([slots.positions, places], -1),
             torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1),
@@ -318,6 +360,7 @@ class EvictingLayer(CompressedLayer):
             self.recents = recents.clamp(min=1).minimum(limits - self.policy.sinks).to(torch.int32)
             self.lengths = torch.zeros_like(self.limits)
             self.seen = torch.zeros((), dtype=torch.int64, device=device)
+            self._host_seen = 0
             self.slots = self._new_slots(chunk, int(limits.max()) + 1)
         return self.slots
 
@@ -337,6 +380,8 @@ class EvictingLayer(CompressedLayer):
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self.lazy_initialization(self.slots.keys, self.slots.values)
+            self._host_seen = None
+            self._pin()
 
     def _restored_slots(self, tensors: dict[str, Tensor]) -> SlotSegment:
         return SlotSegment.from_tensors(tensors)

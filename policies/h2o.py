@@ -24,6 +24,10 @@ class H2O(Policy):
     def observes(self) -> int | None:
         return None
 
+    @property
+    def memory(self) -> float | None:
+        return 1.0
+
     def score(self, candidates: Candidates) -> Tensor:
         assert candidates.attention is not None
         return candidates.scores + candidates.attention

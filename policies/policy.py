@@ -107,6 +107,12 @@ class Policy:
         """How many of a forward's last queries the policy wants to see the attention of; None for all."""
         return 0
 
+    @property
+    def memory(self) -> float | None:
+        """Where decoding scores by `memory * score + attention`, that factor: one kernel then does a whole step.
+        None: scores come from `score` alone. What both say must agree."""
+        return None
+
     def score(self, candidates: Candidates) -> Tensor:
         """How much each candidate is worth keeping.
 

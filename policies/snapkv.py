@@ -48,6 +48,10 @@ class SnapKV(Policy):
     def observes(self) -> int | None:
         return self.window
 
+    @property
+    def memory(self) -> float | None:
+        return 1.0 - 1.0 / self.window
+
     def score(self, candidates: Candidates) -> Tensor:
         attention, visible = candidates.attention, candidates.visible
         assert attention is not None
