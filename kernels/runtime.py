@@ -8,6 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+# read once: Triton decides at import too, and torch.compile cannot trace a look at the environment
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -16,7 +19,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
     The kernels compute in float32, so float64 always takes the PyTorch path.
     """
-    return (tensor.is_cuda or triton.knobs.runtime.interpret) and tensor.dtype != torch.float64
+    return (tensor.is_cuda or INTERPRETED) and tensor.dtype != torch.float64
 
 
 def autotune(
@@ -28,7 +31,7 @@ def autotune(
         key: arguments whose values, like all dtypes, call for tuning anew. None of them may change while decoding.
         prune: (configs, arguments, **constants) to the configs worth trying there.
     """
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         return triton.heuristics({name: lambda _, value=value: value for name, value in configs[0].kwargs.items()})
     return triton.autotune(configs, key, prune_configs_by={"early_config_prune": prune} if prune else None)
 
