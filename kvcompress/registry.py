@@ -87,7 +87,7 @@ def build(spec: str, model: PreTrainedModel, budget: int | float | None = None) 
 def _evicting(policy: type[Policy]) -> Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]:
     def evicting(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
         settings = dict(settings)
-        of_cache = {"allocation": settings.pop("allocation")} if "allocation" in settings else {}
+        of_cache = {name: settings.pop(name) for name in ("allocation", "rolled") if name in settings}
         return EvictingCache(model, policy=policy(**settings), budget=budget, **of_cache)
 
     return evicting
