@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -101,7 +100,6 @@ def compile_case(module: str, index: int, target: str) -> Report:
         compiled = triton.compile(source, target=TARGETS[target].gpu, options=case.options)
         registers, spilled = _usage(compiled)
     except Exception as error:
-        traceback.print_exc()
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Report(name, case.label, target, error=f"does not compile: {lines[-1]}")
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
@@ -120,11 +118,11 @@ def compile_all(jobs: list[tuple[str, int, str]], workers: int) -> Iterator[Repo
 
 def print_table(reports: Iterator[Report]) -> list[Report]:
     """Prints a row a report as they come, and returns those that fail."""
-    print(f"{'target':7} {'kernel':26} {'launch':58} {'regs':>5} {'shared':>7} {'spill':>6} {'occup.':>6}")
+    print(f"{'target':7} {'kernel':26} {'launch':62} {'regs':>5} {'shared':>7} {'spill':>6} {'occup.':>6}")
     failed = []
     for report in reports:
         print(
-            f"{report.target:7} {report.kernel:26} {report.label:58} {report.registers:5} {report.shared:7} "
+            f"{report.target:7} {report.kernel:26} {report.label:62} {report.registers:5} {report.shared:7} "
             f"{report.spilled:6} {report.occupancy:6.0%}  {report.fault}",
             flush=True,
         )

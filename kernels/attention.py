@@ -760,7 +760,8 @@ def aot_cases() -> Iterator[AotCase]:
         for dtype in (torch.bfloat16, torch.float32):
             for plain in (True, False):
                 yield from _aot_causal(head_dim, dtype, plain)
-                yield from _aot_split(head_dim, dtype, plain)
+                for slotted in (True, False):
+                    yield from _aot_split(head_dim, dtype, plain, slotted)
 
 
 def _aot_causal(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotCase]:
@@ -778,18 +779,24 @@ def _aot_causal(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotC
         )
 
 
-def _aot_split(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotCase]:
-    # slots as decoding sees them, or a causal chunk with all that it can have
-    absent = ("visible_ptr", "query_positions_ptr") if plain else ("positions_ptr", "query_positions_ptr", "logits_ptr")
+def _aot_split(head_dim: int, dtype: torch.dtype, plain: bool, slotted: bool) -> Iterator[AotCase]:
+    present = {
+        "visible_ptr": not plain and not slotted,
+        "positions_ptr": slotted,
+        "query_positions_ptr": not plain and slotted,
+        "logits_ptr": slotted,
+    }
+    name = f"{'slots' if slotted else 'causal'}{'' if plain else ' all'}"
     for rows in (MIN_SIDE, _FEW_ROWS):
         block_rows, block_tokens, warps, stages = _split_blocks(rows, sum(tile_widths(head_dim)), dtype.itemsize)
         yield aot_case(
             _split_kernel,
-            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {'slots' if plain else 'causal'}, {block_rows} rows",
+            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}, {block_rows}x{block_tokens}",
             _aot_types(dtype, torch.float32),
             _aot_constants(head_dim, plain)
-            | dict.fromkeys(absent)
-            | {"SLOTTED": plain, "WRITES_LOGITS": plain, "BLOCK_ROWS": block_rows, "BLOCK_TOKENS": block_tokens},
+            | {pointer: None for pointer, is_present in present.items() if not is_present}
+            | {"PADDED": not plain and not slotted, "SLOTTED": slotted, "WRITES_LOGITS": slotted}
+            | {"BLOCK_ROWS": block_rows, "BLOCK_TOKENS": block_tokens},
             aligned=head_dim % 16 == 0,
             num_warps=warps,
             num_stages=stages,

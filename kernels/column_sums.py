@@ -401,7 +401,8 @@ def _column_sums_kernel(
             full_stop = full_start + tl.maximum(tl.minimum(within, stop) - full_start, 0) // BLOCK_ROWS * BLOCK_ROWS
 
     sums = tl.zeros([BLOCK_TOKENS], tl.float32)
-    for part in tl.static_range(0, 3):
+    # slots without a window are all of the second kind
+    for part in tl.static_range(1 if SLOTTED and not WINDOWED else 0, 2 if SLOTTED and not WINDOWED else 3):
         if part == 0:
             from_row = start
             to_row = full_start
@@ -451,9 +452,14 @@ def aot_cases() -> Iterator[AotCase]:
     for head_dim in AOT_HEAD_DIMS:
         width, tail = tile_widths(head_dim)
         for dtype in (torch.bfloat16, torch.float32):
-            for name, slotted, rich in (("causal", False, False), ("slots", True, False), ("all", False, True)):
+            for name in ("causal", "slots", "pads window softcap", "slots window softcap"):
+                slotted, rich = name.startswith("slots"), name.endswith("softcap")
                 for config in _configs(width + tail, dtype.itemsize):
-                    absent = {"positions_ptr": not slotted, "query_positions_ptr": True, "visible_ptr": not rich}
+                    present = {
+                        "positions_ptr": slotted,
+                        "query_positions_ptr": slotted and rich,
+                        "visible_ptr": rich and not slotted,
+                    }
                     yield aot_case(
                         _column_sums_kernel,
                         f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}, "
@@ -464,17 +470,18 @@ def aot_cases() -> Iterator[AotCase]:
                             "lse_ptr": "*fp32",
                             "visible_ptr": "*u8",
                             "positions_ptr": "*i32",
+                            "query_positions_ptr": "*i32",
                             "sums_ptr": "*fp32",
                             "scale": "fp32",
                             "softcap": "fp32",
                         },
                         {
-                            **{pointer: None for pointer, is_absent in absent.items() if is_absent},
+                            **{pointer: None for pointer, is_present in present.items() if not is_present},
                             "GROUP": 4,
                             "HEAD_DIM": head_dim,
                             "DIM": width,
                             "TAIL": tail,
-                            "PADDED": rich,
+                            "PADDED": rich and not slotted,
                             "SLOTTED": slotted,
                             "WINDOWED": rich,
                             "SOFTCAPPED": rich,
