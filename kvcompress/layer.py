@@ -134,9 +134,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         key, value = self.in_hand
         tokens = key.shape[2]
         if not torch.compiler.is_compiling():
-            past = int(self.get_seq_length())
             if self.leads:
-                self.padding.read(visible, key.shape[0], past, tokens)
+                self.padding.read(visible, key.shape[0], int(self.get_seq_length()), tokens)
             if self.padding.remap is not None:
                 self._remap(self.padding.remap.to(key.device))
             self.forwards_begun += 1

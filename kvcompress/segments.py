@@ -132,11 +132,14 @@ class SlotSegment(Segment):
             key, value: [batch, kv_heads, 1, head_dim].
             positions: [batch] int32; EMPTY for a sequence whose token is padding.
         """
-        slot = self.spare[..., None]
-        self.keys.scatter_(2, slot[..., None].expand(-1, -1, -1, key.shape[-1]), key)
-        self.values.scatter_(2, slot[..., None].expand(-1, -1, -1, value.shape[-1]), value)
-        self.positions.scatter_(2, slot, positions[:, None, None].expand_as(slot))
-        self.scores.scatter_(2, slot, 0.0)
+        batch, kv_heads = self.spare.shape
+        row = torch.arange(batch, device=key.device)[:, None]
+        head = torch.arange(kv_heads, device=key.device)
+        # by index, as a compiled scatter writes a new copy of all slots
+        self.keys[row, head, self.spare] = key[:, :, 0]
+        self.values[row, head, self.spare] = value[:, :, 0]
+        self.positions[row, head, self.spare] = positions[:, None].expand(-1, kv_heads)
+        self.scores[row, head, self.spare] = 0.0
 
     def free(self, victims: Tensor, over: Tensor) -> None:
         """Empties the victim's slot where a head is over its budget, and finds the next spare slot.

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._guards import TracingContext
 
 from tests.contract.caches import caches, those
 from tests.contract.drive import assert_same_state, feed
-from tests.contract.models import left_padded, prompt, tiny
+from tests.contract.models import DEVICE, left_padded, prompt, tiny
 
 STEPS = 200
 
@@ -77,3 +80,47 @@ def check(entry, family):
 def feed_on(model, cache, mask):
     mask = torch.cat([mask, mask.new_ones(2, STEPS + 3)], 1)
     return feed(model, cache, prompt(3, 2), mask)
+
+
+@caches("h2o", "expected")
+def test_the_compiled_step_writes_only_to_tensors_that_stay_where_they_are(entry):
+    """CUDA graphs refuse a step that writes to other inputs, and torch then runs it without them."""
+    if not entry.compileable:
+        pytest.skip("not compileable")
+    written, pinned = [], []
+
+    def compiler(graph, inputs):
+        facts = TracingContext.get().fw_metadata
+        written.append({index for index, facts in enumerate(facts.input_info) if facts.mutates_data})
+        pinned.append(set(facts.static_input_indices))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True)
+    model = tiny()
+    first = entry.build(model)
+    feed(model, first, prompt(20, 2))
+    copies = [first.clone(), first]
+    first.batch_repeat_interleave(1)
+    compiled = torch.compile(step_function(model), fullgraph=True, backend=backend)
+    for cache in copies:
+        with torch.no_grad():
+            compiled(prompt(1, 2), torch.full((2, 1), 20, device=DEVICE), cache)
+    assert len(written) == 1, "another cache of the same shapes is compiled anew"
+    assert written[0]
+    assert written[0] <= pinned[0]
+
+
+@caches("h2o")
+def test_eager_steps_after_compiled_ones_count_right(entry):
+    if not entry.compileable:
+        pytest.skip("not compileable")
+    model = tiny()
+    cache = entry.build(model)
+    feed(model, cache, prompt(20, 2))
+    compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for place in (20, 21):
+            compiled(prompt(1, 2), torch.full((2, 1), place, device=DEVICE), cache)
+    feed(model, cache, prompt(1, 2))
+    assert cache.get_seq_length() == 23
+    assert cache.clone().get_seq_length() == 23
