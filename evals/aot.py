@@ -136,13 +136,13 @@ def _constants(case: AotCase) -> dict[tuple[int, ...], object]:
 
 
 def _alignment(case: AotCase) -> dict[tuple[int, ...], list]:
-    # what a launch finds out by looking: pointers and, for most head_dims, strides are multiples of 16
-    attributes = {}
+    # what a launch finds out by looking: pointers and strides are multiples of 16, `rows_aligned` sees to it
+    attributes: dict[tuple[int, ...], list] = {}
     for index, name in enumerate(case.kernel.arg_names):
         kind = case.signature[name]
         if isinstance(kind, tuple):
             attributes.update({(index, part): [["tt.divisibility", 16]] for part in range(len(kind))})
-        elif kind.startswith("*") or (name.endswith("_stride") and case.aligned):
+        elif kind.startswith("*") or name.endswith("_stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return attributes
 

@@ -28,7 +28,7 @@ from kvcompress.kernels.tile import (
     bound_logits,
     dot,
     load_tile,
-    rows_contiguous,
+    rows_aligned,
     store_tile,
     tile_widths,
     triton_type,
@@ -308,7 +308,9 @@ def _softmax(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ value.float()[:, :, None], lse
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None):
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=bias, scale=scale
     )
@@ -380,7 +382,7 @@ def _launch_causal(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, _ = query.shape
     if window is not None:
         # no query sees further back than this
         reach = min(key.shape[2], window + queries - 1)
@@ -389,10 +391,10 @@ def _launch_causal(
     kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     if queries * (heads // kv_heads) <= _FEW_ROWS:
         return launch_split(query, key, value, visible, None, None, scale, window, softcap)[:2]
-    query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
+    query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     out, lse = _causal_attention_fake(query, key, value, visible, scale, window, softcap)
-    (dim, tail), (value_width, value_tail) = tile_widths(head_dim), tile_widths(value_dim)
+    (dim, tail), (value_width, value_tail) = tile_widths(query.shape[-1]), tile_widths(value.shape[-1])
 
     def grid(meta):
         return triton.cdiv(queries, meta["BLOCK_QUERIES"]), heads, batch
@@ -402,8 +404,8 @@ def _launch_causal(
             query, key, value, visible, out, lse,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
-            GROUP=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
-            VALUE_DIM=value_dim, VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
+            GROUP=heads // kv_heads, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
+            VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
             PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
         )  # fmt: skip
     return out, lse
@@ -429,14 +431,14 @@ def launch_split(
         logits: [batch, heads, tokens] float32 to write the logits to, -inf where unseen; for one query.
         merge: False leaves the parts apart, float32 with the split as a first dimension.
     """
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, _ = query.shape
     kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     group = heads // kv_heads
-    query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
+    query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     positions = None if positions is None else positions.contiguous()
     query_positions = None if window is None or query_positions is None else query_positions.contiguous()
-    (dim, tail), (value_width, value_tail) = tile_widths(head_dim), tile_widths(value_dim)
+    (dim, tail), (value_width, value_tail) = tile_widths(query.shape[-1]), tile_widths(value.shape[-1])
     block_rows, block_tokens, warps, stages = _split_blocks(
         queries * group, max(dim + tail, value_width + value_tail), query.element_size()
     )
@@ -451,8 +453,8 @@ def launch_split(
             query, key, value, visible, positions, query_positions, out, lse, logits,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             batch, kv_heads, queries, tokens, splits, split_tokens, window or 0, scale, softcap or 0.0,
-            GROUP=group, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
-            VALUE_DIM=value_dim, VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
+            GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
+            VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
             PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
             SOFTCAPPED=softcap is not None, WRITES_LOGITS=logits is not None,
             BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
@@ -482,8 +484,12 @@ def _split_blocks(rows: int, width: int, element_size: int) -> tuple[int, int, i
     """Rows and tokens a tile, warps and pipeline stages of the split kernel."""
     block_rows = min(_FEW_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
-        return min(block_rows, 32), 32 if width <= 128 else 16, 4, 2
-    return block_rows, 64 if width <= 128 else 32, 4, 3
+        return (min(block_rows, 32), 32, 4, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
+    if width > 128:
+        return min(block_rows, 32), 32, 4 if block_rows == MIN_SIDE else 8, 2
+    if block_rows > MIN_SIDE and width > 64:
+        return block_rows, 32, 4, 3
+    return block_rows, 64, 4, 3 if width <= 64 else 2
 
 
 class _Config(NamedTuple):
@@ -545,6 +551,7 @@ def _causal_kernel(
     DIM: tl.constexpr,
     TAIL: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    VALUE_ROOM: tl.constexpr,  # VALUE_DIM with the padding of the values
     VALUE_WIDTH: tl.constexpr,
     VALUE_TAIL: tl.constexpr,
     PADDED: tl.constexpr,
@@ -626,11 +633,11 @@ def _causal_kernel(
             total = total * fade + tl.sum(weight, 1)
             value_offset = column * value_stride
             tile_ptr = value_ptr + wide(start) * value_stride
-            value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_DIM)  # [T, VALUE_WIDTH]
+            value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
             weight = weight.to(value.dtype)
             out = dot(weight, value, out * fade[:, None])
             if VALUE_TAIL:
-                value_tail = load_tile(tile_ptr, value_offset, token_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
+                value_tail = load_tile(tile_ptr, value_offset, token_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_ROOM)
                 out_tail = dot(weight, value_tail, out_tail * fade[:, None])
 
     out_offset = ((batch * queries + row) * heads + head) * VALUE_DIM
@@ -654,6 +661,7 @@ def _split_kernel(
     DIM: tl.constexpr,
     TAIL: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    VALUE_ROOM: tl.constexpr,  # VALUE_DIM with the padding of the values
     VALUE_WIDTH: tl.constexpr,
     VALUE_TAIL: tl.constexpr,
     PADDED: tl.constexpr,
@@ -736,11 +744,11 @@ def _split_kernel(
         total = total * fade + tl.sum(weight, 1)
         value_offset = column * value_stride
         tile_ptr = value_ptr + wide(start) * value_stride
-        value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_DIM)  # [T, VALUE_WIDTH]
+        value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
         weight = weight.to(value.dtype)
         out = dot(weight, value, out * fade[:, None])
         if VALUE_TAIL:
-            value_tail = load_tile(tile_ptr, value_offset, token_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
+            value_tail = load_tile(tile_ptr, value_offset, token_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_ROOM)
             out_tail = dot(weight, value_tail, out_tail * fade[:, None])
 
     lse_offset = ((split * batch_size + batch) * kv_heads * GROUP + head) * queries + index
@@ -752,7 +760,7 @@ def _split_kernel(
 
 
 # a tile, tiles with tails, the wasteful case, and the widest
-AOT_HEAD_DIMS = (64, 80, 96, 112, 128, 129, 192, 256)
+AOT_HEAD_DIMS = (64, 80, 96, 112, 128, 144, 192, 256)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -772,7 +780,6 @@ def _aot_causal(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotC
             f"{config.queries}x{config.tokens}",
             _aot_types(dtype, dtype),
             _aot_constants(head_dim, plain) | ({"visible_ptr": None} if plain else {}) | config.triton().kwargs,
-            aligned=head_dim % 16 == 0,
             needs_wgmma=config.needs_wgmma,
             num_warps=config.warps,
             num_stages=config.stages,
@@ -797,7 +804,6 @@ def _aot_split(head_dim: int, dtype: torch.dtype, plain: bool, slotted: bool) ->
             | {pointer: None for pointer, is_present in present.items() if not is_present}
             | {"PADDED": not plain and not slotted, "SLOTTED": slotted, "WRITES_LOGITS": slotted}
             | {"BLOCK_ROWS": block_rows, "BLOCK_TOKENS": block_tokens},
-            aligned=head_dim % 16 == 0,
             num_warps=warps,
             num_stages=stages,
         )
@@ -828,6 +834,7 @@ def _aot_constants(head_dim: int, plain: bool) -> dict[str, int | bool | None]:
         "DIM": width,
         "TAIL": tail,
         "VALUE_DIM": head_dim,
+        "VALUE_ROOM": head_dim,
         "VALUE_WIDTH": width,
         "VALUE_TAIL": tail,
         "PADDED": not plain,

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import AOT_HEAD_DIMS, slots_seen
 from kvcompress.kernels.runtime import AotCase, aot_case, autotune, compilable, runs_triton
-from kvcompress.kernels.tile import LOG2E, bound_logits, dot, load_tile, rows_contiguous, tile_widths, triton_type
+from kvcompress.kernels.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths, triton_type
 
 # the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not
 _IGNORED = 1e4
 _TILE_COLUMNS = 256
-# 1 MB in float32: a tile stays in one core's cache
-_TILE_LOGITS = 2**18
+# 4 MB in float32: about what two cores' caches hold, and few enough calls that their overhead does not show
+_TILE_LOGITS = 2**20
 
 
 def causal_column_sums(
@@ -197,12 +197,13 @@ def _causal_tiles(
     tiles = _Tiles(query, key, lse, scale, softcap)
     for start in range(0, queries, tiles.block):
         stop = min(start + tiles.block, queries)
+        tiles.take(slice(start, stop))
         # the block's first query is token `first`, its last is token `last - 1`
         first, last = tokens - queries + start, tokens - queries + stop
         low = 0 if window is None else max(0, first - window + 1)
         for left in range(low, last, _TILE_COLUMNS):
             right = min(left + _TILE_COLUMNS, last)
-            tile = tiles.probabilities(slice(start, stop), slice(left, right))
+            tile = tiles.probabilities(slice(left, right))
             if right > first + 1:
                 tile.tril_(first - left)
             if window is not None and left <= last - 1 - window:
@@ -226,9 +227,10 @@ def _slot_tiles(
     tiles = _Tiles(query, key, lse, scale, softcap)
     for start in range(0, queries, tiles.block):
         rows = slice(start, min(start + tiles.block, queries))
+        tiles.take(rows)
         for left in range(0, slots, _TILE_COLUMNS):
             columns = slice(left, min(left + _TILE_COLUMNS, slots))
-            tile = tiles.probabilities(rows, columns)
+            tile = tiles.probabilities(columns)
             if window is not None:
                 seen = slots_seen(positions[..., columns], query_positions[:, rows], window)
                 tile.masked_fill_(~seen.flatten(0, 1)[:, None], 0.0)
@@ -255,18 +257,24 @@ class _Tiles:
         self.columns = columns.reshape(batch * kv_heads, tokens, -1)
         self.sums = self.columns.new_zeros(batch * kv_heads, tokens)
         self.block = min(queries, max(16, _TILE_LOGITS // (batch * heads * _TILE_COLUMNS)))
+        self.taken: Tensor
+        self.taken_lse: Tensor | None
         self.buffer = self.columns.new_empty(batch * heads * self.block * _TILE_COLUMNS)
 
-    def probabilities(self, rows: slice, columns: slice) -> Tensor:
-        """[batch * kv_heads, group, rows, columns], unmasked; the next call overwrites it."""
-        queries = self.rows[:, :, rows]
-        pairs, group, count, _ = queries.shape
+    def take(self, rows: slice) -> None:
+        """Chooses the queries of the tiles that follow."""
+        self.taken = self.rows[:, :, rows].flatten(1, 2)
+        self.taken_lse = None if self.lse is None else self.lse[:, :, rows]
+
+    def probabilities(self, columns: slice) -> Tensor:
+        """[batch * kv_heads, group, queries taken, columns], unmasked; the next call overwrites it."""
+        pairs, count, _ = self.taken.shape
         width = columns.stop - columns.start
-        tile = self.buffer[: pairs * group * count * width].view(pairs, group * count, width)
-        torch.bmm(queries.flatten(1, 2), self.columns[:, columns].mT, out=tile)
-        tile = tile.view(pairs, group, count, width)
-        if self.lse is not None:
-            tile.div_(self.softcap).tanh_().mul_(self.softcap).sub_(self.lse[:, :, rows])
+        tile = self.buffer[: pairs * count * width].view(pairs, count, width)
+        torch.bmm(self.taken, self.columns[:, columns].mT, out=tile)
+        tile = tile.view(pairs, self.rows.shape[1], -1, width)
+        if self.softcap is not None and self.taken_lse is not None:
+            tile.div_(self.softcap).tanh_().mul_(self.softcap).sub_(self.taken_lse)
         return tile.exp_()
 
 
@@ -282,13 +290,14 @@ def _launch(
     softcap: float | None,
 ) -> Tensor:
     """positions and query_positions as in slot_column_sums; None: a causal chunk, as in causal_column_sums."""
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
-    query, key, lse = rows_contiguous(query), rows_contiguous(key), lse.contiguous()
+    query, key, lse = rows_aligned(query), rows_aligned(key), lse.contiguous()
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     positions = None if positions is None else positions.contiguous()
     query_positions = None if window is None or query_positions is None else query_positions.contiguous()
     sums = key.new_empty(batch, kv_heads, tokens, dtype=torch.float32)
+    head_dim = query.shape[-1]
     dim, tail = tile_widths(head_dim)
 
     def grid(meta):
@@ -487,7 +496,6 @@ def aot_cases() -> Iterator[AotCase]:
                             "SOFTCAPPED": rich,
                             **config.kwargs,
                         },
-                        aligned=head_dim % 16 == 0,
                         num_warps=config.num_warps,
                         num_stages=config.num_stages,
                     )

@@ -66,9 +66,11 @@ def decode_attention_reference(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What decode_attention means, in plain PyTorch."""
-    how = {"scale": scale, "window": window, "softcap": softcap}
-    out, lse = slot_attention_reference(query, key, value, positions, query_positions, **how)
-    return out, slot_column_sums_reference(query, key, positions, query_positions, lse, **how)
+    arguments = (query, key, positions, query_positions)
+    out, lse = slot_attention_reference(
+        query, key, value, positions, query_positions, scale=scale, window=window, softcap=softcap
+    )
+    return out, slot_column_sums_reference(*arguments, lse, scale=scale, window=window, softcap=softcap)
 
 
 def _decode_attention_fake(

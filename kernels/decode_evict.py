@@ -14,7 +14,7 @@ the scores and 4 * kv_heads for the positions, each * batch * slots. The same as
 launches and reads scores and positions four times.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import launch_split
 from kvcompress.kernels.decode import (
+    decode_attention,
     decode_attention_reference,
     finish_blocks,
     group_lse,
     group_probabilities,
     merge_head,
 )
-from kvcompress.kernels.evict import choose_victim_reference, first_to_go, worse
+from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, worse
 from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
 from kvcompress.kernels.tile import bound_logits, triton_type
 
@@ -106,6 +107,35 @@ def decode_and_evict_reference(
     memory: float = 1.0,
 ) -> Tensor:
     """What decode_and_evict means, in plain PyTorch."""
+    return decode_then_evict(
+        query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
+        scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory,
+        attend=decode_attention_reference, choose=choose_victim_reference,
+    )  # fmt: skip
+
+
+def decode_then_evict(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    spare: Tensor,
+    token_positions: Tensor,
+    limits: Tensor,
+    recents: Tensor,
+    *,
+    scale: float,
+    sinks: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    memory: float = 1.0,
+    attend: Callable[..., tuple[Tensor, Tensor]] = decode_attention,
+    choose: Callable[..., Tensor] = choose_victim,
+) -> Tensor:
+    """decode_and_evict from its parts: what a CPU runs, and what one op has to beat on a GPU."""
     real = (token_positions != EMPTY)[:, None, None]
     slot = spare[..., None]
     for stored, new in ((keys, key), (values, value)):
@@ -113,7 +143,7 @@ def decode_and_evict_reference(
         stored.scatter_(2, index, torch.where(real[..., None], new, stored.gather(2, index)))
     positions.scatter_(2, slot, torch.where(real, token_positions[:, None, None], positions.gather(2, slot)))
     scores.scatter_(2, slot, torch.where(real, 0.0, scores.gather(2, slot)))
-    out, attention = decode_attention_reference(
+    out, attention = attend(
         query, keys, values, positions, token_positions[:, None], scale=scale, window=window, softcap=softcap
     )
     scores.copy_(torch.where(real, scores * memory + attention, scores))
@@ -125,7 +155,7 @@ def decode_and_evict_reference(
         ranked = ranked.masked_fill(positions < sinks, torch.inf)
         ranked = ranked.masked_fill(positions <= (newest - window)[:, None, None], -torch.inf)
         sinks = 0
-    victims = choose_victim_reference(ranked, positions, newest - recents, sinks)[..., None]
+    victims = choose(ranked, positions, newest - recents, sinks)[..., None]
     over = ((positions != EMPTY).sum(-1, keepdim=True) > limits[:, None, None]) & real
     positions.scatter_(2, victims, torch.where(over, EMPTY, positions.gather(2, victims)))
     spare.copy_(torch.where(real[..., 0], positions.argmin(-1), spare))
@@ -173,7 +203,7 @@ def _decode_and_evict(
     memory: float,
 ) -> Tensor:
     if not runs_triton(query):
-        return decode_and_evict_reference(
+        return decode_then_evict(
             query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
             scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory,
         )  # fmt: skip

@@ -80,7 +80,6 @@ class AotCase(NamedTuple):
     label: str
     signature: dict[str, Any]
     constants: dict[str, Any]
-    aligned: bool
     needs_wgmma: bool
     options: dict[str, int]
 
@@ -91,7 +90,6 @@ def aot_case(
     types: dict[str, Any],
     constants: dict[str, Any],
     *,
-    aligned: bool = True,
     needs_wgmma: bool = False,
     num_warps: int = 4,
     num_stages: int = 3,
@@ -101,7 +99,6 @@ def aot_case(
     Args:
         types: Triton type of each argument that is not a 32-bit integer, such as {"out_ptr": "*bf16"}.
         constants: the compile-time arguments, and the pointers that are None.
-        aligned: whether the strides are multiples of 16, as a launch would see.
         needs_wgmma: launched only where `has_wgmma`.
     """
     # under the autotuner and its like lies the function itself
@@ -109,4 +106,4 @@ def aot_case(
         kernel = kernel.fn
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    return AotCase(kernel, label, signature, constants, aligned, needs_wgmma, options)
+    return AotCase(kernel, label, signature, constants, needs_wgmma, options)

@@ -27,9 +27,19 @@ def tile_widths(head_dim: int) -> tuple[int, int]:
     return (below, tail) if below >= MIN_SIDE and below + tail < whole else (whole, 0)
 
 
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous, which is all that the kernels ask of a layout."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def rows_aligned(tensor: Tensor) -> Tensor:
+    """The tensor with rows that are contiguous and begin and end at multiples of 16 elements.
+
+    Kernels then load 16 bytes at a time. Caches and projections are laid out so; others are copied, and a head_dim
+    that is no multiple of 16 is padded with zeros.
+    """
+    excess = -tensor.shape[-1] % 16
+    if excess:
+        return torch.nn.functional.pad(tensor, (0, excess))
+    aligned = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    if aligned and not any(stride % 16 for stride in tensor.stride()[:-1]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def triton_type(dtype: torch.dtype) -> str:
