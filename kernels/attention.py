@@ -391,9 +391,9 @@ def _launch_causal(
     kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     if queries * (heads // kv_heads) <= _FEW_ROWS:
         return launch_split(query, key, value, visible, None, None, scale, window, softcap)[:2]
+    out, lse = _causal_attention_fake(query, key, value, visible, scale, window, softcap)
     query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
-    out, lse = _causal_attention_fake(query, key, value, visible, scale, window, softcap)
     (dim, tail), (value_width, value_tail) = tile_widths(query.shape[-1]), tile_widths(value.shape[-1])
 
     def grid(meta):
