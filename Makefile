@@ -36,10 +36,9 @@ test-slow: $(READY)
 test-5.17: $(READY) $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal -m "not slow" tests/contract tests/test_loading.py
 
-# everything but the slow tests, one after the other, on the GPU of this machine
+# tests and measurements on the GPU of this machine, under ten minutes
 gpu: $(READY)
-	$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch finds no GPU here")'
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m kvcompress.evals.gpu --out results/gpu
 
 lint: $(READY)
 	$(RUN) -m ruff format --check .
