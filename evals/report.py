@@ -241,10 +241,11 @@ def _cell(row: Row) -> str:
     if row["status"] != "ok":
         return "failed"
     score = f"{row['score']:.2f}"
-    if row["stderr"]:
-        score += f" ±{row['stderr']:.2f}"
     if "kl" in row:
+        # both errors would not fit a terminal; they are in the plot and in the rows
         score += f" / {row['kl']:.3f}"
+    elif row["stderr"]:
+        score += f" ±{row['stderr']:.2f}"
     return f"{score} ({row['bytes'] / 1024**2:.1f} MiB)"
 
 

@@ -4,7 +4,9 @@ import math
 import pytest
 
 from kvcompress import DenseCache, registry
+from kvcompress.evals.protocol import answer
 from kvcompress.evals.sweep import Point, Results, Settings, Sweep, check_budgets, make_points
+from kvcompress.evals.tasks import make_prompt, make_samples
 
 
 def settings(**change):
@@ -164,6 +166,21 @@ def test_another_text_is_another_point(sweep, tmp_path):
     essay.write_text("Nobody in the valley had ever seen a horse before. " * 40)
     before, after = sweep(tasks=("text",)), sweep(tasks=("text",), text=str(essay))
     assert before.key(before.points[0]) != after.key(after.points[0])
+
+
+def test_each_prediction_stands_by_its_own_sample(sweep, model, tokenizer):
+    made = make_samples("needle_essay", tokenizer, 1500, 4)
+    prompts = [make_prompt(tokenizer, sample) for sample in made]
+    # else the order they run in is the order they stand in
+    assert sorted(prompts, key=lambda prompt: len(prompt.context)) != prompts
+    alone = [answer(model, lambda: DenseCache(model), [prompt], "question-agnostic")[0][0] for prompt in prompts]
+    said = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in alone]
+    assert len(set(said)) == 4
+    for batch in (1, 3):
+        work = sweep(tasks=("needle_essay",), lengths=(1500,), samples=4, batch=batch)
+        row = work.measure(work.points[0])
+        assert row["predictions"] == said
+        assert row["answers"] == [list(sample.answers) for sample in made]
 
 
 def test_points_are_the_same_however_many_run_at_a_time(sweep):
