@@ -17,8 +17,8 @@ from kvcompress.policies.policy import Candidates, Policy
 class Knorm(Policy):
     """No settings of its own; a token's score never changes.
 
-    A quarter of the budget goes to the newest tokens, where the paper keeps one: a question is evicted while it is being
-    answered otherwise (needle at 1k tokens, budget 20 %: 0.2 of the answers right, 1.0 with the quarter).
+    A quarter of the budget goes to the newest tokens, where the paper keeps one: otherwise a question is evicted while
+    it is being answered (needle at 1k tokens, budget 20 %: 0.2 of the answers right, 1.0 with the quarter).
     """
 
     recent: int | float = 0.25
