@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -101,6 +102,12 @@ def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randperm(VOCABULARY - 3, generator=generator)[:tokens] + 2 for _ in range(batch)]
     return torch.stack(rows).to(DEVICE)
+
+
+def families(*names: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """These families, and some more where slow tests run."""
+    more = [pytest.param(name, marks=pytest.mark.slow) for name in slow]
+    return pytest.mark.parametrize("family", [*names, *more])
 
 
 def left_padded(rows: list[Tensor], tokens: int | None = None) -> tuple[Tensor, Tensor]:

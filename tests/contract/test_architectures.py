@@ -8,7 +8,7 @@ from kvcompress import DenseCache, EvictingCache, H2OCache
 from kvcompress.policies.expected_attention import ExpectedAttention
 from tests.contract.caches import caches, every_cache
 from tests.contract.drive import full, generate, recorded
-from tests.contract.models import DEVICE, FAMILIES, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, FAMILIES, families, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle
 
 LAYOUTS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1), "odd group": (6, 2)}
@@ -53,7 +53,7 @@ def test_every_head_size_equals_the_oracle(entry, head_dim, family):
 
 @every_cache
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@families("llama", slow=("mistral", "gemma2"))
 def test_half_precision_equals_the_oracle(entry, dtype, family):
     # weights that leave the logits of a trained model's size, for a tolerance that means something
     model = tiny(family, dtype=dtype, initializer_range=0.1)

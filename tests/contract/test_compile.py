@@ -68,13 +68,24 @@ def check(entry, family):
     token, position = logits[:, -1:].argmax(-1), mask.sum(-1, keepdim=True)
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(step_function(model), fullgraph=True, backend=backend)
+    before = addresses(cache)
     ours = decode(compiled, cache, token, position, STEPS)
+    # in place: what a CUDA graph has recorded it will find again
+    assert addresses(cache) == before
     assert backend.frame_count == 1, f"compiled {backend.frame_count} times"
     assert torch.equal(ours, decode(step_function(model), straight, token, position, STEPS))
     assert cache.get_seq_length() == 20 + STEPS
     assert_same_state(entry, cache, straight)
     # and eager mode takes over where the graph left
     assert torch.equal(feed_on(model, cache, mask), feed_on(model, straight, mask))
+
+
+def addresses(cache):
+    return [
+        {name: tensor.data_ptr() for name, tensor in group.items()}
+        for layer in cache.layers
+        for group in (*(segment.tensors() for segment in layer.segments()), layer.counters(), layer.statistics())
+    ]
 
 
 def feed_on(model, cache, mask):

@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from tests.contract.caches import ENTRIES, by_name, every_cache, those
 from tests.contract.drive import assert_same_state, feed, full, generate, recorded, replay, tokens_kept
-from tests.contract.models import build, prompt, tiny
+from tests.contract.models import build, families, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle
 
 
@@ -41,7 +41,7 @@ def test_an_exact_cache_generates_what_the_full_cache_does(entry):
 
 
 @those(lambda entry: entry.roomy)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@families("mistral", slow=("llama", "gemma2"))
 def test_a_budget_that_is_never_filled_equals_the_full_cache(entry, family):
     model = tiny(family)
     cache = entry.roomy(model)

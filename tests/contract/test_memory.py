@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from tests.contract.caches import by_name, every_cache, those
 from tests.contract.drive import feed, generate
-from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, build, families, left_padded, prompt, tiny
 
 # longer than any matrix of the tiny models is large
 LONG = 400
@@ -38,7 +38,7 @@ def storages(root):
 
 
 @every_cache
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+@families("llama", slow=("gemma2", "opt"))
 def test_the_bytes_reported_are_those_of_the_live_storages(entry, family):
     model = tiny(family)
     cache = entry.build(model)
@@ -68,7 +68,7 @@ def test_what_a_generation_leaves_is_reported(entry):
 
 
 @every_cache
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@families("mistral", slow=("llama", "gemma2"))
 def test_the_full_cache_it_is_compared_with_is_transformers_own(entry, family):
     model = tiny(family)
     cache, full = entry.build(model), DynamicCache(config=model.config)
@@ -102,7 +102,7 @@ def what_comes():
 
 
 @those(lambda entry: entry.budget and entry.name != "h2o_fraction")
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@families("llama", slow=("gemma2", "gpt_oss"))
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_no_full_length_tensor_is_alive_after_prefill(entry, family, padded):
     model = tiny(family)

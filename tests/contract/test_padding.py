@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from tests.contract.caches import caches, every_cache
 from tests.contract.drive import feed, full, generate, recorded, tokens_kept
-from tests.contract.models import DEVICE, FAMILIES, PAD, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, FAMILIES, PAD, families, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle, recording
 
 ROWS = [prompt(20)[0], prompt(13, seed=2)[0], prompt(3, seed=3)[0]]
@@ -62,7 +62,7 @@ def test_left_padding_needs_no_position_ids(entry):
 
 
 @every_cache
-@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+@families("llama", slow=("mistral", "opt"))
 def test_right_padded_rows_equal_the_oracle_and_each_row_alone(entry, family):
     model = tiny(family)
     ids, mask = right_padded(ROWS)
@@ -85,7 +85,7 @@ def test_right_padded_rows_equal_the_oracle_and_each_row_alone(entry, family):
 
 
 @every_cache
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@families("llama", slow=("mistral", "gemma2"))
 def test_a_row_that_is_all_padding_harms_no_other(entry, family):
     model = tiny(family)
     ids, mask = left_padded([ROWS[0], ROWS[1]])
@@ -122,7 +122,7 @@ def test_a_row_of_padding_may_begin_later(entry):
 
 
 @every_cache
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@families("mistral", slow=("llama", "gemma2"))
 def test_padding_inside_a_row_equals_the_oracle(entry, family):
     model = tiny(family)
     mask = torch.ones(2, 20, dtype=torch.long, device=DEVICE)

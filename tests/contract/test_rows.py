@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from kvcompress import DenseCache, H2OCache
 from tests.contract.caches import caches, every_cache, those
 from tests.contract.drive import assert_same_state, feed, generate, recorded, tokens_kept
-from tests.contract.models import DEVICE, FAMILIES, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, FAMILIES, families, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle, recording
 
 ROWS = [prompt(20)[0], prompt(13, seed=2)[0], prompt(9, seed=3)[0]]
@@ -170,7 +170,7 @@ def save_and_load(entry, model, cache, path):
 
 @every_cache
 @pytest.mark.parametrize("way", ["clone", "file"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@families("llama", slow=("gemma2", "gpt_oss"))
 def test_a_copy_goes_on_as_the_original_and_apart_from_it(entry, way, family, tmp_path):
     model = tiny(family)
     ids, mask = left_padded(ROWS)

@@ -6,7 +6,7 @@ from transformers import LogitsProcessor
 
 from tests.contract.caches import caches, every_cache, those
 from tests.contract.drive import feed, full, generate, recorded, tokens_kept
-from tests.contract.models import DEVICE, END, FAMILIES, PAD, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, END, FAMILIES, PAD, families, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle, recording
 
 TOKENS = 12
@@ -88,7 +88,7 @@ def finished_early(entry, model):
 
 
 @every_cache
-@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "gemma2"])
+@families("llama", "mistral", slow=("opt", "gemma2"))
 def test_pads_at_the_end_of_a_turn_are_forgotten_when_the_next_masks_them(entry, family):
     if entry.decoded is not None:
         pytest.skip("what it gives depends on the mask to come, which the oracle reads too late")
