@@ -18,10 +18,8 @@ def test_greedy_decoding_equals_the_oracle(entry):
     assert_equals_oracle(model, transcript)
 
 
-@every_cache
+@those(lambda entry: entry.budget)
 def test_what_is_kept_stays_within_the_budget_at_every_step(entry):
-    if entry.budget is None:
-        pytest.skip("no budget")
     model = tiny()
     _, cache, transcript = recorded(entry, model, prompt(20, 2), max_new_tokens=20)
     for step, forward in enumerate(transcript.forwards[1:], 1):
