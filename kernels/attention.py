@@ -30,6 +30,7 @@ from kvcompress.kernels.tile import (
     load_tile,
     rows_aligned,
     store_tile,
+    tile_width,
     tile_widths,
     triton_type,
     wide,
@@ -438,9 +439,10 @@ def launch_split(
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     positions = None if positions is None else positions.contiguous()
     query_positions = None if window is None or query_positions is None else query_positions.contiguous()
-    (dim, tail), (value_width, value_tail) = tile_widths(query.shape[-1]), tile_widths(value.shape[-1])
+    # bound by bandwidth: columns that are only masked cost nothing, tails would cost registers
+    dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
     block_rows, block_tokens, warps, stages = _split_blocks(
-        queries * group, max(dim + tail, value_width + value_tail), query.element_size()
+        queries * group, max(dim, value_width), query.element_size()
     )
     row_blocks = triton.cdiv(queries * group, block_rows)
     splits, split_tokens = split_keys(batch * kv_heads * row_blocks, tokens, block_tokens, query.device)
@@ -453,8 +455,8 @@ def launch_split(
             query, key, value, visible, positions, query_positions, out, lse, logits,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             batch, kv_heads, queries, tokens, splits, split_tokens, window or 0, scale, softcap or 0.0,
-            GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
-            VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
+            GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
+            VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
             PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
             SOFTCAPPED=softcap is not None, WRITES_LOGITS=logits is not None,
             BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
@@ -659,11 +661,9 @@ def _split_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
-    TAIL: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_ROOM: tl.constexpr,  # VALUE_DIM with the padding of the values
     VALUE_WIDTH: tl.constexpr,
-    VALUE_TAIL: tl.constexpr,
     PADDED: tl.constexpr,
     SLOTTED: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -690,8 +690,6 @@ def _split_kernel(
     head = kv_head * GROUP + row % GROUP
     query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
     query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
-    if TAIL:
-        query_tail = load_tile(query_ptr, query_offset, row_ok, DIM, TAIL, HEAD_DIM)
     if SLOTTED:
         if WINDOWED:
             position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)  # [R]
@@ -701,7 +699,6 @@ def _split_kernel(
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
-    out_tail = tl.zeros([BLOCK_ROWS, VALUE_TAIL if VALUE_TAIL else 1], tl.float32)
     column = tl.arange(0, BLOCK_TOKENS)  # [T]
 
     for start in range(split * split_tokens, tl.minimum((split + 1) * split_tokens, tokens), BLOCK_TOKENS):
@@ -711,9 +708,6 @@ def _split_kernel(
         tile_ptr = key_ptr + wide(start) * key_stride
         key = load_tile(tile_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]
         logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32))  # [R, T]
-        if TAIL:
-            key_tail = load_tile(tile_ptr, key_offset, token_ok, DIM, TAIL, HEAD_DIM)
-            logits = dot(query_tail, tl.trans(key_tail), logits)
         logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
         if SLOTTED:
             slot_position = tl.load(positions_ptr + positions_base + token, mask=token_ok, other=-1)
@@ -747,20 +741,15 @@ def _split_kernel(
         value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
         weight = weight.to(value.dtype)
         out = dot(weight, value, out * fade[:, None])
-        if VALUE_TAIL:
-            value_tail = load_tile(tile_ptr, value_offset, token_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_ROOM)
-            out_tail = dot(weight, value_tail, out_tail * fade[:, None])
 
     lse_offset = ((split * batch_size + batch) * kv_heads * GROUP + head) * queries + index
     norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
     store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
-    if VALUE_TAIL:
-        store_tile(out_ptr, lse_offset * VALUE_DIM, out_tail * norm, row_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
     tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
 
 
-# a tile, tiles with tails, the wasteful case, and the widest
-AOT_HEAD_DIMS = (64, 80, 96, 112, 128, 144, 192, 256)
+# every pair of a tile and a tail up to the widest; others only mask more
+AOT_HEAD_DIMS = (64, 80, 96, 128, 144, 192, 256)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -795,12 +784,14 @@ def _aot_split(head_dim: int, dtype: torch.dtype, plain: bool, slotted: bool) ->
     }
     name = f"{'slots' if slotted else 'causal'}{'' if plain else ' all'}"
     for rows in (MIN_SIDE, _FEW_ROWS):
-        block_rows, block_tokens, warps, stages = _split_blocks(rows, sum(tile_widths(head_dim)), dtype.itemsize)
+        width = tile_width(head_dim)
+        block_rows, block_tokens, warps, stages = _split_blocks(rows, width, dtype.itemsize)
         yield aot_case(
             _split_kernel,
             f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}, {block_rows}x{block_tokens}",
             _aot_types(dtype, torch.float32),
-            _aot_constants(head_dim, plain)
+            {name: value for name, value in _aot_constants(head_dim, plain).items() if not name.endswith("TAIL")}
+            | {"DIM": width, "VALUE_WIDTH": width}
             | {pointer: None for pointer, is_present in present.items() if not is_present}
             | {"PADDED": not plain and not slotted, "SLOTTED": slotted, "WRITES_LOGITS": slotted}
             | {"BLOCK_ROWS": block_rows, "BLOCK_TOKENS": block_tokens},

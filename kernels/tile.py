@@ -17,11 +17,16 @@ _WIDENS_OPERANDS = tl.constexpr(triton.knobs.runtime.interpret)
 MIN_SIDE = 16
 
 
-def tile_widths(head_dim: int) -> tuple[int, int]:
-    """The widths of a tile and of its tail that cover head_dim with the fewest columns."""
+def tile_width(head_dim: int) -> int:
+    """The width of one tile that covers head_dim."""
     if head_dim > 256:
         raise ValueError(f"the Triton kernels take a head_dim of at most 256, got {head_dim}")
-    whole = max(MIN_SIDE, triton.next_power_of_2(head_dim))
+    return max(MIN_SIDE, triton.next_power_of_2(head_dim))
+
+
+def tile_widths(head_dim: int) -> tuple[int, int]:
+    """The widths of a tile and of its tail that cover head_dim with the fewest columns."""
+    whole = tile_width(head_dim)
     below = whole // 2
     tail = max(MIN_SIDE, triton.next_power_of_2(head_dim - below))
     return (below, tail) if below >= MIN_SIDE and below + tail < whole else (whole, 0)

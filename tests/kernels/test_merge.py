@@ -49,11 +49,13 @@ def test_huge_log_sum_exps_do_not_overflow(merge):
 @needs_triton
 @pytest.mark.parametrize("parts", [1, 3, 17, 40])
 def test_a_stack_merges_like_a_list(parts):
-    outs, lses = torch.randn(parts, 2, 3, 2, 80, device=DEVICE), 4 * torch.randn(parts, 2, 3, 2, device=DEVICE)
+    # so far apart that exp overflows unless the highest is subtracted
+    outs, lses = torch.randn(parts, 2, 3, 2, 80, device=DEVICE), 80 * torch.randn(parts, 2, 3, 2, device=DEVICE)
     lses[0, 0], lses[:, 1, 1] = -torch.inf, -torch.inf
     outs[0, 0], outs[:, 1, 1] = torch.nan, torch.nan
     expected = merge_states_reference(list(outs), list(lses))
-    torch.testing.assert_close(merge_stack(outs, lses, torch.float32), expected)
+    # a float32 near 200 is known to 1e-5, which exp turns into as much of a weight
+    torch.testing.assert_close(merge_stack(outs, lses, torch.float32), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_mismatched_shapes_are_named_in_the_error():
