@@ -26,6 +26,8 @@ CAUSAL = [
     (1, 300, 300, 64, {"window": 40}),
     (3, 90, 131, 80, {"window": 65, "pads": True}),
     (2, 200, 200, 64, {"window": 150}),
+    # the last query of the first tokens' window begins a block of rows
+    (1, 193, 193, 64, {"window": 66}),
     (2, 70, 70, 256, {"softcap": 5.0}),
 ]
 

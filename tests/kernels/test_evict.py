@@ -36,3 +36,21 @@ def test_what_must_go_and_what_must_stay_may_be_infinite():
     recent_from = torch.full((2,), 100, dtype=torch.int32, device=DEVICE)
     found = choose_victim(scores, positions, recent_from, 3)
     assert torch.equal(found, choose_victim_reference(scores, positions, recent_from, 3))
+
+
+@pytest.mark.parametrize("choose", [choose_victim, choose_victim_reference])
+def test_of_equal_scores_the_oldest_goes_wherever_it_lies(choose):
+    positions = torch.rand(2, 3, 2500, device=DEVICE).argsort(-1).int()
+    recent_from = torch.full((2,), 2500, dtype=torch.int32, device=DEVICE)
+    for sinks in (0, 7):
+        victims = choose(torch.zeros(2, 3, 2500, device=DEVICE), positions, recent_from, sinks)
+        assert positions.gather(-1, victims[..., None]).eq(sinks).all()
+
+
+@pytest.mark.parametrize("choose", [choose_victim, choose_victim_reference])
+def test_neither_the_first_recent_token_nor_the_last_sink_goes_though_they_score_least(choose):
+    positions = torch.arange(20, device=DEVICE).int().expand(1, 1, -1)
+    scores = torch.ones(1, 1, 20, device=DEVICE)
+    scores[..., 3], scores[..., 12], scores[..., 8] = -2.0, -2.0, -1.0
+    recent_from = torch.tensor([12], dtype=torch.int32, device=DEVICE)
+    assert choose(scores, positions, recent_from, 4).item() == 8
