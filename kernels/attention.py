@@ -488,7 +488,7 @@ def _split_blocks(rows: int, width: int, element_size: int) -> tuple[int, int, i
     if element_size == 4:
         return (min(block_rows, 32), 32, 4, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
     if width > 128:
-        return min(block_rows, 32), 32, 4 if block_rows == MIN_SIDE else 8, 2
+        return min(block_rows, 32), 32, 8, 2
     if block_rows > MIN_SIDE and width > 64:
         return block_rows, 32, 4, 3
     return block_rows, 64, 4, 3 if width <= 64 else 2
