@@ -7,6 +7,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext
 
+from kvcompress import H2OCache
 from tests.contract.caches import caches, those
 from tests.contract.drive import assert_same_state, feed
 from tests.contract.models import DEVICE, left_padded, prompt, tiny
@@ -55,6 +56,23 @@ def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, fam
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_neox", "qwen3", "phi3", "opt", "gpt_oss"])
 def test_it_compiles_in_every_family(entry, family):
     check(entry, family)
+
+
+@pytest.mark.slow
+def test_the_real_model_decodes_two_hundred_steps_in_one_graph(smollm2):
+    model, tokenizer = smollm2
+    text = "A cache of fixed size decodes in constant memory, however long the text may grow. " * 10
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    cache, straight = H2OCache(model, budget=64), H2OCache(model, budget=64)
+    for each in (cache, straight):
+        with torch.no_grad():
+            logits = model(ids, past_key_values=each, logits_to_keep=1).logits
+    token, position = logits.argmax(-1), torch.tensor([[ids.shape[1]]])
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(step_function(model), fullgraph=True, backend=backend)
+    ours = decode(compiled, cache, token, position, STEPS)
+    assert backend.frame_count == 1, f"compiled {backend.frame_count} times"
+    assert torch.equal(ours, decode(step_function(model), straight, token, position, STEPS))
 
 
 def check(entry, family):
