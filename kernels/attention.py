@@ -21,7 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.merge import merge_stack, merge_states
-from kvcompress.kernels.runtime import AotCase, aot_case, autotune, compilable, core_count, has_wgmma, runs_triton
+from kvcompress.kernels.runtime import (
+    ALL_REGISTERS,
+    AotCase,
+    aot_case,
+    autotune,
+    compilable,
+    core_count,
+    has_wgmma,
+    runs_triton,
+)
 from kvcompress.kernels.tile import (
     LOG2E,
     MIN_SIDE,
@@ -407,7 +416,7 @@ def _launch_causal(
             heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
             GROUP=heads // kv_heads, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
             VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
-            PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
+            PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None, **ALL_REGISTERS,
         )  # fmt: skip
     return out, lse
 
@@ -459,7 +468,7 @@ def launch_split(
             VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
             PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
             SOFTCAPPED=softcap is not None, WRITES_LOGITS=logits is not None,
-            BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
+            BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
         )  # fmt: skip
     return (out, lse) if whole or not merge else merge_stack(out, lse, query.dtype)
 
@@ -486,7 +495,9 @@ def _split_blocks(rows: int, width: int, element_size: int) -> tuple[int, int, i
     """Rows and tokens a tile, warps and pipeline stages of the split kernel."""
     block_rows = min(_FEW_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
-        return (min(block_rows, 32), 32, 4, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
+        if width <= 64:
+            return (MIN_SIDE, 32, 4, 2) if block_rows == MIN_SIDE else (32, 32, 8, 2)
+        return (MIN_SIDE, 32, 4, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
     if width > 128:
         return min(block_rows, 32), 32, 8, 2
     if block_rows > MIN_SIDE and width > 64:
@@ -503,15 +514,15 @@ class _Config(NamedTuple):
 
     def triton(self) -> triton.Config:
         blocks = {"BLOCK_QUERIES": self.queries, "BLOCK_TOKENS": self.tokens}
-        return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages)
+        return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages, **ALL_REGISTERS)
 
 
 # by element size, then by head_dim at most: the largest tiles that spill on no target (evals/aot.py), and a smaller one
 _CAUSAL_CONFIGS = {
     2: {
         64: [_Config(64, 64, 4, 3), _Config(128, 64, 8, 3)],
-        128: [_Config(64, 32, 4, 3), _Config(128, 32, 8, 3), _Config(128, 64, 8, 3, needs_wgmma=True)],
-        256: [_Config(64, 32, 8, 2), _Config(128, 32, 8, 2, needs_wgmma=True)],
+        128: [_Config(64, 64, 8, 2), _Config(128, 32, 8, 3), _Config(128, 64, 8, 3, needs_wgmma=True)],
+        256: [_Config(64, 16, 8, 2), _Config(128, 32, 8, 2, needs_wgmma=True)],
     },
     4: {
         64: [_Config(32, 16, 4, 2)],

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.attention import AOT_HEAD_DIMS, slots_seen
-from kvcompress.kernels.runtime import AotCase, aot_case, autotune, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, autotune, compilable, runs_triton
 from kvcompress.kernels.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths, triton_type
 
 # the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not
@@ -311,7 +311,7 @@ def _launch(
                 kv_heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
                 GROUP=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
                 PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
-                SOFTCAPPED=softcap is not None,
+                SOFTCAPPED=softcap is not None, **ALL_REGISTERS,
             )  # fmt: skip
     return sums
 
@@ -321,7 +321,8 @@ _LONG = 512
 
 
 def _config(tokens: int, rows: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"BLOCK_TOKENS": tokens, "BLOCK_ROWS": rows}, num_warps=warps, num_stages=stages)
+    blocks = {"BLOCK_TOKENS": tokens, "BLOCK_ROWS": rows}
+    return triton.Config(blocks, num_warps=warps, num_stages=stages, **ALL_REGISTERS)
 
 
 # by element size, then by head_dim at most

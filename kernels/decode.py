@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import MOST_SPLITS, launch_split, slot_attention_reference, slots_seen
 from kvcompress.kernels.column_sums import slot_column_sums_reference
-from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
 from kvcompress.kernels.tile import triton_type
 
 
@@ -134,7 +134,7 @@ def _launch(
         _finish_kernel[(triton.cdiv(slots, _CHUNK), kv_heads, batch)](
             parts, lses, logits, out, probabilities,
             batch, kv_heads, slots, len(parts),
-            GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim, _CHUNK),
+            GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim, _CHUNK), **ALL_REGISTERS,
         )  # fmt: skip
     return out, probabilities
 

@@ -31,7 +31,7 @@ from kvcompress.kernels.decode import (
     merge_head,
 )
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, worse
-from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
 from kvcompress.kernels.tile import bound_logits, triton_type
 
 EMPTY = -1
@@ -239,12 +239,12 @@ def _decode_and_evict(
             batch, kv_heads, slots, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
             GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, CHUNK=chunk, SETTLES=chunks == 1,
             WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
-            BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, chunk),
+            BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, chunk), **ALL_REGISTERS,
         )  # fmt: skip
         if chunks > 1:
             _settle_kernel[(kv_heads, batch)](
                 positions, spare, token_positions.contiguous(), limits.contiguous(), least, found,
-                kv_heads, slots, chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks),
+                kv_heads, slots, chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), **ALL_REGISTERS,
             )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
 
 
 def choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int = 0) -> Tensor:
@@ -52,7 +52,7 @@ def _choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks
     with torch.cuda.device_of(scores):
         _choose_victim_kernel[(kv_heads, batch)](
             scores.contiguous(), positions.contiguous(), recent_from.contiguous(), victims,
-            slots, sinks, BLOCK_SLOTS=_BLOCK_SLOTS,
+            slots, sinks, BLOCK_SLOTS=_BLOCK_SLOTS, **ALL_REGISTERS,
         )  # fmt: skip
     return victims
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
 
 
 def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def _merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tenso
         with torch.cuda.device_of(out):
             _merge_states_kernel[(triton.cdiv(rows, block_rows),)](
                 tuple(outs), tuple(lses), out, lse, rows,
-                HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim,
+                HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, **ALL_REGISTERS,
             )  # fmt: skip
     return out, lse
 
@@ -101,7 +101,7 @@ def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     with torch.cuda.device_of(outs):
         _merge_stack_kernel[(lse.numel(),)](
             outs, lses, out, lse, lse.numel(), parts,
-            HEAD_DIM=head_dim, BLOCK_PARTS=_BLOCK_PARTS, BLOCK_DIM=triton.next_power_of_2(head_dim),
+            HEAD_DIM=head_dim, BLOCK_PARTS=_BLOCK_PARTS, BLOCK_DIM=triton.next_power_of_2(head_dim), **ALL_REGISTERS,
         )  # fmt: skip
     return out, lse
 

@@ -11,6 +11,10 @@ from torch import Tensor
 # read once: Triton decides at import too, and torch.compile cannot trace a look at the environment
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+# launch options that let a kernel use what registers there are: left to itself, ptxas spills a few of them to make room
+# for one block more on a multiprocessor (AMD's compiler does not)
+ALL_REGISTERS: dict[str, int] = {"maxnreg": 255} if torch.version.hip is None else {}
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -1,4 +1,6 @@
+import ast
 import importlib
+from pathlib import Path
 
 import pytest
 import triton
@@ -35,6 +37,25 @@ def test_every_case_names_what_a_launch_names():
             assert constants <= set(case.constants)
             assert {name for name in case.constants if name not in constants} <= pointers
             assert all(case.signature[name] != "i32" for name in pointers), case.label
+
+
+def launches_without_the_ceiling(source):
+    """Lines that launch a kernel without the ceiling of registers with which it was compiled ahead of time."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            if getattr(node.func.value, "id", "").endswith("_kernel"):
+                spread = [keyword.value for keyword in node.keywords if keyword.arg is None]
+                if "ALL_REGISTERS" not in {getattr(value, "id", None) for value in spread}:
+                    yield node.lineno
+
+
+def test_every_launch_has_the_ceiling_of_registers_it_was_compiled_with():
+    autotuned = {"_causal_kernel", "_column_sums_kernel"}
+    for folder in importlib.import_module("kvcompress.kernels").__path__:
+        for file in sorted(Path(folder).glob("*.py")):
+            lines = file.read_text().splitlines()
+            bare = [lines[number - 1].strip() for number in launches_without_the_ceiling(file.read_text())]
+            assert {line.partition("[")[0] for line in bare} <= autotuned, file.name
 
 
 def first_cases():
