@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.low_rank import residual_factors
+from kvcompress.kernels.quantise import Coding, Packed, quantise
 from kvcompress.kernels.runtime import runs_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,3 +31,26 @@ def slot_positions(batch: int, kv_heads: int, slots: int, filled: float = 0.7) -
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
     """The defaults; in 16 bits the weights are rounded before they meet the values, which sums near 0 show."""
     return {} if dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 1e-2 if dtype == torch.bfloat16 else 2e-3}
+
+
+def blocks(batch: int, kv_heads: int, count: int, block: int, head_dim: int, dtype: torch.dtype = torch.float32):
+    """[batch, kv_heads, count, block, head_dim], not contiguous, with outliers and channels far from 0."""
+    x = torch.randn(batch, count, block, kv_heads, head_dim, device=DEVICE)
+    x = x + torch.randn(head_dim, device=DEVICE) * 2 + 6 * x * (torch.rand_like(x) < 0.02)
+    return x.to(dtype).permute(0, 3, 1, 2, 4)
+
+
+def packed_blocks(x: Tensor, coding: Coding, spans: Tensor | None = None) -> Packed:
+    """Blocks of `blocks`, packed with the factors of their spans, [batch, blocks]; None: one span."""
+    packed = quantise(x, coding)
+    if not coding.rank:
+        return packed
+    if spans is None:
+        spans = torch.zeros(len(x), x.shape[2], dtype=torch.int32, device=x.device)
+    left = torch.zeros(*x.shape[:4], coding.rank, dtype=torch.float16, device=x.device)
+    right = []
+    for span in range(int(spans.max()) + 1):
+        found = residual_factors(x, packed, coding, coding.rank, spans == span)
+        left += found[0]
+        right.append(found[1])
+    return packed._replace(left=left, right=torch.stack(right, 2))

@@ -1,0 +1,165 @@
+import pytest
+import torch
+
+from kvcompress.kernels import packed_attention as module
+from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
+from kvcompress.kernels.quantise import Coding, dequantise
+from tests.kernels.inputs import DEVICE, DTYPES, blocks, heads, packed_blocks, tolerance
+
+# key bits, value bits, key group, value group, outliers, rank, group of heads, block, blocks, head_dim, options
+CASES = [
+    (2, 2, 64, 64, 0, 0, 1, 64, 5, 64, {}),
+    (2, 2, 64, 64, 1, 4, 3, 64, 5, 64, {}),
+    (2, 2, 16, 32, 2, 2, 4, 16, 9, 128, {"window": 60}),
+    (3, 3, 64, 64, 1, 2, 3, 64, 3, 80, {}),
+    (3, 3, 32, 16, 0, 0, 2, 8, 11, 64, {"softcap": 3.0}),
+    (4, 4, 32, 64, 1, 0, 8, 64, 3, 96, {}),
+    (4, 4, 128, 128, 0, 2, 2, 128, 2, 128, {"window": 100, "softcap": 5.0}),
+    (8, 8, 64, 64, 1, 2, 1, 64, 3, 129, {}),
+    (8, 8, 16, 32, 0, 0, 3, 16, 9, 64, {}),
+    (4, 2, 64, 64, 1, 2, 3, 64, 3, 64, {"window": 90}),
+    (2, 8, 16, 16, 0, 0, 2, 128, 2, 80, {}),
+    (3, 4, 32, 64, 1, 2, 2, 16, 5, 64, {}),
+    (8, 3, 64, 32, 0, 0, 2, 64, 2, 64, {}),
+]
+
+
+def ids(case):
+    return "-".join(str(part) for part in case)
+
+
+def scene(case, dtype=torch.float32, queries=1):
+    """A row with all blocks and one that lacks the first; two spans; the arguments and the options."""
+    key_bits, value_bits, key_group, value_group, outliers, rank, group, block, count, head_dim, options = case
+    key_coding = Coding(key_bits, key_group, "channel", outliers, rank)
+    value_coding = Coding(value_bits, value_group, "token", outliers, rank)
+    spans = torch.zeros(2, count, dtype=torch.int32, device=DEVICE)
+    spans[:, (count + 1) // 2 :] = 1
+    keys = packed_blocks(blocks(2, 2, count, block, head_dim, dtype) * 0.5, key_coding, spans)
+    values = packed_blocks(blocks(2, 2, count, block, head_dim, dtype), value_coding, spans)
+    tokens = count * block
+    positions = torch.arange(tokens, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
+    positions[1, :, :block] = -1
+    query_positions = torch.arange(tokens, tokens + queries, dtype=torch.int32, device=DEVICE).repeat(2, 1)
+    query = heads(2, 2 * group, queries, head_dim, dtype)
+    arguments = (query, keys, values, key_coding, value_coding, positions, query_positions)
+    return arguments, {"spans": spans if rank else None, "scale": head_dim**-0.5, **options}
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_a_step_agrees_with_the_reference(case):
+    arguments, options = scene(case)
+    found = packed_attention(*arguments, **options, with_logits=True)
+    expected = packed_attention_reference(*arguments, **options, with_logits=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[9]], ids=ids)
+def test_a_step_agrees_with_the_reference_in_16_bits(case, dtype):
+    arguments, options = scene(case, dtype)
+    out, lse = packed_attention(*arguments, **options)
+    expected, expected_lse = packed_attention_reference(*arguments, **options)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=tolerance(dtype)["atol"] * 2)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("queries", [2, 37])
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[6]], ids=ids)
+def test_several_queries_agree_with_the_reference(case, queries):
+    arguments, options = scene(case, queries=queries)
+    found, expected = packed_attention(*arguments, **options), packed_attention_reference(*arguments, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("piece", [2**11, 2**13])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_the_size_of_the_pieces_changes_nothing(piece, queries, monkeypatch):
+    arguments, options = scene(CASES[2], queries=queries)
+    whole = packed_attention(*arguments, **options)
+    monkeypatch.setattr(module, "_PIECE", piece)
+    torch.testing.assert_close(packed_attention(*arguments, **options), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [("token", "token"), ("channel", "channel"), ("token", "channel")])
+def test_keys_and_values_may_be_packed_along_either_axis(axes):
+    arguments, options = scene(CASES[1])
+    query, _, _, *codings, positions, query_positions = arguments
+    codings = [coding._replace(axis=axis, group=32) for coding, axis in zip(codings, axes, strict=True)]
+    packed = [packed_blocks(blocks(2, 2, 5, 64, 64), coding, options["spans"]) for coding in codings]
+    arguments = (query, *packed, *codings, positions, query_positions)
+    found, expected = packed_attention(*arguments, **options), packed_attention_reference(*arguments, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_attention_to_the_decoded_tensors():
+    (query, keys, values, *codings, positions, query_positions), options = scene(CASES[1])
+    key, value = (
+        dequantise(packed, coding, torch.float64, options["spans"]).flatten(2, 3)
+        for packed, coding in ((keys, codings[0]), (values, codings[1]))
+    )
+    bias = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.float64, device=DEVICE)
+    bias.masked_fill_(positions[:, :, None] < 0, -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key, value, bias, scale=options["scale"], enable_gqa=True
+    )
+    out, _ = packed_attention(query, keys, values, *codings, positions, query_positions, **options)
+    torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_float64_queries_stay_float64():
+    arguments, options = scene(CASES[3])
+    arguments = (arguments[0].double(), *arguments[1:])
+    out, lse = packed_attention(*arguments, **options)
+    expected, expected_lse = packed_attention_reference(*arguments, **options)
+    assert (out.dtype, lse.dtype) == (torch.float64, torch.float32)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_positions_of_each_head_and_queries_without_a_token():
+    arguments, options = scene(CASES[1], queries=2)
+    *arguments, positions, query_positions = arguments
+    positions = positions.repeat(1, 2, 1)
+    positions[0, 1, 7:200] = -1
+    # the second row sees nothing, its first head lacks all and the other stands outside of the window
+    positions[1, 0] = -1
+    query_positions[1] += 1000
+    options["window"] = 320
+    found = packed_attention(*arguments, positions, query_positions, **options)
+    expected = packed_attention_reference(*arguments, positions, query_positions, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not found[0][1].any()
+    assert (found[1][1] == -torch.inf).all()
+
+
+def test_absent_blocks_leave_no_trace():
+    (query, keys, values, *rest), options = scene(CASES[1])
+    whole = packed_attention(query, keys, values, *rest, **options)
+    for packed in (keys, values):
+        packed.codes[1, :, 0] = 255
+        packed.scales[1, :, 0] = 100.0
+        packed.outlier_values[1, :, 0] = 1000.0
+    for part, other in zip(packed_attention(query, keys, values, *rest, **options), whole, strict=True):
+        assert (part == other).all()
+
+
+def test_nothing_stored_is_nothing_seen():
+    arguments, options = scene(CASES[0])
+    query, keys, values, *codings, positions, query_positions = arguments
+    keys, values = (type(p)(*(None if t is None else t[:, :, :0] for t in p)) for p in (keys, values))
+    out, lse = packed_attention(query, keys, values, *codings, positions[..., :0], query_positions, **options)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
+def test_what_does_not_fit_is_refused():
+    (query, keys, values, *rest), options = scene(CASES[1])
+    with pytest.raises(ValueError, match=r"got query \[2, 5, 1, 64\]"):
+        packed_attention(query[:, :5], keys, values, *rest, **options)
+    with pytest.raises(ValueError, match=r"positions \[2, 1, 319\]"):
+        packed_attention(query, keys, values, *rest[:2], rest[2][..., 1:], rest[3], **options)
+    arguments, options = scene(CASES[1], queries=2)
+    with pytest.raises(ValueError, match="logits of one query"):
+        packed_attention(*arguments, **options, with_logits=True)

@@ -1,0 +1,182 @@
+import itertools
+
+import pytest
+import torch
+
+from kvcompress.kernels.quantise import Coding, dequantise, pack_codes, quantise, quantise_reference, unpack_codes
+from tests.kernels.inputs import DEVICE, DTYPES, blocks
+
+# bits, group, axis, outliers, block, head_dim
+CASES = [
+    (2, 64, "channel", 0, 64, 64),
+    (2, 64, "channel", 1, 64, 80),
+    (2, 16, "channel", 2, 64, 128),
+    (3, 32, "channel", 1, 64, 64),
+    (4, 64, "channel", 1, 16, 96),
+    (4, 32, "channel", 0, 128, 129),
+    (8, 128, "channel", 1, 8, 64),
+    (3, 64, "channel", 4, 8, 64),
+    (2, 64, "token", 0, 64, 64),
+    (2, 64, "token", 1, 64, 80),
+    (2, 16, "token", 2, 64, 128),
+    (3, 32, "token", 1, 64, 64),
+    (4, 64, "token", 1, 16, 96),
+    (4, 32, "token", 0, 128, 129),
+    (8, 128, "token", 1, 8, 64),
+    (3, 64, "token", 32, 8, 64),
+]
+
+
+def spread(groups, coding, x):
+    """A scale for each number of x, in another way than the code's: by the index of its group."""
+    block, head_dim = x.shape[-2:]
+    if coding.axis == "channel":
+        return groups.float()[..., torch.arange(block, device=x.device) // coding.group, :]
+    return groups.float()[..., torch.arange(head_dim, device=x.device) // coding.group]
+
+
+@pytest.mark.parametrize(("bits", "group", "axis", "outliers", "block", "head_dim"), CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packing_agrees_with_the_reference(bits, group, axis, outliers, block, head_dim, dtype):
+    coding = Coding(bits, group, axis, outliers)
+    x = blocks(2, 3, 2, block, head_dim, dtype)
+    found, expected = quantise(x, coding), quantise_reference(x, coding)
+    for name, part, other in zip(found._fields, found, expected, strict=True):
+        assert (part is None) == (other is None), name
+        if part is not None:
+            assert part.dtype == other.dtype
+            torch.testing.assert_close(part, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("bits", "group", "axis"), [*itertools.product((2, 3, 4, 8), (16, 64), ("channel", "token"))])
+def test_no_number_is_further_from_its_decoding_than_half_a_step(bits, group, axis):
+    coding = Coding(bits, group, axis)
+    # ranges and offsets over many orders of magnitude, float16's subnormal numbers among them
+    x = blocks(2, 2, 3, 32, 80) * torch.logspace(-8, 3, 80, device=DEVICE)
+    packed = quantise(x, coding)
+    scales, zeros = spread(packed.scales, coding, x), spread(packed.zeros, coding, x)
+    # float32's rounding of zero + scale * code
+    slack = 2e-7 * (zeros.abs() + scales * 2**bits)
+    assert ((x - dequantise(packed, coding)).abs() <= scales / 2 + slack).all()
+    assert (zeros <= x + slack).all()
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("value", [0.0, 1.5, -0.25, 60000.0])
+def test_a_constant_group_is_exact(axis, value):
+    x = torch.full((1, 2, 2, 16, 64), value, device=DEVICE)
+    for outliers in (0, 2):
+        packed = quantise(x, Coding(2, 16, axis, outliers))
+        assert not packed.scales.any()
+        assert not packed.codes.any()
+        assert (dequantise(packed, Coding(2, 16, axis, outliers)) == x).all()
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_a_constant_that_float16_lacks_is_kept_better_than_by_float16(axis):
+    x = torch.full((1, 1, 1, 16, 64), 0.1, device=DEVICE)
+    error = (dequantise(quantise(x, Coding(2, 64, axis)), Coding(2, 64, axis)) - x).abs()
+    assert error.max() <= (x.half().float() - x).abs().max()
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_vectors_of_nothing_but_outliers_are_exact(axis):
+    x = blocks(2, 2, 2, 16, 64, torch.float16).float()
+    coding = Coding(2, 16, axis, outliers=8 if axis == "channel" else 32)
+    packed = quantise(x, coding)
+    assert not packed.scales.any()
+    assert not packed.zeros.any()
+    assert (dequantise(packed, coding) == x).all()
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_the_extremes_of_each_vector_are_its_outliers(axis):
+    x = blocks(2, 3, 2, 16, 80)
+    coding = Coding(2, 16, axis, outliers=2)
+    packed = quantise(x, coding)
+    dim = -2 if axis == "channel" else -1
+    order = x.argsort(dim)
+    # the two largest, then the two smallest
+    expected = torch.cat([order.flip(dim).narrow(dim, 0, 2), order.narrow(dim, 0, 2)], dim)
+    assert (packed.outlier_index.long() == expected).all()
+    found = dequantise(packed, coding).gather(dim, expected)
+    torch.testing.assert_close(found, x.gather(dim, expected), rtol=2e-3, atol=2e-3)
+    # and the others have a smaller range without them
+    assert (packed.scales <= quantise(x, Coding(2, 16, axis)).scales).all()
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_of_equal_extremes_the_first_are_the_outliers_and_none_is_two(axis):
+    x = torch.zeros(1, 1, 1, 8, 8, device=DEVICE)
+    index = quantise(x, Coding(2, 8, axis, outliers=3)).outlier_index
+    expected = torch.tensor([0, 1, 2, 3, 4, 5], device=DEVICE)
+    assert (index == (expected[:, None] if axis == "channel" else expected)).all()
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_outliers_lower_the_error_over_all(axis):
+    x = blocks(2, 2, 4, 64, 128)
+    with_outliers, without = Coding(2, 64, axis, outliers=2), Coding(2, 64, axis)
+    error = (dequantise(quantise(x, with_outliers), with_outliers) - x).norm()
+    assert error < 0.8 * (dequantise(quantise(x, without), without) - x).norm()
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_a_row_a_head_and_a_block_are_packed_as_if_alone(axis):
+    coding = Coding(3, 16, axis, outliers=1)
+    x = blocks(2, 3, 4, 16, 80)
+    whole, alone = quantise(x, coding), quantise(x[1:, 2:, 3:], coding)
+    for part, other in zip(whole[:5], alone[:5], strict=True):
+        assert (part[1:, 2:, 3:] == other).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 129])
+def test_unpacking_is_the_inverse_of_packing(bits, head_dim):
+    codes = torch.arange(2 * 16 * head_dim, device=DEVICE).view(2, 16, head_dim).remainder(2**bits).to(torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (2, 16 * bits // 8, head_dim)
+    assert (unpack_codes(packed, bits) == codes).all()
+
+
+def test_a_byte_holds_the_codes_of_tokens_that_are_a_plane_apart():
+    codes = torch.zeros(16, 1, dtype=torch.uint8)
+    codes[5] = 3
+    # plane 1 of four, row 1
+    assert pack_codes(codes, 2).flatten().tolist() == [0, 3 << 2, 0, 0]
+    codes[5] = 7
+    # its low bits as above; of the two rows of high bits row 1, bit 2
+    assert pack_codes(codes, 3).flatten().tolist() == [0, 3 << 2, 0, 0, 0, 1 << 2]
+
+
+@pytest.mark.parametrize(("bits", "group", "axis", "outliers", "block", "head_dim"), CASES, ids=str)
+def test_bytes_are_those_of_the_formula(bits, group, axis, outliers, block, head_dim):
+    coding = Coding(bits, group, axis, outliers)
+    packed = quantise(blocks(2, 3, 2, block, head_dim), coding)
+    stored = sum(part.untyped_storage().nbytes() for part in packed if part is not None)
+    assert stored == 2 * 3 * 2 * coding.bytes(block, head_dim)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_what_float16_cannot_hold_saturates(axis):
+    x = torch.tensor([-1e6, 0.0, 1e6, 3e38], device=DEVICE).repeat(2, 1, 1, 8, 4)
+    for outliers in (0, 1):
+        coding = Coding(2, 16, axis, outliers)
+        assert dequantise(quantise(x, coding), coding).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("coding", "shape", "text"),
+    [
+        (Coding(5, 64, "channel"), (16, 64), "2, 3, 4 or 8 bits, got 5"),
+        (Coding(2, 64, "row"), (16, 64), "got 'row'"),
+        (Coding(2, 64, "channel"), (24, 64), "8 to 256, got 24"),
+        (Coding(2, 48, "channel"), (16, 64), "power of two from 8 on, got 48"),
+        (Coding(2, 64, "channel"), (16, 257), "head_dim must be 1 to 256"),
+        (Coding(2, 64, "channel", outliers=9), (16, 64), "at most 8, got 9"),
+        (Coding(2, 64, "token", outliers=33), (16, 64), "at most 32, got 33"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(coding, shape, text):
+    with pytest.raises(ValueError, match=text):
+        quantise(torch.zeros(1, 1, 1, *shape, device=DEVICE), coding)
