@@ -496,8 +496,8 @@ def _split_blocks(rows: int, width: int, element_size: int) -> tuple[int, int, i
     block_rows = min(_FEW_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
         if width <= 64:
-            return (MIN_SIDE, 32, 4, 2) if block_rows == MIN_SIDE else (32, 32, 8, 2)
-        return (MIN_SIDE, 32, 4, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
+            return min(block_rows, 32), 32, 8, 2
+        return MIN_SIDE, 16, 4 if width <= 128 else 8, 2
     if width > 128:
         return min(block_rows, 32), 32, 8, 2
     if block_rows > MIN_SIDE and width > 64:
@@ -520,8 +520,8 @@ class _Config(NamedTuple):
 # by element size, then by head_dim at most: the largest tiles that spill on no target (evals/aot.py), and a smaller one
 _CAUSAL_CONFIGS = {
     2: {
-        64: [_Config(64, 64, 4, 3), _Config(128, 64, 8, 3)],
-        128: [_Config(64, 64, 8, 2), _Config(128, 32, 8, 3), _Config(128, 64, 8, 3, needs_wgmma=True)],
+        64: [_Config(64, 32, 4, 3), _Config(128, 64, 8, 3)],
+        128: [_Config(64, 32, 8, 3), _Config(128, 32, 8, 2), _Config(128, 64, 8, 3, needs_wgmma=True)],
         256: [_Config(64, 16, 8, 2), _Config(128, 32, 8, 2, needs_wgmma=True)],
     },
     4: {

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from kvcompress.evicting import H2OCache as H2OCache
     from kvcompress.evicting import SnapKVCache as SnapKVCache
     from kvcompress.evicting import StreamingLLMCache as StreamingLLMCache
+    from kvcompress.gear import GEARCache as GEARCache
+    from kvcompress.gear import KIVICache as KIVICache
     from kvcompress.loading import load_model as load_model
 
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
@@ -17,7 +19,9 @@ _HOMES = {
     "CompressedCache": "cache",
     "DenseCache": "dense",
     "EvictingCache": "evicting",
+    "GEARCache": "gear",
     "H2OCache": "evicting",
+    "KIVICache": "gear",
     "SnapKVCache": "evicting",
     "StreamingLLMCache": "evicting",
     "load_model": "loading",

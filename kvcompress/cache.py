@@ -82,20 +82,21 @@ class CompressedCache(hf.Cache):
     def memory(self) -> MemoryReport:
         """Bytes of the live storages by component and device, tokens kept, and what the full cache would take."""
         members: dict[str, list[Tensor]] = {}
-        full = 0
+        full = elements = 0
         for layer in self.layers:
             for segment in layer.segments():
                 for name, tensor in segment.tensors().items():
-                    members.setdefault(name, []).append(tensor)
+                    members.setdefault(segment.component(name), []).append(tensor)
             members.setdefault("counters", []).extend(layer.counters().values())
             members.setdefault("statistics", []).extend(layer.statistics().values())
             if layer.kv_shape is not None:
-                full += full_cache_bytes(int(layer.get_seq_length()), layer.window, layer.kv_shape, layer.dtype)
+                size = full_cache_bytes(int(layer.get_seq_length()), layer.window, layer.kv_shape, layer.dtype)
+                full, elements = full + size, elements + size // layer.dtype.itemsize
         if self.padding.visible is not None:
             members["padding"] = [self.padding.visible]
         by_component, by_device = storage_bytes(members)
         kept = [layer.tokens_kept() for layer in self.layers if layer.segments()]
-        return MemoryReport(by_component, by_device, full, int(self.get_seq_length()), kept)
+        return MemoryReport(by_component, by_device, full, elements, int(self.get_seq_length()), kept)
 
     def reset(self) -> None:
         """Forgets everything seen, and frees the memory."""

@@ -13,6 +13,7 @@ class MemoryReport:
     by_component: bytes by what they hold (keys, values, scores, ...), whole storages, each counted once.
     by_device: bytes by device.
     full_bytes: what keys and values of every token seen would take (on sliding layers, of the window), pads included.
+    full_elements: the numbers that those are.
     tokens_seen: tokens fed, pads included.
     tokens_kept: a tensor [batch, kv_heads] for each layer.
     """
@@ -20,6 +21,7 @@ class MemoryReport:
     by_component: dict[str, int]
     by_device: dict[str, int]
     full_bytes: int
+    full_elements: int
     tokens_seen: int
     tokens_kept: list[Tensor]
 
@@ -44,10 +46,17 @@ class MemoryReport:
         """Bytes held over the bytes of the full cache; 0 for an empty cache."""
         return self.total_bytes / self.full_bytes if self.full_bytes else 0.0
 
+    @property
+    def bits_per_element(self) -> float:
+        """All bits held for each number of a key or value that the full cache would hold; 0 for an empty cache."""
+        return 8 * self.total_bytes / self.full_elements if self.full_elements else 0.0
+
     def __str__(self) -> str:
         kept = [layer.float().mean().item() for layer in self.tokens_kept]
         span = f"{min(kept):.0f} to {max(kept):.0f}" if kept else "0"
-        share = f"{self.ratio:.1%} of the full cache's {_size(self.full_bytes)}"
+        share = (
+            f"{self.ratio:.1%} of the full cache's {_size(self.full_bytes)}, {self.bits_per_element:.2f} bits a number"
+        )
         rows = [
             f"tokens seen {self.tokens_seen}, kept per layer and head {span}",
             *(f"  {name:<12} {_size(size):>12}" for name, size in sorted(self.by_component.items())),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kvcompress.cache import CompressedCache
 from kvcompress.dense import DenseCache
 from kvcompress.evicting import EvictingCache
+from kvcompress.gear import GEARCache
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
@@ -97,6 +98,14 @@ def _dense(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]
     return DenseCache(model, **settings)
 
 
+def _gear(name: str) -> Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]:
+    def gear(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
+        settings = {"preset": name, **settings}
+        return GEARCache.preset(model, settings.pop("preset"), **settings)
+
+    return gear
+
+
 def _value(text: str) -> Any:
     for read in (int, float):
         try:
@@ -123,5 +132,7 @@ METHODS: dict[str, Method] = {
             "what future queries are expected to attend to",
             _evicting(ExpectedAttention),
         ),
+        Method("gear", "every token in few bits: quantised, outliers apart", _gear("default"), takes_budget=False),
+        Method("kivi", "every token in 2 bits: quantised", _gear("kivi"), takes_budget=False),
     )
 }

@@ -27,6 +27,10 @@ class Segment:
         """The segment's tensors by name, batch first."""
         return {name: tensor for name in self.state if (tensor := getattr(self, name)) is not None}
 
+    def component(self, name: str) -> str:
+        """What a tensor's bytes are counted as."""
+        return name
+
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces each tensor by `change(tensor)`."""
         for name, tensor in self.tensors().items():

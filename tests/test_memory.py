@@ -28,10 +28,10 @@ def test_the_full_cache_of_a_sliding_layer_holds_its_window():
 
 
 def test_devices_are_told_apart():
-    report = MemoryReport({"keys": 300}, {"cpu": 100, "cuda:0": 200}, 600, 7, [])
+    report = MemoryReport({"keys": 300}, {"cpu": 100, "cuda:0": 200}, 600, 150, 7, [])
     assert (report.total_bytes, report.host_bytes, report.device_bytes) == (300, 100, 200)
     assert report.ratio == 0.5
-    alone = MemoryReport({"keys": 300}, {"cpu": 300}, 600, 7, [])
+    alone = MemoryReport({"keys": 300}, {"cpu": 300}, 600, 150, 7, [])
     assert (alone.host_bytes, alone.device_bytes) == (300, 300)
 
 

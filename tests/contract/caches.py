@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress import DenseCache, EvictingCache, H2OCache
+from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
@@ -38,6 +38,7 @@ class Entry:
     kept: which places each layer holds, for the oracle.
     decoded: what a cache gives for the keys and values it was fed, by place, [batch, kv_heads, seen, head_dim] of
         each layer, for the oracle; None where it gives them back as they were.
+    dtype: in which two of its runs can be compared; codes turn over at the rounding errors of float32.
     refuses: model types it does not serve; a test elsewhere sees it refuse them.
     """
 
@@ -50,6 +51,7 @@ class Entry:
     roomy: Callable[[PreTrainedModel], Any] | None = None
     budget: Callable[[int, int], int] | None = None
     decoded: Callable[[Cache], Decoded] | None = None
+    dtype: torch.dtype = torch.float32
     refuses: tuple[str, ...] = ()
 
     def build(self, model: PreTrainedModel) -> Any:
@@ -93,6 +95,41 @@ def closed_up(cache: Any) -> Decoded:
             keys = layer.rope.rotate(keys.float(), layer.lengths[:, None, None] - newer).to(keys.dtype)
         decoded.append((keys, values))
     return decoded
+
+
+def unpacked(cache: Any) -> Decoded:
+    """What the codes of a packing cache stand for, beside what is not packed yet."""
+    decoded: Decoded = []
+    for layer in cache.layers:
+        tail = layer.tail
+        parts = [(tail.keys, tail.values, tail.positions)]
+        parts += [(*part.decoded(), part.positions[:, 0]) for part in layer.segments()[:-1]]
+        keys, values = (
+            x.new_zeros(*x.shape[:2], layer.get_seq_length() + 1, x.shape[3], dtype=torch.float32)
+            for x in (tail.keys, tail.values)
+        )
+        for key, value, positions in parts:
+            # what is not there goes past the end
+            at = positions.masked_fill(positions < 0, layer.get_seq_length()).long()[:, None, :, None]
+            keys.scatter_(2, at.expand_as(key), key.float())
+            values.scatter_(2, at.expand_as(value), value.float())
+        decoded.append((keys[:, :, :-1], values[:, :, :-1]))
+    return decoded
+
+
+def _packing(name: str, **settings: Any) -> Entry:
+    def build(model: PreTrainedModel, buffer: int = 8) -> GEARCache:
+        return GEARCache(model, buffer=buffer, **{"group_size": 8, **settings})
+
+    return Entry(
+        name,
+        build,
+        kept=everything,
+        croppable=True,
+        roomy=lambda model: build(model, 256),
+        decoded=unpacked,
+        dtype=torch.float64,
+    )
 
 
 def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, rolled: bool = False, **promises: Any) -> Entry:
@@ -143,6 +180,9 @@ ENTRIES = [
     _evicting("keydiff", KeyDiff()),
     _evicting("knorm", Knorm()),
     _evicting("expected", ExpectedAttention()),
+    _packing("gear", bits=2, rank=3, rank_decode=2, outliers=0.1),
+    _packing("gear_kcvt", bits=4, rank=2, rank_decode=2, outliers=0.05, backbone="kcvt"),
+    _packing("kivi", bits=3, outliers=0.0),
     _evicting("h2o_rolled", H2O(), rolled=True, decoded=closed_up, refuses=("opt",)),
 ]
 

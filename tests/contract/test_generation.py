@@ -117,7 +117,7 @@ def test_a_prompt_shorter_than_any_budget_equals_the_oracle(entry, tokens):
     assert cache.get_seq_length() == tokens + 3
 
 
-@those(lambda entry: entry.croppable)
+@those(lambda entry: entry.exact)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
 def test_speculative_decoding_gives_the_greedy_answer(entry, family, way):
@@ -132,10 +132,15 @@ def test_speculative_decoding_gives_the_greedy_answer(entry, family, way):
 
 
 @those(lambda entry: entry.croppable)
-def test_speculative_decoding_equals_the_oracle(entry):
-    model = few_words("llama")
-    _, _, transcript = recorded(entry, model, prompt(20) % 12 + 2, max_new_tokens=20, prompt_lookup_num_tokens=4)
-    assert max(transcript.fed[1:]) > 1
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_speculative_decoding_equals_the_oracle(entry, family):
+    model = few_words(family)
+    ids = prompt(20) % 12 + 2
+    out, cache, transcript = recorded(entry, model, ids, max_new_tokens=20, prompt_lookup_num_tokens=4)
+    # lossy answers may repeat nothing
+    assert max(transcript.fed[1:]) > 1 or not entry.exact
+    # prompt and answer, of which the last token was never fed
+    assert cache.get_seq_length() == out.shape[1] - 1
     assert_equals_oracle(model, transcript)
 
 

@@ -21,13 +21,13 @@ def test_left_padded_rows_equal_the_oracle(entry):
 
 @every_cache
 def test_left_padded_rows_generate_what_they_do_alone(entry):
-    assert_rows_equal_alone(entry, tiny())
+    assert_rows_equal_alone(entry, tiny(dtype=entry.dtype))
 
 
 @caches("dense", "h2o", "streaming")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 def test_left_padded_rows_generate_what_they_do_alone_in_every_family(entry, family):
-    assert_rows_equal_alone(entry, tiny(family))
+    assert_rows_equal_alone(entry, tiny(family, dtype=entry.dtype))
 
 
 def assert_rows_equal_alone(entry, model):
@@ -144,7 +144,7 @@ def test_a_mask_of_ones_is_no_mask(entry):
 @every_cache
 def test_padding_fed_while_decoding_leaves_a_row_as_it_was(entry):
     """A finished row of a batch that goes on: its tokens are masked from the first."""
-    model = tiny()
+    model = tiny(dtype=entry.dtype)
     mask = torch.ones(2, 20, dtype=torch.long, device=DEVICE)
     cache = entry.build(model)
     feed(model, cache, prompt(20, 2), mask)

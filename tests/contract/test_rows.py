@@ -31,7 +31,7 @@ def index(*rows):
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_rows_take_all_they_have_along(entry, method, argument, rows, padded):
     """The cache then goes on as one that was fed those rows from the beginning: scores, positions and padding moved."""
-    model = tiny()
+    model = tiny(dtype=entry.dtype)
     ids, mask = left_padded(ROWS) if padded else (prompt(20, 3), torch.ones(3, 20, dtype=torch.long, device=DEVICE))
     moved, straight = entry.build(model), entry.build(model)
     steps = prompt(20, len(rows), seed=8)
@@ -88,9 +88,10 @@ def test_crop_takes_tokens_back_exactly(entry, family, tokens):
         for step in range(4):
             mask = torch.cat([mask, torch.ones_like(more[:, :1])], 1)
             token = prompt(1, 3, seed=step)
-            torch.testing.assert_close(
-                feed(model, cache, token, mask), feed(model, straight, token, mask), rtol=1e-4, atol=1e-4
-            )
+            logits = feed(model, cache, token, mask)
+            # a lossy cache may have packed for the tokens that were taken back
+            if entry.exact:
+                torch.testing.assert_close(logits, feed(model, straight, token, mask), rtol=1e-4, atol=1e-4)
     assert_equals_oracle(model, transcript)
 
 

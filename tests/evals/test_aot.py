@@ -42,11 +42,11 @@ def test_every_case_names_what_a_launch_names():
 def launches_without_the_ceiling(source):
     """Lines that launch a kernel without the ceiling of registers with which it was compiled ahead of time."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-            if getattr(node.func.value, "id", "").endswith("_kernel"):
-                spread = [keyword.value for keyword in node.keywords if keyword.arg is None]
-                if "ALL_REGISTERS" not in {getattr(value, "id", None) for value in spread}:
-                    yield node.lineno
+        launched = getattr(getattr(getattr(node, "func", None), "value", None), "id", "")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and launched.endswith("_kernel"):
+            spread = {getattr(keyword.value, "id", None) for keyword in node.keywords if keyword.arg is None}
+            if "ALL_REGISTERS" not in spread:
+                yield node.lineno
 
 
 def test_every_launch_has_the_ceiling_of_registers_it_was_compiled_with():

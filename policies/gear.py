@@ -1,0 +1,112 @@
+"""GEAR: quantised codes, a low-rank correction and sparse outliers (arXiv:2403.05527), with KIVI as its special case.
+
+    X ~ zero + scale * code  +  left @ right^T  +  outliers
+
+Tokens are compressed in blocks of `buffer`. Keys are quantised per channel, in groups of tokens of the block; values
+per token, in groups of channels (KIVI, arXiv:2402.02750; backbone "kivi"), or keys over the whole block and values
+over the whole head (KCVT; backbone "kcvt"). The outliers of a vector, the `outliers / 2` largest and smallest shares
+of it, leave before the range of its groups is found. The low-rank part approximates what then remains,
+`X - decoded - outliers`, over all tokens that one forward compresses.
+
+Where the paper's code departs from its text, the text is followed: 2^bits - 1 levels, ceil(outliers * n / 2) outliers
+a side of a vector of n. One departure of our own: a value vector is one KV head's part of a token and not all heads
+side by side, so that heads stay independent and no kernel reads the outliers of other heads.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from kvcompress.kernels.quantise import Coding
+
+Backbone = Literal["kivi", "kcvt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GEAR:
+    """How tokens are encoded.
+
+    bits: of a code: 2, 3, 4 or 8. group_size: elements that share a scale. rank, rank_decode: of the correction, for
+    what a prompt and what decoding compresses. outliers: share of the elements that stay in 16 bits. buffer: tokens of
+    a block, a power of two; up to as many newest tokens stay as they are. backbone: how groups are cut.
+    """
+
+    bits: int = 3
+    group_size: int = 32
+    rank: int = 0
+    rank_decode: int = 0
+    outliers: float = 0.02
+    buffer: int = 64
+    backbone: Backbone = "kivi"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits!r}")
+        if not _power_of_two(self.buffer) or not 8 <= self.buffer <= 256:
+            raise ValueError(f"buffer must be a power of two from 8 to 256 tokens, got {self.buffer!r}")
+        if not _power_of_two(self.group_size) or self.group_size < 8:
+            raise ValueError(f"group_size must be a power of two, at least 8, got {self.group_size!r}")
+        if self.backbone not in ("kivi", "kcvt"):
+            raise ValueError(f"backbone must be 'kivi' or 'kcvt', got {self.backbone!r}")
+        if self.backbone == "kivi" and self.group_size > self.buffer:
+            raise ValueError(
+                f"group_size must be at most buffer = {self.buffer} tokens, as keys are grouped inside of a block, "
+                f"got {self.group_size}"
+            )
+        if not 0.0 <= self.outliers <= 1.0:
+            raise ValueError(f"outliers must be a share of the elements from 0 to 1, got {self.outliers!r}")
+        for name in ("rank", "rank_decode"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+        if max(self.rank, self.rank_decode) > self.buffer:
+            raise ValueError(
+                f"rank must be at most buffer = {self.buffer}, got rank {self.rank}, rank_decode {self.rank_decode}"
+            )
+
+    def codings(self, head_dim: int, rank: int) -> tuple[Coding, Coding]:
+        """How keys and values of this head_dim are encoded.
+
+        Raises:
+            ValueError: the rank exceeds head_dim.
+        """
+        if rank > head_dim:
+            raise ValueError(f"rank must be at most head_dim = {head_dim}, got {rank}")
+        grouped = self.backbone == "kivi"
+        key_group = self.group_size if grouped else self.buffer
+        value_group = min(self.group_size, head_dim) if grouped else head_dim
+        return (
+            Coding(self.bits, key_group, "channel", self._a_side(self.buffer), rank),
+            Coding(self.bits, value_group, "token", self._a_side(head_dim), rank),
+        )
+
+    def _a_side(self, elements: int) -> int:
+        """Outliers at each end of a vector."""
+        # 0.07 * 100 / 2 is a little more than 3.5
+        return min(math.ceil(self.outliers * elements / 2 - 1e-9), (elements + 1) // 2)
+
+
+def _power_of_two(number: int) -> bool:
+    return isinstance(number, int) and number > 0 and number & (number - 1) == 0
+
+
+# settings of the papers, by the names they give them
+PRESETS = {
+    "default": GEAR(),
+    "gear": GEAR(bits=2, group_size=64, rank=4, rank_decode=2),
+    "gear-l": GEAR(bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.0),
+    "gear-kcvt": GEAR(bits=4, rank=4, rank_decode=2, backbone="kcvt"),
+    "gear-l-kcvt": GEAR(bits=4, rank=4, rank_decode=2, outliers=0.0, backbone="kcvt"),
+    "kivi": GEAR(bits=2, outliers=0.0, buffer=128),
+    "kcvt": GEAR(bits=4, outliers=0.0, backbone="kcvt"),
+}
+
+
+def preset(name: str, **changes: int | float | str) -> GEAR:
+    """Settings by name, some of them changed.
+
+    Raises:
+        ValueError: no preset has the name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **changes)  # type: ignore[arg-type]

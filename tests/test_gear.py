@@ -1,0 +1,290 @@
+"""GEAR and KIVI caches: what they store, how much, and that it is what they were fed."""
+
+import math
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvcompress import DenseCache, GEARCache, KIVICache
+from kvcompress.packed import TailSegment
+from kvcompress.policies.gear import GEAR, PRESETS, preset
+from tests.contract.caches import unpacked
+from tests.contract.drive import feed, generate
+from tests.contract.models import DEVICE, left_padded, prompt, tiny
+
+ROWS = [prompt(40, seed=3)[0], prompt(27, seed=4)[0], prompt(9, seed=5)[0]]
+
+
+def eight_bits(model, **settings):
+    return GEARCache(model, **{"bits": 8, "group_size": 8, "buffer": 8, "outliers": 0.0, **settings})
+
+
+def assert_holds_what_was_fed(cache, full, mask, layer=0):
+    """What the first layer's codes decode to is, to 8 bits, what a full cache holds: later layers saw decoded keys."""
+    keys, values, _ = full.layers[layer].dense.held()
+    place = (mask.cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
+    for found, fed in zip(unpacked(cache)[layer], (keys, values), strict=True):
+        at = place.expand(-1, fed.shape[1], -1, fed.shape[3])
+        real = mask.bool()[:, None, :, None].expand_as(fed)
+        error = (found.gather(2, at) - fed)[real].abs().max()
+        assert error < 0.02 * fed[real].abs().max()
+
+
+def both(model, cache, full, ids, mask):
+    feed(model, cache, ids, mask)
+    feed(model, full, ids, mask)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"outliers": 0.2}], ids=["codes", "factors", "outliers"])
+def test_rows_of_all_lengths_are_held_through_turns_reorders_and_crops(settings):
+    model = tiny()
+    cache, full = eight_bits(model, **settings), DenseCache(model)
+    ids, mask = left_padded(ROWS)
+    both(model, cache, full, ids, mask)
+    assert_holds_what_was_fed(cache, full, mask)
+    for step in range(11):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        both(model, cache, full, prompt(1, 3, seed=step), mask)
+    assert_holds_what_was_fed(cache, full, mask)
+    rows = torch.tensor([2, 0, 1], device=DEVICE)
+    for each in (cache, full):
+        each.reorder_cache(rows)
+    mask = torch.cat([mask[rows], torch.ones(3, 12, dtype=torch.long, device=DEVICE)], 1)
+    both(model, cache, full, prompt(12, 3, seed=9), mask)
+    for each in (cache, full):
+        each.crop(-7)
+    mask = mask[:, :-7]
+    assert_holds_what_was_fed(cache, full, mask)
+    for each in (cache, full):
+        each.batch_repeat_interleave(2)
+        each.batch_select_indices(torch.tensor([1, 2, 5], device=DEVICE))
+    mask = torch.cat([mask.repeat_interleave(2, 0)[[1, 2, 5]], torch.ones(3, 45, dtype=torch.long, device=DEVICE)], 1)
+    both(model, cache, full, prompt(45, 3, seed=10), mask)
+    assert_holds_what_was_fed(cache, full, mask)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_more_bits_lose_less_and_eight_lose_next_to_nothing(bits):
+    model = tiny()
+    ids = prompt(60, 2)
+    full, cache = DenseCache(model), GEARCache(model, bits=bits, group_size=8, buffer=8, outliers=0.0)
+    both(model, cache, full, ids, torch.ones_like(ids))
+    keys, values, _ = full.layers[0].dense.held()
+    for found, fed in zip(unpacked(cache)[0], (keys, values), strict=True):
+        error = (found - fed).norm() / fed.norm()
+        # half a step of the range of 8 numbers, about 2.8 deviations wide, is 1.4 / levels at most
+        assert error < 1.4 / (2**bits - 1)
+        assert error > 0.1 / 2**bits
+
+
+def expected_bytes(model, settings, rows, kv_heads=2, head_dim=16, element=4):
+    """The closed formula, layer by layer: rows are the blocks packed and tokens in hand of the whole batch."""
+    blocks, spans, batch = rows
+    buffer, bits = settings.buffer, settings.bits
+    key_group = settings.group_size if settings.backbone == "kivi" else buffer
+    value_groups = math.ceil(head_dim / min(settings.group_size, head_dim)) if settings.backbone == "kivi" else 1
+    codes = 2 * buffer * head_dim * bits // 8
+    scales = 4 * (buffer // key_group * head_dim + buffer * value_groups)
+    key_outliers, value_outliers = (2 * math.ceil(settings.outliers * n / 2 - 1e-9) for n in (buffer, head_dim))
+    outliers = 3 * (key_outliers * head_dim + value_outliers * buffer)
+    factors = 2 * 2 * buffer * settings.rank
+    bases = 2 * 2 * head_dim * settings.rank * spans
+    positions = 4 * buffer * blocks + (4 * blocks if settings.rank else 0)
+    packed = batch * (kv_heads * (blocks * (codes + scales + outliers + factors) + bases) + positions)
+    tail = batch * (2 * kv_heads * buffer * head_dim * element + 4 * buffer)
+    return packed + tail
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GEAR(bits=2, group_size=8, buffer=16, outliers=0.0),
+        GEAR(bits=3, group_size=16, buffer=32, outliers=0.1),
+        GEAR(bits=4, group_size=8, buffer=8, rank=2, rank_decode=2, outliers=0.0, backbone="kcvt"),
+        GEAR(bits=8, group_size=8, buffer=16, rank=3, rank_decode=3, outliers=0.05),
+    ],
+    ids=str,
+)
+def test_bytes_are_those_of_the_formula_and_of_the_live_storages(settings):
+    model = tiny()
+    cache = GEARCache(model, **vars(settings))
+    feed(model, cache, prompt(200, 3))
+    before = 200 // settings.buffer
+    assert cache.memory().total_bytes == 3 * expected_bytes(model, settings, (before, 1, 3))
+    for step in range(40):
+        feed(model, cache, prompt(1, 3, seed=step))
+    blocks = 240 // settings.buffer
+    spans = 1 + (blocks - before if settings.rank else 0)
+    report = cache.memory()
+    assert report.total_bytes == 3 * expected_bytes(model, settings, (blocks, spans, 3))
+    assert report.bits_per_element == 8 * report.total_bytes / (2 * 3 * 3 * 2 * 16 * 240)
+    assert f"{report.bits_per_element:.2f} bits a number" in str(report)
+
+
+def test_nothing_of_the_compressed_tokens_lives_on_in_full():
+    """After the prefill and after a flush, the tensors alive that could hold them are packed ones or the tail."""
+    import gc
+
+    model = tiny()
+    cache = GEARCache(model, bits=4, group_size=8, buffer=8)
+
+    def wide():
+        gc.collect()
+        return [
+            tensor.shape
+            for tensor in gc.get_objects()
+            if isinstance(tensor, torch.Tensor)
+            and tensor.is_floating_point()
+            and tensor.untyped_storage().nbytes() >= 3 * 2 * 96 * 16 * 2
+            and tensor.dim() == 4
+        ]
+
+    before = len(wide())
+    with torch.no_grad():
+        model(prompt(96, 3), past_key_values=cache, logits_to_keep=1)
+        for step in range(9):
+            model(prompt(1, 3, seed=step), past_key_values=cache, logits_to_keep=1)
+    assert len(wide()) == before
+    # and the test can fail
+    kept = torch.zeros(3, 2, 96, 16)
+    assert len(wide()) == before + 1
+    del kept
+
+
+def test_blocks_once_packed_are_never_touched_again():
+    model = tiny()
+    cache = GEARCache(model, bits=2, group_size=8, buffer=8, rank=2, rank_decode=2, outliers=0.1)
+    feed(model, cache, prompt(40, 2))
+    then = {name: tensor.clone() for name, tensor in cache.layers[1].prompt.tensors().items()}
+    for step in range(30):
+        feed(model, cache, prompt(1, 2, seed=step))
+    feed(model, cache, prompt(37, 2, seed=50))
+    now = cache.layers[1].prompt.tensors()
+    assert now["keys.codes"].shape[2] > then["keys.codes"].shape[2]
+    for name, tensor in then.items():
+        dim = 1 if name == "spans" else 2
+        assert torch.equal(now[name].narrow(dim, 0, tensor.shape[dim]), tensor), name
+
+
+def test_without_factors_a_prompt_in_chunks_is_packed_as_in_one():
+    model = tiny(dtype=torch.float64)
+    whole, chunks = (GEARCache(model, bits=3, group_size=8, buffer=16, outliers=0.1) for _ in range(2))
+    ids = prompt(200, 2)
+    feed(model, whole, ids)
+    for chunk in ids.split(33, 1):
+        feed(model, chunks, chunk)
+    # the first layer's keys and values do not depend on what attention read
+    one, many = (cache.layers[0].prompt.tensors() for cache in (whole, chunks))
+    for name, tensor in one.items():
+        assert torch.equal(many[name], tensor), name
+    assert whole.layers[0].tail.held == chunks.layers[0].tail.held
+
+
+@pytest.mark.parametrize("settings", [{"rank": 3}, {"rank": 3, "rank_decode": 3}, {"outliers": 0.1}], ids=str)
+def test_a_row_is_packed_as_it_would_be_alone(settings):
+    model = tiny(dtype=torch.float64)
+    cache = GEARCache(model, bits=2, group_size=8, buffer=8, **settings)
+    ids, mask = left_padded(ROWS)
+    feed(model, cache, ids, mask)
+    for step in range(10):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        feed(model, cache, prompt(1, 3, seed=step), mask)
+    for index, row in enumerate(ROWS):
+        alone = GEARCache(model, bits=2, group_size=8, buffer=8, **settings)
+        feed(model, alone, row[None])
+        for step in range(10):
+            feed(model, alone, prompt(1, 3, seed=step)[index : index + 1])
+        for layer in range(3):
+            for found, own in zip(unpacked(cache)[layer], unpacked(alone)[layer], strict=True):
+                torch.testing.assert_close(found[index, :, : own.shape[2]], own[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_newest_tokens_are_what_they_were():
+    model = tiny()
+    cache, full = GEARCache(model, bits=2, group_size=8, buffer=16), DenseCache(model)
+    ids = prompt(50, 2)
+    both(model, cache, full, ids, torch.ones_like(ids))
+    tail = cache.layers[0].tail
+    keys, values, _ = full.layers[0].dense.held()
+    assert tail.held == [2, 2]
+    assert torch.equal(tail.keys[:, :, :2], keys[:, :, 48:])
+    assert torch.equal(tail.values[:, :, :2], values[:, :, 48:])
+
+
+def test_a_sliding_layer_lets_blocks_go():
+    model = tiny("mistral")
+    cache = GEARCache(model, bits=4, group_size=8, buffer=8, rank=2, rank_decode=2)
+    feed(model, cache, prompt(200, 2))
+    sizes = []
+    for step in range(100):
+        feed(model, cache, prompt(1, 2, seed=step))
+        sizes.append(cache.memory().total_bytes)
+    # a window of 12, 32 tokens that a draft may take back, a block on either side
+    assert all(kept.max() <= 12 + 32 + 2 * 8 for kept in cache.memory().tokens_kept)
+    assert max(sizes[50:]) <= max(sizes[:50])
+
+
+def test_crop_refuses_the_middle_of_a_block_and_takes_back_whole_ones():
+    model = tiny()
+    cache = GEARCache(model, bits=4, group_size=8, buffer=8)
+    feed(model, cache, prompt(50, 2))
+    state = unpacked(cache)
+    with pytest.raises(ValueError, match=r"crop can take back the 2 newest tokens.*or whole blocks of 8.*got 3"):
+        cache.crop(-3)
+    for then, now in zip(state, unpacked(cache), strict=True):
+        assert torch.equal(then[0], now[0])
+    assert cache.get_seq_length() == 50
+    cache.crop(-10)
+    assert cache.get_seq_length() == 40
+    for then, now in zip(state, unpacked(cache), strict=True):
+        assert torch.equal(then[0][:, :, :40], now[0])
+    assert torch.isfinite(feed(model, cache, prompt(5, 2))).all()
+    with pytest.raises(ValueError, match="crop can take back the 45 tokens seen, got 46"):
+        cache.crop(-46)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, "bits must be 2, 3, 4 or 8, got 5"),
+        ({"buffer": 48}, "buffer must be a power of two from 8 to 256 tokens, got 48"),
+        ({"group_size": 24}, "group_size must be a power of two, at least 8, got 24"),
+        ({"group_size": 128}, "group_size must be at most buffer = 64 tokens.*got 128"),
+        ({"outliers": 2}, "outliers must be a share of the elements from 0 to 1, got 2"),
+        ({"rank": -1}, "rank must not be negative, got -1"),
+        ({"rank": 17}, "rank must be at most head_dim = 16, got 17"),
+        ({"backbone": "gptq"}, "backbone must be 'kivi' or 'kcvt', got 'gptq'"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GEARCache(tiny(), **settings)
+
+
+def test_the_papers_settings_have_names():
+    model = tiny()
+    for name in PRESETS:
+        cache = GEARCache.preset(model, name, rank=0, rank_decode=0)
+        assert cache.settings == preset(name, rank=0, rank_decode=0)
+    assert PRESETS["gear"] == GEAR(bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64)
+    assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
+    with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, gear, "):
+        GEARCache.preset(model, "gera")
+
+
+def test_outliers_are_counted_by_the_text_and_not_by_the_code():
+    key, value = GEAR(outliers=0.02, buffer=256).codings(128, 0)
+    assert (key.outliers, value.outliers) == (3, 2)
+    assert GEAR(outliers=1.0, buffer=64).codings(64, 0)[0].outliers == 32
+    assert GEAR(outliers=0.0).codings(64, 0)[0].outliers == 0
+
+
+def test_a_tail_with_room_for_all_is_the_full_cache():
+    model = tiny()
+    ids = prompt(30, 2)
+    expected = generate(model, DynamicCache(config=model.config), ids)
+    cache = GEARCache(model, bits=2, buffer=64)
+    assert torch.equal(generate(model, cache, ids), expected)
+    assert [type(segment) for segment in cache.layers[0].segments()] == [TailSegment]
