@@ -144,31 +144,28 @@ class PackedSegment(Segment):
             spans = self._spans_used(batch)
             used = torch.tensor([[spans[row]] for row in rows], dtype=torch.int32, device=present.device)
             fresh["spans"] = fresh["spans"] + used
-        source_row, source_block = present.nonzero(as_tuple=True)
-        row = torch.tensor(rows, device=present.device)
-        block = torch.tensor([before[row] for row in rows], device=present.device)
-        target_row, target_block = row[source_row], block[source_row] + source_block
+        there = present.nonzero(as_tuple=True)
+        which = torch.tensor(rows, device=present.device)
+        start = torch.tensor([before[row] for row in rows], device=present.device)
+        target = which[there[0]], start[there[0]] + there[1]
         grown = {}
         for name, tensor in fresh.items():
-            if name.endswith(".right"):
-                columns, at = max(spans[row] for row in rows) + 1, ([spans[row] for row in rows])
-                old = held.get(name)
-                room = max(columns, 0 if old is None else old.shape[2])
-                grown[name] = _room_for(old, tensor, batch, 2, room, 0)
-                grown[name][row, :, torch.tensor(at, device=present.device)] = tensor[:, :, 0]
-                continue
-            # [batch, blocks, ...] for all: positions and spans too
-            dim = 1 if name == "spans" else 2
-            tensor = tensor.unflatten(2, (-1, self.block)) if name == "positions" else tensor
             old = held.get(name)
-            if name == "positions" and old is not None:
-                old = old.unflatten(2, (-1, self.block))
-            room = _room_for(old, tensor, batch, dim, max(after), EMPTY if name == "positions" else 0)
-            if dim == 1:
-                room[target_row, target_block] = tensor[source_row, source_block].to(room.dtype)
+            if name.endswith(".right"):
+                bases = max([spans[row] + 1 for row in rows] + ([] if old is None else [old.shape[2]]))
+                filled = _room_for(old, tensor, batch, 2, bases, 0)
+                filled[which, :, torch.tensor([spans[row] for row in rows], device=which.device)] = tensor[:, :, 0]
+            elif name == "spans":
+                filled = _room_for(old, tensor, batch, 1, max(after), 0)
+                filled[target] = tensor[there]
             else:
-                room[target_row, :, target_block] = tensor[source_row, :, source_block]
-            grown[name] = room.flatten(2, 3) if name == "positions" else room
+                fill = 0
+                if name == "positions":
+                    fill, tensor = EMPTY, tensor.unflatten(2, (-1, self.block))
+                    old = None if old is None else old.unflatten(2, (-1, self.block))
+                filled = _room_for(old, tensor, batch, 2, max(after), fill)
+                filled[target[0], :, target[1]] = tensor[there[0], :, there[1]]
+            grown[name] = filled.flatten(2, 3) if name == "positions" else filled
         self._set(grown)
         self.blocks = after
 
