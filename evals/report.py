@@ -17,7 +17,8 @@ _COLUMNS = [
     name
     for line in (
         "task length protocol method budget budget_tokens status metric score stderr kl kl_stderr perplexity",
-        "full_perplexity bytes full_bytes ratio tokens_kept least_kept most_kept tokens_seen compressed samples seed",
+        "full_perplexity bytes full_bytes ratio device_bytes host_bytes fetched_bytes tokens_kept least_kept most_kept",
+        "tokens_seen compressed samples seed",
         "hold_back chunk continuation model dtype device seconds error key",
     )
     for name in line.split()

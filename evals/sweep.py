@@ -385,17 +385,21 @@ def _held(measured: Sequence[Measured], budget: int | None) -> dict[str, Any]:
 
     names = dict.fromkeys(name for held in measured for name in held.by_component)
     held_bytes, full_bytes = mean(m.bytes_held for m in measured), mean(m.full_bytes for m in measured)
+    device_bytes = mean(m.device_bytes for m in measured)
     return {
         "budget_tokens": budget,
         "bytes": round(held_bytes),
         "full_bytes": round(full_bytes),
         "ratio": round(held_bytes / full_bytes, 5),
+        "device_bytes": round(device_bytes),
+        "host_bytes": round(held_bytes) - round(device_bytes),
+        "fetched_bytes": round(mean(m.fetched_bytes for m in measured)),
         "by_component": {name: round(mean(m.by_component.get(name, 0.0) for m in measured)) for name in names},
         "tokens_seen": round(mean(m.tokens_seen for m in measured), 2),
         "tokens_kept": round(mean(m.tokens_kept for m in measured), 2),
         "least_kept": min(m.least_kept for m in measured),
         "most_kept": max(m.most_kept for m in measured),
-        "compressed": held_bytes < full_bytes,
+        "compressed": device_bytes < full_bytes,
     }
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvcompress.gear import GEARCache as GEARCache
     from kvcompress.gear import KIVICache as KIVICache
     from kvcompress.loading import load_model as load_model
+    from kvcompress.shadowkv import ShadowKVCache as ShadowKVCache
 
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "GEARCache": "gear",
     "H2OCache": "evicting",
     "KIVICache": "gear",
+    "ShadowKVCache": "shadowkv",
     "SnapKVCache": "evicting",
     "StreamingLLMCache": "evicting",
     "load_model": "loading",

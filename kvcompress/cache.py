@@ -82,11 +82,16 @@ class CompressedCache(hf.Cache):
     def memory(self) -> MemoryReport:
         """Bytes of the live storages by component and device, tokens kept, and what the full cache would take."""
         members: dict[str, list[Tensor]] = {}
-        full = elements = 0
+        tiers: dict[str, list[Tensor]] = {}
+        full = elements = fetched = 0
         for layer in self.layers:
             for segment in layer.segments():
                 for name, tensor in segment.tensors().items():
                     members.setdefault(segment.component(name), []).append(tensor)
+                for name, (tier, tensors) in segment.offloaded().items():
+                    members.setdefault(name, []).extend(tensors)
+                    tiers.setdefault(tier, []).extend(tensors)
+            fetched += layer.fetched_bytes()
             members.setdefault("counters", []).extend(layer.counters().values())
             members.setdefault("statistics", []).extend(layer.statistics().values())
             if layer.kv_shape is not None:
@@ -96,7 +101,17 @@ class CompressedCache(hf.Cache):
             members["padding"] = [self.padding.visible]
         by_component, by_device = storage_bytes(members)
         kept = [layer.tokens_kept() for layer in self.layers if layer.segments()]
-        return MemoryReport(by_component, by_device, full, elements, int(self.get_seq_length()), kept)
+        return MemoryReport(
+            by_component,
+            by_device,
+            full,
+            elements,
+            int(self.get_seq_length()),
+            kept,
+            storage_bytes(tiers)[0],
+            max(layer.fetching_forwards for layer in self.layers),
+            fetched,
+        )
 
     def reset(self) -> None:
         """Forgets everything seen, and frees the memory."""

@@ -41,6 +41,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     """
 
     supports_early_init = False
+    # forwards that read what is offloaded
+    fetching_forwards = 0
 
     def __init__(self, padding: PaddingRecord, window: int | None = None, leads: bool = False) -> None:
         """
@@ -88,6 +90,10 @@ class CompressedLayer(hf.CacheLayerMixin):
     def statistics(self) -> dict[str, Tensor]:
         """What the layer's policy remembers of the sequences as a whole, by name."""
         return {}
+
+    def fetched_bytes(self) -> int:
+        """Bytes moved to the device from where segments keep them off it, since the layer was built or loaded."""
+        return 0
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `restore` needs: tensors, and facts that JSON can carry."""

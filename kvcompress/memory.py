@@ -1,6 +1,6 @@
 """What a cache holds, in bytes of live storage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ class MemoryReport:
     """Bytes of one cache.
 
     by_component: bytes by what they hold (keys, values, scores, ...), whole storages, each counted once.
-    by_device: bytes by device.
+    by_device: bytes by device, as PyTorch names it; memory-mapped files are on "cpu".
     full_bytes: what keys and values of every token seen would take (on sliding layers, of the window), pads included.
     full_elements: the numbers that those are.
     tokens_seen: tokens fed, pads included.
     tokens_kept: a tensor [batch, kv_heads] for each layer.
+    offloaded: bytes that the cache keeps off the model's device on purpose, by tier, "host" or "disk".
+    fetching_forwards, fetched_bytes: forwards that read offloaded bytes, and how many they moved to the device.
     """
 
     by_component: dict[str, int]
@@ -24,6 +26,9 @@ class MemoryReport:
     full_elements: int
     tokens_seen: int
     tokens_kept: list[Tensor]
+    offloaded: dict[str, int] = field(default_factory=dict)
+    fetching_forwards: int = 0
+    fetched_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -31,15 +36,25 @@ class MemoryReport:
         return sum(self.by_component.values())
 
     @property
-    def host_bytes(self) -> int:
-        """Bytes in CPU memory."""
-        return self.by_device.get("cpu", 0)
+    def device_bytes(self) -> int:
+        """Bytes where the model computes. On a CPU that is all that no segment calls offloaded."""
+        return self.total_bytes - self.host_bytes - self.disk_bytes
 
     @property
-    def device_bytes(self) -> int:
-        """Bytes on accelerators; on a machine that computes on its CPU, the bytes there."""
-        accelerators = sum(size for device, size in self.by_device.items() if device != "cpu")
-        return accelerators or self.host_bytes
+    def host_bytes(self) -> int:
+        """Bytes in CPU memory beside an accelerator; on a CPU, those that would be there."""
+        on_cpu = self.by_device.get("cpu", 0)
+        return on_cpu - self.disk_bytes if len(self.by_device) > 1 else self.offloaded.get("host", 0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes in memory-mapped files."""
+        return self.offloaded.get("disk", 0)
+
+    @property
+    def fetched_per_forward(self) -> float:
+        """Bytes moved to the device in a forward that reads offloaded bytes, on average; 0 where none did."""
+        return self.fetched_bytes / self.fetching_forwards if self.fetching_forwards else 0.0
 
     @property
     def ratio(self) -> float:
@@ -50,6 +65,11 @@ class MemoryReport:
     def bits_per_element(self) -> float:
         """All bits held for each number of a key or value that the full cache would hold; 0 for an empty cache."""
         return 8 * self.total_bytes / self.full_elements if self.full_elements else 0.0
+
+    @property
+    def device_ratio(self) -> float:
+        """Bytes on the device over the bytes of the full cache; 0 for an empty cache."""
+        return self.device_bytes / self.full_bytes if self.full_bytes else 0.0
 
     def __str__(self) -> str:
         kept = [layer.float().mean().item() for layer in self.tokens_kept]
@@ -63,6 +83,14 @@ class MemoryReport:
             f"  {'total':<12} {_size(self.total_bytes):>12}   {share}",
             *(f"  on {device:<9} {_size(size):>12}" for device, size in sorted(self.by_device.items())),
         ]
+        if self.offloaded:
+            rows += [
+                f"  {'device tier':<12} {_size(self.device_bytes):>12}   {self.device_ratio:.1%} of the full cache",
+                f"  {'host tier':<12} {_size(self.host_bytes):>12}",
+                f"  {'disk tier':<12} {_size(self.disk_bytes):>12}",
+                f"  {'fetched':<12} {_size(round(self.fetched_per_forward)):>12}   a forward, on average of "
+                f"{self.fetching_forwards}",
+            ]
         return "\n".join(rows)
 
 

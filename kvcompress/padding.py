@@ -16,6 +16,8 @@ class PaddingRecord:
     def __init__(self) -> None:
         self.visible: Tensor | None = None
         self.remap: Tensor | None = None
+        self._counts: list[int] | None = None
+        self._counted = False
 
     def read(self, mask: Tensor | None, batch: int, past: int, queries: int) -> None:
         """Takes in the mask of a forward, once, before its first layer stores anything.
@@ -30,6 +32,7 @@ class PaddingRecord:
             ValueError: the mask's size is wrong, or it shows a token that was cached as padding.
         """
         self.remap = None
+        self._counted = False
         if mask is None:
             fresh = None
         else:
@@ -70,6 +73,16 @@ class PaddingRecord:
         tail = fresh if fresh is not None else self.visible.new_ones(batch, queries)
         # steps that were compiled left no record; what they fed is visible
         self.visible = torch.cat([self.visible, self.visible.new_ones(batch, missing), tail], 1)
+
+    def counts(self, fresh: Tensor | None) -> list[int] | None:
+        """Real tokens of each sequence in the forward at hand, whose mask is [batch, queries]; None where all are real.
+
+        Read from the device once a forward, whichever layers ask.
+        """
+        if not self._counted:
+            self._counts = None if fresh is None or bool(fresh.all()) else fresh.sum(-1).tolist()
+            self._counted = True
+        return self._counts
 
     def crop(self, tokens: int) -> None:
         """Forgets the last tokens."""

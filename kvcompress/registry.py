@@ -21,6 +21,7 @@ from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.policies.tova import TOVA
+from kvcompress.shadowkv import ShadowKVCache
 
 FULL = "none"
 FLOOR = "streaming"
@@ -106,6 +107,10 @@ def _gear(name: str) -> Callable[[PreTrainedModel, int | float, dict[str, Any]],
     return gear
 
 
+def _shadowkv(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
+    return ShadowKVCache(model, budget=budget, **settings)
+
+
 def _value(text: str) -> Any:
     for read in (int, float):
         try:
@@ -134,5 +139,6 @@ METHODS: dict[str, Method] = {
         ),
         Method("gear", "every token in few bits: quantised, outliers apart", _gear("default"), takes_budget=False),
         Method("kivi", "every token in 2 bits: quantised", _gear("kivi"), takes_budget=False),
+        Method("shadowkv", "everything: low-rank keys, values on the host, the chunks asked for fetched", _shadowkv),
     )
 }

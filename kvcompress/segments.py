@@ -44,6 +44,13 @@ class Segment:
             setattr(segment, name, tensors.get(name))
         return segment
 
+    def offloaded(self) -> dict[str, tuple[str, list[Tensor]]]:
+        """What the segment keeps off the model's device on purpose: by name its tier ("host" or "disk") and tensors.
+
+        These are no part of `tensors`: rows that are moved or copied share them.
+        """
+        return {}
+
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,12 @@ def test_the_streaming_example(run):
     assert all((kept <= 64).all() for kept in cache.memory().tokens_kept)
 
 
+def test_the_shadowkv_example(run):
+    report = run("shadowkv", new_tokens=8).memory()
+    assert report.device_bytes < report.full_bytes / 2 < report.device_bytes + report.host_bytes
+    assert 0 < report.fetched_per_forward < report.host_bytes
+
+
 def test_the_own_policy_example(run):
     assert all((kept == 64).all() for kept in run("own_policy", new_tokens=4).memory().tokens_kept)
 

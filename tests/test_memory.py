@@ -32,7 +32,19 @@ def test_devices_are_told_apart():
     assert (report.total_bytes, report.host_bytes, report.device_bytes) == (300, 100, 200)
     assert report.ratio == 0.5
     alone = MemoryReport({"keys": 300}, {"cpu": 300}, 600, 150, 7, [])
-    assert (alone.host_bytes, alone.device_bytes) == (300, 300)
+    assert (alone.host_bytes, alone.device_bytes) == (0, 300)
+
+
+def test_what_is_offloaded_is_told_apart():
+    on_cpu = MemoryReport({"keys": 300}, {"cpu": 300}, 600, 150, 7, [], {"host": 120, "disk": 30}, 4, 1000)
+    assert (on_cpu.device_bytes, on_cpu.host_bytes, on_cpu.disk_bytes) == (150, 120, 30)
+    assert (on_cpu.ratio, on_cpu.device_ratio, on_cpu.fetched_per_forward) == (0.5, 0.25, 250.0)
+    # what a GPU leaves in CPU memory is on the host, whether a segment says so or not
+    on_gpu = MemoryReport({"keys": 300}, {"cpu": 100, "cuda:0": 200}, 600, 150, 7, [], {"host": 60, "disk": 30})
+    assert (on_gpu.device_bytes, on_gpu.host_bytes, on_gpu.disk_bytes) == (200, 70, 30)
+    assert on_gpu.fetched_per_forward == 0.0
+    for word in ("device tier", "host tier", "disk tier", "fetched"):
+        assert word in str(on_cpu)
 
 
 def test_an_empty_cache_reports_nothing_and_prints():

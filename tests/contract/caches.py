@@ -1,6 +1,8 @@
 """Every cache that signs the contract: one line each, which says what the cache promises."""
 
+import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache
+from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, ShadowKVCache
+from kvcompress.hf import head_counts
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
@@ -19,10 +22,14 @@ from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.policies.tova import TOVA
 from kvcompress.rolled import RolledSlots
-from tests.contract.oracle import Decoded, Kept
+from tests.contract.oracle import Decoded, Kept, Transcript, recording
 
 BUDGET = 8
 LARGE = 10_000
+# sequences stay dense up to 16 tokens, and fold four chunks of the 20 that most tests feed
+SHADOW: dict[str, Any] = {
+    "budget": 4, "rank": 12, "chunk": 2, "outlier_chunks": 2, "local_chunks": 4, "fold": 12, "select_queries": 6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Entry:
     decoded: what a cache gives for the keys and values it was fed, by place, [batch, kv_heads, seen, head_dim] of
         each layer, for the oracle; None where it gives them back as they were.
     dtype: in which two of its runs can be compared; codes turn over at the rounding errors of float32.
+    during: the method by which its layers attend to what they hold, for a cache whose queries choose what they attend
+        to: `kept` and `decoded` are then read right after it.
     refuses: model types it does not serve; a test elsewhere sees it refuse them.
     """
 
@@ -52,7 +61,14 @@ class Entry:
     budget: Callable[[int, int], int] | None = None
     decoded: Callable[[Cache], Decoded] | None = None
     dtype: torch.dtype = torch.float32
+    during: str | None = None
     refuses: tuple[str, ...] = ()
+
+    def recording(
+        self, model: PreTrainedModel, cache: Any, transcript: Transcript | None = None
+    ) -> AbstractContextManager[Transcript]:
+        """`oracle.recording` of such a cache."""
+        return recording(model, cache, self.kept, self.decoded, transcript, self.during)
 
     def build(self, model: PreTrainedModel) -> Any:
         if model.config.model_type in self.refuses:
@@ -132,6 +148,73 @@ def _packing(name: str, **settings: Any) -> Entry:
     )
 
 
+def attended(cache: Any) -> Kept:
+    """What ShadowKV's layers attended to last: the tokens in the buffer, or all where there were many queries."""
+    kept: Kept = []
+    for layer in cache.layers:
+        segment = getattr(layer, "segment", None)
+        reads_all = layer.in_hand is not None and layer.in_hand[0].shape[2] > SHADOW["select_queries"]
+        if segment is None or (reads_all and bool((segment.folded > 0).any())):
+            kept.append(None)
+            continue
+        places, seen = _shadow_places(layer), layer.get_seq_length()
+        positions = segment.positions.long()
+        known = places.gather(1, positions.clamp(min=0).flatten(1)).view_as(positions)
+        at = torch.where((positions < 0) | (known < 0) | (known >= seen), seen, known)
+        held = torch.zeros(*positions.shape[:2], seen + 1, dtype=torch.bool, device=positions.device)
+        kept.append(held.scatter_(2, at, True)[..., :-1])
+    return kept
+
+
+def rebuilt(cache: Any) -> Decoded:
+    """Keys of ShadowKV's folded tokens, from their coefficients; all that is exact is as it was fed."""
+    decoded: Decoded = []
+    for layer in cache.layers:
+        segment, seen = getattr(layer, "segment", None), layer.get_seq_length()
+        if segment is None:
+            decoded.append((None, None))
+            continue
+        batch, kv_heads, _, head_dim = segment.keys.shape
+        keys = torch.full((batch, kv_heads, seen + 1, head_dim), torch.nan, dtype=layer.dtype, device=layer.device)
+        tokens = segment.coefficients.shape[1]
+        if tokens:
+            index = torch.arange(tokens, device=layer.device)
+            flat = (segment.coefficients.float() @ segment.basis.float()).to(layer.dtype)
+            low_rank = flat.unflatten(2, (kv_heads, head_dim)).transpose(1, 2)
+            if layer.rope is not None:
+                low_rank = layer.rope.rotate(low_rank, index[None, None])
+            folded = index < (segment.folded * segment.settings.chunk)[:, None].to(layer.device)
+            at = torch.where(folded, _shadow_places(layer)[:, :tokens], seen)
+            is_open = segment.is_open.repeat_interleave(segment.settings.chunk, 2)
+            low_rank = low_rank.masked_fill(~is_open[..., None], torch.nan)
+            at = at.masked_fill(at < 0, seen)[:, None, :, None].expand_as(low_rank)
+            keys.scatter_(2, at, low_rank)
+        decoded.append((keys[:, :, :seen], None))
+    return decoded
+
+
+def _shadow_places(layer: Any) -> torch.Tensor:
+    """The place of each token a ShadowKV layer has counted, [batch, tokens]; -1 for those that became padding."""
+    segment = layer.segment
+    count = max(int(segment.lengths.max()), segment.coefficients.shape[1]) + 1
+    hidden = torch.zeros(len(segment.lengths), count, dtype=torch.bool, device=segment.keys.device)
+    if segment.hidden is not None:
+        hidden[:, : segment.hidden.shape[1]] = segment.hidden
+    return ((~hidden).cumsum(-1) - 1).masked_fill(hidden, -1)
+
+
+def _shadow(name: str, promises: dict[str, Any], **settings: Any) -> Entry:
+    return Entry(
+        name,
+        lambda model: ShadowKVCache(model, **SHADOW | settings),
+        kept=attended,
+        decoded=rebuilt,
+        croppable=True,
+        during="_read",
+        **promises,
+    )
+
+
 def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, rolled: bool = False, **promises: Any) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
         return EvictingCache(model, policy=policy, budget=budget, rolled=rolled)
@@ -153,6 +236,11 @@ def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, rolled: b
 def _pyramid(layer: int, tokens: int) -> int:
     # one token for each of three layers, and 1.95, 1 and 0.05 times what is left of the budget
     return (15, 8, 1)[layer]
+
+
+def _whole(model: PreTrainedModel) -> ShadowKVCache:
+    _, kv_heads, head_dim = head_counts(model.config)
+    return ShadowKVCache(model, **SHADOW | {"budget": LARGE, "rank": kv_heads * head_dim, "dense_below": 0})
 
 
 ENTRIES = [
@@ -183,6 +271,8 @@ ENTRIES = [
     _packing("gear", bits=2, rank=3, rank_decode=2, outliers=0.1),
     _packing("gear_kcvt", bits=4, rank=2, rank_decode=2, outliers=0.05, backbone="kcvt"),
     _packing("kivi", bits=3, outliers=0.0),
+    _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
+    dataclasses.replace(_shadow("shadowkv_whole", {"exact": True}), make=_whole),
     _evicting("h2o_rolled", H2O(), rolled=True, decoded=closed_up, refuses=("opt",)),
 ]
 

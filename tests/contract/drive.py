@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tests.contract.caches import Entry
 from tests.contract.models import PAD, places
-from tests.contract.oracle import Transcript, recording
+from tests.contract.oracle import Transcript
 
 
 def generate(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> Tensor:
@@ -28,7 +28,7 @@ def recorded(
 ) -> tuple[Tensor, Any, Transcript]:
     """Generates through a new cache: the ids, the cache and what went through it."""
     cache = entry.build(model)
-    with recording(model, cache, entry.kept, entry.decoded) as transcript:
+    with entry.recording(model, cache) as transcript:
         out = generate(model, cache, ids, mask, **settings)
     return out, cache, transcript
 

@@ -23,8 +23,8 @@ from transformers.cache_utils import Cache
 
 # what a cache holds in a layer: [batch, kv_heads, places] bool, or None for every token seen
 Kept = list[Tensor | None]
-# keys and values as a cache gives them, by layer
-Decoded = list[tuple[Tensor, Tensor]]
+# keys and values as a cache gives them, by layer; None for all as they were fed
+Decoded = list[tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Forward:
         self.ids, self.visible, self.position_ids = map(change, (self.ids, self.visible, self.position_ids))
         self.kept = [None if kept is None else change(kept) for kept in self.kept]
         if self.decoded is not None:
-            self.decoded = [(change(key), change(value)) for key, value in self.decoded]
+            self.decoded = [tuple(x if x is None else change(x) for x in pair) for pair in self.decoded]
         self.logits = change(self.logits)
 
 
@@ -104,13 +104,17 @@ def recording(
     kept: Callable[[Cache], Kept],
     decoded: Callable[[Cache], Decoded] | None = None,
     transcript: Transcript | None = None,
+    during: str | None = None,
 ) -> Iterator[Transcript]:
     """Writes down the forwards of a model through a cache, and follows its rows where the cache moves them.
 
     Args:
         kept: reads which places (tokens of the row itself, padding not counted) each layer holds.
-        decoded: reads what the cache gives for keys and values, by place too, where it is not what it was fed.
+        decoded: reads what the cache gives for keys and values, by place too, where it is not what it was fed; NaN
+            where it is.
         transcript: an earlier one of this cache, to go on with.
+        during: the method by which a layer attends to what it holds. `kept` and `decoded` are read right after it,
+            because the queries choose what it attends to; else they are read before the forward.
     """
     transcript = Transcript() if transcript is None else transcript
     before: dict[str, Any] = {}
@@ -119,11 +123,19 @@ def recording(
         if kwargs.get("past_key_values") is not cache:
             return
         assert cache.get_seq_length() == transcript.seen, "get_seq_length() must count the tokens seen"
+        if during is not None:
+            ids = args[0] if args else kwargs["input_ids"]
+            before["visible"] = _visible(kwargs.get("attention_mask"), ids, transcript)[:, : transcript.seen]
+            before["kept"] = [None] * len(cache.layers)
+            before["decoded"] = None
+            if decoded is not None and transcript.forwards:
+                before["decoded"] = [(None, None)] * len(cache.layers)
+            return
         before["kept"] = _columns(kept(cache), transcript.visible) if transcript.forwards else []
         before["decoded"] = None
         if decoded is not None and transcript.forwards:
             place = _places(transcript.visible)
-            before["decoded"] = [tuple(_take(tensor, place) for tensor in pair) for pair in decoded(cache)]
+            before["decoded"] = [_take_pair(pair, place) for pair in decoded(cache)]
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if kwargs.get("past_key_values") is not cache:
@@ -138,6 +150,23 @@ def recording(
                 ids, visible, position_ids.expand_as(ids), before["kept"], before["decoded"], output.logits.detach()
             )
         )
+
+    def notice(index: int) -> None:
+        attend = getattr(cache.layers[index], during, None)
+        if attend is None:
+            return
+
+        def both(*args: Any, **kwargs: Any) -> Any:
+            answer = attend(*args, **kwargs)
+            if transcript.forwards:
+                visible = before["visible"]
+                before["kept"][index] = _columns(kept(cache)[index : index + 1], visible)[0]
+                if decoded is not None:
+                    pair = decoded(cache)[index]
+                    before["decoded"][index] = _take_pair(pair, _places(visible))
+            return answer
+
+        setattr(cache.layers[index], during, both)
 
     def follow(name: str, change: Callable[..., None]) -> None:
         method = getattr(cache, name)
@@ -154,6 +183,8 @@ def recording(
         "batch_repeat_interleave", lambda repeats: transcript.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
     )
     follow("crop", lambda tokens_to_remove: transcript.crop(-tokens_to_remove))
+    for index in range(len(cache.layers) if during else 0):
+        notice(index)
     hooks = [
         model.register_forward_pre_hook(enter, with_kwargs=True),
         model.register_forward_hook(leave, with_kwargs=True),
@@ -165,6 +196,8 @@ def recording(
             hook.remove()
         for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"):
             delattr(cache, name)
+        for layer in cache.layers if during else ():
+            vars(layer).pop(during, None)
 
 
 def assert_equals_oracle(model: PreTrainedModel, transcript: Transcript, **tolerance: float) -> None:
@@ -224,9 +257,7 @@ def _oracle_attention(
         stop = start + forward.queries
         keys, values = key[:, :, :stop], value[:, :, :stop]
         if forward.decoded is not None and start:
-            past_key, past_value = forward.decoded[module.layer_idx]
-            keys = torch.cat([past_key, key[:, :, start:stop]], 2)
-            values = torch.cat([past_value, value[:, :, start:stop]], 2)
+            keys, values = map(_given, forward.decoded[module.layer_idx], (keys, values))
         sees = _sees(forward, module.layer_idx, start, key.shape[1], sliding_window).repeat_interleave(group, 1)
         keys, values = (x.float().repeat_interleave(group, 1) for x in (keys, values))
         logits = query[:, :, start:stop].float() @ keys.mT * scale
@@ -240,6 +271,14 @@ def _oracle_attention(
         outs.append((weights @ values).to(query.dtype))
         start = stop
     return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
+
+
+def _given(given: Tensor | None, fed: Tensor) -> Tensor:
+    """Keys or values [batch, kv_heads, tokens, any] as they were fed, the first of them as the cache gives them."""
+    if given is None:
+        return fed
+    first = fed[:, :, : given.shape[2]]
+    return torch.cat([given.where(~given.isnan(), first), fed[:, :, given.shape[2] :]], 2)
 
 
 def _sees(forward: Forward, layer: int, start: int, kv_heads: int, window: int | None) -> Tensor:
@@ -272,6 +311,11 @@ def _columns(kept: Kept, visible: Tensor) -> Kept:
 def _places(visible: Tensor) -> Tensor:
     """The place in its own sequence of each column, [batch, seen]; of no meaning for padding."""
     return (visible.cumsum(-1) - 1).clamp(min=0)
+
+
+def _take_pair(pair: tuple[Tensor | None, Tensor | None], place: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    keys, values = (None if by_place is None else _take(by_place, place) for by_place in pair)
+    return keys, values
 
 
 def _take(by_place: Tensor, place: Tensor) -> Tensor:

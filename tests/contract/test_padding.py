@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from tests.contract.caches import caches, every_cache
 from tests.contract.drive import feed, full, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, FAMILIES, PAD, families, left_padded, prompt, tiny
-from tests.contract.oracle import assert_equals_oracle, recording
+from tests.contract.oracle import assert_equals_oracle
 
 ROWS = [prompt(20)[0], prompt(13, seed=2)[0], prompt(3, seed=3)[0]]
 
@@ -68,7 +68,7 @@ def test_right_padded_rows_equal_the_oracle_and_each_row_alone(entry, family):
     ids, mask = right_padded(ROWS)
     answers = prompt(6, 3, seed=9)
     cache = entry.build(model)
-    with recording(model, cache, entry.kept, entry.decoded) as transcript:
+    with entry.recording(model, cache) as transcript:
         feed(model, cache, ids, mask)
         for step in range(6):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -113,7 +113,7 @@ def test_a_row_of_padding_may_begin_later(entry):
     model = tiny()
     ids, mask = left_padded([ROWS[0], ROWS[0][:0]], 20)
     cache = entry.build(model)
-    with recording(model, cache, entry.kept, entry.decoded) as transcript:
+    with entry.recording(model, cache) as transcript:
         feed(model, cache, ids, mask)
         for step in range(4):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)

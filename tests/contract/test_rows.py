@@ -8,7 +8,7 @@ from kvcompress import DenseCache, H2OCache
 from tests.contract.caches import caches, every_cache, those
 from tests.contract.drive import assert_same_state, feed, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, FAMILIES, families, left_padded, prompt, tiny
-from tests.contract.oracle import assert_equals_oracle, recording
+from tests.contract.oracle import assert_equals_oracle
 
 ROWS = [prompt(20)[0], prompt(13, seed=2)[0], prompt(9, seed=3)[0]]
 
@@ -35,7 +35,7 @@ def test_rows_take_all_they_have_along(entry, method, argument, rows, padded):
     ids, mask = left_padded(ROWS) if padded else (prompt(20, 3), torch.ones(3, 20, dtype=torch.long, device=DEVICE))
     moved, straight = entry.build(model), entry.build(model)
     steps = prompt(20, len(rows), seed=8)
-    with recording(model, moved, entry.kept, entry.decoded) as transcript:
+    with entry.recording(model, moved) as transcript:
         for cache, own in ((moved, index(0, 1, 2)), (straight, index(*rows))):
             feed(model, cache, ids[own], mask[own])
             feed(model, cache, prompt(1, 3, seed=5)[own], torch.cat([mask[own], mask[own, -1:]], 1))
@@ -47,7 +47,9 @@ def test_rows_take_all_they_have_along(entry, method, argument, rows, padded):
         for chunk in (*steps[:, :12].split(1, 1), steps[:, 12:17], *steps[:, 17:].split(1, 1)):
             mask = torch.cat([mask, torch.ones_like(chunk)], 1)
             logits = feed(model, moved, chunk, mask)
-            torch.testing.assert_close(logits, feed(model, straight, chunk, mask), rtol=1e-5, atol=1e-5)
+            # what is factored is rounded in another order in another batch
+            close = 1e-5 if entry.decoded is None else 1e-4
+            torch.testing.assert_close(logits, feed(model, straight, chunk, mask), rtol=close, atol=close)
     assert_same_state(entry, moved, straight)
     assert_equals_oracle(model, transcript)
     for kept in tokens_kept(moved):
@@ -59,7 +61,7 @@ def test_one_prompt_is_fed_once_and_answered_many_times(entry):
     model = tiny()
     ids = prompt(20)
     cache = entry.build(model)
-    with recording(model, cache, entry.kept, entry.decoded) as transcript:
+    with entry.recording(model, cache) as transcript:
         feed(model, cache, ids)
         cache.batch_repeat_interleave(3)
         for step in range(6):
@@ -76,7 +78,7 @@ def test_crop_takes_tokens_back_exactly(entry, family, tokens):
     cache, straight = entry.build(model), entry.build(model)
     assert cache.is_croppable
     more = prompt(11, 3, seed=6)
-    with recording(model, cache, entry.kept, entry.decoded) as transcript:
+    with entry.recording(model, cache) as transcript:
         feed(model, cache, ids, mask)
         feed(model, cache, more, torch.cat([mask, torch.ones_like(more)], 1))
         cache.crop(-tokens)
@@ -197,7 +199,7 @@ def test_a_copy_goes_on_as_the_original_and_apart_from_it(entry, way, family, tm
     ours = go_on(copy, 2)
     assert not torch.equal(other, ours)
     assert torch.equal(go_on(second, 2), ours)
-    with recording(model, reference := entry.build(model), entry.kept, entry.decoded):
+    with entry.recording(model, reference := entry.build(model)):
         generate(model, reference, *left_padded(ROWS), max_new_tokens=6)
     torch.testing.assert_close(go_on(reference, 2), ours, rtol=1e-5, atol=1e-5)
 
