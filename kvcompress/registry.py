@@ -31,13 +31,15 @@ FLOOR = "streaming"
 class Method:
     """A cache the command line knows.
 
-    build: (model, budget, settings) -> cache. takes_budget: False for what keeps every token.
+    build: (model, budget, settings) -> cache. takes_budget: False for what keeps every token. reads_budget: it keeps
+    every token too, and its budget is of those that a step reads.
     """
 
     name: str
     about: str
     build: Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]
     takes_budget: bool = True
+    reads_budget: bool = False
 
 
 def parse(spec: str) -> tuple[Method, dict[str, Any]]:
@@ -139,6 +141,11 @@ METHODS: dict[str, Method] = {
         ),
         Method("gear", "every token in few bits: quantised, outliers apart", _gear("default"), takes_budget=False),
         Method("kivi", "every token in 2 bits: quantised", _gear("kivi"), takes_budget=False),
-        Method("shadowkv", "everything: low-rank keys, values on the host, the chunks asked for fetched", _shadowkv),
+        Method(
+            "shadowkv",
+            "everything: low-rank keys, values on the host, the chunks asked for fetched",
+            _shadowkv,
+            reads_budget=True,
+        ),
     )
 }

@@ -11,11 +11,10 @@ def model():
 
 
 def test_every_name_builds_a_cache(model):
-    evicting = {"h2o", "snapkv", "tova", "streaming", "keydiff", "knorm", "expected"}
-    for name in registry.METHODS:
+    for name, method in registry.METHODS.items():
         cache = registry.build(name, model, 64)
-        assert isinstance(cache, EvictingCache) == (name in evicting)
-        assert isinstance(cache, ShadowKVCache) == (name == "shadowkv")
+        assert isinstance(cache, EvictingCache) == (method.takes_budget and not method.reads_budget)
+        assert isinstance(cache, ShadowKVCache) == method.reads_budget
         assert isinstance(cache, DenseCache) == (name == "none")
 
 
