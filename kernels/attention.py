@@ -318,9 +318,13 @@ def _softmax(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ value.float()[:, :, None], lse
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None
+def cpu_flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """torch's fused attention on a CPU, and its log-sum-exp; heads a multiple of kv_heads.
+
+    A query that sees nothing gives 0 and a log-sum-exp of 0.
+    """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=bias, scale=scale
     )
@@ -334,13 +338,13 @@ def _causal_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, visib
     if visible is not None:
         bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, -torch.inf)[:, None, None, :]
         bias = bias.expand(-1, 1, queries, -1)
-    out, lse = _flash(
+    out, lse = cpu_flash(
         query, key[:, :, past:], value[:, :, past:], scale, True, None if bias is None else bias[..., past:]
     )
     if visible is not None:
         out, lse = _empty_rows(out, lse, (visible[:, past:].cumsum(-1) > 0)[:, None])
     if past:
-        earlier = _flash(
+        earlier = cpu_flash(
             query, key[:, :, :past], value[:, :, :past], scale, False, None if bias is None else bias[..., :past]
         )
         if visible is not None:
@@ -355,7 +359,7 @@ def _slot_flash(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, sc
     # the heads of a group become more queries of their kv head: keys are read once a group
     rows = query.reshape(batch, kv_heads, -1, head_dim)
     bias = torch.zeros_like(positions, dtype=query.dtype).masked_fill_(positions < 0, -torch.inf)[:, :, None, :]
-    out, lse = _flash(rows, key, value, scale, False, bias.expand(-1, -1, rows.shape[2], -1))
+    out, lse = cpu_flash(rows, key, value, scale, False, bias.expand(-1, -1, rows.shape[2], -1))
     out, lse = _empty_rows(out, lse, (positions >= 0).any(-1)[..., None])
     return out.reshape(*query.shape[:-1], -1), lse.reshape(batch, heads, queries)
 

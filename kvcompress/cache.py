@@ -43,8 +43,11 @@ class CompressedCache(hf.Cache):
         windows = hf.attention_windows(config)
         hf.select_attention(model)
         self._model = weakref.ref(model)
-        self.padding = PaddingRecord()
+        self.padding = self._record()
         super().__init__(layers=[self._layer(index, window, len(windows)) for index, window in enumerate(windows)])
+
+    def _record(self) -> PaddingRecord:
+        return PaddingRecord()
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         raise NotImplementedError

@@ -19,6 +19,7 @@ class DenseLayer(CompressedLayer):
     """Keeps every token; on a sliding layer, those of the window and a little more."""
 
     is_croppable = True
+    storage: type[DenseSegment] = DenseSegment
     dense: DenseSegment | None = None
     dropped = 0
 
@@ -26,8 +27,15 @@ class DenseLayer(CompressedLayer):
         return [] if self.dense is None else [self.dense]
 
     def _attend(self, chunk: Chunk) -> Tensor:
+        out, lse = self._attend_dense(chunk)
+        if chunk.sinks is not None:
+            out, _ = merge_states(*with_sinks([out], [lse], chunk.sinks))
+        return out
+
+    def _attend_dense(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Stores the chunk; its attention to what is stored here, and the log-sum-exp of that."""
         if self.dense is None:
-            self.dense = DenseSegment(chunk.key, chunk.value)
+            self.dense = self.storage(chunk.key, chunk.value)
         self.dense.append(chunk.key, chunk.value, chunk.visible)
         key, value, visible = self.dense.held()
         order = own_order = None
@@ -44,15 +52,14 @@ class DenseLayer(CompressedLayer):
             window=self.window,
             softcap=chunk.softcap,
         )
-        if chunk.sinks is not None:
-            out, _ = merge_states(*with_sinks([out], [lse], chunk.sinks))
         if own_order is not None:
-            out = reordered(out, own_order.argsort(-1))
+            back = own_order.argsort(-1)
+            out, lse = reordered(out, back), reordered(lse[..., None], back)[..., 0]
         if self.window is not None and self.dense.length >= self.window - 1 + 2 * _SLACK:
             excess = self.dense.length - (self.window - 1 + _SLACK)
             self.dense.drop_first(excess)
             self.dropped += excess
-        return out
+        return out, lse
 
     def _remap(self, remap: Tensor) -> None:
         assert self.dense is not None
@@ -92,7 +99,7 @@ class DenseLayer(CompressedLayer):
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if tensors:
-            self.dense = DenseSegment.from_tensors(tensors)
+            self.dense = self.storage.from_tensors(tensors)
             self.dense.length = facts["length"]
             self.lazy_initialization(self.dense.keys, self.dense.values)
         self._seen, self.dropped = facts["seen"], facts["dropped"]

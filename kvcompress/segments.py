@@ -15,7 +15,6 @@ from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.column_sums import slot_column_sums
 
 EMPTY = -1
-_GROWTH = 256
 
 
 class Segment:
@@ -208,6 +207,8 @@ class DenseSegment(Segment):
     """
 
     state = ("keys", "values", "visible")
+    # room added at least when it runs out
+    growth: ClassVar[int] = 256
 
     keys: Tensor
     values: Tensor
@@ -266,7 +267,7 @@ class DenseSegment(Segment):
 
     def _grow(self, tokens: int) -> None:
         if tokens > self.keys.shape[2]:
-            room = tokens if self.length == 0 else tokens + max(_GROWTH, self.length // 8)
+            room = tokens if self.length == 0 else tokens + max(self.growth, self.length // 8)
             self._reallocate(0, room)
 
     def _reallocate(self, first: int, room: int) -> None:
