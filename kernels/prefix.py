@@ -24,14 +24,14 @@ from kvcompress.kernels.merge import merge_states
 class Sharing:
     """Which rows of a batch see which block.
 
-    rows: for each block its rows, ascending. batch: rows in all; one may be in no block.
+    rows: for each block its rows, ascending; none for a block that waits. batch: rows in all; one may see no block.
     """
 
     def __init__(self, rows: Sequence[Sequence[int]], batch: int) -> None:
         self.rows = [list(block) for block in rows]
         self.batch = batch
-        if any(not block or min(block) < 0 or max(block) >= batch for block in self.rows):
-            raise ValueError(f"every block needs rows between 0 and {batch - 1}, got {self.rows}")
+        if any(not 0 <= row < batch for block in self.rows for row in block):
+            raise ValueError(f"the rows of a block lie between 0 and {batch - 1}, got {self.rows}")
 
     @cached_property
     def levels(self) -> list[int]:
@@ -39,7 +39,7 @@ class Sharing:
         used = [0] * self.batch
         levels = []
         for block in self.rows:
-            level = max(used[row] for row in block)
+            level = max((used[row] for row in block), default=-1)
             for row in block:
                 used[row] = level + 1
             levels.append(level)
@@ -58,6 +58,10 @@ class Sharing:
             side_by_side = rows == list(range(rows[0], rows[0] + len(rows)))
             self._picks[key] = slice(rows[0], rows[-1] + 1) if side_by_side else torch.tensor(rows, device=device)
         return self._picks[key]
+
+    def tensors(self) -> list[Tensor]:
+        """What was made of the rows for devices."""
+        return [pick for pick in self._picks.values() if isinstance(pick, Tensor)]
 
     @cached_property
     def _picks(self) -> dict[tuple[int, torch.device], slice | Tensor]:
@@ -94,17 +98,18 @@ def prefix_attention(
         [batch, heads, queries] float32; 0 and -inf for a row in no block.
     """
     _check(query, keys, values, sharing, starts, query_positions, window)
-    outs, lses = [], []
+    outs: dict[int, Tensor] = {}
+    lses: dict[int, Tensor] = {}
     for block, (key, value) in enumerate(zip(keys, values, strict=True)):
+        if not sharing.rows[block]:
+            continue
         rows = sharing.pick(block, query.device)
         relative = None
         if window is not None:
             assert starts is not None
             assert query_positions is not None
             relative = query_positions[rows].reshape(1, -1) - starts[block]
-        out, lse = _one_block(query[rows], key, value, relative, scale, window, softcap)
-        outs.append(out)
-        lses.append(lse)
+        outs[block], lses[block] = _one_block(query[rows], key, value, relative, scale, window, softcap)
     return merge_blocks(outs, lses, sharing, query, values[0].shape[-1] if values else query.shape[-1])
 
 
@@ -142,12 +147,13 @@ def prefix_attention_reference(
 
 
 def merge_blocks(
-    outs: Sequence[Tensor], lses: Sequence[Tensor], sharing: Sharing, query: Tensor, value_dim: int
+    outs: dict[int, Tensor], lses: dict[int, Tensor], sharing: Sharing, query: Tensor, value_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The merged answers of blocks, given for the rows of each, [rows, heads, queries, value_dim] and less that."""
+    """The merged answers of blocks, given by block for its rows, [rows, heads, queries, value_dim] and less that."""
     part_outs: list[Tensor | None] = [None] * sharing.parts
     part_lses: list[Tensor | None] = [None] * sharing.parts
-    for block, level in enumerate(sharing.levels):
+    for block in outs:
+        level = sharing.levels[block]
         if len(sharing.rows[block]) == sharing.batch:
             part_outs[level], part_lses[level] = outs[block], lses[block]
             continue

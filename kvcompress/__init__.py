@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvcompress.evicting import StreamingLLMCache as StreamingLLMCache
     from kvcompress.gear import GEARCache as GEARCache
     from kvcompress.gear import KIVICache as KIVICache
+    from kvcompress.hydragen import HydragenCache as HydragenCache
     from kvcompress.loading import load_model as load_model
     from kvcompress.shadowkv import ShadowKVCache as ShadowKVCache
 
@@ -22,6 +23,7 @@ _HOMES = {
     "EvictingCache": "evicting",
     "GEARCache": "gear",
     "H2OCache": "evicting",
+    "HydragenCache": "hydragen",
     "KIVICache": "gear",
     "ShadowKVCache": "shadowkv",
     "SnapKVCache": "evicting",

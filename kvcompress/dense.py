@@ -12,7 +12,7 @@ from kvcompress.padding import pads_first, reordered
 from kvcompress.segments import DenseSegment, Segment
 
 # tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
-_SLACK = 256
+SLACK = 256
 
 
 class DenseLayer(CompressedLayer):
@@ -55,8 +55,8 @@ class DenseLayer(CompressedLayer):
         if own_order is not None:
             back = own_order.argsort(-1)
             out, lse = reordered(out, back), reordered(lse[..., None], back)[..., 0]
-        if self.window is not None and self.dense.length >= self.window - 1 + 2 * _SLACK:
-            excess = self.dense.length - (self.window - 1 + _SLACK)
+        if self.window is not None and self.dense.length >= self.window - 1 + 2 * SLACK:
+            excess = self.dense.length - (self.window - 1 + SLACK)
             self.dense.drop_first(excess)
             self.dropped += excess
         return out, lse

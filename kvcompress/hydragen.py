@@ -6,6 +6,7 @@ the queries of all of them meet it as one matrix (kernels/prefix.py). What diffe
 answers of nodes and suffix merge by their log-sum-exps, which is exact.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -17,14 +18,32 @@ from kvcompress.cache import CompressedCache
 from kvcompress.layer import CompressedLayer
 from kvcompress.padding import PaddingRecord
 from kvcompress.shared import Move, SharedLayer, SharedRecord
-from kvcompress.tree import ROOT, Shared, Tree, by_length, common_tokens, find_shared
+from kvcompress.tree import ROOT, Node, Shared, Tree, by_length, common_tokens, find_shared
 
 # fewer shared tokens than these cost more in another launch than they save
 MIN_TOKENS = 32
+# tokens fed for nothing that are as dear as another node
+_OWN_NODE = 64
 
 
 class HydragenCache(CompressedCache):
-    """Keeps every token, shared ones once: `HydragenCache(model, input_ids, attention_mask)`. Exact."""
+    """Keeps every token, those that sequences share once. Exact.
+
+        HydragenCache(model, input_ids, attention_mask)     a batch of prompts: finds what they share, as a tree
+        HydragenCache.from_prefix(model, prefix_ids)        one prefix, for any number of prompts that begin with it
+        HydragenCache.from_tree(model, pieces, parents)     any tree
+        HydragenCache.from_cache(cache)                     what another kvcompress cache holds of one sequence
+        HydragenCache(model)                                stores equal beginnings of the rows it meets once
+
+    The first four run shared tokens through the model once, and report them as seen: `model.generate` with the whole
+    prompts feeds only what differs. It also takes the suffixes alone, with `attention_mask=cache.cover(mask)`. While no
+    row has tokens of its own, a batch of several times as many rows repeats each, so `num_return_sequences` and beams
+    share their prompt.
+
+    What pays (measured, README): a node saves memory and prefill from its first token on, and costs a decode step one
+    more small attention and a merge. Shared runs of fewer than `min_tokens` tokens are therefore left in the suffixes,
+    and a cache without nodes attends as DenseCache does.
+    """
 
     layers: list[SharedLayer]  # type: ignore[assignment]
     padding: SharedRecord
@@ -35,30 +54,241 @@ class HydragenCache(CompressedCache):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        copies: int = 1,
         min_tokens: int = MIN_TOKENS,
     ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            input_ids: the prompts [batch, tokens] that `generate` will be called with, padded on the left.
+            attention_mask: [batch, tokens], 0 for padding; None: no padding.
+            copies: sequences that `generate` will make of each prompt (num_return_sequences, num_beams). With
+                more than one, and for a single prompt, all of a prompt but its last token is shared.
+            min_tokens: shared runs of fewer tokens are stored for each row.
+
+        Raises:
+            ValueError: the model has something kvcompress does not handle, or padding is not on the left.
+        """
+        if min_tokens < 1 or copies < 1:
+            raise ValueError(f"min_tokens and copies must be at least 1, got {min_tokens} and {copies}")
         self.tree = Tree()
         self.min_tokens = min_tokens
         super().__init__(model)
+        if input_ids is not None:
+            self._find(input_ids, attention_mask, copies)
 
     @classmethod
     def from_prefix(cls, model: PreTrainedModel, prefix_ids: Tensor | Sequence[int], **settings: Any) -> Self:
-        """A cache that holds one prefix, for any number of sequences that begin with it.
+        """A cache that holds one prefix.
 
         Args:
             prefix_ids: [tokens] or [1, tokens].
         """
-        ids = torch.as_tensor(prefix_ids, device=model.device).reshape(-1)
+        return cls.from_tree(model, [prefix_ids], [ROOT], **settings)
+
+    @classmethod
+    def from_tree(
+        cls,
+        model: PreTrainedModel,
+        pieces: Sequence[Tensor | Sequence[int]],
+        parents: Sequence[int],
+        rows: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """A cache that holds a tree.
+
+        Args:
+            pieces: the tokens of each node, [tokens] or [1, tokens].
+            parents: for each node the index of an earlier one, or -1 for a beginning.
+            rows: for each sequence the node that it goes on from; None: one for each node without children.
+
+        Raises:
+            ValueError: a parent or a row names no node, or a node has no token.
+        """
         cache = cls(model, **settings)
-        cache.tree.set_leaves(cache._prefill([ROOT], [ids]))
+        ids = [torch.as_tensor(piece, device=model.device).reshape(-1) for piece in pieces]
+        if len(ids) != len(parents) or not ids or any(not -1 <= parent < node for node, parent in enumerate(parents)):
+            raise ValueError(
+                f"from_tree needs for each of {len(ids)} pieces the index of an earlier one, or -1; got {list(parents)}"
+            )
+        if any(len(piece) == 0 for piece in ids):
+            raise ValueError("every node of a tree needs a token")
+        if rows is None:
+            rows = [node for node in range(len(ids)) if node not in parents]
+        if not rows or any(not 0 <= row < len(ids) for row in rows):
+            raise ValueError(f"rows must name nodes 0 to {len(ids) - 1}, got {list(rows)}")
+        names = cache._grow(ids, list(parents))
+        cache._set_leaves([names[row] for row in rows])
         cache._lay_out()
+        return cache
+
+    @classmethod
+    def from_cache(cls, cache: CompressedCache, **settings: Any) -> Self:
+        """A cache whose prefix is what another one holds of one sequence, as that one holds it.
+
+        An evicting cache gives a prefix of its slots, a quantising one a prefix of packed blocks: read once for all
+        rows, whose suffixes are kept whole. The other cache must not be used any more.
+
+        Args:
+            cache: of one sequence, without padding.
+
+        Raises:
+            ValueError: it holds several sequences, padding, or keys that do not stand at their true positions.
+        """
+        model = cache._model()
+        if model is None:
+            raise ValueError("the model of the cache is gone")
+        if cache.batch_size != 1 or cache.padding.visible is not None:
+            raise ValueError(
+                f"from_cache takes a cache of one sequence without padding, got {cache.batch_size} sequences"
+                + (" with padding" if cache.padding.visible is not None else "")
+            )
+        shared = cls(model, **settings)
+        name = shared.tree.add(ROOT, int(cache.get_seq_length()))
+        for layer, other in zip(shared.layers, cache.layers, strict=True):
+            layer.adopt(name, other)
+        shared.tree.set_leaves([name])
+        shared._lay_out()
+        return shared
+
+    # levels and forks
+
+    def push(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Adds a level: each row's new tokens become a node, which all of its continuations share.
+
+        Args:
+            input_ids: [batch, tokens], padded on the left; `batch` as many as there are rows, or several times as many.
+            attention_mask: [batch, tokens], 0 for padding; None: no padding.
+        """
+        batch = len(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = len(self.tree.leaves) or batch
+        if batch % rows:
+            raise ValueError(f"push needs tokens for each of {rows} rows, or several for each; got {batch} rows")
+        self._freeze()
+        pieces = [ids[shown.bool()] for ids, shown in zip(input_ids, mask, strict=True)]
+        if any(len(piece) == 0 for piece in pieces):
+            raise ValueError("push needs a token for every row")
+        parents = [leaf for leaf in (self.tree.leaves or [ROOT] * rows) for _ in range(batch // rows)]
+        self._set_leaves(self._prefill(parents, pieces))
+        self._lay_out()
+
+    def pop(self) -> None:
+        """Takes the newest level back, and all tokens that came after it.
+
+        Raises:
+            ValueError: there is no level.
+        """
+        if not self.tree.nodes:
+            raise ValueError("there is no level to take back")
+        parents = {leaf: self.tree.nodes[leaf].parent for leaf in self.tree.leaves if leaf != ROOT}
+        self._set_leaves([parents.get(leaf, ROOT) for leaf in self.tree.leaves])
+        if self.tree.nodes:
+            self._lay_out()
+        else:
+            rows = len(self.tree.leaves)
+            self.reset()
+            self.tree.set_leaves([ROOT] * rows)
+
+    def fork(self, copies: int = 1) -> Self:
+        """A cache of `copies` continuations of each row, which shares all that was seen until now with this one.
+
+        Both go on independently, the rows of a copy side by side. All tokens seen lie in nodes from then on.
+        """
+        if copies < 1:
+            raise ValueError(f"fork needs at least one copy, got {copies}")
+        self._freeze()
+        other = self.clone()
+        other.batch_repeat_interleave(copies)
+        return other
+
+    def clone(self) -> Self:
+        """An independent copy; nodes are shared with it, as they never change."""
+        memo: dict[int, Any] = {
+            id(segment): segment for layer in self.layers for node in layer.held.values() for segment in node
+        }
+        return copy.deepcopy(self, memo)
+
+    def cover(self, mask: Tensor) -> Tensor:
+        """The attention mask of all tokens, for new ones alone.
+
+        Args:
+            mask: of the new tokens, [batch, new].
+
+        Returns:
+            [batch, tokens seen + new].
+        """
+        seen = int(self.get_seq_length())
+        past = self.padding.visible
+        past = mask.new_ones(1, seen) if past is None else past.to(mask)
+        return torch.cat([past.repeat_interleave(len(mask) // len(past), 0), mask], 1)
+
+    # rows
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def _select(self, rows: Tensor) -> None:
+        before = set(self.tree.leaves)
+        self.tree.select(rows)
+        if set(self.tree.leaves) != before:
+            self._prune()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row several times; what they then have in common becomes a node, where it is long enough."""
+        if repeats > 1 and max(self._suffix_lengths(), default=0) >= self.min_tokens:
+            self._freeze()
+        super().batch_repeat_interleave(repeats)
+        self.tree.repeat(repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, exactly; where suffixes are shorter, shared tokens become each row's own first.
+
+        Raises:
+            ValueError: a node or a window cannot give them back; nothing has changed.
+        """
+        if -tokens_to_remove > self.layers[0].suffix_columns() and self.tree.nodes:
+            for layer in self.layers:
+                layer.check_thaw()
+            self._thaw()
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.tree.clear()
+        self.padding.laid_out = True
+
+    def _settings(self) -> dict[str, Any]:
+        tree = self.tree
+        ahead = None if tree.ahead is None else tree.ahead.tolist()
+        nodes = {name: [node.parent, node.tokens, node.start] for name, node in tree.nodes.items()}
+        return {
+            "min_tokens": self.min_tokens,
+            "tree": {"nodes": nodes, "leaves": tree.leaves, "ahead": ahead, "laid_out": self.padding.laid_out},
+        }
+
+    @classmethod
+    def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
+        cache = cls(model, min_tokens=settings["min_tokens"])
+        tree = settings["tree"]
+        cache.tree.nodes = {int(name): Node(*facts) for name, facts in tree["nodes"].items()}
+        cache.tree.set_leaves(tree["leaves"])
+        cache.tree.ahead = None if tree["ahead"] is None else torch.tensor(tree["ahead"])
+        cache.padding.laid_out = tree["laid_out"]
         return cache
 
     def _record(self) -> PaddingRecord:
         return SharedRecord(self.tree)
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return SharedLayer(self.padding, window, index == 0, self.tree)
+        return SharedLayer(self.padding, window, index == 0, index == layers - 1, self.tree, self.min_tokens)
+
+    # forwards
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -81,6 +311,19 @@ class HydragenCache(CompressedCache):
         for layer in self.layers:
             if layer.kv_shape is not None:
                 layer.kv_shape = (batch, *layer.kv_shape[1:])
+
+    def _grow(self, pieces: list[Tensor], parents: list[int]) -> list[int]:
+        """Runs the pieces of a tree, given with the index of each one's parent, level by level; the nodes' names."""
+        depth: list[int] = []
+        for parent in parents:
+            depth.append(0 if parent == ROOT else depth[parent] + 1)
+        names = [ROOT] * len(pieces)
+        for level in range(max(depth, default=ROOT) + 1):
+            of_level = [index for index in range(len(pieces)) if depth[index] == level]
+            above = [ROOT if parents[index] == ROOT else names[parents[index]] for index in of_level]
+            for index, name in zip(of_level, self._prefill(above, [pieces[index] for index in of_level]), strict=True):
+                names[index] = name
+        return names
 
     def _prefill(self, parents: list[int], pieces: list[Tensor]) -> list[int]:
         """Runs pieces of tokens, each once, as the continuation of a node each; the names of the new nodes."""
@@ -125,20 +368,6 @@ class HydragenCache(CompressedCache):
             use_cache=True,
         )
 
-    def cover(self, mask: Tensor) -> Tensor:
-        """The attention mask of all tokens, for new ones alone.
-
-        Args:
-            mask: of the new tokens, [batch, new].
-
-        Returns:
-            [batch, tokens seen + new].
-        """
-        seen = int(self.get_seq_length())
-        past = self.padding.visible
-        past = mask.new_ones(len(mask), seen) if past is None else past.to(mask)
-        return torch.cat([past.repeat_interleave(len(mask) // len(past), 0), mask], 1)
-
     def _freeze(self) -> None:
         """Turns each row's suffix into a node."""
         counts = self._suffix_lengths()
@@ -148,23 +377,102 @@ class HydragenCache(CompressedCache):
             if count:
                 leaves[row] = self.tree.add(leaves[row], count)
                 nodes.append((leaves[row], row, 0, count))
-        self._move(Move(nodes, counts, counts), leaves)
+        if nodes:
+            for layer in self.layers:
+                layer.move(Move(nodes, counts, counts, leaves))
+            self.tree.set_leaves(leaves)
+            self.padding.laid_out = False
 
-    def _move(self, move: Move, leaves: list[int]) -> None:
-        for layer in self.layers:
-            layer.move(move)
+    def _set_leaves(self, leaves: list[int]) -> None:
         self.tree.set_leaves(leaves)
-        self.padding.laid_out = all(layer.dense is not None for layer in self.layers)
+        self.tree.ahead = None
+        self._prune()
+
+    def _prune(self) -> None:
+        gone = self.tree.prune()
+        for layer in self.layers:
+            layer.prune(gone)
+
+    def _thaw(self) -> None:
+        """Turns all nodes into the rows' own tokens."""
+        seen = int(self.get_seq_length())
+        shown = self.padding.shown(len(self.tree.leaves), seen)
+        for layer in self.layers:
+            layer.thaw(self.padding.visible, shown, None)
+        self.tree.thaw()
+        self.padding.laid_out = True
 
     def _suffix_lengths(self) -> list[int]:
         """Tokens of each row that are its own."""
         seen = int(self.get_seq_length())
-        visible, ahead = self.padding.visible, self.tree.ahead
-        held = torch.tensor(self.tree.lengths())
-        shown = torch.full_like(held, seen) if visible is None else visible.sum(-1).cpu()
-        return (shown - held + (0 if ahead is None else ahead.cpu())).tolist()
+        rows, ahead = len(self.tree.leaves), self.tree.ahead
+        if not self.padding.laid_out or not rows:
+            return [0] * rows
+        own = self.padding.shown(rows, seen).cpu() - torch.tensor(self.tree.lengths())
+        return (own if ahead is None else own + ahead.cpu()).tolist()
 
     def _device(self) -> torch.device:
         model = self._model()
         assert model is not None
         return model.device
+
+    # finding what is shared
+
+    def _find(self, input_ids: Tensor, attention_mask: Tensor | None, copies: int) -> None:
+        """Builds the tree of a batch of prompts [batch, tokens] and runs what it holds."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if input_ids.dim() != 2 or mask.shape != input_ids.shape:
+            raise ValueError(
+                "HydragenCache takes input_ids and attention_mask of one shape [batch, tokens], got "
+                f"{list(input_ids.shape)} and {list(mask.shape)}"
+            )
+        mask = mask.to(self._device()).bool()
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise ValueError("HydragenCache takes prompts padded on the left; a row has padding behind a token")
+        rows = [ids[shown] for ids, shown in zip(input_ids.to(mask.device), mask, strict=True)]
+        # every row has a token to feed
+        limits = [max(0, len(row) - 1) for row in rows]
+        found = find_shared(limits, common_tokens(rows), self.min_tokens)
+        if len(rows) == 1 and limits[0]:
+            found = [Shared(ROOT, 0, limits[0], (0,))]
+        ends = [ROOT] * len(rows)
+        for index, shared in enumerate(found):
+            for row in shared.rows:
+                ends[row] = index
+        held = [0 if end == ROOT else found[end].stop for end in ends]
+        pads = [mask.shape[1] - len(row) for row in rows]
+        if copies > 1:
+            seen = mask.shape[1] - 1
+        elif found:
+            seen = _columns([pad + length for pad, length in zip(pads, held, strict=True)])
+        else:
+            return
+        for row, (pad, length) in enumerate(zip(pads, held, strict=True)):
+            # a row of its own up to there, so that the others need not be fed again what they share
+            if min(seen - pad, limits[row]) > length:
+                found.append(Shared(ends[row], length, min(seen - pad, limits[row]), (row,)))
+                ends[row] = len(found) - 1
+        if not found:
+            return
+        pieces = [rows[shared.rows[0]][shared.start : shared.stop] for shared in found]
+        names = self._grow(pieces, [shared.parent for shared in found])
+        self._set_leaves([ROOT if end == ROOT else names[end] for end in ends])
+        self._lay_out()
+        self.padding.visible = None if bool(mask[:, :seen].all()) else mask[:, :seen].clone()
+        for layer in self.layers:
+            layer._seen = seen
+
+
+def _columns(ends: list[int]) -> int:
+    """How many columns of a batch to report as seen.
+
+    A row that holds more is fed the rest again, for nothing; one that holds fewer must hold a node of its own.
+
+    Args:
+        ends: for each row the column up to which it holds what others hold too.
+    """
+
+    def cost(seen: int) -> int:
+        return sum(end - seen if end >= seen else _OWN_NODE for end in ends)
+
+    return min(sorted(set(ends), reverse=True), key=cost)

@@ -87,9 +87,20 @@ class Tree:
             self._sharing = None
         return gone
 
+    def thaw(self) -> None:
+        """Forgets all nodes; the rows stay."""
+        self.nodes, self.ahead = {}, None
+        self.set_leaves([ROOT] * len(self.leaves))
+
     def clear(self) -> None:
         """Back to no node and no row."""
-        self.nodes, self.leaves, self.ahead, self._sharing = {}, [], None, None
+        self.thaw()
+        self.set_leaves([])
+
+    def tensors(self) -> list[Tensor]:
+        """What the tree itself takes."""
+        own = [] if self.ahead is None else [self.ahead]
+        return own if self._sharing is None else own + self._sharing.tensors()
 
     def sharing(self) -> Sharing:
         """The rows of each node, in the order of `nodes`."""
@@ -110,6 +121,10 @@ class Shared:
     start: int
     stop: int
     rows: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
 
 
 def find_shared(limits: Sequence[int], common: Callable[[int, int, int], int], least: int) -> list[Shared]:

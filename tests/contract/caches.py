@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, ShadowKVCache
+from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.hf import head_counts
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
@@ -49,6 +49,7 @@ class Entry:
     during: the method by which its layers attend to what they hold, for a cache whose queries choose what they attend
         to: `kept` and `decoded` are then read right after it.
     refuses: model types it does not serve; a test elsewhere sees it refuse them.
+    shares: it stores what rows have in common once, in tensors called prefix_*.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Entry:
     dtype: torch.dtype = torch.float32
     during: str | None = None
     refuses: tuple[str, ...] = ()
+    shares: bool = False
 
     def recording(
         self, model: PreTrainedModel, cache: Any, transcript: Transcript | None = None
@@ -245,6 +247,15 @@ def _whole(model: PreTrainedModel) -> ShadowKVCache:
 
 ENTRIES = [
     Entry("dense", DenseCache, kept=everything, exact=True, croppable=True),
+    Entry(
+        "hydragen",
+        # whatever two rows begin with lies in a node
+        lambda model: HydragenCache(model, min_tokens=1),
+        kept=everything,
+        exact=True,
+        croppable=True,
+        shares=True,
+    ),
     Entry(
         "h2o",
         lambda model: H2OCache(model, budget=BUDGET),

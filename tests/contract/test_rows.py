@@ -47,8 +47,8 @@ def test_rows_take_all_they_have_along(entry, method, argument, rows, padded):
         for chunk in (*steps[:, :12].split(1, 1), steps[:, 12:17], *steps[:, 17:].split(1, 1)):
             mask = torch.cat([mask, torch.ones_like(chunk)], 1)
             logits = feed(model, moved, chunk, mask)
-            # what is factored is rounded in another order in another batch
-            close = 1e-5 if entry.decoded is None else 1e-4
+            # what is factored, or lies in a node here and in a suffix there, is rounded in another order
+            close = 1e-5 if entry.decoded is None and not entry.shares else 1e-4
             torch.testing.assert_close(logits, feed(model, straight, chunk, mask), rtol=close, atol=close)
     assert_same_state(entry, moved, straight)
     assert_equals_oracle(model, transcript)
