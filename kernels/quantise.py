@@ -20,10 +20,17 @@ Bytes a block and head: block * head_dim * element size read, block * head_dim *
 outliers take (`Coding.bytes`) written, in one pass; some 6 + 6 c operations a number: bound by bandwidth.
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from kvcompress.kernels.packed_tile import planes_of
+from kvcompress.kernels.runtime import AotCase, aot_case, runs_triton
+from kvcompress.kernels.tile import tile_width, triton_type
 
 _LARGEST = 65504.0
 
@@ -96,7 +103,7 @@ def quantise(x: Tensor, coding: Coding) -> Packed:
         ValueError: for a block, head_dim or coding that cannot be packed.
     """
     check_coding(coding, x.shape[-2], x.shape[-1])
-    return quantise_reference(x, coding)
+    return _launch(x, coding) if runs_triton(x) and x.numel() else quantise_reference(x, coding)
 
 
 def quantise_reference(x: Tensor, coding: Coding) -> Packed:
@@ -263,3 +270,212 @@ def _round_down(x: Tensor) -> Tensor:
     bits = half.view(torch.int16)
     below = torch.where(half > 0, bits - 1, torch.where(half == 0, -0x7FFF, bits + 1)).view(torch.float16)
     return torch.where(half.float() > x, below, half)
+
+
+def _launch(x: Tensor, coding: Coding) -> Packed:
+    batch, kv_heads, blocks, block, head_dim = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    per_channel = coding.axis == "channel"
+    groups = coding.groups(block, head_dim)
+    shape = (batch, kv_heads, blocks)
+    codes = x.new_empty(*shape, block * coding.bits // 8, head_dim, dtype=torch.uint8)
+    scales, zeros = (x.new_empty(*shape, *groups, dtype=torch.float16) for _ in range(2))
+    values = index = None
+    if coding.outliers:
+        sparse = (*shape, 2 * coding.outliers, head_dim) if per_channel else (*shape, block, 2 * coding.outliers)
+        values, index = x.new_empty(sparse, dtype=torch.float16), x.new_empty(sparse, dtype=torch.uint8)
+    constants, parts, warps = _tiles(coding, block, head_dim)
+    with torch.cuda.device_of(x):
+        _quantise_kernel[(batch * kv_heads * blocks * parts,)](
+            x, codes, scales, zeros, values, index,
+            *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps,
+        )  # fmt: skip
+    return Packed(codes, scales, zeros, values, index)
+
+
+def _tiles(coding: Coding, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:
+    """The compile-time arguments, the programs of a block, and warps."""
+    per_channel = coding.axis == "channel"
+    planes = 8 if coding.bits == 3 else planes_of(coding.bits)
+    width = tile_width(head_dim)
+    if per_channel:
+        columns, run = min(width, max(16, _TILE // block)), block // planes
+        parts = triton.cdiv(head_dim, columns)
+    else:
+        columns, run = width, min(block // planes, max(1, _TILE // width // planes))
+        parts = block // planes // run
+    constants: dict[str, int | bool] = {
+        "BITS": coding.bits,
+        "GROUP": min(coding.group, block if per_channel else width),
+        "PER_CHANNEL": per_channel,
+        "OUTLIERS": coding.outliers,
+        "HEAD_DIM": head_dim,
+        "BLOCK": block,
+        "PLANES": planes,
+        "RUN": run,
+        "COLUMNS": columns,
+        "PARTS": parts,
+    }
+    return constants, parts, 8 if planes * run * columns > _TILE // 2 else 4
+
+
+# numbers of a program's tile
+_TILE = 4096
+
+
+@triton.jit
+def _round_half_down(x):
+    # float32 as float16, never above it
+    half = x.to(tl.float16)
+    bits = half.to(tl.int16, bitcast=True)
+    # of a positive number the one before it, of a negative one the one behind it; below 0 is the least negative
+    below = tl.where(half > 0, bits - 1, tl.where(half == 0, -0x7FFF, bits + 1)).to(tl.int16)
+    return tl.where(half.to(tl.float32) > x, below.to(tl.float16, bitcast=True), half)
+
+
+@triton.jit
+def _quantise_kernel(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, values_ptr, index_ptr,
+    x_batch_stride, x_head_stride, x_block_stride, x_stride, kv_heads, blocks,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLANES: tl.constexpr,
+    RUN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    # one program owns COLUMNS channels of a block, or of each plane of a block RUN tokens: whole vectors and bytes
+    part = tl.program_id(0) % PARTS
+    owner = (tl.program_id(0) // PARTS).to(tl.int64)
+    LEVELS: tl.constexpr = 2**BITS - 1
+    TOKENS: tl.constexpr = PLANES * RUN
+    PLANE: tl.constexpr = BLOCK // PLANES
+    index = tl.arange(0, TOKENS)
+    dim = tl.arange(0, COLUMNS)
+    first = 0
+    if PER_CHANNEL:
+        dim += part * COLUMNS
+    else:
+        first = part * RUN
+    token = index // RUN * PLANE + first + index % RUN  # [T]
+    dim_ok = dim < HEAD_DIM
+    block_at = owner // blocks // kv_heads * x_batch_stride + owner // blocks % kv_heads * x_head_stride
+    x_at = block_at + owner % blocks * x_block_stride + token.to(tl.int64)[:, None] * x_stride + dim[None, :]
+    x = tl.load(x_ptr + x_at, mask=dim_ok[None, :], other=0.0).to(tl.float32)  # [T, D]
+
+    low = tl.where(dim_ok[None, :], x, float("inf"))
+    high = tl.where(dim_ok[None, :], x, float("-inf"))
+    AXIS: tl.constexpr = 0 if PER_CHANNEL else 1
+    place = tl.broadcast_to(index[:, None] if PER_CHANNEL else dim[None, :], [TOKENS, COLUMNS])
+    if OUTLIERS:
+        # which of its vector's outliers a number is, -1 for none
+        order = tl.full([TOKENS, COLUMNS], -1, tl.int32)
+        for n in range(OUTLIERS):
+            chosen = place == tl.expand_dims(tl.argmax(high, AXIS), AXIS)
+            order = tl.where(chosen, n, order)
+            high = tl.where(chosen, float("-inf"), high)
+        low = tl.where(order < 0, low, float("inf"))
+        for n in range(OUTLIERS):
+            chosen = place == tl.expand_dims(tl.argmin(low, AXIS), AXIS)
+            order = tl.where(chosen, OUTLIERS + n, order)
+            low = tl.where(chosen, float("inf"), low)
+        high = tl.where(order < 0, high, float("-inf"))
+
+    if PER_CHANNEL:
+        low = tl.min(tl.reshape(low, [TOKENS // GROUP, GROUP, COLUMNS]), 1)  # [groups, D]
+        high = tl.max(tl.reshape(high, [TOKENS // GROUP, GROUP, COLUMNS]), 1)
+    else:
+        low = tl.min(tl.reshape(low, [TOKENS, COLUMNS // GROUP, GROUP]), 2)  # [T, groups]
+        high = tl.max(tl.reshape(high, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
+    # a group of nothing but outliers, or of no channel
+    empty = low > high
+    # what float16 cannot hold saturates
+    low = tl.where(empty, 0.0, tl.minimum(tl.maximum(low, -65504.0), 65504.0))
+    high = tl.where(empty, 0.0, tl.minimum(tl.maximum(high, -65504.0), 65504.0))
+    half_zero = _round_half_down(low)
+    zero = half_zero.to(tl.float32)
+    half_scale = -_round_half_down(-tl.div_rn(high - zero, tl.full(high.shape, LEVELS, tl.float32)))
+    scale = half_scale.to(tl.float32)
+    inverse = tl.where(
+        scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
+    )
+    if PER_CHANNEL:
+        group = tl.arange(0, TOKENS // GROUP)
+        at = (owner * (BLOCK // GROUP) + group)[:, None] * HEAD_DIM + dim[None, :]
+        ok = tl.broadcast_to(dim_ok[None, :], [TOKENS // GROUP, COLUMNS])
+        grouped = tl.reshape(x, [TOKENS // GROUP, GROUP, COLUMNS])
+        SHARED: tl.constexpr = 1
+    else:
+        group = tl.arange(0, COLUMNS // GROUP)
+        STORED: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
+        at = (owner * BLOCK + token)[:, None] * STORED + group[None, :]
+        ok = tl.broadcast_to((group < STORED)[None, :], [TOKENS, COLUMNS // GROUP])
+        grouped = tl.reshape(x, [TOKENS, COLUMNS // GROUP, GROUP])
+        SHARED: tl.constexpr = 2
+    tl.store(zeros_ptr + at, half_zero, mask=ok)
+    tl.store(scales_ptr + at, half_scale, mask=ok)
+
+    zero = tl.expand_dims(zero, SHARED)
+    codes = tl.floor((grouped - zero) * tl.expand_dims(inverse, SHARED) + 0.5)
+    codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
+    if OUTLIERS:
+        rest = tl.reshape(grouped - (zero + tl.expand_dims(scale, SHARED) * codes), [TOKENS, COLUMNS])
+        rest = tl.minimum(tl.maximum(rest, -65504.0), 65504.0)
+        for n in range(2 * OUTLIERS):
+            value = tl.sum(tl.where(order == n, rest, 0.0), AXIS)
+            found = tl.sum(tl.where(order == n, place, 0), AXIS)
+            if PER_CHANNEL:
+                outlier_at = (owner * (2 * OUTLIERS) + n) * HEAD_DIM + dim
+                outlier_ok = dim_ok
+            else:
+                outlier_at = (owner * BLOCK + token) * (2 * OUTLIERS) + n
+                outlier_ok = token < BLOCK
+            tl.store(values_ptr + outlier_at, value.to(tl.float16), mask=outlier_ok)
+            tl.store(index_ptr + outlier_at, found.to(tl.uint8), mask=outlier_ok)
+
+    whole = tl.reshape(codes.to(tl.int32), [TOKENS, COLUMNS])
+    PER: tl.constexpr = 4 if BITS == 3 else PLANES
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    SHARE: tl.constexpr = PLANES // PER * RUN
+    plane = tl.arange(0, PER)[:, None, None]
+    planes = tl.reshape(whole & (2**WIDTH - 1), [PER, SHARE, COLUMNS])
+    packed = tl.sum(planes << plane * WIDTH, 0)  # [rows, D]
+    row = tl.arange(0, SHARE)
+    row = row // RUN * PLANE + first + row % RUN
+    ROWS: tl.constexpr = BLOCK * BITS // 8
+    codes_ptr += owner * (ROWS * HEAD_DIM)
+    tl.store(codes_ptr + row[:, None] * HEAD_DIM + dim[None, :], packed.to(tl.uint8), mask=dim_ok[None, :])
+    if BITS == 3:
+        high_bits = tl.sum(tl.reshape(whole >> 2, [8, RUN, COLUMNS]) << tl.arange(0, 8)[:, None, None], 0)
+        row = BLOCK // 4 + first + tl.arange(0, RUN)
+        tl.store(codes_ptr + row[:, None] * HEAD_DIM + dim[None, :], high_bits.to(tl.uint8), mask=dim_ok[None, :])
+
+
+def aot_cases() -> Iterator[AotCase]:
+    types = {"codes_ptr": "*u8", "scales_ptr": "*fp16", "zeros_ptr": "*fp16", "values_ptr": "*fp16", "index_ptr": "*u8"}
+    for head_dim, block, bits, group, outliers, dtype in (
+        (64, 64, 2, 64, 1, torch.bfloat16),
+        (80, 64, 4, 32, 0, torch.bfloat16),
+        (128, 64, 2, 64, 2, torch.bfloat16),
+        (128, 64, 3, 32, 2, torch.float32),
+        (128, 128, 4, 64, 0, torch.bfloat16),
+        (128, 16, 8, 16, 1, torch.bfloat16),
+        (256, 64, 2, 64, 3, torch.bfloat16),
+        (256, 256, 3, 128, 3, torch.float32),
+        (64, 8, 3, 8, 1, torch.bfloat16),
+    ):
+        axes: tuple[Literal["channel", "token"], ...] = ("channel", "token")
+        for axis in axes:
+            constants, _, warps = _tiles(Coding(bits, group, axis, outliers), block, head_dim)
+            yield aot_case(
+                _quantise_kernel,
+                f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {bits} bits, block {block}, group {group}, "
+                f"{axis}, outliers {outliers}",
+                types | {"x_ptr": triton_type(dtype)},
+                constants | ({} if outliers else {"values_ptr": None, "index_ptr": None}),
+                num_warps=warps,
+            )
