@@ -14,10 +14,24 @@ Bytes: x and its packed form are read loops + 1 times, left is written once. Flo
 tokens * head_dim * rank and loops + 1 decodings.
 """
 
+from collections.abc import Iterator
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.quantise import Coding, Packed, check_coding, dequantise
+from kvcompress.kernels.attention import split_keys
+from kvcompress.kernels.packed_tile import (
+    TileShape,
+    load_decoded,
+    tile_shape,
+    tile_start,
+    tile_tokens,
+)
+from kvcompress.kernels.quantise import Coding, Packed, check_coding, coding_constants, dequantise, stored_blocks
+from kvcompress.kernels.runtime import AotCase, aot_case, runs_triton
+from kvcompress.kernels.tile import MIN_SIDE, dot, tile_width, triton_type, wide
 
 # residuals a piece of the CPU path may hold: 2 MB in float32, about one core's share of the cache
 _PIECE = 2**19
@@ -55,6 +69,8 @@ def residual_factors(
         raise ValueError(f"rank must be 1 to head_dim = {x.shape[-1]}, got {rank}")
     if loops < 1:
         raise ValueError(f"loops must be at least 1, got {loops}")
+    if runs_triton(x) and x.numel():
+        return _launch(x, packed, coding, rank, present, loops, dtype)
     batch, kv_heads, blocks, block, head_dim = x.shape
     left = x.new_empty(batch, kv_heads, blocks, block, rank, dtype=dtype)
     basis = first_basis(head_dim, rank, x.device).expand(batch, kv_heads, -1, -1)
@@ -114,3 +130,204 @@ def _residual(x: Tensor, packed: Packed, coding: Coding, present: Tensor | None,
     if present is not None:
         residual.masked_fill_(~present[:, None, blocks, None, None], 0.0)
     return residual.flatten(2, 3)
+
+
+def _launch(
+    x: Tensor, packed: Packed, coding: Coding, rank: int, present: Tensor | None, loops: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, blocks, block, head_dim = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    packed, batch_blocks, head_blocks = stored_blocks(packed)
+    present = None if present is None else present.contiguous().view(torch.uint8)
+    width = tile_width(head_dim)
+    tile = _tile(block, coding.bits, width)
+    owners, rank_parts = batch * kv_heads, triton.cdiv(rank, _STEP)
+    # tiles of absent blocks at the end count too: a split has whole tiles
+    splits, split_tokens = split_keys(owners * rank_parts, tile.count(blocks) * tile.tokens, tile.tokens, x.device)
+    left = x.new_empty(batch, kv_heads, blocks, block, rank, dtype=dtype)
+    grown = x.new_empty(splits, owners, head_dim, rank, dtype=torch.float32)
+    basis = first_basis(head_dim, rank, x.device).expand(batch, kv_heads, -1, -1).contiguous()
+
+    def each_tile(basis: Tensor, writes_left: bool) -> None:
+        _residual_kernel[(owners * rank_parts * splits,)](
+            x, *packed[:5], present, basis, left if writes_left else None, None if writes_left else grown,
+            *x.stride()[:4], batch_blocks, head_blocks, owners, kv_heads, blocks, rank, rank_parts, splits,
+            split_tokens // tile.tokens, tile.count(blocks),
+            **coding_constants(coding, packed, block, head_dim), **tile.constants(), HEAD_DIM=head_dim, DIM=width,
+            RANK_STEP=_STEP, MASKED=present is not None, num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(x):
+        for _ in range(loops):
+            each_tile(basis, False)
+            if rank_parts > 1:
+                basis = torch.linalg.qr(grown.sum(0)).Q.contiguous()
+            else:
+                _orthonormal_kernel[(owners,)](
+                    grown, basis, owners, rank, splits,
+                    HEAD_DIM=head_dim, DIM=width, RANK=_STEP, num_warps=4,
+                )  # fmt: skip
+        # the error is that of a projection on what is stored
+        right = basis.view(batch, kv_heads, head_dim, rank).to(dtype)
+        each_tile(right.float(), True)
+    return left, right
+
+
+def _tile(block: int, bits: int, width: int) -> TileShape:
+    return tile_shape(block, [bits], max(16, _TILE // width))
+
+
+# numbers of a residual's tile
+_TILE = 4096
+# directions of a program
+_STEP = MIN_SIDE
+
+
+@triton.jit(do_not_specialize=["owners", "blocks", "rank_parts", "splits", "split_tiles", "tiles"])
+def _residual_kernel(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, outlier_values_ptr, outlier_index_ptr,
+    present_ptr, basis_ptr, left_ptr, grown_ptr,
+    x_batch_stride, x_head_stride, x_block_stride, x_stride, batch_blocks, head_blocks,
+    owners, kv_heads, blocks, rank, rank_parts, splits, split_tiles, tiles,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLANES: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    # one program owns RANK_STEP directions of one (row, KV head), and the blocks of one split
+    split = tl.program_id(0) % splits
+    first = tl.program_id(0) // splits % rank_parts * RANK_STEP
+    owner = (tl.program_id(0) // splits // rank_parts).to(tl.int64)
+    batch = owner // kv_heads
+    head = owner % kv_heads
+    x_ptr += batch * x_batch_stride + head * x_head_stride
+    base = batch * batch_blocks + head * head_blocks
+
+    dim = tl.arange(0, DIM)
+    direction = first + tl.arange(0, RANK_STEP)
+    basis_ok = (dim < HEAD_DIM)[:, None] & (direction < rank)[None, :]
+    basis_at = (owner * HEAD_DIM + dim)[:, None] * rank + direction[None, :]
+    basis = tl.load(basis_ptr + basis_at, mask=basis_ok, other=0.0)  # [D, rank]
+    grown = tl.zeros([DIM, RANK_STEP], tl.float32)
+    for tile in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tiles)):
+        block, offset = tile_start(tile, BLOCK, PLANES, RUN, TILE_BLOCKS)
+        ahead, place = tile_tokens(offset, 1, BLOCK, PLANES, RUN, TILE_BLOCKS)
+        at = (block + ahead).to(tl.int64)
+        ok = at < blocks
+        if MASKED:
+            present = tl.load(present_ptr + batch * blocks + at, mask=ok, other=0) != 0
+        else:
+            present = ok
+        x_at = at * x_block_stride + place * x_stride
+        x_ok = present[:, None] & (dim < HEAD_DIM)[None, :]
+        x = tl.load(x_ptr + x_at[:, None] + dim[None, :], mask=x_ok, other=0.0).to(tl.float32)
+        decoded = load_decoded(
+            codes_ptr, scales_ptr, zeros_ptr, outlier_values_ptr, outlier_index_ptr, base, block, blocks, offset,
+            BITS, GROUP, PER_CHANNEL, OUTLIERS, HEAD_DIM, DIM, BLOCK, PLANES, RUN, TILE_BLOCKS,
+        )  # fmt: skip
+        residual = tl.where(x_ok, x - decoded, 0.0)  # [T, D]
+        seen = dot(residual, basis, tl.zeros([residual.shape[0], RANK_STEP], tl.float32))  # [T, rank]
+        if grown_ptr is None:
+            left_at = ((owner * blocks + at) * BLOCK + place)[:, None] * rank + direction[None, :]
+            left_ok = ok[:, None] & (direction < rank)[None, :]
+            tl.store(left_ptr + left_at, seen.to(left_ptr.dtype.element_ty), mask=left_ok)
+        else:
+            grown = dot(tl.trans(residual), seen, grown)
+    if grown_ptr is not None:
+        tl.store(grown_ptr + wide(split) * owners * HEAD_DIM * rank + basis_at, grown, mask=basis_ok)
+
+
+@triton.jit(do_not_specialize=["owners", "splits"])
+def _orthonormal_kernel(
+    grown_ptr, basis_ptr,  # [splits, owners, HEAD_DIM, rank] and, of its sum, [owners, HEAD_DIM, rank]
+    owners, rank, splits,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    # one program owns the directions of one (row, KV head)
+    owner = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, DIM)
+    direction = tl.arange(0, RANK)
+    ok = (dim < HEAD_DIM)[:, None] & (direction < rank)[None, :]
+    at = (owner * HEAD_DIM + dim)[:, None] * rank + direction[None, :]
+    basis = tl.zeros([DIM, RANK], tl.float32)
+    for split in range(splits):
+        basis += tl.load(grown_ptr + wide(split) * owners * HEAD_DIM * rank + at, mask=ok, other=0.0)
+    # squares of what is left of small residuals must not vanish
+    largest = tl.max(tl.max(tl.abs(basis), 1), 0)
+    basis = basis * tl.where(largest > 0, 1.0 / largest, 0.0)
+    for n in range(rank):
+        one = tl.sum(tl.where(direction[None, :] == n, basis, 0.0), 1)  # [D]
+        # twice: what the others leave of a direction that depends on them is noise, not orthogonal to them
+        for _ in tl.static_range(2):
+            share = tl.sum(basis * one[:, None], 0)  # [rank]
+            share = tl.where(direction < n, share, 0.0)
+            one -= tl.sum(basis * share[None, :], 1)
+            length = tl.sqrt(tl.sum(one * one, 0))
+            one = one * tl.where(length > 0, 1.0 / length, 0.0)
+        basis = tl.where(direction[None, :] == n, one[:, None], basis)
+    tl.store(basis_ptr + at, basis, mask=ok)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for head_dim, block, bits, group, outliers, dtype in (
+        (64, 64, 2, 64, 1, torch.bfloat16),
+        (80, 64, 3, 32, 1, torch.float32),
+        (128, 64, 2, 64, 2, torch.bfloat16),
+        (128, 64, 4, 64, 0, torch.bfloat16),
+        (128, 16, 8, 16, 1, torch.float32),
+        (256, 64, 2, 64, 3, torch.bfloat16),
+        (256, 128, 3, 32, 3, torch.float32),
+    ):
+        width = tile_width(head_dim)
+        for per_channel in (True, False):
+            for writes_left in (True, False):
+                absent = ["grown_ptr" if writes_left else "left_ptr"]
+                absent += [] if outliers else ["outlier_values_ptr", "outlier_index_ptr"]
+                yield aot_case(
+                    _residual_kernel,
+                    f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {bits} bits, block {block}, group {group}, "
+                    f"{'channel' if per_channel else 'token'}, {'left' if writes_left else 'grown'}",
+                    {
+                        "x_ptr": triton_type(dtype),
+                        "codes_ptr": "*u8",
+                        "scales_ptr": "*fp16",
+                        "zeros_ptr": "*fp16",
+                        "outlier_values_ptr": "*fp16",
+                        "outlier_index_ptr": "*u8",
+                        "present_ptr": "*u8",
+                        "basis_ptr": "*fp32",
+                        "left_ptr": "*fp16",
+                        "grown_ptr": "*fp32",
+                    },
+                    {
+                        "BITS": bits,
+                        "GROUP": min(group, block if per_channel else width),
+                        "PER_CHANNEL": per_channel,
+                        "OUTLIERS": outliers,
+                        **_tile(block, bits, width).constants(),
+                        "HEAD_DIM": head_dim,
+                        "DIM": width,
+                        "RANK_STEP": _STEP,
+                        "MASKED": True,
+                        **dict.fromkeys(absent),
+                    },
+                    num_warps=4,
+                    num_stages=1,
+                )
+        yield aot_case(
+            _orthonormal_kernel,
+            f"head_dim {head_dim}",
+            {"grown_ptr": "*fp32", "basis_ptr": "*fp32"},
+            {"HEAD_DIM": head_dim, "DIM": width, "RANK": _STEP},
+            num_warps=4,
+        )

@@ -164,6 +164,33 @@ def dequantise(
     return x.to(dtype)
 
 
+def stored_blocks(packed: Packed) -> tuple[Packed, int, int]:
+    """The packed tensors as kernels address them: a block is contiguous, and the one behind it lies behind it.
+
+    Returns:
+        The tensors, and how many blocks lie between rows and between heads. Slices of a larger storage are taken as
+        they are, tensors laid out otherwise are copied; the factor `right` is passed through.
+    """
+    parts = [part for part in packed[:6] if part is not None]
+    strides = {(part.stride(0) / part[0, 0, 0].numel(), part.stride(1) / part[0, 0, 0].numel()) for part in parts}
+    if len(strides) == 1 and all(part[0, 0].is_contiguous() for part in parts):
+        (steps,) = strides
+        return packed, int(steps[0]), int(steps[1])
+    copied = (None if part is None else part.contiguous() for part in packed)
+    return Packed(*copied), packed.codes.shape[1] * packed.codes.shape[2], packed.codes.shape[2]  # type: ignore[arg-type]
+
+
+def coding_constants(coding: Coding, packed: Packed, block: int, head_dim: int) -> dict[str, int | bool]:
+    """The compile-time arguments of a kernel that decodes."""
+    per_channel = coding.axis == "channel"
+    return {
+        "BITS": coding.bits,
+        "GROUP": min(coding.group, block if per_channel else tile_width(head_dim)),
+        "PER_CHANNEL": per_channel,
+        "OUTLIERS": 0 if packed.outlier_index is None else coding.outliers,
+    }
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Packs codes along the tokens of a block, without interleaving.
 
