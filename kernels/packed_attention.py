@@ -13,10 +13,30 @@ bound by bandwidth at 8 bits, by the decoding below. The bound on the speed-up o
 32 * block * head_dim / (8 * (both Coding.bytes)), 6.4 at 2 bits and groups of 64.
 """
 
+from collections.abc import Iterator
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.quantise import Coding, Packed, check_coding, dequantise
+from kvcompress.kernels.attention import split_keys
+from kvcompress.kernels.merge import merge_stack
+from kvcompress.kernels.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
+from kvcompress.kernels.quantise import Coding, Packed, check_coding, coding_constants, dequantise, stored_blocks
+from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.tile import (
+    LOG2E,
+    MIN_SIDE,
+    bound_logits,
+    dot,
+    load_tile,
+    rows_aligned,
+    store_tile,
+    tile_width,
+    triton_type,
+    wide,
+)
 
 # numbers that a piece of the CPU path may hold: 1 MB in float32, so that keys, values and logits fit a core's cache
 _PIECE = 2**18
@@ -60,9 +80,9 @@ def packed_attention(
         ValueError: for shapes or codings that do not fit each other.
     """
     _check(query, keys, values, key_coding, value_coding, positions, spans, with_logits)
-    found = _on_cpu(
-        query, keys, values, key_coding, value_coding, positions, query_positions, spans, scale, window, softcap,
-        with_logits,
+    found = _packed_attention(
+        query, *_parts(keys, key_coding), *_parts(values, value_coding), positions, query_positions, spans,
+        scale, window, softcap, with_logits,
     )  # fmt: skip
     return found if with_logits else found[:2]
 
@@ -136,6 +156,63 @@ def _check(
         raise ValueError(f"packed_attention reports the logits of one query, got query {list(query.shape)}")
 
 
+def _parts(packed: Packed, coding: Coding) -> tuple[list[Tensor], list[int]]:
+    """A packed tensor as an op's schema can say it: the tensors that are there, and the coding in numbers."""
+    outliers = 0 if packed.outlier_index is None else coding.outliers
+    rank = 0 if packed.left is None else packed.left.shape[-1]
+    settings = [coding.bits, coding.group, coding.axis == "channel", outliers, rank]
+    return [part for part in packed if part is not None], settings
+
+
+def _whole(parts: list[Tensor], settings: list[int]) -> tuple[Packed, Coding]:
+    bits, group, per_channel, outliers, rank = settings
+    coding = Coding(bits, group, "channel" if per_channel else "token", outliers, rank)
+    sparse = parts[3:5] if outliers else [None, None]
+    return Packed(*parts[:3], *sparse, *(parts[-2:] if rank else [])), coding
+
+
+def _packed_attention_fake(
+    query: Tensor,
+    keys: list[Tensor],
+    key_settings: list[int],
+    values: list[Tensor],
+    value_settings: list[int],
+    positions: Tensor,
+    query_positions: Tensor,
+    spans: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    with_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    logits = query.new_empty(batch, heads, positions.shape[-1] if with_logits else 0, dtype=torch.float32)
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    return query.new_empty(batch, heads, queries, values[0].shape[-1]), lse, logits
+
+
+@compilable(_packed_attention_fake)
+def _packed_attention(
+    query: Tensor,
+    keys: list[Tensor],
+    key_settings: list[int],
+    values: list[Tensor],
+    value_settings: list[int],
+    positions: Tensor,
+    query_positions: Tensor,
+    spans: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    with_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = _launch if runs_triton(query) and query.numel() and positions.numel() else _in_pieces
+    return run(
+        query, *_whole(keys, key_settings), *_whole(values, value_settings), positions, query_positions, spans,
+        scale, window, softcap, with_logits,
+    )  # fmt: skip
+
+
 def _seen(positions: Tensor, query_positions: Tensor, window: int | None) -> Tensor:
     """Which tokens a query sees, [batch, 1 or kv_heads, queries or 1, tokens]."""
     there = (positions >= 0)[:, :, None, :]
@@ -149,11 +226,11 @@ def _blocks(packed: Packed, blocks: slice) -> Packed:
     return Packed(*(None if part is None else part[:, :, blocks] for part in packed[:5]))  # type: ignore[arg-type]
 
 
-def _on_cpu(
+def _in_pieces(
     query: Tensor,
     keys: Packed,
-    values: Packed,
     key_coding: Coding,
+    values: Packed,
     value_coding: Coding,
     positions: Tensor,
     query_positions: Tensor,
@@ -222,3 +299,317 @@ def _bases(right: Tensor, spans: Tensor | None, dtype: torch.dtype) -> Tensor:
         return right[:, :, :1].to(dtype)
     batch = torch.arange(len(right), device=right.device)[:, None]
     return right.transpose(1, 2)[batch, spans.long()].transpose(1, 2).to(dtype)
+
+
+def _launch(
+    query: Tensor,
+    keys: Packed,
+    key_coding: Coding,
+    values: Packed,
+    value_coding: Coding,
+    positions: Tensor,
+    query_positions: Tensor,
+    spans: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    with_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, blocks = keys.codes.shape[1:3]
+    group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
+    query, positions = rows_aligned(query), positions.contiguous()
+    query_positions = None if window is None else query_positions.contiguous()
+    spans = None if spans is None else spans.contiguous()
+    keys, key_batch_blocks, key_head_blocks = stored_blocks(keys)
+    values, value_batch_blocks, value_head_blocks = stored_blocks(values)
+    key_right, value_right = (None if right is None else right.contiguous() for right in (keys.right, values.right))
+    dim, value_width = tile_width(head_dim), tile_width(value_dim)
+    block_rows, tile, warps, stages = _tiles(
+        queries * group, tokens // blocks, [key_coding.bits, value_coding.bits], max(dim, value_width),
+        query.element_size(),
+    )  # fmt: skip
+    row_blocks = triton.cdiv(queries * group, block_rows)
+    tiles = tile.count(blocks)
+    splits, split_tokens = split_keys(batch * kv_heads * row_blocks, tiles * tile.tokens, tile.tokens, query.device)
+    shape = (batch, heads, queries) if splits == 1 else (splits, batch, heads, queries)
+    out = query.new_empty(*shape, value_dim, dtype=query.dtype if splits == 1 else torch.float32)
+    lse = query.new_empty(shape, dtype=torch.float32)
+    logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        _packed_kernel[(batch * kv_heads * row_blocks * splits,)](
+            query, *keys[:6], key_right, *values[:6], value_right, positions, query_positions, spans,
+            out, lse, logits if with_logits else None,
+            *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
+            1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
+            positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
+            window or 0, scale, softcap or 0.0,
+            **_constants(keys, key_coding, values, value_coding, tile, head_dim, value_dim),
+            HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, WINDOWED=window is not None,
+            SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    if splits > 1:
+        out, lse = merge_stack(out, lse, query.dtype)
+    return out, lse, logits
+
+
+def _constants(
+    keys: Packed,
+    key_coding: Coding,
+    values: Packed,
+    value_coding: Coding,
+    tile: TileShape,
+    head_dim: int,
+    value_dim: int,
+) -> dict[str, int | bool]:
+    constants: dict[str, int | bool] = {"HEAD_DIM": head_dim, "DIM": tile_width(head_dim)}
+    constants |= {"VALUE_DIM": value_dim, "VALUE_WIDTH": tile_width(value_dim), **tile.constants()}
+    for name, packed, coding, dim in (("KEY", keys, key_coding, head_dim), ("VALUE", values, value_coding, value_dim)):
+        of_coding = coding_constants(coding, packed, tile.block, dim)
+        constants |= {f"{name}_{setting}": value for setting, value in of_coding.items()}
+        constants[f"{name}_RANK"] = 0 if packed.left is None else packed.left.shape[-1]
+    return constants
+
+
+# as many rows (queries times group) as one tile takes
+_MOST_ROWS = 64
+
+
+def _tiles(rows: int, block: int, bits: list[int], width: int, element_size: int) -> tuple[int, TileShape, int, int]:
+    """Rows of a tile, its tokens, warps and pipeline stages."""
+    block_rows = min(_MOST_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
+    if element_size == 4:
+        block_rows, tokens, warps = (min(block_rows, 32), 32, 4) if width <= 128 else (MIN_SIDE, 16, 8)
+    elif width > 128:
+        block_rows, tokens, warps = min(block_rows, 32), 32, 8
+    else:
+        tokens, warps = 64 if width <= 64 or block_rows == MIN_SIDE else 32, 4
+    return block_rows, tile_shape(block, bits, tokens), warps, 2
+
+
+@triton.jit
+def _base_of(spans_ptr, at, ok, SPANNED: tl.constexpr):
+    # which basis a block has
+    if SPANNED:
+        return tl.load(spans_ptr + at, mask=ok, other=0)
+    return 0
+
+
+@triton.jit
+def _load_basis(ptr, span, first, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr):
+    # directions first .. first + STEP of a basis, [DIM, STEP]
+    dim = tl.arange(0, DIM)
+    direction = first + tl.arange(0, STEP)
+    ok = (dim < HEAD_DIM)[:, None] & (direction < RANK)[None, :]
+    return tl.load(ptr + (span * HEAD_DIM + dim)[:, None] * RANK + direction[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def _load_left(ptr, at, ok, first, RANK: tl.constexpr, STEP: tl.constexpr):
+    # of these tokens the shares of directions first .. first + STEP, [T, STEP]
+    direction = first + tl.arange(0, STEP)
+    return tl.load(
+        ptr + at[:, None] * RANK + direction[None, :], mask=ok[:, None] & (direction < RANK)[None, :], other=0.0
+    )
+
+
+@triton.jit(do_not_specialize=[
+    "key_spans", "value_spans", "batch_size", "queries", "blocks", "splits", "split_tiles", "tiles", "window",
+])  # fmt: skip
+def _packed_kernel(
+    query_ptr,
+    key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr, key_left_ptr, key_right_ptr,
+    value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr, value_left_ptr,
+    value_right_ptr, positions_ptr, query_positions_ptr, spans_ptr, out_ptr, lse_ptr, logits_ptr,
+    query_batch_stride, query_head_stride, query_stride,
+    key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks, key_spans, value_spans,
+    position_heads, batch_size, kv_heads, queries, blocks, splits, split_tiles, tiles, window, scale, softcap,
+    KEY_BITS: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    KEY_PER_CHANNEL: tl.constexpr,
+    KEY_OUTLIERS: tl.constexpr,
+    KEY_RANK: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    VALUE_PER_CHANNEL: tl.constexpr,
+    VALUE_OUTLIERS: tl.constexpr,
+    VALUE_RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLANES: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_ROOM: tl.constexpr,  # HEAD_DIM with the padding of the queries
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPANNED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    # one program owns BLOCK_ROWS rows of one KV head and the tiles of one split;
+    # a row is one (query, head of the group), so that the group reads and decodes its keys once
+    row_blocks = tl.cdiv(queries * GROUP, BLOCK_ROWS)
+    split = tl.program_id(0) % splits
+    row_block = tl.program_id(0) // splits % row_blocks
+    owner = tl.program_id(0) // splits // row_blocks
+    kv_head = (owner % kv_heads).to(tl.int64)
+    batch = (owner // kv_heads).to(tl.int64)
+    key_base = batch * key_batch_blocks + kv_head * key_head_blocks
+    value_base = batch * value_batch_blocks + kv_head * value_head_blocks
+    positions_ptr += (batch * position_heads + kv_head % position_heads) * blocks * BLOCK
+    TOKENS: tl.constexpr = TILE_BLOCKS * PLANES * RUN
+    STEP: tl.constexpr = 16
+
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
+    row_ok = row < queries * GROUP
+    index = (row // GROUP).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
+    query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_ROOM)  # [R, DIM]
+    if WINDOWED:
+        position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)  # [R]
+
+    peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
+    for tile in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tiles)):
+        block, offset = tile_start(tile, BLOCK, PLANES, RUN, TILE_BLOCKS)
+        ahead, place = tile_tokens(offset, 1, BLOCK, PLANES, RUN, TILE_BLOCKS)  # [T]
+        token_ok = block + ahead < blocks
+        token = (block + ahead) * BLOCK + place
+        key = load_decoded(
+            key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr,
+            key_base, block, blocks, offset,
+            KEY_BITS, KEY_GROUP, KEY_PER_CHANNEL, KEY_OUTLIERS, HEAD_DIM, DIM, BLOCK, PLANES, RUN, TILE_BLOCKS,
+        ).to(query.dtype)  # fmt: skip
+        logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, TOKENS], tl.float32))  # [R, T]
+        if KEY_RANK:
+            left_at = (key_base + block + ahead) * BLOCK + place
+            for n in tl.static_range(TILE_BLOCKS):
+                span = (batch * kv_heads + kv_head) * key_spans + _base_of(
+                    spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
+                )
+                of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
+                for first in tl.static_range(0, KEY_RANK, STEP):
+                    right = _load_basis(key_right_ptr, span, first, HEAD_DIM, DIM, KEY_RANK, STEP).to(query.dtype)
+                    left = _load_left(key_left_ptr, left_at, of_block, first, KEY_RANK, STEP).to(query.dtype)
+                    seen = dot(query, right, tl.zeros([BLOCK_ROWS, STEP], tl.float32)).to(query.dtype)
+                    logits = dot(seen, tl.trans(left), logits)
+        logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
+        slot_position = tl.load(positions_ptr + token, mask=token_ok, other=-1)
+        visible = (slot_position >= 0)[None, :]
+        if WINDOWED:
+            visible = visible & (slot_position[None, :] > position[:, None] - window)
+        logits = tl.where(visible, logits, float("-inf"))
+        if logits_ptr is not None:
+            # one query: a row is a head
+            logits_offset = (batch * kv_heads * GROUP + head) * blocks * BLOCK
+            tl.store(
+                logits_ptr + logits_offset[:, None] + token[None, :], logits, mask=row_ok[:, None] & token_ok[None, :]
+            )
+
+        logits *= LOG2E
+        risen = tl.maximum(peak, tl.max(logits, 1))
+        # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+        shift = tl.where(risen == float("-inf"), 0.0, risen)
+        fade = tl.exp2(peak - shift)
+        weight = tl.exp2(logits - shift[:, None])  # [R, T]
+        peak = risen
+        total = total * fade + tl.sum(weight, 1)
+        weight = weight.to(query.dtype)
+        value = load_decoded(
+            value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr,
+            value_base, block, blocks, offset,
+            VALUE_BITS, VALUE_GROUP, VALUE_PER_CHANNEL, VALUE_OUTLIERS, VALUE_DIM, VALUE_WIDTH,
+            BLOCK, PLANES, RUN, TILE_BLOCKS,
+        ).to(query.dtype)  # fmt: skip
+        out = dot(weight, value, out * fade[:, None])
+        if VALUE_RANK:
+            left_at = (value_base + block + ahead) * BLOCK + place
+            for n in tl.static_range(TILE_BLOCKS):
+                span = (batch * kv_heads + kv_head) * value_spans + _base_of(
+                    spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
+                )
+                of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
+                for first in tl.static_range(0, VALUE_RANK, STEP):
+                    left = _load_left(value_left_ptr, left_at, of_block, first, VALUE_RANK, STEP).to(query.dtype)
+                    right = _load_basis(
+                        value_right_ptr, span, first, VALUE_DIM, VALUE_WIDTH, VALUE_RANK, STEP
+                    ).to(query.dtype)  # fmt: skip
+                    share = dot(weight, left, tl.zeros([BLOCK_ROWS, STEP], tl.float32)).to(query.dtype)
+                    out = dot(share, tl.trans(right), out)
+
+    lse_offset = ((wide(split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
+    norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
+    tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+
+
+# key bits, value bits, group, outliers, rank, block
+_AOT_CODINGS = [
+    (2, 2, 64, 0, 0, 64),
+    (2, 2, 32, 2, 4, 64),
+    (3, 3, 32, 1, 2, 64),
+    (4, 4, 64, 0, 0, 64),
+    (4, 2, 64, 1, 4, 128),
+    (8, 8, 64, 1, 0, 64),
+    (2, 2, 16, 0, 2, 16),
+]
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for head_dim in (64, 80, 128, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in (MIN_SIDE, _MOST_ROWS):
+                for coding in _AOT_CODINGS:
+                    yield _aot_case(head_dim, dtype, rows, *coding)
+
+
+def _aot_case(
+    head_dim: int,
+    dtype: torch.dtype,
+    rows: int,
+    key_bits: int,
+    value_bits: int,
+    group: int,
+    outliers: int,
+    rank: int,
+    block: int,
+) -> AotCase:
+    width, plain = tile_width(head_dim), not outliers
+    block_rows, tile, warps, stages = _tiles(rows, block, [key_bits, value_bits], width, dtype.itemsize)
+    types = {
+        "scale": "fp32",
+        "softcap": "fp32",
+        "query_ptr": triton_type(dtype),
+        "out_ptr": "*fp32",
+        "lse_ptr": "*fp32",
+    }
+    types |= {"positions_ptr": "*i32", "query_positions_ptr": "*i32", "spans_ptr": "*i32", "logits_ptr": "*fp32"}
+    constants = {
+        **{"HEAD_DIM": head_dim, "HEAD_ROOM": head_dim, "DIM": width, "VALUE_DIM": head_dim, "VALUE_WIDTH": width},
+        **{"GROUP": 4, "SPANNED": rank > 0, "WINDOWED": not plain, "SOFTCAPPED": not plain, "BLOCK_ROWS": block_rows},
+        **tile.constants(),
+    }
+    absent = ["query_positions_ptr", "logits_ptr"] if plain else []
+    for name, bits in (("key", key_bits), ("value", value_bits)):
+        pointers = {"codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "outliers": "*fp16", "index": "*u8"}
+        types |= {f"{name}_{part}_ptr": kind for part, kind in (pointers | {"left": "*fp16", "right": "*fp16"}).items()}
+        absent += [] if outliers else [f"{name}_outliers_ptr", f"{name}_index_ptr"]
+        absent += [] if rank else [f"{name}_left_ptr", f"{name}_right_ptr"]
+        per_channel = name == "key"
+        settings = {"BITS": bits, "GROUP": min(group, block if per_channel else width), "PER_CHANNEL": per_channel}
+        settings |= {"OUTLIERS": outliers, "RANK": rank}
+        constants |= {f"{name.upper()}_{setting}": value for setting, value in settings.items()}
+    return aot_case(
+        _packed_kernel,
+        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {block_rows}x{tile.tokens}, bits {key_bits} {value_bits}, "
+        f"group {group}, outliers {outliers}, rank {rank}, block {block}",
+        types,
+        constants | dict.fromkeys(absent if rank else [*absent, "spans_ptr"]),
+        num_warps=warps,
+        num_stages=stages,
+    )
