@@ -178,7 +178,7 @@ def _tile(block: int, bits: int, width: int) -> TileShape:
 
 
 # numbers of a residual's tile
-_TILE = 4096
+_TILE = 2048
 # directions of a program
 _STEP = MIN_SIDE
 

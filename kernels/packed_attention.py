@@ -319,7 +319,7 @@ def _launch(
     kv_heads, blocks = keys.codes.shape[1:3]
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
     query, positions = rows_aligned(query), positions.contiguous()
-    query_positions = None if window is None else query_positions.contiguous()
+    window_ends = None if window is None else query_positions.contiguous()
     spans = None if spans is None else spans.contiguous()
     keys, key_batch_blocks, key_head_blocks = stored_blocks(keys)
     values, value_batch_blocks, value_head_blocks = stored_blocks(values)
@@ -338,7 +338,7 @@ def _launch(
     logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
     with torch.cuda.device_of(query):
         _packed_kernel[(batch * kv_heads * row_blocks * splits,)](
-            query, *keys[:6], key_right, *values[:6], value_right, positions, query_positions, spans,
+            query, *keys[:6], key_right, *values[:6], value_right, positions, window_ends, spans,
             out, lse, logits if with_logits else None,
             *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
             1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
@@ -550,11 +550,11 @@ def _packed_kernel(
 
 # key bits, value bits, group, outliers, rank, block
 _AOT_CODINGS = [
-    (2, 2, 64, 0, 0, 64),
     (2, 2, 32, 2, 4, 64),
     (3, 3, 32, 1, 2, 64),
-    (4, 4, 64, 0, 0, 64),
     (4, 2, 64, 1, 4, 128),
+    (2, 2, 64, 0, 0, 64),
+    (4, 4, 64, 0, 0, 64),
     (8, 8, 64, 1, 0, 64),
     (2, 2, 16, 0, 2, 16),
 ]
@@ -564,7 +564,8 @@ def aot_cases() -> Iterator[AotCase]:
     for head_dim in (64, 80, 128, 256):
         for dtype in (torch.bfloat16, torch.float32):
             for rows in (MIN_SIDE, _MOST_ROWS):
-                for coding in _AOT_CODINGS:
+                # others only mask more, or have more rows
+                for coding in _AOT_CODINGS if head_dim != 80 and rows == MIN_SIDE else _AOT_CODINGS[:3]:
                     yield _aot_case(head_dim, dtype, rows, *coding)
 
 
@@ -590,8 +591,16 @@ def _aot_case(
     }
     types |= {"positions_ptr": "*i32", "query_positions_ptr": "*i32", "spans_ptr": "*i32", "logits_ptr": "*fp32"}
     constants = {
-        **{"HEAD_DIM": head_dim, "HEAD_ROOM": head_dim, "DIM": width, "VALUE_DIM": head_dim, "VALUE_WIDTH": width},
-        **{"GROUP": 4, "SPANNED": rank > 0, "WINDOWED": not plain, "SOFTCAPPED": not plain, "BLOCK_ROWS": block_rows},
+        "HEAD_DIM": head_dim,
+        "HEAD_ROOM": head_dim,
+        "DIM": width,
+        "VALUE_DIM": head_dim,
+        "VALUE_WIDTH": width,
+        "GROUP": 4,
+        "SPANNED": rank > 0,
+        "WINDOWED": not plain,
+        "SOFTCAPPED": not plain,
+        "BLOCK_ROWS": block_rows,
         **tile.constants(),
     }
     absent = ["query_positions_ptr", "logits_ptr"] if plain else []

@@ -78,24 +78,24 @@ def load_codes(
     start = ptr + (base + at)[:, None] * (ROWS * HEAD_DIM) + dim[None, :]
     packed = tl.load(start + row[:, None] * HEAD_DIM, mask=ok, other=0).to(tl.int32)  # [rows, DIM]
     if BITS == 8:
-        return packed
-    packed = tl.reshape(packed, [TILE_BLOCKS, SHARE, DIM])
-    if BITS == 3:
-        high_row = BLOCK // 4 + row % (BLOCK // 8)
-        high = tl.load(start + high_row[:, None] * HEAD_DIM, mask=ok, other=0).to(tl.int32)
-        high = tl.reshape(high >> (row // (BLOCK // 8))[:, None], [TILE_BLOCKS, SHARE, DIM])
-        c0 = (packed & 3) | (high & 1) << 2
-        c1 = (packed >> 2 & 3) | (high >> 2 & 1) << 2
-        c2 = (packed >> 4 & 3) | (high >> 4 & 1) << 2
-        c3 = (packed >> 6 & 3) | (high >> 6 & 1) << 2
-    elif BITS == 2:
+        codes = packed
+    elif BITS == 4:
+        packed = tl.reshape(packed, [TILE_BLOCKS, SHARE, DIM])
+        codes = tl.permute(tl.join(packed & 15, packed >> 4), [0, 3, 1, 2])  # [blocks, 2, share, DIM]
+    else:
+        packed = tl.reshape(packed, [TILE_BLOCKS, SHARE, DIM])
         c0 = packed & 3
         c1 = packed >> 2 & 3
         c2 = packed >> 4 & 3
-        c3 = packed >> 6 & 3
-    if BITS == 4:
-        codes = tl.permute(tl.join(packed & 15, packed >> 4), [0, 3, 1, 2])  # [blocks, 2, share, DIM]
-    else:
+        c3 = packed >> 6
+        if BITS == 3:
+            high_row = BLOCK // 4 + row % (BLOCK // 8)
+            high = tl.load(start + high_row[:, None] * HEAD_DIM, mask=ok, other=0).to(tl.int32)
+            high = tl.reshape(high >> (row // (BLOCK // 8))[:, None], [TILE_BLOCKS, SHARE, DIM])
+            c0 |= (high & 1) << 2
+            c1 |= (high >> 2 & 1) << 2
+            c2 |= (high >> 4 & 1) << 2
+            c3 |= (high >> 6 & 1) << 2
         # [blocks, share, DIM, 2, 2]: of the last two the first is the higher digit of the plane
         codes = tl.permute(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [0, 3, 4, 1, 2])
     return tl.reshape(codes, [TILE_BLOCKS * PLANES * RUN, DIM])

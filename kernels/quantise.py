@@ -430,19 +430,18 @@ def _quantise_kernel(
     inverse = tl.where(
         scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
     )
+    SHARED: tl.constexpr = 1 if PER_CHANNEL else 2
     if PER_CHANNEL:
         group = tl.arange(0, TOKENS // GROUP)
         at = (owner * (BLOCK // GROUP) + group)[:, None] * HEAD_DIM + dim[None, :]
         ok = tl.broadcast_to(dim_ok[None, :], [TOKENS // GROUP, COLUMNS])
         grouped = tl.reshape(x, [TOKENS // GROUP, GROUP, COLUMNS])
-        SHARED: tl.constexpr = 1
     else:
         group = tl.arange(0, COLUMNS // GROUP)
         STORED: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
         at = (owner * BLOCK + token)[:, None] * STORED + group[None, :]
         ok = tl.broadcast_to((group < STORED)[None, :], [TOKENS, COLUMNS // GROUP])
         grouped = tl.reshape(x, [TOKENS, COLUMNS // GROUP, GROUP])
-        SHARED: tl.constexpr = 2
     tl.store(zeros_ptr + at, half_zero, mask=ok)
     tl.store(scales_ptr + at, half_scale, mask=ok)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.low_rank import residual_factors
-from kvcompress.kernels.quantise import Coding, Packed, quantise
+from kvcompress.kernels.low_rank import residual_factors_reference
+from kvcompress.kernels.quantise import Coding, Packed, quantise_reference
 from kvcompress.kernels.runtime import runs_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +42,7 @@ def blocks(batch: int, kv_heads: int, count: int, block: int, head_dim: int, dty
 
 def packed_blocks(x: Tensor, coding: Coding, spans: Tensor | None = None) -> Packed:
     """Blocks of `blocks`, packed with the factors of their spans, [batch, blocks]; None: one span."""
-    packed = quantise(x, coding)
+    packed = quantise_reference(x, coding)
     if not coding.rank:
         return packed
     if spans is None:
@@ -50,7 +50,7 @@ def packed_blocks(x: Tensor, coding: Coding, spans: Tensor | None = None) -> Pac
     left = torch.zeros(*x.shape[:4], coding.rank, dtype=torch.float16, device=x.device)
     right = []
     for span in range(int(spans.max()) + 1):
-        found = residual_factors(x, packed, coding, coding.rank, spans == span)
+        found = residual_factors_reference(x, packed, coding, coding.rank, spans == span)
         left += found[0]
         right.append(found[1])
     return packed._replace(left=left, right=torch.stack(right, 2))

@@ -5,7 +5,9 @@ import torch
 
 from kvcompress.kernels import low_rank
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
-from kvcompress.kernels.quantise import Coding, dequantise, quantise
+from kvcompress.kernels.quantise import Coding, Packed, dequantise
+from kvcompress.kernels.quantise import quantise_reference as quantise
+from kvcompress.kernels.runtime import runs_triton
 from tests.kernels.inputs import DEVICE, DTYPES, blocks
 
 # bits, group, axis, outliers, rank, blocks, block, head_dim
@@ -14,7 +16,8 @@ CASES = [
     (2, 64, "token", 1, 4, 3, 64, 80),
     (3, 16, "channel", 2, 4, 5, 16, 96),
     (4, 32, "token", 1, 1, 2, 8, 129),
-    (8, 32, "channel", 1, 20, 1, 128, 64),
+    (8, 32, "channel", 1, 20, 1, 64, 64),
+    (4, 64, "channel", 0, 2, 2, 128, 64),
 ]
 
 
@@ -24,23 +27,39 @@ def product(factors):
 
 
 @pytest.mark.parametrize(("bits", "group", "axis", "outliers", "rank", "count", "block", "head_dim"), CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_factors_agree_with_the_reference(bits, group, axis, outliers, rank, count, block, head_dim, dtype):
-    coding = Coding(bits, group, axis, outliers)
-    x = blocks(2, 3, count, block, head_dim, dtype)
+def test_factors_agree_with_the_reference(bits, group, axis, outliers, rank, count, block, head_dim):
+    agree(Coding(bits, group, axis, outliers), blocks(2, 1, count, block, head_dim), rank)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_factors_agree_with_the_reference_in_16_bits(dtype):
+    agree(Coding(2, 16, "channel", 1), blocks(1, 2, 2, 16, 64, dtype), 2)
+
+
+def test_slices_of_a_larger_storage_agree_with_the_reference():
+    coding = Coding(2, 16, "channel", 1)
+    x = blocks(3, 2, 4, 16, 64)
     packed = quantise(x, coding)
-    present = torch.ones(2, count, dtype=torch.bool, device=DEVICE)
-    present[1, 0] = count == 1
+    part = Packed(*(None if part is None else part[1:, :, 1:3] for part in packed))
+    agree(coding, x[1:, :, 1:3], 2, part)
+
+
+def agree(coding, x, rank, packed=None):
+    batch, kv_heads, count, block, head_dim = x.shape
+    packed = packed or quantise(x, coding)
+    present = torch.ones(batch, count, dtype=torch.bool, device=DEVICE)
+    present[-1, 0] = count == 1
     found, expected = (
         factors(x, packed, coding, rank, present, dtype=torch.float32)
         for factors in (residual_factors, residual_factors_reference)
     )
-    assert [part.shape for part in found] == [(2, 3, count, block, rank), (2, 3, head_dim, rank)]
+    assert [part.shape for part in found] == [(batch, kv_heads, count, block, rank), (batch, kv_heads, head_dim, rank)]
     # the sign of a direction is free, what the directions span is not
     size = product(expected).abs().max().item()
     torch.testing.assert_close(product(found), product(expected), rtol=0, atol=2e-3 * size)
 
 
+@pytest.mark.skipif(runs_triton(torch.empty(0, device=DEVICE)), reason="only the PyTorch path has pieces")
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 def test_the_size_of_the_pieces_changes_nothing(pieces, monkeypatch):
     coding = Coding(2, 16, "channel", 1)
@@ -52,10 +71,10 @@ def test_the_size_of_the_pieces_changes_nothing(pieces, monkeypatch):
 
 
 @pytest.mark.parametrize(("axis", "outliers"), [*itertools.product(("channel", "token"), (0, 1))])
-@pytest.mark.parametrize("rank", [1, 2, 4, 16])
+@pytest.mark.parametrize("rank", [1, 4])
 def test_factors_lower_the_error_of_every_head(axis, outliers, rank):
     coding = Coding(2, 64, axis, outliers, rank)
-    x = blocks(2, 3, 4, 64, 64)
+    x = blocks(1, 2, 2, 64, 64)
     packed = quantise(x, coding)
     left, right = residual_factors(x, packed, coding, rank)
     corrected = packed._replace(left=left, right=right[:, :, None])
@@ -74,8 +93,8 @@ def test_factors_lower_the_error_of_every_head(axis, outliers, rank):
 def test_as_many_factors_as_channels_are_exact(axis):
     coding = Coding(2, 16, axis, 1, 64)
     # fewer tokens than channels in the first case
-    for count in (2, 6):
-        x = blocks(2, 2, count, 16, 64)
+    for count in (2, 5):
+        x = blocks(1, 1, count, 16, 64)
         packed = quantise(x, coding)
         left, right = residual_factors(x, packed, coding, 64, dtype=torch.float32)
         decoded = dequantise(packed._replace(left=left, right=right[:, :, None]), coding)
