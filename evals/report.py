@@ -68,7 +68,7 @@ def pareto_front(rows: Sequence[Row], value: str = "score", rises: bool = True) 
     sign = 1 if rises else -1
     front: list[Row] = []
     # having found nothing is no point of a front
-    compressed = [row for row in rows if row["budget"] is not None and not (rises and row[value] <= 0)]
+    compressed = [row for row in rows if row["method"] != registry.FULL and not (rises and row[value] <= 0)]
     for row in sorted(compressed, key=lambda row: (row["bytes"], -sign * row[value])):
         if not front or sign * row[value] > sign * front[-1][value]:
             front.append(row)
@@ -220,7 +220,7 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
         groups.setdefault((row["task"], row["length"], row["protocol"]), []).append(row)
     tables = []
     for (task, length, protocol), members in groups.items():
-        budgets = list(dict.fromkeys(row["budget"] for row in members if row["budget"] is not None))
+        budgets = list(dict.fromkeys(row["budget"] for row in members if row["method"] != registry.FULL))
         metric = next((row["metric"] for row in members if row["status"] == "ok"), "score")
         if any("kl" in row for row in members):
             metric += " / KL"
@@ -233,9 +233,15 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
             else:
                 name = f"{method} (floor)" if method == registry.FLOOR else method
                 lines.append((name, *(_cell(own[budget]) if budget in own else "" for budget in budgets)))
-        heads = tuple(f"{budget:.0%}" if isinstance(budget, float) else f"{budget} tokens" for budget in budgets)
+        heads = tuple(map(_head, budgets))
         tables.append(Table(f"{task}, {length} tokens, {protocol}: {metric}", heads, tuple(lines)))
     return tables
+
+
+def _head(budget: int | float | None) -> str:
+    if budget is None:
+        return "all tokens"
+    return f"{budget:.0%}" if isinstance(budget, float) else f"{budget} tokens"
 
 
 def _cell(row: Row) -> str:

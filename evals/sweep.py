@@ -82,7 +82,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement. budget is None for the full cache."""
+    """One measurement. budget is None for what keeps every token: the full cache, and packed ones."""
 
     task: str
     length: int
@@ -115,8 +115,9 @@ def make_points(settings: Settings) -> list[Point]:
             for protocol in protocols:
                 points.append(Point(task, length, protocol, registry.FULL, None))
                 for method in methods:
-                    if registry.parse(method)[0].takes_budget:
-                        budgets = dict.fromkeys(settings.budgets)
+                    takes_budget = registry.parse(method)[0].takes_budget
+                    budgets = list(dict.fromkeys(settings.budgets)) if takes_budget else [None]
+                    if method != registry.FULL:
                         points += [Point(task, length, protocol, method, budget) for budget in budgets]
     return points
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvcompress.evals.report import Row
     from kvcompress.evals.sweep import Settings, Sweep
 
-_METHODS = "h2o,snapkv,tova,streaming,keydiff,knorm,expected"
+_METHODS = "h2o,snapkv,tova,streaming,keydiff,knorm,expected,gear,kivi"
 _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
 _TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
 
