@@ -19,14 +19,15 @@ from kvcompress.cache import CompressedCache
 from kvcompress.dense import with_sinks
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.column_sums import causal_column_sums
-from kvcompress.kernels.decode import decode_attention
 from kvcompress.kernels.decode_evict import decode_and_evict
 from kvcompress.kernels.evict import choose_victim
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.runtime import runs_triton
 from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.packed_slots import PackedSlots
 from kvcompress.padding import PaddingRecord, pads_first, reordered
 from kvcompress.policies.allocation import Allocation, layer_budgets
+from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.policy import Candidates, Policy
 from kvcompress.policies.snapkv import SnapKV
@@ -41,8 +42,6 @@ _COUNTERS = ("lengths", "limits", "recents", "seen")
 class EvictingLayer(CompressedLayer):
     """One layer's slots, and the policy that decides who stays."""
 
-    is_compileable = True
-
     def __init__(
         self,
         padding: PaddingRecord,
@@ -51,6 +50,7 @@ class EvictingLayer(CompressedLayer):
         window: int | None = None,
         leads: bool = False,
         rope: Rope | None = None,
+        packed: GEAR | None = None,
     ) -> None:
         """
         Args:
@@ -58,11 +58,15 @@ class EvictingLayer(CompressedLayer):
             budget: tokens kept a sequence and KV head, or a fraction of the first forward's real tokens.
             padding, window, leads: as in CompressedLayer.
             rope: the layer's rotary embedding, where the policy uses it.
+            packed: how slots are encoded; None for as they come.
         """
         super().__init__(padding, window, leads)
         self.policy = policy
         self.budget = budget
         self.rope = rope
+        self.packed = packed
+        # packing a token is no single op of a compiled graph yet
+        self.is_compileable = packed is None
         self.slots: SlotSegment | None = None
         self.state: dict[str, Tensor] = {}
         # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps; and tokens seen by all
@@ -161,17 +165,16 @@ class EvictingLayer(CompressedLayer):
         at = self.lengths
         if chunk.visible is not None:
             at = torch.where(chunk.visible[:, 0], at, EMPTY)
-        if self.policy.memory is not None and self.rope is None and runs_triton(chunk.query):
+        plain = self.rope is None and self.packed is None
+        if self.policy.memory is not None and plain and runs_triton(chunk.query):
             return self._decode_at_once(chunk, slots, at)
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self._place(chunk, self.lengths[:, None].clone())
-        slots.put(chunk.key, chunk.value, at)
-        keys = slots.placed_keys()
-        out, attention = decode_attention(
+        out, attention = slots.decode(
             placed.query,
-            keys,
-            slots.values,
-            slots.positions,
+            chunk.key,
+            chunk.value,
+            at,
             query_positions,
             scale=chunk.scale,
             window=self.window,
@@ -181,7 +184,7 @@ class EvictingLayer(CompressedLayer):
         if chunk.visible is not None:
             # a query that is padding gives out no attention
             attention = attention * chunk.visible[..., None]
-        self._score_step(slots, placed, keys, query_positions, attention)
+        self._score_step(slots, placed, query_positions, attention)
         self._evict_one(slots)
         return out
 
@@ -212,14 +215,11 @@ class EvictingLayer(CompressedLayer):
         """The chunk as it meets the slots' `placed_keys`, and the positions its queries then have, [batch, queries]."""
         return chunk, query_positions
 
-    def _score_step(
-        self, slots: SlotSegment, chunk: Chunk, keys: Tensor, query_positions: Tensor, attention: Tensor
-    ) -> None:
-        positions, scores, parts = slots.positions, slots.scores, [(keys, slots.values)]
+    def _score_step(self, slots: SlotSegment, chunk: Chunk, query_positions: Tensor, attention: Tensor) -> None:
+        positions, scores = slots.positions, slots.scores
         spare = slots.spare[..., None]
         if self.policy.static:
             positions, scores = positions.gather(2, spare), scores.gather(2, spare)
-            parts = [(chunk.key, chunk.value)]
         candidates = Candidates(
             positions,
             scores,
@@ -228,7 +228,7 @@ class EvictingLayer(CompressedLayer):
             query_positions,
             chunk.visible,
             self.lengths,
-            parts,
+            lambda: [(chunk.key, chunk.value) if self.policy.static else slots.contents()],
             chunk.scale,
             self.state,
             self.rope,
@@ -326,7 +326,7 @@ class EvictingLayer(CompressedLayer):
             query_positions,
             chunk.visible,
             self.lengths,
-            [(slots.placed_keys(), slots.values), (chunk.key, chunk.value)],
+            lambda: [slots.contents(), (chunk.key, chunk.value)],
             chunk.scale,
             self.state,
             self.rope,
@@ -365,25 +365,31 @@ class EvictingLayer(CompressedLayer):
         return self.slots
 
     def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
+        if self.packed is not None:
+            return PackedSlots(chunk.key, chunk.value, slots, self.packed.of_a_token(chunk.key.shape[-1]))
         return SlotSegment(chunk.key, chunk.value, slots)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.slots is None:
             return {}, {}
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, {}
+        facts = {"dtype": str(self.dtype).removeprefix("torch.")}
+        return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if tensors:
-            self.slots = self._restored_slots(tensors)
+            self.slots = self._restored_slots(tensors, facts)
             for name in _COUNTERS:
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
-            self.lazy_initialization(self.slots.keys, self.slots.values)
+            self.lazy_initialization(*self.slots.like())
             self._host_seen = None
             self._pin()
 
-    def _restored_slots(self, tensors: dict[str, Tensor]) -> SlotSegment:
+    def _restored_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
+        if self.packed is not None:
+            coding = self.packed.of_a_token(tensors["keys.codes"].shape[-1])
+            return PackedSlots.restored(tensors, coding, getattr(torch, facts["dtype"]))
         return SlotSegment.from_tensors(tensors)
 
 
@@ -405,8 +411,8 @@ class RolledLayer(EvictingLayer):
     def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
         return self._rolled(super()._new_slots(chunk, slots))
 
-    def _restored_slots(self, tensors: dict[str, Tensor]) -> SlotSegment:
-        return self._rolled(super()._restored_slots(tensors))
+    def _restored_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
+        return self._rolled(super()._restored_slots(tensors, facts))
 
     def _rolled(self, slots: SlotSegment) -> SlotSegment:
         assert self.rope is not None
@@ -424,6 +430,7 @@ class EvictingCache(CompressedCache):
         budget: int | float,
         allocation: Allocation = "uniform",
         rolled: bool = False,
+        packed: GEAR | None = None,
     ) -> None:
         """
         Args:
@@ -433,10 +440,13 @@ class EvictingCache(CompressedCache):
                 real tokens of the first forward (pass a count where the prompt is fed in chunks).
             allocation: how layers share the budget, "uniform" or "pyramid".
             rolled: close up the positions of the tokens kept, to go on past the length the model was trained for.
+            packed: keep them in few bits, each token by itself: `GEAR(bits=4)` of kvcompress.policies.gear, whose rank
+                must be 0; None for as they come.
 
         Raises:
-            ValueError: the budget leaves no room for the tokens the policy always keeps, or the model is unsupported;
-                with `rolled`, also a model without rotary embeddings, or whose frequencies change with the length.
+            ValueError: the budget leaves no room for the tokens the policy always keeps, settings do not go together,
+                or the model is unsupported; with `rolled`, also a model without rotary embeddings, or whose
+                frequencies change with the length.
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
@@ -444,6 +454,11 @@ class EvictingCache(CompressedCache):
         self.budget = _checked(budget, policy)
         self.allocation: Allocation = allocation
         self.rolled = rolled
+        self.packed = packed
+        if packed is not None:
+            packed.of_a_token(hf.head_counts(hf.text_config(model))[2])
+            if rolled:
+                raise ValueError("rolled keeps keys without rotation, and cannot be combined with packed")
         super().__init__(model)
         if rolled and not any(isinstance(layer, RolledLayer) or layer.is_sliding for layer in self.layers):
             raise ValueError(
@@ -460,11 +475,17 @@ class EvictingCache(CompressedCache):
             rope = Rope.of(model, index)
         # a sliding layer's distances never exceed its window, and a layer without positions has none to close up
         kind = RolledLayer if self.rolled and window is None and rope is not None else EvictingLayer
-        return kind(self.padding, self.policy, budget, window, leads=index == 0, rope=rope)
+        return kind(self.padding, self.policy, budget, window, leads=index == 0, rope=rope, packed=self.packed)
 
     def _settings(self) -> dict[str, Any]:
         policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}
-        return {"policy": policy, "budget": self.budget, "allocation": self.allocation, "rolled": self.rolled}
+        return {
+            "policy": policy,
+            "budget": self.budget,
+            "allocation": self.allocation,
+            "rolled": self.rolled,
+            "packed": None if self.packed is None else dataclasses.asdict(self.packed),
+        }
 
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
@@ -473,9 +494,10 @@ class EvictingCache(CompressedCache):
         name = policy.pop("name")
         if name not in kinds:
             raise ValueError(f"the file's policy {name!r} is not imported; known: {', '.join(sorted(kinds))}")
+        packed = None if settings["packed"] is None else GEAR(**settings["packed"])
         cache = cls.__new__(cls)
         # the short names take a policy's settings one by one; the file has the policy itself
-        EvictingCache.__init__(cache, model, **{**settings, "policy": kinds[name](**policy)})
+        EvictingCache.__init__(cache, model, **{**settings, "policy": kinds[name](**policy), "packed": packed})
         return cache
 
 
@@ -490,6 +512,7 @@ class H2OCache(EvictingCache):
         recent: int | float = 0.5,
         sinks: int = 0,
         rolled: bool = False,
+        packed: GEAR | None = None,
     ) -> None:
         """
         Args:
@@ -497,23 +520,33 @@ class H2OCache(EvictingCache):
             budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
             recent: newest tokens always kept: a count, or a fraction of the budget.
             sinks: first tokens always kept.
-            rolled: as in EvictingCache.
+            rolled, packed: as in EvictingCache.
         """
-        super().__init__(model, policy=H2O(recent=recent, sinks=sinks), budget=budget, rolled=rolled)
+        super().__init__(model, policy=H2O(recent=recent, sinks=sinks), budget=budget, rolled=rolled, packed=packed)
 
 
 class SnapKVCache(EvictingCache):
     """What the last queries attend to (arXiv:2404.14469): `SnapKVCache(model, budget=512)`."""
 
-    def __init__(self, model: PreTrainedModel, *, budget: int | float, window: int = 32, kernel: int = 5) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        window: int = 32,
+        kernel: int = 5,
+        packed: GEAR | None = None,
+    ) -> None:
         """
         Args:
             model: the model the cache will be used with.
             budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
             window: queries observed, and newest tokens always kept.
             kernel: neighbouring tokens pooled together, an odd number.
+            packed: as in EvictingCache.
         """
-        super().__init__(model, policy=SnapKV(window=window, recent=window, kernel=kernel), budget=budget)
+        policy = SnapKV(window=window, recent=window, kernel=kernel)
+        super().__init__(model, policy=policy, budget=budget, packed=packed)
 
 
 class StreamingLLMCache(EvictingCache):

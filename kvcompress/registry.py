@@ -14,6 +14,7 @@ from kvcompress.dense import DenseCache
 from kvcompress.evicting import EvictingCache
 from kvcompress.gear import GEARCache
 from kvcompress.policies.expected_attention import ExpectedAttention
+from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
@@ -91,7 +92,10 @@ def build(spec: str, model: PreTrainedModel, budget: int | float | None = None) 
 def _evicting(policy: type[Policy]) -> Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]:
     def evicting(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
         settings = dict(settings)
-        of_cache = {name: settings.pop(name) for name in ("allocation", "rolled") if name in settings}
+        of_cache: dict[str, Any] = {name: settings.pop(name) for name in ("allocation", "rolled") if name in settings}
+        of_codes = {name: settings.pop(name) for name in ("bits", "group_size", "outliers") if name in settings}
+        if of_codes:
+            of_cache["packed"] = GEAR(**of_codes)
         return EvictingCache(model, policy=policy(**settings), budget=budget, **of_cache)
 
     return evicting

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.column_sums import slot_column_sums
+from kvcompress.kernels.decode import decode_attention
 
 EMPTY = -1
 
@@ -99,6 +100,49 @@ class SlotSegment(Segment):
         """The keys as queries meet them, rotated to where they stand, [batch, kv_heads, slots, head_dim]."""
         return self.keys
 
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Keys, as queries meet them, and values, [batch, kv_heads, slots, head_dim]."""
+        return self.placed_keys(), self.values
+
+    def like(self) -> tuple[Tensor, Tensor]:
+        """Tensors of the type and, tokens aside, the shape of keys and of values."""
+        return self.keys, self.values
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Takes in one token and answers its query.
+
+        Args:
+            query: [batch, heads, 1, head_dim], placed as `placed_keys` will be.
+            key, value, positions: as `put` takes them.
+            query_positions: [batch, 1] int32.
+
+        Returns:
+            The output, [batch, heads, 1, head_dim], and what each slot received of the attention, summed over the
+            query heads of a group, [batch, kv_heads, slots] float32.
+        """
+        self.put(key, value, positions)
+        return decode_attention(
+            query,
+            self.placed_keys(),
+            self.values,
+            self.positions,
+            query_positions,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
@@ -146,10 +190,17 @@ class SlotSegment(Segment):
         row = torch.arange(batch, device=key.device)[:, None]
         head = torch.arange(kv_heads, device=key.device)
         # by index, as a compiled scatter writes a new copy of all slots
-        self.keys[row, head, self.spare] = key[:, :, 0]
-        self.values[row, head, self.spare] = value[:, :, 0]
+        self._write(key, value)
         self.positions[row, head, self.spare] = positions[:, None].expand(-1, kv_heads)
         self.scores[row, head, self.spare] = 0.0
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        """Writes one token, [batch, kv_heads, 1, head_dim], to the spare slots."""
+        batch, kv_heads = self.spare.shape
+        row = torch.arange(batch, device=key.device)[:, None]
+        head = torch.arange(kv_heads, device=key.device)
+        self.keys[row, head, self.spare] = key[:, :, 0]
+        self.values[row, head, self.spare] = value[:, :, 0]
 
     def free(self, victims: Tensor, over: Tensor) -> None:
         """Empties the victim's slot where a head is over its budget, and finds the next spare slot.
@@ -181,18 +232,24 @@ class SlotSegment(Segment):
         target = stays.to(torch.int8).argsort(dim=-1, stable=True)[..., :moved]
         source = comes.to(torch.int8).argsort(dim=-1, stable=True, descending=True)[..., :moved]
         wanted = comes.gather(-1, source)
-        for slot_values, chunk_values in (
-            (self.positions, positions),
-            (self.scores, scores[..., slots:]),
-            (self.keys, key),
-            (self.values, value),
-        ):
-            to, at, is_wanted = target, source, wanted
-            if slot_values.dim() == 4:
-                width = slot_values.shape[-1]
-                to, at, is_wanted = (x[..., None].expand(-1, -1, -1, width) for x in (to, at, is_wanted))
-            slot_values.scatter_(2, to, torch.where(is_wanted, chunk_values.gather(2, at), slot_values.gather(2, to)))
+        for slot_values, chunk_values in ((self.positions, positions), (self.scores, scores[..., slots:])):
+            _put_where(slot_values, chunk_values, source, target, wanted)
+        self._move(key, value, source, target, wanted)
         torch.argmin(self.positions, -1, out=self.spare)
+
+    def _move(self, key: Tensor, value: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> None:
+        """Writes tokens of a chunk to slots.
+
+        Args:
+            key, value: the chunk, [batch, kv_heads, tokens, head_dim].
+            source, target: token and slot of each move, [batch, kv_heads, moves] int64, no slot twice.
+            wanted: [batch, kv_heads, moves] bool, False for what only fills up the number of moves.
+        """
+        for slot_values, chunk_values in ((self.keys, key), (self.values, value)):
+            width = slot_values.shape[-1]
+            _put_where(
+                slot_values, chunk_values, *(x[..., None].expand(-1, -1, -1, width) for x in (source, target, wanted))
+            )
 
     def kept(self) -> Tensor:
         """Tokens held, [batch, kv_heads] int64."""
@@ -280,3 +337,7 @@ class DenseSegment(Segment):
             grown.narrow(dim, 0, held).copy_(tensor.narrow(dim, first, held))
             setattr(self, name, grown)
         self.length = held
+
+
+def _put_where(slots: Tensor, chunk: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> None:
+    slots.scatter_(2, target, torch.where(wanted, chunk.gather(2, source), slots.gather(2, target)))

@@ -79,6 +79,20 @@ class GEAR:
             Coding(self.bits, value_group, "token", self._a_side(head_dim), rank),
         )
 
+    def of_a_token(self, head_dim: int) -> Coding:
+        """How keys, and values, are encoded where every token is packed by itself.
+
+        Raises:
+            ValueError: a low-rank part is asked for, which needs blocks.
+        """
+        if self.rank or self.rank_decode:
+            raise ValueError(
+                "slots are packed a token at a time, which leaves no block for a low-rank part: rank and rank_decode "
+                f"must be 0, got {self.rank} and {self.rank_decode}"
+            )
+        group = min(self.group_size, head_dim) if self.backbone == "kivi" else head_dim
+        return Coding(self.bits, group, "token", self._a_side(head_dim))
+
     def _a_side(self, elements: int) -> int:
         """Outliers at each end of a vector."""
         # 0.07 * 100 / 2 is a little more than 3.5

@@ -6,6 +6,7 @@ rest those that score highest, up to its budget. One policy object can serve man
 sequence (scores, `Candidates.state`) belongs to the cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -43,7 +44,8 @@ class Candidates:
         newest real token's.
     visible: [batch, queries] bool, False where the query is padding; None where none is.
     lengths: [batch] int32, real tokens of each sequence so far.
-    parts: keys and values of the slots, then of the tokens just fed; read `keys` and `values` instead.
+    parts: gives keys and values of the slots, then of the tokens just fed; read `keys` and `values` instead. Slots may
+        have to be decoded for it.
     scale: factor of q.k in the layer's attention.
     state: tensors, batch first, that the policy wants to find again next time; they count as memory of the cache.
     rotary: the layer's rotary embedding, for a policy that says it `uses_rotary`; None where the layer has none.
@@ -56,7 +58,7 @@ class Candidates:
     query_positions: Tensor
     visible: Tensor | None
     lengths: Tensor
-    parts: list[tuple[Tensor, Tensor]]
+    parts: Callable[[], list[tuple[Tensor, Tensor]]]
     scale: float = 1.0
     state: dict[str, Tensor] = field(default_factory=dict)
     rotary: Rotary | None = None
@@ -69,12 +71,12 @@ class Candidates:
     @property
     def keys(self) -> Tensor:
         """[batch, kv_heads, candidates, head_dim]."""
-        return _joined([key for key, _ in self.parts])
+        return _joined([key for key, _ in self.parts()])
 
     @property
     def values(self) -> Tensor:
         """[batch, kv_heads, candidates, head_dim]."""
-        return _joined([value for _, value in self.parts])
+        return _joined([value for _, value in self.parts()])
 
 
 @dataclass(frozen=True, kw_only=True)

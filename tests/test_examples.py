@@ -58,3 +58,9 @@ def test_the_own_policy_example(run):
 
 def test_the_dense_example(run):
     assert run("dense", new_tokens=8)
+
+
+def test_the_gear_example(run, capsys):
+    cache = run("gear", new_tokens=8)
+    assert cache.memory().bits_per_element < 8
+    assert "bits a number" in capsys.readouterr().out

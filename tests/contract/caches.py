@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.hf import head_counts
 from kvcompress.policies.expected_attention import ExpectedAttention
+from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
@@ -103,10 +104,12 @@ def closed_up(cache: Any) -> Decoded:
         assert kept is not None
         stored, positions = layer.slots, layer.slots.positions.long()
         places = kept.shape[-1]
-        at = positions.masked_fill(positions < 0, places)[..., None].expand_as(stored.keys)
+        # rolled slots give their keys out for another query than the newest
+        contents = (stored.keys, stored.values) if isinstance(stored, RolledSlots) else stored.contents()
+        at = positions.masked_fill(positions < 0, places)[..., None].expand_as(contents[0])
         keys, values = (
             tensor.new_zeros(*tensor.shape[:2], places + 1, tensor.shape[3]).scatter_(2, at, tensor)[:, :, :places]
-            for tensor in (stored.keys, stored.values)
+            for tensor in contents
         )
         if isinstance(stored, RolledSlots):
             newer = kept.flip(-1).cumsum(-1).flip(-1)
@@ -217,9 +220,16 @@ def _shadow(name: str, promises: dict[str, Any], **settings: Any) -> Entry:
     )
 
 
-def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, rolled: bool = False, **promises: Any) -> Entry:
+def _evicting(
+    name: str,
+    policy: Policy,
+    budget: int | float = BUDGET,
+    rolled: bool = False,
+    packed: GEAR | None = None,
+    **promises: Any,
+) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
-        return EvictingCache(model, policy=policy, budget=budget, rolled=rolled)
+        return EvictingCache(model, policy=policy, budget=budget, rolled=rolled, packed=packed)
 
     def limit(layer: int, tokens: int) -> int:
         return budget if isinstance(budget, int) else max(1, int(budget * tokens))
@@ -228,8 +238,8 @@ def _evicting(name: str, policy: Policy, budget: int | float = BUDGET, rolled: b
         name,
         build,
         kept=slots,
-        compileable=True,
-        roomy=lambda model: build(model, LARGE if isinstance(budget, int) else 1.0),
+        compileable=packed is None,
+        roomy=None if packed else lambda model: build(model, LARGE if isinstance(budget, int) else 1.0),
         budget=limit,
         **promises,
     )
@@ -284,6 +294,7 @@ ENTRIES = [
     _packing("kivi", bits=3, outliers=0.0),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
     dataclasses.replace(_shadow("shadowkv_whole", {"exact": True}), make=_whole),
+    _evicting("h2o_packed", H2O(sinks=1), packed=GEAR(bits=3, group_size=8), decoded=closed_up, dtype=torch.float64),
     _evicting("h2o_rolled", H2O(), rolled=True, decoded=closed_up, refuses=("opt",)),
 ]
 

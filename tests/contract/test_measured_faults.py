@@ -136,4 +136,5 @@ def test_kv_heads_are_not_stored_once_a_query_head(entry):
     cache = entry.build(model)
     feed(model, cache, prompt(20))
     for layer in cache.layers:
-        assert layer.segments()[0].tensors()["keys"].shape[1] == 1
+        tensors = layer.segments()[0].tensors().items()
+        assert next(tensor for name, tensor in tensors if name.startswith("keys")).shape[1] == 1

@@ -66,7 +66,7 @@ def scene(policy: Policy, queries: int, *, padded: bool = False, past: int = 9, 
         query_positions,
         visible if padded else None,
         (past + visible.sum(-1)).int(),
-        parts,
+        lambda: parts,
         SCALE,
     )
     seen = [

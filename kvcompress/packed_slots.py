@@ -1,0 +1,225 @@
+"""Slots of an evicting cache whose tokens are packed: heavy hitters, in a few bits each.
+
+A slot is overwritten as soon as its token goes, so every token must be packed by itself: keys too are quantised per
+token (what GEAR, arXiv:2403.05527, calls KCVT for values), with their own outliers. Nothing is ever packed twice, and
+no error grows with the length of the text. GEAR's groups along tokens and its low-rank part need blocks that stay.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.column_sums import slot_column_sums
+from kvcompress.kernels.merge import merge_states
+from kvcompress.kernels.packed_attention import packed_attention
+from kvcompress.kernels.quantise import Coding, Packed, dequantise, pack_codes, quantise, unpack_codes
+from kvcompress.segments import EMPTY, SlotSegment
+
+# slots whose codes share bytes: few, as the slots are rounded up to it
+BLOCK = 32
+# tokens that the quantiser takes at least
+_LEAST = 8
+_SIDES = ("keys", "values")
+_COMPONENTS = {"codes": "codes", "scales": "scales", "zeros": "scales"}
+
+
+class PackedSlots(SlotSegment):
+    """Slots that hold codes, scales and outliers in place of keys and values.
+
+    packed: of keys and of values, [batch, kv_heads, slots / BLOCK, ...] as kernels/quantise.py lays them out, each
+    token for itself. positions, scores, spare: as in SlotSegment. coding: of both.
+    """
+
+    packed: dict[str, Packed]
+    coding: Coding
+    dtype: torch.dtype
+
+    def __init__(self, key: Tensor, value: Tensor, slots: int, coding: Coding) -> None:
+        """Empty slots, at least so many, for tokens like these, [batch, kv_heads, any, head_dim]."""
+        batch, kv_heads = key.shape[:2]
+        blocks = -(-slots // BLOCK)
+        self.coding = coding
+        self.dtype = key.dtype
+        nothing = key.new_zeros(batch, kv_heads, blocks, BLOCK, key.shape[-1])
+        self.packed = {side: quantise(nothing, coding) for side in _SIDES}
+        shape = (batch, kv_heads, blocks * BLOCK)
+        self.positions = torch.full(shape, EMPTY, dtype=torch.int32, device=key.device)
+        self.scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
+        self.spare = torch.zeros(batch, kv_heads, dtype=torch.int64, device=key.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {"positions": self.positions, "scores": self.scores, "spare": self.spare}
+        for side, packed in self.packed.items():
+            found |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
+        return found
+
+    def component(self, name: str) -> str:
+        part = name.partition(".")[2]
+        return _COMPONENTS.get(part, "outliers") if part else name
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._set({name: change(tensor) for name, tensor in self.tensors().items()})
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], coding: Coding, dtype: torch.dtype) -> "PackedSlots":
+        """Slots of these tensors, as `tensors()` gives them."""
+        slots = cls.__new__(cls)
+        slots.coding, slots.dtype = coding, dtype
+        slots._set(tensors)
+        return slots
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        self.positions, self.scores, self.spare = (tensors[name] for name in ("positions", "scores", "spare"))
+        self.packed = {
+            side: Packed(*(tensors.get(f"{side}.{name}") for name in Packed._fields))  # type: ignore[arg-type]
+            for side in _SIDES
+        }
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[2]
+
+    def like(self) -> tuple[Tensor, Tensor]:
+        codes = self.packed["keys"].codes
+        empty = codes.new_empty(*codes.shape[:2], 0, codes.shape[-1], dtype=self.dtype)
+        return empty, empty
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        key, value = (dequantise(self.packed[side], self.coding, self.dtype).flatten(2, 3) for side in _SIDES)
+        return key, value
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = self._attend(query, query_positions, scale, window, softcap, with_logits=False)
+        return out, lse
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, logits = self._attend(query, query_positions, scale, window, softcap, with_logits=True)
+        # the token itself takes part as it came, and is packed for those that follow
+        visible = (positions != EMPTY)[:, None]
+        own_out, own_lse = causal_attention(query, key, value, scale=scale, visible=visible, softcap=softcap)
+        out, lse = merge_states([out, own_out], [lse, own_lse])
+        self.put(key, value, positions)
+        # a query that sees nothing has lse = -inf, and so have all its logits
+        shift = lse.masked_fill(lse == -torch.inf, 0.0)
+        group = (self.positions.shape[1], -1)
+        attention = (logits - shift).exp().unflatten(1, group).sum(2)
+        own = (own_lse - shift).exp().unflatten(1, group).sum(2)
+        return out, attention.scatter(2, self.spare[..., None], own)
+
+    def _attend(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        *,
+        with_logits: bool,
+    ) -> tuple[Tensor, ...]:
+        return packed_attention(
+            query,
+            self.packed["keys"],
+            self.packed["values"],
+            self.coding,
+            self.coding,
+            self.positions,
+            query_positions,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            with_logits=with_logits,
+        )
+
+    def column_sums(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        return slot_column_sums(
+            query,
+            dequantise(self.packed["keys"], self.coding, query.dtype).flatten(2, 3),
+            self.positions,
+            query_positions,
+            lse,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        batch, kv_heads = self.spare.shape
+        row = torch.arange(batch, device=key.device)[:, None]
+        head = torch.arange(kv_heads, device=key.device)
+        block, place = self.spare // BLOCK, self.spare % BLOCK
+        for side, x in zip(_SIDES, (key, value), strict=True):
+            fresh = quantise(x[:, :, None].expand(-1, -1, 1, _LEAST, -1), self.coding)
+            packed = self.packed[side]
+            codes = unpack_codes(fresh.codes, self.coding.bits)[:, :, 0, 0]
+            _overwrite(packed.codes, codes, (row, head, block), place, self.coding.bits)
+            for old, new in zip(packed[1:5], fresh[1:5], strict=True):
+                if old is not None and new is not None:
+                    old[row, head, block, place] = new[:, :, 0, 0]
+
+    def _move(self, key: Tensor, value: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> None:
+        # the quantiser takes whole blocks: those beyond what moves are not wanted
+        excess = -source.shape[2] % BLOCK
+        source, target, wanted = (torch.nn.functional.pad(x, (0, excess)) for x in (source, target, wanted))
+        if excess:
+            # a slot that is not written to stands for all that do not move
+            target[..., -excess:] = self.slots
+        target = target.masked_fill(~wanted, self.slots)
+        for side, x in zip(_SIDES, (key, value), strict=True):
+            taken = x.gather(2, source[..., None].expand(-1, -1, -1, x.shape[-1]))
+            fresh = quantise(taken.unflatten(2, (-1, BLOCK)), self.coding)
+            packed = self.packed[side]
+            codes = unpack_codes(packed.codes, self.coding.bits)
+            _scatter(codes, unpack_codes(fresh.codes, self.coding.bits), target)
+            packed.codes.copy_(pack_codes(codes, self.coding.bits))
+            for old, new in zip(packed[1:5], fresh[1:5], strict=True):
+                if old is not None and new is not None:
+                    _scatter(old, new, target)
+
+
+def _scatter(slots: Tensor, fresh: Tensor, target: Tensor) -> None:
+    """Writes tokens [batch, kv_heads, blocks, BLOCK, any] to the slots that target [batch, kv_heads, tokens] names;
+    one past the last slot is nowhere."""
+    flat = slots.flatten(2, 3)
+    room = torch.cat([flat, flat[:, :, :1]], 2)
+    room.scatter_(2, target[..., None].expand(-1, -1, -1, room.shape[-1]), fresh.flatten(2, 3))
+    slots.copy_(room[:, :, :-1].view_as(slots))
+
+
+def _overwrite(codes: Tensor, fresh: Tensor, where: tuple[Tensor, Tensor, Tensor], place: Tensor, bits: int) -> None:
+    """Puts one token's codes, [batch, kv_heads, head_dim] uint8, in among those that share its bytes.
+
+    Args:
+        codes: as `pack_codes` gives them, [batch, kv_heads, blocks, BLOCK * bits / 8, head_dim].
+        where: row, head and block of each. place: [batch, kv_heads], the token within its block.
+    """
+    planes = [(2, 0, fresh & 3), (1, BLOCK // 4, fresh >> 2)] if bits == 3 else [(bits, 0, fresh)]
+    for width, first, part in planes:
+        rows = BLOCK * width // 8
+        at = (*where, first + place % rows)
+        shift = (place // rows * width).to(torch.uint8)[..., None]
+        hole = torch.bitwise_left_shift(torch.full_like(shift, 2**width - 1), shift)
+        codes[at] = (codes[at] & ~hole) | torch.bitwise_left_shift(part, shift)

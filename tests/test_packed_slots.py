@@ -1,0 +1,89 @@
+"""Evicting caches whose slots are packed: what a slot holds, its bytes, and that a neighbour's bits stay as they are."""
+
+import pytest
+import torch
+
+from kvcompress import EvictingCache, H2OCache
+from kvcompress.packed_slots import BLOCK
+from kvcompress.policies.gear import GEAR
+from kvcompress.policies.h2o import H2O
+from kvcompress.policies.keydiff import KeyDiff
+from tests.contract.drive import feed
+from tests.contract.models import left_padded, prompt, tiny
+
+ROWS = [prompt(40, seed=3)[0], prompt(27, seed=4)[0], prompt(5, seed=5)[0]]
+
+
+def contents(cache, layer=0):
+    """Keys, values and positions of a layer's slots, those of a head in the order of their positions."""
+    slots = cache.layers[layer].slots
+    order = slots.positions.argsort(dim=-1, stable=True)
+    keys, values = (x.gather(2, order[..., None].expand_as(x)) for x in slots.contents())
+    return keys, values, slots.positions.gather(2, order)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("outliers", [0.0, 0.2])
+def test_a_packed_cache_holds_what_an_unpacked_one_holds(bits, outliers):
+    """In the first layer, whose scores depend on nothing that was packed before but the keys themselves."""
+    model = tiny()
+    packed = EvictingCache(model, policy=KeyDiff(), budget=20, packed=GEAR(bits=bits, group_size=8, outliers=outliers))
+    plain = EvictingCache(model, policy=KeyDiff(), budget=20)
+    ids, mask = left_padded(ROWS)
+    for cache in (packed, plain):
+        feed(model, cache, ids, mask)
+    keys, values, positions = contents(packed)
+    own_keys, own_values, own_positions = contents(plain)
+    excess = keys.shape[2] - own_keys.shape[2]
+    assert torch.equal(positions[..., excess:], own_positions)
+    real = own_positions >= 0
+    for found, fed in ((keys, own_keys), (values, own_values)):
+        step = (fed[real].amax() - fed[real].amin()) / (2**bits - 1)
+        assert (found[:, :, excess:][real] - fed[real]).abs().max() < 0.51 * step
+
+
+def test_a_step_writes_one_slot_and_no_bit_beside_it():
+    model = tiny()
+    for bits in (2, 3, 4, 8):
+        cache = H2OCache(model, budget=20, packed=GEAR(bits=bits, group_size=8, outliers=0.1))
+        feed(model, cache, prompt(40, 2))
+        for step in range(30):
+            slots = cache.layers[0].slots
+            before, spare = [x.clone() for x in slots.contents()], slots.spare.clone()
+            feed(model, cache, prompt(1, 2, seed=step))
+            written = torch.zeros_like(slots.positions, dtype=torch.bool).scatter_(2, spare[..., None], True)
+            for was, now in zip(before, slots.contents(), strict=True):
+                assert torch.equal(was[~written], now[~written])
+                assert (was[written] != now[written]).any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bytes_are_those_of_the_formula(bits):
+    model = tiny()
+    cache = H2OCache(model, budget=100, packed=GEAR(bits=bits, group_size=8, outliers=0.1))
+    feed(model, cache, prompt(150, 3))
+    slots = -(-101 // BLOCK) * BLOCK
+    # codes, scale and zero of two groups of 8, one outlier a side; position and score
+    a_slot = 2 * (16 * bits // 8 + 2 * 4 + 2 * 3) + 8
+    a_layer = 3 * 2 * (slots * a_slot + 8)
+    counters = 3 * 3 * 4 + 8
+    assert cache.memory().total_bytes == 3 * (a_layer + counters)
+    plain = H2OCache(model, budget=100)
+    feed(model, plain, prompt(150, 3))
+    assert cache.memory().total_bytes < plain.memory().total_bytes / 2
+
+
+def test_eight_bits_choose_and_answer_as_full_precision():
+    model = tiny("llama", initializer_range=0.05)
+    packed, plain = H2OCache(model, budget=20, packed=GEAR(bits=8, group_size=8)), H2OCache(model, budget=20)
+    for tokens, seed in ((40, 1), *((1, seed) for seed in range(10)), (7, 20)):
+        logits, expected = (feed(model, cache, prompt(tokens, 2, seed=seed)) for cache in (packed, plain))
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_what_does_not_go_together_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="slots are packed a token at a time.*got 4 and 2"):
+        H2OCache(model, budget=20, packed=GEAR(rank=4, rank_decode=2))
+    with pytest.raises(ValueError, match="rolled keeps keys without rotation"):
+        EvictingCache(model, policy=H2O(), budget=20, rolled=True, packed=GEAR())
