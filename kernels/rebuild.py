@@ -1,22 +1,283 @@
-"""Keys of chunks from their low-rank coefficients, rotated to where they stand (ShadowKV, arXiv:2410.21465)."""
+"""Keys of chunks, rebuilt from their low-rank coefficients where they are new in a buffer (ShadowKV, arXiv:2410.21465).
 
-from typing import Protocol
+    keys[slot] = RoPE(coefficients[chunk of the slot] @ basis of the KV head, place of the token)
+
+The rotation is the one of kvcompress/rope.py: pairs half of rotary_dim apart or side by side, angle place * inv_freq,
+length times scaling.
+
+Bytes for each token and KV head rebuilt: rank + head_dim elements, and the basis once a program, which the L2 cache
+holds; flops 2 * rank * head_dim. Reading the key itself would take head_dim: this saves memory, not bandwidth.
+"""
+
+from collections.abc import Iterator
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.tile import MIN_SIDE, dot, triton_type, wide
 
-class Rotary(Protocol):
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor: ...
+
+def rebuild_keys(
+    keys: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    held: Tensor,
+    is_new: Tensor,
+    inv_freq: Tensor | None = None,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+) -> None:
+    """Writes the keys of new chunks into their slots of a buffer.
+
+    Args:
+        keys: [batch, kv_heads, slots * chunk, head_dim], written where a slot is new; a view of a larger buffer will
+            do.
+        coefficients: [batch, tokens, rank], of each token in its sequence.
+        basis: [batch, rank, kv_heads * head_dim].
+        held: [batch, kv_heads, slots] int64, the chunk in each slot.
+        is_new: [batch, kv_heads, slots] bool.
+        inv_freq: [rotary_dim / 2] float32, the angle of each pair a position; None: keys are not rotated.
+        scaling: factor of a rotated key.
+        interleaved: pairs are neighbours; else half of rotary_dim apart.
+
+    Raises:
+        ValueError: the buffer does not hold a whole number of tokens a slot.
+    """
+    if held.shape[2] and keys.shape[2] % held.shape[2]:
+        raise ValueError(
+            "keys must be [batch, kv_heads, slots * chunk, head_dim] for held [batch, kv_heads, slots], got "
+            f"{list(keys.shape)} and {list(held.shape)}"
+        )
+    _rebuild_keys(keys, coefficients, basis, held, is_new, inv_freq, scaling, interleaved)
 
 
-def rebuild_keys(coefficients: Tensor, basis: Tensor, chunks: Tensor, chunk: int, rope: Rotary | None) -> Tensor:
-    batch, kv_heads, count = chunks.shape
-    places = (chunks[..., None] * chunk + torch.arange(chunk, device=chunks.device)).flatten(2)
-    row = torch.arange(batch, device=chunks.device)[:, None, None]
-    rank = basis.shape[1]
-    each = basis.view(batch, rank, kv_heads, -1).transpose(1, 2)
-    keys = (coefficients[row, places].float() @ each.float()).to(coefficients.dtype)
-    if rope is not None:
-        keys = rope.rotate(keys, places)
-    return keys.unflatten(2, (count, chunk))
+def rebuild_keys_reference(
+    keys: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    held: Tensor,
+    is_new: Tensor,
+    inv_freq: Tensor | None = None,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+) -> None:
+    """What rebuild_keys means, in plain PyTorch: the oracle of its test and its path on a CPU."""
+    row, head, slots = new_first(is_new)
+    chunk = keys.shape[2] // max(1, held.shape[2])
+    places = held[row, head, slots].clamp(min=0)[..., None] * chunk + torch.arange(chunk, device=held.device)
+    of_head = basis.unflatten(2, (held.shape[1], -1)).transpose(1, 2)  # [batch, kv_heads, rank, head_dim]
+    rebuilt = coefficients[row[..., None], places].flatten(2, 3).float() @ of_head.float()
+    if inv_freq is not None:
+        angles = places.flatten(2)[..., None].float() * inv_freq
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        rotary_dim = 2 * inv_freq.shape[0]
+        first, second = slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
+        if interleaved:
+            first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+        a, b = rebuilt[..., first].clone(), rebuilt[..., second].clone()
+        rebuilt[..., first], rebuilt[..., second] = a * cos - b * sin, b * cos + a * sin
+    keys.unflatten(2, (-1, chunk))[row, head, slots] = rebuilt.to(keys.dtype).unflatten(2, (-1, chunk))
+
+
+def new_first(is_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices [batch, kv_heads, most] of rows, heads and slots: each head's new slots, and as many others as fill the
+    row of the head that has most; what an op writes there must be what is there already."""
+    batch, kv_heads, _ = is_new.shape
+    most = int(is_new.sum(-1).amax()) if is_new.numel() else 0
+    slots = is_new.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)[..., :most]
+    row = torch.arange(batch, device=is_new.device)[:, None, None]
+    head = torch.arange(kv_heads, device=is_new.device)[:, None]
+    return row.expand_as(slots), head.expand_as(slots), slots
+
+
+def _rebuild_keys_fake(
+    keys: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    held: Tensor,
+    is_new: Tensor,
+    inv_freq: Tensor | None,
+    scaling: float,
+    interleaved: bool,
+) -> None:
+    return None
+
+
+@compilable(_rebuild_keys_fake, mutates=("keys",))
+def _rebuild_keys(
+    keys: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    held: Tensor,
+    is_new: Tensor,
+    inv_freq: Tensor | None,
+    scaling: float,
+    interleaved: bool,
+) -> None:
+    if not runs_triton(keys) or not held.numel():
+        rebuild_keys_reference(keys, coefficients, basis, held, is_new, inv_freq, scaling, interleaved)
+        return
+    batch, kv_heads, slots = held.shape
+    chunk, head_dim, rank = keys.shape[2] // slots, keys.shape[3], basis.shape[1]
+    sizes = _sizes(chunk, head_dim, 0 if inv_freq is None else inv_freq.shape[0])
+    with torch.cuda.device_of(keys):
+        _rebuild_keys_kernel[(triton.cdiv(slots, sizes["SLOTS"]), kv_heads, batch)](
+            keys, coefficients.contiguous(), basis.contiguous(), held.contiguous(),
+            is_new.contiguous().view(torch.uint8), inv_freq,
+            *keys.stride()[:3], slots, coefficients.shape[1], rank, scaling,
+            CHUNK=chunk, HEAD_DIM=head_dim, INTERLEAVED=interleaved, BLOCK_RANK=_BLOCK_RANK, **sizes, **ALL_REGISTERS,
+        )  # fmt: skip
+
+
+_BLOCK_RANK = 32
+# tokens of a program
+_TOKENS = 32
+
+
+def _sizes(chunk: int, head_dim: int, pairs: int) -> dict[str, int]:
+    """Sides of a program's tiles."""
+    padded = triton.next_power_of_2(chunk)
+    rest = head_dim - 2 * pairs
+    return {
+        "CHUNK_SIDE": padded,
+        "SLOTS": max(1, _TOKENS // padded),
+        "PAIRS": pairs,
+        "PAIRS_SIDE": max(MIN_SIDE, triton.next_power_of_2(pairs)) if pairs else 0,
+        "REST_SIDE": max(MIN_SIDE, triton.next_power_of_2(rest)) if rest else 0,
+    }
+
+
+@triton.jit
+def _low_rank(
+    coefficients_ptr, token, token_ok, basis_ptr, basis_stride, column, column_ok, rank,
+    TOKENS: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):  # fmt: skip
+    # some columns of coefficients @ basis for these tokens, float32
+    out = tl.zeros([TOKENS, SIDE], tl.float32)
+    for start in range(0, rank, BLOCK_RANK):
+        r = start + tl.arange(0, BLOCK_RANK)
+        r_ok = r < rank
+        left = tl.load(
+            coefficients_ptr + token[:, None] * rank + r[None, :], mask=token_ok[:, None] & r_ok[None, :], other=0.0
+        )
+        right = tl.load(
+            basis_ptr + r.to(tl.int64)[:, None] * basis_stride + column[None, :],
+            mask=r_ok[:, None] & column_ok[None, :],
+            other=0.0,
+        )
+        out = dot(left, right, out)
+    return out
+
+
+@triton.jit(do_not_specialize=["slots", "tokens", "rank"])
+def _rebuild_keys_kernel(
+    keys_ptr, coefficients_ptr, basis_ptr, held_ptr, new_ptr, inv_freq_ptr,
+    key_batch_stride, key_head_stride, key_stride,
+    slots, tokens, rank, scaling,
+    CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    CHUNK_SIDE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIRS_SIDE: tl.constexpr,
+    REST_SIDE: tl.constexpr,
+):  # fmt: skip
+    # one program owns some slots of one KV head; where none is new it has nothing to do
+    batch = wide(tl.program_id(2))
+    kv_heads = tl.num_programs(1)
+    kv_head = wide(tl.program_id(1))
+    TOKENS: tl.constexpr = SLOTS * CHUNK_SIDE
+    line = tl.arange(0, TOKENS)
+    slot = tl.program_id(0) * SLOTS + line // CHUNK_SIDE
+    within = line % CHUNK_SIDE
+    at = (batch * kv_heads + kv_head) * slots + slot
+    is_new = tl.load(new_ptr + at, mask=slot < slots, other=0) != 0
+    if tl.sum(is_new.to(tl.int32), 0) > 0:
+        ok = is_new & (within < CHUNK)
+        place = tl.load(held_ptr + at, mask=ok, other=0) * CHUNK + within  # [TOKENS] int64
+        token = batch * tokens + place
+        basis_stride = kv_heads * HEAD_DIM
+        basis_ptr += batch * rank * basis_stride + kv_head * HEAD_DIM
+        keys_ptr += batch * key_batch_stride + kv_head * key_head_stride
+        out = (slot * CHUNK + within).to(tl.int64) * key_stride
+        if PAIRS > 0:
+            pair = tl.arange(0, PAIRS_SIDE)
+            pair_ok = pair < PAIRS
+            if INTERLEAVED:
+                first = 2 * pair
+                second = first + 1
+            else:
+                first = pair
+                second = pair + PAIRS
+            a = _low_rank(
+                coefficients_ptr,
+                token,
+                ok,
+                basis_ptr,
+                basis_stride,
+                first,
+                pair_ok,
+                rank,
+                TOKENS,
+                PAIRS_SIDE,
+                BLOCK_RANK,
+            )
+            b = _low_rank(
+                coefficients_ptr,
+                token,
+                ok,
+                basis_ptr,
+                basis_stride,
+                second,
+                pair_ok,
+                rank,
+                TOKENS,
+                PAIRS_SIDE,
+                BLOCK_RANK,
+            )
+            angle = place.to(tl.float32)[:, None] * tl.load(inv_freq_ptr + pair, mask=pair_ok, other=0.0)[None, :]
+            cos, sin = tl.cos(angle) * scaling, tl.sin(angle) * scaling
+            store = ok[:, None] & pair_ok[None, :]
+            kind = keys_ptr.dtype.element_ty
+            tl.store(keys_ptr + out[:, None] + first[None, :], (a * cos - b * sin).to(kind), mask=store)
+            tl.store(keys_ptr + out[:, None] + second[None, :], (b * cos + a * sin).to(kind), mask=store)
+        if REST_SIDE > 0:
+            column = 2 * PAIRS + tl.arange(0, REST_SIDE)
+            column_ok = column < HEAD_DIM
+            rest = _low_rank(
+                coefficients_ptr,
+                token,
+                ok,
+                basis_ptr,
+                basis_stride,
+                column,
+                column_ok,
+                rank,
+                TOKENS,
+                REST_SIDE,
+                BLOCK_RANK,
+            )
+            store = ok[:, None] & column_ok[None, :]
+            tl.store(keys_ptr + out[:, None] + column[None, :], rest.to(keys_ptr.dtype.element_ty), mask=store)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for head_dim, pairs in ((64, 32), (80, 40), (80, 10), (128, 64), (128, 0), (256, 128)):
+        for dtype in (torch.bfloat16, torch.float32):
+            types = {name: triton_type(dtype) for name in ("keys_ptr", "coefficients_ptr", "basis_ptr")}
+            types |= {"held_ptr": "*i64", "new_ptr": "*u8", "inv_freq_ptr": "*fp32", "scaling": "fp32"}
+            constants = {"CHUNK": 8, "HEAD_DIM": head_dim, "INTERLEAVED": False, "BLOCK_RANK": _BLOCK_RANK}
+            constants |= _sizes(8, head_dim, pairs)
+            yield aot_case(
+                _rebuild_keys_kernel,
+                f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {2 * pairs} turn",
+                types,
+                constants | ({} if pairs else {"inv_freq_ptr": None}),
+            )

@@ -2,7 +2,7 @@
 
 A page holds the values of one chunk in all KV heads, [kv_heads, chunk, head_dim]. It is written once and never changes,
 so that beams, repeated rows and clones share pages: what they have of their own is a table of page numbers. Pages lie
-in slabs; a page number is `slab * 2**32 + index within the slab`.
+in slabs; a page number is `slab * 2**32 + index within the slab` (kernels/pages.py).
 """
 
 import os
@@ -13,13 +13,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-_SLAB = 2**32
+from kvcompress.kernels.pages import SLAB, collect_pages, fetch_pages
 
 
 class HostPages:
     """Pages of values off the device, that only ever become more.
 
-    slabs: each [pages, kv_heads, chunk, head_dim]. filled: pages written to the last one.
+    slabs: each [pages, kv_heads, chunk, head_dim]. filled: pages written to the last one. addresses: [slabs] int64 on
+    the device, of their memory.
     """
 
     def __init__(self, host: str, page: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -35,6 +36,7 @@ class HostPages:
         self.device = device
         self.slabs: list[Tensor] = []
         self.filled = 0
+        self.addresses = torch.empty(0, dtype=torch.int64, device=device)
 
     @property
     def tier(self) -> str:
@@ -51,37 +53,31 @@ class HostPages:
                 held = sum(len(slab) for slab in self.slabs)
                 self.slabs.append(self._slab(max(len(values), held // 8)))
                 self.filled, room = 0, len(self.slabs[-1])
+                self.addresses = torch.tensor([slab.data_ptr() for slab in self.slabs], device=self.device)
             count = min(room, len(values))
             self.slabs[-1][self.filled : self.filled + count].copy_(values[:count], non_blocking=True)
-            first = (len(self.slabs) - 1) * _SLAB + self.filled
+            first = (len(self.slabs) - 1) * SLAB + self.filled
             numbers.append(torch.arange(first, first + count, device=self.device))
             self.filled += count
             values = values[count:]
         return torch.cat(numbers) if numbers else torch.empty(0, dtype=torch.int64, device=self.device)
 
-    def gather(self, pages: Tensor, heads: Tensor) -> Tensor:
-        """Values of pages in given KV heads, both int64 on the CPU and of one shape, [*shape, chunk, head_dim]."""
-        slab, index = pages // _SLAB, pages % _SLAB
-        if len(self.slabs) == 1:
-            return self.slabs[0][index, heads]
-        out = torch.empty(*pages.shape, *self.page[1:], dtype=self.dtype)
-        for number in slab.unique().tolist():
-            there = slab == number
-            out[there] = self.slabs[number][index[there], heads[there]]
-        return out
+    def fetch(self, values: Tensor, pages: Tensor, held: Tensor, is_new: Tensor) -> None:
+        """`kernels.pages.fetch_pages` from these pages."""
+        fetch_pages(values, pages, held, is_new, self.slabs, self.addresses)
 
     def compacted(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """The pages that a table refers to, each once, [used, *page], and the table of their places among them."""
         used, places = pages.cpu().unique(return_inverse=True)
-        heads = torch.arange(self.page[0])
-        values = self.gather(used[:, None].expand(-1, self.page[0]), heads.expand(len(used), -1))
-        return values, places
+        heads = torch.arange(self.page[0]).expand(len(used), -1)
+        return collect_pages(used[:, None].expand_as(heads), heads, self.slabs), places
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # pages never change, so copies share them; the room that is left belongs to the original
         copy = type(self)(self.host, self.page, self.dtype, self.device)
         copy.slabs = list(self.slabs)
         copy.filled = len(self.slabs[-1]) if self.slabs else 0
+        copy.addresses = self.addresses.clone()
         return copy
 
     def _slab(self, pages: int) -> Tensor:

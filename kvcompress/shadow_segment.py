@@ -11,6 +11,7 @@ Selected chunks lie in no order, and stay where they are for as long as they are
 and fetched.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -426,54 +427,46 @@ class ShadowSegment(Segment):
             rank = torch.arange(selected)
             over = rank >= self.limits[:, None]
             wanted = wanted.masked_fill(over.to(query.device)[:, None], EMPTY)
-        self.held, is_missing = reuse_slots(self.held, wanted, self.is_open.shape[2])
-        self._fetch(is_missing)
-
-    def _fetch(self, is_missing: Tensor) -> None:
-        """Rebuilds the keys and fetches the values of the selected places that have new chunks."""
-        self.fetched += is_missing.sum()
-        most = int(is_missing.sum(-1).max())
-        if most == 0:
-            self._place()
-            return
-        chunk = self.settings.chunk
-        # each head's missing places first; those that come along to fill the row are written as they are
-        slots = is_missing.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)[..., :most]
-        chunks = self.held.gather(2, slots).clamp(min=0)
-        row, head, _ = _grid(slots)
+        self.held, is_new = reuse_slots(self.held, wanted, self.is_open.shape[2])
         places = slice(None, self.exact_from)
-        keys, values = (x[:, :, places].unflatten(2, (-1, chunk)) for x in (self.keys, self.values))
-        keys[row, head, slots] = self._rebuild(chunks)
-        values[row, head, slots] = self._values_of(chunks)
+        self._fill(self.keys[:, :, places], self.values[:, :, places], self.held, is_new)
         self._place()
 
-    def _rebuild(self, chunks: Tensor) -> Tensor:
-        """Keys of chunks [batch, kv_heads, any], [batch, kv_heads, any, chunk, head_dim]."""
-        turns = None if self.rope is None else self.rope
-        return rebuild_keys(self.coefficients, self.basis, chunks, self.settings.chunk, turns)
-
-    def _values_of(self, chunks: Tensor) -> Tensor:
-        """Values of chunks [batch, kv_heads, any], from the host, [batch, kv_heads, any, chunk, head_dim]."""
-        row, head, _ = _grid(chunks)
-        pages = self.pages[row, chunks]
-        return self.host.gather(pages.cpu(), head.expand_as(pages).cpu()).to(self.values.device)
+    def _fill(self, keys: Tensor, values: Tensor, held: Tensor, is_new: Tensor) -> None:
+        """Rebuilds keys and fetches values of new chunks into [batch, kv_heads, slots * chunk, head_dim]."""
+        self.fetched += is_new.sum()
+        rope = () if self.rope is None else (self.rope.inv_freq, self.rope.scaling, self.rope.interleaved)
+        if not keys.is_cuda:
+            rebuild_keys(keys, self.coefficients, self.basis, held, is_new, *rope)
+            self.host.fetch(values, self.pages, held, is_new)
+            return
+        # the bus is slow: keys are rebuilt meanwhile
+        here, bus = torch.cuda.current_stream(keys.device), _bus(keys.device)
+        bus.wait_stream(here)
+        with torch.cuda.stream(bus):
+            self.host.fetch(values, self.pages, held, is_new)
+        rebuild_keys(keys, self.coefficients, self.basis, held, is_new, *rope)
+        here.wait_stream(bus)
 
     def _everything(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and positions of all folded chunks that are no outliers, a piece at a time."""
-        chunk = self.settings.chunk
+        chunk, most = self.settings.chunk, int(self.folded.max())
         batch, kv_heads = self.held.shape[:2]
         piece = max(1, _PIECE // chunk)
-        device = self.keys.device
-        folded = self.folded.to(device)
-        for start in range(0, int(self.folded.max()), piece):
-            chunks = torch.arange(start, min(start + piece, int(self.folded.max())), device=device)
-            chunks = chunks.expand(batch, kv_heads, -1)
-            is_open = self.is_open[:, :, start : start + chunks.shape[2]]
-            # a sequence with fewer chunks has none there
-            there = torch.minimum(chunks, (folded - 1).clamp(min=0)[:, None, None])
-            self.fetched += is_open.sum()
-            keys, values = self._rebuild(there).flatten(2, 3), self._values_of(there).flatten(2, 3)
-            yield keys, values, self._places_of(chunks.masked_fill(~is_open, EMPTY))
+        for start in range(0, most, piece):
+            held = torch.arange(start, min(start + piece, most), device=self.keys.device)
+            is_open = self.is_open[:, :, start : start + len(held)]
+            held = held.expand(batch, kv_heads, -1)
+            shape = (batch, kv_heads, held.shape[2] * chunk)
+            keys, values = (x.new_zeros(*shape, x.shape[3]) for x in (self.keys, self.values))
+            self._fill(keys, values, held, is_open)
+            yield keys, values, self._places_of(held.masked_fill(~is_open, EMPTY))
+
+
+@functools.lru_cache
+def _bus(device: torch.device) -> torch.cuda.Stream:
+    """The stream that values cross over to a device on."""
+    return torch.cuda.Stream(device)
 
 
 def _grid(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

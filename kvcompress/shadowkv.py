@@ -67,7 +67,8 @@ class ShadowLayer(CompressedLayer):
     def counters(self) -> dict[str, Tensor]:
         if self.segment is None:
             return {}
-        return {"counters": self.segment.fetched} | ({} if self.rope is None else {"inv_freq": self.rope.inv_freq})
+        counters = {"counters": self.segment.fetched, "page table": self.segment.host.addresses}
+        return counters if self.rope is None else counters | {"inv_freq": self.rope.inv_freq}
 
     def tokens_kept(self) -> Tensor:
         assert self.segment is not None

@@ -184,7 +184,7 @@ def rebuilt(cache: Any) -> Decoded:
         tokens = segment.coefficients.shape[1]
         if tokens:
             index = torch.arange(tokens, device=layer.device)
-            flat = (segment.coefficients.float() @ segment.basis.float()).to(layer.dtype)
+            flat = segment.coefficients.float() @ segment.basis.float()
             low_rank = flat.unflatten(2, (kv_heads, head_dim)).transpose(1, 2)
             if layer.rope is not None:
                 low_rank = layer.rope.rotate(low_rank, index[None, None])
@@ -193,7 +193,7 @@ def rebuilt(cache: Any) -> Decoded:
             is_open = segment.is_open.repeat_interleave(segment.settings.chunk, 2)
             low_rank = low_rank.masked_fill(~is_open[..., None], torch.nan)
             at = at.masked_fill(at < 0, seen)[:, None, :, None].expand_as(low_rank)
-            keys.scatter_(2, at, low_rank)
+            keys.scatter_(2, at, low_rank.to(layer.dtype))
         decoded.append((keys[:, :, :seen], None))
     return decoded
 

@@ -1,0 +1,112 @@
+"""Values of chunks, fetched from pages off the device where they are new in a buffer (ShadowKV, arXiv:2410.21465).
+
+A page holds the values of one chunk in all KV heads and lies in one of several slabs; a page number is
+`slab * 2**32 + index within the slab`. From pinned memory a kernel reads by address: only what is new crosses the bus,
+in one launch that waits for nobody. From other memory (a file) the pages are collected on the host and copied at once.
+
+Bytes over the bus: new slots * chunk * head_dim * element size. PCIe bounds it: 63 GB/s at best for generation 5.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcompress.kernels.rebuild import new_first
+from kvcompress.kernels.runtime import ALL_REGISTERS, INTERPRETED, AotCase, aot_case
+from kvcompress.kernels.tile import triton_type
+
+SLAB = 2**32
+
+
+def fetch_pages(
+    values: Tensor, pages: Tensor, held: Tensor, is_new: Tensor, slabs: list[Tensor], addresses: Tensor
+) -> None:
+    """Writes the values of new chunks into their slots of a buffer.
+
+    Not an op for torch.compile: the slabs become more as the cache grows.
+
+    Args:
+        values: [batch, kv_heads, slots * chunk, head_dim], written where a slot is new; a view of a larger buffer will
+            do, whose tokens are contiguous.
+        pages: [batch, chunks] int64, the page of each chunk.
+        held: [batch, kv_heads, slots] int64, the chunk in each slot.
+        is_new: [batch, kv_heads, slots] bool.
+        slabs: each [pages, kv_heads, chunk, head_dim] in CPU memory.
+        addresses: [slabs] int64 where `values` is, of the slabs' memory.
+    """
+    if not held.numel() or not slabs:
+        return
+    by_address = INTERPRETED if values.device.type == "cpu" else all(slab.is_pinned() for slab in slabs)
+    if not by_address or values.dtype == torch.float64:
+        fetch_pages_reference(values, pages, held, is_new, slabs)
+        return
+    batch, kv_heads, slots = held.shape
+    size = slabs[0].shape[2] * slabs[0].shape[3]
+    with torch.cuda.device_of(values):
+        _fetch_pages_kernel[(slots, kv_heads, batch)](
+            values, pages, held.contiguous(), is_new.contiguous().view(torch.uint8), addresses,
+            values.stride(0), values.stride(1), pages.stride(0), slots, size,
+            BLOCK=_BLOCK, **ALL_REGISTERS,
+        )  # fmt: skip
+
+
+def fetch_pages_reference(values: Tensor, pages: Tensor, held: Tensor, is_new: Tensor, slabs: list[Tensor]) -> None:
+    """What fetch_pages means, in plain PyTorch: the oracle of its test, and its path on a CPU and from files."""
+    row, head, slots = new_first(is_new)
+    numbers = pages[row, held[row, head, slots].clamp(min=0)]
+    found = collect_pages(numbers.cpu(), head.cpu(), slabs).to(values.device)
+    values.unflatten(2, (-1, slabs[0].shape[2]))[row, head, slots] = found
+
+
+def collect_pages(pages: Tensor, heads: Tensor, slabs: list[Tensor]) -> Tensor:
+    """Values of pages in given KV heads, both int64 on the CPU and of one shape, [*shape, chunk, head_dim]."""
+    slab, index = pages // SLAB, pages % SLAB
+    if len(slabs) == 1:
+        return slabs[0][index, heads]
+    out = slabs[0].new_empty(*pages.shape, *slabs[0].shape[2:])
+    for number in slab.unique().tolist():
+        there = slab == number
+        out[there] = slabs[number][index[there], heads[there]]
+    return out
+
+
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _fetch_pages_kernel(
+    values_ptr, pages_ptr, held_ptr, new_ptr, addresses_ptr,
+    value_batch_stride, value_head_stride, pages_stride,
+    slots, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    # one program owns one slot of one KV head; where it is not new it has nothing to do
+    batch = tl.program_id(2).to(tl.int64)
+    kv_heads = tl.num_programs(1)
+    kv_head = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0).to(tl.int64)
+    at = (batch * kv_heads + kv_head) * slots + slot
+    if tl.load(new_ptr + at) != 0:
+        page = tl.load(pages_ptr + batch * pages_stride + tl.load(held_ptr + at))
+        slab = tl.load(addresses_ptr + (page >> 32))
+        source_ptr = slab.to(tl.pointer_type(values_ptr.dtype.element_ty), bitcast=True)
+        source_ptr += ((page & 4294967295) * kv_heads + kv_head) * size
+        values_ptr += batch * value_batch_stride + kv_head * value_head_stride + slot * size
+        for start in range(0, size, BLOCK):
+            element = start + tl.arange(0, BLOCK)
+            ok = element < size
+            tl.store(values_ptr + element, tl.load(source_ptr + element, mask=ok), mask=ok)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    types = dict.fromkeys(("pages_ptr", "held_ptr", "addresses_ptr"), "*i64") | {"new_ptr": "*u8"}
+    for dtype in (torch.bfloat16, torch.float32):
+        yield aot_case(
+            _fetch_pages_kernel,
+            triton_type(dtype)[1:],
+            types | {"values_ptr": triton_type(dtype)},
+            {"BLOCK": _BLOCK},
+        )

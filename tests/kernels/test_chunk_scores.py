@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from kvcompress.kernels.chunk_scores import chunk_scores, chunk_scores_reference
+from tests.kernels.inputs import DEVICE, DTYPES, heads
+
+# group, queries, chunks, head_dim, options
+CASES = [
+    (1, 1, 1, 64, {}),
+    (4, 1, 70, 80, {}),
+    (3, 1, 700, 64, {"softcap": 5.0}),
+    (1, 5, 7, 96, {}),
+    (3, 7, 65, 64, {"group": "mean"}),
+    (2, 40, 300, 129, {"softcap": 5.0, "group": "sum"}),
+    (64, 1, 20, 64, {"group": "mean"}),
+]
+
+
+def scene(group, queries, chunks, head_dim, dtype=torch.float32):
+    torch.manual_seed(0)
+    # some chunks are closed; of the last head all
+    is_open = torch.rand(2, 2, chunks, device=DEVICE) < 0.8
+    is_open[..., 0], is_open[1, 1] = True, False
+    return heads(2, 2 * group, queries, head_dim, dtype), heads(2, 2, chunks, head_dim, dtype), is_open
+
+
+@pytest.mark.parametrize(("group", "queries", "chunks", "head_dim", "options"), CASES, ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_scores_agree_with_the_reference(group, queries, chunks, head_dim, options, padded):
+    arguments = scene(group, queries, chunks, head_dim)
+    visible = torch.rand(2, queries, device=DEVICE) < 0.6 if padded else None
+    found = chunk_scores(*arguments, visible, scale=0.2, **options)
+    torch.testing.assert_close(found, chunk_scores_reference(*arguments, visible, scale=0.2, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_scores_agree_with_the_reference_in_16_bits(dtype, queries):
+    arguments = scene(4, queries, 100, 64, dtype)
+    found = chunk_scores(*arguments, scale=0.1)
+    wide = [x.float() if x.is_floating_point() else x for x in arguments]
+    # the PyTorch path rounds logits to 16 bits
+    torch.testing.assert_close(found, chunk_scores_reference(*wide, scale=0.1), rtol=5e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_scores_are_the_formula(queries):
+    """Head by head, query by query, with nothing shared between them."""
+    query, landmarks, is_open = scene(3, queries, 33, 64)
+    found = chunk_scores(query, landmarks, is_open, scale=0.3)
+    for row in range(2):
+        for kv_head in range(2):
+            chosen = is_open[row, kv_head]
+            assert (found[row, kv_head][~chosen] == -torch.inf).all()
+            shares = [
+                sum((query[row, head, i] @ landmarks[row, kv_head][chosen].T * 0.3).softmax(-1) for i in range(queries))
+                for head in range(3 * kv_head, 3 * kv_head + 3)
+            ]
+            expected = torch.stack(shares).amax(0)
+            torch.testing.assert_close(found[row, kv_head][chosen], expected)
+
+
+def test_with_one_head_a_kv_head_all_ways_to_agree_are_one():
+    arguments = scene(1, 4, 50, 64)
+    scores = [chunk_scores(*arguments, scale=0.2, group=group) for group in ("max", "mean", "sum")]
+    torch.testing.assert_close(scores[0], scores[1])
+    torch.testing.assert_close(scores[0], scores[2])
+
+
+def test_a_query_that_is_padding_chooses_nothing():
+    query, landmarks, is_open = scene(2, 6, 40, 64)
+    visible = torch.tensor([[True] * 6, [False, False, True, True, True, True]], device=DEVICE)
+    found = chunk_scores(query, landmarks, is_open, visible, scale=0.2)
+    alone = chunk_scores(query[1:, :, 2:], landmarks[1:], is_open[1:], scale=0.2)
+    torch.testing.assert_close(found[1:], alone)
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    query, landmarks, is_open = scene(2, 1, 40, 64)
+    with pytest.raises(ValueError, match=r"is_open \[batch, kv_heads, chunks\].*\[2, 2, 39\]"):
+        chunk_scores(query, landmarks, is_open[..., 1:], scale=1.0)
