@@ -135,7 +135,8 @@ def _chunk_scores(
     is_open = is_open.contiguous().view(torch.uint8)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     row_blocks = triton.cdiv(queries * heads // kv_heads, _ROWS)
-    splits, split_chunks = split_keys(batch * kv_heads * row_blocks, chunks, _CHUNKS, query.device)
+    block = _block(query.shape[-1], query.element_size())
+    splits, split_chunks = split_keys(batch * kv_heads * row_blocks, chunks, block, query.device)
     lses = query.new_empty(splits, batch, heads, queries, dtype=torch.float32)
     logits = query.new_empty(batch, heads, chunks, dtype=torch.float32) if queries == 1 else None
     scores = _chunk_scores_fake(query, landmarks, is_open, visible, scale, softcap, group)
@@ -146,7 +147,8 @@ def _chunk_scores(
         "SOFTCAPPED": softcap is not None,
         "ONE_QUERY": queries == 1,
         "BLOCK_ROWS": _ROWS,
-        "BLOCK_CHUNKS": _CHUNKS,
+        "BLOCK_CHUNKS": block,
+        "num_stages": _STAGES,
     }
     strides = (*query.stride()[:3], *landmarks.stride()[:3])
     with torch.cuda.device_of(query):
@@ -154,7 +156,7 @@ def _chunk_scores(
             query, landmarks, is_open, lses, logits, *strides,
             queries, chunks, splits, split_chunks, scale, softcap or 0.0, **shared, **ALL_REGISTERS,
         )  # fmt: skip
-        _chunk_scores_kernel[(triton.cdiv(chunks, _CHUNKS), kv_heads, batch)](
+        _chunk_scores_kernel[(triton.cdiv(chunks, block), kv_heads, batch)](
             query, landmarks, is_open, visible, lses.logsumexp(0), logits, scores, *strides,
             queries, chunks, scale, softcap or 0.0,
             PADDED=visible is not None, TAKES_MAX=group == "max", FACTOR=kv_heads / heads if group == "mean" else 1.0,
@@ -163,9 +165,14 @@ def _chunk_scores(
     return scores
 
 
-# rows (query heads times queries) and chunks of a tile
+# rows (query heads times queries) of a tile
 _ROWS = MIN_SIDE
-_CHUNKS = 64
+_STAGES = 2
+
+
+def _block(head_dim: int, element_size: int) -> int:
+    """Landmarks of a tile, 16 KiB of them."""
+    return max(MIN_SIDE, min(64, 2**14 // (tile_width(head_dim) * element_size)))
 
 
 @triton.jit(do_not_specialize=["queries", "chunks", "splits", "split_chunks"])
@@ -294,8 +301,8 @@ def aot_cases() -> Iterator[AotCase]:
                     "SOFTCAPPED": not one,
                     "ONE_QUERY": one,
                     "BLOCK_ROWS": _ROWS,
-                    "BLOCK_CHUNKS": _CHUNKS,
+                    "BLOCK_CHUNKS": _block(head_dim, dtype.itemsize),
                 } | ({} if one else {"logits_ptr": None})
-                yield aot_case(_landmark_lse_kernel, label, types, constants)
+                yield aot_case(_landmark_lse_kernel, label, types, constants, num_stages=_STAGES)
                 more = {"PADDED": not one, "TAKES_MAX": one, "FACTOR": 1.0} | ({"visible_ptr": None} if one else {})
-                yield aot_case(_chunk_scores_kernel, label, types, constants | more)
+                yield aot_case(_chunk_scores_kernel, label, types, constants | more, num_stages=_STAGES)

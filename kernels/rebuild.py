@@ -122,32 +122,59 @@ def _rebuild_keys(
         return
     batch, kv_heads, slots = held.shape
     chunk, head_dim, rank = keys.shape[2] // slots, keys.shape[3], basis.shape[1]
-    sizes = _sizes(chunk, head_dim, 0 if inv_freq is None else inv_freq.shape[0])
+    sizes = _sizes(chunk, head_dim, 0 if inv_freq is None else inv_freq.shape[0], keys.element_size())
     with torch.cuda.device_of(keys):
         _rebuild_keys_kernel[(triton.cdiv(slots, sizes["SLOTS"]), kv_heads, batch)](
             keys, coefficients.contiguous(), basis.contiguous(), held.contiguous(),
             is_new.contiguous().view(torch.uint8), inv_freq,
             *keys.stride()[:3], slots, coefficients.shape[1], rank, scaling,
-            CHUNK=chunk, HEAD_DIM=head_dim, INTERLEAVED=interleaved, BLOCK_RANK=_BLOCK_RANK, **sizes, **ALL_REGISTERS,
+            CHUNK=chunk, HEAD_DIM=head_dim, INTERLEAVED=interleaved, **sizes,
+            num_warps=_warps(head_dim, keys.element_size()), num_stages=_STAGES, **ALL_REGISTERS,
         )  # fmt: skip
 
 
-_BLOCK_RANK = 32
-# tokens of a program
-_TOKENS = 32
+_STAGES = 2
 
 
-def _sizes(chunk: int, head_dim: int, pairs: int) -> dict[str, int]:
-    """Sides of a program's tiles."""
+def _sizes(chunk: int, head_dim: int, pairs: int, element_size: int) -> dict[str, int]:
+    """Sides of a program's tiles; float32 is multiplied without matrix units, by operands in registers."""
+    tokens, block_rank = (32, 32) if element_size == 2 else (16, 16)
     padded = triton.next_power_of_2(chunk)
     rest = head_dim - 2 * pairs
     return {
         "CHUNK_SIDE": padded,
-        "SLOTS": max(1, _TOKENS // padded),
+        "SLOTS": max(1, tokens // padded),
+        "BLOCK_RANK": block_rank,
         "PAIRS": pairs,
         "PAIRS_SIDE": max(MIN_SIDE, triton.next_power_of_2(pairs)) if pairs else 0,
         "REST_SIDE": max(MIN_SIDE, triton.next_power_of_2(rest)) if rest else 0,
     }
+
+
+def _warps(head_dim: int, element_size: int) -> int:
+    return 8 if head_dim * element_size > 256 else 4
+
+
+@triton.jit
+def _cos_sin(angle):
+    # cosine and sine of angles up to 1e5 to the last digits; the device's own keep a table in local memory for those
+    # beyond. First to the nearest quarter turn, subtracted in three parts of few bits, then by polynomials made for an
+    # eighth of a turn
+    turns = tl.floor(angle * 0.6366197723675814 + 0.5)
+    rest = tl.fma(turns, -1.5703125, angle)
+    rest = tl.fma(turns, -4.837512969970703125e-4, rest)
+    rest = tl.fma(turns, -7.549789948768648e-8, rest)
+    square = rest * rest
+    sin = (-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1
+    sin = sin * square * rest + rest
+    cos = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2
+    cos = cos * square * square - 0.5 * square + 1.0
+    quarter = turns.to(tl.int32) & 3
+    is_odd = (quarter & 1) != 0
+    swapped = tl.where(is_odd, sin, cos)
+    sin = tl.where(is_odd, cos, sin)
+    cos = tl.where((quarter == 1) | (quarter == 2), -swapped, swapped)
+    return cos, tl.where(quarter >= 2, -sin, sin)
 
 
 @triton.jit
@@ -243,7 +270,8 @@ def _rebuild_keys_kernel(
                 BLOCK_RANK,
             )
             angle = place.to(tl.float32)[:, None] * tl.load(inv_freq_ptr + pair, mask=pair_ok, other=0.0)[None, :]
-            cos, sin = tl.cos(angle) * scaling, tl.sin(angle) * scaling
+            cos, sin = _cos_sin(angle)
+            cos, sin = cos * scaling, sin * scaling
             store = ok[:, None] & pair_ok[None, :]
             kind = keys_ptr.dtype.element_ty
             tl.store(keys_ptr + out[:, None] + first[None, :], (a * cos - b * sin).to(kind), mask=store)
@@ -273,11 +301,13 @@ def aot_cases() -> Iterator[AotCase]:
         for dtype in (torch.bfloat16, torch.float32):
             types = {name: triton_type(dtype) for name in ("keys_ptr", "coefficients_ptr", "basis_ptr")}
             types |= {"held_ptr": "*i64", "new_ptr": "*u8", "inv_freq_ptr": "*fp32", "scaling": "fp32"}
-            constants = {"CHUNK": 8, "HEAD_DIM": head_dim, "INTERLEAVED": False, "BLOCK_RANK": _BLOCK_RANK}
-            constants |= _sizes(8, head_dim, pairs)
+            constants = {"CHUNK": 8, "HEAD_DIM": head_dim, "INTERLEAVED": False}
+            constants |= _sizes(8, head_dim, pairs, dtype.itemsize)
             yield aot_case(
                 _rebuild_keys_kernel,
                 f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {2 * pairs} turn",
                 types,
                 constants | ({} if pairs else {"inv_freq_ptr": None}),
+                num_warps=_warps(head_dim, dtype.itemsize),
+                num_stages=_STAGES,
             )

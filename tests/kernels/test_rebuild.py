@@ -87,6 +87,22 @@ def test_a_slot_that_is_written_again_stays_what_it_was():
     torch.testing.assert_close(view, before)
 
 
+def test_far_places_turn_as_near_ones_do():
+    """A key of one coefficient, at places up to 131072: cosine and sine stay good where the angle is large."""
+    chunk, chunks = 8, 2**14
+    coefficients = torch.ones(1, chunk * chunks, 1, device=DEVICE)
+    basis = torch.tensor([[[1.0] * 8 + [0.0] * 8]], device=DEVICE)
+    held = torch.tensor([[[0, 1, 500, 4095, 12345, chunks - 1]]], device=DEVICE)
+    # as in the models, and some that turn by about a quarter a place
+    inv_freq = torch.tensor([1.0, 0.5, 0.1, 1.5707964, 1e-3, 3.1415927, 0.7853982, 1e-6], device=DEVICE)
+    keys = torch.empty(1, 1, 6 * chunk, 16, device=DEVICE)
+    rebuild_keys(keys, coefficients, basis, held, torch.ones_like(held, dtype=torch.bool), inv_freq)
+    places = (held[0, 0][:, None] * chunk + torch.arange(chunk, device=DEVICE)).flatten()
+    angles = (places[:, None].float() * inv_freq).double()
+    expected = torch.cat([angles.cos(), angles.sin()], -1).float()
+    torch.testing.assert_close(keys[0, 0], expected, rtol=0.0, atol=1e-6)
+
+
 def test_a_buffer_of_half_a_chunk_is_refused():
     buffer, arguments = scene(8, 30, 64, 64, False)
     with pytest.raises(ValueError, match=r"\[batch, kv_heads, slots \* chunk, head_dim\]"):
