@@ -35,7 +35,7 @@ def fetch_pages(
         held: [batch, kv_heads, slots] int64, the chunk in each slot.
         is_new: [batch, kv_heads, slots] bool.
         slabs: each [pages, kv_heads, chunk, head_dim] in CPU memory.
-        addresses: [slabs] int64 where `values` is, of the slabs' memory.
+        addresses: int64 where `values` is, of the slabs' memory, in order.
     """
     if not held.numel() or not slabs:
         return

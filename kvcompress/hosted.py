@@ -15,12 +15,15 @@ from torch import Tensor
 
 from kvcompress.kernels.pages import SLAB, collect_pages, fetch_pages
 
+# 32 of them hold 43 times what the first held, and each of the others doubles that
+_MOST_SLABS = 64
+
 
 class HostPages:
     """Pages of values off the device, that only ever become more.
 
-    slabs: each [pages, kv_heads, chunk, head_dim]. filled: pages written to the last one. addresses: [slabs] int64 on
-    the device, of their memory.
+    slabs: each [pages, kv_heads, chunk, head_dim]. filled: pages written to the last one. addresses: of the slabs'
+    memory, int64 on the device.
     """
 
     def __init__(self, host: str, page: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -36,7 +39,7 @@ class HostPages:
         self.device = device
         self.slabs: list[Tensor] = []
         self.filled = 0
-        self.addresses = torch.empty(0, dtype=torch.int64, device=device)
+        self.addresses = torch.zeros(_MOST_SLABS, dtype=torch.int64, device=device)
 
     @property
     def tier(self) -> str:
@@ -49,11 +52,12 @@ class HostPages:
         while len(values):
             room = len(self.slabs[-1]) - self.filled if self.slabs else 0
             if room == 0:
-                # an eighth more each time: few slabs, little room to spare
+                # an eighth more each time: few slabs, little room to spare; later, as much again
                 held = sum(len(slab) for slab in self.slabs)
-                self.slabs.append(self._slab(max(len(values), held // 8)))
+                spare = held // 8 if len(self.slabs) < _MOST_SLABS // 2 else held
+                self.slabs.append(self._slab(max(len(values), spare)))
                 self.filled, room = 0, len(self.slabs[-1])
-                self.addresses = torch.tensor([slab.data_ptr() for slab in self.slabs], device=self.device)
+                self.addresses[len(self.slabs) - 1] = self.slabs[-1].data_ptr()
             count = min(room, len(values))
             self.slabs[-1][self.filled : self.filled + count].copy_(values[:count], non_blocking=True)
             first = (len(self.slabs) - 1) * SLAB + self.filled

@@ -212,7 +212,7 @@ def test_the_bytes_are_the_formula(batch, rank):
         "folded": batch * 8,
         "lengths": batch * 8,
         "counters": 8,
-        "page table": 8,
+        "page table": 64 * 8,
         "inv_freq": dim // 2 * 4,
         "host values": batch * heads * folded * chunk * dim * 4,
     }
