@@ -35,7 +35,10 @@ from kvcompress.kernels.column_sums import causal_column_sums, causal_column_sum
 from kvcompress.kernels.decode import decode_attention, decode_attention_reference
 from kvcompress.kernels.decode_evict import decode_and_evict, decode_and_evict_reference, decode_then_evict
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference
+from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
 from kvcompress.kernels.merge import merge_states, merge_states_reference
+from kvcompress.kernels.packed_attention import packed_attention
+from kvcompress.kernels.quantise import Coding, Packed, dequantise, quantise, quantise_reference
 from kvcompress.kernels.runtime import runs_triton
 
 Call = Callable[[], Any]
@@ -99,6 +102,15 @@ DECODE = {
         if batch * tokens <= 2**22
     ],
     "cpu": [Shape(1, 9, 3, 512, 64), Shape(8, 9, 3, 512, 64), Shape(8, 9, 3, 4096, 64)],
+}
+PACKED = {
+    "cuda": [
+        Shape(1, 32, 8, 32768, 128),
+        Shape(1, 32, 8, 131072, 128),
+        Shape(8, 32, 8, 32768, 128),
+        Shape(64, 32, 8, 4096, 128),
+    ],
+    "cpu": [Shape(1, 9, 3, 4096, 64), Shape(8, 9, 3, 4096, 64)],
 }
 
 
@@ -243,10 +255,106 @@ def merge_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Itera
     yield Case("merge_states", shape, variants, "reference", bytes=3 * rows * (head_dim * outs[0].element_size() + 4))
 
 
+# names, and of keys and values alike bits, group, outliers and rank
+_CODINGS = {"2 bits": (2, 64, 0, 0), "4 bits": (4, 64, 0, 0), "GEAR at 2 bits": (2, 64, 1, 4)}
+
+
+def packed_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Packing keys, the factors of what that loses, and a decode step's attention to packed keys and values."""
+    block = 64 if shape.tokens >= 64 else 8
+    blocks = (shape.batch, shape.kv_heads, shape.tokens // block, block, shape.head_dim)
+    keys, values = (_random(*blocks, dtype=dtype, device=device) for _ in range(2))
+    for name, (bits, group, outliers, rank) in _CODINGS.items():
+        key_coding, value_coding = Coding(bits, group, "channel", outliers), Coding(bits, group, "token", outliers)
+        yield from _packing_cases(name, shape, keys, key_coding, rank)
+        yield _packed_step(name, shape, keys, values, key_coding._replace(rank=rank), value_coding._replace(rank=rank))
+
+
+def _packing_cases(name: str, shape: Shape, keys: Tensor, coding: Coding, rank: int) -> Iterator[Case]:
+    owners, block, head_dim = keys.shape[:3].numel(), *keys.shape[3:]
+    read, stored = keys.numel() * keys.element_size(), owners * coding.bytes(block, head_dim)
+    packed = quantise(keys, coding)
+
+    def error(packed: Packed) -> Tensor:
+        return (dequantise(packed, coding) - keys).flatten(2).norm(dim=-1)
+
+    # codes of numbers midway between two may differ, scales and the error as a whole may not
+    yield Case(
+        f"quantise, {name}",
+        shape,
+        {"ours": lambda: quantise(keys, coding), "reference": lambda: quantise_reference(keys, coding)},
+        "reference",
+        bytes=read + stored,
+        compared=lambda packed: (packed.scales, packed.zeros, error(packed)),
+    )
+    if rank:
+        yield Case(
+            f"residual_factors, {name}",
+            shape,
+            {
+                "ours": lambda: residual_factors(keys, packed, coding, rank),
+                "reference": lambda: residual_factors_reference(keys, packed, coding, rank),
+            },
+            "reference",
+            bytes=4 * (read + stored),
+            compared=lambda factors: error(packed._replace(left=factors[0], right=factors[1][:, :, None])),
+        )
+
+
+def _packed_step(
+    name: str, shape: Shape, keys: Tensor, values: Tensor, key_coding: Coding, value_coding: Coding
+) -> Case:
+    batch, heads, kv_heads, tokens, head_dim = shape
+    scale = head_dim**-0.5
+    query = _random(batch, heads, 1, head_dim, dtype=keys.dtype, device=keys.device)
+    key, value = keys.flatten(2, 3), values.flatten(2, 3)
+    positions = torch.arange(key.shape[2], dtype=torch.int32, device=keys.device).repeat(batch, 1, 1)
+    at = torch.full((batch, 1), tokens, dtype=torch.int32, device=keys.device)
+
+    def pack(x: Tensor, coding: Coding) -> Packed:
+        packed = quantise(x, coding)
+        if not coding.rank:
+            return packed
+        left, right = residual_factors(x, packed, coding, coding.rank)
+        return packed._replace(left=left, right=right[:, :, None])
+
+    packed_keys, packed_values = pack(keys, key_coding), pack(values, value_coding)
+
+    def sdpa(key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+
+    def ours() -> Tensor:
+        return packed_attention(
+            query, packed_keys, packed_values, key_coding, value_coding, positions, at, scale=scale
+        )[0]  # fmt: skip
+
+    def expanded() -> Tensor:
+        return sdpa(
+            dequantise(packed_keys, key_coding, query.dtype).flatten(2, 3),
+            dequantise(packed_values, value_coding, query.dtype).flatten(2, 3),
+        )
+
+    # attention to what was packed: there is nothing to compare
+    def dense() -> None:
+        slot_attention(query, key, value, positions.expand(-1, kv_heads, -1), at, scale=scale)
+
+    def dense_sdpa() -> None:
+        sdpa(key, value)
+
+    return Case(
+        f"packed_attention, {name}",
+        shape,
+        {"ours": ours, "dense slot_attention": dense, "dense sdpa": dense_sdpa, "dequantise, then sdpa": expanded},
+        "dequantise, then sdpa",
+        bytes=sum(part.nbytes for packed in (packed_keys, packed_values) for part in packed if part is not None),
+    )
+
+
 CASES: dict[str, tuple[Callable[[Shape, torch.dtype, torch.device], Iterator[Case]], dict[str, list[Shape]]]] = {
     "prefill": (prefill_cases, PREFILL),
     "decode": (decode_cases, DECODE),
     "merge": (merge_cases, PREFILL),
+    "packed": (packed_cases, PACKED),
 }
 
 

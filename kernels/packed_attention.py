@@ -23,7 +23,16 @@ from torch import Tensor
 from kvcompress.kernels.attention import split_keys
 from kvcompress.kernels.merge import merge_stack
 from kvcompress.kernels.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
-from kvcompress.kernels.quantise import Coding, Packed, check_coding, coding_constants, dequantise, stored_blocks
+from kvcompress.kernels.quantise import (
+    Coding,
+    Packed,
+    check_coding,
+    coding_constants,
+    dequantise,
+    spread_groups,
+    stored_blocks,
+    unpack_codes,
+)
 from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
 from kvcompress.kernels.tile import (
     LOG2E,
@@ -38,8 +47,12 @@ from kvcompress.kernels.tile import (
     wide,
 )
 
-# numbers that a piece of the CPU path may hold: 1 MB in float32, so that keys, values and logits fit a core's cache
+# numbers that a piece of the PyTorch path decodes at once: 1 MB in float32, which a core's cache holds
 _PIECE = 2**18
+# logits it may hold: 8 MB in float32
+_LOGITS = 2**21
+# numbers of a group to each row from which on scales meet rows and not codes
+_FOLDED = 8
 
 
 def packed_attention(
@@ -206,7 +219,11 @@ def _packed_attention(
     softcap: float | None,
     with_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _launch if runs_triton(query) and query.numel() and positions.numel() else _in_pieces
+    width = tile_width(max(query.shape[-1], values[0].shape[-1]))
+    # products of wide float32 rows would take more registers than a thread has
+    too_wide = query.is_cuda and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
+    is_empty = not query.numel() or not positions.numel()
+    run = _launch if runs_triton(query) and not too_wide and not is_empty else _in_pieces
     return run(
         query, *_whole(keys, key_settings), *_whole(values, value_settings), positions, query_positions, spans,
         scale, window, softcap, with_logits,
@@ -245,60 +262,124 @@ def _in_pieces(
     tokens, value_dim = positions.shape[-1], values.codes.shape[-1]
     group, block = heads // kv_heads, tokens // max(1, blocks)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    rows = (query.to(dtype) * scale).reshape(batch, kv_heads, group * queries, head_dim)
-    # base of the online softmax: finite, so that a query that has seen nothing yet gives 0 and not NaN
-    peak = rows.new_full((*rows.shape[:3], 1), -1e30)
-    total = rows.new_zeros(*rows.shape[:3], 1)
-    out = rows.new_zeros(*rows.shape[:3], value_dim)
+    out = query.new_empty(batch, heads, queries, value_dim)
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     kept = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
-
-    of_a_block = batch * kv_heads * block * max(head_dim, value_dim)
-    piece = max(1, _PIECE // max(1, of_a_block))
-    # queries whose logits over a piece are no larger than the piece
-    step = max(1, max(piece * of_a_block, _PIECE) // max(1, batch * kv_heads * piece * block))
-    for start in range(0, blocks, piece):
-        chosen = slice(start, min(start + piece, blocks))
-        of_span = None if spans is None else spans[:, chosen]
-        columns = slice(chosen.start * block, chosen.stop * block)
-        key = dequantise(_blocks(keys, chosen), key_coding, dtype).flatten(2, 3)
-        value = dequantise(_blocks(values, chosen), value_coding, dtype).flatten(2, 3)
-        seen = _seen(positions[..., columns], query_positions, window)
-        seen = seen.expand(-1, -1, queries, -1).repeat(1, 1, group, 1) if window is not None else seen
-        for first in range(0, group * queries, step):
-            some = slice(first, first + step)
-            part = rows[:, :, some]
-            logits = part @ key.mT
-            if keys.left is not None and keys.right is not None:
-                left, right = keys.left[:, :, chosen].to(dtype), _bases(keys.right, of_span, dtype)
-                projected = part[:, :, None] @ right  # [batch, kv_heads, blocks or 1, rows, rank]
-                logits += (projected @ left.mT).transpose(2, 3).flatten(3)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            logits.masked_fill_(~(seen[:, :, some] if window is not None else seen), -torch.inf)
-            if with_logits:
-                kept[:, :, columns] = logits.view(batch, heads, -1)
-            risen = torch.maximum(peak[:, :, some], logits.amax(-1, keepdim=True))
-            fade = (peak[:, :, some] - risen).exp_()
-            weights = logits.sub_(risen).exp_()
-            peak[:, :, some] = risen
-            total[:, :, some] = total[:, :, some] * fade + weights.sum(-1, keepdim=True)
-            found = weights @ value
-            if values.left is not None and values.right is not None:
-                left, right = values.left[:, :, chosen].to(dtype), _bases(values.right, of_span, dtype)
-                gathered = weights.unflatten(-1, (-1, block)).transpose(2, 3) @ left
-                found += (gathered @ right.mT).sum(2)
-            out[:, :, some] = out[:, :, some] * fade + found
-    lse = (peak + total.log()).view(batch, heads, queries)
-    out = (out / total.clamp(min=torch.finfo(dtype).tiny)).view(batch, heads, queries, value_dim)
-    return out.to(query.dtype), lse.float(), kept
+    # by position of the query, so that a row sees what its query does
+    rows = query.view(batch, kv_heads, group, queries, head_dim).transpose(2, 3)
+    step = max(1, _LOGITS // max(1, batch * heads * tokens))
+    count = max(1, _PIECE // max(1, batch * kv_heads * block * max(head_dim, value_dim)))
+    pieces = [slice(start, min(start + count, blocks)) for start in range(0, blocks, count)]
+    room = query.new_empty(batch * kv_heads * min(count, blocks) * block * max(head_dim, value_dim), dtype=dtype)
+    for first in range(0, queries, step):
+        part = rows[:, :, first : first + step].to(dtype).mul(scale)
+        chosen, some = slice(first, first + part.shape[2]), part.flatten(2, 3)
+        logits = some.new_empty(*some.shape[:3], tokens)
+        for piece in pieces:
+            of_piece = logits[..., piece.start * block : piece.stop * block]
+            _key_products(some, keys, key_coding, piece, spans, room, of_piece)
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        seen = _seen(positions, query_positions[:, chosen], window)[:, :, :, None]
+        logits.unflatten(2, (-1, group)).masked_fill_(~seen, -torch.inf)
+        if with_logits:
+            kept.copy_(logits.view_as(kept))
+        part_lse = logits.logsumexp(-1, keepdim=True)
+        # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+        weights = logits.sub_(part_lse.masked_fill(part_lse == -torch.inf, 0.0)).exp_()
+        found = some.new_zeros(*some.shape[:3], value_dim)
+        for piece in pieces:
+            of_piece = weights[..., piece.start * block : piece.stop * block]
+            found += _value_products(of_piece, values, value_coding, piece, spans, room)
+        by_head = found.unflatten(2, (-1, group)).transpose(2, 3)
+        out[:, :, chosen] = by_head.flatten(1, 2)
+        lse[:, :, chosen] = part_lse.unflatten(2, (-1, group)).transpose(2, 3).reshape(batch, heads, -1)
+    return out, lse, kept
 
 
-def _bases(right: Tensor, spans: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The basis of each block, [batch, kv_heads, blocks or 1, head_dim, rank]."""
+def _key_products(
+    rows: Tensor, keys: Packed, coding: Coding, piece: slice, spans: Tensor | None, room: Tensor, out: Tensor
+) -> None:
+    """rows @ keys^T, [batch, kv_heads, rows, tokens], over some blocks."""
+    part = _blocks(keys, piece)
+    codes = _codes(part, coding, room)  # [batch, kv_heads, blocks, block, head_dim]
+    group = min(coding.group, codes.shape[3])
+    if coding.axis == "token":
+        torch.matmul(rows, _decoded(codes, part, coding).flatten(2, 3).mT, out=out)
+    else:
+        scales, zeros = part.scales.to(rows.dtype), part.zeros.to(rows.dtype)
+        by_group = codes.unflatten(3, (-1, group))
+        if part.outlier_index is None and group >= _FOLDED * rows.shape[2]:
+            # the scales of a channel meet the few rows in place of its many codes
+            scaled = rows[:, :, None, None] * scales[:, :, :, :, None]
+            products = scaled.flatten(2, 3) @ by_group.flatten(2, 3).mT  # [batch, kv_heads, groups, rows, group]
+            out.copy_(products.transpose(2, 3).flatten(3))
+        else:
+            by_group.mul_(scales[:, :, :, :, None])
+            _add_outliers(codes, part, coding)
+            torch.matmul(rows, codes.flatten(2, 3).mT, out=out)
+        of_zeros = rows @ zeros.flatten(2, 3).mT  # [batch, kv_heads, rows, groups]
+        out.unflatten(-1, (-1, group)).add_(of_zeros[..., None])
+    if keys.left is not None and keys.right is not None:
+        left, right = keys.left[:, :, piece].to(rows.dtype), _bases(keys.right, spans, piece, rows.dtype)
+        out += ((rows[:, :, None] @ right) @ left.mT).transpose(2, 3).flatten(3)
+
+
+def _value_products(
+    weights: Tensor, values: Packed, coding: Coding, piece: slice, spans: Tensor | None, room: Tensor
+) -> Tensor:
+    """weights @ values, [batch, kv_heads, rows, value_dim], over some blocks."""
+    part = _blocks(values, piece)
+    codes = _codes(part, coding, room)
+    if coding.axis == "channel":
+        out = weights @ _decoded(codes, part, coding).flatten(2, 3)
+    else:
+        scales, zeros = (by.to(weights.dtype).flatten(2, 3) for by in (part.scales, part.zeros))
+        out = weights.new_empty(*weights.shape[:3], codes.shape[-1])
+        folded = part.outlier_index is None and coding.group >= _FOLDED * weights.shape[2]
+        if not folded:
+            for n, columns in enumerate(codes.split(coding.group, -1)):
+                columns.mul_(part.scales[..., n : n + 1])
+            _add_outliers(codes, part, coding)
+            torch.matmul(weights, codes.flatten(2, 3), out=out)
+        of_zeros = weights @ zeros  # [batch, kv_heads, rows, groups]
+        for n, (columns, target) in enumerate(
+            zip(codes.flatten(2, 3).split(coding.group, -1), out.split(coding.group, -1), strict=True)
+        ):
+            if folded:
+                target.copy_((weights * scales[:, :, None, :, n]) @ columns)
+            target.add_(of_zeros[..., n : n + 1])
+    if values.left is not None and values.right is not None:
+        left, right = values.left[:, :, piece].to(weights.dtype), _bases(values.right, spans, piece, weights.dtype)
+        gathered = weights.unflatten(-1, (-1, left.shape[3])).transpose(2, 3) @ left
+        out += (gathered @ right.mT).sum(2)
+    return out
+
+
+def _codes(part: Packed, coding: Coding, room: Tensor) -> Tensor:
+    codes = unpack_codes(part.codes, coding.bits)
+    return room[: codes.numel()].view(codes.shape).copy_(codes)
+
+
+def _decoded(codes: Tensor, part: Packed, coding: Coding) -> Tensor:
+    scales, zeros = spread_groups(torch.stack([part.scales, part.zeros]), coding, codes)
+    codes.mul_(scales).add_(zeros)
+    _add_outliers(codes, part, coding)
+    return codes
+
+
+def _add_outliers(codes: Tensor, part: Packed, coding: Coding) -> None:
+    if part.outlier_index is not None and part.outlier_values is not None:
+        dim = -2 if coding.axis == "channel" else -1
+        codes.scatter_add_(dim, part.outlier_index.long(), part.outlier_values.to(codes.dtype))
+
+
+def _bases(right: Tensor, spans: Tensor | None, piece: slice, dtype: torch.dtype) -> Tensor:
+    """The basis of each of these blocks, [batch, kv_heads, blocks or 1, head_dim, rank]."""
     if spans is None or right.shape[2] == 1:
         return right[:, :, :1].to(dtype)
     batch = torch.arange(len(right), device=right.device)[:, None]
-    return right.transpose(1, 2)[batch, spans.long()].transpose(1, 2).to(dtype)
+    return right.transpose(1, 2)[batch, spans[:, piece].long()].transpose(1, 2).to(dtype)
 
 
 def _launch(
@@ -327,7 +408,7 @@ def _launch(
     dim, value_width = tile_width(head_dim), tile_width(value_dim)
     block_rows, tile, warps, stages = _tiles(
         queries * group, tokens // blocks, [key_coding.bits, value_coding.bits], max(dim, value_width),
-        query.element_size(),
+        query.element_size(), keys.outlier_index is not None or values.outlier_index is not None,
     )  # fmt: skip
     row_blocks = triton.cdiv(queries * group, block_rows)
     tiles = tile.count(blocks)
@@ -371,19 +452,25 @@ def _constants(
     return constants
 
 
+# the widest tile of float32 queries; wider ones take the PyTorch path on a GPU
+_WIDEST_FLOAT32 = 64
 # as many rows (queries times group) as one tile takes
 _MOST_ROWS = 64
 
 
-def _tiles(rows: int, block: int, bits: list[int], width: int, element_size: int) -> tuple[int, TileShape, int, int]:
+def _tiles(
+    rows: int, block: int, bits: list[int], width: int, element_size: int, has_outliers: bool
+) -> tuple[int, TileShape, int, int]:
     """Rows of a tile, its tokens, warps and pipeline stages."""
     block_rows = min(_MOST_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
-        block_rows, tokens, warps = (min(block_rows, 32), 32, 4) if width <= 128 else (MIN_SIDE, 16, 8)
+        block_rows, tokens = MIN_SIDE, 16
     elif width > 128:
-        block_rows, tokens, warps = min(block_rows, 32), 32, 8
+        block_rows, tokens = min(block_rows, 32), 32
     else:
-        tokens, warps = 64 if width <= 64 or block_rows == MIN_SIDE else 32, 4
+        tokens = 64 if block_rows == MIN_SIDE else 32
+    # to compare every number with the index of an outlier takes registers
+    warps = 8 if has_outliers or width > 128 or element_size == 4 else 4
     return block_rows, tile_shape(block, bits, tokens), warps, 2
 
 
@@ -411,6 +498,32 @@ def _load_left(ptr, at, ok, first, RANK: tl.constexpr, STEP: tl.constexpr):
     return tl.load(
         ptr + at[:, None] * RANK + direction[None, :], mask=ok[:, None] & (direction < RANK)[None, :], other=0.0
     )
+
+
+@triton.jit
+def _add_key_factors(
+    logits, query, left_ptr, right_ptr, at, ok, span, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
+    # logits [R, T] + (query @ right) @ left^T of the tokens at these places
+    for first in tl.static_range(0, RANK, 16):
+        right = _load_basis(right_ptr, span, first, HEAD_DIM, DIM, RANK, 16).to(query.dtype)
+        left = _load_left(left_ptr, at, ok, first, RANK, 16).to(query.dtype)
+        seen = dot(query, right, tl.zeros([logits.shape[0], 16], tl.float32)).to(query.dtype)
+        logits = dot(seen, tl.trans(left), logits)
+    return logits
+
+
+@triton.jit
+def _add_value_factors(
+    out, weight, left_ptr, right_ptr, at, ok, span, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
+    # out [R, DIM] + (weight @ left) @ right^T of the tokens at these places
+    for first in tl.static_range(0, RANK, 16):
+        left = _load_left(left_ptr, at, ok, first, RANK, 16).to(weight.dtype)
+        right = _load_basis(right_ptr, span, first, HEAD_DIM, DIM, RANK, 16).to(weight.dtype)
+        share = dot(weight, left, tl.zeros([out.shape[0], 16], tl.float32)).to(weight.dtype)
+        out = dot(share, tl.trans(right), out)
+    return out
 
 
 @triton.jit(do_not_specialize=[
@@ -461,7 +574,6 @@ def _packed_kernel(
     value_base = batch * value_batch_blocks + kv_head * value_head_blocks
     positions_ptr += (batch * position_heads + kv_head % position_heads) * blocks * BLOCK
     TOKENS: tl.constexpr = TILE_BLOCKS * PLANES * RUN
-    STEP: tl.constexpr = 16
 
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
     row_ok = row < queries * GROUP
@@ -493,11 +605,9 @@ def _packed_kernel(
                     spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
                 )
                 of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
-                for first in tl.static_range(0, KEY_RANK, STEP):
-                    right = _load_basis(key_right_ptr, span, first, HEAD_DIM, DIM, KEY_RANK, STEP).to(query.dtype)
-                    left = _load_left(key_left_ptr, left_at, of_block, first, KEY_RANK, STEP).to(query.dtype)
-                    seen = dot(query, right, tl.zeros([BLOCK_ROWS, STEP], tl.float32)).to(query.dtype)
-                    logits = dot(seen, tl.trans(left), logits)
+                logits = _add_key_factors(
+                    logits, query, key_left_ptr, key_right_ptr, left_at, of_block, span, KEY_RANK, HEAD_DIM, DIM
+                )
         logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
         slot_position = tl.load(positions_ptr + token, mask=token_ok, other=-1)
         visible = (slot_position >= 0)[None, :]
@@ -534,13 +644,10 @@ def _packed_kernel(
                     spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
                 )
                 of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
-                for first in tl.static_range(0, VALUE_RANK, STEP):
-                    left = _load_left(value_left_ptr, left_at, of_block, first, VALUE_RANK, STEP).to(query.dtype)
-                    right = _load_basis(
-                        value_right_ptr, span, first, VALUE_DIM, VALUE_WIDTH, VALUE_RANK, STEP
-                    ).to(query.dtype)  # fmt: skip
-                    share = dot(weight, left, tl.zeros([BLOCK_ROWS, STEP], tl.float32)).to(query.dtype)
-                    out = dot(share, tl.trans(right), out)
+                out = _add_value_factors(
+                    out, weight, value_left_ptr, value_right_ptr, left_at, of_block, span,
+                    VALUE_RANK, VALUE_DIM, VALUE_WIDTH,
+                )  # fmt: skip
 
     lse_offset = ((wide(split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
     norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
@@ -561,8 +668,8 @@ _AOT_CODINGS = [
 
 
 def aot_cases() -> Iterator[AotCase]:
-    for head_dim in (64, 80, 128, 256):
-        for dtype in (torch.bfloat16, torch.float32):
+    for dtype, head_dims in ((torch.bfloat16, (64, 80, 128, 256)), (torch.float32, (_WIDEST_FLOAT32,))):
+        for head_dim in head_dims:
             for rows in (MIN_SIDE, _MOST_ROWS):
                 # others only mask more, or have more rows
                 for coding in _AOT_CODINGS if head_dim != 80 and rows == MIN_SIDE else _AOT_CODINGS[:3]:
@@ -581,7 +688,7 @@ def _aot_case(
     block: int,
 ) -> AotCase:
     width, plain = tile_width(head_dim), not outliers
-    block_rows, tile, warps, stages = _tiles(rows, block, [key_bits, value_bits], width, dtype.itemsize)
+    block_rows, tile, warps, stages = _tiles(rows, block, [key_bits, value_bits], width, dtype.itemsize, outliers > 0)
     types = {
         "scale": "fp32",
         "softcap": "fp32",

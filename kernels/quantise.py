@@ -125,7 +125,7 @@ def quantise_reference(x: Tensor, coding: Coding) -> Packed:
     scales = -_round_down(-((high - zeros.float()) / levels))
     steps = scales.float()
     inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
-    spread = _spread(torch.stack([zeros.float(), steps, inverse]), coding, x)
+    spread = spread_groups(torch.stack([zeros.float(), steps, inverse]), coding, x)
     codes = ((x - spread[0]) * spread[2] + 0.5).floor_().clamp_(0, levels)
     values = None
     if index is not None:
@@ -149,7 +149,7 @@ def dequantise(
     """
     x = unpack_codes(packed.codes, coding.bits).float()
     # both are spread at once
-    scales, zeros = _spread(torch.stack([packed.scales.float(), packed.zeros.float()]), coding, x)
+    scales, zeros = spread_groups(torch.stack([packed.scales.float(), packed.zeros.float()]), coding, x)
     x.mul_(scales).add_(zeros)
     if packed.outlier_values is not None and packed.outlier_index is not None:
         dim = -2 if coding.axis == "channel" else -1
@@ -246,14 +246,16 @@ def _pack_plane(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
-    per = 8 // bits
-    codes = packed.new_empty(*packed.shape[:-2], per, *packed.shape[-2:])
-    for j in range(per):
-        plane = codes[..., j, :, :]
-        torch.bitwise_right_shift(packed, j * bits, out=plane)
-        if j < per - 1:
-            plane &= 2**bits - 1
-    return codes.flatten(-3, -2)
+    if bits == 8:
+        return packed
+    flat = packed.flatten(-2)
+    mask, words = 2**bits - 1, flat
+    if not any(size % 8 for size in (flat.shape[-1], flat.storage_offset(), *flat.stride()[:-1])):
+        # eight bytes at a time: what a shift brings over from the byte above, the mask removes
+        mask, words = mask * 0x0101010101010101, flat.view(torch.int64)
+    shifts = torch.arange(0, 8, bits, dtype=words.dtype, device=words.device)
+    codes = (words[..., None, :] >> shifts[:, None]).bitwise_and_(mask).view(torch.uint8)
+    return codes.view(*packed.shape[:-2], 8 // bits * packed.shape[-2], packed.shape[-1])
 
 
 def _outlier_index(x: Tensor, outliers: int, dim: int) -> Tensor:
@@ -281,7 +283,7 @@ def _group(x: Tensor, coding: Coding, fill: float) -> Tensor:
     return x.unflatten(-1, (-1, coding.group))
 
 
-def _spread(groups: Tensor, coding: Coding, x: Tensor) -> Tensor:
+def spread_groups(groups: Tensor, coding: Coding, x: Tensor) -> Tensor:
     """What a group has, [..., groups], for each of its numbers, broadcastable to x."""
     block, head_dim = x.shape[-2:]
     if coding.axis == "channel":

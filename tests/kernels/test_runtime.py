@@ -7,7 +7,9 @@ from kvcompress.kernels.decode import decode_attention
 from kvcompress.kernels.decode_evict import decode_and_evict
 from kvcompress.kernels.evict import choose_victim
 from kvcompress.kernels.merge import merge_states
-from tests.kernels.inputs import DEVICE, heads, slot_positions
+from kvcompress.kernels.packed_attention import packed_attention
+from kvcompress.kernels.quantise import Coding, Packed
+from tests.kernels.inputs import DEVICE, blocks, heads, packed_blocks, slot_positions
 
 QUERY, KEY, STEP = heads(2, 4, 9, 64), heads(2, 2, 9, 64), heads(2, 4, 1, 64)
 POSITIONS = slot_positions(2, 2, 9)
@@ -15,6 +17,10 @@ AT = torch.full((2, 9), 18, dtype=torch.int32, device=DEVICE)
 LSE = torch.randn(2, 4, 9, device=DEVICE)
 SCORES = torch.rand(2, 2, 9, device=DEVICE)
 LIMITS = torch.full((2,), 7, dtype=torch.int32, device=DEVICE)
+
+CODING = Coding(2, 16, "channel", 1, 2)
+PACKED = packed_blocks(blocks(2, 2, 3, 16, 64), CODING)
+THERE = torch.arange(48, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
 
 # an op, its arguments, and the same as the op that compiled code sees takes them
 CALLS = {
@@ -29,6 +35,12 @@ CALLS = {
     "decode_attention": (
         lambda q, k, p, a: decode_attention(q, k, k, p, a, scale=0.1),
         (STEP, KEY, POSITIONS, AT[:, :1]),
+    ),
+    "packed_attention": (
+        lambda q, p, a, *of: packed_attention(
+            q, Packed(*of), Packed(*of), CODING, CODING, p, a, scale=0.1, with_logits=True
+        ),
+        (STEP, THERE, AT[:, :1], *PACKED),
     ),
     "choose_victim": (lambda s, p, r: choose_victim(s, p, r, 2), (SCORES, POSITIONS, LIMITS)),
     "decode_and_evict": (
