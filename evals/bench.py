@@ -21,14 +21,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvcompress.evals.bench_case import Call, Case, Shape
+from kvcompress.evals.bench_shadow import CONTEXTS, shadow_cases
 from kvcompress.evals.provenance import provenance
 from kvcompress.kernels.attention import causal_attention, causal_attention_reference, slot_attention
 from kvcompress.kernels.column_sums import causal_column_sums, causal_column_sums_reference
@@ -41,38 +43,9 @@ from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import Coding, Packed, dequantise, quantise, quantise_reference
 from kvcompress.kernels.runtime import runs_triton
 
-Call = Callable[[], Any]
-
 # a reference that builds more than this many logits is not run
 _MOST_LOGITS = 2**29
 _ATTEMPTS = {"cuda": 30, "cpu": 7}
-
-
-class Shape(NamedTuple):
-    """Attention of a model: batch, heads, kv_heads, tokens (or kept slots) and head_dim."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    tokens: int
-    head_dim: int
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, {self.heads}/{self.kv_heads} heads of {self.head_dim}, {self.tokens} tokens"
-
-
-@dataclass
-class Case:
-    """What a row measures: the same result by several ways."""
-
-    kernel: str
-    shape: Shape
-    variants: dict[str, Call]
-    oracle: str
-    bytes: int = 0
-    flops: int = 0
-    # what of the result is compared
-    compared: Callable[[Any], Any] = field(default=lambda result: result)
 
 
 @dataclass
@@ -355,6 +328,7 @@ CASES: dict[str, tuple[Callable[[Shape, torch.dtype, torch.device], Iterator[Cas
     "decode": (decode_cases, DECODE),
     "merge": (merge_cases, PREFILL),
     "packed": (packed_cases, PACKED),
+    "shadowkv": (shadow_cases, CONTEXTS),
 }
 
 

@@ -1,4 +1,4 @@
-"""A model of Llama-3.1-8B's shape end to end: DynamicCache beside H2OCache, for kvcompress.evals.gpu.
+"""A model of Llama-3.1-8B's shape end to end: DynamicCache beside H2OCache and ShadowKVCache, for kvcompress.evals.gpu.
 
 Weights are random: speed and memory depend on shapes only. A prompt is prefilled once, as a batch of one, and its
 cache is repeated to the batch that decodes, for the same reason. Times are of blocks of steps between two waits for
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
-from kvcompress import H2OCache
+from kvcompress import CompressedCache, H2OCache, ShadowKVCache
 from kvcompress.evals import bench
 
 Step = Callable[[Tensor, Tensor, Cache], Tensor]
@@ -29,7 +29,7 @@ Step = Callable[[Tensor, Tensor, Cache], Tensor]
 class Case:
     """What to measure: a prefill, steps of decoding (eager or compiled), the largest batch, or a whole `generate`.
 
-    cache: "dynamic", "static", or "h2o" with its share of the context.
+    cache: "dynamic", "static", "h2o" with its share of the context, or "shadowkv" with the tokens it selects.
     """
 
     kind: str
@@ -41,10 +41,10 @@ class Case:
         return f"{self.kind}, {self.cache}, {self.tokens} tokens, batch {self.batch}"
 
 
-def _cases(long: int, short: int, batches: tuple[int, int, int]) -> list[Case]:
+def _cases(far: int, long: int, short: int, batches: tuple[int, int, int], selected: int) -> list[Case]:
     """In order of importance: where the time runs out, the last are left out."""
     one, some, many = batches
-    h2o = "h2o 20%"
+    h2o, shadow = "h2o 20%", f"shadowkv {selected}"
     caches = ("dynamic", h2o, "h2o 10%", "h2o 50%")
     return [
         *(Case("prefill", cache, long) for cache in caches[:2]),
@@ -52,6 +52,9 @@ def _cases(long: int, short: int, batches: tuple[int, int, int]) -> list[Case]:
         Case("compiled", h2o, long, many),
         Case("largest batch", "dynamic", long),
         Case("largest batch", h2o, long),
+        *(Case("largest batch", cache, far) for cache in ("dynamic", shadow)),
+        *(Case("prefill", cache, far) for cache in ("dynamic", shadow)),
+        *(Case(kind, shadow, long, many) for kind in ("decode", "prefill")),
         *(Case("decode", cache, long, batch) for batch in (some, one) for cache in caches[:2]),
         Case("compiled", h2o, long, one),
         Case("generate", h2o, short, some),
@@ -75,10 +78,10 @@ class EndToEndCases:
         self.tiny = tiny
         self.device = torch.device("cpu" if tiny else "cuda")
         self.dtype = torch.float32 if tiny else torch.bfloat16
-        cases = _cases(80, 48, (1, 2, 3)) if tiny else _cases(32768, 8192, (1, 8, 32))
+        cases = _cases(112, 80, 48, (1, 2, 3), 16) if tiny else _cases(122880, 32768, 8192, (1, 8, 32), 2048)
         if tiny:
             # each way of measuring once
-            cases = list({(case.kind, case.cache == "dynamic"): case for case in reversed(cases)}.values())[::-1]
+            cases = list({(case.kind, case.cache.split()[0]): case for case in reversed(cases)}.values())[::-1]
         self.cases = {str(case): case for case in cases}
         self.model = _model(tiny, self.device, self.dtype)
         self.limits = limits or bench.limits(bench.Clock(self.device), self.dtype)
@@ -98,7 +101,7 @@ class EndToEndCases:
         }[case.kind]
         self._tidy()
         # transformers' caches run as if kvcompress were not there
-        self.model.set_attn_implementation("kvcompress" if case.cache.startswith("h2o") else "sdpa")
+        self.model.set_attn_implementation("sdpa" if case.cache in ("dynamic", "static") else "kvcompress")
         with torch.no_grad():
             row = {"kind": case.kind, "cache": case.cache, "tokens": case.tokens, "batch": case.batch} | measure(case)
         print(row, flush=True)
@@ -175,8 +178,9 @@ class EndToEndCases:
         row |= {
             "seconds": seconds,
             "tokens_per_second": case.batch / seconds["median"],
-            "limit_seconds": (held + weights) / (self.limits["GB/s"] * 1e9),
+            "limit_seconds": (_read_bytes(cache) + weights) / (self.limits["GB/s"] * 1e9),
             "cache_bytes": held,
+            **_off_device(cache),
             "peak_bytes": self._peak(),
             "graph_launches": self._launches(lambda: step(token, position, cache)),
         }
@@ -265,7 +269,10 @@ class EndToEndCases:
         token, position = self._next(case, batch)
         step = self._step(False)
         seconds = bench.spread([self._timed(lambda: step(token, position, cache)) for _ in range(4)][1:])
-        return {"seconds": seconds, "tokens_per_second": batch / seconds["median"], "cache_bytes": _bytes(cache)}
+        return {
+            "seconds": seconds, "tokens_per_second": batch / seconds["median"],
+            "cache_bytes": _bytes(cache), **_off_device(cache),
+        }  # fmt: skip
 
     # model.generate, which compiles by itself what promises to be compileable
 
@@ -297,7 +304,11 @@ class EndToEndCases:
     def _build(self, case: Case) -> Cache:
         if case.cache in ("dynamic", "static"):
             return DynamicCache(config=self.model.config)
-        return H2OCache(self.model, budget=float(case.cache.split()[1].rstrip("%")) / 100)
+        name, size = case.cache.split()
+        if name == "shadowkv":
+            # the official code's share of outliers
+            return ShadowKVCache(self.model, budget=int(size), outlier_chunks=max(2, int(size) // 1024 * 24))
+        return H2OCache(self.model, budget=float(size.rstrip("%")) / 100)
 
     def _tokens(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -369,10 +380,25 @@ def _size(tensor: Tensor) -> int:
 
 
 def _bytes(cache: Cache) -> int:
-    if isinstance(cache, H2OCache):
-        return cache.memory().total_bytes
+    """Bytes on the device."""
+    if isinstance(cache, CompressedCache):
+        return cache.memory().device_bytes
     layers: list[Any] = cache.layers
     return sum(_size(layer.keys) + _size(layer.values) for layer in layers)
+
+
+def _read_bytes(cache: Cache) -> int:
+    """Bytes on the device that every step reads: of coefficients it reads those of a few chunks."""
+    unread = cache.memory().by_component.get("coefficients", 0) if isinstance(cache, ShadowKVCache) else 0
+    return _bytes(cache) - unread
+
+
+def _off_device(cache: Cache) -> dict[str, float]:
+    """What a cache that offloads has elsewhere, and what a step moved from there."""
+    if not isinstance(cache, ShadowKVCache):
+        return {}
+    report = cache.memory()
+    return {"host_bytes": sum(report.offloaded.values()), "fetched_bytes_per_step": report.fetched_per_forward}
 
 
 def _forget_graphs() -> None:
