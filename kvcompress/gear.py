@@ -80,7 +80,7 @@ class GEARLayer(CompressedLayer):
             assert chunk.visible is not None
             visible = chunk.visible.gather(1, order)
             chunk = dataclasses.replace(chunk, query=query, key=key, value=value, visible=visible)
-        tail = self._tail(chunk)
+        tail = self._tail(chunk.key, chunk.value)
         real = self._real(chunk)
         query_positions = self._query_positions(chunk)
         if chunk.tokens == 1:
@@ -125,10 +125,19 @@ class GEARLayer(CompressedLayer):
             lses.append(chunk.query.new_full(chunk.query.shape[:3], -torch.inf, dtype=torch.float32))
         return outs, lses
 
-    def _tail(self, chunk: Chunk) -> TailSegment:
+    def fill(self, key: Tensor, value: Tensor) -> None:
+        """Packs tokens [batch, kv_heads, tokens, head_dim] that nothing attends to now; the layer is empty before."""
+        self.lazy_initialization(key, value)
+        batch, _, tokens, _ = key.shape
+        self._tail(key, value)
+        self.lengths = [tokens] * batch
+        self._pack(key, value, self.lengths, tokens)
+        self._count(tokens)
+
+    def _tail(self, key: Tensor, value: Tensor) -> TailSegment:
         if self.tail is None:
-            self.tail = TailSegment(chunk.key, chunk.value, self.settings.buffer)
-            self.lengths = [0] * chunk.key.shape[0]
+            self.tail = TailSegment(key, value, self.settings.buffer)
+            self.lengths = [0] * key.shape[0]
         elif self.tail.room <= max(self.tail.held):
             # drafts that stayed have filled it
             self.tail.grow(self.tail.room + _DRAFT)
@@ -378,6 +387,35 @@ class GEARCache(CompressedCache):
             ValueError: no preset has the name.
         """
         return GEARCache(model, **dataclasses.asdict(preset(name, **changes)))
+
+    def fill(self, full: hf.Cache) -> Self:
+        """Packs what a full cache holds, as though this one had been fed it at once: `GEARCache(model).fill(cache)`.
+
+        Args:
+            full: a DynamicCache of the same model, that saw no padding; it stays as it is.
+
+        Raises:
+            ValueError: this cache is not empty, or the other one does not hold every token of every layer.
+        """
+        if self.get_seq_length():
+            raise ValueError(f"fill needs an empty cache, this one has seen {self.get_seq_length()} tokens")
+        if len(full.layers) != len(self.layers):
+            raise ValueError(f"the model has {len(self.layers)} layers, the cache to take in {len(full.layers)}")
+        tokens = int(full.get_seq_length())
+        held: list[tuple[Any, Any]] = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in full.layers
+        ]
+        for index, (keys, _) in enumerate(held):
+            if keys is None or keys.dim() != 4 or keys.shape[2] != tokens or not tokens:
+                found = None if keys is None else list(keys.shape)
+                raise ValueError(
+                    f"fill takes every token of every layer: layer {index} should hold keys [batch, kv_heads, "
+                    f"tokens={tokens}, head_dim], got {found}"
+                )
+        for layer, pair in zip(self.layers, held, strict=True):
+            assert isinstance(layer, GEARLayer)
+            layer.fill(*pair)
+        return self
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         return GEARLayer(self.padding, self.settings, window, leads=index == 0)

@@ -226,7 +226,7 @@ class TailSegment(Segment):
         self.held = [0] * batch
 
     def component(self, name: str) -> str:
-        return "positions" if name == "positions" else "tail"
+        return "tail"
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_tensors(change)

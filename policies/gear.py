@@ -11,6 +11,9 @@ of it, leave before the range of its groups is found. The low-rank part approxim
 Where the paper's code departs from its text, the text is followed: 2^bits - 1 levels, ceil(outliers * n / 2) outliers
 a side of a vector of n. One departure of our own: a value vector is one KV head's part of a token and not all heads
 side by side, so that heads stay independent and no kernel reads the outliers of other heads.
+
+The defaults are plain 4-bit codes because they lose least: on SmolLM2 (head_dim 64) neither rank 4 nor 2 % of outliers
+repays its bits (python -m kvcompress.evals.bits; README has the table). PRESETS has the papers' settings.
 """
 
 import math
@@ -31,11 +34,11 @@ class GEAR:
     a block, a power of two; up to as many newest tokens stay as they are. backbone: how groups are cut.
     """
 
-    bits: int = 3
-    group_size: int = 32
+    bits: int = 4
+    group_size: int = 64
     rank: int = 0
     rank_decode: int = 0
-    outliers: float = 0.02
+    outliers: float = 0.0
     buffer: int = 64
     backbone: Backbone = "kivi"
 
@@ -106,12 +109,12 @@ def _power_of_two(number: int) -> bool:
 # settings of the papers, by the names they give them
 PRESETS = {
     "default": GEAR(),
-    "gear": GEAR(bits=2, group_size=64, rank=4, rank_decode=2),
-    "gear-l": GEAR(bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.0),
-    "gear-kcvt": GEAR(bits=4, rank=4, rank_decode=2, backbone="kcvt"),
-    "gear-l-kcvt": GEAR(bits=4, rank=4, rank_decode=2, outliers=0.0, backbone="kcvt"),
-    "kivi": GEAR(bits=2, outliers=0.0, buffer=128),
-    "kcvt": GEAR(bits=4, outliers=0.0, backbone="kcvt"),
+    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02),
+    "gear-l": GEAR(bits=2, rank=4, rank_decode=2),
+    "gear-kcvt": GEAR(bits=4, rank=4, rank_decode=2, outliers=0.02, backbone="kcvt"),
+    "gear-l-kcvt": GEAR(bits=4, rank=4, rank_decode=2, backbone="kcvt"),
+    "kivi": GEAR(bits=2, group_size=32, buffer=128),
+    "kcvt": GEAR(bits=4, backbone="kcvt"),
 }
 
 

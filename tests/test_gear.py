@@ -244,6 +244,31 @@ def test_crop_refuses_the_middle_of_a_block_and_takes_back_whole_ones():
         cache.crop(-46)
 
 
+def test_a_full_cache_can_be_packed_afterwards():
+    model = tiny(dtype=torch.float64)
+    ids = prompt(70, 2)
+    full, fed = DynamicCache(config=model.config), GEARCache(model, bits=3, group_size=8, buffer=16)
+    feed(model, fed, ids)
+    with torch.no_grad():
+        model(ids, past_key_values=full)
+    filled = GEARCache(model, bits=3, group_size=8, buffer=16).fill(full)
+    assert filled.get_seq_length() == 70
+    assert filled.memory().total_bytes == fed.memory().total_bytes
+    for step in range(20):
+        token = prompt(1, 2, seed=step)
+        torch.testing.assert_close(feed(model, filled, token), feed(model, fed, token))
+    with pytest.raises(ValueError, match="fill needs an empty cache, this one has seen 90 tokens"):
+        filled.fill(full)
+    with pytest.raises(ValueError, match=r"layer 0 should hold keys .*got None"):
+        GEARCache(model).fill(DynamicCache(config=model.config))
+    windowed = tiny("mistral")
+    full = DynamicCache(config=windowed.config)
+    with torch.no_grad():
+        windowed(ids, past_key_values=full)
+    with pytest.raises(ValueError, match=r"tokens=70, head_dim\], got \[2, 2, 11, 16\]"):
+        GEARCache(windowed).fill(full)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -268,7 +293,9 @@ def test_the_papers_settings_have_names():
     for name in PRESETS:
         cache = GEARCache.preset(model, name, rank=0, rank_decode=0)
         assert cache.settings == preset(name, rank=0, rank_decode=0)
-    assert PRESETS["gear"] == GEAR(bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64)
+    assert PRESETS["gear"] == GEAR(
+        bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64, backbone="kivi"
+    )
     assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
     with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, gear, "):
         GEARCache.preset(model, "gera")
