@@ -11,14 +11,87 @@ their rows, batch * heads * queries * (2 * head_dim * element size + 4). Flops 4
 200 rows * group on (H200), by bandwidth below.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.attention import cpu_flash, slot_attention, slot_attention_reference
-from kvcompress.kernels.merge import merge_states
+from kvcompress.kernels.attention import cpu_flash, slot_attention, slot_attention_reference, split_keys
+from kvcompress.kernels.merge import merge_stack, merge_states
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton
+from kvcompress.kernels.tile import (
+    LOG2E,
+    MIN_SIDE,
+    bound_logits,
+    dot,
+    load_tile,
+    rows_aligned,
+    store_tile,
+    tile_width,
+    triton_type,
+    wide,
+)
+
+
+class KeyBlocks:
+    """Blocks of keys and values, each a tensor of its own; what a kernel must know of them is made once.
+
+    keys: [kv_heads, tokens, head_dim] each. values: [kv_heads, tokens, value_dim] each. starts: the position of each
+    block's first token, read only where there is a window.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], starts: Sequence[int] | None = None) -> None:
+        self.keys, self.values = list(keys), list(values)
+        self.starts = [0] * len(self.keys) if starts is None else list(starts)
+        if not len(self.keys) == len(self.values) == len(self.starts):
+            raise ValueError(
+                f"{len(self.keys)} keys need as many values and starts, got {len(self.values)} and {len(self.starts)}"
+            )
+        for key, value in zip(self.keys, self.values, strict=True):
+            if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
+                raise ValueError(
+                    "blocks are keys [kv_heads, tokens, head_dim] and values [kv_heads, tokens, value_dim]; got "
+                    f"{list(key.shape)} and {list(value.shape)}"
+                )
+
+    @functools.cached_property
+    def laid_out(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Keys and values with rows that kernels load 16 bytes at a time, and a row of facts of each block:
+        [blocks, 6] int64, the two addresses, elements from one head to the next in both, tokens and start."""
+        keys, values = ([_packed_rows(tensor) for tensor in tensors] for tensors in (self.keys, self.values))
+        facts = [
+            [key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0), key.shape[1], start]
+            for key, value, start in zip(keys, values, self.starts, strict=True)
+        ]
+        return keys, values, torch.tensor(facts, dtype=torch.int64).to(keys[0].device)
+
+    def tensors(self) -> list[Tensor]:
+        """What was made for kernels and is not the blocks themselves."""
+        if "laid_out" not in self.__dict__:
+            return []
+        keys, values, facts = self.laid_out
+        given = {tensor.data_ptr() for tensor in (*self.keys, *self.values)}
+        return [facts, *(tensor for tensor in (*keys, *values) if tensor.data_ptr() not in given)]
+
+
+def _packed_rows(tensor: Tensor) -> Tensor:
+    """The tensor [kv_heads, tokens, dim] with aligned rows, one behind the other within a head."""
+    tensor = rows_aligned(tensor)
+    return tensor if tensor.stride(1) == tensor.shape[-1] else tensor.contiguous()
+
+
+class Tiles(NamedTuple):
+    """Who computes what: facts [tiles, 5] int32 (block, its first row in the tile, rows of the block, its first
+    member, level) and members [sum of members] int32, the batch rows of all blocks one after the other. A row is
+    one (member, query, head of a group). whole: every batch row is in every level."""
+
+    facts: Tensor
+    members: Tensor
+    whole: bool
 
 
 class Sharing:
@@ -33,7 +106,7 @@ class Sharing:
         if any(not 0 <= row < batch for block in self.rows for row in block):
             raise ValueError(f"the rows of a block lie between 0 and {batch - 1}, got {self.rows}")
 
-    @cached_property
+    @functools.cached_property
     def levels(self) -> list[int]:
         """For each block the part of the result it goes to: no two blocks of a part share a row."""
         used = [0] * self.batch
@@ -45,7 +118,7 @@ class Sharing:
             levels.append(level)
         return levels
 
-    @cached_property
+    @functools.cached_property
     def parts(self) -> int:
         """Parts a result has: the most blocks that one row sees."""
         return max(self.levels, default=-1) + 1
@@ -61,21 +134,42 @@ class Sharing:
 
     def tensors(self) -> list[Tensor]:
         """What was made of the rows for devices."""
-        return [pick for pick in self._picks.values() if isinstance(pick, Tensor)]
+        tables = [table for tiles in self._tiles.values() for table in tiles[:2]]
+        return tables + [pick for pick in self._picks.values() if isinstance(pick, Tensor)]
 
-    @cached_property
+    def tiles(self, each: int, block_rows: int, device: torch.device) -> Tiles:
+        """Tiles of at most `block_rows` rows of one block; each: rows of a member, queries times group."""
+        key = (each, block_rows, device)
+        if key not in self._tiles:
+            facts: list[list[int]] = []
+            members: list[int] = []
+            for block, rows in enumerate(self.rows):
+                for first in range(0, len(rows) * each, block_rows):
+                    facts.append([block, first, len(rows) * each, len(members), self.levels[block]])
+                members += rows
+            whole = len(members) == self.parts * self.batch
+            self._tiles[key] = Tiles(
+                torch.tensor(facts, dtype=torch.int32).to(device),
+                torch.tensor(members, dtype=torch.int32).to(device),
+                whole,
+            )
+        return self._tiles[key]
+
+    @functools.cached_property
+    def _tiles(self) -> dict[tuple[int, int, torch.device], Tiles]:
+        return {}
+
+    @functools.cached_property
     def _picks(self) -> dict[tuple[int, torch.device], slice | Tensor]:
         return {}
 
 
 def prefix_attention(
     query: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    blocks: KeyBlocks,
     sharing: Sharing,
     *,
     scale: float,
-    starts: Sequence[int] | None = None,
     query_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -84,11 +178,9 @@ def prefix_attention(
 
     Args:
         query: [batch, heads, queries, head_dim].
-        keys: of each block, [kv_heads, tokens, head_dim].
-        values: of each block, [kv_heads, tokens, value_dim].
+        blocks: keys [kv_heads, tokens, head_dim] and values [kv_heads, tokens, value_dim] of each.
         sharing: the rows of each block.
         scale: factor of q.k.
-        starts: the position of each block's first token; read only where there is a window.
         query_positions: [batch, queries] int32; read only where there is a window.
         window: a query sees positions greater than its own less `window`. None: all.
         softcap: bound of the logits. None: no bound.
@@ -97,52 +189,49 @@ def prefix_attention(
         The output, [batch, heads, queries, value_dim] in query's dtype, and its log-sum-exp,
         [batch, heads, queries] float32; 0 and -inf for a row in no block.
     """
-    _check(query, keys, values, sharing, starts, query_positions, window)
+    _check(query, blocks, sharing, query_positions, window)
+    value_dim = blocks.values[0].shape[-1] if blocks.values else query.shape[-1]
+    if runs_triton(query) and query.numel() and any(sharing.rows):
+        return _launch(query, blocks, sharing, scale, query_positions, window, softcap)
     outs: dict[int, Tensor] = {}
     lses: dict[int, Tensor] = {}
-    for block, (key, value) in enumerate(zip(keys, values, strict=True)):
+    for block, (key, value) in enumerate(zip(blocks.keys, blocks.values, strict=True)):
         if not sharing.rows[block]:
             continue
         rows = sharing.pick(block, query.device)
         relative = None
         if window is not None:
-            assert starts is not None
             assert query_positions is not None
-            relative = query_positions[rows].reshape(1, -1) - starts[block]
+            relative = query_positions[rows].reshape(1, -1) - blocks.starts[block]
         outs[block], lses[block] = _one_block(query[rows], key, value, relative, scale, window, softcap)
-    return merge_blocks(outs, lses, sharing, query, values[0].shape[-1] if values else query.shape[-1])
+    return merge_blocks(outs, lses, sharing, query, value_dim)
 
 
 def prefix_attention_reference(
     query: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    blocks: KeyBlocks,
     sharing: Sharing,
     *,
     scale: float,
-    starts: Sequence[int] | None = None,
     query_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What prefix_attention means: every row attends to its own copy of the blocks it sees."""
-    out = query.new_zeros(*query.shape[:-1], values[0].shape[-1] if values else query.shape[-1])
+    out = query.new_zeros(*query.shape[:-1], blocks.values[0].shape[-1] if blocks.values else query.shape[-1])
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
     for row in range(len(query)):
-        blocks = [block for block, rows in enumerate(sharing.rows) if row in rows]
-        if not blocks:
+        seen = [block for block, rows in enumerate(sharing.rows) if row in rows]
+        if not seen:
             continue
-        key, value = (torch.cat([tensors[block] for block in blocks], 1)[None] for tensors in (keys, values))
-        first = [0 if starts is None else starts[block] for block in blocks]
-        places = torch.cat([torch.arange(keys[b].shape[1]) + start for b, start in zip(blocks, first, strict=True)])
-        positions = places.to(query.device, torch.int32).expand(1, key.shape[1], -1)
+        key, value = (torch.cat([each[block] for block in seen], 1)[None] for each in (blocks.keys, blocks.values))
+        places = [torch.arange(blocks.keys[block].shape[1]) + blocks.starts[block] for block in seen]
+        positions = torch.cat(places).to(query.device, torch.int32).expand(1, key.shape[1], -1)
         at = query.new_zeros(1, query.shape[2]) if query_positions is None else query_positions[row : row + 1]
-        out[row], lse[row] = (
-            part[0]
-            for part in slot_attention_reference(
-                query[row : row + 1], key, value, positions, at, scale=scale, window=window, softcap=softcap
-            )
+        part = slot_attention_reference(
+            query[row : row + 1], key, value, positions, at, scale=scale, window=window, softcap=softcap
         )
+        out[row], lse[row] = part[0][0], part[1][0]
     return out, lse
 
 
@@ -204,18 +293,220 @@ def _one_block(
     return out, lse
 
 
-def _check(query, keys, values, sharing, starts, query_positions, window) -> None:
-    if len(query) != sharing.batch or len(keys) != len(sharing.rows) or len(values) != len(keys):
+def _check(
+    query: Tensor, blocks: KeyBlocks, sharing: Sharing, query_positions: Tensor | None, window: int | None
+) -> None:
+    if len(query) != sharing.batch or len(blocks.keys) != len(sharing.rows):
         raise ValueError(
-            f"prefix_attention needs a key and a value for each of {len(sharing.rows)} blocks and queries of "
-            f"{sharing.batch} rows; got {len(keys)} keys, {len(values)} values and query {list(query.shape)}"
+            f"prefix_attention needs {len(sharing.rows)} blocks and queries of {sharing.batch} rows; got "
+            f"{len(blocks.keys)} blocks and query {list(query.shape)}"
         )
-    for key, value in zip(keys, values, strict=True):
-        if key.shape[:2] != value.shape[:2] or key.shape[-1] != query.shape[-1] or query.shape[1] % key.shape[0]:
+    for key in blocks.keys:
+        if key.shape[-1] != query.shape[-1] or query.shape[1] % key.shape[0]:
             raise ValueError(
-                "prefix_attention needs query [batch, heads, queries, head_dim], keys [kv_heads, tokens, head_dim] and "
-                "values [kv_heads, tokens, value_dim] with heads a multiple of kv_heads; got "
-                f"query {list(query.shape)}, a key {list(key.shape)} and a value {list(value.shape)}"
+                "prefix_attention needs query [batch, heads, queries, head_dim] and keys [kv_heads, tokens, head_dim] "
+                f"with heads a multiple of kv_heads; got query {list(query.shape)} and a key {list(key.shape)}"
             )
-    if window is not None and (starts is None or query_positions is None):
-        raise ValueError("prefix_attention needs starts and query_positions where there is a window")
+    if window is not None and query_positions is None:
+        raise ValueError("prefix_attention needs query_positions where there is a window")
+
+
+def _launch(
+    query: Tensor,
+    blocks: KeyBlocks,
+    sharing: Sharing,
+    scale: float,
+    query_positions: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    kv_heads, _, value_dim = blocks.values[0].shape
+    group = heads // kv_heads
+    query = rows_aligned(query)
+    keys, values, facts = blocks.laid_out
+    dim, value_width = tile_width(query.shape[-1]), tile_width(values[0].shape[-1])
+    most = max(len(rows) for rows in sharing.rows) * queries * group
+    block_rows, block_tokens, warps, stages = _blocks(
+        most, max(dim, value_width), query.element_size(), has_wgmma(query.device)
+    )
+    tiles = sharing.tiles(queries * group, block_rows, query.device)
+    longest = max(key.shape[1] for key in keys)
+    splits, split_tokens = split_keys(len(tiles.facts) * kv_heads, longest, block_tokens, query.device)
+    parts = sharing.parts * splits
+    whole = parts == 1 and tiles.whole
+    shape = (batch, heads, queries) if whole else (parts, batch, heads, queries)
+    out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
+    lse = query.new_empty(shape, dtype=torch.float32)
+    if not tiles.whole:
+        lse.fill_(-torch.inf)
+    query_positions = None if window is None or query_positions is None else query_positions.contiguous()
+    with torch.cuda.device_of(query):
+        _prefix_kernel[(len(tiles.facts) * splits * kv_heads,)](
+            query, facts, tiles.facts, tiles.members, query_positions, out, lse,
+            *query.stride()[:3],
+            batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, window or 0, scale, softcap or 0.0,
+            GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=dim,
+            VALUE_DIM=value_dim, VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=value_width,
+            WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
+            BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
+        )  # fmt: skip
+    return (out, lse) if whole else merge_stack(out, lse, query.dtype)
+
+
+# rows from which on a tile is as large as registers allow
+_MANY_ROWS = 128
+
+
+def _blocks(rows: int, width: int, element_size: int, wgmma: bool) -> tuple[int, int, int, int]:
+    """Rows and tokens a tile, warps and pipeline stages."""
+    few = min(64, max(MIN_SIDE, triton.next_power_of_2(rows)))
+    if element_size == 4:
+        return (min(few, 32), 16, 4 if width <= 64 else 8, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
+    if width > 128:
+        return (_MANY_ROWS, 32, 8, 2) if wgmma and rows >= _MANY_ROWS else (min(few, 32), 32, 8, 2)
+    if rows < _MANY_ROWS:
+        return few, 64 if width <= 64 else 32, 4, 3
+    return _MANY_ROWS, 64 if wgmma or width <= 64 else 32, 8, 3
+
+
+@triton.jit(do_not_specialize=["batch_size", "queries", "tiles", "splits", "split_tokens", "window"])
+def _prefix_kernel(
+    query_ptr, blocks_ptr, tiles_ptr, members_ptr, query_positions_ptr, out_ptr, lse_ptr,
+    query_batch_stride, query_head_stride, query_stride,
+    batch_size, kv_heads, queries, tiles, splits, split_tokens, window, scale, softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,  # with the padding of the keys
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_ROOM: tl.constexpr,  # VALUE_DIM with the padding of the values
+    VALUE_WIDTH: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    # one program owns BLOCK_ROWS rows of one block and KV head, and the tokens of one split; a row is one (member,
+    # query, head of the group). Programs that read the same keys come one after the other
+    tile = tl.program_id(0) % tiles
+    split = tl.program_id(0) // tiles % splits
+    kv_head = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    block = tl.load(tiles_ptr + tile * 5)
+    first = tl.load(tiles_ptr + tile * 5 + 1)
+    rows = tl.load(tiles_ptr + tile * 5 + 2)
+    members = tl.load(tiles_ptr + tile * 5 + 3)
+    level = tl.load(tiles_ptr + tile * 5 + 4)
+    # an address is all that is known of a block: that its rows are aligned, the compiler must be told
+    key_ptr = tl.multiple_of(tl.load(blocks_ptr + block * 6).to(query_ptr.dtype), 16)
+    value_ptr = tl.multiple_of(tl.load(blocks_ptr + block * 6 + 1).to(query_ptr.dtype), 16)
+    key_ptr += kv_head * tl.multiple_of(tl.load(blocks_ptr + block * 6 + 2), 16)
+    value_ptr += kv_head * tl.multiple_of(tl.load(blocks_ptr + block * 6 + 3), 16)
+    tokens = tl.load(blocks_ptr + block * 6 + 4).to(tl.int32)
+
+    row = first + tl.arange(0, BLOCK_ROWS)  # [R]
+    row_ok = row < rows
+    member = row // (queries * GROUP)
+    batch = tl.load(members_ptr + members + member, mask=row_ok, other=0).to(tl.int64)
+    index = (row // GROUP % queries).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
+    query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
+
+    begin = split * split_tokens
+    end = tl.minimum(begin + split_tokens, tokens)
+    if WINDOWED:
+        # positions relative to the block's first token
+        start = tl.load(blocks_ptr + block * 6 + 5).to(tl.int32)
+        position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=2147483647) - start
+        low = tl.maximum(tl.min(position, 0) - window + 1, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+        begin = tl.maximum(begin, low)
+
+    peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
+    column = tl.arange(0, BLOCK_TOKENS)  # [T]
+    # all tokens of a tile are seen where it is full: only the last one needs a mask
+    full = tl.maximum(begin, end // BLOCK_TOKENS * BLOCK_TOKENS)
+
+    for part in tl.static_range(2):
+        if part == 0:
+            start_token = begin
+            stop_token = tl.minimum(full, end)
+        else:
+            start_token = full
+            stop_token = end
+        for start_of_tile in range(start_token, stop_token, BLOCK_TOKENS):
+            token = start_of_tile + column
+            token_ok = token < tokens
+            key = load_tile(key_ptr + wide(start_of_tile) * HEAD_DIM, column * HEAD_DIM, token_ok, 0, DIM, HEAD_DIM)
+            logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32))  # [R, T]
+            # base 2 inside: exp2 is one instruction
+            logits = bound_logits(logits, scale, softcap, SOFTCAPPED) * LOG2E
+            if part == 1:
+                logits = tl.where(token_ok[None, :], logits, float("-inf"))
+            if WINDOWED:
+                logits = tl.where(token[None, :] > position[:, None] - window, logits, float("-inf"))
+            risen = tl.maximum(peak, tl.max(logits, 1))
+            # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+            shift = tl.where(risen == float("-inf"), 0.0, risen)
+            fade = tl.exp2(peak - shift)
+            weight = tl.exp2(logits - shift[:, None])  # [R, T]
+            peak = risen
+            total = total * fade + tl.sum(weight, 1)
+            value = load_tile(
+                value_ptr + wide(start_of_tile) * VALUE_ROOM, column * VALUE_ROOM, token_ok, 0, VALUE_WIDTH, VALUE_ROOM
+            )  # [T, VALUE_WIDTH]
+            out = dot(weight.to(value.dtype), value, out * fade[:, None])
+
+    part_row = (((level * splits + split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
+    norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    store_tile(out_ptr, part_row * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
+    tl.store(lse_ptr + part_row, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    for head_dim in (64, 80, 128, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            width = tile_width(head_dim)
+            sizes = {
+                (_blocks(rows, width, dtype.itemsize, wgmma), wgmma and rows >= _MANY_ROWS and dtype.itemsize == 2)
+                for rows in (1, 32, 64, _MANY_ROWS)
+                for wgmma in (False, True)
+            }
+            smaller = {size for size, needs in sizes if not needs}
+            for (block_rows, block_tokens, warps, stages), needs in sorted(sizes):
+                if needs and (block_rows, block_tokens, warps, stages) in smaller:
+                    continue
+                for plain in (True, False):
+                    name = f"{'plain' if plain else 'window softcap'}, {block_rows}x{block_tokens}"
+                    yield aot_case(
+                        _prefix_kernel,
+                        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}",
+                        {
+                            "query_ptr": triton_type(dtype),
+                            "blocks_ptr": "*i64",
+                            "tiles_ptr": "*i32",
+                            "members_ptr": "*i32",
+                            "query_positions_ptr": "*i32",
+                            "out_ptr": "*fp32",
+                            "lse_ptr": "*fp32",
+                            "scale": "fp32",
+                            "softcap": "fp32",
+                        },
+                        {
+                            "GROUP": 4,
+                            "HEAD_DIM": head_dim,
+                            "DIM": width,
+                            "VALUE_DIM": head_dim,
+                            "VALUE_ROOM": head_dim,
+                            "VALUE_WIDTH": width,
+                            "WINDOWED": not plain,
+                            "SOFTCAPPED": not plain,
+                            "BLOCK_ROWS": block_rows,
+                            "BLOCK_TOKENS": block_tokens,
+                        }
+                        | ({"query_positions_ptr": None} if plain else {}),
+                        needs_wgmma=needs,
+                        num_warps=warps,
+                        num_stages=stages,
+                    )

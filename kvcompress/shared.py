@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompress.dense import SLACK, DenseLayer, with_sinks
 from kvcompress.kernels.merge import merge_states
-from kvcompress.kernels.prefix import Sharing, merge_blocks, prefix_attention
+from kvcompress.kernels.prefix import KeyBlocks, Sharing, merge_blocks, prefix_attention
 from kvcompress.layer import Chunk, CompressedLayer
 from kvcompress.padding import PaddingRecord
 from kvcompress.rolled import RolledSlots
@@ -209,7 +209,11 @@ class SharedLayer(DenseLayer):
         self.tree = tree
         self.min_tokens = min_tokens
         self.held: dict[int, list[Segment]] = {}
-        self._last: tuple[Sharing, list[Tensor], list[Tensor], list[int]] | None = None
+        self._last: tuple[Sharing, KeyBlocks] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # addresses say nothing of a copy
+        return self.__dict__ | {"_last": None}
 
     def segments(self) -> list[Segment]:
         own: list[Segment] = [] if self.dense is None else [self.dense]
@@ -266,9 +270,8 @@ class SharedLayer(DenseLayer):
         options: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
         positions = None if self.window is None else self.padding.positions(chunk.query.device)
         if all(isinstance(segment, NodeSegment) for node in self.held.values() for segment in node):
-            keys, values, starts = self._blocks(sharing)
             return prefix_attention(
-                chunk.query, keys, values, sharing, starts=starts, query_positions=positions, **options
+                chunk.query, self._node_blocks(sharing), sharing, query_positions=positions, **options
             )
         nodes_outs: dict[int, Tensor] = {}
         nodes_lses: dict[int, Tensor] = {}
@@ -288,18 +291,14 @@ class SharedLayer(DenseLayer):
             nodes_lses[block] = lse[0].unflatten(1, apart).transpose(0, 1).contiguous()
         return merge_blocks(nodes_outs, nodes_lses, sharing, chunk.query, chunk.value.shape[-1])
 
-    def _blocks(self, sharing: Sharing) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Of each node its keys and values, [kv_heads, tokens, head_dim], and the position of the first."""
+    def _node_blocks(self, sharing: Sharing) -> KeyBlocks:
+        """The nodes as blocks of keys, in the tree's order."""
         if self._last is None or self._last[0] is not sharing:
             nodes: list[Any] = [node[0] for node in self.held.values()]
             starts = [self.tree.nodes[name].stop - node[0].tokens for name, node in self.held.items()]  # type: ignore[attr-defined]
-            self._last = (
-                sharing,
-                [node.prefix_keys[0] for node in nodes],
-                [node.prefix_values[0] for node in nodes],
-                starts,
-            )
-        return self._last[1:]
+            keys, values = [node.prefix_keys[0] for node in nodes], [node.prefix_values[0] for node in nodes]
+            self._last = sharing, KeyBlocks(keys, values, starts)
+        return self._last[1]
 
     def move(self, move: Move) -> None:
         """Turns the beginnings of suffixes into nodes."""
@@ -439,9 +438,8 @@ class SharedLayer(DenseLayer):
         return own
 
     def counters(self) -> dict[str, Tensor]:
-        if not self.leads:
-            return {}
-        tensors = self.tree.tensors()
+        tensors = [] if self._last is None else self._last[1].tensors()
+        tensors += self.tree.tensors() if self.leads else []
         return {f"map {index}": tensor for index, tensor in enumerate(tensors)}
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
