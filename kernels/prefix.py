@@ -328,7 +328,7 @@ def _launch(
     dim, value_width = tile_width(query.shape[-1]), tile_width(values[0].shape[-1])
     most = max(len(rows) for rows in sharing.rows) * queries * group
     block_rows, block_tokens, warps, stages = _blocks(
-        most, max(dim, value_width), query.element_size(), has_wgmma(query.device)
+        most, max(dim, value_width), query.element_size(), has_wgmma(query.device), window is None and softcap is None
     )
     tiles = sharing.tiles(queries * group, block_rows, query.device)
     longest = max(key.shape[1] for key in keys)
@@ -358,16 +358,16 @@ def _launch(
 _MANY_ROWS = 128
 
 
-def _blocks(rows: int, width: int, element_size: int, wgmma: bool) -> tuple[int, int, int, int]:
-    """Rows and tokens a tile, warps and pipeline stages."""
+def _blocks(rows: int, width: int, element_size: int, wgmma: bool, plain: bool) -> tuple[int, int, int, int]:
+    """Rows and tokens a tile, warps and pipeline stages; plain: neither window nor softcap, which take registers."""
     few = min(64, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
         return (min(few, 32), 16, 4 if width <= 64 else 8, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
     if width > 128:
-        return (_MANY_ROWS, 32, 8, 2) if wgmma and rows >= _MANY_ROWS else (min(few, 32), 32, 8, 2)
+        return (64, 32, 8, 2) if wgmma and rows > 32 else (min(few, 32), 32, 8, 2)
     if rows < _MANY_ROWS:
-        return few, 64 if width <= 64 else 32, 4, 3
-    return _MANY_ROWS, 64 if wgmma or width <= 64 else 32, 8, 3
+        return few, 64 if width <= 64 else 32, 4 if plain or few < 64 else 8, 3
+    return _MANY_ROWS, 64 if width <= 64 or (wgmma and plain) else 32, 8, 3
 
 
 @triton.jit(do_not_specialize=["batch_size", "queries", "tiles", "splits", "split_tokens", "window"])
@@ -468,16 +468,16 @@ def aot_cases() -> Iterator[AotCase]:
     for head_dim in (64, 80, 128, 256):
         for dtype in (torch.bfloat16, torch.float32):
             width = tile_width(head_dim)
-            sizes = {
-                (_blocks(rows, width, dtype.itemsize, wgmma), wgmma and rows >= _MANY_ROWS and dtype.itemsize == 2)
-                for rows in (1, 32, 64, _MANY_ROWS)
-                for wgmma in (False, True)
-            }
-            smaller = {size for size, needs in sizes if not needs}
-            for (block_rows, block_tokens, warps, stages), needs in sorted(sizes):
-                if needs and (block_rows, block_tokens, warps, stages) in smaller:
-                    continue
-                for plain in (True, False):
+            for plain in (True, False):
+                sizes = {
+                    (*_blocks(rows, width, dtype.itemsize, wgmma, plain), wgmma)
+                    for rows in (1, 32, 64, _MANY_ROWS)
+                    for wgmma in (False, True)
+                }
+                for *blocks, needs_wgmma in sorted(sizes):
+                    if needs_wgmma and (*blocks, False) in sizes:
+                        continue
+                    block_rows, block_tokens, warps, stages = blocks
                     name = f"{'plain' if plain else 'window softcap'}, {block_rows}x{block_tokens}"
                     yield aot_case(
                         _prefix_kernel,
@@ -506,7 +506,7 @@ def aot_cases() -> Iterator[AotCase]:
                             "BLOCK_TOKENS": block_tokens,
                         }
                         | ({"query_positions_ptr": None} if plain else {}),
-                        needs_wgmma=needs,
+                        needs_wgmma=needs_wgmma,
                         num_warps=warps,
                         num_stages=stages,
                     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvcompress.gear import KIVICache as KIVICache
     from kvcompress.hydragen import HydragenCache as HydragenCache
     from kvcompress.loading import load_model as load_model
+    from kvcompress.prefix_store import PrefixStore as PrefixStore
     from kvcompress.shadowkv import ShadowKVCache as ShadowKVCache
 
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
@@ -25,6 +26,7 @@ _HOMES = {
     "H2OCache": "evicting",
     "HydragenCache": "hydragen",
     "KIVICache": "gear",
+    "PrefixStore": "prefix_store",
     "ShadowKVCache": "shadowkv",
     "SnapKVCache": "evicting",
     "StreamingLLMCache": "evicting",

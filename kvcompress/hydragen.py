@@ -223,6 +223,31 @@ class HydragenCache(CompressedCache):
         past = mask.new_ones(1, seen) if past is None else past.to(mask)
         return torch.cat([past.repeat_interleave(len(mask) // len(past), 0), mask], 1)
 
+    def cut_length(self, tokens: int) -> int:
+        """The most tokens, up to this number, to which the one path of all rows can be cut."""
+        path = self.tree.path(self.tree.leaves[0])
+        lengths = [0] + [self.tree.nodes[name].stop for name in path]
+        if all(layer.cuts(name) for layer in self.layers for name in path):
+            return min(tokens, lengths[-1])
+        return max(length for length in lengths if length <= tokens)
+
+    def cut(self, tokens: int) -> None:
+        """Forgets all but the first tokens of the one path of all rows, as `cut_length` allows; nothing is copied."""
+        for name in reversed(self.tree.path(self.tree.leaves[0])):
+            node = self.tree.nodes[name]
+            if node.start >= tokens:
+                self._set_leaves([node.parent] * len(self.tree.leaves))
+            elif node.stop > tokens:
+                self.tree.nodes[name] = Node(node.parent, tokens - node.start, node.start)
+                for layer in self.layers:
+                    layer.cut(name, tokens - node.start)
+        self._lay_out()
+
+    def gather_rows(self) -> None:
+        """One row in place of several that go on from the same node."""
+        self._set_leaves(self.tree.leaves[:1])
+        self._lay_out()
+
     # rows
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -241,7 +266,7 @@ class HydragenCache(CompressedCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row several times; what they then have in common becomes a node, where it is long enough."""
-        if repeats > 1 and max(self._suffix_lengths(), default=0) >= self.min_tokens:
+        if repeats > 1 and max(self.own_lengths(), default=0) >= self.min_tokens:
             self._freeze()
         super().batch_repeat_interleave(repeats)
         self.tree.repeat(repeats)
@@ -370,7 +395,7 @@ class HydragenCache(CompressedCache):
 
     def _freeze(self) -> None:
         """Turns each row's suffix into a node."""
-        counts = self._suffix_lengths()
+        counts = self.own_lengths()
         leaves = list(self.tree.leaves)
         nodes = []
         for row, count in enumerate(counts):
@@ -402,8 +427,8 @@ class HydragenCache(CompressedCache):
         self.tree.thaw()
         self.padding.laid_out = True
 
-    def _suffix_lengths(self) -> list[int]:
-        """Tokens of each row that are its own."""
+    def own_lengths(self) -> list[int]:
+        """Tokens of each row that are its own and in no node."""
         seen = int(self.get_seq_length())
         rows, ahead = len(self.tree.leaves), self.tree.ahead
         if not self.padding.laid_out or not rows:

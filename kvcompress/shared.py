@@ -328,6 +328,17 @@ class SharedLayer(DenseLayer):
         if bool(shown[:, int(kept[0]) :].all()):
             self.dense.visible = None
 
+    def cuts(self, name: int) -> bool:
+        """True for a node of which the layer can give the first tokens alone: all are here, each for itself."""
+        node: list[Any] = self.held[name]
+        return isinstance(node[0], NodeSegment) and node[0].tokens == self.tree.nodes[name].tokens
+
+    def cut(self, name: int, tokens: int) -> None:
+        """Keeps the first tokens of a node, where they lie."""
+        node: list[Any] = self.held[name]
+        self.held[name] = [NodeSegment(*(getattr(node[0], part)[:, :, :tokens] for part in NodeSegment.state))]
+        self._last = None
+
     def prune(self, names: list[int]) -> None:
         """Lets nodes go."""
         for name in names:
