@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompress.evals.bench_case import Call, Case, Shape
+from kvcompress.evals.bench_prefix import PREFIX, prefix_cases
 from kvcompress.evals.bench_shadow import CONTEXTS, shadow_cases
 from kvcompress.evals.provenance import provenance
 from kvcompress.kernels.attention import causal_attention, causal_attention_reference, slot_attention
@@ -329,6 +330,7 @@ CASES: dict[str, tuple[Callable[[Shape, torch.dtype, torch.device], Iterator[Cas
     "merge": (merge_cases, PREFILL),
     "packed": (packed_cases, PACKED),
     "shadowkv": (shadow_cases, CONTEXTS),
+    "prefix": (prefix_cases, PREFIX),
 }
 
 

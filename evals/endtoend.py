@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
-from kvcompress import CompressedCache, H2OCache, ShadowKVCache
+from kvcompress import CompressedCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.evals import bench
 
 Step = Callable[[Tensor, Tensor, Cache], Tensor]
@@ -29,7 +29,8 @@ Step = Callable[[Tensor, Tensor, Cache], Tensor]
 class Case:
     """What to measure: a prefill, steps of decoding (eager or compiled), the largest batch, or a whole `generate`.
 
-    cache: "dynamic", "static", "h2o" with its share of the context, or "shadowkv" with the tokens it selects.
+    cache: "dynamic", "static", "hydragen" (the rows share the context), "h2o" with its share of the context, or
+        "shadowkv" with the tokens it selects.
     """
 
     kind: str
@@ -57,6 +58,9 @@ def _cases(far: int, long: int, short: int, batches: tuple[int, int, int], selec
         *(Case(kind, shadow, long, many) for kind in ("decode", "prefill")),
         *(Case("decode", cache, long, batch) for batch in (some, one) for cache in caches[:2]),
         Case("compiled", h2o, long, one),
+        # rows that share the context: one reads it for all, the other as often as there are rows that fit
+        *(Case("decode", "hydragen", tokens, 16 * many) for tokens in (short, long)),
+        Case("largest batch", "dynamic", short),
         Case("generate", h2o, short, some),
         Case("generate", "dynamic", short, some),
         *(Case("prefill", cache, short) for cache in caches[:2]),
@@ -245,7 +249,8 @@ class EndToEndCases:
         grows = 1 + 2 / config.num_hidden_layers if case.cache == "dynamic" else 1
         at_hand = sum(_bytes(cache) for cache in self.prefilled.values())
         logits = batch * config.vocab_size * (self.model.dtype.itemsize + 4)
-        return int(sum(_size(weight) for weight in self.model.parameters()) + at_hand + batch * each * grows + logits)
+        copies = each if case.cache == "hydragen" else batch * each * grows
+        return int(sum(_size(weight) for weight in self.model.parameters()) + at_hand + copies + logits)
 
     def _room(self) -> float:
         return 2.0**26 if self.tiny else 0.97 * torch.cuda.get_device_properties(self.device).total_memory
@@ -304,6 +309,8 @@ class EndToEndCases:
     def _build(self, case: Case) -> Cache:
         if case.cache in ("dynamic", "static"):
             return DynamicCache(config=self.model.config)
+        if case.cache == "hydragen":
+            return HydragenCache(self.model)
         name, size = case.cache.split()
         if name == "shadowkv":
             # the official code's share of outliers

@@ -364,10 +364,23 @@ def _blocks(rows: int, width: int, element_size: int, wgmma: bool, plain: bool) 
     if element_size == 4:
         return (min(few, 32), 16, 4 if width <= 64 else 8, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
     if width > 128:
-        return (64, 32, 8, 2) if wgmma and rows > 32 else (min(few, 32), 32, 8, 2)
+        return (64, 32, 8, 2) if wgmma and plain and rows > 32 else (min(few, 32), 32, 8, 2)
     if rows < _MANY_ROWS:
-        return few, 64 if width <= 64 else 32, 4 if plain or few < 64 else 8, 3
-    return _MANY_ROWS, 64 if width <= 64 or (wgmma and plain) else 32, 8, 3
+        return few, 64 if width <= 64 else 32, 8 if few == 64 and (width <= 64 or not plain) else 4, 3
+    if not wgmma and (width > 64 or not plain):
+        return 64, 64, 8, 3 if width <= 64 else 2
+    return _MANY_ROWS, 64 if plain or width <= 64 else 32, 8, 3
+
+
+@triton.jit
+def _load_rows(ptr, offset, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    # load_tile of rows that are all there: no predicates, which take registers
+    dim = tl.arange(0, WIDTH)
+    if WIDTH <= DIM:
+        tile = tl.load(ptr + offset[:, None] + dim[None, :])
+    else:
+        tile = tl.load(ptr + offset[:, None] + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
+    return tile  # [rows, WIDTH]
 
 
 @triton.jit(do_not_specialize=["batch_size", "queries", "tiles", "splits", "split_tokens", "window"])
@@ -412,6 +425,9 @@ def _prefix_kernel(
     query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
     query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
 
+    # in one number, where the row's results go: more would be kept in registers through the loop
+    result = ((batch * kv_heads * GROUP + head) * queries + index).to(tl.int32)
+
     begin = split * split_tokens
     end = tl.minimum(begin + split_tokens, tokens)
     if WINDOWED:
@@ -438,7 +454,11 @@ def _prefix_kernel(
         for start_of_tile in range(start_token, stop_token, BLOCK_TOKENS):
             token = start_of_tile + column
             token_ok = token < tokens
-            key = load_tile(key_ptr + wide(start_of_tile) * HEAD_DIM, column * HEAD_DIM, token_ok, 0, DIM, HEAD_DIM)
+            tile_ptr = key_ptr + wide(start_of_tile) * HEAD_DIM
+            if part == 0:
+                key = _load_rows(tile_ptr, column * HEAD_DIM, DIM, HEAD_DIM)  # [T, DIM]
+            else:
+                key = load_tile(tile_ptr, column * HEAD_DIM, token_ok, 0, DIM, HEAD_DIM)
             logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32))  # [R, T]
             # base 2 inside: exp2 is one instruction
             logits = bound_logits(logits, scale, softcap, SOFTCAPPED) * LOG2E
@@ -453,12 +473,15 @@ def _prefix_kernel(
             weight = tl.exp2(logits - shift[:, None])  # [R, T]
             peak = risen
             total = total * fade + tl.sum(weight, 1)
-            value = load_tile(
-                value_ptr + wide(start_of_tile) * VALUE_ROOM, column * VALUE_ROOM, token_ok, 0, VALUE_WIDTH, VALUE_ROOM
-            )  # [T, VALUE_WIDTH]
+            tile_ptr = value_ptr + wide(start_of_tile) * VALUE_ROOM
+            if part == 0:
+                value = _load_rows(tile_ptr, column * VALUE_ROOM, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
+            else:
+                value = load_tile(tile_ptr, column * VALUE_ROOM, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)
             out = dot(weight.to(value.dtype), value, out * fade[:, None])
 
-    part_row = (((level * splits + split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
+    results = batch_size.to(tl.int64) * kv_heads * GROUP * queries
+    part_row = (level * splits + split) * results + result
     norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
     store_tile(out_ptr, part_row * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
     tl.store(lse_ptr + part_row, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)

@@ -13,6 +13,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.dense import DenseCache
 from kvcompress.evicting import EvictingCache
 from kvcompress.gear import GEARCache
+from kvcompress.hydragen import HydragenCache
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
@@ -105,6 +106,10 @@ def _dense(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]
     return DenseCache(model, **settings)
 
 
+def _hydragen(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
+    return HydragenCache(model, **settings)
+
+
 def _gear(name: str) -> Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]:
     def gear(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
         settings = {"preset": name, **settings}
@@ -145,6 +150,7 @@ METHODS: dict[str, Method] = {
         ),
         Method("gear", "every token in few bits: quantised, outliers apart", _gear("default"), takes_budget=False),
         Method("kivi", "every token in 2 bits: quantised", _gear("kivi"), takes_budget=False),
+        Method("hydragen", "every token, those that sequences share once", _hydragen, takes_budget=False),
         Method(
             "shadowkv",
             "everything: low-rank keys, values on the host, the chunks asked for fetched",

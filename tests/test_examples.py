@@ -64,3 +64,11 @@ def test_the_gear_example(run, capsys):
     cache = run("gear", new_tokens=8)
     assert cache.memory().bits_per_element < 8
     assert "bits a number" in capsys.readouterr().out
+
+
+def test_the_hydragen_example(run, capsys):
+    ours, plain = run("hydragen", questions=3, new_tokens=4)
+    assert ours == plain
+    lines = capsys.readouterr().out.splitlines()
+    sizes = [float(line.split()[-2]) for line in lines if "MiB" in line]
+    assert sizes[0] < 0.5 * sizes[1]
