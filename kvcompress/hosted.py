@@ -16,7 +16,7 @@ from torch import Tensor
 from kvcompress.kernels.pages import SLAB, collect_pages, fetch_pages
 
 # 32 of them hold 43 times what the first held, and each of the others doubles that
-_MOST_SLABS = 64
+MOST_SLABS = 64
 
 
 class HostPages:
@@ -39,7 +39,7 @@ class HostPages:
         self.device = device
         self.slabs: list[Tensor] = []
         self.filled = 0
-        self.addresses = torch.zeros(_MOST_SLABS, dtype=torch.int64, device=device)
+        self.addresses = torch.zeros(MOST_SLABS, dtype=torch.int64, device=device)
 
     @property
     def tier(self) -> str:
@@ -54,7 +54,7 @@ class HostPages:
             if room == 0:
                 # an eighth more each time: few slabs, little room to spare; later, as much again
                 held = sum(len(slab) for slab in self.slabs)
-                spare = held // 8 if len(self.slabs) < _MOST_SLABS // 2 else held
+                spare = held // 8 if len(self.slabs) < MOST_SLABS // 2 else held
                 self.slabs.append(self._slab(max(len(values), spare)))
                 self.filled, room = 0, len(self.slabs[-1])
                 self.addresses[len(self.slabs) - 1] = self.slabs[-1].data_ptr()

@@ -3,6 +3,8 @@
     full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
     slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score
     expected     = also 4 x heads x (head_dim^2 + head_dim) a layer, its statistics of the queries
+    shadowkv     = on the device, and beside it the values of all tokens on the host: low-rank keys, landmarks, and the
+                   selected, outlying and newest tokens (policies/shadowkv.py)
     while prefill runs, an evicting cache also holds the keys and values of the one layer at work
 
 On sliding layers `tokens` and `budget` are at most the window. Activations of a prefill in one forward are estimated
@@ -17,7 +19,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvcompress import hf, loading, registry
+from kvcompress.hosted import MOST_SLABS
 from kvcompress.loading import ModelUnavailableError
+from kvcompress.policies.shadowkv import ShadowKV
+from kvcompress.shadow_segment import GROWTH
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,14 @@ def make_plan(
         if not method.takes_budget:
             needs.append(Need(spec, None, weights, full, full, activations))
             continue
+        if method.reads_budget:
+            chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
+            cache = sum(
+                batch * token * min(context, window) if window else _shadow(shape, chosen, kept, context, batch, item)
+                for window in shape.windows
+            )
+            needs.append(Need(spec, kept, weights, cache, full, activations + 2 * batch * context * token))
+            continue
         cache = sum(_slots(shape, min(kept, window or kept), batch, item) for window in shape.windows)
         if method.name == "expected":
             cache += len(shape.windows) * _query_statistics(shape, batch, settings.get("covariance", True))
@@ -126,6 +139,23 @@ def _slots(shape: Shape, budget: int, batch: int, item: int) -> int:
     """Bytes of one layer: keys, values, positions and scores of its slots, which is spare, and what is counted."""
     a_slot = 2 * shape.head_dim * item + 4 + 4
     return batch * (shape.kv_heads * ((budget + 1) * a_slot + 8) + 3 * 4) + 8
+
+
+def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:
+    """Bytes of one layer of ShadowKV on the device, after a prefill of the whole context."""
+    width, head_dim, chunk = shape.kv_heads * shape.head_dim, shape.head_dim, settings.chunk
+    rank, selected = settings.rank_of(width), max(1, budget // chunk)
+    folded, outliers, room = 0, 0, 0
+    if context > int(settings.dense_tokens(torch.tensor([selected]))):
+        folded, room = max(0, context // chunk - settings.local_chunks), GROWTH
+    selected, outliers = min(selected, folded), min(settings.outlier_chunks, folded)
+    slots = (selected + outliers - folded) * chunk + context + (room if folded else 0)
+    low_rank = item * rank * (folded * chunk + width)
+    a_chunk = shape.kv_heads * (head_dim * item + 1) + 8
+    a_head = slots * (2 * head_dim * item + 4) + 8 * selected + 12 * outliers
+    # counted: what the basis missed, limits, chunks and tokens; fetched bytes, addresses of slabs, frequencies
+    row = low_rank + folded * a_chunk + shape.kv_heads * a_head + 4 + 3 * 8
+    return batch * row + 8 + 8 * MOST_SLABS + 4 * (head_dim // 2)
 
 
 def _query_statistics(shape: Shape, batch: int, covariance: bool) -> int:

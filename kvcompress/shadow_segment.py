@@ -28,10 +28,10 @@ from kvcompress.policies.shadowkv import ShadowKV, fit_basis, gram, landmarks_of
 from kvcompress.rope import Rope
 from kvcompress.segments import EMPTY, Segment
 
-# tokens whose keys are rebuilt at a time where all are read
+# tokens whose keys are rebuilt, or freed of their rotation, at a time
 _PIECE = 4096
 # places that a full tail gets more, at a new copy of the buffer
-_GROWTH = 64
+GROWTH = 64
 
 
 class ShadowSegment(Segment):
@@ -220,7 +220,7 @@ class ShadowSegment(Segment):
     def _make_room(self, tail: int) -> None:
         needed = self.tail_from + tail
         if needed > self.keys.shape[2]:
-            room = tail if self.keys.shape[2] == 0 else tail + max(_GROWTH, tail // 8)
+            room = tail if self.keys.shape[2] == 0 else tail + max(GROWTH, tail // 8)
             self._reallocate(self.tail_from + room)
 
     def _reallocate(self, slots: int) -> None:
@@ -274,9 +274,15 @@ class ShadowSegment(Segment):
     def _fold_keys(self, keys: Tensor, places: Tensor, is_new: Tensor) -> None:
         """Stores keys [batch, kv_heads, tokens, head_dim] in the space of the old ones, or in a better one."""
         batch = keys.shape[0]
-        if self.rope is not None:
-            keys = self.rope.unrotate(keys, places[:, None])
-        flat = keys.transpose(1, 2).flatten(2)  # [batch, tokens, width]
+        flat = torch.empty_like(keys.transpose(1, 2), memory_format=torch.contiguous_format)
+        # a piece at a time: rotations are computed in float32
+        for start in range(0, keys.shape[2], _PIECE):
+            piece = slice(start, start + _PIECE)
+            some = keys[:, :, piece]
+            if self.rope is not None:
+                some = self.rope.unrotate(some, places[:, None, piece])
+            flat[:, piece] = some.transpose(1, 2)
+        flat = flat.flatten(2)  # [batch, tokens, width]
         flat = flat.masked_fill(~is_new.repeat_interleave(self.settings.chunk, 1)[..., None], 0.0)
         basis = self.basis.float()
         coefficients, norm, missed = project(flat, basis)
@@ -322,7 +328,7 @@ class ShadowSegment(Segment):
         selected = max(had, min(int(self.limits.max()), int(self.folded.max())))
         tails, chunk = self.tails(), self.settings.chunk
         longest = int(tails.max())
-        slots = (selected + self.outliers.shape[2]) * chunk + longest + _GROWTH
+        slots = (selected + self.outliers.shape[2]) * chunk + longest + GROWTH
         old_slots = tail_from + moved[:, None] + torch.arange(longest, device=device)
         old_slots = old_slots.clamp(max=self.keys.shape[2] - 1)
         row = torch.arange(len(moved), device=device)[:, None]

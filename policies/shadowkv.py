@@ -126,10 +126,15 @@ def project(keys: Tensor, basis: Tensor, largest: int = 8192) -> tuple[Tensor, T
     return torch.cat(pieces, 1), torch.stack(norm).sum(0), torch.stack(missed).sum(0)
 
 
-def landmarks_of(keys: Tensor) -> tuple[Tensor, Tensor]:
+def landmarks_of(keys: Tensor, largest: int = 1024) -> tuple[Tensor, Tensor]:
     """Of rotated keys [batch, kv_heads, chunks, chunk, head_dim] each chunk's mean, [batch, kv_heads, chunks, head_dim]
     in their dtype, and the least cosine between it and its keys, [batch, kv_heads, chunks] float32."""
-    mean = keys.mean(3, dtype=torch.float32)
-    dots = torch.einsum("bhcd,bhctd->bhct", mean, keys.float())
-    norms = mean.norm(dim=-1)[..., None] * keys.float().norm(dim=-1)
-    return mean.to(keys.dtype), (dots / norms.clamp(min=torch.finfo(torch.float32).tiny)).amin(-1)
+    means, cosines = [], []
+    for piece in keys.split(largest, 2):
+        wide = piece.float()
+        mean = wide.mean(3)
+        dots = torch.einsum("bhcd,bhctd->bhct", mean, wide)
+        norms = mean.norm(dim=-1)[..., None] * wide.norm(dim=-1)
+        means.append(mean.to(keys.dtype))
+        cosines.append((dots / norms.clamp(min=torch.finfo(torch.float32).tiny)).amin(-1))
+    return torch.cat(means, 2), torch.cat(cosines, 2)
