@@ -407,7 +407,9 @@ class ShadowSegment(Segment):
         reads_all = is_folded and query.shape[2] > self.settings.select_queries
         if is_folded and not reads_all:
             self.select(query, visible, **how)
-        buffer = slice(self.exact_from if reads_all else 0, self.tail_from + int(self.tails().max()))
+        # at least one slot, though it be empty: padding may be all that was ever fed
+        tail = max(1, int(self.tails().max()))
+        buffer = slice(self.exact_from if reads_all else 0, self.tail_from + tail)
         state = self._attend_slots(query, self.keys, self.values, self.positions, buffer, query_positions, how)
         if reads_all:
             for keys, values, positions in self._everything():

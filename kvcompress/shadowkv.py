@@ -101,7 +101,7 @@ class ShadowLayer(CompressedLayer):
                 chunk.query, chunk.key, chunk.value, scale=chunk.scale, visible=chunk.visible, softcap=chunk.softcap
             )
             outs, lses = [out], [lse]
-        if not bool((segment.lengths == 0).all()):
+        if chunk.tokens == 1 or bool((segment.lengths > 0).any()):
             out, lse = self._read(chunk, segment)
             outs, lses = [*outs, out], [*lses, lse]
         if chunk.tokens > 1:

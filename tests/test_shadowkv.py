@@ -365,6 +365,16 @@ def test_crop_refuses_what_is_folded_and_changes_nothing():
     assert cache.get_seq_length() == 56
 
 
+def test_nothing_but_padding_is_answered_with_nothing():
+    model = tiny()
+    cache, full = small(model), DenseCache(model)
+    mask = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
+    assert torch.isfinite(feed(model, cache, prompt(1, 2), mask)).all()
+    feed(model, full, prompt(1, 2), mask)
+    mask = torch.cat([mask, torch.ones_like(mask)], 1)
+    torch.testing.assert_close(feed(model, cache, prompt(1, 2), mask), feed(model, full, prompt(1, 2), mask))
+
+
 def test_a_fraction_is_of_each_rows_own_tokens():
     model = tiny()
     ids, mask = left_padded([prompt(80)[0], prompt(40, seed=2)[0]])
