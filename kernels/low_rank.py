@@ -154,7 +154,7 @@ def _launch(
             *x.stride()[:4], batch_blocks, head_blocks, owners, kv_heads, blocks, rank, rank_parts, splits,
             split_tokens // tile.tokens, tile.count(blocks),
             **coding_constants(coding, packed, block, head_dim), **tile.constants(), HEAD_DIM=head_dim, DIM=width,
-            RANK_STEP=_STEP, MASKED=present is not None, num_warps=4, num_stages=1,
+            RANK_STEP=_STEP, MASKED=present is not None, num_warps=_warps(width), num_stages=1,
         )  # fmt: skip
 
     with torch.cuda.device_of(x):
@@ -175,6 +175,10 @@ def _launch(
 
 def _tile(block: int, bits: int, width: int) -> TileShape:
     return tile_shape(block, [bits], max(16, _TILE // width))
+
+
+def _warps(width: int) -> int:
+    return 8 if width > 128 else 4
 
 
 # numbers of a residual's tile
@@ -321,7 +325,7 @@ def aot_cases() -> Iterator[AotCase]:
                         "MASKED": True,
                         **dict.fromkeys(absent),
                     },
-                    num_warps=4,
+                    num_warps=_warps(width),
                     num_stages=1,
                 )
         yield aot_case(

@@ -466,8 +466,9 @@ def _tiles(
     if element_size == 4:
         block_rows, tokens = MIN_SIDE, 16
     elif width > 128:
-        block_rows, tokens = min(block_rows, 32), 32
+        block_rows, tokens = MIN_SIDE, 32
     else:
+        block_rows = min(block_rows, 32 if width > 64 else _MOST_ROWS)
         tokens = 64 if block_rows == MIN_SIDE else 32
     # to compare every number with the index of an outlier takes registers
     warps = 8 if has_outliers or width > 128 or element_size == 4 else 4

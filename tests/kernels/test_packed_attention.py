@@ -3,7 +3,9 @@ import torch
 
 from kvcompress.kernels import packed_attention as module
 from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
+from kvcompress.kernels.packed_tile import tile_shape
 from kvcompress.kernels.quantise import Coding, dequantise
+from kvcompress.kernels.runtime import INTERPRETED
 from tests.kernels.inputs import DEVICE, DTYPES, blocks, heads, packed_blocks, tolerance
 
 # key bits, value bits, key group, value group, outliers, rank, group of heads, block, blocks, head_dim, options
@@ -48,6 +50,19 @@ def scene(case, dtype=torch.float32, queries=1):
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_a_step_agrees_with_the_reference(case):
+    arguments, options = scene(case)
+    found = packed_attention(*arguments, **options, with_logits=True)
+    expected = packed_attention_reference(*arguments, **options, with_logits=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="what a GPU can launch is set by its registers")
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[5], CASES[11]], ids=ids)
+def test_tiles_of_several_blocks_and_groups_agree_with_the_reference(case, monkeypatch):
+    def tiles(rows, block, bits, *others):
+        return 16, tile_shape(block, bits, 64), 4, 1
+
+    monkeypatch.setattr(module, "_tiles", tiles)
     arguments, options = scene(case)
     found = packed_attention(*arguments, **options, with_logits=True)
     expected = packed_attention_reference(*arguments, **options, with_logits=True)
