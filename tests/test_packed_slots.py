@@ -87,3 +87,14 @@ def test_what_does_not_go_together_is_refused():
         H2OCache(model, budget=20, packed=GEAR(rank=4, rank_decode=2))
     with pytest.raises(ValueError, match="rolled keeps keys without rotation"):
         EvictingCache(model, policy=H2O(), budget=20, rolled=True, packed=GEAR())
+
+
+def test_the_scores_of_a_head_add_up_to_its_queries():
+    """Each of the group's queries gives out 1, the token's attention to itself counted in."""
+    model = tiny()
+    cache = H2OCache(model, budget=60, packed=GEAR(bits=4, group_size=8))
+    feed(model, cache, prompt(20, 2))
+    for step in range(10):
+        feed(model, cache, prompt(1, 2, seed=step))
+    for layer in cache.layers:
+        torch.testing.assert_close(layer.slots.scores.sum(-1), torch.full((2, 2), 2.0 * 30))
