@@ -8,7 +8,9 @@ import torch
 
 from kvcompress import DenseCache, ShadowKVCache
 from kvcompress.kernels.chunk_scores import chunk_scores_reference
+from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.segments import EMPTY
+from kvcompress.shadow_segment import ShadowSegment
 from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
 from tests.contract.test_memory import storages
@@ -449,6 +451,22 @@ def test_a_space_that_is_fitted_anew_serves_the_old_keys_too():
         best = torch.linalg.svdvals(flat)[16:].norm()
         assert best <= kept * 1.0001
         assert kept < 1.5 * best
+
+
+def test_a_new_space_holds_old_and_new_keys_though_they_have_nothing_in_common():
+    torch.manual_seed(0)
+    space = torch.linalg.qr(torch.randn(32, 32)).Q
+    settings = ShadowKV(rank=12, chunk=2, outlier_chunks=0, local_chunks=1)
+    old, new = (
+        (torch.randn(1, 60, 6) @ part.T).unflatten(2, (2, 16)).transpose(1, 2).to(DEVICE)
+        for part in (space[:, :6], space[:, 6:12])
+    )
+    segment = ShadowSegment(settings, None, "pinned", old, old, torch.tensor([4]))
+    for keys in (old, new):
+        segment.append(keys, keys, None, None)
+        segment.fold(segment.tails() // 2)
+    flat = torch.cat([old, new], 2).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(segment.coefficients[:, :120] @ segment.basis, flat, rtol=1e-4, atol=1e-4)
 
 
 # refusals
