@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvcompress.loading import load_model as load_model
     from kvcompress.prefix_store import PrefixStore as PrefixStore
     from kvcompress.shadowkv import ShadowKVCache as ShadowKVCache
+    from kvcompress.swiftkv import convert as convert
 
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "ShadowKVCache": "shadowkv",
     "SnapKVCache": "evicting",
     "StreamingLLMCache": "evicting",
+    "convert": "swiftkv",
     "load_model": "loading",
 }
 __all__ = list(_HOMES)

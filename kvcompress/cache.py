@@ -76,6 +76,11 @@ class CompressedCache(hf.Cache):
                 f"model.set_attn_implementation({hf.IMPLEMENTATION!r})"
             )
 
+    def queries_watched(self, first: int) -> int | None:
+        """How many of a forward's last queries the layers from `first` on must be given; None for all."""
+        watched = [layer.queries_watched for layer in self.layers[first:]]
+        return None if None in watched else max((count for count in watched if count is not None), default=0)
+
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 before the first forward."""

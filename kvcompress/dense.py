@@ -19,6 +19,7 @@ class DenseLayer(CompressedLayer):
     """Keeps every token; on a sliding layer, those of the window and a little more."""
 
     is_croppable = True
+    queries_watched = 0
     storage: type[DenseSegment] = DenseSegment
     dense: DenseSegment | None = None
     dropped = 0
@@ -42,7 +43,7 @@ class DenseLayer(CompressedLayer):
         if self.window is not None and visible is not None:
             order = pads_first(visible)
             visible = visible if order is None else visible.gather(1, order)
-            own_order = None if chunk.visible is None else pads_first(chunk.visible)
+            own_order = None if chunk.visible is None else pads_first(chunk.visible[:, -chunk.queries :])
         out, lse = causal_attention(
             reordered(chunk.query, own_order),
             reordered(key, order),

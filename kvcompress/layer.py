@@ -16,8 +16,9 @@ from kvcompress.segments import Segment
 class Chunk:
     """The tokens of one forward in one layer.
 
-    query: [batch, heads, queries, head_dim]. key, value: [batch, kv_heads, queries, head_dim].
-    visible: [batch, queries] bool, False for padding; None where nothing is padded.
+    query: [batch, heads, queries, head_dim], of the last of the tokens, in most models all of them.
+    key, value: [batch, kv_heads, tokens, head_dim].
+    visible: [batch, tokens] bool, False for padding; None where nothing is padded.
     past: tokens the layer saw before. softcap: bound of the logits. sinks: [heads] extra logits of no token.
     """
 
@@ -33,6 +34,10 @@ class Chunk:
     def tokens(self) -> int:
         return self.key.shape[2]
 
+    @property
+    def queries(self) -> int:
+        return self.query.shape[2]
+
 
 class CompressedLayer(hf.CacheLayerMixin):
     """One layer's storage. `update` takes the new tokens in hand, `attend` stores them and answers the query.
@@ -41,6 +46,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     """
 
     supports_early_init = False
+    # how many of a forward's last queries it must be given, where a model does not run them all; None for all
+    queries_watched: int | None = None
     # forwards that read what is offloaded
     fetching_forwards = 0
 
@@ -130,11 +137,11 @@ class CompressedLayer(hf.CacheLayerMixin):
         sinks: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
-        """The attention output for the tokens that `update` took in, [batch, heads, queries, head_dim].
+        """The attention output of queries of the tokens that `update` took in, [batch, heads, queries, head_dim].
 
         Args:
-            query: [batch, heads, queries, head_dim].
-            visible: [batch, tokens seen or queries] bool padding mask, or None.
+            query: [batch, heads, queries, head_dim], of the last of those tokens.
+            visible: [batch, tokens seen or tokens taken in] bool padding mask, or None.
         """
         assert self.in_hand is not None
         key, value = self.in_hand
