@@ -312,7 +312,7 @@ class SharedLayer(DenseLayer):
             missing = move.counts[row] - len(columns)
             least = 0 if self.window is None else stop - self.window - SLACK
             first = max(first, missing, least)
-            columns = columns[first - missing : stop - missing]
+            columns = columns[first - missing : max(first, stop) - missing]
             self.held[name] = [NodeSegment(keys[row : row + 1, :, columns], values[row : row + 1, :, columns])]
         held = self.dense.length
         shown = torch.ones(len(keys), held, dtype=torch.bool, device=keys.device) if visible is None else visible

@@ -568,3 +568,27 @@ def test_a_sliding_layer_keeps_little_more_of_a_node_than_its_window():
     suffix = prompt(5, 2, seed=3)
     rows = [torch.cat([prefix[0], own]) for own in suffix]
     assert_rows_equal_singles(model, cache, rows, suffix, cache.cover(torch.ones_like(suffix)))
+
+
+def test_crop_in_the_midst_of_what_is_fed_twice():
+    """A row's path reaches further than the columns seen: what is ahead has no column, and is fed again."""
+    model = tiny()
+    ids, mask = left_padded(WHOLE)
+    cache = HydragenCache.from_prefix(model, PREFIX)
+    feed(model, cache, ids[:, 40:41], mask[:, :41])
+    assert cache.tree.ahead is not None
+    cache.crop(-2)
+    logits = feed(model, cache, ids[:, 39:], mask)
+    for row, whole in enumerate(WHOLE):
+        torch.testing.assert_close(logits[row, -1], alone(model, whole)[-1], rtol=1e-4, atol=2e-4)
+
+
+def test_a_prompt_longer_than_windows_reach_shares_what_is_left():
+    model = tiny("mistral", max_position_embeddings=1024)
+    rows = [torch.cat([PREFIX, prompt(500, seed=seed)[0], prompt(80, seed=seed + 1)[0]]) for seed in (5, 7)]
+    cache = HydragenCache(model, min_tokens=8)
+    feed(model, cache, torch.stack(rows))
+    assert {node.tokens for node in nodes(cache)} == {0}
+    step = prompt(1, 2, seed=9)
+    rows = [torch.cat([row, token]) for row, token in zip(rows, step, strict=True)]
+    assert_rows_equal_singles(model, cache, rows, step, torch.ones(2, 621, dtype=torch.long))
