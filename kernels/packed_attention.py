@@ -472,7 +472,7 @@ def _tiles(
         tokens = 64 if block_rows == MIN_SIDE else 32
     # to compare every number with the index of an outlier takes registers
     warps = 8 if has_outliers or width > 128 or element_size == 4 else 4
-    return block_rows, tile_shape(block, bits, tokens), warps, 2
+    return block_rows, tile_shape(block, bits, tokens), warps, 1 if element_size == 4 else 2
 
 
 @triton.jit
