@@ -114,8 +114,7 @@ def quantise_reference(x: Tensor, coding: Coding) -> Packed:
     index = None
     if coding.outliers:
         index = _outlier_index(x, coding.outliers, dim)
-        is_outlier = torch.zeros_like(x, dtype=torch.bool).scatter_(dim, index, True)
-        low, high = x.masked_fill(is_outlier, torch.inf), x.masked_fill(is_outlier, -torch.inf)
+        low, high = x.scatter(dim, index, torch.inf), x.scatter(dim, index, -torch.inf)
     low, high = _group(low, coding, torch.inf).amin(-1), _group(high, coding, -torch.inf).amax(-1)
     # a group of nothing but outliers
     empty = low > high
@@ -260,14 +259,14 @@ def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
 
 def _outlier_index(x: Tensor, outliers: int, dim: int) -> Tensor:
     """Of each vector the `outliers` largest, then the smallest; the first of equals, and none twice."""
-    rest = x.clone()
-    found = []
+    rest, found = x.clone(), []
     for _ in range(outliers):
-        found.append(rest.argmax(dim, keepdim=True))
+        found.append(rest.max(dim, keepdim=True).indices)
         rest.scatter_(dim, found[-1], -torch.inf)
-    rest.masked_fill_(rest == -torch.inf, torch.inf)
+    for largest in found[:outliers]:
+        rest.scatter_(dim, largest, torch.inf)
     for _ in range(outliers):
-        found.append(rest.argmin(dim, keepdim=True))
+        found.append(rest.min(dim, keepdim=True).indices)
         rest.scatter_(dim, found[-1], torch.inf)
     return torch.cat(found, dim)
 
