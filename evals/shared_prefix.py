@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--steps", type=int, default=7, help="decode steps measured of each cache")
+    parser.add_argument("--decode", action="store_true", help="measure decode steps only, which take a minute")
     parser.add_argument("--switch", action="store_true", help="measure where a node pays instead")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
@@ -164,6 +165,13 @@ def main() -> None:
     began = time.perf_counter()
     if options.switch:
         results["switch"] = switch(model, tokenizer, [16, 32, 64, 128, 256], [1, 2, 8, 32], options.steps)
+    elif options.decode:
+        ids = prompts(tokenizer, options.prefix, options.suffix, options.batch).to(model.device)
+        builders: dict[str, Cache] = {"hydragen": HydragenCache(model), "dynamic": DynamicCache(config=model.config)}
+        filled = {name: repeated(model, cache, ids, options.prefix) for name, cache in builders.items()}
+        results["decode_seconds"] = decode(model, filled, options.batch, options.steps)
+        medians = {name: times["median"] for name, times in results["decode_seconds"].items()}
+        print(f"a step: {medians}, {medians['dynamic'] / medians['hydragen']:.1f}x")
     else:
         row = compare(model, tokenizer, options.prefix, options.suffix, options.batch, options.steps, options.new)
         results["row"] = row
