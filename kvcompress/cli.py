@@ -131,6 +131,45 @@ def sweep(
     return _sweep(settings, model, out, fresh, dtype, device)
 
 
+@app.command(name="eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(
+    context: typer.Context,
+    model: ModelOption = None,
+    cache: Annotated[str, typer.Option(help="A method, with settings as in h2o:sinks=4:recent=0.25.")] = "none",
+    budget: Annotated[str | None, typer.Option(help="Tokens kept (512), or a fraction of the context (0.2).")] = None,
+    hold_back: Annotated[
+        str, typer.Option(help="Read after compression: last tokens of a context, or all from a text such as Question:")
+    ] = "1",
+    chunk: Annotated[int, typer.Option(help="Tokens read a forward after compression.")] = 64,
+) -> int:
+    """Run lm-eval's tasks through a cache. All other flags are those of `lm-eval run`: --tasks, --num_fewshot, ...
+
+    The context is compressed before what is held back is read, and every score comes through what is left. Bytes held
+    stand beside the scores, in the harness's own output.
+    """
+    rest = list(context.args)
+    settings = {"pretrained": model, "cache": cache, "budget": budget, "hold_back": hold_back, "chunk": chunk}
+    for name, value in settings.items():
+        if isinstance(value, str) and ("," in value or (name != "cache" and "=" in value)):
+            raise UsageError(f"--{name.replace('_', '-')} must not contain a comma or an equals sign, got {value!r}")
+    if budget is not None:
+        _budget(budget)
+    passed = ",".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+    if "--model_args" in rest:
+        at = rest.index("--model_args")
+        passed = ",".join([passed, *rest[at + 1 : at + 2]])
+        del rest[at : at + 2]
+    from lm_eval._cli import HarnessCLI
+
+    from kvcompress.evals import lm  # noqa: F401, it registers the model
+
+    with _mistakes():
+        harness = HarnessCLI()
+        arguments = ["run", "--model", "kvcompress", "--model_args", passed, *rest]
+        harness.execute(harness._parser.parse_args(arguments))
+    return 0
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
