@@ -11,9 +11,11 @@ predecessors left. With `cache=none` all scores are those of the harness's own `
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
@@ -23,6 +25,9 @@ from tqdm import tqdm
 from kvcompress import load_model
 from kvcompress.evals.protocol import Measured, NotCompressedError, Reader
 from kvcompress.registry import build, parse
+
+# task files for data of one's own
+TASKS = Path(__file__).parent / "lm_tasks"
 
 Request = tuple[Any, list[int], list[int]]
 
@@ -255,6 +260,14 @@ class CompressedLM(HFLM):
         fork.cache.batch_select_indices(index)
         fork.mask = reader.mask[index]
         return fork
+
+
+def run_harness(arguments: list[str]) -> None:
+    """`lm_eval run --model kvcompress` with these arguments, and the task files of this folder beside its own."""
+    if "--include_path" not in arguments:
+        arguments = [*arguments, "--include_path", str(TASKS)]
+    harness = HarnessCLI()
+    harness.execute(harness._parser.parse_args(["run", "--model", "kvcompress", *arguments]))
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -159,14 +159,10 @@ def evaluate(
         at = rest.index("--model_args")
         passed = ",".join([passed, *rest[at + 1 : at + 2]])
         del rest[at : at + 2]
-    from lm_eval._cli import HarnessCLI
-
-    from kvcompress.evals import lm  # noqa: F401, it registers the model
+    from kvcompress.evals.lm import run_harness
 
     with _mistakes():
-        harness = HarnessCLI()
-        arguments = ["run", "--model", "kvcompress", "--model_args", passed, *rest]
-        harness.execute(harness._parser.parse_args(arguments))
+        run_harness(["--model_args", passed, *rest])
     return 0
 
 

@@ -53,30 +53,3 @@ def smollm2():
         return load_model()
     except ModelUnavailableError as error:
         pytest.skip(f"needs the real model: {error}")
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A tiny model over bytes, as save_pretrained writes it."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=257,
-    )
-    raw = Tokenizer(
-        models.BPE(vocab={x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    place = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(place)
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(place)
-    return str(place)

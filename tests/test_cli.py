@@ -11,6 +11,33 @@ from kvcompress.cli import main
 SMALL = ["--tasks", "passkey", "--lengths", "700", "--samples", "1", "--budgets", "0.2", "--methods", "h2o"]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model over bytes, as save_pretrained writes it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=257,
+    )
+    raw = Tokenizer(
+        models.BPE(vocab={x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    place = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(place)
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(place)
+    return str(place)
+
+
 @pytest.fixture
 def sweep(folder, tmp_path):
     """Runs a small sweep into tmp_path/out."""

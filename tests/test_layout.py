@@ -142,10 +142,10 @@ def test_no_script_in_evals_hides_a_library(name):
 def test_every_folder_with_code_is_packaged():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {f.parent.relative_to(ROOT) for part in ("kvcompress", *LINKED) for f in sources(part)}
-    packages = {str(f).replace("/", ".") if f.parts[0] == "kvcompress" else f"kvcompress.{f}" for f in folders}
+    packages = {".".join(f.parts if f.parts[0] == "kvcompress" else ("kvcompress", *f.parts)) for f in folders}
     assert packages <= set(settings["packages"])
-    mapped = {name: f"kvcompress.{name}" for name in LINKED}
-    assert settings["package-dir"] == {package: name for name, package in mapped.items()}
+    linked = {str(f): ".".join(("kvcompress", *f.parts)) for f in folders if f.parts[0] in LINKED}
+    assert settings["package-dir"] == {package: folder for folder, package in linked.items()}
 
 
 def test_what_kvcompress_imports_is_declared():
@@ -207,7 +207,7 @@ def test_importing_kvcompress_registers_two_functions_and_changes_nothing_else()
 @pytest.mark.parametrize("folder", LINKED)
 def test_every_module_is_imported_once_as_part_of_kvcompress(folder):
     for file in sources(folder):
-        importlib.import_module(f"kvcompress.{folder}.{file.stem}")
+        importlib.import_module(".".join(("kvcompress", *file.relative_to(ROOT).with_suffix("").parts)))
     # the bare name may be there: transformers looks for a package `kernels`, and finds the folder
     assert not [name for name in sys.modules if name.startswith(f"{folder}.")]
 

@@ -187,7 +187,7 @@ def test_a_cache_that_keeps_more_than_its_budget_is_an_error(loaded, monkeypatch
 
 def test_the_command_line_takes_the_flags_of_the_harness(folder, tasks, tmp_path, capsys):
     include = str(next(iter(tasks.include_path)) if isinstance(tasks.include_path, list) else tasks.include_path)
-    arguments = ["--model", folder, "--cache", "h2o", "--budget", "0.5", "--hold-back", "Question:"]
+    arguments = ["--model", str(folder), "--cache", "h2o", "--budget", "0.5", "--hold-back", "Question:"]
     harness = ["--tasks", "colours_choice", "--include_path", include, "--device", "cpu", "--batch_size", "2"]
     assert main(["eval", *arguments, *harness, "--limit", "3", "--output_path", str(tmp_path)]) == 0
     assert "colours_choice" in capsys.readouterr().out
