@@ -25,7 +25,7 @@ from kvcompress.policies.gear import GEAR, Backbone, preset
 from kvcompress.segments import EMPTY, Segment
 
 # a forward of at most so many tokens may be a draft, which can be taken back: its tokens are not packed at once
-_DRAFT = 32
+DRAFT = 32
 
 
 class GEARLayer(CompressedLayer):
@@ -140,7 +140,7 @@ class GEARLayer(CompressedLayer):
             self.lengths = [0] * key.shape[0]
         elif self.tail.room <= max(self.tail.held):
             # drafts that stayed have filled it
-            self.tail.grow(self.tail.room + _DRAFT)
+            self.tail.grow(self.tail.room + DRAFT)
         return self.tail
 
     def _real(self, chunk: Chunk) -> list[int]:
@@ -189,7 +189,7 @@ class GEARLayer(CompressedLayer):
         totals = tail.held if tokens == 1 else [held + fresh for held, fresh in zip(tail.held, real, strict=True)]
         # a row that was fed nothing stays as it is
         ready = [
-            (total - (fresh if 1 < fresh <= _DRAFT else 0)) // block if fresh else 0
+            (total - (fresh if 1 < fresh <= DRAFT else 0)) // block if fresh else 0
             for total, fresh in zip(totals, real, strict=True)
         ]
         for of_prompt in (True, False):
@@ -210,7 +210,7 @@ class GEARLayer(CompressedLayer):
         skip = 0
         if self.window is not None:
             # of a long chunk, what no later query sees is not packed at all
-            reach = [length - self.window - _DRAFT for length in self.lengths]
+            reach = [length - self.window - DRAFT for length in self.lengths]
             skip = min(max(0, min((r - f) // block, n)) for r, f, n in zip(reach, first, ready, strict=True) if n)
         rows = [row for row, count in enumerate(ready) if count > skip]
         if not rows:
@@ -245,7 +245,7 @@ class GEARLayer(CompressedLayer):
         assert self.window is not None
         for part in self._packed():
             ends = part.positions[:, 0].unflatten(1, (-1, part.block)).amax(-1)
-            reach = torch.tensor(self.lengths, device=ends.device)[:, None] - self.window - _DRAFT
+            reach = torch.tensor(self.lengths, device=ends.device)[:, None] - self.window - DRAFT
             number = torch.arange(ends.shape[1], device=ends.device)
             held = number < torch.tensor(part.blocks, device=ends.device)[:, None]
             gone = (held & (ends < reach)).sum(-1).tolist()
@@ -293,9 +293,9 @@ class GEARLayer(CompressedLayer):
                 )
             gone = (goes.any(-1)).sum(-1).tolist()
             parts.append((part, [held - count for held, count in zip(part.blocks, gone, strict=True)]))
-        if self.window is not None and max(fresh) > _DRAFT and max(self.lengths) > self.window:
+        if self.window is not None and max(fresh) > DRAFT and max(self.lengths) > self.window:
             raise ValueError(
-                f"crop can take back {_DRAFT} tokens of a layer with a sliding window of {self.window}, got {tokens}: "
+                f"crop can take back {DRAFT} tokens of a layer with a sliding window of {self.window}, got {tokens}: "
                 "older ones have left the window"
             )
         return lengths, from_tail, parts

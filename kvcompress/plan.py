@@ -3,6 +3,7 @@
     full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
     slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score
     expected     = also 4 x heads x (head_dim^2 + head_dim) a layer, its statistics of the queries
+    gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and a tail of one block as it came
     shadowkv     = on the device, and beside it the values of all tokens on the host: low-rank keys, landmarks, and the
                    selected, outlying and newest tokens (policies/shadowkv.py)
     while prefill runs, an evicting cache also holds the keys and values of the one layer at work
@@ -19,8 +20,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvcompress import hf, loading, registry
+from kvcompress.gear import DRAFT
 from kvcompress.hosted import MOST_SLABS
 from kvcompress.loading import ModelUnavailableError
+from kvcompress.packed_slots import BLOCK as SLOTS_A_BLOCK
+from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.shadow_segment import GROWTH
 
@@ -110,6 +114,12 @@ def make_plan(
     for spec in methods:
         method, settings = registry.parse(spec)
         weights = shape.parameters * item
+        if method.name in ("gear", "kivi"):
+            named = settings.pop("preset", "default" if method.name == "gear" else method.name)
+            codes = preset(named, **settings)
+            cache = sum(_packed(shape, codes, context, window, batch, item) for window in shape.windows)
+            needs.append(Need(spec, None, weights, cache, full, activations + batch * context * token))
+            continue
         if not method.takes_budget:
             needs.append(Need(spec, None, weights, full, full, activations))
             continue
@@ -121,7 +131,9 @@ def make_plan(
             )
             needs.append(Need(spec, kept, weights, cache, full, activations + 2 * batch * context * token))
             continue
-        cache = sum(_slots(shape, min(kept, window or kept), batch, item) for window in shape.windows)
+        of_codes = {name: settings[name] for name in ("bits", "group_size", "outliers") if name in settings}
+        packed = GEAR(**of_codes) if of_codes else None
+        cache = sum(_slots(shape, min(kept, window or kept), batch, item, packed) for window in shape.windows)
         if method.name == "expected":
             cache += len(shape.windows) * _query_statistics(shape, batch, settings.get("covariance", True))
         one_layer = batch * context * token
@@ -135,10 +147,28 @@ def largest_batch(need: Need, batch: int, memory: int) -> int:
     return max(0, free * batch // (need.cache + need.prefill))
 
 
-def _slots(shape: Shape, budget: int, batch: int, item: int) -> int:
+def _slots(shape: Shape, budget: int, batch: int, item: int, packed: GEAR | None) -> int:
     """Bytes of one layer: keys, values, positions and scores of its slots, which is spare, and what is counted."""
-    a_slot = 2 * shape.head_dim * item + 4 + 4
-    return batch * (shape.kv_heads * ((budget + 1) * a_slot + 8) + 3 * 4) + 8
+    slots, held = budget + 1, (budget + 1) * 2 * shape.head_dim * item
+    if packed is not None:
+        blocks = -(-slots // SLOTS_A_BLOCK)
+        slots = blocks * SLOTS_A_BLOCK
+        held = blocks * 2 * packed.of_a_token(shape.head_dim).bytes(SLOTS_A_BLOCK, shape.head_dim)
+    return batch * (shape.kv_heads * (held + slots * (4 + 4) + 8) + 3 * 4) + 8
+
+
+def _packed(shape: Shape, settings: GEAR, context: int, window: int | None, batch: int, item: int) -> int:
+    """Bytes of one layer of GEAR after a prefill of the whole context: blocks of codes, and the tail."""
+    block, head_dim = settings.buffer, shape.head_dim
+    full = context // block if context > DRAFT else 0
+    skipped = 0 if window is None else min(max(0, (context - window - DRAFT) // block), full)
+    blocks = full - skipped
+    a_block = sum(coding.bytes(block, head_dim) for coding in settings.codings(head_dim, settings.rank))
+    bases = 2 * 2 * head_dim * settings.rank if blocks else 0
+    positions = blocks * (4 * block + (4 if settings.rank else 0))
+    room = max(block, context - full * block)
+    tail = room * (2 * shape.kv_heads * head_dim * item + 4)
+    return batch * (shape.kv_heads * (blocks * a_block + bases) + positions + tail)
 
 
 def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:
