@@ -315,3 +315,21 @@ def test_a_tail_with_room_for_all_is_the_full_cache():
     cache = GEARCache(model, bits=2, buffer=64)
     assert torch.equal(generate(model, cache, ids), expected)
     assert [type(segment) for segment in cache.layers[0].segments()] == [TailSegment]
+
+
+def test_tokens_hidden_afterwards_leave_the_others_in_place():
+    """A second turn masks what the first one showed: those tokens go, and what follows is placed and packed behind."""
+    model = tiny()
+    cache, full = eight_bits(model), DenseCache(model)
+    ids = prompt(40, 2)
+    mask = torch.ones_like(ids)
+    both(model, cache, full, ids, mask)
+    mask[0, 3:6] = 0
+    mask[1, 33:39] = 0
+    for step in range(20):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        both(model, cache, full, prompt(1, 2, seed=step), mask)
+    assert_holds_what_was_fed(cache, full, mask)
+    assert [kept.tolist() for kept in cache.memory().tokens_kept] == [[[57, 57], [54, 54]]] * 3
+    cache.crop(-2)
+    assert cache.layers[0].lengths == [55, 52]
