@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvcompress.across import AcrossKVCache as AcrossKVCache
+    from kvcompress.across import SwiftKVCache as SwiftKVCache
     from kvcompress.cache import CompressedCache as CompressedCache
     from kvcompress.dense import DenseCache as DenseCache
     from kvcompress.evicting import EvictingCache as EvictingCache
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
+    "AcrossKVCache": "across",
     "CompressedCache": "cache",
     "DenseCache": "dense",
     "EvictingCache": "evicting",
@@ -31,6 +34,7 @@ _HOMES = {
     "ShadowKVCache": "shadowkv",
     "SnapKVCache": "evicting",
     "StreamingLLMCache": "evicting",
+    "SwiftKVCache": "across",
     "convert": "swiftkv",
     "load_model": "loading",
 }

@@ -28,16 +28,31 @@ class DenseLayer(CompressedLayer):
         return [] if self.dense is None else [self.dense]
 
     def _attend(self, chunk: Chunk) -> Tensor:
-        out, lse = self._attend_dense(chunk)
+        self._store(chunk)
+        out = self._reread(chunk)
+        self._leave(chunk, self._reread, self._drop)
+        return out
+
+    def _reread(self, chunk: Chunk) -> Tensor:
+        out, lse = self._read(chunk)
         if chunk.sinks is not None:
             out, _ = merge_states(*with_sinks([out], [lse], chunk.sinks))
         return out
 
     def _attend_dense(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Stores the chunk; its attention to what is stored here, and the log-sum-exp of that."""
+        self._store(chunk)
+        answer = self._read(chunk)
+        self._drop()
+        return answer
+
+    def _store(self, chunk: Chunk) -> None:
         if self.dense is None:
             self.dense = self.storage(chunk.key, chunk.value)
         self.dense.append(chunk.key, chunk.value, chunk.visible)
+
+    def _read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        assert self.dense is not None
         key, value, visible = self.dense.held()
         order = own_order = None
         if self.window is not None and visible is not None:
@@ -56,11 +71,14 @@ class DenseLayer(CompressedLayer):
         if own_order is not None:
             back = own_order.argsort(-1)
             out, lse = reordered(out, back), reordered(lse[..., None], back)[..., 0]
+        return out, lse
+
+    def _drop(self) -> None:
+        assert self.dense is not None
         if self.window is not None and self.dense.length >= self.window - 1 + 2 * SLACK:
             excess = self.dense.length - (self.window - 1 + SLACK)
             self.dense.drop_first(excess)
             self.dropped += excess
-        return out, lse
 
     def _remap(self, remap: Tensor) -> None:
         assert self.dense is not None

@@ -77,6 +77,10 @@ class EvictingLayer(CompressedLayer):
         # the value of `seen` where it is known: to read a tensor is to wait for the GPU
         self._host_seen: int | None = None
 
+    @property
+    def queries_watched(self) -> int | None:  # type: ignore[override]
+        return self.policy.queries_needed
+
     def segments(self) -> list[Segment]:
         return [] if self.slots is None else [self.slots]
 
@@ -153,9 +157,16 @@ class EvictingLayer(CompressedLayer):
         order = pads_first(chunk.visible)
         if order is None:
             return self._extend(chunk)
-        query, key, value = (reordered(x, order) for x in (chunk.query, chunk.key, chunk.value))
-        moved = dataclasses.replace(chunk, query=query, key=key, value=value, visible=chunk.visible.gather(1, order))
-        return reordered(self._extend(moved), order.argsort(-1))
+        own_order = pads_first(chunk.visible[:, -chunk.queries :])
+        query, key, value = (
+            reordered(chunk.query, own_order),
+            reordered(chunk.key, order),
+            reordered(chunk.value, order),
+        )
+        out = self._extend(
+            dataclasses.replace(chunk, query=query, key=key, value=value, visible=chunk.visible.gather(1, order))
+        )
+        return out if own_order is None else self._back(out, own_order)
 
     # one token: it takes the spare slot, and the slots answer alone
 
@@ -166,7 +177,7 @@ class EvictingLayer(CompressedLayer):
         if chunk.visible is not None:
             at = torch.where(chunk.visible[:, 0], at, EMPTY)
         plain = self.rope is None and self.packed is None
-        if self.policy.memory is not None and plain and runs_triton(chunk.query):
+        if self.policy.memory is not None and plain and not self.followers and runs_triton(chunk.query):
             return self._decode_at_once(chunk, slots, at)
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self._place(chunk, self.lengths[:, None].clone())
@@ -180,12 +191,21 @@ class EvictingLayer(CompressedLayer):
             window=self.window,
             softcap=chunk.softcap,
         )
-        self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
-        if chunk.visible is not None:
+
+        def reread(chunk: Chunk) -> Tensor:
+            # the token lies in the slots already, and counts in none of the lengths yet
+            placed, query_positions = self._place(chunk, self.lengths[:, None])
+            how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
+            return slots.decode_again(placed.query, chunk.key, chunk.value, at, query_positions, **how)
+
+        def settle() -> None:
+            self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
             # a query that is padding gives out no attention
-            attention = attention * chunk.visible[..., None]
-        self._score_step(slots, placed, query_positions, attention)
-        self._evict_one(slots)
+            given = attention if chunk.visible is None else attention * chunk.visible[..., None]
+            self._score_step(slots, placed, query_positions, given)
+            self._evict_one(slots)
+
+        self._leave(chunk, reread, settle)
         return out
 
     def _decode_at_once(self, chunk: Chunk, slots: SlotSegment, at: Tensor) -> Tensor:
@@ -256,21 +276,29 @@ class EvictingLayer(CompressedLayer):
         slots = self._allocate(chunk)
         how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
         places = self._query_positions(chunk)
-        placed, query_positions = self._place(chunk, places)
-        out, lse = causal_attention(placed.query, placed.key, chunk.value, visible=chunk.visible, **how)
-        outs, lses = [out], [lse]
-        if not fresh:
-            past_out, past_lse = slots.attend(placed.query, query_positions, **how)
-            outs, lses = [*outs, past_out], [*lses, past_lse]
-        if chunk.sinks is not None:
-            outs, lses = with_sinks(outs, lses, chunk.sinks)
-        if len(outs) > 1:
-            out, lse = merge_states(outs, lses)
 
+        def read(chunk: Chunk) -> tuple[Chunk, Tensor, Tensor, Tensor]:
+            placed, query_positions = self._place(chunk, places[:, -chunk.queries :])
+            out, lse = causal_attention(placed.query, placed.key, chunk.value, visible=chunk.visible, **how)
+            outs, lses = [out], [lse]
+            if not fresh:
+                past_out, past_lse = slots.attend(placed.query, query_positions, **how)
+                outs, lses = [*outs, past_out], [*lses, past_lse]
+            if chunk.sinks is not None:
+                outs, lses = with_sinks(outs, lses, chunk.sinks)
+            if len(outs) > 1:
+                out, lse = merge_states(outs, lses)
+            return placed, query_positions, out, lse
+
+        placed, query_positions, out, lse = read(chunk)
         attention = self._observe(placed, None if fresh else slots, query_positions, lse, how)
-        kept = self._choose(placed, slots, places, query_positions, attention)
-        slots.replace(chunk.key, chunk.value, *kept)
-        self._pin()
+
+        def settle() -> None:
+            kept = self._choose(placed, slots, places, query_positions, attention)
+            slots.replace(chunk.key, chunk.value, *kept)
+            self._pin()
+
+        self._leave(chunk, lambda chunk: read(chunk)[2], settle)
         return out
 
     def _pin(self) -> None:
@@ -296,11 +324,12 @@ class EvictingLayer(CompressedLayer):
             return None
         first = 0
         if chunk.visible is None:
-            first = 0 if last is None else max(0, chunk.tokens - last)
+            first = 0 if last is None else max(0, chunk.queries - last)
         else:
             # of each sequence its last real queries; those before them, and padding, are left out
             from_end = chunk.visible.flip(-1).cumsum(-1).flip(-1)
             observed = chunk.visible if last is None else chunk.visible & (from_end <= last)
+            observed = observed[:, -chunk.queries :]
             lse = lse.masked_fill(~observed[:, None], torch.inf)
             if last is not None:
                 first = int(observed.any(0).to(torch.uint8).argmax())
@@ -330,6 +359,7 @@ class EvictingLayer(CompressedLayer):
             chunk.scale,
             self.state,
             self.rope,
+            chunk.tokens,
         )
         scores = self.policy.score(candidates)
         return places, scores, self._kept(scores, candidates.positions)
@@ -395,6 +425,10 @@ class EvictingLayer(CompressedLayer):
 
 class RolledLayer(EvictingLayer):
     """An evicting layer whose tokens are placed by their index among those kept."""
+
+    @property
+    def queries_watched(self) -> int | None:  # type: ignore[override]
+        return None
 
     def _place(self, chunk: Chunk, query_positions: Tensor) -> tuple[Chunk, Tensor]:
         slots, rope = self.slots, self.rope

@@ -32,6 +32,7 @@ class GEARLayer(CompressedLayer):
     """One layer's packed blocks, of prompts and of decoded tokens, and the tail before them."""
 
     is_croppable = True
+    queries_watched = 0
 
     def __init__(self, padding: PaddingRecord, settings: GEAR, window: int | None = None, leads: bool = False) -> None:
         """
@@ -75,38 +76,51 @@ class GEARLayer(CompressedLayer):
         order = None
         if self.window is not None and chunk.tokens > 1 and chunk.visible is not None:
             order = pads_first(chunk.visible)
-        if order is not None:
-            query, key, value = (reordered(x, order) for x in (chunk.query, chunk.key, chunk.value))
-            assert chunk.visible is not None
-            visible = chunk.visible.gather(1, order)
-            chunk = dataclasses.replace(chunk, query=query, key=key, value=value, visible=visible)
+        if order is None:
+            return self._attend_in_order(chunk)
+        assert chunk.visible is not None
+        own_order = pads_first(chunk.visible[:, -chunk.queries :])
+        query, key, value = (
+            reordered(chunk.query, own_order),
+            reordered(chunk.key, order),
+            reordered(chunk.value, order),
+        )
+        visible = chunk.visible.gather(1, order)
+        out = self._attend_in_order(dataclasses.replace(chunk, query=query, key=key, value=value, visible=visible))
+        return out if own_order is None else self._back(out, own_order)
+
+    def _attend_in_order(self, chunk: Chunk) -> Tensor:
         tail = self._tail(chunk.key, chunk.value)
         real = self._real(chunk)
-        query_positions = self._query_positions(chunk)
+        query_positions = self._query_positions(chunk)[:, -chunk.queries :]
         if chunk.tokens == 1:
             tail.put(chunk.key, chunk.value, real, self.lengths)
+
+        def reread(chunk: Chunk) -> Tensor:
             outs, lses = self._past(chunk, query_positions)
+            if chunk.tokens > 1:
+                out, lse = causal_attention(
+                    chunk.query,
+                    chunk.key,
+                    chunk.value,
+                    scale=chunk.scale,
+                    visible=chunk.visible,
+                    window=self.window,
+                    softcap=chunk.softcap,
+                )
+                outs, lses = [*outs, out], [*lses, lse]
+            if chunk.sinks is not None:
+                outs, lses = with_sinks(outs, lses, chunk.sinks)
+            return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
+
+        def settle() -> None:
             self.lengths = [length + fresh for length, fresh in zip(self.lengths, real, strict=True)]
-            key, value = tail.keys, tail.values
-        else:
-            outs, lses = self._past(chunk, query_positions)
-            out, lse = causal_attention(
-                chunk.query,
-                chunk.key,
-                chunk.value,
-                scale=chunk.scale,
-                visible=chunk.visible,
-                window=self.window,
-                softcap=chunk.softcap,
-            )
-            outs, lses = [*outs, out], [*lses, lse]
-            self.lengths = [length + fresh for length, fresh in zip(self.lengths, real, strict=True)]
-            key, value = self._behind_the_tail(chunk, real)
-        if chunk.sinks is not None:
-            outs, lses = with_sinks(outs, lses, chunk.sinks)
-        out = outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
-        self._pack(key, value, real, chunk.tokens)
-        return out if order is None else reordered(out, order.argsort(-1))
+            key, value = (tail.keys, tail.values) if chunk.tokens == 1 else self._behind_the_tail(chunk, real)
+            self._pack(key, value, real, chunk.tokens)
+
+        out = reread(chunk)
+        self._leave(chunk, reread, settle)
+        return out
 
     def _past(self, chunk: Chunk, query_positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Attention to each segment that holds something."""

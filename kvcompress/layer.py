@@ -1,5 +1,6 @@
 """The cache layer contract of transformers, written once: subclasses say how to store and how to attend."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress import hf
-from kvcompress.padding import PaddingRecord
+from kvcompress.padding import PaddingRecord, reordered
 from kvcompress.segments import Segment
 
 
@@ -64,6 +65,10 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.leads = leads
         self.is_sliding = window is not None
         self.in_hand: tuple[Tensor, Tensor] | None = None
+        # layers that attend to what this one holds
+        self.followers = 0
+        self._left: tuple[Chunk, Callable[[Chunk], Tensor], Callable[[], None]] | None = None
+        self._waiting = 0
         # forwards that came this far: where layers differ, one was interrupted. Compiled ones are not counted
         self.forwards_begun = self.forwards_ended = 0
         self.kv_shape: tuple[int, int, int] | None = None
@@ -74,8 +79,49 @@ class CompressedLayer(hf.CacheLayerMixin):
         raise NotImplementedError
 
     def _attend(self, chunk: Chunk) -> Tensor:
-        """Stores the chunk; its attention to all that is held and to itself, [batch, heads, queries, head_dim]."""
+        """Stores the chunk; its attention to all that is held and to itself, [batch, heads, queries, head_dim].
+
+        Where layers may follow this one, what changes the tokens held goes through `_leave`.
+        """
         raise NotImplementedError
+
+    def _leave(self, chunk: Chunk, reread: Callable[[Chunk], Tensor], settle: Callable[[], None]) -> None:
+        """Ends a forward, once every layer that follows this one has attended too.
+
+        Args:
+            reread: the attention of a chunk of the same tokens with other queries, before `settle`.
+            settle: lets tokens go, or packs them.
+        """
+        if self.followers:
+            self._left, self._waiting = (chunk, reread, settle), self.followers
+        else:
+            settle()
+
+    def _back(self, out: Tensor, order: Tensor) -> Tensor:
+        """An output whose queries stood in another order, as it was; queries of following layers go the same ways."""
+        back = order.argsort(-1)
+        if self._left is not None:
+            chunk, reread, settle = self._left
+
+            def there_and_back(chunk: Chunk) -> Tensor:
+                return reordered(reread(dataclasses.replace(chunk, query=reordered(chunk.query, order))), back)
+
+            self._left = chunk, there_and_back, settle
+        return reordered(out, back)
+
+    def attend_again(self, query: Tensor, *, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """A following layer's attention to what this one attended to in the same forward, as `attend` gives it."""
+        if self._left is None:
+            raise RuntimeError(
+                "a layer that follows another was run without it: the layers of a group run in order, once a forward"
+            )
+        chunk, reread, settle = self._left
+        out = reread(dataclasses.replace(chunk, query=query, scale=scale, softcap=softcap, sinks=sinks))
+        self._waiting -= 1
+        if not self._waiting:
+            self._left = None
+            settle()
+        return out
 
     def _remap(self, remap: Tensor) -> None:
         """Moves the tokens held to other positions, [batch, past tokens] int32, EMPTY for those to drop."""
@@ -175,7 +221,7 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything, settings aside, and frees the memory."""
-        self.in_hand = None
+        self.in_hand = self._left = None
         self.forwards_begun = self.forwards_ended = 0
         self.is_initialized = False
         self.kv_shape = None

@@ -121,6 +121,25 @@ class PackedSlots(SlotSegment):
         own = (own_lse - shift).exp().unflatten(1, group).sum(2)
         return out, attention.scatter(2, self.spare[..., None], own)
 
+    def decode_again(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        # as in `decode`, the token takes part as it came and not as it lies in its slot
+        past = self.positions.scatter(2, self.spare[..., None], EMPTY)
+        out, lse = self._attend(query, query_positions, scale, window, softcap, with_logits=False, positions=past)
+        visible = (positions != EMPTY)[:, None]
+        own_out, own_lse = causal_attention(query, key, value, scale=scale, visible=visible, softcap=softcap)
+        return merge_states([out, own_out], [lse, own_lse])[0]
+
     def _attend(
         self,
         query: Tensor,
@@ -130,6 +149,7 @@ class PackedSlots(SlotSegment):
         softcap: float | None,
         *,
         with_logits: bool,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         return packed_attention(
             query,
@@ -137,7 +157,7 @@ class PackedSlots(SlotSegment):
             self.packed["values"],
             self.coding,
             self.coding,
-            self.positions,
+            self.positions if positions is None else positions,
             query_positions,
             scale=scale,
             window=window,

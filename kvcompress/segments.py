@@ -143,6 +143,21 @@ class SlotSegment(Segment):
             softcap=softcap,
         )
 
+    def decode_again(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """What `decode` answers another query of the token that it has taken in; arguments and output as there."""
+        return self.attend(query, query_positions, scale=scale, window=window, softcap=softcap)[0]
+
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[Tensor, Tensor]:

@@ -148,7 +148,7 @@ class _Decoder(nn.Module):
     layers: nn.ModuleList
     norm: Any
     post_init: Any
-    later: tuple[type[nn.Module], type[nn.Module]]
+    later: tuple[Any, Any]
     # False: the teacher
     single_input = True
 
@@ -158,8 +158,9 @@ class _Decoder(nn.Module):
         layer_kind, attention_kind = self.later
         layers: Any = self.layers
         for index in range(config.num_key_value_layers, config.num_hidden_layers):
-            layers[index] = layer = layer_kind(config, index)
+            layer: Any = layer_kind(config, index)
             layer.self_attn = attention_kind(config, index)
+            layers[index] = layer
             within = (index - config.num_key_value_layers) % config.key_value_group_size
             if within:
                 layer.self_attn.follow(layers[index - within].self_attn)
@@ -330,7 +331,7 @@ def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1
         raise ValueError(f"convert needs {type(model).__name__} on one device, got {model.hf_device_map}")
     config = model.config
     layers = config.num_hidden_layers
-    first = _first_later(skip_from, layers)
+    first = first_later(skip_from, layers)
     kind = _CONVERTED[type(model)]
     fields = config.to_dict()
     fields.pop("model_type", None)
@@ -365,7 +366,8 @@ def trained_parameters(model: SwiftKVModel) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv." in name}
 
 
-def _first_later(skip_from: int | float, layers: int) -> int:
+def first_later(skip_from: int | float, layers: int) -> int:
+    """The index of the first later layer, which may be given as a fraction of the layers."""
     if isinstance(skip_from, bool) or not isinstance(skip_from, int | float):
         raise TypeError(f"skip_from must be a layer (int) or a fraction of the layers (float), got {skip_from!r}")
     if isinstance(skip_from, float):

@@ -48,6 +48,10 @@ class ExpectedAttention(Policy):
         if self.epsilon < 0.0:
             raise ValueError(f"epsilon must be 0 or more, got {self.epsilon}")
 
+    @property
+    def queries_needed(self) -> int | None:
+        return None
+
     def score(self, candidates: Candidates) -> Tensor:
         self._learn(candidates)
         mean, covariance = self._foresee(candidates)

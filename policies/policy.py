@@ -38,17 +38,19 @@ class Candidates:
     scores: [batch, kv_heads, candidates] float32, what the policy returned last time; 0 for a token just fed.
     attention: [batch, kv_heads, candidates] float32, attention received in this forward from the queries the policy
         observes, summed over them and over the query heads of the group; None where it observes none.
-    query: [batch, heads, queries, head_dim], this forward's queries.
+    query: [batch, heads, queries, head_dim], this forward's queries; in models that do not run them all, as SwiftKV's,
+        the last of them, as many as the policy needs.
     query_positions: [batch, queries] int32, the positions to which the queries are rotated (their places in the
         sequence, or among the tokens kept where a cache rolls positions); for padding, at most one more than the
         newest real token's.
-    visible: [batch, queries] bool, False where the query is padding; None where none is.
+    visible: [batch, tokens fed] bool, False where the token is padding; None where none is.
     lengths: [batch] int32, real tokens of each sequence so far.
     parts: gives keys and values of the slots, then of the tokens just fed; read `keys` and `values` instead. Slots may
         have to be decoded for it.
     scale: factor of q.k in the layer's attention.
     state: tensors, batch first, that the policy wants to find again next time; they count as memory of the cache.
     rotary: the layer's rotary embedding, for a policy that says it `uses_rotary`; None where the layer has none.
+    fed: tokens fed by the forward; None for as many as there are queries.
     """
 
     positions: Tensor
@@ -62,11 +64,12 @@ class Candidates:
     scale: float = 1.0
     state: dict[str, Tensor] = field(default_factory=dict)
     rotary: Rotary | None = None
+    fed: int | None = None
 
     @property
     def queries(self) -> int:
         """Tokens fed by the forward that just ended; 1 while decoding."""
-        return self.query.shape[2]
+        return self.query.shape[2] if self.fed is None else self.fed
 
     @property
     def keys(self) -> Tensor:
@@ -108,6 +111,12 @@ class Policy:
     def observes(self) -> int | None:
         """How many of a forward's last queries the policy wants to see the attention of; None for all."""
         return 0
+
+    @property
+    def queries_needed(self) -> int | None:
+        """How many of a forward's last queries must be run for the policy, where a model could leave them out; None
+        for all. At least as many as it observes; a policy that reads `Candidates.query` says how many."""
+        return self.observes
 
     @property
     def memory(self) -> float | None:
