@@ -1,4 +1,4 @@
-"""The command line: sweep, generate, plan.
+"""The command line: sweep, eval, generate, plan, distill.
 
 Heavy imports wait until a command runs. A user's mistake is one line on stderr and exit status 2.
 """
@@ -248,6 +248,74 @@ def plan(
     )
     if shape.longest is not None and context > shape.longest:
         console.print(f"The model was trained for at most {shape.longest} tokens.")
+
+
+@app.command()
+def distill(
+    data: Annotated[list[Path], typer.Argument(help="Text files, or .jsonl with a text or a chat a line.")],
+    model: ModelOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the model, losses and checkpoints; an old run goes on.")] = Path(
+        "swiftkv"
+    ),
+    skip_from: Annotated[str, typer.Option(help="First layer the prompt skips: index, or fraction (0.5).")] = "0.5",
+    share: Annotated[int, typer.Option(help="Later layers that share keys and values.")] = 1,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Rows a process and forward.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Forwards an update.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a row at most.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-4,
+    precision: Annotated[str, typer.Option(help="Of the forwards: no, bf16 or fp16.")] = "no",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute layers twice, hold less.")] = False,
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
+    log_every: Annotated[int, typer.Option(help="Updates between lines of progress.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16, float16 or auto.")] = "float32",
+) -> None:
+    """Convert a model to SwiftKV and train what is new by its own teacher: accelerate launch -m kvcompress distill ...
+
+    The folder then loads as any model: load_model("swiftkv").
+    """
+    for path in data:
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}")
+    values: dict[str, Any] = {
+        "steps": steps, "batch": batch, "accumulate": accumulate, "length": length, "learning_rate": learning_rate,
+        "precision": precision, "checkpointing": checkpointing, "save_every": save_every, "log_every": log_every,
+        "seed": seed,
+    }  # fmt: skip
+    try:
+        split = float(skip_from) if "." in skip_from else int(skip_from)
+    except ValueError:
+        raise UsageError(
+            f"--skip-from must be a layer such as 15, or a fraction such as 0.5, got {skip_from!r}"
+        ) from None
+    _check_folder(out)
+
+    from kvcompress import distill as distillation
+    from kvcompress.swiftkv import SwiftKVModel, convert
+
+    with _mistakes():
+        settings = distillation.Distillation(**values)
+    # each process then moves it to the device that is its own
+    loaded, tokenizer = _load(model, dtype, "cpu")
+    with _mistakes():
+        student: Any = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)
+        rows = distillation.read_rows(data, tokenizer, settings.length)
+
+    def show(line: dict[str, float]) -> None:
+        if line["step"] % settings.log_every == 0 or line["step"] in (1, settings.steps):
+            print(
+                f"{line['step']}/{settings.steps}  loss {line['loss']:.4f}  divergence {line['divergence']:.4f}  "
+                f"hidden {line['hidden']:.4f}  {line['seconds']:.0f} s",
+                flush=True,
+            )
+
+    with _mistakes():
+        distillation.distill(student, rows, settings, out, show)
+    if int(os.environ.get("RANK", "0")) == 0:
+        student.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        print(out)
 
 
 def _sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool, dtype: str, device: str | None) -> int:

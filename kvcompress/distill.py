@@ -1,0 +1,387 @@
+"""Distillation of a SwiftKV model: the same network, conversion off, teaches the later layers (arXiv:2410.03960).
+
+    loss = T^2 KL(teacher || student) + MSE of the hidden states before the last layer          T = 2
+
+Only the common norm and the later layers' query, key and value projections train. KL is taken over log-probabilities
+on both sides, of the tokens to be answered (all tokens of a text, an assistant's in a chat), divided by all tokens.
+Runs in one process, or in several under `accelerate launch`; the order of the data depends on the seed alone, so that
+an interrupted run goes on as if it had not stopped.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kvcompress.swiftkv import SwiftKVModel, as_teacher, trained_parameters
+
+# tokens whose probabilities are compared at a time: two float32 rows of the vocabulary each
+_TOKENS_AT_ONCE = 512
+_CHECKPOINT = "checkpoint.pt"
+_LOSSES = "losses.jsonl"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of a run; the defaults are the paper's.
+
+    temperature: of both distributions. hidden_weight: of the hidden states' mean squared error.
+    learning_rate: the highest; it rises over the first `warmup` of the steps and falls by a cosine to 0.
+    steps: updates. batch: rows a process and forward. accumulate: forwards an update.
+    length: tokens of a row at most. precision: "no", "bf16" or "fp16", of the forwards under autocast.
+    checkpointing: layers are computed again in the backward pass, to hold less.
+    save_every: updates between checkpoints. log_every: updates between lines of progress. seed: of the data's order.
+    """
+
+    temperature: float = 2.0
+    hidden_weight: float = 1.0
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 0.05
+    steps: int = 1000
+    batch: int = 1
+    accumulate: int = 1
+    length: int = 2048
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    checkpointing: bool = False
+    save_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2 tokens, got {self.length}")
+        if self.temperature <= 0 or self.learning_rate <= 0 or self.hidden_weight < 0 or not 0 <= self.warmup <= 1:
+            raise ValueError(
+                "temperature and learning_rate must be above 0, hidden_weight 0 or more and warmup in [0, 1], got "
+                f"{self.temperature}, {self.learning_rate}, {self.hidden_weight}, {self.warmup}"
+            )
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"precision must be 'no', 'bf16' or 'fp16', got {self.precision!r}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of an update, counted from 0."""
+        warm = math.ceil(self.warmup * self.steps)
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens to learn from. ids: [tokens] int64. answered: [tokens] bool, False for those nobody need predict."""
+
+    ids: Tensor
+    answered: Tensor
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, answered: Tensor, tokens: Tensor | int, temperature: float = 2.0
+) -> Tensor:
+    """T^2 KL(teacher || student), summed over the tokens to be answered and divided by `tokens`.
+
+    Args:
+        student, teacher: logits [batch, positions, vocabulary]; the logits at a position are those of the next token.
+        answered: [batch, positions] bool, positions whose next token counts.
+        tokens: what to divide by.
+    """
+    total = student.new_zeros((), dtype=torch.float32)
+    student, teacher = student[answered], teacher[answered]
+    for ours, theirs in zip(student.split(_TOKENS_AT_ONCE), teacher.split(_TOKENS_AT_ONCE), strict=True):
+        ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (ours, theirs))
+        total = total + nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return temperature**2 * total / tokens
+
+
+def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: int) -> list[Row]:
+    """Rows of at most `length` tokens from text files and .jsonl files.
+
+    A line of a .jsonl is {"messages": [{"role", "content"}, ...]}, a chat, of which the assistant's tokens count, or
+    {"text": ...}. Texts are joined and cut to rows; a chat is a row, cut at its end.
+
+    Raises:
+        ValueError: a file holds neither, or nothing; file and line are named.
+    """
+    rows: list[Row] = []
+    for path in map(Path, paths):
+        before = len(rows)
+        if path.suffix == ".jsonl":
+            texts = []
+            for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+                if not line.strip():
+                    continue
+                entry = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
+                    row = chat_row(entry["messages"], tokenizer, length)
+                    if bool(row.answered.any()):
+                        rows.append(row)
+                elif isinstance(entry, dict) and isinstance(entry.get("text"), str):
+                    texts.append(entry["text"])
+                else:
+                    raise ValueError(f'{path}:{number} must be {{"messages": [...]}} or {{"text": ...}}')
+            text = "\n\n".join(texts)
+        else:
+            text = path.read_text("utf-8")
+        if text:
+            ids = tokenizer(text, return_tensors="pt").input_ids[0]
+            rows += [Row(part, torch.ones_like(part, dtype=torch.bool)) for part in ids.split(length) if len(part) > 1]
+        if len(rows) == before:
+            raise ValueError(f"{path} holds nothing to learn from")
+    return rows
+
+
+def chat_row(messages: list[dict[str, str]], tokenizer: Any, length: int) -> Row:
+    """A conversation in the model's chat template, of which the assistant's turns count."""
+
+    def tokens(count: int, begins: bool = False) -> list[int]:
+        encoded = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=begins, return_dict=True)
+        ids = encoded["input_ids"]
+        return ids[0] if ids and isinstance(ids[0], list) else ids
+
+    ids = torch.tensor(tokens(len(messages)))
+    answered = torch.zeros(len(ids), dtype=torch.bool)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = len(tokens(index, begins=True)) if index else 0
+            answered[start : len(tokens(index + 1))] = True
+    return Row(ids[:length], answered[:length])
+
+
+def batches(rows: Sequence[Row], settings: Distillation, rank: int, world: int) -> Iterator[list[Row]]:
+    """What one process of a run is fed, forward by forward, without end: each epoch in an order of its own."""
+    count, at = settings.batch * world, 0
+    order: list[int] = []
+    epoch = 0
+    while True:
+        while len(order) - at < count:
+            generator = torch.Generator().manual_seed(settings.seed + epoch)
+            order, at, epoch = order[at:] + torch.randperm(len(rows), generator=generator).tolist(), 0, epoch + 1
+        yield [rows[index] for index in order[at + rank : at + count : world]]
+        at += count
+
+
+def distill(
+    model: SwiftKVModel,
+    rows: Sequence[Row],
+    settings: Distillation,
+    folder: str | os.PathLike[str],
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Trains a converted model in place, and writes losses and checkpoints to a folder; goes on from what it holds.
+
+    Args:
+        model: as kvcompress.swiftkv.convert gives it.
+        rows: what `read_rows` gives.
+        settings: of the run; those of a run that goes on must be the same.
+        folder: losses.jsonl, a line an update, checkpoint.pt, and losses.png where matplotlib is installed.
+        on_step: called after every update, in the first process, with its line.
+
+    Returns:
+        The lines: step, loss, divergence (T^2 KL), hidden (MSE), rate, tokens and seconds.
+
+    Raises:
+        ValueError: the model has no teacher or no later layers, there are no rows, or the folder holds another run.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    config = model.config
+    if not config.swiftkv_teacher:
+        raise ValueError(f"this {type(model).__name__} was published without its teacher; convert the base model")
+    if not rows:
+        raise ValueError("there is nothing to learn from: no rows")
+    folder = Path(folder)
+    set_seed(settings.seed)
+    # rows of one forward are averaged by hand, and gradients over forwards: Accelerate only scales and synchronises
+    accelerator = Accelerator(mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
+    trained = _freeze(model, settings)
+    model.to(accelerator.device)
+    optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate(0), betas=settings.betas, weight_decay=0.0)
+    begun, lines = _resume(folder, trained, optimiser, accelerator.scaler, settings, accelerator.device)
+    network, optimiser = accelerator.prepare(model, optimiser)
+    hidden = _Hidden(model)
+    was_training = model.training
+    # dropout off, for teacher and student to differ by the conversion alone
+    network.train(settings.checkpointing)
+    feed = batches(rows, settings, accelerator.process_index, accelerator.num_processes)
+    for _ in range(begun * settings.accumulate):
+        next(feed)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        for step in range(begun, settings.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = settings.rate(step)
+            sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+            for _ in range(settings.accumulate):
+                with accelerator.accumulate(network):
+                    divergence, error, tokens = _compare(network, model, next(feed), hidden, settings, accelerator)
+                    accelerator.backward(divergence + settings.hidden_weight * error)
+                    optimiser.step()
+                    optimiser.zero_grad()
+                sums += torch.stack([divergence.detach().double(), error.detach().double(), tokens.double()])
+            sums = accelerator.reduce(sums, "sum")
+            forwards = settings.accumulate * accelerator.num_processes
+            kl, mse = (sums[:2] / forwards).tolist()
+            line = {
+                "step": step + 1,
+                "loss": kl + settings.hidden_weight * mse,
+                "divergence": kl,
+                "hidden": mse,
+                "rate": settings.rate(step),
+                "tokens": int(sums[2]),
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+            lines.append(line)
+            last = step + 1 == settings.steps
+            if accelerator.is_main_process:
+                if last or (step + 1) % settings.save_every == 0:
+                    _save(folder, trained, optimiser, accelerator.scaler, settings, lines)
+                if on_step is not None:
+                    on_step(line)
+            if last or (step + 1) % settings.save_every == 0:
+                accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            plot_losses(lines, folder / "losses.png")
+    finally:
+        hidden.close()
+        model.train(was_training)
+    return lines
+
+
+def _freeze(model: SwiftKVModel, settings: Distillation) -> dict[str, nn.Parameter]:
+    """Leaves gradients to what trains, and gives it, by name."""
+    trained = trained_parameters(model)
+    if not any("proj" in name for name in trained):
+        raise ValueError("the model has no later layers, so there is nothing to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    if settings.precision != "no":
+        # small updates of 16-bit weights would round away
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return trained
+
+
+class _Hidden:
+    """What enters the last layer, of the latest forward."""
+
+    def __init__(self, model: SwiftKVModel) -> None:
+        self.latest: Tensor
+        self._hook = model.model.layers[-1].register_forward_pre_hook(self._note)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.latest = args[0]
+
+    def close(self) -> None:
+        self._hook.remove()
+
+
+def _compare(
+    network: nn.Module, model: SwiftKVModel, rows: list[Row], hidden: _Hidden, settings: Distillation, accelerator: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence and hidden error of one forward, and its tokens."""
+    ids = nn.utils.rnn.pad_sequence([row.ids for row in rows], batch_first=True).to(accelerator.device)
+    answered = nn.utils.rnn.pad_sequence([row.answered for row in rows], batch_first=True).to(accelerator.device)
+    lengths = torch.tensor([len(row.ids) for row in rows], device=ids.device)
+    real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    inputs = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
+    if bool(real.all()):
+        del inputs["attention_mask"]
+    with torch.no_grad(), as_teacher(model), accelerator.autocast():
+        teacher = model(**inputs).logits
+        theirs = hidden.latest
+    student = network(**inputs).logits
+    tokens = real.sum()
+    # the logits at a position are about the next token
+    counted = nn.functional.pad(answered[:, 1:], (0, 1))
+    divergence = distillation_loss(student, teacher, counted, tokens, settings.temperature)
+    error = (hidden.latest.float() - theirs.float())[real].square().mean()
+    return divergence, error, tokens
+
+
+def _facts(settings: Distillation) -> dict[str, Any]:
+    """Settings on which the course of a run depends."""
+    facts = dataclasses.asdict(settings)
+    return {name: facts[name] for name in facts if name not in ("save_every", "log_every", "checkpointing")}
+
+
+def _save(
+    folder: Path,
+    trained: dict[str, nn.Parameter],
+    optimiser: Any,
+    scaler: Any,
+    settings: Distillation,
+    lines: list[dict[str, float]],
+) -> None:
+    state = {
+        "trained": {name: parameter.detach().cpu() for name, parameter in trained.items()},
+        "optimiser": optimiser.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "settings": _facts(settings),
+        "step": len(lines),
+    }
+    for name, write in (
+        (_CHECKPOINT, lambda path: torch.save(state, path)),
+        (_LOSSES, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")),
+    ):
+        partial = folder / f"{name}.partial"
+        write(partial)
+        partial.replace(folder / name)
+
+
+def _resume(
+    folder: Path,
+    trained: dict[str, nn.Parameter],
+    optimiser: Any,
+    scaler: Any,
+    settings: Distillation,
+    device: torch.device,
+) -> tuple[int, list[dict[str, float]]]:
+    """Takes on what a folder holds of a run: the updates done, and their lines."""
+    if not (folder / _CHECKPOINT).exists():
+        return 0, []
+    state = torch.load(folder / _CHECKPOINT, map_location=device, weights_only=True)
+    now = json.loads(json.dumps(_facts(settings)))
+    then = json.loads(json.dumps(state["settings"]))
+    if now != then or set(state["trained"]) != set(trained):
+        differ = [name for name in now if now[name] != then.get(name)] or ["the layers that train"]
+        raise ValueError(f"{folder} holds another run, which differs in {', '.join(differ)}; choose another folder")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state["trained"][name])
+    optimiser.load_state_dict(state["optimiser"])
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
+    lines = [json.loads(line) for line in (folder / _LOSSES).read_text("utf-8").splitlines()]
+    return state["step"], lines[: state["step"]]
+
+
+def plot_losses(lines: Sequence[dict[str, float]], path: Path) -> bool:
+    """Draws loss, divergence and hidden error against the tokens learned from; False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    tokens = torch.tensor([line["tokens"] for line in lines]).cumsum(0).tolist()
+    for name, label in (("loss", "loss"), ("divergence", "T² KL"), ("hidden", "hidden MSE")):
+        axes.plot(tokens, [line[name] for line in lines], label=label)
+    axes.set(xlabel="tokens", ylabel="loss", yscale="log" if all(line["hidden"] > 0 for line in lines) else "linear")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,228 @@
+"""Distillation: what the loss is, what trains, and that a run may stop, go on and be spread over processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvcompress.cli import main
+from kvcompress.distill import Distillation, Row, batches, chat_row, distill, distillation_loss, read_rows
+from kvcompress.swiftkv import as_teacher, convert, trained_parameters
+from tests.contract.models import build, prompt
+
+pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"length": 16, "steps": 6, "batch": 2, "learning_rate": 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_of_an_earlier_run():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def student(share=1, first=1, **changes):
+    return convert(build("llama", num_hidden_layers=4, **changes), first, share)
+
+
+def rows(count=12, tokens=16):
+    return [Row(prompt(tokens, seed=seed)[0].cpu(), torch.ones(tokens, dtype=torch.bool)) for seed in range(count)]
+
+
+def test_the_divergence_is_the_definition_and_finite_where_a_probability_is_zero():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
+    answered = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]).bool()
+    p, q = (theirs / 3).softmax(-1), (ours / 3).softmax(-1)
+    expected = 9 * ((p * (p / q).log()).sum(-1) * answered).sum() / 10
+    torch.testing.assert_close(distillation_loss(ours, theirs, answered, 10, 3.0), expected.float())
+    assert distillation_loss(ours, ours, answered, 10) == 0
+    ours = torch.zeros(1, 1, 4, requires_grad=True)
+    theirs = torch.tensor([[[300.0, -300.0, 0.0, -1000.0]]])
+    loss = distillation_loss(ours, theirs, torch.ones(1, 1, dtype=torch.bool), 1)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(ours.grad).all()
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
+    # the weights that begin the last layer are its own, and its input is what the common norm takes
+    model = student(first=3)
+    lines = distill(model, rows(), Distillation(**{**SMALL, "steps": 1}), tmp_path)
+    assert lines[0]["divergence"] == pytest.approx(0, abs=1e-9)
+    assert lines[0]["hidden"] == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_what_was_added_trains_and_the_loss_falls(checkpointing, tmp_path):
+    model = student(2, first=2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad(), as_teacher(model):
+        taught = model(prompt(16, 2)).logits
+    lines = distill(model, rows(), Distillation(**{**SMALL, "steps": 30, "checkpointing": checkpointing}), tmp_path)
+    for name, parameter in model.named_parameters():
+        changes = name in trained_parameters(model)
+        assert torch.equal(parameter, before[name]) != changes, name
+        assert parameter.requires_grad == changes
+    assert sum(line["loss"] for line in lines[-5:]) < 0.7 * sum(line["loss"] for line in lines[:5])
+    with torch.no_grad(), as_teacher(model):
+        assert torch.equal(model(prompt(16, 2)).logits, taught)
+
+
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path):
+    settings = Distillation(**SMALL, save_every=2)
+    whole, halves = student(), student()
+    expected = distill(whole, rows(), settings, tmp_path / "whole")
+
+    def stop(line):
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(halves, rows(), settings, tmp_path / "halves", stop)
+    lines = distill(student(), rows(), settings, tmp_path / "halves")
+    for line, wanted in zip(lines, expected, strict=True):
+        assert {**line, "seconds": 0} == {**wanted, "seconds": 0}
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "halves")]
+    for name in ("trained", "optimiser", "step"):
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="holds another run, which differs in learning_rate"):
+        distill(student(), rows(), Distillation(**{**SMALL, "learning_rate": 1.0}), tmp_path / "whole")
+
+
+def test_forwards_accumulate_to_what_one_large_forward_gives(tmp_path):
+    one, several = student(), student()
+    distill(one, rows(), Distillation(**{**SMALL, "batch": 4}), tmp_path / "one")
+    distill(several, rows(), Distillation(**{**SMALL, "batch": 1, "accumulate": 4}), tmp_path / "several")
+    for parameter, other in zip(trained_parameters(one).values(), trained_parameters(several).values(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-4)
+
+
+def test_every_process_is_fed_its_own_rows_and_all_rows_once_an_epoch():
+    settings = Distillation(batch=2, seed=3)
+    data = rows(8)
+    fed = [batches(data, settings, rank, 2) for rank in (0, 1)]
+    alone = batches(data, Distillation(batch=4, seed=3), 0, 1)
+    for _ in range(2):
+        epoch = []
+        for _ in range(2):
+            parts = [next(feed) for feed in fed]
+            epoch += parts[0] + parts[1]
+            assert {id(row) for row in parts[0] + parts[1]} == {id(row) for row in next(alone)}
+        assert sorted(map(id, epoch)) == sorted(map(id, data))
+
+
+def test_mixed_precision_trains_float32_weights(tmp_path):
+    model = student(dtype=torch.bfloat16)
+    lines = distill(model, rows(), Distillation(**SMALL, precision="bf16"), tmp_path)
+    assert all(parameter.dtype == torch.float32 for parameter in trained_parameters(model).values())
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
+
+
+def test_of_a_chat_the_assistants_words_count(smollm2):
+    _, tokenizer = smollm2
+    messages = [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "Another?"},
+        {"role": "assistant", "content": "Green, then."},
+    ]
+    row = chat_row(messages, tokenizer, 500)
+    answered = tokenizer.decode(row.ids[row.answered])
+    assert "Blue." in answered
+    assert "Green, then." in answered
+    assert "colour" not in answered
+    assert "Another" not in answered
+    assert len(chat_row(messages, tokenizer, 10).ids) == 10
+
+
+def test_text_and_jsonl_are_read_and_anything_else_is_refused(smollm2, tmp_path):
+    _, tokenizer = smollm2
+    text, lines, wrong = (tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl"))
+    text.write_text("one two three four five six seven eight " * 8)
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    lines.write_text(json.dumps({"text": "a text of its own"}) + "\n\n" + json.dumps(chat) + "\n")
+    found = read_rows([text, lines], tokenizer, 50)
+    assert len(found[0].ids) == 50
+    assert all(1 < len(row.ids) <= 50 for row in found)
+    assert any(not row.answered.all() for row in found)
+    wrong.write_text('{"prompt": "x"}\n')
+    with pytest.raises(ValueError, match=r"c\.jsonl:1 must be"):
+        read_rows([wrong], tokenizer, 20)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="holds nothing"):
+        read_rows([tmp_path / "empty.txt"], tokenizer, 20)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"length": 1}, "length must be at least 2"),
+        ({"precision": "fp8"}, "precision must be"),
+        ({"temperature": 0.0}, "above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Distillation(**wrong)
+
+
+def test_a_model_without_later_layers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no later layers"):
+        distill(convert(build("llama", num_hidden_layers=2), 1.0), rows(), Distillation(**SMALL), tmp_path)
+
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+from kvcompress.distill import Distillation, distill
+from kvcompress.swiftkv import trained_parameters
+from tests.test_distill import SMALL, rows, student
+torch.set_num_threads(1)
+model = student()
+distill(model, rows(), Distillation(**{**SMALL, "batch": 1}), Path(sys.argv[1]))
+"""
+
+
+def test_two_processes_under_accelerate_launch_train_as_one_with_twice_the_rows(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
+        str(tmp_path / "worker.py"), str(tmp_path / "two"),
+    ]  # fmt: skip
+    # the launcher of several processes on one machine, each on the CPU
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    distill(student(), rows(), Distillation(**SMALL), tmp_path / "one")
+    two, one = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("two", "one"))
+    torch.testing.assert_close(two["trained"], one["trained"], rtol=1e-3, atol=1e-4)
+    losses = [(tmp_path / name / "losses.jsonl").read_text().splitlines() for name in ("two", "one")]
+    for line, wanted in zip(*(map(json.loads, lines) for lines in losses), strict=True):
+        assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
+        assert line["tokens"] == wanted["tokens"]
+
+
+def test_the_command_line_leaves_a_model_that_loads(smollm2, tmp_path, capsys):
+    _, tokenizer = smollm2
+    build("llama", num_hidden_layers=4, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    command = ["distill", str(tmp_path / "text.txt"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--steps", "2", "--length", "32", "--share", "2"]) == 0
+    assert "2/2  loss" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (loaded.config.num_key_value_layers, loaded.config.key_value_group_size) == (2, 2)
+    assert (tmp_path / "out" / "losses.jsonl").read_text().count("\n") == 2
+    assert main(["distill", str(tmp_path / "none.txt")]) == 2
+    assert main([*command, "--skip-from", "half"]) == 2
+    assert "--skip-from must be a layer" in capsys.readouterr().err
