@@ -196,7 +196,8 @@ def test_two_processes_under_accelerate_launch_train_as_one_with_twice_the_rows(
     (tmp_path / "worker.py").write_text(WORKER)
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--num_cpu_threads_per_process", "1",
         str(tmp_path / "worker.py"), str(tmp_path / "two"),
     ]  # fmt: skip
     # the launcher of several processes on one machine, each on the CPU
