@@ -60,6 +60,13 @@ def test_the_dense_example(run):
     assert run("dense", new_tokens=8)
 
 
+def test_the_swiftkv_example(run, capsys):
+    report = run("swiftkv", steps=2, length=32, new_tokens=4).memory()
+    # 20 layers of their own, and 10 that share by twos
+    assert len(report.tokens_kept) == 25
+    assert "of the full cache" in capsys.readouterr().out
+
+
 def test_the_gear_example(run, capsys):
     cache = run("gear", new_tokens=8)
     assert cache.memory().bits_per_element < 8
