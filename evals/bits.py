@@ -28,12 +28,19 @@ from kvcompress import GEARCache, load_model
 from kvcompress.evals.provenance import provenance
 from kvcompress.registry import parse
 
+
+def _plain(bits: int) -> str:
+    return f"bits={bits}:value_bits={bits}:sinks=0"
+
+
 SETTINGS = [
-    *(f"gear:bits={bits}:group_size={group}" for bits in (2, 3, 4, 8) for group in (16, 32, 64)),
-    *(f"gear:bits={bits}:group_size=128:buffer=128" for bits in (2, 3, 4, 8)),
-    *(f"gear:preset=gear-l:bits={bits}" for bits in (2, 3, 4)),
-    *(f"gear:preset=gear:bits={bits}" for bits in (2, 3, 4)),
-    *(f"gear:bits={bits}:group_size={group}:outliers=0.02" for bits in (2, 3, 4) for group in (32, 64)),
+    *(f"gear:bits={bits}" for bits in (2, 3, 4, 8)),
+    *(f"gear:bits={bits}:value_bits={bits}" for bits in (3, 4)),
+    *(f"gear:{_plain(bits)}:group_size={group}" for bits in (2, 3, 4, 8) for group in (16, 32, 64)),
+    *(f"gear:{_plain(bits)}:group_size=128:buffer=128" for bits in (2, 3, 4, 8)),
+    *(f"gear:preset=gear-l:{_plain(bits)}" for bits in (2, 3, 4)),
+    *(f"gear:preset=gear:{_plain(bits)}" for bits in (2, 3, 4)),
+    *(f"gear:{_plain(bits)}:group_size={group}:outliers=0.02" for bits in (2, 3, 4) for group in (32, 64)),
     "gear:preset=gear-kcvt",
 ]
 PEERS = [f"{backend}:bits={bits}" for backend in ("quanto", "hqq") for bits in (2, 4)]
@@ -96,7 +103,8 @@ class Study:
                     raise ValueError(f"bits are measured of gear, kivi, quanto and hqq, got {setting!r}")
                 report = cache.fill(self.full).memory()
                 layers: Any = cache.layers
-                in_tail = sum(sum(layer.tail.held) * 2 * layer.tail.keys[0, :, 0].numel() for layer in layers)
+                apart = [part for layer in layers for part in (layer.first, layer.tail) if part is not None]
+                in_tail = sum(sum(part.held) * 2 * part.keys[0, :, 0].numel() for part in apart)
                 packed = numbers - in_tail
                 bits = 8 * (report.total_bytes - report.by_component["tail"]) / packed if packed else None
                 all_bits = report.bits_per_element

@@ -19,7 +19,7 @@ from kvcompress.dense import with_sinks
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import Chunk, CompressedLayer
-from kvcompress.packed import PackedSegment, TailSegment
+from kvcompress.packed import PackedSegment, TailSegment, shifted
 from kvcompress.padding import PaddingRecord, pads_first, reordered
 from kvcompress.policies.gear import GEAR, Backbone, preset
 from kvcompress.segments import EMPTY, Segment
@@ -45,6 +45,9 @@ class GEARLayer(CompressedLayer):
         self.prompt: PackedSegment | None = None
         self.decoded: PackedSegment | None = None
         self.tail: TailSegment | None = None
+        # the first tokens of rows that have packed some: on a sliding layer they would soon be out of sight
+        self.first: TailSegment | None = None
+        self.sinks = settings.sinks if window is None else 0
         # real tokens of each row so far
         self.lengths: list[int] = []
 
@@ -53,7 +56,9 @@ class GEARLayer(CompressedLayer):
         return [part for part in parts if part is not None and part.blocks]
 
     def segments(self) -> list[Segment]:
-        return [] if self.tail is None else [*self._packed(), self.tail]
+        if self.tail is None:
+            return []
+        return [*self._packed(), *([] if self.first is None else [self.first]), self.tail]
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_tensors(change)
@@ -63,13 +68,15 @@ class GEARLayer(CompressedLayer):
     def tokens_kept(self) -> Tensor:
         assert self.tail is not None
         kept = (self.tail.positions != EMPTY).sum(-1)
+        if self.first is not None:
+            kept = kept + (self.first.positions != EMPTY).sum(-1)
         for part in self._packed():
             kept = kept + part.kept()
         return kept[:, None].expand(-1, self.tail.keys.shape[1])
 
     def reset(self) -> None:
         super().reset()
-        self.prompt = self.decoded = self.tail = None
+        self.prompt = self.decoded = self.tail = self.first = None
         self.lengths = []
 
     def _attend(self, chunk: Chunk) -> Tensor:
@@ -158,12 +165,14 @@ class GEARLayer(CompressedLayer):
         return self.tail
 
     def _real(self, chunk: Chunk) -> list[int]:
-        if chunk.visible is None or self.padding.visible is None:
-            return [chunk.tokens] * chunk.key.shape[0]
-        return chunk.visible.sum(-1).tolist()
+        fresh = self.padding.fresh
+        return [chunk.tokens] * chunk.key.shape[0] if fresh is None else fresh
 
     def _query_positions(self, chunk: Chunk) -> Tensor:
         device = chunk.key.device
+        if self.window is None:
+            # nobody reads them
+            return torch.empty(len(self.lengths), chunk.tokens, dtype=torch.int32, device=device)
         if chunk.visible is None:
             places = torch.arange(chunk.tokens, dtype=torch.int32, device=device)[None]
         else:
@@ -202,10 +211,20 @@ class GEARLayer(CompressedLayer):
         assert tail is not None
         totals = tail.held if tokens == 1 else [held + fresh for held, fresh in zip(tail.held, real, strict=True)]
         # a row that was fed nothing stays as it is
+        has_first = [0] * len(totals) if self.first is None else self.first.held
+        missing = [self.sinks - held for held in has_first]
         ready = [
-            (total - (fresh if 1 < fresh <= DRAFT else 0)) // block if fresh else 0
-            for total, fresh in zip(totals, real, strict=True)
+            max(0, total - sinks - (fresh if 1 < fresh <= DRAFT else 0)) // block if fresh else 0
+            for total, fresh, sinks in zip(totals, real, missing, strict=True)
         ]
+        if any(count and sinks for count, sinks in zip(ready, missing, strict=True)):
+            begin = [sinks if count else 0 for count, sinks in zip(ready, missing, strict=True)]
+            self._set_apart(key, value, begin)
+            if len(set(begin)) == 1:
+                key, value = key[:, :, begin[0] :], value[:, :, begin[0] :]
+            else:
+                key, value = (shifted(x, begin) for x in (key, value))
+            totals = [total - sinks for total, sinks in zip(totals, begin, strict=True)]
         for of_prompt in (True, False):
             # what decoding packs has a rank of its own; a row decides as it would alone
             here = [count if (fresh > 1) == of_prompt else 0 for count, fresh in zip(ready, real, strict=True)]
@@ -217,6 +236,16 @@ class GEARLayer(CompressedLayer):
             tail.refill(key, value, first, rest, self.lengths)
         if any(ready) and self.window is not None:
             self._drop_old()
+
+    def _set_apart(self, key: Tensor, value: Tensor, begin: list[int]) -> None:
+        """Keeps the first tokens of the rows whose `begin` is not 0 as they are."""
+        if self.first is None:
+            self.first = TailSegment(key, value, self.sinks)
+        rows = [row for row, sinks in enumerate(begin) if sinks]
+        which = torch.tensor(rows, device=key.device)
+        self.first.keys[which], self.first.values[which] = key[which, :, : self.sinks], value[which, :, : self.sinks]
+        self.first.positions[which] = torch.arange(self.sinks, dtype=torch.int32, device=key.device)
+        self.first.held = [sinks or held for sinks, held in zip(begin, self.first.held, strict=True)]
 
     def _append(self, key: Tensor, value: Tensor, ready: list[int], totals: list[int], of_prompt: bool) -> None:
         block = self.settings.buffer
@@ -274,6 +303,8 @@ class GEARLayer(CompressedLayer):
         of_tail = _moved(tail.positions, remap)
         for segment, positions in zip(self._packed(), moved, strict=True):
             segment.positions = positions
+        if self.first is not None:
+            self.first.positions = _moved(self.first.positions, remap)
         stays = of_tail != EMPTY
         order = stays.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
         self.lengths = (remap != EMPTY).sum(-1).tolist()
@@ -307,6 +338,9 @@ class GEARLayer(CompressedLayer):
                 )
             gone = (goes.any(-1)).sum(-1).tolist()
             parts.append((part, [held - count for held, count in zip(part.blocks, gone, strict=True)]))
+        held_first = [0] * len(lengths) if self.first is None else self.first.held
+        if any(length < held for length, held in zip(lengths, held_first, strict=True)):
+            raise ValueError(f"crop cannot take back the first {self.sinks} tokens alone, got {tokens}; use reset()")
         if self.window is not None and max(fresh) > DRAFT and max(self.lengths) > self.window:
             raise ValueError(
                 f"crop can take back {DRAFT} tokens of a layer with a sliding window of {self.window}, got {tokens}: "
@@ -332,7 +366,11 @@ class GEARLayer(CompressedLayer):
             if part in self._packed() and (name == "prompt" or part is not self.prompt):
                 assert part is not None
                 tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors().items()}
-        return tensors, {"seen": self._seen, "lengths": self.lengths, "held": self.tail.held}
+        facts = {"seen": self._seen, "lengths": self.lengths, "held": self.tail.held}
+        if self.first is not None:
+            tensors |= {f"first.{name}": tensor for name, tensor in self.first.tensors().items()}
+            facts["first"] = self.first.held
+        return tensors, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if not tensors:
@@ -340,6 +378,9 @@ class GEARLayer(CompressedLayer):
         self.tail = TailSegment.from_tensors(_under("tail.", tensors))
         self.tail.held = list(facts["held"])
         self.lengths, self._seen = list(facts["lengths"]), facts["seen"]
+        if "first" in facts:
+            self.first = TailSegment.from_tensors(_under("first.", tensors))
+            self.first.held = list(facts["first"])
         self.lazy_initialization(self.tail.keys, self.tail.values)
         for name in ("prompt", "decoded"):
             if part := _under(f"{name}.", tensors):
@@ -364,11 +405,15 @@ class GEARCache(CompressedCache):
         outliers: float = GEAR.outliers,
         buffer: int = GEAR.buffer,
         backbone: Backbone = GEAR.backbone,
+        value_bits: int | None = GEAR.value_bits,
+        sinks: int = GEAR.sinks,
     ) -> None:
         """
         Args:
             model: the model the cache will be used with.
             bits: of a code: 2, 3, 4 or 8.
+            value_bits: of the codes of values; None for what loses least beside `bits`: one less for 3 and 4.
+            sinks: first tokens that stay as they are.
             group_size: elements that share a scale and a zero, tokens of a channel for keys, channels of a token for
                 values; a power of two, at most `buffer`.
             rank: of the correction of what a prompt packs; 0 for none.
@@ -388,6 +433,8 @@ class GEARCache(CompressedCache):
             outliers=outliers,
             buffer=buffer,
             backbone=backbone,
+            value_bits=value_bits,
+            sinks=sinks,
         )
         head_dim = hf.head_counts(hf.text_config(model))[2]
         self.settings.codings(head_dim, max(rank, rank_decode))
@@ -456,7 +503,9 @@ class KIVICache(GEARCache):
             model: the model the cache will be used with.
             bits, group_size, buffer: as in GEARCache.
         """
-        super().__init__(model, bits=bits, group_size=group_size, buffer=buffer, rank=0, rank_decode=0, outliers=0.0)
+        super().__init__(
+            model, bits=bits, value_bits=bits, group_size=group_size, buffer=buffer, rank=0, rank_decode=0, sinks=0
+        )
 
 
 def _moved(positions: Tensor, remap: Tensor) -> Tensor:

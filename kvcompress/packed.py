@@ -329,6 +329,13 @@ def _room_for(old: Tensor | None, like: Tensor, batch: int, dim: int, columns: i
     return grown
 
 
+def shifted(x: Tensor, begin: list[int]) -> Tensor:
+    """Rows [batch, kv_heads, tokens, head_dim] without their first `begin` tokens; what stands at the end is of no
+    meaning."""
+    at = torch.arange(x.shape[2], device=x.device) + torch.tensor(begin, device=x.device)[:, None]
+    return _taken(x, at.clamp(max=x.shape[2] - 1), 2)
+
+
 def _window(first: list[int], counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Columns first .. first + count - 1 of each row, [batch, most] int64, and which of them are there."""
     number = torch.arange(max(counts, default=0), device=device)

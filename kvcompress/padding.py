@@ -15,6 +15,8 @@ class PaddingRecord:
 
     def __init__(self) -> None:
         self.visible: Tensor | None = None
+        # real tokens that each sequence was fed by the forward at hand; None where nothing is padded
+        self.fresh: list[int] | None = None
         self.remap: Tensor | None = None
         self._counts: list[int] | None = None
         self._counted = False
@@ -44,6 +46,7 @@ class PaddingRecord:
             if past and mask.shape[1] == past + queries:
                 self._compare(mask[:, :past])
         self._append(fresh, batch, past, queries)
+        self.fresh = None if self.visible is None else self.visible[:, -queries:].sum(-1).tolist()
 
     def _compare(self, now: Tensor) -> None:
         if self.visible is None and bool(now.all()):

@@ -160,14 +160,16 @@ def _slots(shape: Shape, budget: int, batch: int, item: int, packed: GEAR | None
 def _packed(shape: Shape, settings: GEAR, context: int, window: int | None, batch: int, item: int) -> int:
     """Bytes of one layer of GEAR after a prefill of the whole context: blocks of codes, and the tail."""
     block, head_dim = settings.buffer, shape.head_dim
-    full = context // block if context > DRAFT else 0
+    sinks = settings.sinks if window is None and context > DRAFT else 0
+    full = max(0, context - sinks) // block if context > DRAFT else 0
+    sinks = sinks if full else 0
     skipped = 0 if window is None else min(max(0, (context - window - DRAFT) // block), full)
     blocks = full - skipped
     a_block = sum(coding.bytes(block, head_dim) for coding in settings.codings(head_dim, settings.rank))
     bases = 2 * 2 * head_dim * settings.rank if blocks else 0
     positions = blocks * (4 * block + (4 if settings.rank else 0))
-    room = max(block, context - full * block)
-    tail = room * (2 * shape.kv_heads * head_dim * item + 4)
+    room = max(block, context - sinks - full * block)
+    tail = (room + sinks) * (2 * shape.kv_heads * head_dim * item + 4)
     return batch * (shape.kv_heads * (blocks * a_block + bases) + positions + tail)
 
 

@@ -12,8 +12,9 @@ Where the paper's code departs from its text, the text is followed: 2^bits - 1 l
 a side of a vector of n. One departure of our own: a value vector is one KV head's part of a token and not all heads
 side by side, so that heads stay independent and no kernel reads the outliers of other heads.
 
-The defaults are plain 4-bit codes because they lose least: on SmolLM2 (head_dim 64) neither rank 4 nor 2 % of outliers
-repays its bits (python -m kvcompress.evals.bits; README has the table). PRESETS has the papers' settings.
+The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; python -m kvcompress.evals.bits): plain
+codes, keys of 4 bits and values of 3, and the first 4 tokens as they are. There neither rank 4 nor 2 % of outliers
+repays its bits. PRESETS has the papers' settings.
 """
 
 import math
@@ -24,6 +25,9 @@ from kvcompress.kernels.quantise import Coding
 
 Backbone = Literal["kivi", "kcvt"]
 
+# values bear fewer bits than keys
+_FEWER = {4: 3, 3: 2}
+
 
 @dataclass(frozen=True, kw_only=True)
 class GEAR:
@@ -31,7 +35,9 @@ class GEAR:
 
     bits: of a code: 2, 3, 4 or 8. group_size: elements that share a scale. rank, rank_decode: of the correction, for
     what a prompt and what decoding compresses. outliers: share of the elements that stay in 16 bits. buffer: tokens of
-    a block, a power of two; up to as many newest tokens stay as they are. backbone: how groups are cut.
+    a block, a power of two; up to as many newest tokens stay as they are. backbone: how groups are cut. value_bits: of
+    the codes of values; None for what loses least beside `bits`, one bit less where those are 3 or 4. sinks: first
+    tokens that stay as they are, because their keys and values are outliers to all others'.
     """
 
     bits: int = 4
@@ -41,10 +47,16 @@ class GEAR:
     outliers: float = 0.0
     buffer: int = 64
     backbone: Backbone = "kivi"
+    value_bits: int | None = None
+    sinks: int = 4
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits!r}")
+        if self.value_bits not in (None, 2, 3, 4, 8):
+            raise ValueError(f"value_bits must be 2, 3, 4 or 8, or None, got {self.value_bits!r}")
+        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"sinks must be 0 tokens or more, got {self.sinks!r}")
         if not _power_of_two(self.buffer) or not 8 <= self.buffer <= 256:
             raise ValueError(f"buffer must be a power of two from 8 to 256 tokens, got {self.buffer!r}")
         if not _power_of_two(self.group_size) or self.group_size < 8:
@@ -79,11 +91,13 @@ class GEAR:
         value_group = min(self.group_size, head_dim) if grouped else head_dim
         return (
             Coding(self.bits, key_group, "channel", self._a_side(self.buffer), rank),
-            Coding(self.bits, value_group, "token", self._a_side(head_dim), rank),
+            Coding(
+                self.value_bits or _FEWER.get(self.bits, self.bits), value_group, "token", self._a_side(head_dim), rank
+            ),
         )
 
     def of_a_token(self, head_dim: int) -> Coding:
-        """How keys, and values, are encoded where every token is packed by itself.
+        """How keys, and values, are encoded where every token is packed by itself. Sinks are the policy's there.
 
         Raises:
             ValueError: a low-rank part is asked for, which needs blocks.
@@ -93,6 +107,8 @@ class GEAR:
                 "slots are packed a token at a time, which leaves no block for a low-rank part: rank and rank_decode "
                 f"must be 0, got {self.rank} and {self.rank_decode}"
             )
+        if self.value_bits not in (None, self.bits):
+            raise ValueError(f"slots have keys and values of one size: value_bits must be None, got {self.value_bits}")
         group = min(self.group_size, head_dim) if self.backbone == "kivi" else head_dim
         return Coding(self.bits, group, "token", self._a_side(head_dim))
 
@@ -106,15 +122,16 @@ def _power_of_two(number: int) -> bool:
     return isinstance(number, int) and number > 0 and number & (number - 1) == 0
 
 
-# settings of the papers, by the names they give them
+# the default and a smaller one, and the settings of the papers by the names they give them
 PRESETS = {
     "default": GEAR(),
-    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02),
-    "gear-l": GEAR(bits=2, rank=4, rank_decode=2),
-    "gear-kcvt": GEAR(bits=4, rank=4, rank_decode=2, outliers=0.02, backbone="kcvt"),
-    "gear-l-kcvt": GEAR(bits=4, rank=4, rank_decode=2, backbone="kcvt"),
-    "kivi": GEAR(bits=2, group_size=32, buffer=128),
-    "kcvt": GEAR(bits=4, backbone="kcvt"),
+    "small": GEAR(bits=3),
+    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, sinks=0),
+    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, sinks=0),
+    "gear-kcvt": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, outliers=0.02, backbone="kcvt", sinks=0),
+    "gear-l-kcvt": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, backbone="kcvt", sinks=0),
+    "kivi": GEAR(bits=2, value_bits=2, group_size=32, buffer=128, sinks=0),
+    "kcvt": GEAR(bits=4, value_bits=4, backbone="kcvt", sinks=0),
 }
 
 

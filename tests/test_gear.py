@@ -68,7 +68,7 @@ def test_rows_of_all_lengths_are_held_through_turns_reorders_and_crops(settings)
 def test_more_bits_lose_less_and_eight_lose_next_to_nothing(bits):
     model = tiny()
     ids = prompt(60, 2)
-    full, cache = DenseCache(model), GEARCache(model, bits=bits, group_size=8, buffer=8, outliers=0.0)
+    full, cache = DenseCache(model), GEARCache(model, bits=bits, value_bits=bits, group_size=8, buffer=8)
     both(model, cache, full, ids, torch.ones_like(ids))
     keys, values, _ = full.layers[0].dense.held()
     for found, fed in zip(unpacked(cache)[0], (keys, values), strict=True):
@@ -84,7 +84,7 @@ def expected_bytes(model, settings, rows, kv_heads=2, head_dim=16, element=4):
     buffer, bits = settings.buffer, settings.bits
     key_group = settings.group_size if settings.backbone == "kivi" else buffer
     value_groups = math.ceil(head_dim / min(settings.group_size, head_dim)) if settings.backbone == "kivi" else 1
-    codes = 2 * buffer * head_dim * bits // 8
+    codes = buffer * head_dim * (bits + (settings.value_bits or {3: 2, 4: 3}.get(bits, bits))) // 8
     scales = 4 * (buffer // key_group * head_dim + buffer * value_groups)
     key_outliers, value_outliers = (2 * math.ceil(settings.outliers * n / 2 - 1e-9) for n in (buffer, head_dim))
     outliers = 3 * (key_outliers * head_dim + value_outliers * buffer)
@@ -92,14 +92,14 @@ def expected_bytes(model, settings, rows, kv_heads=2, head_dim=16, element=4):
     bases = 2 * 2 * head_dim * settings.rank * spans
     positions = 4 * buffer * blocks + (4 * blocks if settings.rank else 0)
     packed = batch * (kv_heads * (blocks * (codes + scales + outliers + factors) + bases) + positions)
-    tail = batch * (2 * kv_heads * buffer * head_dim * element + 4 * buffer)
+    tail = batch * (buffer + settings.sinks) * (2 * kv_heads * head_dim * element + 4)
     return packed + tail
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        GEAR(bits=2, group_size=8, buffer=16, outliers=0.0),
+        GEAR(bits=2, group_size=8, buffer=16, sinks=0),
         GEAR(bits=3, group_size=16, buffer=32, outliers=0.1),
         GEAR(bits=4, group_size=8, buffer=8, rank=2, rank_decode=2, outliers=0.0, backbone="kcvt"),
         GEAR(bits=8, group_size=8, buffer=16, rank=3, rank_decode=3, outliers=0.05),
@@ -110,11 +110,11 @@ def test_bytes_are_those_of_the_formula_and_of_the_live_storages(settings):
     model = tiny()
     cache = GEARCache(model, **vars(settings))
     feed(model, cache, prompt(200, 3))
-    before = 200 // settings.buffer
+    before = (200 - settings.sinks) // settings.buffer
     assert cache.memory().total_bytes == 3 * expected_bytes(model, settings, (before, 1, 3))
     for step in range(40):
         feed(model, cache, prompt(1, 3, seed=step))
-    blocks = 240 // settings.buffer
+    blocks = (240 - settings.sinks) // settings.buffer
     spans = 1 + (blocks - before if settings.rank else 0)
     report = cache.memory()
     assert report.total_bytes == 3 * expected_bytes(model, settings, (blocks, spans, 3))
@@ -202,7 +202,7 @@ def test_a_row_is_packed_as_it_would_be_alone(settings):
 
 def test_the_newest_tokens_are_what_they_were():
     model = tiny()
-    cache, full = GEARCache(model, bits=2, group_size=8, buffer=16), DenseCache(model)
+    cache, full = GEARCache(model, bits=2, group_size=8, buffer=16, sinks=0), DenseCache(model)
     ids = prompt(50, 2)
     both(model, cache, full, ids, torch.ones_like(ids))
     tail = cache.layers[0].tail
@@ -227,7 +227,7 @@ def test_a_sliding_layer_lets_blocks_go():
 
 def test_crop_refuses_the_middle_of_a_block_and_takes_back_whole_ones():
     model = tiny()
-    cache = GEARCache(model, bits=4, group_size=8, buffer=8)
+    cache = GEARCache(model, bits=4, group_size=8, buffer=8, sinks=0)
     feed(model, cache, prompt(50, 2))
     state = unpacked(cache)
     with pytest.raises(ValueError, match=r"crop can take back the 2 newest tokens.*or whole blocks of 8.*got 3"):
@@ -279,6 +279,8 @@ def test_a_full_cache_can_be_packed_afterwards():
         ({"outliers": 2}, "outliers must be a share of the elements from 0 to 1, got 2"),
         ({"rank": -1}, "rank must not be negative, got -1"),
         ({"rank": 17}, "rank must be at most head_dim = 16, got 17"),
+        ({"value_bits": 5}, "value_bits must be 2, 3, 4 or 8, or None, got 5"),
+        ({"sinks": -1}, "sinks must be 0 tokens or more, got -1"),
         ({"backbone": "gptq"}, "backbone must be 'kivi' or 'kcvt', got 'gptq'"),
     ],
     ids=str,
@@ -294,7 +296,7 @@ def test_the_papers_settings_have_names():
         cache = GEARCache.preset(model, name, rank=0, rank_decode=0)
         assert cache.settings == preset(name, rank=0, rank_decode=0)
     assert PRESETS["gear"] == GEAR(
-        bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64, backbone="kivi"
+        bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64, backbone="kivi", sinks=0
     )
     assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
     with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, gear, "):
@@ -320,7 +322,7 @@ def test_a_tail_with_room_for_all_is_the_full_cache():
 def test_tokens_hidden_afterwards_leave_the_others_in_place():
     """A second turn masks what the first one showed: those tokens go, and what follows is placed and packed behind."""
     model = tiny()
-    cache, full = eight_bits(model), DenseCache(model)
+    cache, full = eight_bits(model, sinks=0), DenseCache(model)
     ids = prompt(40, 2)
     mask = torch.ones_like(ids)
     both(model, cache, full, ids, mask)
@@ -333,3 +335,46 @@ def test_tokens_hidden_afterwards_leave_the_others_in_place():
     assert [kept.tolist() for kept in cache.memory().tokens_kept] == [[[57, 57], [54, 54]]] * 3
     cache.crop(-2)
     assert cache.layers[0].lengths == [55, 52]
+
+
+@pytest.mark.parametrize("fed", [(40,), (1,) * 40, (3, 30, 7), (2, 1, 37)], ids=str)
+def test_the_first_tokens_stay_as_they_were(fed):
+    model = tiny()
+    cache, full = GEARCache(model, bits=2, group_size=8, buffer=8, sinks=3), DenseCache(model)
+    rows = [prompt(40, seed=3)[0], prompt(40, seed=4)[0]]
+    ids, start = torch.stack(rows), 0
+    for tokens in fed:
+        piece, start = ids[:, start : start + tokens], start + tokens
+        both(model, cache, full, piece, torch.ones(2, start, dtype=torch.long, device=DEVICE))
+    keys, values, _ = full.layers[0].dense.held()
+    first = cache.layers[0].first
+    assert first.held == [3, 3]
+    assert torch.equal(first.keys, keys[:, :, :3])
+    assert torch.equal(first.values, values[:, :, :3])
+    # and blocks begin behind them
+    packed = cache.layers[0].segments()[0]
+    assert packed.positions[0, 0, :8].tolist() == list(range(3, 11))
+    with pytest.raises(ValueError, match="crop"):
+        cache.crop(-38)
+
+
+def test_rows_set_their_first_tokens_apart_each_in_its_time():
+    model = tiny()
+    cache, full = eight_bits(model, sinks=2), DenseCache(model)
+    ids, mask = left_padded(ROWS)
+    both(model, cache, full, ids, mask)
+    assert cache.layers[0].first.held == [2, 0, 0]
+    for step in range(12):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        both(model, cache, full, prompt(1, 3, seed=step), mask)
+        assert_holds_what_was_fed(cache, full, mask)
+    assert cache.layers[0].first.held == [2, 2, 2]
+
+
+def test_values_have_a_bit_less_where_that_costs_least():
+    key, value = GEAR().codings(64, 0)
+    assert (key.bits, value.bits) == (4, 3)
+    assert [GEAR(bits=bits).codings(64, 0)[1].bits for bits in (2, 3, 8)] == [2, 2, 8]
+    assert GEAR(bits=2, value_bits=8).codings(64, 0)[1].bits == 8
+    with pytest.raises(ValueError, match="slots have keys and values of one size.*got 3"):
+        GEAR(value_bits=3).of_a_token(64)

@@ -32,13 +32,15 @@ def test_what_is_never_packed_loses_nothing(study):
 
 
 def test_bits_are_those_of_the_packed_tokens_with_all_that_belongs_to_them(study):
-    row = study.measure("gear:bits=4:group_size=16:buffer=16")
+    row = study.measure("gear:bits=4:value_bits=4:sinks=0:group_size=16:buffer=16")
     # head_dim 16, groups of 16: a scale and a zero for 16 numbers; a position of 32 bits for 2 heads' keys and values
     assert row.bits == pytest.approx(4 + 32 / 16 + 32 / (2 * 2 * 16))
     # a tail of 16 tokens in float32 beside 64 packed ones
     assert row.all_bits == pytest.approx(row.bits + (32 + 32 / (2 * 2 * 16)) * 16 / 64)
     longer = bits.Study(study.model, {"one": [prompt(80)[0].tolist()]}, context=70, chunk=8)
-    assert longer.measure("gear:bits=4:group_size=16:buffer=16").bits == pytest.approx(row.bits, rel=0.02)
+    assert longer.measure("gear:bits=4:value_bits=4:sinks=0:group_size=16:buffer=16").bits == pytest.approx(
+        row.bits, rel=0.02
+    )
 
 
 def test_bytes_of_a_foreign_cache_are_those_of_its_storages():
