@@ -30,7 +30,7 @@ from kvcompress.kernels.packed_tile import (
     tile_tokens,
 )
 from kvcompress.kernels.quantise import Coding, Packed, check_coding, coding_constants, dequantise, stored_blocks
-from kvcompress.kernels.runtime import AotCase, aot_case, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton
 from kvcompress.kernels.tile import MIN_SIDE, dot, tile_width, triton_type, wide
 
 # residuals a piece of the CPU path may hold: 2 MB in float32, about one core's share of the cache
@@ -154,7 +154,7 @@ def _launch(
             *x.stride()[:4], batch_blocks, head_blocks, owners, kv_heads, blocks, rank, rank_parts, splits,
             split_tokens // tile.tokens, tile.count(blocks),
             **coding_constants(coding, packed, block, head_dim), **tile.constants(), HEAD_DIM=head_dim, DIM=width,
-            RANK_STEP=_STEP, MASKED=present is not None, num_warps=_warps(width), num_stages=1,
+            RANK_STEP=_STEP, MASKED=present is not None, num_warps=_warps(width), num_stages=1, **ALL_REGISTERS,
         )  # fmt: skip
 
     with torch.cuda.device_of(x):
@@ -165,7 +165,7 @@ def _launch(
             else:
                 _orthonormal_kernel[(owners,)](
                     grown, basis, owners, rank, splits,
-                    HEAD_DIM=head_dim, DIM=width, RANK=_STEP, num_warps=4,
+                    HEAD_DIM=head_dim, DIM=width, RANK=_STEP, num_warps=4, **ALL_REGISTERS,
                 )  # fmt: skip
         # the error is that of a projection on what is stored
         right = basis.view(batch, kv_heads, head_dim, rank).to(dtype)

@@ -299,7 +299,7 @@ def test_the_papers_settings_have_names():
         bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64, backbone="kivi", sinks=0
     )
     assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
-    with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, gear, "):
+    with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, small, gear, "):
         GEARCache.preset(model, "gera")
 
 
