@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-5.17 gpu lint format clean
+.PHONY: demo test test-slow test-5.17 fuzz soak gpu lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -35,6 +35,17 @@ test-slow: $(READY)
 # the contract of every cache on the oldest transformers that kvcompress supports
 test-5.17: $(READY) $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal -m "not slow" tests/contract tests/test_loading.py
+
+# random caches, models, batches, padding and calls against the oracle; a failing case prints how to play it again
+CASES ?= 5000
+SEED ?= 0
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --cases $(CASES) --first $(SEED)
+
+# long decoding through every cache of fixed capacity, in constant memory
+STEPS ?= 100000
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz.soak --steps $(STEPS)
 
 # tests and measurements on the GPU of this machine, under ten minutes
 gpu: $(READY)

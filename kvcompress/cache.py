@@ -45,6 +45,7 @@ class CompressedCache(hf.Cache):
         self._model = weakref.ref(model)
         self.padding = self._record()
         super().__init__(layers=[self._layer(index, window, len(windows)) for index, window in enumerate(windows)])
+        self.layers[-1].ends = True
 
     def _record(self) -> PaddingRecord:
         return PaddingRecord()

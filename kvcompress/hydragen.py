@@ -311,7 +311,7 @@ class HydragenCache(CompressedCache):
         return SharedRecord(self.tree)
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return SharedLayer(self.padding, window, index == 0, index == layers - 1, self.tree, self.min_tokens)
+        return SharedLayer(self.padding, window, index == 0, self.tree, self.min_tokens)
 
     # forwards
 

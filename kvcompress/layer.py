@@ -49,6 +49,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     supports_early_init = False
     # how many of a forward's last queries it must be given, where a model does not run them all; None for all
     queries_watched: int | None = None
+    # last layer of the cache
+    ends = False
     # forwards that read what is offloaded
     fetching_forwards = 0
 
@@ -204,6 +206,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         self._count(tokens)
         if not torch.compiler.is_compiling():
             self.forwards_ended = self.forwards_begun
+            if self.ends:
+                self.padding.remap = None
         return out
 
     def _count(self, tokens: int) -> None:

@@ -90,7 +90,7 @@ class PaddingRecord:
     def crop(self, tokens: int) -> None:
         """Forgets the last tokens."""
         if self.visible is not None:
-            self.visible = self.visible[:, : self.visible.shape[1] - tokens]
+            self.visible = self.visible[:, : self.visible.shape[1] - tokens].clone()
 
 
 def pads_first(visible: Tensor) -> Tensor | None:

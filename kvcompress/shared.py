@@ -195,17 +195,14 @@ class SharedLayer(DenseLayer):
     storage = SuffixSegment
     padding: SharedRecord
 
-    def __init__(
-        self, padding: SharedRecord, window: int | None, leads: bool, ends: bool, tree: Tree, min_tokens: int
-    ) -> None:
+    def __init__(self, padding: SharedRecord, window: int | None, leads: bool, tree: Tree, min_tokens: int) -> None:
         """
         Args:
-            leads, ends: first or last layer of the cache.
+            leads: first layer of the cache.
             tree: of the whole cache.
             min_tokens: shared runs of fewer tokens stay in the suffixes.
         """
         super().__init__(padding, window, leads)
-        self.ends = ends
         self.tree = tree
         self.min_tokens = min_tokens
         self.held: dict[int, list[Segment]] = {}
@@ -220,6 +217,7 @@ class SharedLayer(DenseLayer):
         return own + [segment for node in self.held.values() for segment in node]
 
     def map_tensors(self, change: Any) -> None:
+        self._last = None
         if self.dense is not None:
             self.dense.map_tensors(change)
 

@@ -61,6 +61,33 @@ def test_the_bytes_reported_are_those_of_the_live_storages(entry, family):
 
 
 @every_cache
+def test_what_is_hidden_cropped_or_moved_leaves_nothing_behind(entry):
+    model = tiny()
+    # two rows begin alike, for caches that store that once
+    ids = prompt(20, 3)
+    ids[2, :6] = ids[0, :6]
+    mask = torch.ones(3, 25, dtype=torch.long, device=DEVICE)
+    mask[1, 3] = 0
+    cache = entry.build(model)
+
+    def assert_all_reported():
+        assert cache.memory().total_bytes == sum(storages(cache).values())
+
+    feed(model, cache, ids, mask[:, :20])
+    mask[1, 15:20] = 0
+    feed(model, cache, prompt(5, 3, seed=3), mask)
+    assert_all_reported()
+    if entry.croppable:
+        cache.crop(-2)
+        assert_all_reported()
+        assert cache.memory().by_component["padding"] == 3 * 23
+    cache.reorder_cache(torch.tensor([2, 0, 1], device=DEVICE))
+    assert_all_reported()
+    cache.batch_select_indices(torch.tensor([1], device=DEVICE))
+    assert_all_reported()
+
+
+@every_cache
 def test_what_a_generation_leaves_is_reported(entry):
     model = tiny()
     cache = entry.build(model)

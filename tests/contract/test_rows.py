@@ -109,6 +109,18 @@ def test_crop_may_take_padding_back(entry):
     torch.testing.assert_close(feed(model, cache, prompt(3, 2)), feed(model, straight, prompt(3, 2)))
 
 
+@those(lambda entry: entry.croppable)
+def test_a_cropped_cache_of_padded_rows_can_be_saved(entry, tmp_path):
+    model = tiny()
+    cache = entry.build(model)
+    ids, mask = left_padded(ROWS)
+    feed(model, cache, ids, mask)
+    cache.crop(-3)
+    loaded = save_and_load(entry, model, cache, tmp_path)
+    token = prompt(1, 3, seed=4)
+    assert torch.equal(feed(model, loaded, token, mask[:, :18]), feed(model, cache, token, mask[:, :18]))
+
+
 @every_cache
 def test_crop_of_nothing_changes_nothing(entry):
     model = tiny()

@@ -1,0 +1,173 @@
+"""Random cases: a cache with random settings, a tiny model, a batch, and calls in random order, all from one seed."""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvcompress import EvictingCache, GEARCache, HydragenCache, ShadowKVCache
+from kvcompress.policies.expected_attention import ExpectedAttention
+from kvcompress.policies.gear import GEAR
+from kvcompress.policies.h2o import H2O
+from kvcompress.policies.keydiff import KeyDiff
+from kvcompress.policies.knorm import Knorm
+from kvcompress.policies.policy import Policy
+from kvcompress.policies.snapkv import SnapKV
+from kvcompress.policies.streaming_llm import StreamingLLM
+from kvcompress.policies.tova import TOVA
+from tests.contract.caches import ENTRIES, SHADOW, Entry, by_name, closed_up
+from tests.contract.models import FAMILIES
+
+# how often each call is drawn; those that move rows or copy are worth most where something has been fed
+CALLS = {
+    "feed": 6,
+    "decode": 6,
+    "generate": 2,
+    "hide": 2,
+    "reorder_cache": 1,
+    "batch_select_indices": 1,
+    "batch_repeat_interleave": 1,
+    "crop": 2,
+    "clone": 1,
+    "save": 1,
+    "reset": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What to do next; what is random about it follows from its own seed, so that calls before it can be left out."""
+
+    name: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache, a model and what is done with them.
+
+    settings: how the cache differs from its entry in tests/contract/caches.py, to be read. sizes: what is changed of
+    the family's tiny model.
+    """
+
+    seed: int
+    entry: Entry
+    settings: dict[str, Any]
+    family: str
+    sizes: dict[str, Any]
+    batch: int
+    calls: tuple[Call, ...]
+
+    def __str__(self) -> str:
+        calls = " ".join(call.name for call in self.calls)
+        return f"{self.entry.name} {self.settings} on {self.family} {self.sizes}, batch {self.batch}: {calls}"
+
+    def only(self, indices: list[int]) -> "Case":
+        return dataclasses.replace(self, calls=tuple(self.calls[index] for index in indices))
+
+
+def draw(seed: int, name: str | None = None) -> Case:
+    """The case of a seed; name: of one cache, where only that one is to be tried."""
+    rng = random.Random(seed)
+    family = rng.choice([*FAMILIES, "llama", "llama"])
+    entry = rng.choice([entry for entry in ENTRIES if entry.name == name] if name else ENTRIES)
+    sizes: dict[str, Any] = {}
+    if family not in ("opt", "gpt_neox"):
+        sizes["num_key_value_heads"] = rng.choice([1, 2, 2, 4])
+    if "sliding_window" in FAMILIES[family]:
+        sizes["sliding_window"] = FAMILIES[family]["sliding_window"] and rng.choice([3, 12, 12, 30])
+    while FAMILIES[family]["model_type"] in entry.refuses:
+        family, sizes = rng.choice(list(FAMILIES)), {}
+    settings: dict[str, Any] = {}
+    if rng.random() < 0.7:
+        entry, settings = _varied(rng, entry)
+    names, weights = list(CALLS), list(CALLS.values())
+    calls = ["feed" if rng.random() < 0.8 else "generate", *rng.choices(names, weights, k=rng.randint(3, 12))]
+    return Case(
+        seed,
+        entry,
+        settings,
+        family,
+        sizes,
+        rng.randint(1, 4),
+        tuple(Call(name, rng.getrandbits(32)) for name in calls),
+    )
+
+
+def _varied(rng: random.Random, entry: Entry) -> tuple[Entry, dict[str, Any]]:
+    """The entry with other settings, and which."""
+    kind: Any
+    if entry.name == "hydragen":
+        kind, settings = HydragenCache, {"min_tokens": rng.randint(1, 9)}
+    elif entry.name.startswith(("gear", "kivi")):
+        kind, settings = GEARCache, _packing(rng)
+    elif entry.name == "shadowkv":
+        kind, settings = ShadowKVCache, SHADOW | _shadow(rng)
+    elif entry.budget is not None:
+        kind, settings = EvictingCache, _evicting(rng, entry)
+        entry = dataclasses.replace(
+            entry, budget=None, decoded=closed_up if settings["rolled"] or settings["packed"] else None
+        )
+    else:
+        return entry, {}
+
+    def make(model: PreTrainedModel) -> Any:
+        return kind(model, **settings)
+
+    return dataclasses.replace(entry, make=make), settings
+
+
+def _packing(rng: random.Random) -> dict[str, Any]:
+    buffer = rng.choice([8, 8, 16, 32])
+    return {
+        "bits": rng.choice([2, 3, 4, 8]),
+        "buffer": buffer,
+        "group_size": rng.choice([size for size in (8, 16, 32) if size <= buffer]),
+        "rank": rng.choice([0, 0, 1, 4]),
+        "rank_decode": rng.choice([0, 0, 1, 3]),
+        "outliers": rng.choice([0.0, 0.0, 0.05, 0.3]),
+        "backbone": rng.choice(["kivi", "kcvt"]),
+    }
+
+
+def _shadow(rng: random.Random) -> dict[str, Any]:
+    chunk = rng.choice([1, 2, 3, 4])
+    return {
+        "budget": rng.choice([chunk, 2 * chunk, 4 * chunk + 1, 0.3]),
+        "rank": rng.choice([1, 8, 12, 16]),
+        "chunk": chunk,
+        "outlier_chunks": rng.choice([0, 1, 3]),
+        "local_chunks": rng.choice([1, 2, 4]),
+        "fold": rng.choice([1, 4, 12]),
+        "dense_below": rng.choice([None, 0, 10]),
+        "drift": rng.choice([1.0, 1.5, 100.0]),
+        "group": rng.choice(["max", "mean", "sum"]),
+    }
+
+
+def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
+    protected = {"recent": rng.choice([1, 2, 0.25, 0.5, 1.0]), "sinks": rng.choice([0, 0, 1, 3])}
+    kinds = [H2O, TOVA, StreamingLLM, KeyDiff, Knorm, SnapKV]
+    if entry.name == "expected":
+        kinds = [ExpectedAttention]
+    kind = rng.choice(kinds)
+    if kind is SnapKV:
+        protected |= {
+            "window": rng.choice([1, 3, 8]), "kernel": rng.choice([1, 3, 5]), "pooling": rng.choice(["avg", "max"]),
+        }  # fmt: skip
+    policy: Policy = kind(**protected)
+    packed = None
+    if entry.name == "h2o_packed":
+        backbone = rng.choice(["kivi", "kcvt"])
+        outliers = rng.choice([0.0, 0.1])
+        packed = GEAR(bits=rng.choice([2, 3, 4, 8]), group_size=8, outliers=outliers, backbone=backbone)
+    least = policy.least_budget()
+    return {
+        "policy": policy,
+        "budget": rng.choice([least, least + 1, least + 5, least + 17, 0.1, 0.5, 1.0]),
+        "allocation": rng.choice(["uniform", "uniform", "pyramid"]),
+        "rolled": entry.name == by_name["h2o_rolled"].name,
+        "packed": packed,
+    }
