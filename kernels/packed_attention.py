@@ -33,7 +33,7 @@ from kvcompress.kernels.quantise import (
     stored_blocks,
     unpack_codes,
 )
-from kvcompress.kernels.runtime import AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
 from kvcompress.kernels.tile import (
     LOG2E,
     MIN_SIDE,
@@ -427,7 +427,7 @@ def _launch(
             window or 0, scale, softcap or 0.0,
             **_constants(keys, key_coding, values, value_coding, tile, head_dim, value_dim),
             HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, WINDOWED=window is not None,
-            SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
+            SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
         )  # fmt: skip
     if splits > 1:
         out, lse = merge_stack(out, lse, query.dtype)
