@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.packed_tile import planes_of
-from kvcompress.kernels.runtime import AotCase, aot_case, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton
 from kvcompress.kernels.tile import tile_width, triton_type
 
 _LARGEST = 65504.0
@@ -316,7 +316,7 @@ def _launch(x: Tensor, coding: Coding) -> Packed:
     with torch.cuda.device_of(x):
         _quantise_kernel[(batch * kv_heads * blocks * parts,)](
             x, codes, scales, zeros, values, index,
-            *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps,
+            *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps, **ALL_REGISTERS,
         )  # fmt: skip
     return Packed(codes, scales, zeros, values, index)
 
