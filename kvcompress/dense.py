@@ -46,6 +46,20 @@ class DenseLayer(CompressedLayer):
         self._drop()
         return answer
 
+    def room(self, like: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Where the keys and values of the next tokens will lie, [batch, kv_heads, tokens, head_dim].
+
+        What is written there, and then handed to `update`, is stored without a copy.
+
+        Args:
+            like: [batch, tokens, any], of the dtype and on the device of keys and values.
+        """
+        if self.dense is None:
+            empty = like.new_empty(like.shape[0], kv_heads, 0, head_dim)
+            self.dense = self.storage(empty, empty)
+            self.lazy_initialization(empty, empty)
+        return self.dense.room(like.shape[1])
+
     def _store(self, chunk: Chunk) -> None:
         if self.dense is None:
             self.dense = self.storage(chunk.key, chunk.value)

@@ -297,13 +297,22 @@ class DenseSegment(Segment):
         """Adds tokens [batch, kv_heads, tokens, head_dim]; visible [batch, tokens] bool marks padding by False."""
         stop = self.length + key.shape[2]
         self._grow(stop)
-        self.keys[:, :, self.length : stop] = key
-        self.values[:, :, self.length : stop] = value
+        for held, fresh in ((self.keys, key), (self.values, value)):
+            place = held[:, :, self.length : stop]
+            # what was written to `room` lies there already
+            if fresh.data_ptr() != place.data_ptr() or fresh.stride() != place.stride():
+                place.copy_(fresh)
         if visible is not None and self.visible is None:
             self.visible = torch.ones(key.shape[0], self.keys.shape[2], dtype=torch.bool, device=key.device)
         if self.visible is not None:
             self.visible[:, self.length : stop] = True if visible is None else visible
         self.length = stop
+
+    def room(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where `append` will put the keys and values of the next tokens, [batch, kv_heads, tokens, head_dim]."""
+        stop = self.length + tokens
+        self._grow(stop)
+        return self.keys[:, :, self.length : stop], self.values[:, :, self.length : stop]
 
     def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Views of the tokens held: keys, values [batch, kv_heads, length, head_dim], visible [batch, length]."""

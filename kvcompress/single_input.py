@@ -10,6 +10,7 @@ AcrossKV: in a group of later layers only the first has Wk and Wv, the others at
 fills it and narrows the residual stream, and every later attention takes its keys and values from it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, ro
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
+from kvcompress.dense import DenseLayer
+from kvcompress.kernels.bulk_kv import bulk_key_values
 
 # attention functions that take a mask [batch, 1, queries, keys] or none; others want the last queries, in order
 _TAKES_ROWS = ("sdpa", "eager", hf.IMPLEMENTATION, f"{hf.IMPLEMENTATION}_eager")
@@ -33,16 +36,26 @@ class SingleInput:
     asked: [batch, positions] int64, the columns whose output is wanted; None for all.
     """
 
-    def __init__(self, norm: nn.Module, first: int, share: int, asked: Tensor | None, visible: Tensor | None) -> None:
+    def __init__(
+        self,
+        norm: nn.Module,
+        leaders: "Sequence[SingleInputAttention]",
+        first: int,
+        share: int,
+        asked: Tensor | None,
+        visible: Tensor | None,
+    ) -> None:
         """
         Args:
             norm: the later layers' common norm.
+            leaders: the attention of each group's first layer.
             first: the first of them.
             share: layers of a group.
             asked: as above.
             visible: [batch, columns] padding mask of at least the forward's columns, or None.
         """
         self.norm = norm
+        self.leaders = leaders
         self.first = first
         self.share = share
         self.asked = asked
@@ -55,6 +68,7 @@ class SingleInput:
         self._turns: tuple[Tensor, Tensor] | None = None
         self._narrow: tuple[Tensor, Tensor] | None = None
         self._leader: tuple[Tensor, Tensor] | None = None
+        self._bulk: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[int, tuple[Any, Any]] = {}
 
     def enter(self, hidden: Tensor, turns: tuple[Tensor, Tensor], mask: Any, cache: Any, implementation: str) -> Tensor:
@@ -69,6 +83,7 @@ class SingleInput:
         self._entering, self._turns = hidden, turns
         self._normed = self._leader = None
         self.columns = hidden.shape[1]
+        self._bulk = self._project_at_once(cache) if self._in_bulk(cache) else {}
         self.rows = self._which(mask, cache, implementation)
         if self.rows is None:
             self._narrow = turns
@@ -76,6 +91,50 @@ class SingleInput:
         cos, sin = (_at(turn.expand(hidden.shape[0], -1, -1), self.rows) for turn in turns)
         self._narrow = cos, sin
         return _at(hidden, self.rows)
+
+    def _in_bulk(self, cache: Any) -> bool:
+        """True where all later keys and values can be written into the cache's layers at once."""
+        hidden = self._entering
+        assert hidden is not None
+        if not isinstance(cache, CompressedCache) or self.columns == 1 or torch.is_grad_enabled():
+            return False
+        if torch.is_autocast_enabled(hidden.device.type) or torch.compiler.is_compiling():
+            return False
+        projections = [p for a in self.leaders for p in (a.k_proj_swiftkv, a.v_proj_swiftkv)]
+        plain = all(
+            type(p) is nn.Linear and p.weight.dtype == hidden.dtype and p.weight.device == hidden.device
+            for p in projections
+        )
+        layers = [cache.layers[a.layer_idx] for a in self.leaders]
+        # a cache of another batch is refused by its layers, in their words
+        fits = all(layer.kv_shape is None or layer.kv_shape[0] == len(hidden) for layer in layers)
+        return plain and fits and all(type(layer) is DenseLayer for layer in layers)
+
+    def _project_at_once(self, cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of every group's first layer, by its index, where the cache will keep them."""
+        if not self.leaders:
+            return {}
+        assert self._turns is not None
+        self._normed = x = self.norm(self._entering)
+        one = self.leaders[0]
+        kv_heads = one.k_proj_swiftkv.out_features // one.head_dim
+        places = {a.layer_idx: cache.layers[a.layer_idx].room(x, kv_heads, one.head_dim) for a in self.leaders}
+        keys, values = zip(*places.values(), strict=True)
+        keyed, valued = ([getattr(a, f"{name}_proj_swiftkv") for a in self.leaders] for name in "kv")
+        has_bias = keyed[0].bias is not None
+        bulk_key_values(
+            x,
+            [p.weight for p in keyed],
+            [p.weight for p in valued],
+            *self._turns,
+            keys,
+            values,
+            key_biases=[p.bias for p in keyed] if has_bias else None,
+            value_biases=[p.bias for p in valued] if has_bias else None,
+            norms=[a.k_norm_swiftkv.weight for a in self.leaders] if one.norms else None,
+            epsilon=one.config.rms_norm_eps,
+        )
+        return places
 
     def _which(self, mask: Any, cache: Any, implementation: str) -> Tensor | None:
         """The columns that run the later layers, [batch, positions]; None for all of them."""
@@ -140,7 +199,8 @@ class SingleInput:
         recomputed = attention.recomputes
         if leads or recomputed:
             source = attention if leads else attention.leader()
-            self._leader = self._project(source, fresh=recomputed)
+            made = self._bulk.get(source.layer_idx)
+            self._leader = self._project(source, fresh=recomputed) if made is None else made
         assert self._leader is not None
         key, value = self._leader
         if cache is None or (not leads and not isinstance(cache, CompressedCache)):

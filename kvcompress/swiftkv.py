@@ -182,7 +182,8 @@ class _Decoder(nn.Module):
         wants_all = any(
             kwargs.get(name, getattr(config, name, None)) for name in ("output_hidden_states", "output_attentions")
         )
-        state = SingleInput(self.norm_swiftkv, first, share, None if wants_all else asked, visible)
+        leaders: Any = [layer.self_attn for layer in self.layers[first::share]]
+        state = SingleInput(self.norm_swiftkv, leaders, first, share, None if wants_all else asked, visible)
         output = super().forward(*args, single_input=state, **kwargs)
         if asked is not None:
             state.asked = asked

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from kvcompress import DenseCache
+from kvcompress import DenseCache, single_input
 from kvcompress.swiftkv import as_teacher, convert, trained_parameters
 from tests.contract.models import DEVICE, build, left_padded, places, prompt
 
@@ -361,3 +361,29 @@ def test_gradients_reach_what_is_trained_with_checkpointing_and_without():
         gradients.append({name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()})
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@every_family
+def test_keys_are_projected_in_bulk_into_the_cache_as_layer_by_layer(family, monkeypatch):
+    model = converted(family, 2)
+    ids, calls = prompt(40, 2), []
+    project = single_input.bulk_key_values
+    monkeypatch.setattr(
+        single_input, "bulk_key_values", lambda *args, **more: (calls.append(len(args[1])), project(*args, **more))
+    )
+    bulk, lazy = DenseCache(model), DenseCache(model)
+    for part in ids.split([30, 1, 9], 1):
+        with torch.no_grad():
+            logits = model(part, past_key_values=bulk, logits_to_keep=1).logits
+            monkeypatch.setattr(single_input.SingleInput, "_in_bulk", lambda self, cache: False)
+            expected = model(part, past_key_values=lazy, logits_to_keep=1).logits
+            monkeypatch.undo()
+            monkeypatch.setattr(
+                single_input,
+                "bulk_key_values",
+                lambda *args, **more: (calls.append(len(args[1])), project(*args, **more)),
+            )
+        torch.testing.assert_close(logits, expected, **CLOSE)
+    assert calls == [2, 2]
+    for one, other in zip(bulk.layers, lazy.layers, strict=True):
+        torch.testing.assert_close(one.dense.held()[:2], other.dense.held()[:2], **CLOSE)
