@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcompress.evals.bench_case import Call, Case, Shape
 from kvcompress.evals.bench_prefix import PREFIX, prefix_cases
 from kvcompress.evals.bench_shadow import CONTEXTS, shadow_cases
+from kvcompress.evals.bench_swiftkv import PROMPTS, swiftkv_cases
 from kvcompress.evals.provenance import provenance
 from kvcompress.kernels.attention import causal_attention, causal_attention_reference, slot_attention
 from kvcompress.kernels.column_sums import causal_column_sums, causal_column_sums_reference
@@ -331,6 +332,7 @@ CASES: dict[str, tuple[Callable[[Shape, torch.dtype, torch.device], Iterator[Cas
     "packed": (packed_cases, PACKED),
     "shadowkv": (shadow_cases, CONTEXTS),
     "prefix": (prefix_cases, PREFIX),
+    "swiftkv": (swiftkv_cases, PROMPTS),
 }
 
 
