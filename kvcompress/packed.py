@@ -170,7 +170,7 @@ class PackedSegment(Segment):
         self.blocks = after
 
     def _spans_used(self, batch: int) -> list[int]:
-        if not self.blocks or self.spans is None:
+        if not self.blocks or self.spans is None or not self.spans.shape[1]:
             return [0] * batch
         number = torch.arange(self.spans.shape[1], device=self.spans.device)
         held = number < torch.tensor(self.blocks, device=self.spans.device)[:, None]

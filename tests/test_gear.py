@@ -378,3 +378,17 @@ def test_values_have_a_bit_less_where_that_costs_least():
     assert GEAR(bits=2, value_bits=8).codings(64, 0)[1].bits == 8
     with pytest.raises(ValueError, match="slots have keys and values of one size.*got 3"):
         GEAR(value_bits=3).of_a_token(64)
+
+
+def test_a_segment_that_let_go_of_every_block_takes_new_ones():
+    """A crop, or a window that has passed, may leave none."""
+    model = tiny()
+    cache, straight = (GEARCache(model, buffer=8, group_size=8, rank=2, rank_decode=2, sinks=0) for _ in range(2))
+    for tokens in (8, 1):
+        feed(model, cache, prompt(tokens, 2, seed=5))
+    cache.crop(-9)
+    assert all(layer.prompt.blocks == [0, 0] for layer in cache.layers)
+    for tokens in (11, 1, 1):
+        ids = prompt(tokens, 2)
+        torch.testing.assert_close(feed(model, cache, ids), feed(model, straight, ids))
+    assert all(layer.prompt.blocks == [1, 1] for layer in cache.layers)

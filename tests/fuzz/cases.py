@@ -129,6 +129,8 @@ def _packing(rng: random.Random) -> dict[str, Any]:
         "rank_decode": rng.choice([0, 0, 1, 3]),
         "outliers": rng.choice([0.0, 0.0, 0.05, 0.3]),
         "backbone": rng.choice(["kivi", "kcvt"]),
+        "sinks": rng.choice([0, 0, 1, 4]),
+        "value_bits": rng.choice([None, None, 2, 8]),
     }
 
 
