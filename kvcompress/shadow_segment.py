@@ -268,7 +268,8 @@ class ShadowSegment(Segment):
         index = torch.arange(self.is_open.shape[2] + 1, device=device)
         is_open = (index < self.folded.to(device)[:, None])[:, None].repeat(1, kv_heads, 1)
         is_open.scatter_(2, self.outliers.masked_fill(self.outliers < 0, self.is_open.shape[2]), False)
-        self.is_open = is_open[..., :-1].contiguous()
+        # a copy: one row of one head is contiguous, and would hold on to the place that stands for no chunk
+        self.is_open = is_open[..., :-1].clone(memory_format=torch.contiguous_format)
         self._rebuild_buffer(first, on_device * chunk, exact)
 
     def _fold_keys(self, keys: Tensor, places: Tensor, is_new: Tensor) -> None:

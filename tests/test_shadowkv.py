@@ -501,3 +501,13 @@ def test_a_model_without_rotation_needs_none():
     generate(model, cache, prompt(60, 2))
     assert all(layer.rope is None for layer in cache.layers)
     assert cache.memory().host_bytes > 0
+
+
+def test_a_saved_cache_of_one_head_takes_no_less_than_the_original(tmp_path):
+    model = tiny(num_key_value_heads=1)
+    cache = ShadowKVCache(model, budget=4, rank=8, chunk=2, outlier_chunks=1, local_chunks=1, fold=4)
+    feed(model, cache, prompt(40))
+    assert int(cache.layers[0].segment.folded) > 0
+    cache.save(tmp_path / "cache")
+    loaded = ShadowKVCache.load(tmp_path / "cache", model)
+    assert loaded.memory().device_bytes == cache.memory().device_bytes
