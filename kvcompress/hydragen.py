@@ -268,6 +268,8 @@ class HydragenCache(CompressedCache):
         """Each row several times; what they then have in common becomes a node, where it is long enough."""
         if repeats > 1 and max(self.own_lengths(), default=0) >= self.min_tokens:
             self._freeze()
+            # the rows go on as they were fed: their columns stay what they are
+            self.padding.laid_out = True
         super().batch_repeat_interleave(repeats)
         self.tree.repeat(repeats)
 

@@ -92,7 +92,8 @@ class SharedRecord(PaddingRecord):
         """After the last layer of a forward."""
         if self.found is not None:
             self.tree.set_leaves(self.found.leaves)
-        self.laid_out = holds_suffix
+        # what was found in the rows stands where they were fed, even if it is all of them
+        self.laid_out = holds_suffix or self.found is not None
         self.forget()
 
     def shown(self, rows: int, seen: int) -> Tensor:

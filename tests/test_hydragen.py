@@ -6,8 +6,10 @@ import torch
 from kvcompress import DenseCache, H2OCache, HydragenCache
 from kvcompress.shared import NodeSegment
 from kvcompress.tree import ROOT, Shared, common_tokens, common_vectors, find_shared
+from tests.contract.caches import everything
 from tests.contract.drive import feed, full, generate
-from tests.contract.models import FAMILIES, build, left_padded, places, prompt, tiny
+from tests.contract.models import DEVICE, FAMILIES, build, left_padded, places, prompt, tiny
+from tests.contract.oracle import assert_equals_oracle, recording
 from tests.contract.test_memory import storages
 
 SUFFIXES = [prompt(7, seed=11)[0], prompt(1, seed=12)[0], prompt(4, seed=13)[0], prompt(7, seed=14)[0]]
@@ -592,3 +594,22 @@ def test_a_prompt_longer_than_windows_reach_shares_what_is_left():
     step = prompt(1, 2, seed=9)
     rows = [torch.cat([row, token]) for row, token in zip(rows, step, strict=True)]
     assert_rows_equal_singles(model, cache, rows, step, torch.ones(2, 621, dtype=torch.long))
+
+
+@pytest.mark.parametrize("way", ["equal rows", "repeated row"])
+def test_a_token_hidden_in_a_node_that_is_all_there_is_does_not_come_again(way):
+    """The mask shows fewer tokens than the node holds; the next one is new all the same."""
+    model = tiny()
+    cache = HydragenCache(model, min_tokens=1)
+    ids = prompt(12).expand(2, 12)
+    with recording(model, cache, everything) as transcript:
+        if way == "equal rows":
+            feed(model, cache, ids)
+        else:
+            feed(model, cache, ids[:1])
+            cache.batch_repeat_interleave(2)
+        assert cache.own_lengths() == [0, 0]
+        mask = torch.ones(2, 17, dtype=torch.long, device=DEVICE)
+        mask[0, 9:12] = 0
+        feed(model, cache, prompt(5, 2, seed=3), mask)
+    assert_equals_oracle(model, transcript)
