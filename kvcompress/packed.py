@@ -139,6 +139,8 @@ class PackedSegment(Segment):
         for row, count in zip(rows, counts, strict=True):
             after[row] += count
         held = self.tensors() if self.blocks else {}
+        # rows that had more may have gone
+        columns = max(*after, self.positions.shape[2] // self.block if held else 0)
         spans = [0] * batch
         if "spans" in fresh:
             spans = self._spans_used(batch)
@@ -156,14 +158,14 @@ class PackedSegment(Segment):
                 filled = _room_for(old, tensor, batch, 2, bases, 0)
                 filled[which, :, torch.tensor([spans[row] for row in rows], device=which.device)] = tensor[:, :, 0]
             elif name == "spans":
-                filled = _room_for(old, tensor, batch, 1, max(after), 0)
+                filled = _room_for(old, tensor, batch, 1, columns, 0)
                 filled[target] = tensor[there]
             else:
                 fill = 0
                 if name == "positions":
                     fill, tensor = EMPTY, tensor.unflatten(2, (-1, self.block))
                     old = None if old is None else old.unflatten(2, (-1, self.block))
-                filled = _room_for(old, tensor, batch, 2, max(after), fill)
+                filled = _room_for(old, tensor, batch, 2, columns, fill)
                 filled[target[0], :, target[1]] = tensor[there[0], :, there[1]]
             grown[name] = filled.flatten(2, 3) if name == "positions" else filled
         self._set(grown)

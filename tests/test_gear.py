@@ -392,3 +392,21 @@ def test_a_segment_that_let_go_of_every_block_takes_new_ones():
         ids = prompt(tokens, 2)
         torch.testing.assert_close(feed(model, cache, ids), feed(model, straight, ids))
     assert all(layer.prompt.blocks == [1, 1] for layer in cache.layers)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_rows_that_outlive_a_longer_one_go_on(rank):
+    """Its blocks were more than theirs are after the next forward."""
+    model = tiny()
+    cache, straight = (GEARCache(model, buffer=8, group_size=8, rank=rank, rank_decode=rank, sinks=0) for _ in range(2))
+    ids, mask = left_padded([prompt(40)[0], prompt(9, seed=2)[0]])
+    feed(model, cache, ids, mask)
+    cache.batch_select_indices(torch.tensor([1], device=DEVICE))
+    feed(model, straight, ids[1:], mask[1:])
+    # blocks of one row alone are not more than those there were for both
+    for step in range(18):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        token = prompt(1, seed=step)
+        logits = feed(model, cache, token, mask[1:])
+        torch.testing.assert_close(logits, feed(model, straight, token, mask[1:]), rtol=1e-4, atol=1e-4)
+    assert cache.layers[0].prompt.blocks == straight.layers[0].prompt.blocks == [3]
