@@ -94,7 +94,7 @@ class Study:
         numbers = 2 * sum(key.numel() for key, _ in self.held)
         with torch.inference_mode():
             if setting.partition(":")[0] in _PACKAGES:
-                cache, bits = self._filled(_peer(self.model, setting)), None
+                cache, bits = self._filled(quantized_cache(self.model, setting)), None
                 all_bits = 8 * _bytes(cache) / numbers
             else:
                 method, settings = parse(setting)
@@ -146,7 +146,8 @@ class Study:
         return cache
 
 
-def _peer(model: PreTrainedModel, setting: str) -> Any:
+def quantized_cache(model: PreTrainedModel, setting: str) -> Any:
+    """transformers' own quantised cache, `quanto:bits=4` or `hqq:bits=4`, groups of 64."""
     from transformers import QuantizedCache
 
     backend, _, bits = setting.partition(":bits=")

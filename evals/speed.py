@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvcompress import load_model
+from kvcompress.evals.bits import quantized_cache
 from kvcompress.evals.provenance import provenance
 from kvcompress.registry import build
 
@@ -105,6 +106,8 @@ def _print_peak(method: str, budget: int, tokens: int, model_name: str | None) -
 def _builder(model: PreTrainedModel, method: str, budget: int) -> Builder:
     if method == "dynamic":
         return lambda: DynamicCache(config=model.config)
+    if method.partition(":")[0] in ("quanto", "hqq"):
+        return lambda: quantized_cache(model, method)
     return lambda: build(method, model, budget)
 
 
@@ -129,7 +132,9 @@ def _row(name: str, times: dict[str, float], base: dict[str, float], tokens: int
 def main() -> None:
     parser = argparse.ArgumentParser(description="Decode and prefill speed beside transformers' DynamicCache.")
     parser.add_argument("--model", help="hub id, folder or .gguf file; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--methods", default="h2o", help="comma-separated names of caches")
+    parser.add_argument(
+        "--methods", default="h2o", help="comma-separated names of caches; quanto:bits=4 for transformers' own"
+    )
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=8, help="sequences in the decode measurement")
     parser.add_argument("--budget", type=int, default=512)
