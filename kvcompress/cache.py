@@ -127,15 +127,16 @@ class CompressedCache(hf.Cache):
         super().reset()
         self.padding.visible = None
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly, in every layer or in none.
 
         Args:
-            tokens_to_remove: minus the number of tokens, as transformers passes it.
+            tokens_to_remove: minus the number of tokens, as transformers passes it: 5.17 as a tensor of one element.
 
         Raises:
             ValueError: the cache cannot take them back; nothing has changed.
         """
+        tokens_to_remove = int(tokens_to_remove)
         for layer in self.layers:
             layer.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)

@@ -273,12 +273,13 @@ class HydragenCache(CompressedCache):
         super().batch_repeat_interleave(repeats)
         self.tree.repeat(repeats)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly; where suffixes are shorter, shared tokens become each row's own first.
 
         Raises:
             ValueError: a node or a window cannot give them back; nothing has changed.
         """
+        tokens_to_remove = int(tokens_to_remove)
         if -tokens_to_remove > self.layers[0].suffix_columns() and self.tree.nodes:
             for layer in self.layers:
                 layer.check_thaw()

@@ -98,6 +98,21 @@ def test_crop_takes_tokens_back_exactly(entry, family, tokens):
 
 
 @those(lambda entry: entry.croppable)
+def test_crop_by_a_tensor_counts_as_by_a_number(entry):
+    """transformers 5.17 crops by a tensor; a count kept as one is added to in place."""
+    model = tiny()
+    cache, straight = entry.build(model), entry.build(model)
+    for each, tokens in ((cache, torch.tensor(-5)), (straight, -5)):
+        feed(model, each, prompt(40, 2))
+        feed(model, each, prompt(6, 2))
+        each.crop(tokens)
+    for step in range(12):
+        token = prompt(3, 2, seed=step)
+        assert torch.equal(feed(model, cache, token), feed(model, straight, token))
+    assert cache.get_seq_length() == straight.get_seq_length() == 77
+
+
+@those(lambda entry: entry.croppable)
 def test_crop_may_take_padding_back(entry):
     model = tiny()
     cache, straight = entry.build(model), entry.build(model)
