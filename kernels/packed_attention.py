@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import split_keys
 from kvcompress.kernels.merge import merge_stack
+from kvcompress.kernels.packed_pieces import attend_in_pieces, visible_tokens
 from kvcompress.kernels.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
 from kvcompress.kernels.quantise import (
     Coding,
@@ -29,9 +30,7 @@ from kvcompress.kernels.quantise import (
     check_coding,
     coding_constants,
     dequantise,
-    spread_groups,
     stored_blocks,
-    unpack_codes,
 )
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
 from kvcompress.kernels.tile import (
@@ -46,13 +45,6 @@ from kvcompress.kernels.tile import (
     triton_type,
     wide,
 )
-
-# numbers that a piece of the PyTorch path decodes at once: 1 MB in float32, which a core's cache holds
-_PIECE = 2**18
-# logits it may hold: 8 MB in float32
-_LOGITS = 2**21
-# numbers of a group to each row from which on scales meet rows and not codes
-_FOLDED = 8
 
 
 def packed_attention(
@@ -123,7 +115,7 @@ def packed_attention_reference(
     logits = rows @ key[:, :, None].mT * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(~_seen(positions, query_positions, window)[:, :, None], -torch.inf)
+    logits = logits.masked_fill(~visible_tokens(positions, query_positions, window)[:, :, None], -torch.inf)
     lse = logits.logsumexp(-1)
     # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
@@ -223,163 +215,11 @@ def _packed_attention(
     # products of wide float32 rows would take more registers than a thread has
     too_wide = query.is_cuda and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
     is_empty = not query.numel() or not positions.numel()
-    run = _launch if runs_triton(query) and not too_wide and not is_empty else _in_pieces
+    run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
     return run(
         query, *_whole(keys, key_settings), *_whole(values, value_settings), positions, query_positions, spans,
         scale, window, softcap, with_logits,
     )  # fmt: skip
-
-
-def _seen(positions: Tensor, query_positions: Tensor, window: int | None) -> Tensor:
-    """Which tokens a query sees, [batch, 1 or kv_heads, queries or 1, tokens]."""
-    there = (positions >= 0)[:, :, None, :]
-    if window is None:
-        return there
-    return there & (positions[:, :, None, :] > query_positions[:, None, :, None] - window)
-
-
-def _blocks(packed: Packed, blocks: slice) -> Packed:
-    """Some blocks, the factors apart."""
-    return Packed(*(None if part is None else part[:, :, blocks] for part in packed[:5]))  # type: ignore[arg-type]
-
-
-def _in_pieces(
-    query: Tensor,
-    keys: Packed,
-    key_coding: Coding,
-    values: Packed,
-    value_coding: Coding,
-    positions: Tensor,
-    query_positions: Tensor,
-    spans: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    with_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, blocks = keys.codes.shape[1:3]
-    tokens, value_dim = positions.shape[-1], values.codes.shape[-1]
-    group, block = heads // kv_heads, tokens // max(1, blocks)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    out = query.new_empty(batch, heads, queries, value_dim)
-    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    kept = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
-    # by position of the query, so that a row sees what its query does
-    rows = query.view(batch, kv_heads, group, queries, head_dim).transpose(2, 3)
-    step = max(1, _LOGITS // max(1, batch * heads * tokens))
-    count = max(1, _PIECE // max(1, batch * kv_heads * block * max(head_dim, value_dim)))
-    pieces = [slice(start, min(start + count, blocks)) for start in range(0, blocks, count)]
-    room = query.new_empty(batch * kv_heads * min(count, blocks) * block * max(head_dim, value_dim), dtype=dtype)
-    for first in range(0, queries, step):
-        part = rows[:, :, first : first + step].to(dtype).mul(scale)
-        chosen, some = slice(first, first + part.shape[2]), part.flatten(2, 3)
-        logits = some.new_empty(*some.shape[:3], tokens)
-        for piece in pieces:
-            of_piece = logits[..., piece.start * block : piece.stop * block]
-            _key_products(some, keys, key_coding, piece, spans, room, of_piece)
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        seen = _seen(positions, query_positions[:, chosen], window)[:, :, :, None]
-        logits.unflatten(2, (-1, group)).masked_fill_(~seen, -torch.inf)
-        if with_logits:
-            kept.copy_(logits.view_as(kept))
-        part_lse = logits.logsumexp(-1, keepdim=True)
-        # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
-        weights = logits.sub_(part_lse.masked_fill(part_lse == -torch.inf, 0.0)).exp_()
-        found = some.new_zeros(*some.shape[:3], value_dim)
-        for piece in pieces:
-            of_piece = weights[..., piece.start * block : piece.stop * block]
-            found += _value_products(of_piece, values, value_coding, piece, spans, room)
-        by_head = found.unflatten(2, (-1, group)).transpose(2, 3)
-        out[:, :, chosen] = by_head.flatten(1, 2)
-        lse[:, :, chosen] = part_lse.unflatten(2, (-1, group)).transpose(2, 3).reshape(batch, heads, -1)
-    return out, lse, kept
-
-
-def _key_products(
-    rows: Tensor, keys: Packed, coding: Coding, piece: slice, spans: Tensor | None, room: Tensor, out: Tensor
-) -> None:
-    """rows @ keys^T, [batch, kv_heads, rows, tokens], over some blocks."""
-    part = _blocks(keys, piece)
-    codes = _codes(part, coding, room)  # [batch, kv_heads, blocks, block, head_dim]
-    group = min(coding.group, codes.shape[3])
-    if coding.axis == "token":
-        torch.matmul(rows, _decoded(codes, part, coding).flatten(2, 3).mT, out=out)
-    else:
-        scales, zeros = part.scales.to(rows.dtype), part.zeros.to(rows.dtype)
-        by_group = codes.unflatten(3, (-1, group))
-        if part.outlier_index is None and group >= _FOLDED * rows.shape[2]:
-            # the scales of a channel meet the few rows in place of its many codes
-            scaled = rows[:, :, None, None] * scales[:, :, :, :, None]
-            products = scaled.flatten(2, 3) @ by_group.flatten(2, 3).mT  # [batch, kv_heads, groups, rows, group]
-            out.copy_(products.transpose(2, 3).flatten(3))
-        else:
-            by_group.mul_(scales[:, :, :, :, None])
-            _add_outliers(codes, part, coding)
-            torch.matmul(rows, codes.flatten(2, 3).mT, out=out)
-        of_zeros = rows @ zeros.flatten(2, 3).mT  # [batch, kv_heads, rows, groups]
-        out.unflatten(-1, (-1, group)).add_(of_zeros[..., None])
-    if keys.left is not None and keys.right is not None:
-        left, right = keys.left[:, :, piece].to(rows.dtype), _bases(keys.right, spans, piece, rows.dtype)
-        out += ((rows[:, :, None] @ right) @ left.mT).transpose(2, 3).flatten(3)
-
-
-def _value_products(
-    weights: Tensor, values: Packed, coding: Coding, piece: slice, spans: Tensor | None, room: Tensor
-) -> Tensor:
-    """weights @ values, [batch, kv_heads, rows, value_dim], over some blocks."""
-    part = _blocks(values, piece)
-    codes = _codes(part, coding, room)
-    if coding.axis == "channel":
-        out = weights @ _decoded(codes, part, coding).flatten(2, 3)
-    else:
-        scales, zeros = (by.to(weights.dtype).flatten(2, 3) for by in (part.scales, part.zeros))
-        out = weights.new_empty(*weights.shape[:3], codes.shape[-1])
-        folded = part.outlier_index is None and coding.group >= _FOLDED * weights.shape[2]
-        if not folded:
-            for n, columns in enumerate(codes.split(coding.group, -1)):
-                columns.mul_(part.scales[..., n : n + 1])
-            _add_outliers(codes, part, coding)
-            torch.matmul(weights, codes.flatten(2, 3), out=out)
-        of_zeros = weights @ zeros  # [batch, kv_heads, rows, groups]
-        for n, (columns, target) in enumerate(
-            zip(codes.flatten(2, 3).split(coding.group, -1), out.split(coding.group, -1), strict=True)
-        ):
-            if folded:
-                target.copy_((weights * scales[:, :, None, :, n]) @ columns)
-            target.add_(of_zeros[..., n : n + 1])
-    if values.left is not None and values.right is not None:
-        left, right = values.left[:, :, piece].to(weights.dtype), _bases(values.right, spans, piece, weights.dtype)
-        gathered = weights.unflatten(-1, (-1, left.shape[3])).transpose(2, 3) @ left
-        out += (gathered @ right.mT).sum(2)
-    return out
-
-
-def _codes(part: Packed, coding: Coding, room: Tensor) -> Tensor:
-    codes = unpack_codes(part.codes, coding.bits)
-    return room[: codes.numel()].view(codes.shape).copy_(codes)
-
-
-def _decoded(codes: Tensor, part: Packed, coding: Coding) -> Tensor:
-    scales, zeros = spread_groups(torch.stack([part.scales, part.zeros]), coding, codes)
-    codes.mul_(scales).add_(zeros)
-    _add_outliers(codes, part, coding)
-    return codes
-
-
-def _add_outliers(codes: Tensor, part: Packed, coding: Coding) -> None:
-    if part.outlier_index is not None and part.outlier_values is not None:
-        dim = -2 if coding.axis == "channel" else -1
-        codes.scatter_add_(dim, part.outlier_index.long(), part.outlier_values.to(codes.dtype))
-
-
-def _bases(right: Tensor, spans: Tensor | None, piece: slice, dtype: torch.dtype) -> Tensor:
-    """The basis of each of these blocks, [batch, kv_heads, blocks or 1, head_dim, rank]."""
-    if spans is None or right.shape[2] == 1:
-        return right[:, :, :1].to(dtype)
-    batch = torch.arange(len(right), device=right.device)[:, None]
-    return right.transpose(1, 2)[batch, spans[:, piece].long()].transpose(1, 2).to(dtype)
 
 
 def _launch(

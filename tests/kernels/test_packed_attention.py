@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kvcompress.kernels import packed_attention as module
+from kvcompress.kernels import packed_pieces
 from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
 from kvcompress.kernels.packed_tile import tile_shape
 from kvcompress.kernels.quantise import Coding, dequantise
@@ -94,9 +95,9 @@ def test_several_queries_agree_with_the_reference(case, queries):
 def test_the_size_of_the_pieces_changes_nothing(piece, queries, monkeypatch):
     arguments, options = scene(CASES[2], queries=queries)
     whole = packed_attention(*arguments, **options)
-    monkeypatch.setattr(module, "_PIECE", piece)
+    monkeypatch.setattr(packed_pieces, "_PIECE", piece)
     # and of the queries whose logits are there at once
-    monkeypatch.setattr(module, "_LOGITS", piece)
+    monkeypatch.setattr(packed_pieces, "_LOGITS", piece)
     torch.testing.assert_close(packed_attention(*arguments, **options), whole, rtol=1e-4, atol=1e-5)
 
 
