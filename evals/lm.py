@@ -49,7 +49,8 @@ class CompressedLM(HFLM):
         Args:
             pretrained: hub id, local folder or loaded model; None for SmolLM2-135M-Instruct.
             cache: a method of the registry, such as "h2o:sinks=4".
-            budget: tokens it keeps, or a fraction of the context it compresses.
+            budget: tokens it keeps, or a fraction of the context it compresses (of a rolling likelihood's text);
+                1.0 keeps everything.
             hold_back: what of a context is read after compression: a number of tokens, at least 1, or a text such as
                 "Question:", from whose last occurrence on the context is held back. The method is then blind to it
                 (question-agnostic); with 1 it sees the question (question-aware).
@@ -78,7 +79,7 @@ class CompressedLM(HFLM):
         # a shell passes \n as two characters
         self.hold_back = hold_back.replace("\\n", "\n") if isinstance(hold_back, str) else hold_back
         self.measured: list[Measured] = []
-        build(cache, self.model, self._budget_of(2**20))
+        self._new_cache(2**20)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside the scores: the cache, and what it held on average when it had compressed."""
@@ -105,8 +106,12 @@ class CompressedLM(HFLM):
         means = {name: mean(name) for name in names}
         return {"contexts": sequences, **means, "ratio": means["bytes_held"] / means["full_bytes"]}
 
-    def _budget_of(self, tokens: int) -> int | float | None:
-        return tokens if self.budget is None else self.budget
+    def _new_cache(self, longest: int, has_context: bool = True) -> Any:
+        """An empty cache for texts of up to `longest` tokens, of which some are read before it compresses, or none."""
+        budget = self.budget
+        if isinstance(budget, float) and (budget == 1.0 or not has_context):
+            budget = max(1, round(budget * longest))
+        return build(self.cache, self.model, budget)
 
     # likelihoods
 
@@ -132,15 +137,26 @@ class CompressedLM(HFLM):
                 kept = self._held_back(tokens, None if text is None else text[0])
                 heads.append(list(tokens[: len(tokens) - kept]))
                 asked += [(row, index, list(tokens[len(tokens) - kept :])) for index in contexts[tokens]]
-            reader = self._compressed(heads)
-            for start in range(0, len(asked), size):
-                part = asked[start : start + size]
+            longest = max(len(tokens) + len(requests[index][2]) for tokens in some for index in contexts[tokens])
+            reader = self._compressed(heads, longest)
+            # where nothing is read beforehand, a fraction is one of each text
+            step = size if any(heads) or not isinstance(self.budget, float) else 1
+            for start in range(0, len(asked), step):
+                part = asked[start : start + step]
                 continuations = [requests[index][2] for _, index, _ in part]
+                if any(heads):
+                    fork = self._fork(reader, [row for row, *_ in part], last=start + step >= len(asked))
+                else:
+                    texts = [len(kept) + len(own) for (*_, kept), own in zip(part, continuations, strict=True)]
+                    fork = Reader(self.model, self._new_cache(max(texts), has_context=False), self._pad)
                 scores = self._scores(
-                    self._fork(reader, [row for row, *_ in part], last=start + size >= len(asked)),
+                    fork,
                     [kept + own[:-1] for (*_, kept), own in zip(part, continuations, strict=True)],
                     continuations,
                 )
+                if not any(heads) and all(requests[index][0] is None for _, index, _ in part):
+                    # a rolling likelihood, which is compressed as it goes
+                    self.measured.append(fork.measure())
                 for (_, index, _), score in zip(part, scores, strict=True):
                     answers[index] = score
                     if requests[index][0] is not None:
@@ -185,7 +201,7 @@ class CompressedLM(HFLM):
         rows = [row[visible].tolist() for row, visible in zip(context, mask, strict=True)]
         held = [self._held_back(row, None) for row in rows]
         heads = [row[: len(row) - kept] for row, kept in zip(rows, held, strict=True)]
-        reader = self._compressed(heads)
+        reader = self._compressed(heads, max(map(len, rows)) + max_length - context.shape[1])
         parts = [heads] if reader.mask is not None else []
         parts.append([row[len(row) - kept :] for row, kept in zip(rows, held, strict=True)])
         padded = [_left_padded(part, self._pad, context.device) for part in parts]
@@ -229,13 +245,13 @@ class CompressedLM(HFLM):
             return 1
         return min(max(1, len(context) - len(self.tok_encode(text[:at]))), len(context))
 
-    def _compressed(self, heads: list[list[int]]) -> Reader:
-        """A cache that has read these tokens, and compressed them.
+    def _compressed(self, heads: list[list[int]], longest: int) -> Reader:
+        """A cache that has read these tokens, and compressed them, of texts of up to `longest`.
 
         Raises:
             NotCompressedError: it kept more than its budget.
         """
-        reader = Reader(self.model, build(self.cache, self.model, self._budget_of(self.max_length)), self._pad)
+        reader = Reader(self.model, self._new_cache(longest, has_context=any(heads)), self._pad)
         if not any(heads):
             return reader
         reader.read(heads)
@@ -253,12 +269,12 @@ class CompressedLM(HFLM):
 
     def _fork(self, reader: Reader, rows: list[int], last: bool) -> Reader:
         """These rows of a reader; itself where nobody needs it any more."""
-        if reader.mask is None:
-            return Reader(self.model, build(self.cache, self.model, self._budget_of(self.max_length)), self._pad)
         fork = Reader(self.model, reader.cache if last else reader.cache.clone(), self._pad)
+        assert reader.mask is not None
         index = torch.tensor(rows, device=reader.mask.device)
-        fork.cache.batch_select_indices(index)
         fork.mask = reader.mask[index]
+        if rows != list(range(len(reader.mask))):
+            fork.cache.batch_select_indices(index)
         return fork
 
 

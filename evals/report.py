@@ -19,7 +19,7 @@ _COLUMNS = [
         "task length protocol method budget budget_tokens status metric score stderr kl kl_stderr perplexity",
         "full_perplexity bytes full_bytes ratio device_bytes host_bytes fetched_bytes tokens_kept least_kept most_kept",
         "tokens_seen compressed samples seed",
-        "hold_back chunk continuation model dtype device seconds error key",
+        "num_fewshot limit hold_back chunk continuation model dtype device seconds error key",
     )
     for name in line.split()
 ]
@@ -43,20 +43,21 @@ class Panel:
     def title(self) -> str:
         """Task, context length and protocol."""
         first = self.rows[0]
-        return f"{first['task']}, {first['length']} tokens\n{first['protocol']}"
+        return f"{subject(first)}\n{first['protocol']}"
 
 
 def make_panels(rows: Sequence[Row]) -> list[list[Panel]]:
     """Panels in a grid: a line for each task and length, the protocols (for text its figures) side by side."""
-    grid: dict[tuple[str, int], dict[str, list[Row]]] = {}
+    grid: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row["status"] == "ok":
-            grid.setdefault((row["task"], row["length"]), {}).setdefault(row["protocol"], []).append(row)
+            grid.setdefault(subject(row), {}).setdefault(row["protocol"], []).append(row)
     lines = []
     for protocols in grid.values():
         line = []
         for members in protocols.values():
-            line.append(Panel(tuple(members), "score", "stderr", members[0]["metric"], True))
+            rises = members[0].get("higher_is_better", True)
+            line.append(Panel(tuple(members), "score", "stderr", members[0]["metric"], rises))
             if "kl" in members[0]:
                 line.append(Panel(tuple(members), "kl", "kl_stderr", "KL from the full cache, nats", False))
         lines.append(line)
@@ -109,7 +110,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     first = rows[0]
     figure.suptitle(
         f"{Path(first['model']).name}, {first['dtype']}: quality against measured cache memory "
-        f"({first['samples']} samples a point, bars are standard errors)",
+        f"({_samples(rows)} samples a point, bars are standard errors)",
         fontsize=11,
     )
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=9)
@@ -130,7 +131,7 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
         errors = [row[panel.error] or 0.0 for row in rows]
         if method == registry.FULL:
             # a KL of 0 has no place on a logarithmic axis
-            if panel.rises:
+            if values[0] > 0:
                 place.axhline(values[0], color="black", linewidth=0.9, linestyle=":", zorder=1)
             line = place.axvline(sizes[0], color="black", linewidth=0.9, linestyle=":", zorder=1)
             handles.setdefault("full cache (ceiling)", line)
@@ -171,9 +172,9 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
     place.set_ylabel(panel.label, fontsize=9)
     place.set_xscale("log")
     _plain_ticks(place.xaxis, [row["bytes"] / mebibyte for row in panel.rows])
-    if panel.rises:
+    if panel.rises and all(0 <= row[panel.value] <= 1 for row in panel.rows):
         place.set_ylim(-0.05, 1.05)
-    elif any(row[panel.value] > 0 for row in panel.rows):
+    elif not panel.rises and any(row[panel.value] > 0 for row in panel.rows):
         place.set_yscale("log")
     place.grid(True, color="#dddddd", linewidth=0.6)
     place.set_axisbelow(True)
@@ -215,11 +216,11 @@ class Table:
 
 def make_tables(rows: Sequence[Row]) -> list[Table]:
     """The scores for people to read, with the bytes held and what failed."""
-    groups: dict[tuple[str, int, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["task"], row["length"], row["protocol"]), []).append(row)
+        groups.setdefault((subject(row), row["protocol"]), []).append(row)
     tables = []
-    for (task, length, protocol), members in groups.items():
+    for (title, protocol), members in groups.items():
         budgets = list(dict.fromkeys(row["budget"] for row in members if row["method"] != registry.FULL))
         metric = next((row["metric"] for row in members if row["status"] == "ok"), "score")
         if any("kl" in row for row in members):
@@ -234,7 +235,7 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
                 name = f"{method} (floor)" if method == registry.FLOOR else method
                 lines.append((name, *(_cell(own[budget]) if budget in own else "" for budget in budgets)))
         heads = tuple(map(_head, budgets))
-        tables.append(Table(f"{task}, {length} tokens, {protocol}: {metric}", heads, tuple(lines)))
+        tables.append(Table(f"{title}, {protocol}: {metric}", heads, tuple(lines)))
     return tables
 
 
@@ -254,6 +255,11 @@ def _cell(row: Row) -> str:
     elif row["stderr"]:
         score += f" ±{row['stderr']:.2f}"
     return f"{score} ({row['bytes'] / 1024**2:.1f} MiB)"
+
+
+def _samples(rows: Sequence[Row]) -> str:
+    counts = sorted({row["samples"] for row in rows if "samples" in row})
+    return " to ".join(dict.fromkeys(map(str, counts[:1] + counts[-1:])))
 
 
 def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
@@ -288,7 +294,7 @@ def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
         "machine": f"{newest['machine']}, {newest['threads']} threads",
         "versions": f"{versions}, Python {newest['python']}",
         "model": f"{first['model']}, {first['dtype']} on {first['device']}",
-        "samples, seed": f"{first['samples']} a point, seed {first['seed']}",
+        "samples, seed": f"{_samples(rows)} a point, seed {first['seed']}",
         "time": f"{newest['time']}; {sum(row['seconds'] for row in rows):.0f} s for all points",
     }
     lines = "".join(f"<tr><td>{name}</td><td>{html.escape(str(fact))}</td></tr>" for name, fact in facts.items())
@@ -304,10 +310,18 @@ def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
     os.replace(partial, path)
 
 
+def subject(row: Row) -> str:
+    """What is asked of a row's cache: the task, and how long a context or with how many examples."""
+    if row["length"] is not None:
+        return f"{row['task']}, {row['length']} tokens"
+    return f"{row['task']}, {row['num_fewshot']}-shot" if row.get("num_fewshot") else str(row["task"])
+
+
 def describe(row: Row) -> str:
     """Which point a row is."""
     budget = "" if row["budget"] is None else f" {row['budget']}"
-    return f"{row['task']} {row['length']} {row['protocol']}, {row['method']}{budget}"
+    length = "" if row["length"] is None else f" {row['length']}"
+    return f"{row['task']}{length} {row['protocol']}, {row['method']}{budget}"
 
 
 def write_all(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -5,16 +5,13 @@ interrupted takes up where it stopped. The full cache (ceiling) and sinks + rece
 A budget is resolved to tokens from the length asked for, so that all methods hold equally many, under both protocols.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
-import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,154 +21,14 @@ from transformers import PreTrainedModel
 
 from kvcompress import registry
 from kvcompress.evals.agreement import FullReference, make_windows
-from kvcompress.evals.protocol import PROTOCOLS, Measured, answer, split
+from kvcompress.evals.points import TEXT, Point, Settings, make_points
+from kvcompress.evals.protocol import Measured, answer, split
 from kvcompress.evals.provenance import provenance
+from kvcompress.evals.rows import Results, held, mean_of, standard_error
 from kvcompress.evals.tasks import TASKS, Tokenizer, make_prompt, make_samples, read_text, score
 
-TEXT = "text"
-CONTINUATION = "continuation"
 # part of every key: raise it whenever the same settings come to mean another measurement
 _PROTOCOL_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to sweep.
-
-    methods: specs of the registry. budgets: tokens (int), or fractions of the length (float; 1.0 keeps everything).
-    tasks: of TASKS, or "text". lengths: context tokens. samples: prompts, or windows of text, a point.
-    hold_back: tokens of the question read after compression, question-aware. batch: sequences at a time.
-    text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read a forward, on text.
-    """
-
-    methods: tuple[str, ...]
-    budgets: tuple[int | float, ...]
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...]
-    samples: int
-    protocols: tuple[str, ...] = PROTOCOLS
-    seed: int = 0
-    hold_back: int = 1
-    batch: int = 4
-    text: str | None = None
-    continuation: int = 64
-    chunk: int = 1
-
-    def __post_init__(self) -> None:
-        for name, known in (("tasks", (*TASKS, TEXT)), ("protocols", PROTOCOLS)):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ValueError(f"unknown {name[:-1]} {value!r}; known: {', '.join(known)}")
-        for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one")
-        for name in ("samples", "batch", "hold_back", "continuation", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for length in self.lengths:
-            if length < 2:
-                raise ValueError(f"a length must be at least 2 tokens, got {length}")
-        for budget in self.budgets:
-            if not (0.0 < budget <= 1.0 if isinstance(budget, float) else budget >= 1):
-                raise ValueError(
-                    f"a budget must be a fraction in (0, 1] such as 0.2, or a count of tokens such as 512; got {budget}"
-                )
-        for method in self.methods:
-            registry.parse(method)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measurement. budget is None for what keeps every token: the full cache, and packed ones."""
-
-    task: str
-    length: int
-    protocol: str
-    method: str
-    budget: int | float | None
-
-    def budget_tokens(self, capacity: int) -> int | None:
-        """The budget in tokens; a fraction of 1.0 is all that a sequence may grow to, `capacity`."""
-        if self.budget is None:
-            return None
-        if isinstance(self.budget, int):
-            return self.budget
-        return capacity if self.budget == 1.0 else max(1, round(self.budget * self.length))
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        budget = "" if self.budget is None else f" {self.budget}"
-        return f"{self.task} {self.length} {self.protocol}: {self.method}{budget}"
-
-
-def make_points(settings: Settings) -> list[Point]:
-    """All points, those that share their prompts next to each other; ceiling and floor included."""
-    methods = list(dict.fromkeys([*map(registry.canonical, settings.methods), registry.FLOOR]))
-    points: list[Point] = []
-    for task in dict.fromkeys(settings.tasks):
-        for length in dict.fromkeys(settings.lengths):
-            protocols = (CONTINUATION,) if task == TEXT else tuple(dict.fromkeys(settings.protocols))
-            for protocol in protocols:
-                points.append(Point(task, length, protocol, registry.FULL, None))
-                for method in methods:
-                    takes_budget = registry.parse(method)[0].takes_budget
-                    budgets = list(dict.fromkeys(settings.budgets)) if takes_budget else [None]
-                    if method != registry.FULL:
-                        points += [Point(task, length, protocol, method, budget) for budget in budgets]
-    return points
-
-
-def check_budgets(model: PreTrainedModel, points: Iterable[Point]) -> None:
-    """Builds each cache once, empty.
-
-    Raises:
-        ValueError: a method refuses its budget or its settings.
-    """
-    for method, tokens in dict.fromkeys((point.method, point.budget_tokens(2**20)) for point in points):
-        try:
-            registry.build(method, model, tokens)
-        except ValueError as error:
-            raise ValueError(f"{method} at a budget of {tokens} tokens: {error}") from None
-
-
-class Results:
-    """The rows of a folder. The newest row of a key stands."""
-
-    def __init__(self, folder: Path, forget: bool = False) -> None:
-        self.path = folder / "results.jsonl"
-        self.rows: dict[str, dict[str, Any]] = {}
-        for row in () if forget else _read_rows(self.path):
-            self.rows[row["key"]] = row
-
-    def is_done(self, key: str) -> bool:
-        """True where a row of this key succeeded."""
-        return self.rows.get(key, {}).get("status") == "ok"
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds a row, in one write that is on the disk when this returns."""
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        with self.path.open("ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read(1) != b"\n":
-                    # a line that was torn off stays by itself
-                    line = "\n" + line
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows[row["key"]] = row
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "key" in row:
-                yield row
 
 
 @dataclass
@@ -209,6 +66,8 @@ class Sweep:
         """
         settings = self.settings
         for task, length in dict.fromkeys((point.task, point.length) for point in self.points):
+            if length is None:
+                continue
             if task == TEXT:
                 self._windows(length)
                 continue
@@ -224,6 +83,9 @@ class Sweep:
     def cost(self, point: Point) -> int:
         """Roughly how long a point takes, in tokens read."""
         settings = self.settings
+        if point.length is None:
+            # contexts of unknown length, some hundred of them
+            return (settings.limit or 500) * 500
         if point.task == TEXT:
             return settings.samples * (point.length + 40 * settings.continuation // settings.chunk)
         return settings.samples * (point.length + 400)
@@ -249,15 +111,23 @@ class Sweep:
 
     def measure(self, point: Point) -> dict[str, Any]:
         """One point's score with its standard error, and its measured bytes."""
+        if point.length is None:
+            return self._harness.measure(self.model, self.tokenizer, point, self.settings)
         return self._measure_text(point) if point.task == TEXT else self._measure_task(point)
+
+    @property
+    def _harness(self) -> Any:
+        from kvcompress.evals import lm_points
+
+        return lm_points
 
     def _measure_task(self, point: Point) -> dict[str, Any]:
         settings, tokenizer = self.settings, self.tokenizer
+        assert point.length is not None
+        length = point.length
 
         def prepare() -> Any:
-            made = make_samples(
-                point.task, tokenizer, point.length, settings.samples, seed=settings.seed, text=settings.text
-            )
+            made = make_samples(point.task, tokenizer, length, settings.samples, seed=settings.seed, text=settings.text)
             return made, [make_prompt(tokenizer, sample) for sample in made]
 
         samples, prompts = self._share((point.task, point.length), prepare)
@@ -270,7 +140,7 @@ class Sweep:
         for first in range(0, len(order), settings.batch):
             chosen = order[first : first + settings.batch]
             shortest = min(len(prompts[index].context) for index in chosen)
-            answers, held = answer(
+            answers, part = answer(
                 self.model,
                 lambda: self.build(point.method, self.model, budget),
                 [prompts[index] for index in chosen],
@@ -279,13 +149,13 @@ class Sweep:
                 stops=self._stops,
                 must_keep_at_most=budget if budget is not None and budget < shortest else None,
             )
-            measured.append(held)
+            measured.append(part)
             for index, tokens in zip(chosen, answers, strict=True):
                 predictions[index] = tokenizer.decode(tokens, skip_special_tokens=True)
         scores = [score(sample, said) for sample, said in zip(samples, predictions, strict=True)]
         return (
-            {"metric": "answers found", "score": _mean(scores), "stderr": _standard_error(scores)}
-            | _held(measured, budget)
+            {"metric": "answers found", "score": mean_of(scores), "stderr": standard_error(scores)}
+            | held(measured, budget)
             | {
                 "scores": scores,
                 "depths": [round(sample.depth, 3) for sample in samples],
@@ -295,38 +165,39 @@ class Sweep:
         )
 
     def _measure_text(self, point: Point) -> dict[str, Any]:
-        settings = self.settings
+        settings, length = self.settings, point.length
+        assert length is not None
 
         def prepare() -> list[FullReference]:
-            windows = self._windows(point.length)
+            windows = self._windows(length)
             batches = [windows[first : first + settings.batch] for first in range(0, len(windows), settings.batch)]
-            return [FullReference(self.model, batch, point.length) for batch in batches]
+            return [FullReference(self.model, batch, length) for batch in batches]
 
         references = self._share((point.task, point.length), prepare)
-        budget = point.budget_tokens(point.length + settings.continuation)
+        budget = point.budget_tokens(length + settings.continuation)
         measured: list[Measured] = []
         parts = []
         for reference in references:
-            part, held = reference.compare(
+            part, memory = reference.compare(
                 lambda: self.build(point.method, self.model, budget),
                 chunk=settings.chunk,
-                must_keep_at_most=budget if budget is not None and budget < point.length - 1 else None,
+                must_keep_at_most=budget if budget is not None and budget < length - 1 else None,
             )
             parts.append(part)
-            measured.append(held)
+            measured.append(memory)
         top1, kl, loss, full_loss = (
             [value for part in parts for value in getattr(part, name)] for name in ("top1", "kl", "loss", "full_loss")
         )
         return {
             "metric": "top-1 agreement",
-            "score": _mean(top1),
-            "stderr": _standard_error(top1),
-            "kl": _mean(kl),
-            "kl_stderr": _standard_error(kl),
-            "perplexity": math.exp(_mean(loss)),
-            "full_perplexity": math.exp(_mean(full_loss)),
+            "score": mean_of(top1),
+            "stderr": standard_error(top1),
+            "kl": mean_of(kl),
+            "kl_stderr": standard_error(kl),
+            "perplexity": math.exp(mean_of(loss)),
+            "full_perplexity": math.exp(mean_of(full_loss)),
             "scores": top1,
-        } | _held(measured, budget)
+        } | held(measured, budget)
 
     def _windows(self, length: int) -> list[list[int]]:
         settings = self.settings
@@ -336,7 +207,7 @@ class Sweep:
     def _text_tokens(self) -> list[int]:
         return self.tokenizer.encode(read_text(self.settings.text), add_special_tokens=False)
 
-    def _share(self, key: tuple[str, int], prepare: Callable[[], Any]) -> Any:
+    def _share(self, key: tuple[str, int | None], prepare: Callable[[], Any]) -> Any:
         """What points of one task and length have in common; only the last is kept."""
         if self._shared[0] != key:
             self._shared = (None, None)
@@ -357,10 +228,12 @@ class Sweep:
             "model": self.model_name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
-            "samples": settings.samples,
             "seed": settings.seed,
             "protocol_version": _PROTOCOL_VERSION,
         }
+        if point.length is None:
+            return facts | self._harness.facts(point, settings)
+        facts |= {"samples": settings.samples}
         if point.task == TEXT:
             facts |= {"continuation": settings.continuation, "chunk": settings.chunk, "hold_back": 1}
         elif point.protocol == "question-aware":
@@ -375,39 +248,3 @@ class Sweep:
 
     def _provenance(self) -> dict[str, Any]:
         return provenance(self.model.device) | {"batch": self.settings.batch}
-
-
-def _held(measured: Sequence[Measured], budget: int | None) -> dict[str, Any]:
-    """Memory for one sequence, averaged over batches by their sizes."""
-    weights = [held.sequences for held in measured]
-
-    def mean(values: Iterable[float]) -> float:
-        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
-
-    names = dict.fromkeys(name for held in measured for name in held.by_component)
-    held_bytes, full_bytes = mean(m.bytes_held for m in measured), mean(m.full_bytes for m in measured)
-    device_bytes = mean(m.device_bytes for m in measured)
-    return {
-        "budget_tokens": budget,
-        "bytes": round(held_bytes),
-        "full_bytes": round(full_bytes),
-        "ratio": round(held_bytes / full_bytes, 5),
-        "device_bytes": round(device_bytes),
-        "host_bytes": round(held_bytes) - round(device_bytes),
-        "fetched_bytes": round(mean(m.fetched_bytes for m in measured)),
-        "by_component": {name: round(mean(m.by_component.get(name, 0.0) for m in measured)) for name in names},
-        "tokens_seen": round(mean(m.tokens_seen for m in measured), 2),
-        "tokens_kept": round(mean(m.tokens_kept for m in measured), 2),
-        "least_kept": min(m.least_kept for m in measured),
-        "most_kept": max(m.most_kept for m in measured),
-        "compressed": device_bytes < full_bytes,
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean, from the spread of the samples; None for a single one."""
-    return None if len(values) < 2 else statistics.stdev(values) / math.sqrt(len(values))

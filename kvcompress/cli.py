@@ -4,6 +4,7 @@ Heavy imports wait until a command runs. A user's mistake is one line on stderr 
 """
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from kvcompress.evals.points import Settings
     from kvcompress.evals.report import Row
-    from kvcompress.evals.sweep import Settings, Sweep
+    from kvcompress.evals.sweep import Sweep
 
 _METHODS = "h2o,snapkv,tova,streaming,keydiff,knorm,expected,gear,kivi"
 _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
@@ -87,7 +89,7 @@ def sweep(
     model: ModelOption = None,
     methods: Annotated[str, typer.Option(help="By commas; with settings as in h2o:sinks=4:recent=0.25.")] = _METHODS,
     budgets: Annotated[str, typer.Option(help="Fractions of the length (0.2), or tokens (512).")] = _BUDGETS,
-    tasks: Annotated[str, typer.Option(help="By commas.")] = _TASKS,
+    tasks: Annotated[str, typer.Option(help="By commas; any other name is that of a task of lm-eval's.")] = _TASKS,
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024",
     samples: Annotated[int, typer.Option(help="Prompts, or windows of text, a point.")] = 20,
     protocols: Annotated[str, typer.Option(help="By commas.")] = "question-agnostic,question-aware",
@@ -100,6 +102,15 @@ def sweep(
     text: Annotated[str | None, typer.Option(help="UTF-8 file for the task text and for essays.")] = None,
     continuation: Annotated[int, typer.Option(help="Task text: tokens scored after each context.")] = 64,
     chunk: Annotated[int, typer.Option(help="Task text: tokens read a forward; generation reads 1.")] = 1,
+    num_fewshot: Annotated[int | None, typer.Option(help="lm-eval's tasks: examples in a context.")] = None,
+    limit: Annotated[int | None, typer.Option(help="lm-eval's tasks: documents a point.")] = None,
+    metadata: Annotated[str, typer.Option(help='lm-eval\'s tasks: as JSON, {"data": "/folder"}.')] = "{}",
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="lm-eval's tasks, question-agnostic: how a question begins, such as Question:; else the last example."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     device: DeviceOption = None,
 ) -> int:
@@ -123,10 +134,13 @@ def sweep(
     for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
         values[name] = tuple(kinds.get(name, str)(part) for part in _parts(values[name]))
 
-    from kvcompress.evals.sweep import Settings
+    from kvcompress.evals.points import Settings
 
     with _mistakes():
-        settings = Settings(**values, seed=seed, hold_back=hold_back, batch=batch, text=text)
+        settings = Settings(
+            **values, seed=seed, hold_back=hold_back, batch=batch, text=text, num_fewshot=num_fewshot, limit=limit,
+            metadata=_object("--metadata", metadata), question=None if question is None else _unescaped(question),
+        )  # fmt: skip
     _check_folder(out)
     return _sweep(settings, model, out, fresh, dtype, device)
 
@@ -322,7 +336,8 @@ def _sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool, dt
     from filelock import FileLock, Timeout
 
     from kvcompress.evals import report
-    from kvcompress.evals.sweep import Sweep, check_budgets
+    from kvcompress.evals.points import check_budgets
+    from kvcompress.evals.sweep import Sweep
     from kvcompress.evals.tasks import read_text
 
     with _mistakes():
@@ -530,6 +545,21 @@ def _budget(text: str) -> int | float:
     if budget < 1:
         raise UsageError(f"a budget must be at least 1 token, got {text}")
     return budget
+
+
+def _object(option: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f'{option} must be a JSON object such as {{"data": "/folder"}}, got {text!r}')
+    return found
+
+
+def _unescaped(text: str) -> str:
+    """A shell passes \\n as two characters."""
+    return text.replace("\\n", "\n")
 
 
 def _check_folder(folder: Path) -> None:

@@ -129,6 +129,16 @@ def test_compression_moves_every_kind_of_score_and_is_written_beside_it(loaded, 
     assert told["contexts"] >= 12
 
 
+def test_a_budget_of_all_tokens_changes_no_score(loaded, tasks):
+    found = []
+    for settings in ({}, {"cache": "streaming:sinks=1", "budget": 1.0}):
+        lm = CompressedLM(**loaded, **settings, hold_back="Question:", batch_size=3, chunk=8)
+        run = evaluated(lm, tasks, "colours_choice", "colours_until", shots=1)
+        found.append((torch.tensor(list(_numbers(answers(run, "colours_choice")))), answers(run, "colours_until")))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-3)
+    assert found[0][1] == found[1][1]
+
+
 def test_one_letter_answers_see_the_compression_too(loaded):
     """With nothing held back the first token scored comes from the uncompressed prefill."""
     request = [(("", ""), list(range(5, 90)), [7]), (("", ""), list(range(5, 90)), [8])]

@@ -1,11 +1,14 @@
 import json
 import math
+import sys
 
 import pytest
 
 from kvcompress import DenseCache, registry
+from kvcompress.evals.points import Point, Settings, check_budgets, make_points
 from kvcompress.evals.protocol import answer
-from kvcompress.evals.sweep import Point, Results, Settings, Sweep, check_budgets, make_points
+from kvcompress.evals.rows import Results
+from kvcompress.evals.sweep import Sweep
 from kvcompress.evals.tasks import make_prompt, make_samples
 
 
@@ -216,10 +219,18 @@ def test_tasks_that_cannot_be_made_are_refused_before_anything_runs(sweep, chang
         sweep(**change).check_tasks()
 
 
+def test_without_the_harness_a_task_of_its_own_is_an_unknown_task(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvcompress.evals.lm_points", None)
+    monkeypatch.delattr("kvcompress.evals.lm_points", raising=False)
+    with pytest.raises(
+        ValueError, match=r"unknown task 'arc_easy'; known: needle, .* pip install 'kvcompress\[eval\]'"
+    ):
+        settings(tasks=("arc_easy",))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": ("needles",)}, "unknown task 'needles'; known: needle, "),
         ({"protocols": ("aware",)}, "unknown protocol 'aware'; known: question-agnostic, question-aware"),
         ({"methods": ("h3o",)}, "unknown method 'h3o'; known: none, h2o"),
         ({"methods": ()}, "methods must name at least one"),
