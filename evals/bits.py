@@ -11,7 +11,6 @@ Beside them, where they are installed: transformers' own QuantizedCache (optimum
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import pydoc_data.topics
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress import GEARCache, load_model
+from kvcompress.evals.baselines import BASELINES, build, installed
 from kvcompress.evals.provenance import provenance
 from kvcompress.registry import parse
 
@@ -44,7 +44,6 @@ SETTINGS = [
     "gear:preset=gear-kcvt",
 ]
 PEERS = [f"{backend}:bits={bits}" for backend in ("quanto", "hqq") for bits in (2, 4)]
-_PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,14 @@ class Study:
         """A setting's row; `gear:...` as in the registry, `quanto:bits=4` and `hqq:bits=4` for transformers' caches."""
         numbers = 2 * sum(key.numel() for key, _ in self.held)
         with torch.inference_mode():
-            if setting.partition(":")[0] in _PACKAGES:
-                cache, bits = self._filled(quantized_cache(self.model, setting)), None
-                all_bits = 8 * _bytes(cache) / numbers
+            if setting.partition(":")[0] in BASELINES:
+                cache, bits = self._filled(build(setting, self.model)), None
+                all_bits = 8 * cache.memory().total_bytes / numbers
             else:
                 method, settings = parse(setting)
                 cache = method.build(self.model, 0, settings)
                 if not isinstance(cache, GEARCache):
-                    raise ValueError(f"bits are measured of gear, kivi, quanto and hqq, got {setting!r}")
+                    raise ValueError(f"bits are measured of gear, kivi, {', '.join(BASELINES)}, got {setting!r}")
                 report = cache.fill(self.full).memory()
                 layers: Any = cache.layers
                 apart = [part for layer in layers for part in (layer.first, layer.tail) if part is not None]
@@ -146,32 +145,6 @@ class Study:
         return cache
 
 
-def quantized_cache(model: PreTrainedModel, setting: str) -> Any:
-    """transformers' own quantised cache, `quanto:bits=4` or `hqq:bits=4`, groups of 64."""
-    from transformers import QuantizedCache
-
-    backend, _, bits = setting.partition(":bits=")
-    axis = {"quanto": 0, "hqq": 1}[backend]
-    return QuantizedCache(backend, model.config, nbits=int(bits), axis_key=axis, axis_value=axis, residual_length=64)
-
-
-def _bytes(cache: Any) -> int:
-    """Of the storages behind everything a cache's layers hold, tensors inside of tensors too."""
-    counted: dict[int, int] = {}
-    queue: list[Any] = [vars(layer) for layer in cache.layers]
-    while queue:
-        item = queue.pop()
-        if isinstance(item, dict):
-            queue += item.values()
-        elif isinstance(item, list | tuple):
-            queue += item
-        elif isinstance(item, Tensor) and hasattr(item, "__tensor_flatten__"):
-            queue += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
-        elif isinstance(item, Tensor):
-            counted[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-    return sum(counted.values())
-
-
 def _windows(encode: Callable[[str], list[int]], text: str, width: int, count: int) -> list[list[int]]:
     ids = encode(text)
     if len(ids) < width * count:
@@ -206,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     study = Study(model, windows, options.context, options.chunk)
     settings = options.settings.split(",") if options.settings else SETTINGS
     if not options.settings:
-        settings = settings + [peer for peer in PEERS if _installed(_PACKAGES[peer.partition(":")[0]])]
+        settings = settings + [peer for peer in PEERS if installed(peer.partition(":")[0])]
     rows = []
     print(f"{'setting':52} {'bits':>6} {'all':>6} {'KL':>8} {'top-1':>6}  perplexity against the full cache")
     for setting in settings:
@@ -219,10 +192,6 @@ def main(arguments: list[str] | None = None) -> None:
         facts = {name: str(value) for name, value in vars(options).items()}
         found = {"settings": facts, **provenance(model.device), "rows": [asdict(row) for row in rows]}
         options.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package.partition(".")[0]) is not None
 
 
 if __name__ == "__main__":

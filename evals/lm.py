@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvcompress import load_model
+from kvcompress.evals.baselines import build, parse
 from kvcompress.evals.protocol import Measured, NotCompressedError, Reader
-from kvcompress.registry import build, parse
 
 # task files for data of one's own
 TASKS = Path(__file__).parent / "lm_tasks"

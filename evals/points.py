@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress import registry
+from kvcompress.evals import baselines
 from kvcompress.evals.protocol import PROTOCOLS
 from kvcompress.evals.tasks import TASKS
 
@@ -67,7 +68,7 @@ class Settings:
                     f"a budget must be a fraction in (0, 1] such as 0.2, or a count of tokens such as 512; got {budget}"
                 )
         for method in self.methods:
-            registry.parse(method)
+            baselines.parse(method)
         for task in self.tasks:
             if is_of_harness(task):
                 _harness(task).check_name(task, self)
@@ -103,7 +104,7 @@ class Point:
 
 def make_points(settings: Settings) -> list[Point]:
     """All points, those that share their prompts next to each other; ceiling and floor included."""
-    methods = list(dict.fromkeys([*map(registry.canonical, settings.methods), registry.FLOOR]))
+    methods = list(dict.fromkeys([*map(baselines.canonical, settings.methods), registry.FLOOR]))
     points: list[Point] = []
     for task in dict.fromkeys(settings.tasks):
         protocols = tuple(dict.fromkeys(settings.protocols))
@@ -118,7 +119,7 @@ def make_points(settings: Settings) -> list[Point]:
             for protocol in protocols:
                 points.append(Point(task, length, protocol, registry.FULL, None))
                 for method in methods:
-                    takes_budget = registry.parse(method)[0].takes_budget
+                    takes_budget = baselines.parse(method)[0].takes_budget
                     budgets = list(dict.fromkeys(settings.budgets)) if takes_budget else [None]
                     if method != registry.FULL:
                         points += [Point(task, length, protocol, method, budget) for budget in budgets]
@@ -134,7 +135,7 @@ def check_budgets(model: PreTrainedModel, points: Iterable[Point]) -> None:
     asked = ((point.method, point.budget if point.length is None else point.budget_tokens(2**20)) for point in points)
     for method, budget in dict.fromkeys(asked):
         try:
-            registry.build(method, model, budget)
+            baselines.build(method, model, budget)
         except ValueError as error:
             raise ValueError(f"{method} at a budget of {budget} tokens: {error}") from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress import registry
+from kvcompress.evals import baselines
 
 Row = dict[str, Any]
 
@@ -26,7 +27,7 @@ _COLUMNS = [
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#a5732a")
 _MARKERS = "osD^vPX*"
 _FLOOR_COLOR = "#666666"
-_ORDER = tuple(registry.METHODS)
+_ORDER = tuple(baselines.METHODS)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvcompress import load_model
-from kvcompress.evals.bits import quantized_cache
+from kvcompress.evals.baselines import build
 from kvcompress.evals.provenance import provenance
-from kvcompress.registry import build
 
 Builder = Callable[[], Cache]
 
@@ -106,8 +105,6 @@ def _print_peak(method: str, budget: int, tokens: int, model_name: str | None) -
 def _builder(model: PreTrainedModel, method: str, budget: int) -> Builder:
     if method == "dynamic":
         return lambda: DynamicCache(config=model.config)
-    if method.partition(":")[0] in ("quanto", "hqq"):
-        return lambda: quantized_cache(model, method)
     return lambda: build(method, model, budget)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvcompress import registry
+from kvcompress.evals import baselines
 from kvcompress.evals.agreement import FullReference, make_windows
 from kvcompress.evals.points import TEXT, Point, Settings, make_points
 from kvcompress.evals.protocol import Measured, answer, split
@@ -43,7 +43,7 @@ class Sweep:
     tokenizer: Tokenizer
     folder: Path
     forget: bool = False
-    build: Callable[[str, PreTrainedModel, int | None], Any] = registry.build
+    build: Callable[[str, PreTrainedModel, int | None], Any] = baselines.build
 
     def __post_init__(self) -> None:
         self.points = make_points(self.settings)

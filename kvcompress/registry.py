@@ -3,7 +3,7 @@
 A method is asked for as `name` or as `name:setting=value:setting=value`, such as `h2o:sinks=4:recent=0.25`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,42 +44,49 @@ class Method:
     reads_budget: bool = False
 
 
-def parse(spec: str) -> tuple[Method, dict[str, Any]]:
-    """The method and the settings that a spec names.
+def parse(spec: str, methods: Mapping[str, Method] | None = None) -> tuple[Method, dict[str, Any]]:
+    """The method and the settings that a spec names; `methods` are those known, by default METHODS.
 
     Raises:
         ValueError: an unknown method, or something that is no `setting=value`.
     """
     name, *pairs = spec.strip().split(":")
     name = _ALIASES.get(name, name)
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    methods = METHODS if methods is None else methods
+    if name not in methods:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(methods)}")
     settings = {}
     for pair in pairs:
         setting, equals, value = pair.partition("=")
         if not (setting and equals and value):
             raise ValueError(f"a method's settings are written {name}:setting=value, got {spec!r}")
         settings[setting] = _value(value)
-    return METHODS[name], settings
+    return methods[name], settings
 
 
-def canonical(spec: str) -> str:
+def canonical(spec: str, methods: Mapping[str, Method] | None = None) -> str:
     """The one way to write a spec."""
-    method, settings = parse(spec)
+    method, settings = parse(spec, methods)
     return ":".join([method.name, *(f"{name}={settings[name]}" for name in sorted(settings))])
 
 
-def build(spec: str, model: PreTrainedModel, budget: int | float | None = None) -> CompressedCache:
+def build(
+    spec: str,
+    model: PreTrainedModel,
+    budget: int | float | None = None,
+    methods: Mapping[str, Method] | None = None,
+) -> CompressedCache:
     """A new cache for the model.
 
     Args:
         spec: a method's name, with settings or without.
         budget: tokens kept per sequence and KV head, or as a float a fraction of the prompt; not read by `none`.
+        methods: those known, by default METHODS.
 
     Raises:
         ValueError: an unknown method or setting, or a budget it cannot keep.
     """
-    method, settings = parse(spec)
+    method, settings = parse(spec, methods)
     if method.takes_budget and budget is None:
         raise ValueError(f"the method {method.name} needs a budget: tokens to keep, or a fraction of the prompt")
     try:

@@ -1,10 +1,8 @@
 import json
 
 import pytest
-import torch
-from transformers import DynamicCache
 
-from kvcompress.evals import bits
+from kvcompress.evals import baselines, bits
 from tests.contract.models import prompt, tiny
 
 
@@ -43,15 +41,16 @@ def test_bits_are_those_of_the_packed_tokens_with_all_that_belongs_to_them(study
     )
 
 
-def test_bytes_of_a_foreign_cache_are_those_of_its_storages():
-    cache = DynamicCache(config=tiny().config)
-    with torch.no_grad():
-        tiny()(prompt(10, 2), past_key_values=cache)
-    assert bits._bytes(cache) == 3 * 2 * 2 * 2 * 10 * 16 * 4
+def test_transformers_own_caches_are_measured_beside_ours(study):
+    row = study.measure("dynamic")
+    assert (row.bits, row.all_bits) == (None, 32.0)
+    assert row.kl < 1e-6
+    if baselines.installed("quanto"):
+        assert study.measure("quanto:bits=4").kl > 1e-3
 
 
 def test_other_caches_are_refused(study):
-    with pytest.raises(ValueError, match="bits are measured of gear, kivi, quanto and hqq, got 'none'"):
+    with pytest.raises(ValueError, match="bits are measured of gear, kivi, dynamic, quanto, hqq, fp8, got 'none'"):
         study.measure("none")
 
 
