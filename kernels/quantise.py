@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.packed_tile import planes_of
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
 from kvcompress.kernels.tile import tile_width, triton_type
 
 _LARGEST = 65504.0
@@ -103,7 +103,7 @@ def quantise(x: Tensor, coding: Coding) -> Packed:
         ValueError: for a block, head_dim or coding that cannot be packed.
     """
     check_coding(coding, x.shape[-2], x.shape[-1])
-    return _launch(x, coding) if runs_triton(x) and x.numel() else quantise_reference(x, coding)
+    return Packed(*_quantise(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers))
 
 
 def quantise_reference(x: Tensor, coding: Coding) -> Packed:
@@ -300,25 +300,38 @@ def _round_down(x: Tensor) -> Tensor:
     return torch.where(half.float() > x, below, half)
 
 
-def _launch(x: Tensor, coding: Coding) -> Packed:
+def _quantise_fake(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
     batch, kv_heads, blocks, block, head_dim = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    per_channel = coding.axis == "channel"
-    groups = coding.groups(block, head_dim)
+    coding = Coding(bits, group, "channel" if per_channel else "token", outliers)
     shape = (batch, kv_heads, blocks)
-    codes = x.new_empty(*shape, block * coding.bits // 8, head_dim, dtype=torch.uint8)
-    scales, zeros = (x.new_empty(*shape, *groups, dtype=torch.float16) for _ in range(2))
-    values = index = None
-    if coding.outliers:
-        sparse = (*shape, 2 * coding.outliers, head_dim) if per_channel else (*shape, block, 2 * coding.outliers)
-        values, index = x.new_empty(sparse, dtype=torch.float16), x.new_empty(sparse, dtype=torch.uint8)
-    constants, parts, warps = _tiles(coding, block, head_dim)
+    codes = x.new_empty(*shape, block * bits // 8, head_dim, dtype=torch.uint8)
+    parts = [codes, *(x.new_empty(*shape, *coding.groups(block, head_dim), dtype=torch.float16) for _ in range(2))]
+    if outliers:
+        sparse = (*shape, 2 * outliers, head_dim) if per_channel else (*shape, block, 2 * outliers)
+        parts += [x.new_empty(sparse, dtype=torch.float16), x.new_empty(sparse, dtype=torch.uint8)]
+    return parts
+
+
+@compilable(_quantise_fake)
+def _quantise(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
+    coding = Coding(bits, group, "channel" if per_channel else "token", outliers)
+    if not runs_triton(x) or not x.numel():
+        return [part for part in quantise_reference(x, coding) if part is not None]
+    parts = _quantise_fake(x, bits, group, per_channel, outliers)
+    _launch(x, coding, parts)
+    return parts
+
+
+def _launch(x: Tensor, coding: Coding, parts: list[Tensor]) -> None:
+    _, kv_heads, blocks, block, head_dim = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    values, index = parts[3:] or (None, None)
+    constants, programs, warps = _tiles(coding, block, head_dim)
     with torch.cuda.device_of(x):
-        _quantise_kernel[(batch * kv_heads * blocks * parts,)](
-            x, codes, scales, zeros, values, index,
+        _quantise_kernel[(x.shape[0] * kv_heads * blocks * programs,)](
+            x, *parts[:3], values, index,
             *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps, **ALL_REGISTERS,
         )  # fmt: skip
-    return Packed(codes, scales, zeros, values, index)
 
 
 def _tiles(coding: Coding, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:

@@ -42,6 +42,8 @@ _COUNTERS = ("lengths", "limits", "recents", "seen")
 class EvictingLayer(CompressedLayer):
     """One layer's slots, and the policy that decides who stays."""
 
+    is_compileable = True
+
     def __init__(
         self,
         padding: PaddingRecord,
@@ -65,8 +67,6 @@ class EvictingLayer(CompressedLayer):
         self.budget = budget
         self.rope = rope
         self.packed = packed
-        # packing a token is no single op of a compiled graph yet
-        self.is_compileable = packed is None
         self.slots: SlotSegment | None = None
         self.state: dict[str, Tensor] = {}
         # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps; and tokens seen by all

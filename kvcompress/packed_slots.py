@@ -194,8 +194,7 @@ class PackedSlots(SlotSegment):
         for side, x in zip(_SIDES, (key, value), strict=True):
             fresh = quantise(x[:, :, None].expand(-1, -1, 1, _LEAST, -1), self.coding)
             packed = self.packed[side]
-            codes = unpack_codes(fresh.codes, self.coding.bits)[:, :, 0, 0]
-            _overwrite(packed.codes, codes, (row, head, block), place, self.coding.bits)
+            _overwrite(packed.codes, fresh.codes[:, :, 0], (row, head, block), place, self.coding.bits)
             for old, new in zip(packed[1:5], fresh[1:5], strict=True):
                 if old is not None and new is not None:
                     old[row, head, block, place] = new[:, :, 0, 0]
@@ -230,16 +229,19 @@ def _scatter(slots: Tensor, fresh: Tensor, target: Tensor) -> None:
 
 
 def _overwrite(codes: Tensor, fresh: Tensor, where: tuple[Tensor, Tensor, Tensor], place: Tensor, bits: int) -> None:
-    """Puts one token's codes, [batch, kv_heads, head_dim] uint8, in among those that share its bytes.
+    """Puts one token's codes in among those that share its bytes.
 
     Args:
         codes: as `pack_codes` gives them, [batch, kv_heads, blocks, BLOCK * bits / 8, head_dim].
+        fresh: of a block of _LEAST tokens that begins with the token, [batch, kv_heads, _LEAST * bits / 8, head_dim].
         where: row, head and block of each. place: [batch, kv_heads], the token within its block.
     """
-    planes = [(2, 0, fresh & 3), (1, BLOCK // 4, fresh >> 2)] if bits == 3 else [(bits, 0, fresh)]
-    for width, first, part in planes:
+    # width, and first row in either block, of each plane of codes
+    planes = [(2, 0, 0), (1, BLOCK // 4, _LEAST // 4)] if bits == 3 else [(bits, 0, 0)]
+    for width, first, fresh_first in planes:
         rows = BLOCK * width // 8
         at = (*where, first + place % rows)
         shift = (place // rows * width).to(torch.uint8)[..., None]
         hole = torch.bitwise_left_shift(torch.full_like(shift, 2**width - 1), shift)
-        codes[at] = (codes[at] & ~hole) | torch.bitwise_left_shift(part, shift)
+        code = fresh[:, :, fresh_first] & 2**width - 1
+        codes[at] = (codes[at] & ~hole) | torch.bitwise_left_shift(code, shift)

@@ -238,7 +238,7 @@ def _evicting(
         name,
         build,
         kept=slots,
-        compileable=packed is None,
+        compileable=True,
         roomy=None if packed else lambda model: build(model, LARGE if isinstance(budget, int) else 1.0),
         budget=limit,
         **promises,

@@ -45,7 +45,7 @@ def test_the_promise_is_what_transformers_reads(entry):
     assert entry.build(tiny()).is_compileable
 
 
-@caches("h2o", "snapkv", "tova", "streaming")
+@caches("h2o", "h2o_packed", "snapkv", "tova", "streaming")
 @pytest.mark.parametrize("family", ["llama"])
 def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, family):
     check(entry, family)
@@ -111,7 +111,7 @@ def feed_on(model, cache, mask):
     return feed(model, cache, prompt(3, 2), mask)
 
 
-@caches("h2o", "expected")
+@caches("h2o", "h2o_packed", "expected")
 def test_the_compiled_step_writes_only_to_tensors_that_stay_where_they_are(entry):
     """CUDA graphs refuse a step that writes to other inputs, and torch then runs it without them."""
     if not entry.compileable:
