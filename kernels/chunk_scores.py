@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.attention import split_keys
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.split_attention import split_keys
 from kvcompress.kernels.tile import (
     LOG2E,
     MIN_SIDE,

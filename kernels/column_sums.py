@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.attention import AOT_HEAD_DIMS, slots_seen
+from kvcompress.kernels.attention import slots_seen
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, autotune, compilable, runs_triton
+from kvcompress.kernels.split_attention import AOT_HEAD_DIMS
 from kvcompress.kernels.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths, triton_type
 
 # the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not

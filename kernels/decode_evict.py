@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.attention import launch_split
 from kvcompress.kernels.decode import (
     decode_attention,
     decode_attention_reference,
@@ -32,6 +31,7 @@ from kvcompress.kernels.decode import (
 )
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, worse
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.split_attention import launch_split
 from kvcompress.kernels.tile import bound_logits, triton_type
 
 EMPTY = -1

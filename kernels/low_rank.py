@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.attention import split_keys
 from kvcompress.kernels.packed_tile import (
     TileShape,
     load_decoded,
@@ -31,6 +30,7 @@ from kvcompress.kernels.packed_tile import (
 )
 from kvcompress.kernels.quantise import Coding, Packed, check_coding, coding_constants, dequantise, stored_blocks
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton
+from kvcompress.kernels.split_attention import split_keys
 from kvcompress.kernels.tile import MIN_SIDE, dot, tile_width, triton_type, wide
 
 # residuals a piece of the CPU path may hold: 2 MB in float32, about one core's share of the cache

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.attention import split_keys
 from kvcompress.kernels.merge import merge_stack
 from kvcompress.kernels.packed_pieces import attend_in_pieces, visible_tokens
 from kvcompress.kernels.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
@@ -33,6 +32,7 @@ from kvcompress.kernels.quantise import (
     stored_blocks,
 )
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.split_attention import split_keys
 from kvcompress.kernels.tile import (
     LOG2E,
     MIN_SIDE,

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvcompress import hf, loading, registry
-from kvcompress.gear import DRAFT
+from kvcompress.gear_layer import DRAFT
 from kvcompress.hosted import MOST_SLABS
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.packed_slots import BLOCK as SLOTS_A_BLOCK

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvcompress.kernels import attention
+from kvcompress.kernels import split_attention
 from kvcompress.kernels.decode import decode_attention, decode_attention_reference
 from tests.kernels.inputs import DEVICE, DTYPES, heads, slot_positions, tolerance
 
@@ -41,14 +41,14 @@ def test_a_step_agrees_with_the_reference_in_16_bits(dtype):
 
 @pytest.mark.parametrize("group", [2, 64])
 def test_a_step_of_many_splits_agrees_with_the_reference(group, monkeypatch):
-    monkeypatch.setattr(attention, "core_count", lambda device: 100)
-    monkeypatch.setattr(attention, "_LEAST_SPLIT", 64)
+    monkeypatch.setattr(split_attention, "core_count", lambda device: 100)
+    monkeypatch.setattr(split_attention, "_LEAST_SPLIT", 64)
     query, key, value, positions, query_positions = step(group, 2600, 64, 64, torch.float32)
     if group > 32:
         # one KV head, so that the interpreter is done sooner
         query, key, value, positions = query[:1, :group], key[:1, :1], value[:1, :1], positions[:1, :1]
     arguments = (8 * query, key, value, positions, query_positions[: len(query)])
-    assert attention.split_keys(len(query) * key.shape[1], 2600, 64, DEVICE)[0] == 41
+    assert split_attention.split_keys(len(query) * key.shape[1], 2600, 64, DEVICE)[0] == 41
     torch.testing.assert_close(
         decode_attention(*arguments, scale=0.125),
         decode_attention_reference(*arguments, scale=0.125),
