@@ -180,12 +180,12 @@ class CompressedCache(hf.Cache):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> Self:
-        """A cache as `save` wrote it, for the model it was filled by, on the model's device.
+        """A cache as `save` wrote it, for the model it was filled by, on the devices of the model's layers.
 
         Raises:
             ValueError: the file is not a cache of this class, or its layers are not the model's.
         """
-        with safe_open(path, framework="pt", device=str(model.device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} is not a saved kvcompress cache (format {_FORMAT!r}), got {metadata}")
@@ -199,10 +199,12 @@ class CompressedCache(hf.Cache):
                 )
             names: Sequence[str] = list(file.keys())
             for index, layer in enumerate(cache.layers):
-                prefix = f"layers.{index}."
-                state = {name[len(prefix) :]: file.get_tensor(name) for name in names if name.startswith(prefix)}
+                prefix, device = f"layers.{index}.", hf.layer_device(model, index)
+                mine = [name for name in names if name.startswith(prefix)]
+                state = {name[len(prefix) :]: file.get_tensor(name).to(device) for name in mine}
                 layer.restore(state, facts["layers"][index])
-            cache.padding.visible = file.get_tensor("padding") if "padding" in names else None
+            visible = file.get_tensor("padding").to(hf.input_device(model)) if "padding" in names else None
+            cache.padding.visible = visible
         return cache
 
     def _settings(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from kvcompress.policies.h2o import H2O
 from kvcompress.policies.policy import Candidates, Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
+from kvcompress.ranks import Ranks
 from kvcompress.rolled import RolledSlots
 from kvcompress.rope import Rope
 from kvcompress.segments import EMPTY, Segment, SlotSegment
@@ -53,6 +54,7 @@ class EvictingLayer(CompressedLayer):
         leads: bool = False,
         rope: Rope | None = None,
         packed: GEAR | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
@@ -61,8 +63,10 @@ class EvictingLayer(CompressedLayer):
             padding, window, leads: as in CompressedLayer.
             rope: the layer's rotary embedding, where the policy uses it.
             packed: how slots are encoded; None for as they come.
+            ranks: the processes that share the layer's heads; None: this one has them all.
         """
         super().__init__(padding, window, leads)
+        self.ranks = ranks
         self.policy = policy
         self.budget = budget
         self.rope = rope
@@ -80,6 +84,10 @@ class EvictingLayer(CompressedLayer):
     @property
     def queries_watched(self) -> int | None:  # type: ignore[override]
         return self.policy.queries_needed
+
+    @property
+    def _mean_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
+        return None if self.ranks is None else self.ranks.mean
 
     def segments(self) -> list[Segment]:
         return [] if self.slots is None else [self.slots]
@@ -252,6 +260,7 @@ class EvictingLayer(CompressedLayer):
             chunk.scale,
             self.state,
             self.rope,
+            mean_over_ranks=self._mean_over_ranks,
         )
         scored = self.policy.score(candidates)
         if self.policy.static:
@@ -360,6 +369,7 @@ class EvictingLayer(CompressedLayer):
             self.state,
             self.rope,
             chunk.tokens,
+            self._mean_over_ranks,
         )
         scores = self.policy.score(candidates)
         return places, scores, self._kept(scores, candidates.positions)
@@ -503,13 +513,22 @@ class EvictingCache(CompressedCache):
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         budget = layer_budgets(self.allocation, self.budget, layers, self.policy.least_budget())[index]
         rope = None
+        model = self._model()
+        assert model is not None
         if self.policy.uses_rotary or (self.rolled and window is None):
-            model = self._model()
-            assert model is not None
             rope = Rope.of(model, index)
         # a sliding layer's distances never exceed its window, and a layer without positions has none to close up
         kind = RolledLayer if self.rolled and window is None and rope is not None else EvictingLayer
-        return kind(self.padding, self.policy, budget, window, leads=index == 0, rope=rope, packed=self.packed)
+        return kind(
+            self.padding,
+            self.policy,
+            budget,
+            window,
+            leads=index == 0,
+            rope=rope,
+            packed=self.packed,
+            ranks=Ranks.of(model),
+        )
 
     def _settings(self) -> dict[str, Any]:
         policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}

@@ -24,9 +24,13 @@ __all__ = [
     "Cache",
     "CacheLayerMixin",
     "TokensSeen",
+    "attention_module",
     "attention_windows",
+    "device_of",
     "hand_over",
     "head_counts",
+    "input_device",
+    "layer_device",
     "register",
     "select_attention",
     "text_config",
@@ -131,6 +135,36 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
     # transformers 5.17 has one dictionary of settings for all layers
     each = [settings] * len(types) if isinstance(settings, dict) else settings
     return [each[index].get("sliding_window") if _WINDOWS[kind] else None for index, kind in enumerate(types)]
+
+
+def attention_module(model: PreTrainedModel, layer: int) -> nn.Module | None:
+    """The attention module of a layer, None where no module says that it is."""
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) == layer and "Attention" in type(module).__name__:
+            return module
+    return None
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes, wherever accelerate keeps its parameters meanwhile."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    return next(module.parameters()).device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens."""
+    return device_of(model.get_input_embeddings())
+
+
+def layer_device(model: PreTrainedModel, layer: int) -> torch.device:
+    """Where a layer computes, and its part of a cache lies."""
+    attention = attention_module(model, layer)
+    return input_device(model) if attention is None else device_of(attention)
 
 
 def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:

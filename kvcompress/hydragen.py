@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.layer import CompressedLayer
 from kvcompress.padding import PaddingRecord
@@ -106,7 +107,7 @@ class HydragenCache(CompressedCache):
             ValueError: a parent or a row names no node, or a node has no token.
         """
         cache = cls(model, **settings)
-        ids = [torch.as_tensor(piece, device=model.device).reshape(-1) for piece in pieces]
+        ids = [torch.as_tensor(piece, device=hf.input_device(model)).reshape(-1) for piece in pieces]
         if len(ids) != len(parents) or not ids or any(not -1 <= parent < node for node, parent in enumerate(parents)):
             raise ValueError(
                 f"from_tree needs for each of {len(ids)} pieces the index of an earlier one, or -1; got {list(parents)}"
@@ -442,7 +443,7 @@ class HydragenCache(CompressedCache):
     def _device(self) -> torch.device:
         model = self._model()
         assert model is not None
-        return model.device
+        return hf.input_device(model)
 
     # finding what is shared
 

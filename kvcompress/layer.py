@@ -118,7 +118,10 @@ class CompressedLayer(hf.CacheLayerMixin):
                 "a layer that follows another was run without it: the layers of a group run in order, once a forward"
             )
         chunk, reread, settle = self._left
-        out = reread(dataclasses.replace(chunk, query=query, scale=scale, softcap=softcap, sinks=sinks))
+        # a model spread over devices may part a group
+        there, sinks = chunk.key.device, None if sinks is None else sinks.to(chunk.key.device)
+        asking = dataclasses.replace(chunk, query=query.to(there), scale=scale, softcap=softcap, sinks=sinks)
+        out = reread(asking).to(query.device)
         self._waiting -= 1
         if not self._waiting:
             self._left = None

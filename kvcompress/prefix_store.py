@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress import hf
 from kvcompress.hydragen import MIN_TOKENS, HydragenCache
 from kvcompress.memory import storage_bytes
 from kvcompress.tree import leading
@@ -149,7 +150,7 @@ class PrefixStore:
         ids = torch.as_tensor(input_ids).reshape(-1)
         if len(ids) == 0:
             raise ValueError("a prefix needs a token")
-        return ids.to(self.model.device)
+        return ids.to(hf.input_device(self.model))
 
     @staticmethod
     def _covers(ids: Tensor, cache: HydragenCache, other: Tensor) -> bool:

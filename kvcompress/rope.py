@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvcompress import hf
+
 # their frequencies do not change while a sequence grows
 _STATIC = ("default", "linear", "llama3", "yarn", "proportional")
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
@@ -50,7 +52,7 @@ class Rope:
                 in a way that kvcompress does not know; model and RoPE type are named.
         """
         name = f"layer {layer} of {type(model).__name__}"
-        attention = _attention(model, layer)
+        attention = hf.attention_module(model, layer)
         found = _rotary(model, layer)
         if found is None or attention is None or "position_embeddings" not in _parameters(attention):
             # a model without RoPE has no code for it either
@@ -70,10 +72,10 @@ class Rope:
                 f"keys can be rotated back for the types {', '.join(_STATIC)}"
             )
         scaling = float(getattr(rotary, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0))
-        frequencies = inv_freq.detach().float().clone()
+        frequencies = inv_freq.detach().float().to(hf.device_of(attention), copy=True)
 
         at = torch.tensor([[3, 11]], device=frequencies.device)
-        resting, turned = (_key(attention, rotary, kind, model, places) for places in (at * 0, at))
+        resting, turned = (_key(attention, rotary, kind, model, places.to(inv_freq.device)) for places in (at * 0, at))
         if torch.equal(resting, turned):
             return None
         for interleaved in (False, True):
@@ -157,13 +159,6 @@ class _Recorder:
         raise _Captured(key_states)
 
 
-def _attention(model: PreTrainedModel, layer: int) -> nn.Module | None:
-    for module in model.modules():
-        if getattr(module, "layer_idx", None) == layer and "Attention" in type(module).__name__:
-            return module
-    return None
-
-
 def _parameters(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
@@ -191,19 +186,22 @@ def _rotary(model: PreTrainedModel, layer: int) -> tuple[nn.Module, str | None, 
 def _key(
     attention: nn.Module, rotary: nn.Module, kind: str | None, model: PreTrainedModel, positions: Tensor
 ) -> Tensor:
-    """The keys a layer's attention module hands to its cache, [1, kv_heads, tokens, head_dim], for fixed input."""
-    weight = next(attention.parameters())
+    """The keys a layer's attention module hands to its cache, [1, kv_heads, tokens, head_dim], for fixed input.
+
+    The positions are on the device of the rotary module, which need not be the layer's.
+    """
+    weight, device = next(attention.parameters()), hf.device_of(attention)
     dtype = weight.dtype if weight.is_floating_point() else model.dtype
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, positions.shape[1], model.config.hidden_size, generator=generator)
-    hidden = hidden.to(device=weight.device, dtype=dtype)
+    hidden = hidden.to(dtype)
     known = {"layer_type": kind} if kind else {}
     parameters = _parameters(attention)
     arguments: dict[str, Any] = {name: None for name in ("attention_mask", "alibi") if name in parameters}
     arguments |= {name: _Recorder() for name in _CACHE_ARGUMENTS if name in parameters}
     try:
-        embeddings = rotary(hidden, positions.to(hidden.device), **known)
-        attention(hidden, position_embeddings=embeddings, **arguments)
+        turns = tuple(turn.to(device) for turn in rotary(hidden.to(positions.device), positions, **known))
+        attention(hidden.to(device), position_embeddings=turns, **arguments)
     except _Captured as captured:
         return captured.key
     except Exception as error:

@@ -6,7 +6,8 @@ those, the outliers and the newest tokens. Nothing is lost, so what a later ques
 
 Where we depart from the paper: sequences that the budget would read whole stay dense; generated tokens are folded into
 chunks as they become many; the space of the keys is fitted anew when they leave it; a forward of many tokens reads all
-chunks; selected chunks stay in place in an unordered buffer.
+chunks; selected chunks stay in place in an unordered buffer. On a tensor-parallel model each process factorises the
+keys of its own heads, with its share of the rank: other errors than one space of all heads has.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import Chunk, CompressedLayer
 from kvcompress.padding import PaddingRecord
 from kvcompress.policies.shadowkv import ShadowKV
+from kvcompress.ranks import Ranks
 from kvcompress.rope import Rope
 from kvcompress.segments import Segment
 from kvcompress.shadow_segment import ShadowSegment
@@ -236,7 +238,11 @@ class ShadowKVCache(CompressedCache):
             return DenseLayer(self.padding, window, leads=index == 0)
         model = self._model()
         assert model is not None
-        return ShadowLayer(self.padding, self.settings, self.budget, self.host, Rope.of(model, index), leads=index == 0)
+        settings, ranks = self.settings, Ranks.of(model)
+        if ranks is not None and settings.rank is not None:
+            # each process factorises the keys of its own heads, all together as many numbers as one would keep
+            settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))
+        return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), leads=index == 0)
 
     def _settings(self) -> dict[str, Any]:
         return {"budget": self.budget, "host": self.host, **dataclasses.asdict(self.settings)}

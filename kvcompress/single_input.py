@@ -115,23 +115,24 @@ class SingleInput:
         if not self.leaders:
             return {}
         assert self._turns is not None
-        self._normed = x = self.norm(self._entering)
+        assert self._entering is not None
+        self._normed = x = self.norm(self._entering).to(self._entering.device)
         one = self.leaders[0]
-        kv_heads = one.k_proj_swiftkv.out_features // one.head_dim
+        kv_heads = _local(one.k_proj_swiftkv.weight).shape[0] // one.head_dim
         places = {a.layer_idx: cache.layers[a.layer_idx].room(x, kv_heads, one.head_dim) for a in self.leaders}
         keys, values = zip(*places.values(), strict=True)
         keyed, valued = ([getattr(a, f"{name}_proj_swiftkv") for a in self.leaders] for name in "kv")
         has_bias = keyed[0].bias is not None
         bulk_key_values(
             x,
-            [p.weight for p in keyed],
-            [p.weight for p in valued],
+            [_local(p.weight) for p in keyed],
+            [_local(p.weight) for p in valued],
             *self._turns,
             keys,
             values,
-            key_biases=[p.bias for p in keyed] if has_bias else None,
-            value_biases=[p.bias for p in valued] if has_bias else None,
-            norms=[a.k_norm_swiftkv.weight for a in self.leaders] if one.norms else None,
+            key_biases=[_local(p.bias) for p in keyed] if has_bias else None,
+            value_biases=[_local(p.bias) for p in valued] if has_bias else None,
+            norms=[_local(a.k_norm_swiftkv.weight) for a in self.leaders] if one.norms else None,
             epsilon=one.config.rms_norm_eps,
         )
         return places
@@ -172,20 +173,21 @@ class SingleInput:
         assert self._narrow is not None
         return self._narrow
 
-    def mask(self, mask: Any, keys: int) -> Any:
-        """The layer's mask for the positions that run on, where it attends to this many keys."""
+    def mask(self, mask: Any, keys: int, device: torch.device) -> Any:
+        """The layer's mask for the positions that run on, where it attends to this many keys on this device."""
         # the last columns, in order, are placed by the attention function itself
         if self.rows is not self.asked or self.rows is None:
             return mask
         known = self._masks.get(keys)
         if known is None or known[0] is not mask:
             self._masks[keys] = known = mask, self._made(mask, keys)
-        return known[1]
+        made = known[1]
+        return None if made is None else made.to(device)
 
     def _made(self, mask: Tensor | None, keys: int) -> Tensor | None:
         assert self.rows is not None
         if mask is not None:
-            rows = self.rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+            rows = self.rows.to(mask.device)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
             return mask.expand(len(self.rows), -1, -1, -1).gather(2, rows)
         # transformers leaves the mask out where all is causal and nothing padded
         last = self.rows + (keys - self.columns)
@@ -193,32 +195,35 @@ class SingleInput:
             return None
         return (torch.arange(keys, device=last.device) <= last[..., None])[:, None]
 
-    def key_value(self, attention: "SingleInputAttention", cache: Any) -> tuple[Tensor, Tensor]:
-        """A later layer's keys and values, [batch, kv_heads, tokens, head_dim], with those of the cache."""
+    def key_value(self, attention: "SingleInputAttention", cache: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A later layer's keys and values, [batch, kv_heads, tokens, head_dim], with those of the cache.
+
+        device: the layer's, where the model is spread over several.
+        """
         leads = (attention.layer_idx - self.first) % self.share == 0
         recomputed = attention.recomputes
         if leads or recomputed:
             source = attention if leads else attention.leader()
             made = self._bulk.get(source.layer_idx)
-            self._leader = self._project(source, fresh=recomputed) if made is None else made
+            self._leader = self._project(source, recomputed, device) if made is None else made
         assert self._leader is not None
         key, value = self._leader
         if cache is None or (not leads and not isinstance(cache, CompressedCache)):
             # under a cache of transformers the group attends to what its first layer's entry gave
-            return key, value
+            return key.to(device), value.to(device)
         given = cache.update(key, value, attention.layer_idx)
         if leads and not isinstance(cache, CompressedCache):
             self._leader = given
         return given
 
-    def _project(self, attention: "SingleInputAttention", fresh: bool) -> tuple[Tensor, Tensor]:
+    def _project(self, attention: "SingleInputAttention", fresh: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         assert self._entering is not None
         assert self._turns is not None
         # under gradient checkpointing a layer's own graph must hold all that it trains
         if fresh or self._normed is None:
             self._normed = self.norm(self._entering)
-        key, value = attention.project(self._normed)
-        cos, sin = self._turns
+        key, value = attention.project(self._normed.to(device))
+        cos, sin = (turn.to(device) for turn in self._turns)
         return rotated(key, cos, sin), value
 
     def answer(self, hidden: Tensor) -> Tensor:
@@ -308,8 +313,9 @@ class SingleInputAttention(nn.Module):
         query = self.q_proj_swiftkv(hidden_states).view(*shape, -1, self.head_dim)
         if self.norms:
             query = self.q_norm_swiftkv(query)
-        query = rotated(query.transpose(1, 2), *single_input.narrow)
-        key, value = single_input.key_value(self, past_key_values)
+        device = query.device
+        query = rotated(query.transpose(1, 2), *(turn.to(device) for turn in single_input.narrow))
+        key, value = single_input.key_value(self, past_key_values, device)
         if single_input.rows is not None:
             # those of all columns
             kwargs.pop("position_ids", None)
@@ -320,7 +326,7 @@ class SingleInputAttention(nn.Module):
             query,
             key,
             value,
-            single_input.mask(attention_mask, key.shape[2]),
+            single_input.mask(attention_mask, key.shape[2], device),
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self._window(),
@@ -361,5 +367,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
+def _local(parameter: Tensor) -> Tensor:
+    """What this process has of a parameter that a tensor-parallel model splits."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 def _at(x: Tensor, columns: Tensor) -> Tensor:
-    return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, columns.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))

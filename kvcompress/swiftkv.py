@@ -48,6 +48,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 
 from kvcompress.single_input import SingleInput, SingleInputAttention, SingleInputLayer
 
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
+
 
 class _Config:
     """The config fields of a converted model.
@@ -58,6 +60,14 @@ class _Config:
 
     num_key_value_layers: int | None
     key_value_group_size: int | None
+    base_model_tp_plan: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # the later layers' projections are split as the family's own
+        plan = dict(cls.base_model_tp_plan or {})
+        later = {f"{rule}_swiftkv": how for rule, how in plan.items() if rule.rpartition(".")[2] in _PROJECTIONS}
+        cls.base_model_tp_plan = plan | later
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]

@@ -51,6 +51,8 @@ class Candidates:
     state: tensors, batch first, that the policy wants to find again next time; they count as memory of the cache.
     rotary: the layer's rotary embedding, for a policy that says it `uses_rotary`; None where the layer has none.
     fed: tokens fed by the forward; None for as many as there are queries.
+    mean_over_ranks: the mean of a tensor over the processes that share the layer's heads equally, for a policy that
+        compares heads; None where this process has them all.
     """
 
     positions: Tensor
@@ -65,6 +67,7 @@ class Candidates:
     state: dict[str, Tensor] = field(default_factory=dict)
     rotary: Rotary | None = None
     fed: int | None = None
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     @property
     def queries(self) -> int:

@@ -22,4 +22,7 @@ class TOVA(Policy):
 
     def score(self, candidates: Candidates) -> Tensor:
         assert candidates.attention is not None
-        return candidates.attention.mean(1, keepdim=True).expand_as(candidates.scores)
+        mean = candidates.attention.mean(1, keepdim=True)
+        if candidates.mean_over_ranks is not None:
+            mean = candidates.mean_over_ranks(mean)
+        return mean.expand_as(candidates.scores)
