@@ -136,10 +136,12 @@ def answer(
     hold_back: int = 1,
     stops: frozenset[int] = frozenset(),
     must_keep_at_most: int | None = None,
+    first: Callable[["Reader"], None] | None = None,
 ) -> tuple[list[list[int]], Measured]:
     """Greedy answers to a batch of prompts through a new cache, up to a stop token, and what it held.
 
     Args:
+        first: does the first forward; by default the model does.
         must_keep_at_most: tokens a head may keep on average, if the cache is to compress.
 
     Raises:
@@ -147,7 +149,10 @@ def answer(
     """
     parts = [split(prompt, protocol, hold_back) for prompt in prompts]
     reader = Reader(model, make_cache())
-    reader.read([first for first, _ in parts])
+    if first is None:
+        reader.read([context for context, _ in parts])
+    else:
+        first(reader)
     measured = reader.measure()
     if must_keep_at_most is not None:
         prove_compression(measured, must_keep_at_most)

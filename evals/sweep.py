@@ -11,7 +11,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +21,17 @@ from transformers import PreTrainedModel
 
 from kvcompress.evals import baselines
 from kvcompress.evals.agreement import FullReference, make_windows
+from kvcompress.evals.first_forward import FirstForward
 from kvcompress.evals.points import TEXT, Point, Settings, make_points
-from kvcompress.evals.protocol import Measured, answer, split
+from kvcompress.evals.protocol import Measured, Reader, answer, split
 from kvcompress.evals.provenance import provenance
 from kvcompress.evals.rows import Results, held, mean_of, standard_error
-from kvcompress.evals.tasks import TASKS, Tokenizer, make_prompt, make_samples, read_text, score
+from kvcompress.evals.tasks import TASKS, Prompt, Tokenizer, make_prompt, make_samples, read_text, score
 
 # part of every key: raise it whenever the same settings come to mean another measurement
 _PROTOCOL_VERSION = 1
+# bytes of first forwards kept for the caches that share them
+_MOST_RECORDED = 4 * 2**30
 
 
 @dataclass
@@ -49,10 +52,12 @@ class Sweep:
         self.points = make_points(self.settings)
         self.results = Results(self.folder, self.forget)
         self._shared: tuple[Any, Any] = (None, None)
+        # of the newest task, length and protocol, by the rows of tokens
+        self._recorded: tuple[Any, dict[Any, FirstForward]] = (None, {})
 
     def key(self, point: Point) -> str:
         """A hash of all that decides what the point measures."""
-        return hashlib.sha256(json.dumps(self._facts(point), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.facts(point), sort_keys=True).encode()).hexdigest()[:16]
 
     def missing(self) -> list[Point]:
         """Points without a row that succeeded."""
@@ -102,7 +107,7 @@ class Sweep:
                     "error": f"{type(error).__name__}: {error}",
                     "traceback": traceback.format_exc(),
                 }
-            row = {"key": self.key(point)} | self._facts(point) | found
+            row = {"key": self.key(point)} | self.facts(point) | found
             row |= {"seconds": round(time.perf_counter() - started, 3), "provenance": self._provenance()}
             self.results.append(row)
             if on_row is not None:
@@ -146,8 +151,9 @@ class Sweep:
                 [prompts[index] for index in chosen],
                 point.protocol,
                 hold_back=settings.hold_back,
-                stops=self._stops,
+                stops=self.stops,
                 must_keep_at_most=budget if budget is not None and budget < shortest else None,
+                first=self._first_forward(point, [prompts[index] for index in chosen], len(order)),
             )
             measured.append(part)
             for index, tokens in zip(chosen, answers, strict=True):
@@ -163,6 +169,25 @@ class Sweep:
                 "predictions": predictions,
             }
         )
+
+    def _first_forward(self, point: Point, prompts: Sequence[Prompt], samples: int) -> Callable[[Reader], None]:
+        """The first forward of these prompts, which evicting caches share: the model does it once for all."""
+        rows = tuple(split(prompt, point.protocol, self.settings.hold_back)[0] for prompt in prompts)
+        fits = FirstForward.size(self.model, max(map(len, rows)) * samples) <= _MOST_RECORDED
+
+        def first(reader: Reader) -> None:
+            if not (fits and FirstForward.serves(reader.cache)):
+                reader.read(rows)
+                return
+            cell = point.task, point.length, point.protocol
+            if self._recorded[0] != cell:
+                self._recorded = cell, {}
+            known = self._recorded[1]
+            if rows not in known:
+                known[rows] = FirstForward(self.model, rows)
+            known[rows].fill(reader)
+
+        return first
 
     def _measure_text(self, point: Point) -> dict[str, Any]:
         settings, length = self.settings, point.length
@@ -215,13 +240,13 @@ class Sweep:
         return self._shared[1]
 
     @cached_property
-    def _stops(self) -> frozenset[int]:
+    def stops(self) -> frozenset[int]:
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         own = self.tokenizer.eos_token_id
         return frozenset([*ends, *([] if own is None else [own])])
 
-    def _facts(self, point: Point) -> dict[str, Any]:
+    def facts(self, point: Point) -> dict[str, Any]:
         """What decides the point's result."""
         settings = self.settings
         facts = dataclasses.asdict(point) | {

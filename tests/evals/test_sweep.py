@@ -5,6 +5,8 @@ import sys
 import pytest
 
 from kvcompress import DenseCache, registry
+from kvcompress.evals import sweep as sweeps
+from kvcompress.evals.first_forward import FirstForward
 from kvcompress.evals.points import Point, Settings, check_budgets, make_points
 from kvcompress.evals.protocol import answer
 from kvcompress.evals.rows import Results
@@ -243,3 +245,20 @@ def test_without_the_harness_a_task_of_its_own_is_an_unknown_task(monkeypatch):
 def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         settings(**change)
+
+
+def test_evicting_caches_share_one_first_forward_and_its_rows_are_those_of_their_own(sweep, monkeypatch, tmp_path):
+    recorded = []
+    monkeypatch.setattr(
+        FirstForward, "fill", lambda self, reader, fill=FirstForward.fill: recorded.append(fill(self, reader))
+    )
+    change = {"protocols": ("question-agnostic", "question-aware"), "batch": 1}
+    shared = sweep(**change).run()
+    # two prompts, two protocols, three methods at two budgets
+    assert len(recorded) == 24
+    monkeypatch.setattr(sweeps, "_MOST_RECORDED", 0)
+    (tmp_path / "results.jsonl").unlink()
+    alone = sweep(**change).run()
+    assert len(recorded) == 24
+    for row, other in zip(shared, alone, strict=True):
+        assert {**row, "seconds": 0, "provenance": 0} == {**other, "seconds": 0, "provenance": 0}
