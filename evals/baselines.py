@@ -1,4 +1,4 @@
-"""transformers' own caches under the names and with the memory report of ours: what a sweep compares with.
+"""What a sweep can compare: the registry's methods, transformers' own caches, and layers that share storage.
 
     dynamic                 DynamicCache: every token as it comes; its sliding layers, where the model has them
     quanto:bits=4, 2        QuantizedCache on optimum-quanto
@@ -7,20 +7,25 @@
 
 A QuantizedCache reads its first forward unquantised and packs again whenever `residual` newer tokens have come; 64
 beside groups of 64 where nothing else is said. StaticCache is left out: it holds what DynamicCache does, in slots of
-which some are empty.
+which some are empty. All report their memory as ours do.
+
+    swiftkv                 SwiftKVCache, for a model that was converted; bits=4 packs what the groups share
+    across:share=2          AcrossKVCache, on any model: a diagnostic
 """
 
 import copy
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
-from kvcompress import registry
+from kvcompress import AcrossKVCache, GEARCache, SwiftKVCache, registry
+from kvcompress.across import SharedStorageCache
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
 from kvcompress.registry import Method
 
@@ -137,6 +142,16 @@ def _quantized(backend: str) -> Any:
     return lambda model, budget, settings: quantized(model, **settings)
 
 
+def _sharing(kind: type[SharedStorageCache]) -> Any:
+    def sharing(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> Any:
+        settings = dict(settings)
+        if "bits" in settings:
+            settings["storage"] = functools.partial(GEARCache, bits=settings.pop("bits"))
+        return kind(model, **settings)
+
+    return sharing
+
+
 def _fp8(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> Any:
     return MeasuredQuantizedCache("fp8", model.config, **settings)
 
@@ -150,7 +165,14 @@ BASELINES: dict[str, Method] = {
         Method("fp8", "transformers' QuantizedCache, 8-bit floats", _fp8, takes_budget=False),
     )
 }
-METHODS: dict[str, Method] = registry.METHODS | BASELINES
+SHARING: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("swiftkv", "a converted model's groups of layers, each stored once", _sharing(SwiftKVCache), False),
+        Method("across", "groups of layers on one storage, on any model", _sharing(AcrossKVCache), False),
+    )
+}
+METHODS: Mapping[str, Method] = ChainMap(SHARING, BASELINES, registry.METHODS)
 
 parse = functools.partial(registry.parse, methods=METHODS)
 canonical = functools.partial(registry.canonical, methods=METHODS)

@@ -137,7 +137,8 @@ def check_budgets(model: PreTrainedModel, points: Iterable[Point]) -> None:
         try:
             baselines.build(method, model, budget)
         except ValueError as error:
-            raise ValueError(f"{method} at a budget of {budget} tokens: {error}") from None
+            asked_for = "" if budget is None else f" at a budget of {budget}{' tokens' * isinstance(budget, int)}"
+            raise ValueError(f"{method}{asked_for}: {error}") from None
 
 
 def is_of_harness(task: str) -> bool:

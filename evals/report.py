@@ -1,4 +1,7 @@
-"""A sweep's rows as a table for a spreadsheet, a plot and a page that needs nothing beside it."""
+"""A sweep's rows as a table for a spreadsheet, a plot and a page that needs nothing beside it.
+
+Tables and plot mark the Pareto front; a table for each plot says how far a method is above sinks + recent tokens.
+"""
 
 import base64
 import csv
@@ -11,13 +14,14 @@ from typing import Any
 
 from kvcompress import registry
 from kvcompress.evals import baselines
-
-Row = dict[str, Any]
+from kvcompress.evals.compare import Row, over_floor, pareto_front
+from kvcompress.evals.rows import read_rows
 
 _COLUMNS = [
     name
     for line in (
-        "task length protocol method budget budget_tokens status metric score stderr kl kl_stderr perplexity",
+        "task length protocol method budget budget_tokens status metric score stderr",
+        "pareto over_floor over_floor_stderr kl kl_stderr perplexity",
         "full_perplexity bytes full_bytes ratio device_bytes host_bytes fetched_bytes tokens_kept least_kept most_kept",
         "tokens_seen compressed samples seed",
         "num_fewshot limit hold_back chunk continuation model dtype device seconds error key",
@@ -65,26 +69,26 @@ def make_panels(rows: Sequence[Row]) -> list[list[Panel]]:
     return lines
 
 
-def pareto_front(rows: Sequence[Row], value: str = "score", rises: bool = True) -> list[Row]:
-    """The rows, but for the full cache, that no other beats by being as good in fewer bytes or better in as few."""
-    sign = 1 if rises else -1
-    front: list[Row] = []
-    # having found nothing is no point of a front
-    compressed = [row for row in rows if row["method"] != registry.FULL and not (rises and row[value] <= 0)]
-    for row in sorted(compressed, key=lambda row: (row["bytes"], -sign * row[value])):
-        if not front or sign * row[value] > sign * front[-1][value]:
-            front.append(row)
-    return front
-
-
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """The rows' plain figures, one line each."""
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        marks = {id(row): mark for line in make_panels(rows) for panel in line[:1] for row, mark in _marks(panel)}
+        writer.writerows(row | marks.get(id(row), {}) for row in rows)
     partial.replace(path)
+
+
+def _marks(panel: Panel) -> list[tuple[Row, Row]]:
+    """What the table for a spreadsheet has beside a row's own figures."""
+    front = {id(row) for row in pareto_front(panel.rows, panel.value, panel.rises)}
+    marks = []
+    for row in panel.rows:
+        over = over_floor(row, panel.rows, panel.value, panel.error, panel.rises)
+        more = {} if over is None else {"over_floor": round(over[0], 6), "over_floor_stderr": round(over[1], 6)}
+        marks.append((row, {"pareto": id(row) in front, **more}))
+    return marks
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
@@ -222,6 +226,9 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
         groups.setdefault((subject(row), row["protocol"]), []).append(row)
     tables = []
     for (title, protocol), members in groups.items():
+        done = [row for row in members if row["status"] == "ok"]
+        rises = all(row.get("higher_is_better", True) for row in done)
+        front = [id(row) for row in pareto_front(done, rises=rises)]
         budgets = list(dict.fromkeys(row["budget"] for row in members if row["method"] != registry.FULL))
         metric = next((row["metric"] for row in members if row["status"] == "ok"), "score")
         if any("kl" in row for row in members):
@@ -234,9 +241,34 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
                 lines.append(("full cache (ceiling)", *(cell for _ in budgets)))
             else:
                 name = f"{method} (floor)" if method == registry.FLOOR else method
-                lines.append((name, *(_cell(own[budget]) if budget in own else "" for budget in budgets)))
+                cells = [own.get(budget) for budget in budgets]
+                lines.append((name, *("" if row is None else _cell(row) + " *" * (id(row) in front) for row in cells)))
         heads = tuple(map(_head, budgets))
         tables.append(Table(f"{title}, {protocol}: {metric}", heads, tuple(lines)))
+    return tables
+
+
+def make_comparisons(rows: Sequence[Row]) -> list[Table]:
+    """How far each method is above sinks + recent tokens of equal bytes, a table for each plot."""
+    tables = []
+    for panel in (panel for line in make_panels(rows) for panel in line):
+        budgets = list(dict.fromkeys(row["budget"] for row in panel.rows if row["method"] != registry.FULL))
+        lines = []
+        for method in sorted({row["method"] for row in panel.rows} - {registry.FULL, registry.FLOOR}, key=_rank):
+            own = {row["budget"]: row for row in panel.rows if row["method"] == method}
+            cells = []
+            for budget in budgets:
+                over = (
+                    over_floor(own[budget], panel.rows, panel.value, panel.error, panel.rises)
+                    if budget in own
+                    else None
+                )
+                cells.append("" if over is None else f"{over[0]:+.3f} ±{over[1]:.3f}")
+            lines.append((method, *cells))
+        title = panel.title.replace("\n", ", ")
+        if lines:
+            heads = tuple(map(_head, budgets))
+            tables.append(Table(f"{title}: {panel.label}, gained over the floor at equal bytes", heads, tuple(lines)))
     return tables
 
 
@@ -274,9 +306,11 @@ def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
         "<p>Each cell: score ± standard error, and the bytes the cache held for a sequence when the question came "
         "(all live storages). The context is compressed before the question is read (question-agnostic), or after all "
         "but its last tokens (question-aware); every answer token comes through the compressed cache. The full cache "
-        "is the ceiling, sinks and recent tokens are the floor.</p>"
+        "is the ceiling, sinks and recent tokens are the floor. * is on the Pareto front: no other is as good in fewer "
+        "bytes, or better in as few. What a method gains over the floor is measured at its own bytes, between the "
+        "floor's points on a straight line that ends in the full cache; more than 0 is better.</p>"
     )
-    for table in make_tables(rows):
+    for table in make_tables(rows) + make_comparisons(rows):
         heads = "".join(f"<th>{html.escape(head)}</th>" for head in ("method", *table.budgets))
         lines = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines
@@ -290,7 +324,7 @@ def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
         parts.append(f"<h2>Failed</h2><ul>{items}</ul>")
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items() if version)
     facts = {
-        "command": newest["command"],
+        "command": "; ".join(dict.fromkeys(row["provenance"]["command"] for row in rows)),
         "commit": newest["commit"],
         "machine": f"{newest['machine']}, {newest['threads']} threads",
         "versions": f"{versions}, Python {newest['python']}",
@@ -323,6 +357,34 @@ def describe(row: Row) -> str:
     budget = "" if row["budget"] is None else f" {row['budget']}"
     length = "" if row["length"] is None else f" {row['length']}"
     return f"{row['task']}{length} {row['protocol']}, {row['method']}{budget}"
+
+
+def collect(folders: Sequence[Path]) -> list[Row]:
+    """The rows of several sweeps in one order; those of several models under the model's name.
+
+    Raises:
+        ValueError: a folder has no rows.
+    """
+    found: dict[str, Row] = {}
+    for folder in folders:
+        own = read_rows(folder)
+        if not own:
+            raise ValueError(f"there are no rows of a sweep (results.jsonl) in {folder}")
+        for key, row in own.items():
+            if key not in found or found[key]["status"] != "ok":
+                found[key] = row
+    rows = list(found.values())
+    if len({row["model"] for row in rows}) > 1:
+        rows = [row | {"task": f"{Path(row['model']).name}: {row['task']}"} for row in rows]
+    places: dict[str, int] = {}
+    for row in rows:
+        places.setdefault(subject(row), len(places))
+    return sorted(rows, key=lambda row: (places[subject(row)], row["protocol"], _rank(row["method"]), _size(row)))
+
+
+def _size(row: Row) -> tuple[bool, float]:
+    """Budgets in one order: fractions first."""
+    return isinstance(row["budget"], int), row["budget"] or 0.0
 
 
 def write_all(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -18,8 +18,8 @@ class Results:
     def __init__(self, folder: Path, forget: bool = False) -> None:
         self.path = folder / "results.jsonl"
         self.rows: dict[str, dict[str, Any]] = {}
-        for row in () if forget else _read_rows(self.path):
-            self.rows[row["key"]] = row
+        if not forget:
+            self.rows = read_rows(folder)
 
     def is_done(self, key: str) -> bool:
         """True where a row of this key succeeded."""
@@ -41,9 +41,21 @@ class Results:
         self.rows[row["key"]] = row
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
+def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """The newest row of each key, in the folder's results.jsonl and those of several processes."""
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("results*.jsonl")):
+        for row in _lines(path):
+            if row["key"] not in rows or _time(rows[row["key"]]) <= _time(row):
+                rows[row["key"]] = row
+    return rows
+
+
+def _time(row: dict[str, Any]) -> str:
+    return str(row.get("provenance", {}).get("time", ""))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError):
             row = json.loads(line)

@@ -1,4 +1,4 @@
-"""The command line: sweep, eval, generate, plan, distill.
+"""The command line: sweep, report, eval, generate, plan, distill.
 
 Heavy imports wait until a command runs. A user's mistake is one line on stderr and exit status 2.
 """
@@ -143,6 +143,20 @@ def sweep(
         )  # fmt: skip
     _check_folder(out)
     return _sweep(settings, model, out, fresh, dtype, device)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Of sweeps.")],
+    out: Annotated[Path, typer.Option(help="Folder for table, plot and page.")] = Path("report"),
+) -> int:
+    """Put the rows of several sweeps into one table, plot and page."""
+    from kvcompress.evals import report as reports
+
+    with _mistakes():
+        rows = reports.collect(folders)
+    _check_folder(out)
+    return _show(rows, reports.write_all(rows, out))
 
 
 @app.command(name="eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -409,7 +423,7 @@ def _show(rows: "list[Row]", paths: list[Path]) -> int:
     from kvcompress.evals import report
 
     console = Console()
-    for table in report.make_tables(rows):
+    for table in report.make_tables(rows) + report.make_comparisons(rows):
         shown = Table(title=table.title, title_justify="left")
         shown.add_column("method")
         for budget in table.budgets:

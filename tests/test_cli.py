@@ -192,6 +192,16 @@ def test_a_failing_method_is_reported_and_the_status_is_1(sweep, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
 
 
+def test_sweeps_are_reported_together(sweep, tmp_path, capsys):
+    sweep()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "both")]) == 0
+    assert "h2o" in capsys.readouterr().out
+    assert {"results.csv", "accuracy.png", "report.html"} <= {path.name for path in (tmp_path / "both").iterdir()}
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "both")]) == 2
+    assert "there are no rows of a sweep" in capsys.readouterr().err
+
+
 def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path, capsys):
     from filelock import FileLock
 

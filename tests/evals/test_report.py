@@ -1,4 +1,5 @@
 import csv
+import json
 
 import pytest
 
@@ -54,26 +55,6 @@ def rows():
 FAILED = {"status": "failed", "error": "RuntimeError: <no> luck\nmore"}
 
 
-def test_the_front_is_what_no_other_beats():
-    made = [row(score=s, size=b) for s, b in [(0.2, 100), (0.5, 200), (0.4, 250), (0.5, 300), (0.9, 400), (0.0, 50)]]
-    full = row("none", None, 1.0, 1000)
-    assert [(r["score"], r["bytes"] // 1024) for r in report.pareto_front([*made, full])] == [
-        (0.2, 100),
-        (0.5, 200),
-        (0.9, 400),
-    ]
-
-
-def test_where_less_is_better_the_front_falls():
-    made = [row(size=b, kl=k) for k, b in [(0.9, 100), (0.5, 200), (0.6, 250), (0.1, 400)]]
-    assert [r["kl"] for r in report.pareto_front(made, "kl", rises=False)] == [0.9, 0.5, 0.1]
-
-
-def test_of_equal_bytes_the_better_row_is_on_the_front():
-    made = [row("h2o", score=0.4), row("knorm", score=0.6)]
-    assert [r["method"] for r in report.pareto_front(made)] == ["knorm"]
-
-
 def test_protocols_are_plotted_apart_and_text_has_its_kl():
     panels = report.make_panels(rows())
     assert [[(p.rows[0]["protocol"], p.value) for p in line] for line in panels] == [
@@ -114,12 +95,85 @@ def test_tables_have_a_line_a_method_and_a_column_a_budget():
     assert aware.title == "needle, 512 tokens, question-aware: answers found"
     assert aware.budgets == ("50%", "20%")
     assert [line[0] for line in aware.lines] == ["full cache (ceiling)", "h2o", "streaming (floor)", "knorm"]
-    assert aware.lines[1][1] == "0.75 ±0.10 (2.0 MiB)"
+    # two points make the front: the floor is worse in as many bytes, and has found nothing in fewer
+    assert aware.lines[1][1:] == ("0.75 ±0.10 (2.0 MiB) *", "0.25 ±0.10 (0.8 MiB) *")
+    assert aware.lines[2][1] == "0.50 ±0.10 (1.9 MiB) *"
     assert aware.lines[3] == ("knorm", "failed", "")
-    assert tables[-1].lines[1][1] == "0.90 / 0.100 (2.0 MiB)"
+    assert tables[-1].lines[1][1] == "0.90 / 0.100 (2.0 MiB) *"
 
 
 @pytest.mark.parametrize("budget", [64, 0.5])
 def test_a_budget_in_tokens_is_told_from_a_fraction(budget):
     (table,) = report.make_tables([row("none", None), row(budget=budget)])
     assert table.budgets == (("64 tokens",) if budget == 64 else ("50%",))
+
+
+def test_each_method_is_held_against_the_floor_at_equal_bytes():
+    tables = report.make_comparisons([*rows(), row("knorm", 0.5) | FAILED])
+    assert [table.title for table in tables] == [
+        "needle, 512 tokens, question-aware: answers found, gained over the floor at equal bytes",
+        "needle, 512 tokens, question-agnostic: answers found, gained over the floor at equal bytes",
+        "text, 512 tokens, continuation: answers found, gained over the floor at equal bytes",
+        "text, 512 tokens, continuation: KL from the full cache, nats, gained over the floor at equal bytes",
+    ]
+    assert tables[0].budgets == ("50%", "20%")
+    # between the floor's point of 1990 KiB and the full cache; between its two points
+    assert tables[0].lines == (("h2o", "+0.248 ±0.141", "+0.246 ±0.141"),)
+    # the text has no floor but the full cache
+    assert tables[2].lines == (("h2o", ""),)
+
+
+def test_the_table_for_a_spreadsheet_has_front_and_floor(tmp_path):
+    report.write_csv(rows(), tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open() as file:
+        found = [(line["pareto"], line["over_floor"]) for line in list(csv.DictReader(file))[:5]]
+    assert found == [("False", "0.0"), ("True", "0.247512"), ("True", "0.245833"), ("True", "0.0"), ("False", "0.0")]
+
+
+def test_tasks_without_a_length_are_named_with_their_examples():
+    harness = {"task": "local_piqa", "length": None, "num_fewshot": 5, "metric": "acc"}
+    (table,) = report.make_tables([row("none", None, **harness), row("h2o", 0.2, **harness)])
+    assert table.title == "local_piqa, 5-shot, question-aware: acc"
+    assert report.describe(row(**harness)) == "local_piqa question-aware, h2o 0.5"
+
+
+def test_where_less_is_better_the_front_falls_in_plot_and_table(tmp_path):
+    less = {"higher_is_better": False, "metric": "word_perplexity"}
+    made = [
+        row("none", None, 10.0, 4000, **less),
+        row("h2o", 0.5, 12.0, 2000, **less),
+        row("h2o", 0.6, 13.0, 2400, **less),
+    ]
+    (table,) = report.make_tables(made)
+    assert [cell.endswith("*") for cell in table.lines[1][1:]] == [True, False]
+    (line,) = report.make_panels(made)
+    assert not line[0].rises
+    assert report.draw(made, tmp_path / "plot.png")
+
+
+def write(folder, *made):
+    folder.mkdir()
+    (folder / "results.jsonl").write_text("\n".join(map(json.dumps, made)) + "\n")
+    return folder
+
+
+def test_several_sweeps_are_put_into_one_order(tmp_path):
+    first = write(tmp_path / "one", row("streaming", 0.2), row("none", None), row("h2o", 0.5), row("h2o", 0.2) | FAILED)
+    other = write(tmp_path / "two", row("h2o", 0.2), row("h2o", 64), row("none", None, task="kv"), row("h2o", 0.1))
+    found = [(r["task"], r["method"], r["budget"], r["status"]) for r in report.collect([first, other])]
+    assert found == [
+        ("needle", "none", None, "ok"), ("needle", "h2o", 0.1, "ok"), ("needle", "h2o", 0.2, "ok"),
+        ("needle", "h2o", 0.5, "ok"), ("needle", "h2o", 64, "ok"), ("needle", "streaming", 0.2, "ok"),
+        ("kv", "none", None, "ok"),
+    ]  # fmt: skip
+
+
+def test_sweeps_of_several_models_keep_them_apart(tmp_path):
+    first = write(tmp_path / "one", row("h2o", 0.2))
+    other = write(tmp_path / "two", row("h2o", 0.2, model="org/large") | {"key": "x"})
+    assert [r["task"] for r in report.collect([first, other])] == ["tiny: needle", "large: needle"]
+
+
+def test_a_folder_without_rows_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"there are no rows of a sweep \(results.jsonl\) in "):
+        report.collect([tmp_path])
