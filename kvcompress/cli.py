@@ -291,7 +291,9 @@ def distill(
     batch: Annotated[int, typer.Option(help="Rows a process and forward.")] = 1,
     accumulate: Annotated[int, typer.Option(help="Forwards an update.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of a row at most.")] = 2048,
+    fit_tokens: Annotated[int, typer.Option(help="Fit keys and values to so many by least squares first.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-4,
+    hidden_weight: Annotated[float, typer.Option(help="Of the hidden states' squared error.")] = 1.0,
     precision: Annotated[str, typer.Option(help="Of the forwards: no, bf16 or fp16.")] = "no",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute layers twice, hold less.")] = False,
     save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
@@ -307,8 +309,8 @@ def distill(
         if not path.is_file():
             raise UsageError(f"there is no file {path}")
     values: dict[str, Any] = {
-        "steps": steps, "batch": batch, "accumulate": accumulate, "length": length, "learning_rate": learning_rate,
-        "precision": precision, "checkpointing": checkpointing, "save_every": save_every, "log_every": log_every,
+        "steps": steps, "batch": batch, "accumulate": accumulate, "length": length, "fit_tokens": fit_tokens,
+        "learning_rate": learning_rate, "hidden_weight": hidden_weight, "precision": precision, "checkpointing": checkpointing, "save_every": save_every, "log_every": log_every,
         "seed": seed,
     }  # fmt: skip
     try:

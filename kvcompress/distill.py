@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kvcompress.least_squares import fit
 from kvcompress.swiftkv import SwiftKVModel, as_teacher, trained_parameters
 
 # tokens whose probabilities are compared at a time: two float32 rows of the vocabulary each
@@ -36,7 +38,8 @@ class Distillation:
     temperature: of both distributions. hidden_weight: of the hidden states' mean squared error.
     learning_rate: the highest; it rises over the first `warmup` of the steps and falls by a cosine to 0.
     steps: updates. batch: rows a process and forward. accumulate: forwards an update.
-    length: tokens of a row at most. precision: "no", "bf16" or "fp16", of the forwards under autocast.
+    length: tokens of a row at most. fit_tokens: of these rows, which keys and values are fitted to by least squares
+    before the first update (kvcompress/least_squares.py); 0, the paper's, for none. precision: "no", "bf16" or "fp16", of the forwards under autocast.
     checkpointing: layers are computed again in the backward pass, to hold less.
     save_every: updates between checkpoints. log_every: updates between lines of progress. seed: of the data's order.
     """
@@ -50,6 +53,7 @@ class Distillation:
     batch: int = 1
     accumulate: int = 1
     length: int = 2048
+    fit_tokens: int = 0
     precision: Literal["no", "bf16", "fp16"] = "no"
     checkpointing: bool = False
     save_every: int = 100
@@ -60,6 +64,8 @@ class Distillation:
         for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.fit_tokens < 0:
+            raise ValueError(f"fit_tokens must be 0 or more, got {self.fit_tokens}")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, got {self.length}")
         if self.temperature <= 0 or self.learning_rate <= 0 or self.hidden_weight < 0 or not 0 <= self.warmup <= 1:
@@ -207,6 +213,8 @@ def distill(
     accelerator = Accelerator(mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
     trained = _freeze(model, settings)
     model.to(accelerator.device)
+    if settings.fit_tokens and not (folder / _CHECKPOINT).exists():
+        fit(model, _first_rows(rows, settings))
     optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate(0), betas=settings.betas, weight_decay=0.0)
     begun, lines = _resume(folder, trained, optimiser, accelerator.scaler, settings, accelerator.device)
     network, optimiser = accelerator.prepare(model, optimiser)
@@ -260,6 +268,18 @@ def distill(
     return lines
 
 
+def _first_rows(rows: Sequence[Row], settings: Distillation) -> list[Tensor]:
+    """Token ids of the rows that a run reads first, `fit_tokens` of them or all."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    found, tokens = [], 0
+    for index in torch.randperm(len(rows), generator=generator).tolist():
+        if tokens >= settings.fit_tokens:
+            break
+        found.append(rows[index].ids[: settings.fit_tokens - tokens])
+        tokens += len(found[-1])
+    return found
+
+
 def _freeze(model: SwiftKVModel, settings: Distillation) -> dict[str, nn.Parameter]:
     """Leaves gradients to what trains, and gives it, by name."""
     trained = trained_parameters(model)
@@ -277,17 +297,45 @@ def _freeze(model: SwiftKVModel, settings: Distillation) -> dict[str, nn.Paramet
 
 
 class _Hidden:
-    """What enters the last layer, of the latest forward."""
+    """What enters the first later layer and the last layer, of the latest forward."""
 
     def __init__(self, model: SwiftKVModel) -> None:
+        self.entered: Tensor
         self.latest: Tensor
-        self._hook = model.model.layers[-1].register_forward_pre_hook(self._note)
+        layers: Any = model.model.layers
+        self._hooks = [
+            layers[model.config.num_key_value_layers].register_forward_pre_hook(self._note_entered),
+            layers[-1].register_forward_pre_hook(self._note),
+        ]
+
+    def _note_entered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.entered = args[0]
 
     def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.latest = args[0]
 
     def close(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Passed(nn.Module):
+    """Stands for an early layer whose output is at hand."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+@contextmanager
+def _later_only(model: SwiftKVModel) -> Iterator[None]:
+    """Within it `inputs_embeds` is what enters the first later layer; the early ones, which nobody trains, rest."""
+    layers: Any = model.model.layers
+    first = model.config.num_key_value_layers
+    model.model.layers = nn.ModuleList([*(_Passed() for _ in range(first)), *layers[first:]])
+    try:
+        yield
+    finally:
+        model.model.layers = layers
 
 
 def _compare(
@@ -304,7 +352,10 @@ def _compare(
     with torch.no_grad(), as_teacher(model), accelerator.autocast():
         teacher = model(**inputs).logits
         theirs = hidden.latest
-    student = network(**inputs).logits
+    # teacher and student have the early layers in common
+    del inputs["input_ids"]
+    with _later_only(model):
+        student = network(inputs_embeds=hidden.entered, **inputs).logits
     tokens = real.sum()
     # the logits at a position are about the next token
     counted = nn.functional.pad(answered[:, 1:], (0, 1))

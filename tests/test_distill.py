@@ -59,6 +59,32 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
     assert lines[0]["hidden"] == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_the_losses_are_those_of_two_whole_forwards_and_early_layers_run_once(family, tmp_path):
+    model = convert(build(family, num_hidden_layers=4), 2)
+    # rows of several lengths, the shorter ones padded
+    data = [Row(row.ids[: 10 + 2 * index], row.answered[: 10 + 2 * index]) for index, row in enumerate(rows(4))]
+    divergence = error = torch.zeros(())
+    total = sum(len(row.ids) for row in data)
+    for row in data:
+        with torch.no_grad():
+            ids = row.ids[None].to(model.device)
+            ours = model(ids, output_hidden_states=True)
+            with as_teacher(model):
+                theirs = model(ids, output_hidden_states=True)
+        answered = torch.nn.functional.pad(row.answered[1:], (0, 1))[None].to(model.device)
+        divergence = divergence + distillation_loss(ours.logits, theirs.logits, answered, total).cpu()
+        error = error + (ours.hidden_states[3] - theirs.hidden_states[3]).square().mean(-1).sum().cpu() / total
+    calls = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_, index=layer.self_attn.layer_idx: calls.append(index))
+    (line,) = distill(model, data, Distillation(steps=1, batch=4, length=16), tmp_path)
+    assert line["divergence"] == pytest.approx(divergence.item(), rel=1e-4)
+    assert line["hidden"] == pytest.approx(error.item(), rel=1e-4)
+    assert sorted(calls) == [0, 1, 2, 2, 3, 3]
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_only_what_was_added_trains_and_the_loss_falls(checkpointing, tmp_path):
     model = student(2, first=2)
@@ -166,6 +192,7 @@ def test_text_and_jsonl_are_read_and_anything_else_is_refused(smollm2, tmp_path)
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"length": 1}, "length must be at least 2"),
+        ({"fit_tokens": -1}, "fit_tokens must be 0 or more"),
         ({"precision": "fp8"}, "precision must be"),
         ({"temperature": 0.0}, "above 0"),
     ],
