@@ -310,8 +310,8 @@ def distill(
             raise UsageError(f"there is no file {path}")
     values: dict[str, Any] = {
         "steps": steps, "batch": batch, "accumulate": accumulate, "length": length, "fit_tokens": fit_tokens,
-        "learning_rate": learning_rate, "hidden_weight": hidden_weight, "precision": precision, "checkpointing": checkpointing, "save_every": save_every, "log_every": log_every,
-        "seed": seed,
+        "learning_rate": learning_rate, "hidden_weight": hidden_weight, "precision": precision,
+        "checkpointing": checkpointing, "save_every": save_every, "log_every": log_every, "seed": seed,
     }  # fmt: skip
     try:
         split = float(skip_from) if "." in skip_from else int(skip_from)

@@ -38,8 +38,9 @@ class Distillation:
     temperature: of both distributions. hidden_weight: of the hidden states' mean squared error.
     learning_rate: the highest; it rises over the first `warmup` of the steps and falls by a cosine to 0.
     steps: updates. batch: rows a process and forward. accumulate: forwards an update.
-    length: tokens of a row at most. fit_tokens: of these rows, which keys and values are fitted to by least squares
-    before the first update (kvcompress/least_squares.py); 0, the paper's, for none. precision: "no", "bf16" or "fp16", of the forwards under autocast.
+    length: tokens of a row at most. fit_tokens: of these, which keys and values are fitted to by least squares
+    before the first update (kvcompress/least_squares.py); 0, the paper's, for none.
+    precision: "no", "bf16" or "fp16", of the forwards under autocast.
     checkpointing: layers are computed again in the backward pass, to hold less.
     save_every: updates between checkpoints. log_every: updates between lines of progress. seed: of the data's order.
     """
@@ -214,7 +215,7 @@ def distill(
     trained = _freeze(model, settings)
     model.to(accelerator.device)
     if settings.fit_tokens and not (folder / _CHECKPOINT).exists():
-        fit(model, _first_rows(rows, settings))
+        fit(model, first_rows(rows, settings.fit_tokens, settings.seed))
     optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate(0), betas=settings.betas, weight_decay=0.0)
     begun, lines = _resume(folder, trained, optimiser, accelerator.scaler, settings, accelerator.device)
     network, optimiser = accelerator.prepare(model, optimiser)
@@ -268,15 +269,16 @@ def distill(
     return lines
 
 
-def _first_rows(rows: Sequence[Row], settings: Distillation) -> list[Tensor]:
-    """Token ids of the rows that a run reads first, `fit_tokens` of them or all."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    found, tokens = [], 0
+def first_rows(rows: Sequence[Row], tokens: int, seed: int = 0) -> list[Tensor]:
+    """Token ids of the rows that a run of this seed reads first: so many tokens in all, or all there are."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    left = tokens
     for index in torch.randperm(len(rows), generator=generator).tolist():
-        if tokens >= settings.fit_tokens:
+        if left <= 0:
             break
-        found.append(rows[index].ids[: settings.fit_tokens - tokens])
-        tokens += len(found[-1])
+        found.append(rows[index].ids[:left])
+        left -= len(found[-1])
     return found
 
 

@@ -2,9 +2,9 @@
 
     W_j = argmin over W of  sum_t |W x_t - y_jt|^2 + ridge * mean(diag X^T X) * |W - W0_j|^2
 
-x_t is what the common norm gives for token t, y_jt what the teacher's key or value projection of later layer j gives for
-it, before RoPE, and W0_j the weights that the conversion began with. All layers have x in common, so one forward of the
-teacher and one factorisation serve them all. In a group of layers that share keys and values y is the group's mean.
+x_t is what the common norm gives for token t, y_jt what the teacher's key or value projection of later layer j gives
+for it, before RoPE, and W0_j the weights that the conversion began with. All layers have x in common, so one forward of
+the teacher and one factorisation serve them all. In a group of layers that share keys and values y is the group's mean.
 arXiv:2410.03960 has no such step: there training begins from the layers' own weights, as `convert` leaves them.
 """
 
@@ -52,7 +52,7 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
         for start in range(0, len(later), share)
         for kind in "kv"
     }
-    students = {name: model.get_submodule(name) for name in fitted}  # type: ignore[attr-defined]
+    students = {name: model.get_submodule(name) for name in fitted}
     inner, cross, energy = _sums(model, rows, later[0], list(fitted.values()))
     begun = torch.cat([_weights(student) for student in students.values()], 1)
     held = ridge * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
@@ -92,7 +92,7 @@ def _sums(model: Any, rows: Sequence[Tensor], entered: Any, groups: list[list[An
             x = model.model.norm_swiftkv(heard["entered"])[0].float()
             if has_bias:
                 x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-            y = torch.cat([sum(heard[module][0].float() for module in group) / len(group) for group in groups], 1)
+            y = torch.cat([torch.stack([heard[module][0].float() for module in group]).mean(0) for group in groups], 1)
             parts = [(x.T @ x).double(), (x.T @ y).double(), y.square().sum(0).double()]
             sums = parts if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
     finally:
