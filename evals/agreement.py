@@ -1,4 +1,4 @@
-"""How far a compressed cache moves the model on plain text: KL, agreement of the likeliest token, perplexity.
+"""How far a compressed cache moves the model on plain text: KL, likeliest token, perplexity, attention outputs.
 
     KL = mean over scored tokens of sum_v p_full(v) (log p_full(v) - log p(v))
 
@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from kvcompress.evals.first_forward import FirstForward
+from kvcompress.evals.outputs import AttentionOutputs, relative_errors
 from kvcompress.evals.protocol import MakeCache, Measured, Reader, prove_compression
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Means over the scored tokens, one entry a window of text."""
+    """Means over the scored tokens, one entry a window of text; of attention_error a list, a layer each."""
 
     top1: list[float]
     kl: list[float]
     loss: list[float]
     full_loss: list[float]
+    attention_error: list[list[float]]
 
 
 def make_windows(tokens: Sequence[int], context: int, continuation: int, windows: int) -> list[list[int]]:
@@ -56,6 +59,8 @@ class FullReference:
         self.model = model
         self.windows = windows
         self.context = context
+        # the first forward of the evicting caches, once one comes
+        self._first: FirstForward | None = None
         self._cache = DynamicCache(config=model.config)
         Reader(model, self._cache).read([window[: context - 1] for window in windows])
 
@@ -72,23 +77,34 @@ class FullReference:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
         start = self.context - 1
         reader = Reader(self.model, make_cache())
-        reader.read([window[:start] for window in self.windows])
+        rows = [list(window[:start]) for window in self.windows]
+        if FirstForward.serves(reader.cache):
+            self._first = self._first or FirstForward(self.model, rows)
+            self._first.fill(reader)
+        else:
+            reader.read(rows)
         measured = reader.measure()
         if must_keep_at_most is not None:
             prove_compression(measured, must_keep_at_most)
 
         full = Reader(self.model, copy.deepcopy(self._cache))
         full.mask = reader.mask
-        sums: Tensor | None = None
+        sums = torch.zeros(4, len(self.windows), dtype=torch.float64, device=self.model.device)
+        errors: Tensor | None = None
         scored = len(self.windows[0]) - self.context
         for first in range(start, start + scored, chunk):
             last = min(first + chunk, start + scored)
-            rows = [window[first:last] for window in self.windows]
+            following = [window[first:last] for window in self.windows]
             targets = torch.tensor([window[first + 1 : last + 1] for window in self.windows], device=self.model.device)
-            part = _distances(reader.read(rows, last - first), full.read(rows, last - first), targets)
-            sums = part if sums is None else sums + part
-        assert sums is not None
-        return Agreement(*(sums / scored).tolist()), measured
+            with AttentionOutputs(self.model) as outputs:
+                logits, found = reader.read(following, last - first), outputs.take()
+                full_logits, expected = full.read(following, last - first), outputs.take()
+            sums += _distances(logits, full_logits, targets)
+            part = relative_errors(found, expected)
+            errors = part if errors is None else errors + part
+        assert errors is not None
+        top1, kl, loss, full_loss = (sums / scored).tolist()
+        return Agreement(top1, kl, loss, full_loss, (errors.T / scored).tolist()), measured
 
 
 def _distances(logits: Tensor, full_logits: Tensor, targets: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class FirstForward:
         attend = type(layer).attend
 
         def recording(query: Tensor, visible: Tensor | None, **kwargs: Any) -> Tensor:
-            self._calls.append(_Call(*layer.in_hand, query, visible, kwargs))
+            keys, values = layer.in_hand
+            self._calls.append(_Call(keys, values, query, visible, kwargs))
             return attend(layer, query, visible, **kwargs)
 
         return recording

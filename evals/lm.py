@@ -126,7 +126,7 @@ class CompressedLM(HFLM):
             contexts.setdefault(tuple(whole[: len(whole) - len(continuation)]), []).append(index)
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         order = sorted(contexts, key=len, reverse=True)
-        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="likelihoods")
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0 or None, desc="likelihoods")
         size = self._batch(override_bs)
         for first in range(0, len(order), size):
             some = order[first : first + size]

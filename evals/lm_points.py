@@ -9,10 +9,13 @@ the sweep's protocols:
 Rolling likelihoods have no question; their text is read in chunks, each through what its predecessors left.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -69,23 +72,25 @@ def measure(model: PreTrainedModel, tokenizer: Tokenizer, point: Point, settings
     documents, and None for a metric that is none.
     """
     task = _load(point.task, _text(settings))
-    lm = CompressedLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        cache=point.method,
-        budget=point.budget,
-        hold_back=_hold_back(task, point.protocol, settings),
-        chunk=_CHUNK,
-        batch_size=settings.batch,
-    )
-    run = simple_evaluate(
-        model=lm,
-        tasks=[point.task],
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        task_manager=_manager_of(point.task, _text(settings)),
-        bootstrap_iters=0,
-    )
+    with _errors_only():
+        lm = CompressedLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            cache=point.method,
+            budget=point.budget,
+            hold_back=_hold_back(task, point.protocol, settings),
+            chunk=_CHUNK,
+            batch_size=settings.batch,
+        )
+    with _errors_only():
+        run = simple_evaluate(
+            model=lm,
+            tasks=[point.task],
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            task_manager=_manager_of(point.task, _text(settings)),
+            bootstrap_iters=0,
+        )
     if not lm.measured:
         raise NotCompressedError(
             f"nothing of {point.task}'s contexts was left to compress once {lm.hold_back!r} was held back; "
@@ -112,6 +117,18 @@ def measure(model: PreTrainedModel, tokenizer: Tokenizer, point: Point, settings
         "samples": len(scores),
         "scores": scores if is_mean else None,
     } | held(lm.measured, point.budget if isinstance(point.budget, int) else None)
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """The harness tells each point anew what it takes for granted; a sweep has hundreds."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _main_metric(metrics: dict[str, float]) -> str:
@@ -144,11 +161,13 @@ def _text(settings: Settings) -> str:
 @functools.cache
 def _prompts(name: str, metadata: str, num_fewshot: int | None, limit: int | None) -> str:
     """A hash of all that the harness would ask."""
-    task = _manager_of(name, metadata).load([name])["tasks"][name]
-    if num_fewshot is not None:
-        task.set_config(key="num_fewshot", value=num_fewshot)
-    task.set_fewshot_seed(seed=1234)
-    task.build_all_requests(limit=limit)
+    with _errors_only():
+        task = _manager_of(name, metadata).load([name])["tasks"][name]
+        if num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        # as simple_evaluate draws the examples
+        task.set_fewshot_seed(seed=1234)
+        task.build_all_requests(limit=limit)
     asked = [list(map(str, instance.arguments)) for instance in task.instances]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
@@ -156,7 +175,8 @@ def _prompts(name: str, metadata: str, num_fewshot: int | None, limit: int | Non
 @functools.cache
 def _load(name: str, metadata: str) -> Any:
     try:
-        return _manager_of(name, metadata).load([name])["tasks"][name]
+        with _errors_only():
+            return _manager_of(name, metadata).load([name])["tasks"][name]
     except Exception as error:
         raise ValueError(f"lm-eval cannot load the task {name}: {type(error).__name__}: {error}") from error
 

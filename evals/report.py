@@ -21,7 +21,7 @@ _COLUMNS = [
     name
     for line in (
         "task length protocol method budget budget_tokens status metric score stderr",
-        "pareto over_floor over_floor_stderr kl kl_stderr perplexity",
+        "pareto over_floor over_floor_stderr kl kl_stderr attention_error attention_error_stderr perplexity",
         "full_perplexity bytes full_bytes ratio device_bytes host_bytes fetched_bytes tokens_kept least_kept most_kept",
         "tokens_seen compressed samples seed",
         "num_fewshot limit hold_back chunk continuation model dtype device seconds error key",
@@ -65,6 +65,16 @@ def make_panels(rows: Sequence[Row]) -> list[list[Panel]]:
             line.append(Panel(tuple(members), "score", "stderr", members[0]["metric"], rises))
             if "kl" in members[0]:
                 line.append(Panel(tuple(members), "kl", "kl_stderr", "KL from the full cache, nats", False))
+            if "attention_error" in members[0]:
+                line.append(
+                    Panel(
+                        tuple(members),
+                        "attention_error",
+                        "attention_error_stderr",
+                        "relative error of attention's outputs",
+                        False,
+                    )
+                )
         lines.append(line)
     return lines
 

@@ -213,12 +213,16 @@ class Sweep:
         top1, kl, loss, full_loss = (
             [value for part in parts for value in getattr(part, name)] for name in ("top1", "kl", "loss", "full_loss")
         )
+        errors = [layers for part in parts for layers in part.attention_error]
         return {
             "metric": "top-1 agreement",
             "score": mean_of(top1),
             "stderr": standard_error(top1),
             "kl": mean_of(kl),
             "kl_stderr": standard_error(kl),
+            "attention_error": mean_of([mean_of(layers) for layers in errors]),
+            "attention_error_stderr": standard_error([mean_of(layers) for layers in errors]),
+            "attention_error_by_layer": [round(mean_of(layer), 6) for layer in zip(*errors, strict=True)],
             "perplexity": math.exp(mean_of(loss)),
             "full_perplexity": math.exp(mean_of(full_loss)),
             "scores": top1,
@@ -260,7 +264,8 @@ class Sweep:
             return facts | self._harness.facts(point, settings)
         facts |= {"samples": settings.samples}
         if point.task == TEXT:
-            facts |= {"continuation": settings.continuation, "chunk": settings.chunk, "hold_back": 1}
+            # rows of an older version lack the errors of attention
+            facts |= {"continuation": settings.continuation, "chunk": settings.chunk, "hold_back": 1, "text_version": 2}
         elif point.protocol == "question-aware":
             facts |= {"hold_back": settings.hold_back}
         if point.task == TEXT or TASKS[point.task].reads_text:

@@ -88,6 +88,11 @@ def test_rows_carry_measured_bytes_a_proof_of_compression_and_provenance(sweep):
     assert text[0]["kl"] < 1e-6
     assert text[0]["perplexity"] == pytest.approx(text[0]["full_perplexity"], rel=1e-4)
     assert all(row["kl"] > 1e-4 and math.isfinite(row["perplexity"]) for row in text[1:])
+    assert text[0]["attention_error"] < 1e-5
+    for row in text[1:]:
+        assert len(row["attention_error_by_layer"]) == 2
+        assert row["attention_error"] == pytest.approx(sum(row["attention_error_by_layer"]) / 2, abs=1e-5)
+        assert row["attention_error"] > 1e-3
 
 
 def test_a_budget_of_all_tokens_answers_as_the_full_cache(sweep):
