@@ -11,6 +11,7 @@ where a second reading of K would be 50 %. Summing over the group before storing
 own log-sum-exp.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +36,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token to the cache slots, its own among them.
 
@@ -45,6 +47,7 @@ def decode_attention(
         positions: [batch, kv_heads, slots] int32, -1 marks an empty slot.
         query_positions: [batch, 1] int32; read only where there is a window.
         scale, window, softcap: as in slot_attention.
+        sink_logits: [heads], one learned logit a head that takes weight and has no value (attention sinks of gpt-oss).
 
     Returns:
         The output, [batch, heads, 1, value_dim] in query's dtype, and the probabilities summed over the
@@ -52,7 +55,7 @@ def decode_attention(
     """
     if query.shape[2] != 1:
         raise ValueError(f"decode_attention takes one query a sequence, got query {list(query.shape)}")
-    return _decode_attention(query, key, value, positions, query_positions, scale, window, softcap)
+    return _decode_attention(query, key, value, positions, query_positions, scale, window, softcap, sink_logits)
 
 
 def decode_attention_reference(
@@ -65,12 +68,16 @@ def decode_attention_reference(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What decode_attention means, in plain PyTorch."""
     arguments = (query, key, positions, query_positions)
     out, lse = slot_attention_reference(
         query, key, value, positions, query_positions, scale=scale, window=window, softcap=softcap
     )
+    if sink_logits is not None:
+        whole = torch.logaddexp(lse, sink_logits.float()[:, None])
+        out, lse = (out * (lse - whole).exp()[..., None]).to(query.dtype), whole
     return out, slot_column_sums_reference(*arguments, lse, scale=scale, window=window, softcap=softcap)
 
 
@@ -83,6 +90,7 @@ def _decode_attention_fake(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(*query.shape[:-1], value.shape[-1]), key.new_empty(key.shape[:3], dtype=torch.float32)
 
@@ -97,9 +105,10 @@ def _decode_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(query) and query.numel():
-        return _launch(query, key, value, positions, query_positions, scale, window, softcap)
+        return _launch(query, key, value, positions, query_positions, scale, window, softcap, sink_logits)
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     rows = query.view(batch, kv_heads, heads // kv_heads, head_dim) * scale
@@ -108,7 +117,11 @@ def _decode_attention(
         logits = torch.tanh(logits / softcap) * softcap
     seen = slots_seen(positions, query_positions, window)
     # a finite floor: a query that sees nothing gets a flat softmax and not NaN, and the mask then clears it
-    probabilities = logits.masked_fill_(~seen, -1e30).softmax(-1).masked_fill_(~seen, 0.0)
+    logits.masked_fill_(~seen, -1e30)
+    if sink_logits is not None:
+        of_sinks = sink_logits.float().view(kv_heads, -1, 1).expand(batch, -1, -1, -1)
+        logits = torch.cat([logits, of_sinks], -1)
+    probabilities = logits.softmax(-1)[..., : key.shape[2]].masked_fill_(~seen, 0.0)
     out = probabilities.to(value.dtype) @ value
     return out.view(batch, heads, 1, -1).to(query.dtype), probabilities.sum(2)
 
@@ -122,6 +135,7 @@ def _launch(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads = query.shape[:2]
     kv_heads, slots = key.shape[1:3]
@@ -129,11 +143,12 @@ def _launch(
     parts, lses = launch_split(
         query, key, value, None, positions, query_positions, scale, window, softcap, logits=logits, merge=False
     )
-    out, probabilities = _decode_attention_fake(query, key, value, positions, query_positions, scale, window, softcap)
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    probabilities = key.new_empty(key.shape[:3], dtype=torch.float32)
     value_dim, group = value.shape[-1], heads // kv_heads
     with torch.cuda.device_of(query):
         _finish_kernel[(triton.cdiv(slots, _CHUNK), kv_heads, batch)](
-            parts, lses, logits, out, probabilities,
+            parts, lses, sink_logits, logits, out, probabilities,
             batch, kv_heads, slots, len(parts),
             GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim, _CHUNK), **ALL_REGISTERS,
         )  # fmt: skip
@@ -157,12 +172,20 @@ def finish_blocks(group: int, value_dim: int, chunk: int) -> dict[str, int]:
 
 @triton.jit
 def group_lse(
-    lses_ptr, first_row, rows, splits, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_SPLITS: tl.constexpr
-):
-    # the splits' log-sum-exps [splits, rows] merged for the rows of a group, -inf where a head saw nothing
+    lses_ptr, sink_logits_ptr, kv_head, first_row, rows, splits,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    # the splits' log-sum-exps [splits, rows] and the heads' sinks [heads], where there are any, merged for the rows of
+    # a group; -inf where a head saw nothing
     head = tl.arange(0, BLOCK_GROUP)  # [G]
     peak = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
+    if sink_logits_ptr is not None:
+        sink = tl.load(sink_logits_ptr + kv_head * GROUP + head, mask=head < GROUP, other=float("-inf"))
+        peak = sink.to(tl.float32)
+        total = tl.where(head < GROUP, 1.0, 0.0)
     for start in range(0, splits, BLOCK_SPLITS):
         split = start + tl.arange(0, BLOCK_SPLITS)
         offset = split.to(tl.int64)[None, :] * rows + first_row + head[:, None]
@@ -211,7 +234,7 @@ def group_probabilities(
 
 @triton.jit(do_not_specialize=["batch_size", "slots", "splits"])
 def _finish_kernel(
-    parts_ptr, lses_ptr, logits_ptr, out_ptr, probabilities_ptr,
+    parts_ptr, lses_ptr, sink_logits_ptr, logits_ptr, out_ptr, probabilities_ptr,
     batch_size, kv_heads, slots, splits,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -225,7 +248,9 @@ def _finish_kernel(
     owner = tl.program_id(2).to(tl.int64) * kv_heads + tl.program_id(1)
     first_row = owner * GROUP
     rows = batch_size.to(tl.int64) * kv_heads * GROUP
-    lse = group_lse(lses_ptr, first_row, rows, splits, GROUP, BLOCK_GROUP, BLOCK_SPLITS)
+    lse = group_lse(
+        lses_ptr, sink_logits_ptr, tl.program_id(1), first_row, rows, splits, GROUP, BLOCK_GROUP, BLOCK_SPLITS
+    )
 
     head = tl.arange(0, BLOCK_GROUP)
     dim = tl.arange(0, BLOCK_VALUE)
@@ -245,13 +270,14 @@ def _finish_kernel(
 def aot_cases() -> Iterator[AotCase]:
     for group in (1, 4, 64):
         for value_dim in (64, 256):
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype, has_sinks in itertools.product((torch.bfloat16, torch.float32), (False, True)):
                 yield aot_case(
                     _finish_kernel,
-                    f"value_dim {value_dim}, {triton_type(dtype)[1:]}, group {group}",
+                    f"value_dim {value_dim}, {triton_type(dtype)[1:]}, group {group}{', sinks' if has_sinks else ''}",
                     {
                         "parts_ptr": "*fp32",
                         "lses_ptr": "*fp32",
+                        "sink_logits_ptr": triton_type(dtype),
                         "logits_ptr": "*fp32",
                         "out_ptr": triton_type(dtype),
                         "probabilities_ptr": "*fp32",
@@ -261,5 +287,6 @@ def aot_cases() -> Iterator[AotCase]:
                         "VALUE_DIM": value_dim,
                         "CHUNK": _CHUNK,
                         **finish_blocks(group, value_dim, _CHUNK),
-                    },
+                    }
+                    | ({} if has_sinks else {"sink_logits_ptr": None}),
                 )

@@ -55,6 +55,7 @@ def decode_and_evict(
     window: int | None = None,
     softcap: float | None = None,
     memory: float = 1.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token to itself and to the cache slots, which are updated in place.
 
@@ -71,6 +72,7 @@ def decode_and_evict(
         scale, window, softcap: as in slot_attention. With a window, what the next token will not see goes first.
         sinks: positions below it stay.
         memory: how much of its old score a slot keeps; 1 accumulates (H2O), 1 - 1 / w fades over w queries (SnapKV).
+        sink_logits: [heads], as in decode_attention.
 
     Returns:
         The output, [batch, heads, 1, value_dim] in query's dtype.
@@ -83,7 +85,7 @@ def decode_and_evict(
         raise ValueError("decode_and_evict writes to positions, scores and spare, which must be contiguous")
     return _decode_and_evict(
         query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-        scale, sinks, window, softcap, memory,
+        scale, sinks, window, softcap, memory, sink_logits,
     )  # fmt: skip
 
 
@@ -105,11 +107,12 @@ def decode_and_evict_reference(
     window: int | None = None,
     softcap: float | None = None,
     memory: float = 1.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """What decode_and_evict means, in plain PyTorch."""
     return decode_then_evict(
         query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-        scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory,
+        scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory, sink_logits=sink_logits,
         attend=decode_attention_reference, choose=choose_victim_reference,
     )  # fmt: skip
 
@@ -132,6 +135,7 @@ def decode_then_evict(
     window: int | None = None,
     softcap: float | None = None,
     memory: float = 1.0,
+    sink_logits: Tensor | None = None,
     attend: Callable[..., tuple[Tensor, Tensor]] = decode_attention,
     choose: Callable[..., Tensor] = choose_victim,
 ) -> Tensor:
@@ -144,8 +148,9 @@ def decode_then_evict(
     positions.scatter_(2, slot, torch.where(real, token_positions[:, None, None], positions.gather(2, slot)))
     scores.scatter_(2, slot, torch.where(real, 0.0, scores.gather(2, slot)))
     out, attention = attend(
-        query, keys, values, positions, token_positions[:, None], scale=scale, window=window, softcap=softcap
-    )
+        query, keys, values, positions, token_positions[:, None],
+        scale=scale, window=window, softcap=softcap, sink_logits=sink_logits,
+    )  # fmt: skip
     scores.copy_(torch.where(real, scores * memory + attention, scores))
 
     newest = token_positions + 1
@@ -179,6 +184,7 @@ def _decode_and_evict_fake(
     window: int | None,
     softcap: float | None,
     memory: float,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
@@ -201,11 +207,12 @@ def _decode_and_evict(
     window: int | None,
     softcap: float | None,
     memory: float,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     if not runs_triton(query):
         return decode_then_evict(
             query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-            scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory,
+            scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory, sink_logits=sink_logits,
         )  # fmt: skip
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = keys.shape[1:3]
@@ -234,7 +241,7 @@ def _decode_and_evict(
         _evict_kernel[(chunks, kv_heads, batch)](
             query.contiguous(), key.contiguous(), value.contiguous(), keys, values, positions, scores, spare,
             token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
-            parts, lses, logits, out, least, found,
+            parts, lses, sink_logits, logits, out, least, found,
             *keys.stride()[:3], *values.stride()[:3],
             batch, kv_heads, slots, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
             GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, CHUNK=chunk, SETTLES=chunks == 1,
@@ -270,7 +277,7 @@ def settle(
 def _evict_kernel(
     query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr, scores_ptr, spare_ptr,
     token_positions_ptr, limits_ptr, recents_ptr,
-    parts_ptr, lses_ptr, logits_ptr, out_ptr, least_ptr, found_ptr,
+    parts_ptr, lses_ptr, sink_logits_ptr, logits_ptr, out_ptr, least_ptr, found_ptr,
     keys_batch_stride, keys_head_stride, keys_stride,
     values_batch_stride, values_head_stride, values_stride,
     batch_size, kv_heads, slots, splits, window, sinks, scale, softcap, memory,
@@ -313,7 +320,7 @@ def _evict_kernel(
     own_logit = bound_logits(own_logit, scale, softcap, SOFTCAPPED)
     own_logit = tl.where(head_ok & real, own_logit, float("-inf"))
 
-    past_lse = group_lse(lses_ptr, first_row, rows, splits, GROUP, BLOCK_GROUP, BLOCK_SPLITS)
+    past_lse = group_lse(lses_ptr, sink_logits_ptr, kv_head, first_row, rows, splits, GROUP, BLOCK_GROUP, BLOCK_SPLITS)
     peak = tl.maximum(past_lse, own_logit)
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     lse = shift + tl.log(tl.exp(past_lse - shift) + tl.exp(own_logit - shift))
@@ -413,7 +420,15 @@ def aot_cases() -> Iterator[AotCase]:
                         _evict_kernel,
                         f"head_dim {head_dim}, {triton_type(dtype)[1:]}, group {group}, {'plain' if plain else 'all'}",
                         dict.fromkeys(
-                            ("query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr", "out_ptr"),
+                            (
+                                "query_ptr",
+                                "key_ptr",
+                                "value_ptr",
+                                "keys_ptr",
+                                "values_ptr",
+                                "out_ptr",
+                                "sink_logits_ptr",
+                            ),
                             triton_type(dtype),
                         )
                         | dict.fromkeys(
@@ -431,7 +446,8 @@ def aot_cases() -> Iterator[AotCase]:
                             "SOFTCAPPED": not plain,
                             "BLOCK_DIM": triton.next_power_of_2(head_dim),
                             **finish_blocks(group, head_dim, _CHUNK),
-                        },
+                        }
+                        | ({"sink_logits_ptr": None} if plain else {}),
                     )
     for chunks in (2, 32):
         yield aot_case(

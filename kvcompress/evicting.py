@@ -158,7 +158,7 @@ class EvictingLayer(CompressedLayer):
         self.lengths.copy_((remap != EMPTY).sum(-1))
 
     def _attend(self, chunk: Chunk) -> Tensor:
-        if self.slots is not None and chunk.tokens == 1 and chunk.sinks is None:
+        if self.slots is not None and chunk.tokens == 1:
             return self._decode(chunk)
         if self.window is None or chunk.tokens == 1 or chunk.visible is None:
             return self._extend(chunk)
@@ -198,13 +198,15 @@ class EvictingLayer(CompressedLayer):
             scale=chunk.scale,
             window=self.window,
             softcap=chunk.softcap,
+            sink_logits=chunk.sinks,
         )
 
         def reread(chunk: Chunk) -> Tensor:
             # the token lies in the slots already, and counts in none of the lengths yet
             placed, query_positions = self._place(chunk, self.lengths[:, None])
             how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
-            return slots.decode_again(placed.query, chunk.key, chunk.value, at, query_positions, **how)
+            out, lse = slots.decode_again(placed.query, chunk.key, chunk.value, at, query_positions, **how)
+            return out if chunk.sinks is None else merge_states(*with_sinks([out], [lse], chunk.sinks))[0]
 
         def settle() -> None:
             self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
@@ -235,6 +237,7 @@ class EvictingLayer(CompressedLayer):
             window=self.window,
             softcap=chunk.softcap,
             memory=self.policy.memory,
+            sink_logits=chunk.sinks,
         )
         self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
         return out

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvcompress.dense import with_sinks
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.column_sums import slot_column_sums
 from kvcompress.kernels.merge import merge_states
@@ -107,12 +108,16 @@ class PackedSlots(SlotSegment):
         scale: float,
         window: int | None,
         softcap: float | None,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         out, lse, logits = self._attend(query, query_positions, scale, window, softcap, with_logits=True)
         # the token itself takes part as it came, and is packed for those that follow
         visible = (positions != EMPTY)[:, None]
         own_out, own_lse = causal_attention(query, key, value, scale=scale, visible=visible, softcap=softcap)
-        out, lse = merge_states([out, own_out], [lse, own_lse])
+        outs, lses = [out, own_out], [lse, own_lse]
+        if sink_logits is not None:
+            outs, lses = with_sinks(outs, lses, sink_logits)
+        out, lse = merge_states(outs, lses)
         self.put(key, value, positions)
         # a query that sees nothing has lse = -inf, and so have all its logits
         shift = lse.masked_fill(lse == -torch.inf, 0.0)
@@ -132,13 +137,13 @@ class PackedSlots(SlotSegment):
         scale: float,
         window: int | None,
         softcap: float | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         # as in `decode`, the token takes part as it came and not as it lies in its slot
         past = self.positions.scatter(2, self.spare[..., None], EMPTY)
         out, lse = self._attend(query, query_positions, scale, window, softcap, with_logits=False, positions=past)
         visible = (positions != EMPTY)[:, None]
         own_out, own_lse = causal_attention(query, key, value, scale=scale, visible=visible, softcap=softcap)
-        return merge_states([out, own_out], [lse, own_lse])[0]
+        return merge_states([out, own_out], [lse, own_lse])
 
     def _attend(
         self,

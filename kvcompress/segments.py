@@ -119,6 +119,7 @@ class SlotSegment(Segment):
         scale: float,
         window: int | None,
         softcap: float | None,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Takes in one token and answers its query.
 
@@ -126,6 +127,7 @@ class SlotSegment(Segment):
             query: [batch, heads, 1, head_dim], placed as `placed_keys` will be.
             key, value, positions: as `put` takes them.
             query_positions: [batch, 1] int32.
+            sink_logits: [heads], as in decode_attention.
 
         Returns:
             The output, [batch, heads, 1, head_dim], and what each slot received of the attention, summed over the
@@ -141,6 +143,7 @@ class SlotSegment(Segment):
             scale=scale,
             window=window,
             softcap=softcap,
+            sink_logits=sink_logits,
         )
 
     def decode_again(
@@ -154,9 +157,9 @@ class SlotSegment(Segment):
         scale: float,
         window: int | None,
         softcap: float | None,
-    ) -> Tensor:
-        """What `decode` answers another query of the token that it has taken in; arguments and output as there."""
-        return self.attend(query, query_positions, scale=scale, window=window, softcap=softcap)[0]
+    ) -> tuple[Tensor, Tensor]:
+        """What another query of the token that `decode` has taken in sees, sinks apart, and its log-sum-exp."""
+        return self.attend(query, query_positions, scale=scale, window=window, softcap=softcap)
 
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None

@@ -12,6 +12,7 @@ CASES = [
     (4, 600, 64, 96, {}),
     (8, 300, 129, 64, {"window": 250}),
     (2, 1100, 64, 64, {"window": 900, "softcap": 5.0}),
+    (3, 300, 64, 64, {"sink_logits": torch.linspace(-1.0, 4.0, 6, device=DEVICE)}),
 ]
 
 
@@ -55,6 +56,20 @@ def test_a_step_of_many_splits_agrees_with_the_reference(group, monkeypatch):
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_a_sink_is_one_more_key_without_a_value():
+    query, key, value, positions, query_positions = step(2, 70, 64, 64, torch.float32)
+    sinks = torch.tensor([0.5, 3.0, -2.0, 1.0], device=DEVICE)
+    out, probabilities = decode_attention(query, key, value, positions, query_positions, scale=0.1, sink_logits=sinks)
+    bias = torch.zeros(2, 4, 1, 71, device=DEVICE)
+    bias[..., :70].masked_fill_((positions < 0).repeat_interleave(2, 1)[:, :, None], -torch.inf)
+    bias[..., 70] = sinks[:, None]
+    one_more = [torch.cat([x, torch.zeros_like(x[:, :, :1])], 2).repeat_interleave(2, 1) for x in (key, value)]
+    weights = (query @ one_more[0].mT * 0.1 + bias).softmax(-1)
+    torch.testing.assert_close(out, weights @ one_more[1], rtol=1e-4, atol=1e-5)
+    expected = weights[..., :70].unflatten(1, (2, 2)).sum(2)[:, :, 0]
+    torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_probabilities_of_a_head_sum_to_its_group():

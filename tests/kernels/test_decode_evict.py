@@ -39,6 +39,7 @@ CASES = [
     (2, 60, 64, 64, {}),
     (3, 70, 80, 129, {"window": 30, "softcap": 3.0, "sinks": 2}),
     (2, 300, 64, 64, {"memory": 0.75, "sinks": 4}),
+    (2, 60, 64, 64, {"sink_logits": torch.linspace(-1.0, 4.0, 4, device=DEVICE)}),
 ]
 
 
