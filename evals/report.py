@@ -217,7 +217,9 @@ def _style(method: str, methods: Sequence[str]) -> tuple[str, str]:
 
 
 def _rank(method: str) -> tuple[int, str]:
-    return _ORDER.index(method.partition(":")[0]), method
+    name = method.partition(":")[0]
+    # a peer's methods stand after ours
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER), method
 
 
 @dataclass(frozen=True)

@@ -177,3 +177,14 @@ def test_sweeps_of_several_models_keep_them_apart(tmp_path):
 def test_a_folder_without_rows_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there are no rows of a sweep \(results.jsonl\) in "):
         report.collect([tmp_path])
+
+
+def test_a_peers_rows_stand_after_ours_in_plot_table_and_page(tmp_path):
+    made = [row("kvpress-tova", 0.2, 0.75, 800), row("h2o", 0.2), row("none", None, 1.0, 2000)]
+    write(tmp_path / "ours", *made[1:])
+    write(tmp_path / "theirs", made[0])
+    rows = report.collect([tmp_path / "ours", tmp_path / "theirs"])
+    paths = report.write_all(rows, tmp_path)
+    assert [found["method"] for found in rows] == ["none", "h2o", "kvpress-tova"]
+    assert [path.name for path in paths] == ["results.csv", "accuracy.png", "report.html"]
+    assert "kvpress-tova" in paths[-1].read_text()

@@ -1,0 +1,104 @@
+"""A peer gets the prompts of a sweep, and its answers become rows that stand beside those of the sweep."""
+
+import json
+
+import pytest
+
+from kvcompress.evals.peers.exchange import read_rows, write_prompts
+from kvcompress.evals.points import Settings
+from kvcompress.evals.sweep import Sweep
+from kvcompress.evals.tasks import make_prompt, make_samples
+
+SETTINGS = Settings(("none",), (1.0,), ("passkey", "needle"), (700,), 2)
+CELLS = [(task, protocol) for task in SETTINGS.tasks for protocol in SETTINGS.protocols]
+
+
+@pytest.fixture
+def sweep(model, tokenizer, tmp_path):
+    return Sweep(SETTINGS, model, tokenizer, tmp_path)
+
+
+@pytest.fixture
+def prompts(sweep, tmp_path):
+    write_prompts(sweep, tmp_path / "prompts")
+    return [json.loads(line) for line in (tmp_path / "prompts" / "prompts.jsonl").read_text().splitlines()]
+
+
+def answered(tmp_path, prompts, says, **change):
+    """A file in which a peer says something to each prompt."""
+    path = tmp_path / "answers.jsonl"
+    rows = [
+        {
+            "id": prompt["id"],
+            "press": "tova",
+            "budget": 0.5,
+            "tokens": says(prompt),
+            "bytes": 1000 + 100 * index,
+            "bytes_after": 5000,
+            "kept": [350, 352],
+            "masked": False,
+            "seconds": 0.5,
+            "where": {"kvpress": "0"},
+        }
+        | change
+        for index, prompt in enumerate(prompts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_prompts_are_the_tokens_that_a_sweep_reads_before_and_after_compression(prompts, tokenizer):
+    assert [prompt["id"] for prompt in prompts] == [
+        f"{task}/700/{protocol}/{index}" for task, protocol in CELLS for index in range(2)
+    ]
+    for prompt in prompts:
+        task, _, protocol, index = prompt["id"].split("/")
+        made = make_prompt(tokenizer, make_samples(task, tokenizer, 700, 2)[int(index)])
+        assert tuple(prompt["first"] + prompt["last"]) == made.context + made.question
+        assert len(prompt["last"]) == (1 if protocol == "question-aware" else len(made.question))
+        assert prompt["max_new_tokens"] == made.max_new_tokens
+
+
+def test_answers_are_scored_as_the_sweep_scores_its_own(sweep, prompts, tmp_path, tokenizer):
+    samples = {task: make_samples(task, tokenizer, 700, 2) for task in SETTINGS.tasks}
+
+    def says(prompt):
+        # the first of each pair is right
+        task, _, _, index = prompt["id"].split("/")
+        return tokenizer.encode(samples[task][0].answers[0] if index == "0" else "no", add_special_tokens=False)
+
+    rows = read_rows(sweep, answered(tmp_path, prompts, says))
+    assert [(row["task"], row["protocol"]) for row in rows] == CELLS
+    for place, row in enumerate(rows):
+        assert (row["method"], row["budget"], row["length"], row["samples"]) == ("kvpress-tova", 0.5, 700, 2)
+        assert row["scores"] == [1.0, 0.0]
+        assert row["score"] == 0.5
+        # of two prompts one after the other
+        assert row["bytes"] == 1050 + 200 * place
+        assert (row["bytes_after"], row["tokens_kept"]) == (5000, 351)
+        assert row["ratio"] == pytest.approx(row["bytes"] / row["full_bytes"], abs=1e-5)
+        assert row["compressed"]
+    assert len({row["key"] for row in rows}) == len(rows)
+
+
+def test_full_bytes_are_those_that_our_full_cache_holds(sweep, prompts, tmp_path):
+    row = read_rows(sweep, answered(tmp_path, prompts, lambda prompt: [5]))[0]
+    own = next(point for point in sweep.points if (point.task, point.protocol) == CELLS[0] and point.method == "none")
+    assert row["full_bytes"] == sweep.measure(own)["full_bytes"]
+
+
+def test_a_peer_that_left_samples_out_is_refused(sweep, prompts, tmp_path):
+    path = answered(tmp_path, prompts[1:], lambda prompt: [5])
+    with pytest.raises(ValueError, match=r"answers 1 of the 2 samples of passkey 700 question-agnostic by tova at 0.5"):
+        read_rows(sweep, path)
+
+
+def test_answers_to_other_prompts_are_refused(sweep, prompts, tmp_path):
+    prompts[0]["id"] = "passkey/900/question-agnostic/0"
+    with pytest.raises(ValueError, match=r"answers 1 of the 2|1 answers .* to no prompt"):
+        read_rows(sweep, answered(tmp_path, prompts, lambda prompt: [5]))
+    extra = [dict(prompts[-1], id="needle/900/question-aware/0")]
+    with pytest.raises(ValueError, match=r"1 answers in .* are to no prompt of these settings"):
+        read_rows(sweep, answered(tmp_path, prompts[2:] + extra, lambda prompt: [5]))
+    with pytest.raises(ValueError, match=r"answers needle/.* twice by tova at 0.5"):
+        read_rows(sweep, answered(tmp_path, prompts[-1:] * 2, lambda prompt: [5]))
