@@ -13,13 +13,17 @@ from kvcompress.evals.protocol import Measured
 
 
 class Results:
-    """The rows of a folder. The newest row of a key stands."""
+    """The rows of a folder, of whatever process; new ones go to `name`. The newest row of a key stands."""
 
-    def __init__(self, folder: Path, forget: bool = False) -> None:
-        self.path = folder / "results.jsonl"
+    def __init__(self, folder: Path, forget: bool = False, name: str = "results.jsonl") -> None:
+        self.path = folder / name
         self.rows: dict[str, dict[str, Any]] = {}
         if not forget:
-            self.rows = read_rows(folder)
+            self.reload()
+
+    def reload(self) -> None:
+        """Takes in what other processes have written."""
+        self.rows |= read_rows(self.path.parent)
 
     def is_done(self, key: str) -> bool:
         """True where a row of this key succeeded."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.evals import baselines
 from kvcompress.evals.agreement import FullReference, make_windows
+from kvcompress.evals.claims import Claims
 from kvcompress.evals.first_forward import FirstForward
 from kvcompress.evals.points import TEXT, Point, Settings, make_points
 from kvcompress.evals.protocol import Measured, Reader, answer, split
@@ -30,6 +31,8 @@ from kvcompress.evals.tasks import TASKS, Prompt, Tokenizer, make_prompt, make_s
 
 # part of every key: raise it whenever the same settings come to mean another measurement
 _PROTOCOL_VERSION = 1
+# seconds between two looks at what other processes have done
+_PAUSE = 1.0
 # bytes of first forwards kept for the caches that share them
 _MOST_RECORDED = 4 * 2**30
 
@@ -39,6 +42,8 @@ class Sweep:
     """A sweep of one model. `run` measures what is missing and returns the rows of all points, in their order.
 
     forget: measure again what the folder already has; its rows stay in the file, and newer ones stand.
+    rank, processes: of processes that run the same sweep on one folder. Each measures what no other has claimed, in a
+        file of its own, and returns when all points are done; what a killed one had begun, another takes up.
     """
 
     settings: Settings
@@ -47,10 +52,13 @@ class Sweep:
     folder: Path
     forget: bool = False
     build: Callable[[str, PreTrainedModel, int | None], Any] = baselines.build
+    rank: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         self.points = make_points(self.settings)
-        self.results = Results(self.folder, self.forget)
+        name = "results.jsonl" if self.processes == 1 else f"results.{self.rank}.jsonl"
+        self.results = Results(self.folder, self.forget, name)
         self._shared: tuple[Any, Any] = (None, None)
         # of the newest task, length and protocol, by the rows of tokens
         self._recorded: tuple[Any, dict[Any, FirstForward]] = (None, {})
@@ -97,22 +105,53 @@ class Sweep:
 
     def run(self, on_row: Callable[[Point, dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
         """Measures the missing points; one that fails is recorded as such and the rest goes on."""
-        for point in self.missing():
-            started = time.perf_counter()
-            try:
-                found = {"status": "ok"} | self.measure(point)
-            except Exception as error:
-                found = {
-                    "status": "failed",
-                    "error": f"{type(error).__name__}: {error}",
-                    "traceback": traceback.format_exc(),
-                }
-            row = {"key": self.key(point)} | self.facts(point) | found
-            row |= {"seconds": round(time.perf_counter() - started, 3), "provenance": self._provenance()}
-            self.results.append(row)
-            if on_row is not None:
-                on_row(point, row)
+        missing = self.missing()
+        if self.processes == 1:
+            for point in missing:
+                self._add(point, on_row)
+        else:
+            self._share_out(missing, on_row)
         return [self.results.rows[self.key(point)] for point in self.points]
+
+    def _share_out(self, points: list[Point], on_row: Callable[[Point, dict[str, Any]], None] | None) -> None:
+        """Measures of these what no other process does, until every one has a row of this run."""
+        claims = Claims(self.folder)
+        before = dict(self.results.rows)
+
+        def is_open(point: Point) -> bool:
+            row = self.results.rows.get(self.key(point))
+            return row is None or (row["status"] != "ok" and row == before.get(self.key(point)))
+
+        # each begins at another place, as neighbours share their prompts
+        first = len(points) * self.rank // self.processes
+        points = points[first:] + points[:first]
+        while points:
+            for point in points:
+                with claims.claim(self.key(point)) as ours:
+                    if ours:
+                        self.results.reload()
+                        if is_open(point):
+                            self._add(point, on_row)
+            self.results.reload()
+            points = [point for point in points if is_open(point)]
+            if points:
+                time.sleep(_PAUSE)
+
+    def _add(self, point: Point, on_row: Callable[[Point, dict[str, Any]], None] | None) -> None:
+        started = time.perf_counter()
+        try:
+            found = {"status": "ok"} | self.measure(point)
+        except Exception as error:
+            found = {
+                "status": "failed",
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            }
+        row = {"key": self.key(point)} | self.facts(point) | found
+        row |= {"seconds": round(time.perf_counter() - started, 3), "provenance": self._provenance()}
+        self.results.append(row)
+        if on_row is not None:
+            on_row(point, row)
 
     def measure(self, point: Point) -> dict[str, Any]:
         """One point's score with its standard error, and its measured bytes."""

@@ -117,6 +117,7 @@ def sweep(
     """Measure accuracy against memory: every method, at every budget, on every task.
 
     Finished points are kept in the folder and not repeated; a point that fails is reported, and the rest goes on.
+    Several processes share the points of a folder: accelerate launch -m kvcompress sweep ...
     """
     values: dict[str, Any] = {
         "methods": methods,
@@ -358,7 +359,11 @@ def _sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool, dt
 
     with _mistakes():
         read_text(settings.text)
-    lock = FileLock(folder / ".lock", timeout=0)
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if fresh and processes > 1:
+        raise UsageError("--fresh is for a single process: several would forget one another's rows; use an empty --out")
+    # of several processes the first has the folder for all
+    lock = FileLock(folder / (".lock" if rank == 0 else f".lock.{rank}"), timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -366,7 +371,7 @@ def _sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool, dt
     with lock:
         model, tokenizer = _load(name, dtype, device)
         with _mistakes():
-            work = Sweep(settings, model, tokenizer, folder, forget=fresh)
+            work = Sweep(settings, model, tokenizer, folder, forget=fresh, rank=rank, processes=processes)
             check_budgets(model, work.points)
             work.check_tasks()
         try:
@@ -374,6 +379,8 @@ def _sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool, dt
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from what {folder} has", file=sys.stderr)
             return 130
+        if rank:
+            return 0
         paths = report.write_all(rows, folder)
     return _show(rows, [work.results.path, *paths])
 
@@ -396,7 +403,9 @@ def _run(work: "Sweep") -> "list[Row]":
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600)
+    # several processes would draw over one another
+    hidden = not console.is_terminal or work.processes > 1
+    bar = Progress(*columns, console=console, disable=hidden, speed_estimate_period=3600)
     with bar:
         # progress counts tokens to read, so that long points weigh more
         total = sum(work.cost(point) for point in missing)
@@ -407,7 +416,8 @@ def _run(work: "Sweep") -> "list[Row]":
             nonlocal finished
             finished += 1
             following = missing[finished].title if finished < len(missing) else "done"
-            count = f"{done + finished}/{len(work.points)}"
+            # what other processes have done counts too
+            count = f"{max(done + finished, len(work.points) - len(work.missing()))}/{len(work.points)}"
             bar.update(task, advance=work.cost(point), description=following, count=count)
             said = f"{row['score']:.3f}" if row["status"] == "ok" else f"failed: {row['error'].splitlines()[0]}"
             if bar.disable:
@@ -500,7 +510,8 @@ def _load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrained
 
     logging.disable_progress_bar()
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # of the processes of a launcher, each has its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         with _mistakes():
             return load_model(name, dtype="auto" if dtype == "auto" else _dtype(dtype), device=device)
