@@ -110,7 +110,7 @@ def test_a_failing_point_is_tried_by_one_process_and_again_in_the_next_run(toget
 
 def test_several_processes_do_not_forget_one_another(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["sweep", "--methods", "h2o", "--fresh", "--out", str(tmp_path)]) == 2
+    assert cli.main(["sweep", "--methods", "h2o", "--fresh", "--out", str(tmp_path), "--model", "/nowhere"]) == 2
     assert "--fresh is for a single process" in capsys.readouterr().err
 
 
