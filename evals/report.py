@@ -31,6 +31,8 @@ _COLUMNS = [
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#a5732a")
 _MARKERS = "osD^vPX*"
 _FLOOR_COLOR = "#666666"
+# what rows of text have beside their score; less is better
+_PROXIES = {"kl": "KL from the full cache, nats", "attention_error": "relative error of attention's outputs"}
 _ORDER = tuple(baselines.METHODS)
 
 
@@ -63,18 +65,11 @@ def make_panels(rows: Sequence[Row]) -> list[list[Panel]]:
         for members in protocols.values():
             rises = members[0].get("higher_is_better", True)
             line.append(Panel(tuple(members), "score", "stderr", members[0]["metric"], rises))
-            if "kl" in members[0]:
-                line.append(Panel(tuple(members), "kl", "kl_stderr", "KL from the full cache, nats", False))
-            if "attention_error" in members[0]:
-                line.append(
-                    Panel(
-                        tuple(members),
-                        "attention_error",
-                        "attention_error_stderr",
-                        "relative error of attention's outputs",
-                        False,
-                    )
-                )
+            for value, label in _PROXIES.items():
+                # rows of older sweeps may lack one
+                having = tuple(row for row in members if value in row)
+                if having:
+                    line.append(Panel(having, value, f"{value}_stderr", label, False))
         lines.append(line)
     return lines
 

@@ -63,6 +63,15 @@ def test_protocols_are_plotted_apart_and_text_has_its_kl():
     ]
 
 
+def test_rows_without_a_figure_are_left_out_of_its_plot(tmp_path):
+    newer = {"task": "text", "protocol": "continuation", "kl": 0.1, "kl_stderr": 0.01}
+    more = {"attention_error": 0.2, "attention_error_stderr": 0.02}
+    made = [row("none", None, **newer), row("h2o", 0.5, **newer, **more), row("h2o", 0.2, **newer, **more)]
+    (line,) = report.make_panels(made)
+    assert [(panel.value, len(panel.rows)) for panel in line] == [("score", 3), ("kl", 3), ("attention_error", 2)]
+    assert report.draw(made, tmp_path / "plot.png")
+
+
 def test_failed_rows_are_in_no_plot_but_in_table_and_page(tmp_path):
     broken = [*rows(), row("knorm", 0.5) | FAILED]
     assert all(r["status"] == "ok" for line in report.make_panels(broken) for panel in line for r in panel.rows)
