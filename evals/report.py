@@ -140,8 +140,8 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
         values = [row[panel.value] for row in rows]
         errors = [row[panel.error] or 0.0 for row in rows]
         if method == registry.FULL:
-            # a KL of 0 has no place on a logarithmic axis
-            if values[0] > 0:
+            # what is next to nothing has no place on a logarithmic axis
+            if panel.value == "score":
                 place.axhline(values[0], color="black", linewidth=0.9, linestyle=":", zorder=1)
             line = place.axvline(sizes[0], color="black", linewidth=0.9, linestyle=":", zorder=1)
             handles.setdefault("full cache (ceiling)", line)
@@ -186,6 +186,9 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
         place.set_ylim(-0.05, 1.05)
     elif not panel.rises and any(row[panel.value] > 0 for row in panel.rows):
         place.set_yscale("log")
+        values = [row[panel.value] for row in panel.rows if row[panel.value] > 0]
+        # exact caches would stretch the axis down to the rounding of float32
+        place.set_ylim(bottom=max(min(values) / 1.5, max(values) * 1e-4))
     place.grid(True, color="#dddddd", linewidth=0.6)
     place.set_axisbelow(True)
     place.tick_params(labelsize=8)
