@@ -79,7 +79,7 @@ class MeasuredDynamicCache(_Measured, DynamicCache):
 
 
 class MeasuredQuantizedCache(_Measured, QuantizedCache):
-    """transformers' QuantizedCache, which can also take sequences out of a batch."""
+    """transformers' QuantizedCache, which can also take sequences out of a batch, and repeat them."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
         for layer in self.layers:
@@ -93,6 +93,10 @@ class MeasuredQuantizedCache(_Measured, QuantizedCache):
         if self._came is not None:
             shape, dtype = self._came
             self._came = torch.Size((len(indices), *shape[1:])), dtype
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._came is not None:
+            self.batch_select_indices(torch.arange(self._came[0][0]).repeat_interleave(repeats))
 
 
 def _is_packed(item: Any) -> bool:

@@ -96,6 +96,22 @@ def test_sequences_taken_out_of_a_quantised_batch_go_on_as_they_would_have(spec)
     torch.testing.assert_close(found, expected[[1, 1, 0]], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("spec", QUANTISED)
+def test_sequences_repeated_in_a_quantised_batch_go_on_as_they_would_have(spec):
+    model = tiny()
+    cache = built(spec, model)
+    read(model, cache, prompt(64, 2))
+    repeated = cache.clone()
+    try:
+        repeated.batch_repeat_interleave(2)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    following = prompt(5, 2, seed=2)
+    expected = read(model, cache, following).repeat_interleave(2, 0)
+    found = read(model, repeated, following.repeat_interleave(2, 0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_sequences_are_not_taken_out_where_packed_ones_would_stay():
     class Layer:
         """A layer of an older transformers, whose reordering does not reach what is packed."""
