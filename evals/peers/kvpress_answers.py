@@ -107,7 +107,13 @@ _EMPTY: list[torch.Tensor] = []
 
 
 def rows_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    dropout: float = 0.0,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of rows that hold different numbers of tokens; transformers has one mask for all layers."""
     queries, keys = query.shape[2], key.shape[2]
@@ -135,13 +141,15 @@ def joined(caches: list[Pairs]) -> DynamicCache:
 
 
 def held_bytes(pairs: Pairs) -> int:
-    """Bytes of these tensors' storages."""
-    return sum(x.untyped_storage().nbytes() for pair in pairs for x in pair)
+    """Bytes of these tensors; a view counts as what it shows, as the next token leaves the rest behind."""
+    return sum(x.numel() * x.element_size() for pair in pairs for x in pair)
 
 
-def together(model: Any, prompt: dict[str, Any], ratios: dict[float, float]) -> Iterator[dict[str, Any]]:
-    """Rows of all presses that leave the attention function alone; ratios: what is dropped, by budget."""
-    presses = {(name, budget): make_press(name, ratio) for name in TOGETHER for budget, ratio in ratios.items()}
+def together(
+    model: Any, prompt: dict[str, Any], names: list[str], ratios: dict[float, float]
+) -> Iterator[dict[str, Any]]:
+    """Rows of presses that leave the attention function alone; ratios: what is dropped, by budget."""
+    presses = {(name, budget): make_press(name, ratio) for name in names for budget, ratio in ratios.items()}
     # only the weights of a prefill need eager attention
     model.set_attn_implementation("eager")
     kept = prefill(model, prompt["first"], presses)
@@ -149,10 +157,10 @@ def together(model: Any, prompt: dict[str, Any], ratios: dict[float, float]) -> 
     seen, asked = len(prompt["first"]), prompt["last"]
     for budget in ratios:
         started = time.perf_counter()
-        caches = [kept[name, budget] for name in TOGETHER]
+        caches = [kept[name, budget] for name in names]
         answers = answer(model, joined(caches), seen, asked, prompt["max_new_tokens"], set(prompt["stops"]))
-        seconds = (time.perf_counter() - started) / len(TOGETHER)
-        for name, pairs, tokens in zip(TOGETHER, caches, answers, strict=True):
+        seconds = (time.perf_counter() - started) / len(names)
+        for name, pairs, tokens in zip(names, caches, answers, strict=True):
             lengths = [key.shape[2] for key, _ in pairs]
             a_token = held_bytes(pairs) / sum(lengths) * len(lengths)
             yield {
@@ -221,6 +229,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder or hub id")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", default="0.5,0.2,0.1", help="shares of the context that are kept")
+    parser.add_argument("--presses", default=",".join(TOGETHER))
     parser.add_argument("--alone", default="", help=f"also these, slowly: {','.join(ALONE)}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--verify", action="store_true")
@@ -238,6 +247,7 @@ def main() -> None:
     model.eval()
     prompts = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
     budgets = [float(budget) for budget in arguments.budgets.split(",")]
+    names = arguments.presses.split(",")
     if arguments.verify:
         verify(model, prompts[0], 1 - budgets[0])
     done = set()
@@ -249,8 +259,8 @@ def main() -> None:
             # the same tokens as kvcompress keeps at this budget: a share of the length asked for
             ratios = {budget: 1 - (round(budget * prompt["length"]) + 0.5) / len(prompt["first"]) for budget in budgets}
             made: list[dict[str, Any]] = []
-            if not all((prompt["id"], name, budget) in done for name in TOGETHER for budget in budgets):
-                made += together(model, prompt, ratios)
+            if not all((prompt["id"], name, budget) in done for name in names for budget in budgets):
+                made += together(model, prompt, names, ratios)
             if arguments.alone:
                 model.set_attn_implementation("sdpa")
                 for name in arguments.alone.split(","):
