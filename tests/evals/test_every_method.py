@@ -14,8 +14,9 @@ from kvcompress.evals.sweep import Sweep
 from tests.contract.models import tiny
 
 SPECS = [
-    *sorted({*baselines.METHODS} - {"across", "shadowkv"}), "h2o:bits=4", "h2o:allocation=pyramid",
-    "gear:bits=2:group_size=16:buffer=32", "quanto:bits=2", "swiftkv:bits=4", "across:share=1",
+    *sorted({*baselines.METHODS} - {"across", "shadowkv", "quanto", "hqq"}), "h2o:bits=4", "h2o:allocation=pyramid",
+    "gear:bits=2:group_size=16:buffer=32", "quanto:group_size=16", "quanto:bits=2:group_size=16",
+    "hqq:group_size=16", "swiftkv:bits=4", "across:share=1",
     "shadowkv:chunk=4:outlier_chunks=2:local_chunks=2:rank=6",
 ]  # fmt: skip
 EXACT = {"none", "dynamic", "hydragen", "across:share=1"}
