@@ -246,8 +246,11 @@ def test_the_command_line_leaves_a_model_that_loads(smollm2, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     command = ["distill", str(tmp_path / "text.txt"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
-    assert main([*command, "--steps", "2", "--length", "32", "--share", "2"]) == 0
+    rest = ["--steps", "2", "--length", "32", "--share", "2", "--fit-tokens", "64", "--hidden-weight", "0.5"]
+    assert main([*command, *rest]) == 0
     assert "2/2  loss" in capsys.readouterr().out
+    settings = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["settings"]
+    assert (settings["fit_tokens"], settings["hidden_weight"], settings["length"]) == (64, 0.5, 32)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (loaded.config.num_key_value_layers, loaded.config.key_value_group_size) == (2, 2)
     assert (tmp_path / "out" / "losses.jsonl").read_text().count("\n") == 2
