@@ -3,25 +3,34 @@
 Heavy imports wait until a command runs. A user's mistake is one line on stderr and exit status 2.
 """
 
-import contextlib
-import json
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvcompress.cli_sweep import run_sweep, show
+from kvcompress.cli_values import (
+    UsageError,
+    as_budget,
+    as_dtype,
+    as_object,
+    check_folder,
+    count,
+    gibibytes,
+    is_default,
+    load,
+    parts,
+    unescaped,
+    users_mistakes,
+)
+
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
-    from kvcompress.evals.points import Settings
-    from kvcompress.evals.report import Row
-    from kvcompress.evals.sweep import Sweep
 
 _METHODS = "h2o,snapkv,tova,streaming,keydiff,knorm,expected,gear,kivi"
 _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
@@ -48,10 +57,6 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", help="Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else a GPU where there is one.")]
-
-
-class UsageError(Exception):
-    """A user's mistake, in one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,20 +135,20 @@ def sweep(
         "chunk": chunk,
     }
     if quick:
-        values |= {name: value for name, value in _QUICK.items() if _is_default(context, name)}
-    kinds: dict[str, Callable[[str], Any]] = {"lengths": _count, "budgets": _budget}
+        values |= {name: value for name, value in _QUICK.items() if is_default(context, name)}
+    kinds: dict[str, Callable[[str], Any]] = {"lengths": count, "budgets": as_budget}
     for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
-        values[name] = tuple(kinds.get(name, str)(part) for part in _parts(values[name]))
+        values[name] = tuple(kinds.get(name, str)(part) for part in parts(values[name]))
 
     from kvcompress.evals.points import Settings
 
-    with _mistakes():
+    with users_mistakes():
         settings = Settings(
             **values, seed=seed, hold_back=hold_back, batch=batch, text=text, num_fewshot=num_fewshot, limit=limit,
-            metadata=_object("--metadata", metadata), question=None if question is None else _unescaped(question),
+            metadata=as_object("--metadata", metadata), question=None if question is None else unescaped(question),
         )  # fmt: skip
-    _check_folder(out)
-    return _sweep(settings, model, out, fresh, dtype, device)
+    check_folder(out)
+    return run_sweep(settings, model, out, fresh, dtype, device)
 
 
 @app.command()
@@ -154,10 +159,10 @@ def report(
     """Put the rows of several sweeps into one table, plot and page."""
     from kvcompress.evals import report as reports
 
-    with _mistakes():
+    with users_mistakes():
         rows = reports.collect(folders)
-    _check_folder(out)
-    return _show(rows, reports.write_all(rows, out))
+    check_folder(out)
+    return show(rows, reports.write_all(rows, out))
 
 
 @app.command(name="eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -182,7 +187,7 @@ def evaluate(
         if isinstance(value, str) and ("," in value or (name != "cache" and "=" in value)):
             raise UsageError(f"--{name.replace('_', '-')} must not contain a comma or an equals sign, got {value!r}")
     if budget is not None:
-        _budget(budget)
+        as_budget(budget)
     passed = ",".join(f"{name}={value}" for name, value in settings.items() if value is not None)
     if "--model_args" in rest:
         at = rest.index("--model_args")
@@ -190,7 +195,7 @@ def evaluate(
         del rest[at : at + 2]
     from kvcompress.evals.lm import run_harness
 
-    with _mistakes():
+    with users_mistakes():
         run_harness(["--model_args", passed, *rest])
     return 0
 
@@ -209,7 +214,7 @@ def generate(
     device: DeviceOption = None,
 ) -> None:
     """Answer a prompt through a cache, and show its memory and speed."""
-    tokens_kept = _budget(budget)
+    tokens_kept = as_budget(budget)
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0:
@@ -220,7 +225,7 @@ def generate(
 
     from kvcompress import registry
 
-    with _mistakes():
+    with users_mistakes():
         registry.parse(cache)
     _generate(question, model, cache, tokens_kept, max_new_tokens, temperature, raw, seed, dtype, device)
 
@@ -236,18 +241,18 @@ def plan(
     dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16, float16.")] = "bfloat16",
 ) -> None:
     """Tell, without loading weights, what each cache would need and which fits."""
-    tokens_kept = _budget(budget)
+    tokens_kept = as_budget(budget)
     if gpu_memory <= 0:
         raise UsageError(f"--gpu-memory must be more than 0 GiB, got {gpu_memory}")
-    names = _parts(methods)
+    names = parts(methods)
 
     from rich.console import Console
     from rich.table import Table
 
     from kvcompress.plan import largest_batch, make_plan, read_shape
 
-    with _mistakes():
-        kind = _dtype(dtype)
+    with users_mistakes():
+        kind = as_dtype(dtype)
         shape = read_shape(model)
         needs = make_plan(shape, names, context, batch, tokens_kept, kind)
     table = Table(
@@ -261,11 +266,11 @@ def plan(
         table.add_row(
             need.method,
             "all" if need.budget is None else str(need.budget),
-            _gibibytes(need.cache),
+            gibibytes(need.cache),
             f"{need.cache / need.full_cache:.1%}",
-            _gibibytes(need.weights),
-            _gibibytes(need.prefill),
-            _gibibytes(need.peak),
+            gibibytes(need.weights),
+            gibibytes(need.prefill),
+            gibibytes(need.peak),
             "yes" if fits else "no",
             str(largest_batch(need, batch, int(gpu_memory * 2**30))),
         )
@@ -320,16 +325,16 @@ def distill(
         raise UsageError(
             f"--skip-from must be a layer such as 15, or a fraction such as 0.5, got {skip_from!r}"
         ) from None
-    _check_folder(out)
+    check_folder(out)
 
     from kvcompress import distill as distillation
     from kvcompress.swiftkv import SwiftKVModel, convert
 
-    with _mistakes():
+    with users_mistakes():
         settings = distillation.Distillation(**values)
     # each process then moves it to the device that is its own
-    loaded, tokenizer = _load(model, dtype, "cpu")
-    with _mistakes():
+    loaded, tokenizer = load(model, dtype, "cpu")
+    with users_mistakes():
         student: Any = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)
         rows = distillation.read_rows(data, tokenizer, settings.length)
 
@@ -341,114 +346,12 @@ def distill(
                 flush=True,
             )
 
-    with _mistakes():
+    with users_mistakes():
         distillation.distill(student, rows, settings, out, show)
     if int(os.environ.get("RANK", "0")) == 0:
         student.save_pretrained(out)
         tokenizer.save_pretrained(out)
         print(out)
-
-
-def _sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool, dtype: str, device: str | None) -> int:
-    from filelock import FileLock, Timeout
-
-    from kvcompress.evals import report
-    from kvcompress.evals.points import check_budgets
-    from kvcompress.evals.sweep import Sweep
-    from kvcompress.evals.tasks import read_text
-
-    with _mistakes():
-        read_text(settings.text)
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if fresh and processes > 1:
-        raise UsageError("--fresh is for a single process: several would forget one another's rows; use an empty --out")
-    # of several processes the first has the folder for all
-    lock = FileLock(folder / (".lock" if rank == 0 else f".lock.{rank}"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UsageError(f"another sweep is writing to {folder}; give this one its own --out") from None
-    with lock:
-        model, tokenizer = _load(name, dtype, device)
-        with _mistakes():
-            work = Sweep(settings, model, tokenizer, folder, forget=fresh, rank=rank, processes=processes)
-            check_budgets(model, work.points)
-            work.check_tasks()
-        try:
-            rows = _run(work)
-        except KeyboardInterrupt:
-            print(f"interrupted; the same command goes on from what {folder} has", file=sys.stderr)
-            return 130
-        if rank:
-            return 0
-        paths = report.write_all(rows, folder)
-    return _show(rows, [work.results.path, *paths])
-
-
-def _run(work: "Sweep") -> "list[Row]":
-    """Measures what is missing, with a bar of the time left; where there is no terminal, with a line a point."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    missing = work.missing()
-    done = len(work.points) - len(missing)
-    had = f"; {done} of them are already in {work.folder}" if done else ""
-    print(f"{len(work.points)} points on {work.model_name}{had}", flush=True)
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.fields[count]}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    # several processes would draw over one another
-    hidden = not console.is_terminal or work.processes > 1
-    bar = Progress(*columns, console=console, disable=hidden, speed_estimate_period=3600)
-    with bar:
-        # progress counts tokens to read, so that long points weigh more
-        total = sum(work.cost(point) for point in missing)
-        task = bar.add_task(missing[0].title if missing else "", total=total, count=f"{done}/{len(work.points)}")
-        finished = 0
-
-        def on_row(point: Any, row: "Row") -> None:
-            nonlocal finished
-            finished += 1
-            following = missing[finished].title if finished < len(missing) else "done"
-            # what other processes have done counts too
-            count = f"{max(done + finished, len(work.points) - len(work.missing()))}/{len(work.points)}"
-            bar.update(task, advance=work.cost(point), description=following, count=count)
-            said = f"{row['score']:.3f}" if row["status"] == "ok" else f"failed: {row['error'].splitlines()[0]}"
-            if bar.disable:
-                print(f"{count} {point.title}: {said} ({row['seconds']:.1f} s)", flush=True)
-            elif row["status"] != "ok":
-                bar.console.print(f"{point.title}: {said}", style="red", markup=False)
-
-        return work.run(on_row)
-
-
-def _show(rows: "list[Row]", paths: list[Path]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from kvcompress.evals import report
-
-    console = Console()
-    for table in report.make_tables(rows) + report.make_comparisons(rows):
-        shown = Table(title=table.title, title_justify="left")
-        shown.add_column("method")
-        for budget in table.budgets:
-            shown.add_column(budget, justify="right")
-        for line in table.lines:
-            shown.add_row(*line)
-        console.print(shown)
-    for path in paths:
-        print(path)
-    failed = [row for row in rows if row["status"] != "ok"]
-    for row in failed:
-        print(f"kvcompress: failed: {report.describe(row)}: {row['error'].splitlines()[0]}", file=sys.stderr)
-    return 1 if failed else 0
 
 
 def _generate(
@@ -478,14 +381,14 @@ def _generate(
             self.times.append(time.perf_counter())
             super().put(value)
 
-    model, tokenizer = _load(name, dtype, device)
+    model, tokenizer = load(name, dtype, device)
     if raw or not tokenizer.chat_template:
         inputs = tokenizer(question, return_tensors="pt")
     else:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    with _mistakes():
+    with users_mistakes():
         cache = registry.build(method, model, budget)
     set_seed(seed)
     clock = Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -500,104 +403,3 @@ def _generate(
     speed = f"{(new_tokens - 1) / decode:.1f} tokens/s" if new_tokens > 1 else "one token"
     print(f"\n{prompt_tokens} prompt tokens in {prefill:.2f} s; {new_tokens} new tokens, {speed}")
     print(f"{registry.canonical(method)}: {cache.memory()}")
-
-
-def _load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedModel, Any]":
-    import torch
-    from transformers.utils import logging
-
-    from kvcompress.loading import ModelUnavailableError, load_model
-
-    logging.disable_progress_bar()
-    if device is None:
-        # of the processes of a launcher, each has its own
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        with _mistakes():
-            return load_model(name, dtype="auto" if dtype == "auto" else _dtype(dtype), device=device)
-    except ModelUnavailableError as error:
-        raise UsageError(str(error)) from error
-
-
-def _dtype(name: str) -> "torch.dtype":
-    import torch
-
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in kinds:
-        raise UsageError(f"--dtype must be one of {', '.join(kinds)}, got {name!r}")
-    return kinds[name]
-
-
-@contextlib.contextmanager
-def _mistakes() -> Iterator[None]:
-    """Within it, an error about values is the user's mistake, because nothing but the user's values is looked at."""
-    from kvcompress.loading import ModelUnavailableError
-
-    try:
-        yield
-    except (ValueError, ModelUnavailableError) as error:
-        raise UsageError(str(error)) from error
-
-
-def _is_default(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "DEFAULT"
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _count(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"a length must be a number of tokens, got {text!r}") from None
-
-
-def _budget(text: str) -> int | float:
-    """A count of tokens where it is written as an integer, else a fraction."""
-    try:
-        budget = int(text)
-    except ValueError:
-        try:
-            fraction = float(text)
-        except ValueError:
-            fraction = -1.0
-        if not 0.0 < fraction <= 1.0:
-            raise UsageError(
-                f"a budget must be a fraction in (0, 1] such as 0.2, or a count of tokens such as 512; got {text!r}"
-            ) from None
-        return fraction
-    if budget < 1:
-        raise UsageError(f"a budget must be at least 1 token, got {text}")
-    return budget
-
-
-def _object(option: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(f'{option} must be a JSON object such as {{"data": "/folder"}}, got {text!r}')
-    return found
-
-
-def _unescaped(text: str) -> str:
-    """A shell passes \\n as two characters."""
-    return text.replace("\\n", "\n")
-
-
-def _check_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"cannot write to the folder {folder}: {error.strerror}") from None
-
-
-def _gibibytes(size: int) -> str:
-    value = size / 2**30
-    return f"{value:.3f}" if value < 1 else f"{value:.1f}"
