@@ -131,7 +131,7 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch, tmp_path):
     def broken(*arguments):
         raise ValueError("ours")
 
-    monkeypatch.setattr(cli, "_sweep", broken)
+    monkeypatch.setattr(cli, "run_sweep", broken)
     with pytest.raises(ValueError, match="ours"):
         main(["sweep", "--out", str(tmp_path)])
 
@@ -224,7 +224,7 @@ def test_an_interruption_says_how_to_go_on(sweep, capsys, monkeypatch):
 
 def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(cli, "_sweep", lambda settings, *_: seen.append(settings) or 0)
+    monkeypatch.setattr(cli, "run_sweep", lambda settings, *_: seen.append(settings) or 0)
     assert main(["sweep", "--quick", "--samples", "3", "--out", str(tmp_path)]) == 0
     assert main(["sweep", "--out", str(tmp_path)]) == 0
     quick, usual = seen
