@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvcompress import convert, load_model
-from kvcompress.distill import first_rows, read_rows
+from kvcompress.distill_rows import first_rows, read_rows
 from kvcompress.evals.provenance import provenance
 from kvcompress.evals.quality import Exam, Quality, measure
 from kvcompress.least_squares import fit

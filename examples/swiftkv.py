@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 
 from kvcompress import SwiftKVCache, convert, load_model
-from kvcompress.distill import Distillation, distill, read_rows
+from kvcompress.distill import Distillation, distill
+from kvcompress.distill_rows import read_rows
 
 
 def main(steps: int = 20, length: int = 256, new_tokens: int = 32) -> SwiftKVCache:

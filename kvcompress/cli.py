@@ -328,6 +328,7 @@ def distill(
     check_folder(out)
 
     from kvcompress import distill as distillation
+    from kvcompress.distill_rows import read_rows
     from kvcompress.swiftkv import SwiftKVModel, convert
 
     with users_mistakes():
@@ -336,7 +337,7 @@ def distill(
     loaded, tokenizer = load(model, dtype, "cpu")
     with users_mistakes():
         student: Any = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)
-        rows = distillation.read_rows(data, tokenizer, settings.length)
+        rows = read_rows(data, tokenizer, settings.length)
 
     def show(line: dict[str, float]) -> None:
         if line["step"] % settings.log_every == 0 or line["step"] in (1, settings.steps):

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvcompress.cli import main
-from kvcompress.distill import Distillation, Row, batches, chat_row, distill, distillation_loss, read_rows
+from kvcompress.distill import Distillation, batches, distill, distillation_loss
+from kvcompress.distill_rows import Row, chat_row, read_rows
 from kvcompress.swiftkv import as_teacher, convert, trained_parameters
 from tests.contract.models import build, prompt
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvcompress.distill import Distillation, Row, distill
+from kvcompress.distill import Distillation, distill
+from kvcompress.distill_rows import Row
 from kvcompress.least_squares import fit
 from kvcompress.swiftkv import as_teacher, convert, trained_parameters
 from tests.contract.models import build, prompt
