@@ -306,7 +306,7 @@ class EvictingLayer(CompressedLayer):
         attention = self._observe(placed, None if fresh else slots, query_positions, lse, how)
 
         def settle() -> None:
-            kept = self._choose(placed, slots, places, query_positions, attention)
+            kept = self._choose(placed, slots, places, query_positions, attention, in_order=fresh)
             slots.replace(chunk.key, chunk.value, *kept)
             self._pin()
 
@@ -353,9 +353,20 @@ class EvictingLayer(CompressedLayer):
         return torch.cat([past.column_sums(query, query_positions[:, first:], lse, **how), within], -1)
 
     def _choose(
-        self, chunk: Chunk, slots: SlotSegment, places: Tensor, query_positions: Tensor, attention: Tensor | None
+        self,
+        chunk: Chunk,
+        slots: SlotSegment,
+        places: Tensor,
+        query_positions: Tensor,
+        attention: Tensor | None,
+        *,
+        in_order: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `SlotSegment.replace` needs: the chunk's positions, and the scores and the fate of all candidates."""
+        """What `SlotSegment.replace` needs: the chunk's positions, and the scores and the fate of all candidates.
+
+        Args:
+            in_order: the candidates stand as in the text, as nothing was held before.
+        """
         places = places if chunk.visible is None else places.masked_fill(~chunk.visible, EMPTY)
         places = places[:, None].expand(-1, chunk.key.shape[1], -1)
         self.lengths.add_(chunk.tokens if chunk.visible is None else chunk.visible.sum(-1))
@@ -375,9 +386,9 @@ class EvictingLayer(CompressedLayer):
             self._mean_over_ranks,
         )
         scores = self.policy.score(candidates)
-        return places, scores, self._kept(scores, candidates.positions)
+        return places, scores, self._kept(scores, candidates.positions, in_order)
 
-    def _kept(self, scores: Tensor, positions: Tensor) -> Tensor:
+    def _kept(self, scores: Tensor, positions: Tensor, in_order: bool) -> Tensor:
         """Which candidates stay, [batch, kv_heads, candidates] bool: per sequence, as many as it may keep."""
         lengths, recents = self.lengths[:, None, None], self.recents[:, None, None]
         protected = (positions < self.policy.sinks) | (positions >= lengths - recents)
@@ -385,11 +396,14 @@ class EvictingLayer(CompressedLayer):
         if self.window is not None:
             gone = gone | (positions <= lengths - self.window)
         worth = scores.masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
-        # of equal scores the later candidate stays, whatever padding stands before them
-        order = worth.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        # of equal scores the later token stays, whatever padding stands before it and whichever slot it has
+        if in_order:
+            backwards = torch.arange(worth.shape[-1] - 1, -1, -1, device=worth.device).expand_as(worth)
+        else:
+            backwards = positions.argsort(dim=-1, descending=True, stable=True)
+        order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
         chosen = torch.arange(order.shape[-1], device=order.device) < self.limits[:, None, None]
-        kept = torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)).flip(-1)
-        return kept & ~gone
+        return torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)) & ~gone
 
     def _allocate(self, chunk: Chunk) -> SlotSegment:
         if self.slots is None:

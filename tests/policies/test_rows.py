@@ -1,5 +1,7 @@
 """Every policy in a cache: a row of a padded batch keeps what it would keep alone, wherever its padding stands."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -8,9 +10,11 @@ from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
+from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.policies.tova import TOVA
+from tests.contract.drive import feed
 from tests.contract.models import PAD, places, prompt, tiny
 
 POLICIES = [
@@ -80,3 +84,25 @@ def test_all_heads_of_a_layer_keep_the_same_tokens_by_tova():
         model(prompt(size, batch=2, seed=size), past_key_values=cache)
         for layer in cache.layers:
             assert torch.equal(layer.slots.positions[:, 0], layer.slots.positions[:, 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indifferent(Policy):
+    """Every token is worth the same."""
+
+    def score(self, candidates):
+        return torch.zeros_like(candidates.scores)
+
+
+def test_of_equal_scores_the_later_token_stays_whichever_slot_it_has():
+    model = tiny()
+    cache = EvictingCache(model, policy=Indifferent(recent=1), budget=7)
+    feed(model, cache, prompt(20))
+    for step in range(4):
+        # one at a time they take the slots of those that went
+        feed(model, cache, prompt(1, seed=step))
+    assert any(not slots.positions.diff().gt(0).all() for slots in (layer.slots for layer in cache.layers))
+    feed(model, cache, prompt(3))
+    for layer in cache.layers:
+        kept = layer.slots.positions.sort(-1).values[..., -7:]
+        assert torch.equal(kept, torch.arange(20, 27, device=kept.device, dtype=kept.dtype).expand_as(kept))
