@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvcompress.cache import CompressedCache
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import Chunk, CompressedLayer
-from kvcompress.padding import pads_first, reordered
+from kvcompress.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.segments import DenseSegment, Segment
 
 # tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
@@ -91,15 +92,29 @@ class DenseLayer(CompressedLayer):
         assert self.dense is not None
         if self.window is not None and self.dense.length >= self.window - 1 + 2 * SLACK:
             excess = self.dense.length - (self.window - 1 + SLACK)
+            _, _, visible = self.dense.held()
+            # a window counts tokens and no padding; the last columns stay in order for crop
+            order = None if visible is None else pads_first(visible[:, :-SLACK])
+            if order is not None:
+                self.dense.reorder(order)
             self.dense.drop_first(excess)
             self.dropped += excess
 
     def _remap(self, remap: Tensor) -> None:
+        self._hide(remap, remap.new_zeros(len(remap)))
+
+    def _hide(self, remap: Tensor, apart: Tensor) -> None:
+        """Hides what a change of padding drops; `apart` [batch]: first tokens of each row that are held elsewhere."""
         assert self.dense is not None
-        visible = self.padding.visible
-        assert visible is not None
-        past = remap.shape[1]
-        self.dense.show(visible[:, past - self.dense.length : past].to(remap.device))
+        assert self.padding.before is not None
+        _, _, held = self.dense.held()
+        held = remap.new_ones(len(remap), self.dense.length, dtype=torch.bool) if held is None else held
+        # columns may have been reordered, and hold the last tokens of their rows
+        place = self.padding.before.to(remap.device)[:, None] - held.flip(-1).cumsum(-1).flip(-1)
+        stays = held & (remap.gather(1, place.clamp(0, remap.shape[1] - 1)) >= 0)
+        self.dense.show(stays)
+        if self.dropped and self.window is not None:
+            warn_of_short_windows(self.window, (remap >= 0).sum(-1) - apart, stays.sum(-1))
 
     def tokens_kept(self) -> Tensor:
         assert self.dense is not None

@@ -12,7 +12,7 @@ from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import Chunk, CompressedLayer
 from kvcompress.packed import PackedSegment, TailSegment, shifted
-from kvcompress.padding import PaddingRecord, pads_first, reordered
+from kvcompress.padding import PaddingRecord, pads_first, reordered, warn_of_short_windows
 from kvcompress.policies.gear import GEAR
 from kvcompress.segments import EMPTY, Segment
 
@@ -303,6 +303,8 @@ class GEARLayer(CompressedLayer):
         held = stays.sum(-1).tolist()
         key, value = reordered(tail.keys, order.to(device)), reordered(tail.values, order.to(device))
         tail.refill(key, value, [0] * len(held), held, self.lengths)
+        if self.window is not None:
+            warn_of_short_windows(self.window, torch.tensor(self.lengths, device=device), self.tokens_kept()[:, 0])
 
     def check_crop(self, tokens: int) -> None:
         if tokens and self.tail is not None:

@@ -210,7 +210,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         if not torch.compiler.is_compiling():
             self.forwards_ended = self.forwards_begun
             if self.ends:
-                self.padding.remap = None
+                self.padding.remap = self.padding.before = None
         return out
 
     def _count(self, tokens: int) -> None:

@@ -4,6 +4,8 @@ Caches place tokens by their position in their own sequence, pads not counted, s
 treated as if it were alone. The record is kept once a cache, and read by its first layer in each forward.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ class PaddingRecord:
         # real tokens that each sequence was fed by the forward at hand; None where nothing is padded
         self.fresh: list[int] | None = None
         self.remap: Tensor | None = None
+        # tokens of each sequence until now, [batch], before `remap` moves them
+        self.before: Tensor | None = None
         self._counts: list[int] | None = None
         self._counted = False
 
@@ -65,6 +69,7 @@ class PaddingRecord:
         to = (now.cumsum(-1) - 1).masked_fill(~now, EMPTY).to(torch.int32)
         remap = torch.full((now.shape[0], now.shape[1] + 1), EMPTY, dtype=torch.int32, device=now.device)
         self.remap = remap.scatter_(1, place, to)[:, :-1]
+        self.before = before.sum(-1)
         self.visible = now.clone()
 
     def _append(self, fresh: Tensor | None, batch: int, past: int, queries: int) -> None:
@@ -101,6 +106,22 @@ def pads_first(visible: Tensor) -> Tensor | None:
     if bool((visible[:, 1:] >= visible[:, :-1]).all()):
         return None
     return visible.to(torch.uint8).argsort(dim=-1, stable=True)
+
+
+def warn_of_short_windows(window: int, tokens: Tensor, held: Tensor) -> None:
+    """Tells of sequences that cannot be given their whole window any more, because recent tokens are hidden too late.
+
+    Args:
+        tokens: of each sequence that are not padding, [batch].
+        held: how many of them, the last ones, the layer holds, [batch].
+    """
+    short = tokens.clamp(max=window - 1) - held
+    if bool((short > 0).any()):
+        warnings.warn(
+            f"attention_mask hides so many tokens it showed that up to {int(short.max())} older ones of a sliding "
+            f"window of {window}, gone since, are missing in {int((short > 0).sum())} of {len(short)} sequences",
+            stacklevel=2,
+        )
 
 
 def reordered(tensor: Tensor, order: Tensor | None) -> Tensor:

@@ -341,6 +341,15 @@ class DenseSegment(Segment):
             self.visible = torch.ones(visible.shape[0], self.keys.shape[2], dtype=torch.bool, device=visible.device)
         self.visible[:, : self.length] = visible
 
+    def reorder(self, order: Tensor) -> None:
+        """Puts the first tokens in another order, [batch, first tokens] int64."""
+        tokens = order.shape[1]
+        for held in (self.keys, self.values):
+            index = order[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+            held[:, :, :tokens] = held[:, :, :tokens].gather(2, index)
+        if self.visible is not None:
+            self.visible[:, :tokens] = self.visible[:, :tokens].gather(1, order)
+
     def drop_first(self, tokens: int) -> None:
         """Lets the oldest tokens go, and their memory with them."""
         self._reallocate(tokens, self.length - tokens)

@@ -82,6 +82,8 @@ class SharedRecord(PaddingRecord):
         self.thaws = False
         self.position_ids: Tensor | None = None
         self.before: Tensor | None = None
+        # tokens of each row's past as the forward's mask shows them
+        self._past: Tensor | None = None
         self._fresh: Tensor | None = None
         self._positions: Tensor | None = None
         self._queries = 0
@@ -102,14 +104,16 @@ class SharedRecord(PaddingRecord):
 
     def read(self, mask: Tensor | None, batch: int, past: int, queries: int) -> None:
         if self.laid_out or not past:
-            self.before = self.shown(batch, past)
+            before = self.shown(batch, past)
             super().read(mask, batch, past, queries)
+            self.before = before
+            self._past = before if self.remap is None else (self.remap >= 0).sum(-1)
             self.thaws = bool(self.tree.nodes) and self.remap is not None and self._hides_shared(self.remap)
             if self.thaws:
                 self.tree.ahead = None
         else:
             self._lay_out(mask, batch, past, queries)
-            self.before = self.shown(batch, past)
+            self.before = self._past = self.shown(batch, past)
             self._append(None if mask is None else mask[:, -queries:], batch, past, queries)
         self.laid_out = True
         self.stored = self._fresh = None if mask is None else mask[:, -queries:]
@@ -176,9 +180,9 @@ class SharedRecord(PaddingRecord):
     def positions(self, device: torch.device) -> Tensor:
         """The positions of the queries at hand, padding not counted, [batch, queries] int32."""
         if self._positions is None:
-            assert self.before is not None
+            assert self._past is not None
             place = torch.arange(self._queries)[None] if self._fresh is None else self._fresh.cumsum(-1) - 1
-            self._positions = (self._lay(self.before, device)[:, None] + self._lay(place, device)).clamp_(min=0)
+            self._positions = (self._lay(self._past, device)[:, None] + self._lay(place, device)).clamp_(min=0)
         return self._positions.to(device)
 
     @staticmethod
@@ -354,11 +358,7 @@ class SharedLayer(DenseLayer):
             if self.ends:
                 self.tree.thaw()
         elif self.dense is not None:
-            suffix = self.dense.length
-            shown = visible[:, remap.shape[1] - suffix : remap.shape[1]].to(remap.device)
-            if self.dense.visible is not None:
-                shown = shown & self.dense.visible[:, :suffix]
-            self.dense.show(shown)
+            self._hide(remap, torch.tensor(self.tree.lengths(), device=remap.device))
 
     def check_thaw(self) -> None:
         """Raises ValueError where the nodes hold something else than keys and values of tokens."""

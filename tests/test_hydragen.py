@@ -613,3 +613,17 @@ def test_a_token_hidden_in_a_node_that_is_all_there_is_does_not_come_again(way):
         mask[0, 9:12] = 0
         feed(model, cache, prompt(5, 2, seed=3), mask)
     assert_equals_oracle(model, transcript)
+
+
+def test_a_window_reaches_back_into_a_node_when_newer_tokens_are_hidden():
+    """Found by tests/fuzz: seed 3960."""
+    model = tiny("gemma2")
+    cache, ids = HydragenCache(model, min_tokens=3), prompt(21, batch=2)
+    ids[1, :10] = ids[0, :10]
+    shown = torch.ones(2, 22, dtype=torch.long, device=DEVICE)
+    with recording(model, cache, everything) as transcript:
+        feed(model, cache, ids, shown[:, :21])
+        assert len(cache.tree.nodes) == 1
+        shown[0, 14:20] = 0
+        feed(model, cache, prompt(1, batch=2, seed=3), shown)
+    assert_equals_oracle(model, transcript)
