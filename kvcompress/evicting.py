@@ -7,6 +7,8 @@ causally.
 """
 
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress import hf
+from kvcompress import hf, policies
 from kvcompress.cache import CompressedCache
 from kvcompress.dense import with_sinks
 from kvcompress.kernels.attention import causal_attention
@@ -560,6 +562,8 @@ class EvictingCache(CompressedCache):
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         policy = dict(settings["policy"])
+        for module in pkgutil.iter_modules(policies.__path__):
+            importlib.import_module(f"{policies.__name__}.{module.name}")
         kinds = {kind.__name__: kind for kind in _subclasses(Policy)}
         name = policy.pop("name")
         if name not in kinds:

@@ -14,6 +14,7 @@ from kvcompress.dense import DenseCache
 from kvcompress.evicting import EvictingCache
 from kvcompress.gear import GEARCache
 from kvcompress.hydragen import HydragenCache
+from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
@@ -146,6 +147,7 @@ METHODS: dict[str, Method] = {
         Method("none", "every token: the full cache", _dense, takes_budget=False),
         Method("h2o", "heavy hitters and recent tokens", _evicting(H2O)),
         Method("snapkv", "what the last queries attend to", _evicting(SnapKV)),
+        Method("chunkkv", "whole chunks of what the last queries attend to", _evicting(ChunkKV)),
         Method("tova", "what the newest query attends to", _evicting(TOVA)),
         Method("streaming", "the first tokens and the newest", _evicting(StreamingLLM)),
         Method("keydiff", "the keys least like the others", _evicting(KeyDiff)),

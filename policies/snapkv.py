@@ -20,29 +20,19 @@ from kvcompress.policies.policy import Candidates, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
-    """The defaults of the official code: 32 queries observed and kept, pooling over 5 tokens by average.
-
-    Its experiments also use windows of 16 and 64, and pooling over 7 tokens by maximum (LongBench).
+class ObservationWindow(Policy):
+    """Scores by the attention of a forward's last queries, pooled as a subclass says.
 
     window: queries observed at the end of each forward.
-    kernel: tokens pooled together, an odd number; 1 for none.
-    pooling: "avg" or "max".
     """
 
     recent: int | float = 32
     window: int = 32
-    kernel: int = 5
-    pooling: Literal["avg", "max"] = "avg"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window < 1:
             raise ValueError(f"window must be at least 1 query, got {self.window}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be an odd number of tokens, got {self.kernel}")
-        if self.pooling not in ("avg", "max"):
-            raise ValueError(f"pooling must be 'avg' or 'max', got {self.pooling!r}")
 
     @property
     def observes(self) -> int | None:
@@ -62,6 +52,31 @@ class SnapKV(Policy):
         if candidates.queries > 1:
             attention = torch.where(fresh > 1, self._pool(candidates), attention)
         return (1.0 - fresh / self.window).clamp(min=0.0) * candidates.scores + attention
+
+    def _pool(self, candidates: Candidates) -> Tensor:
+        """The attention of several queries, [batch, kv_heads, candidates], as neighbours in the text share it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(ObservationWindow):
+    """The defaults of the official code: 32 queries observed and kept, pooling over 5 tokens by average.
+
+    Its experiments also use windows of 16 and 64, and pooling over 7 tokens by maximum (LongBench).
+
+    kernel: tokens pooled together, an odd number; 1 for none.
+    pooling: "avg" or "max".
+    """
+
+    kernel: int = 5
+    pooling: Literal["avg", "max"] = "avg"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be an odd number of tokens, got {self.kernel}")
+        if self.pooling not in ("avg", "max"):
+            raise ValueError(f"pooling must be 'avg' or 'max', got {self.pooling!r}")
 
     def _pool(self, candidates: Candidates) -> Tensor:
         attention, positions = candidates.attention, candidates.positions

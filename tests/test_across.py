@@ -23,11 +23,11 @@ from tests.contract.oracle import assert_equals_oracle
 from tests.test_swiftkv import CLOSE, FIRST, LAYERS, Counted, converted
 
 SHARED = [
-    "dense", "h2o", "h2o_fraction", "snapkv", "tova", "streaming", "keydiff", "knorm", "expected", "gear", "gear_kcvt",
-    "kivi", "h2o_packed",
+    "dense", "h2o", "h2o_fraction", "snapkv", "chunkkv", "tova", "streaming", "keydiff", "knorm", "expected", "gear",
+    "gear_kcvt", "kivi", "h2o_packed",
 ]  # fmt: skip
 # what does not look at every query leaves the prompt to skip
-SKIPPING = {"dense", "snapkv", "tova", "streaming", "keydiff", "knorm", "gear", "gear_kcvt", "kivi"}
+SKIPPING = {"dense", "snapkv", "chunkkv", "tova", "streaming", "keydiff", "knorm", "gear", "gear_kcvt", "kivi"}
 
 
 class Seen:

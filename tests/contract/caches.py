@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.hf import head_counts
+from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
@@ -284,6 +285,7 @@ ENTRIES = [
         budget=_pyramid,
     ),
     _evicting("snapkv", SnapKV(window=3, recent=3, kernel=3)),
+    _evicting("chunkkv", ChunkKV(window=3, recent=3, chunk=4)),
     _evicting("tova", TOVA()),
     _evicting("streaming", StreamingLLM(sinks=2)),
     _evicting("keydiff", KeyDiff()),

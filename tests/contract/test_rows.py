@@ -1,10 +1,15 @@
 """Rows move, multiply and go, tokens are taken back, and whole caches are copied and saved."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvcompress import DenseCache, H2OCache
+from kvcompress import DenseCache, EvictingCache, H2OCache
+from kvcompress.policies.tova import TOVA
 from tests.contract.caches import caches, every_cache, those
 from tests.contract.drive import assert_same_state, feed, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, FAMILIES, families, left_padded, prompt, tiny
@@ -270,3 +275,21 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="not a saved kvcompress cache"):
         DenseCache.load(tmp_path / "weights", tiny())
+
+
+def test_a_saved_cache_is_loaded_where_its_policy_was_not_imported(tmp_path):
+    cache = EvictingCache(tiny(), policy=TOVA(), budget=12)
+    feed(tiny(), cache, prompt(20))
+    cache.save(tmp_path / "cache")
+    program = (
+        "import sys; from kvcompress import EvictingCache; from tests.contract.models import tiny; "
+        "assert 'kvcompress.policies.tova' not in sys.modules; print(EvictingCache.load(sys.argv[1], tiny()).policy)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert "TOVA(" in run.stdout

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress import EvictingCache, GEARCache, HydragenCache, ShadowKVCache
+from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
@@ -151,7 +152,7 @@ def _shadow(rng: random.Random) -> dict[str, Any]:
 
 def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     protected = {"recent": rng.choice([1, 2, 0.25, 0.5, 1.0]), "sinks": rng.choice([0, 0, 1, 3])}
-    kinds = [H2O, TOVA, StreamingLLM, KeyDiff, Knorm, SnapKV]
+    kinds = [H2O, TOVA, StreamingLLM, KeyDiff, Knorm, SnapKV, ChunkKV]
     if entry.name == "expected":
         kinds = [ExpectedAttention]
     kind = rng.choice(kinds)
@@ -159,6 +160,8 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
         protected |= {
             "window": rng.choice([1, 3, 8]), "kernel": rng.choice([1, 3, 5]), "pooling": rng.choice(["avg", "max"]),
         }  # fmt: skip
+    if kind is ChunkKV:
+        protected |= {"window": rng.choice([1, 3, 8]), "chunk": rng.choice([1, 3, 10])}
     policy: Policy = kind(**protected)
     packed = None
     if entry.name == "h2o_packed":

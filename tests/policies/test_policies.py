@@ -1,10 +1,13 @@
 """Each policy's scores against its formula, in float64 and plain loops."""
 
 import math
+from collections import defaultdict
 
 import pytest
 import torch
 
+from kvcompress import EvictingCache
+from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
@@ -12,6 +15,8 @@ from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.policies.tova import TOVA
+from tests.contract.drive import feed
+from tests.contract.models import prompt, tiny
 from tests.policies.scene import check, probabilities, scene
 
 forwards = pytest.mark.parametrize(("queries", "padded"), [(1, False), (6, False), (6, True)])
@@ -79,6 +84,40 @@ def test_snapkv_pools_the_windows_attention_over_neighbours_before_the_window(po
     check(made, policy.score(made.candidates), expected)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 50])
+@pytest.mark.parametrize(("queries", "padded"), [(6, False), (6, True)])
+def test_chunkkv_gives_each_chunk_of_the_text_its_mean_over_tokens_and_heads(chunk, queries, padded):
+    policy = ChunkKV(window=3, recent=3, chunk=chunk)
+    made = scene(policy, queries, padded=padded)
+    own, chunks = {}, defaultdict(list)
+    for row, head in made.heads():
+        total = summed(made, row, head, made.queries[row][-3:])
+        for token, place in made.tokens[row][head]:
+            before = place < int(made.candidates.lengths[row]) - 3
+            own[row, head, token] = total[token], place // chunk if before else None
+            if before:
+                chunks[row, place // chunk].append(total[token])
+    expected = {
+        (row, head, token): value if of is None else sum(chunks[row, of]) / len(chunks[row, of])
+        for (row, head, token), (value, of) in own.items()
+    }
+    check(made, policy.score(made.candidates), expected)
+
+
+def test_chunkkv_keeps_whole_chunks():
+    """Of 40 tokens the 3 newest, and of those before them the four best chunks of 4 and a token of the next."""
+    model = tiny()
+    cache = EvictingCache(model, policy=ChunkKV(window=3, recent=3, chunk=4), budget=20)
+    feed(model, cache, prompt(40, batch=2))
+    for layer in cache.layers:
+        for places in layer.slots.positions.flatten(0, 1).tolist():
+            kept = {place for place in places if 0 <= place < 37}
+            whole = [first for first in range(0, 36, 4) if {first, first + 1, first + 2, first + 3} <= kept]
+            assert len(kept) == 17
+            assert len(whole) == 4
+        assert torch.equal(*(layer.slots.positions[:, head].sort(-1).values for head in (0, 1)))
+
+
 @pytest.mark.parametrize(("queries", "padded"), [(1, False), (4, False), (6, True)])
 def test_snapkv_fades_what_it_observed_before_by_what_is_new(queries, padded):
     policy = SnapKV(window=8, recent=8, kernel=1)
@@ -139,6 +178,7 @@ def test_the_papers_defaults():
         (lambda: H2O(recent=0), "recent must be at least 1 token"),
         (lambda: H2O(recent=1.5), r"fraction in \(0, 1\]"),
         (lambda: TOVA(sinks=-1), "sinks must be 0 tokens or more"),
+        (lambda: ChunkKV(chunk=0), "chunk must be at least 1 token, got 0"),
         (lambda: SnapKV(window=0), "window must be at least 1 query"),
         (lambda: SnapKV(kernel=4), "kernel must be an odd number"),
         (lambda: SnapKV(pooling="mean"), "pooling must be 'avg' or 'max'"),

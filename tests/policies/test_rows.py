@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcompress import EvictingCache
+from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
@@ -21,6 +22,7 @@ POLICIES = [
     H2O(sinks=1),
     SnapKV(window=4, recent=4, kernel=3),
     SnapKV(window=3, recent=2, pooling="max"),
+    ChunkKV(window=3, recent=3, chunk=4),
     TOVA(),
     StreamingLLM(sinks=2),
     KeyDiff(),
