@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress import EvictingCache, H2OCache, StreamingLLMCache
-from kvcompress.evicting import RolledLayer
+from kvcompress.evicting_layer import RolledLayer
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff

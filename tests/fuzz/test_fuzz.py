@@ -6,7 +6,7 @@ import pytest
 
 from kvcompress.cache import CompressedCache
 from kvcompress.dense import DenseLayer
-from kvcompress.evicting import EvictingLayer
+from kvcompress.evicting_layer import EvictingLayer
 from tests.contract.caches import ENTRIES
 from tests.fuzz.__main__ import failure, main
 from tests.fuzz.cases import draw
