@@ -50,7 +50,8 @@ class Case:
     """A cache, a model and what is done with them.
 
     settings: how the cache differs from its entry in tests/contract/caches.py, to be read. sizes: what is changed of
-    the family's tiny model.
+    the family's tiny model. slack: tokens that sliding layers keep beyond their window, None for as many as they do:
+    more than a case feeds.
     """
 
     seed: int
@@ -60,10 +61,12 @@ class Case:
     sizes: dict[str, Any]
     batch: int
     calls: tuple[Call, ...]
+    slack: int | None
 
     def __str__(self) -> str:
         calls = " ".join(call.name for call in self.calls)
-        return f"{self.entry.name} {self.settings} on {self.family} {self.sizes}, batch {self.batch}: {calls}"
+        slack = "" if self.slack is None else f", slack {self.slack}"
+        return f"{self.entry.name} {self.settings} on {self.family} {self.sizes}, batch {self.batch}{slack}: {calls}"
 
     def only(self, indices: list[int]) -> "Case":
         return dataclasses.replace(self, calls=tuple(self.calls[index] for index in indices))
@@ -94,6 +97,7 @@ def draw(seed: int, name: str | None = None) -> Case:
         sizes,
         rng.randint(1, 4),
         tuple(Call(name, rng.getrandbits(32)) for name in calls),
+        rng.choice([None, 5]) if sizes.get("sliding_window") else None,
     )
 
 

@@ -14,15 +14,17 @@ fails if it fails again.
 import copy
 import random
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress import EvictingCache
+from kvcompress import EvictingCache, dense, shared
 from tests.contract.drive import assert_same_state, feed, generate
 from tests.contract.models import DEVICE, PAD, VOCABULARY, tiny
 from tests.contract.oracle import Transcript, assert_equals_oracle
@@ -38,22 +40,25 @@ class KeptDifferentlyError(AssertionError):
 
 @dataclass
 class Live:
-    """A cache, what went through it, and whether tokens were taken back or hidden later."""
+    """A cache, what went through it, and whether tokens were taken back or hidden later, or more than a window can."""
 
     cache: Any
     transcript: Transcript = field(default_factory=Transcript)
     cropped: bool = False
     hidden: bool = False
+    short: bool = False
     # tokens fed since the mask last changed; a transcript knows no older mask
     since_hidden: int = TOKENS
 
 
 def play(case: Case) -> None:
     """Raises what goes wrong."""
-    try:
-        _Game(case, torch.float32).play()
-    except KeptDifferentlyError:
-        _Game(case, torch.float64).play()
+    slack = dense.SLACK if case.slack is None else case.slack
+    with patch.object(dense, "SLACK", slack), patch.object(shared, "SLACK", slack):
+        try:
+            _Game(case, torch.float32).play()
+        except KeptDifferentlyError:
+            _Game(case, torch.float64).play()
 
 
 class _Game:
@@ -140,7 +145,9 @@ class _Game:
                 row[-newest:] &= torch.tensor([rng.random() < 0.3 for _ in range(newest)], device=row.device)
         live.hidden = live.hidden or not torch.equal(past, live.transcript.visible)
         live.since_hidden = 0
-        self._feed(rng, live, past)
+        with warnings.catch_warnings(record=True) as told:
+            self._feed(rng, live, past)
+        live.short = live.short or any("gone since" in str(warning.message) for warning in told)
 
     def _reorder_cache(self, rng: random.Random, live: Live) -> None:
         if live.transcript.forwards:
@@ -194,8 +201,8 @@ class _Game:
                 cache = type(live.cache).load(path, self.model)
         if live.transcript.forwards:
             assert_same_state(self.entry, cache, live.cache)
-            assert cache.memory().device_bytes == live.cache.memory().device_bytes
-            # a file has none of the pages that only rows now gone used
+            # a file has no tables of a tree's rows, and none of the pages that only rows now gone used
+            assert cache.memory().device_bytes <= live.cache.memory().device_bytes
             assert cache.memory().total_bytes <= live.cache.memory().total_bytes
         other = copy.copy(live)
         other.cache, other.transcript = cache, copy.deepcopy(live.transcript)
@@ -242,7 +249,8 @@ class _Game:
         report = live.cache.memory()
         assert report.total_bytes == sum(storages(live.cache).values()), "memory() is not what lives"
         assert report.tokens_seen == live.transcript.seen
-        assert_equals_oracle(self.model, live.transcript)
+        if not live.short:
+            assert_equals_oracle(self.model, live.transcript)
         if isinstance(live.cache, EvictingCache):
             self._keeps_its_budget(live)
             self._keeps_what_it_would_fed_straight(live)
