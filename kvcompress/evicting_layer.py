@@ -358,23 +358,27 @@ class EvictingLayer(CompressedLayer):
         places = places if chunk.visible is None else places.masked_fill(~chunk.visible, EMPTY)
         places = places[:, None].expand(-1, chunk.key.shape[1], -1)
         self.lengths.add_(chunk.tokens if chunk.visible is None else chunk.visible.sum(-1))
+        positions = torch.cat([slots.positions, places], -1)
+        scores = torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1)
+        # scores that never change are those of the tokens as they came, whatever packing made of them since
+        first = slots.slots if self.policy.static else 0
         candidates = Candidates(
-            torch.cat([slots.positions, places], -1),
-            torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1),
-            attention,
+            positions[..., first:],
+            scores[..., first:],
+            None if attention is None else attention[..., first:],
             chunk.query,
             query_positions,
             chunk.visible,
             self.lengths,
-            lambda: [slots.contents(), (chunk.key, chunk.value)],
+            lambda: [(chunk.key, chunk.value)] if first else [slots.contents(), (chunk.key, chunk.value)],
             chunk.scale,
             self.state,
             self.rope,
             chunk.tokens,
             self._mean_over_ranks,
         )
-        scores = self.policy.score(candidates)
-        return places, scores, self._kept(scores, candidates.positions, in_order)
+        scores = torch.cat([scores[..., :first], self.policy.score(candidates)], -1)
+        return places, scores, self._kept(scores, positions, in_order)
 
     def _kept(self, scores: Tensor, positions: Tensor, in_order: bool) -> Tensor:
         """Which candidates stay, [batch, kv_heads, candidates] bool: per sequence, as many as it may keep."""

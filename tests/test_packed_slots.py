@@ -8,6 +8,7 @@ from kvcompress.packed_slots import BLOCK
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
+from kvcompress.policies.knorm import Knorm
 from tests.contract.drive import feed
 from tests.contract.models import left_padded, prompt, tiny
 
@@ -98,3 +99,16 @@ def test_the_scores_of_a_head_add_up_to_its_queries():
         feed(model, cache, prompt(1, 2, seed=step))
     for layer in cache.layers:
         torch.testing.assert_close(layer.slots.scores.sum(-1), torch.full((2, 2), 2.0 * 30))
+
+
+def test_scores_that_never_change_are_not_read_off_the_codes():
+    """Found by tests/fuzz: the norms of decoded keys took the place of those of the keys as they came."""
+    cache = EvictingCache(tiny(), policy=Knorm(recent=1), budget=12, packed=GEAR(bits=2, group_size=8))
+    feed(tiny(), cache, prompt(20))
+    slots = [layer.slots for layer in cache.layers]
+    before = [(layer.positions.clone(), layer.scores.clone()) for layer in slots]
+    feed(tiny(), cache, prompt(4, seed=2))
+    for layer, (positions, scores) in zip(slots, before, strict=True):
+        same = (layer.positions == positions) & (positions >= 0)
+        assert same.any()
+        assert torch.equal(layer.scores[same], scores[same])
