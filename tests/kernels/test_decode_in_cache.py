@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvcompress import EvictingCache, evicting
+from kvcompress import EvictingCache, evicting_layer
 from kvcompress.kernels.runtime import runs_triton
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.snapkv import SnapKV
@@ -30,10 +30,10 @@ def test_a_fused_step_equals_the_separate_operations(policy, monkeypatch):
         steps = []
         with monkeypatch.context() as patch:
             if fused:
-                plain = evicting.decode_and_evict
-                patch.setattr(evicting, "decode_and_evict", lambda *a, **k: steps.append(1) or plain(*a, **k))
+                plain = evicting_layer.decode_and_evict
+                patch.setattr(evicting_layer, "decode_and_evict", lambda *a, **k: steps.append(1) or plain(*a, **k))
             else:
-                patch.setattr(evicting, "runs_triton", lambda tensor: False)
+                patch.setattr(evicting_layer, "runs_triton", lambda tensor: False)
             cache = EvictingCache(model, policy=policy, budget=8)
             how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             out = model.generate(
