@@ -86,14 +86,11 @@ class GEAR:
         """
         if rank > head_dim:
             raise ValueError(f"rank must be at most head_dim = {head_dim}, got {rank}")
-        grouped = self.backbone == "kivi"
-        key_group = self.group_size if grouped else self.buffer
-        value_group = min(self.group_size, head_dim) if grouped else head_dim
+        key_group = self.group_size if self.backbone == "kivi" else self.buffer
+        value_bits = self.value_bits or _FEWER.get(self.bits, self.bits)
         return (
             Coding(self.bits, key_group, "channel", self._a_side(self.buffer), rank),
-            Coding(
-                self.value_bits or _FEWER.get(self.bits, self.bits), value_group, "token", self._a_side(head_dim), rank
-            ),
+            Coding(value_bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim), rank),
         )
 
     def of_a_token(self, head_dim: int) -> Coding:
@@ -109,8 +106,12 @@ class GEAR:
             )
         if self.value_bits not in (None, self.bits):
             raise ValueError(f"slots have keys and values of one size: value_bits must be None, got {self.value_bits}")
-        group = min(self.group_size, head_dim) if self.backbone == "kivi" else head_dim
-        return Coding(self.bits, group, "token", self._a_side(head_dim))
+        return Coding(self.bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim))
+
+    def _of_a_vector(self, head_dim: int) -> int:
+        """Numbers of a token that share a scale; a group is a power of two, and one that is longer takes them all."""
+        whole = max(8, 1 << (head_dim - 1).bit_length())
+        return min(self.group_size, whole) if self.backbone == "kivi" else whole
 
     def _a_side(self, elements: int) -> int:
         """Outliers at each end of a vector."""

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress import DenseCache, GEARCache, KIVICache
+from kvcompress import DenseCache, EvictingCache, GEARCache, KIVICache
 from kvcompress.packed import TailSegment
 from kvcompress.policies.gear import GEAR, PRESETS, preset
-from tests.contract.caches import unpacked
+from kvcompress.policies.h2o import H2O
+from tests.contract.caches import closed_up, unpacked
 from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, left_padded, prompt, tiny
 
@@ -410,3 +411,20 @@ def test_rows_that_outlive_a_longer_one_go_on(rank):
         logits = feed(model, cache, token, mask[1:])
         torch.testing.assert_close(logits, feed(model, straight, token, mask[1:]), rtol=1e-4, atol=1e-4)
     assert cache.layers[0].prompt.blocks == straight.layers[0].prompt.blocks == [3]
+
+
+@pytest.mark.parametrize("backbone", ["kivi", "kcvt"])
+@pytest.mark.parametrize("head_dim", [20, 48, 80, 96])
+def test_heads_of_every_size_are_packed(head_dim, backbone):
+    """Groups are powers of two; head_dim need not be."""
+    model = tiny(hidden_size=2 * head_dim, num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim)
+    ids = prompt(40)
+    cache, full = eight_bits(model, group_size=64, buffer=64, backbone=backbone), DenseCache(model)
+    both(model, cache, full, prompt(80), torch.ones(1, 80, dtype=torch.long))
+    assert_holds_what_was_fed(cache, full, torch.ones(1, 80, dtype=torch.long, device=DEVICE))
+    slots = EvictingCache(model, policy=H2O(), budget=100, packed=GEAR(bits=8, outliers=0.0, backbone=backbone))
+    feed(model, slots, ids)
+    wanted = DenseCache(model)
+    feed(model, wanted, ids)
+    (_, values), fed = closed_up(slots)[0], wanted.layers[0].dense.held()[1]
+    assert (values[:, :, :40] - fed).abs().max() < 0.02 * fed.abs().max()
