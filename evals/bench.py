@@ -35,7 +35,12 @@ from kvcompress.evals.bench_shadow import CONTEXTS, shadow_cases
 from kvcompress.evals.bench_swiftkv import PROMPTS, swiftkv_cases
 from kvcompress.evals.provenance import provenance
 from kvcompress.kernels.attention import causal_attention, causal_attention_reference, slot_attention
-from kvcompress.kernels.column_sums import causal_column_sums, causal_column_sums_reference
+from kvcompress.kernels.column_sums import (
+    causal_column_sums,
+    causal_column_sums_reference,
+    slot_column_maxima,
+    slot_column_maxima_reference,
+)
 from kvcompress.kernels.decode import decode_attention, decode_attention_reference
 from kvcompress.kernels.decode_evict import decode_and_evict, decode_and_evict_reference, decode_then_evict
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference
@@ -126,6 +131,16 @@ def prefill_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ite
     _, lse = causal_attention(query, key, value, scale=scale)
     recent = min(32, tokens)
     last, last_lse = query[:, :, -recent:], lse[:, :, -recent:].contiguous()
+    places = torch.arange(tokens, dtype=torch.int32, device=device).expand(batch, kv_heads, -1)
+    behind = torch.arange(tokens, 2 * tokens, dtype=torch.int32, device=device).expand(batch, -1)
+    twice = (query, key, places, behind, lse)
+    maxima: dict[str, Call] = {"ours": lambda: slot_column_maxima(*twice, scale=scale)}
+    if has_reference:
+        maxima["reference"] = lambda: slot_column_maxima_reference(*twice, scale=scale)
+    yield Case(
+        "maxima of a second reading", shape, maxima, "reference" if has_reference else "ours",
+        flops=4 * pairs * head_dim,
+    )  # fmt: skip
     yield Case(
         "sums of 32 queries",
         shape,

@@ -1,6 +1,6 @@
 """One forward over a batch of contexts, for many evicting caches.
 
-They let tokens go at the end of a forward, so that their first one gives every layer the same queries, keys and
+Most let tokens go at the end of a forward, so that their first one gives every layer the same queries, keys and
 values whatever the policy. Recorded once, these fill each cache as the forward itself would, bit for bit.
 """
 
@@ -51,8 +51,8 @@ class FirstForward:
 
     @staticmethod
     def serves(cache: Any) -> bool:
-        """True for caches whose first forward does not depend on them."""
-        return isinstance(cache, EvictingCache)
+        """True for caches whose first forward does not depend on them, and is all that they need."""
+        return isinstance(cache, EvictingCache) and cache.policy.rereads is None
 
     @staticmethod
     def size(model: PreTrainedModel, tokens: int) -> int:
@@ -64,7 +64,7 @@ class FirstForward:
         """Does the first forward of a reader of these rows, without the model.
 
         Raises:
-            ValueError: the reader's cache has seen tokens, or is of a kind that the recording does not serve.
+            ValueError: the reader's cache has seen tokens, reads them twice, or is of another kind.
         """
         cache = reader.cache
         if not self.serves(cache) or cache.get_seq_length():

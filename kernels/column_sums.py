@@ -1,13 +1,13 @@
-"""Column sums of the attention matrix: how much attention each token received (H2O, arXiv:2306.14048).
+"""Column sums and maxima of the attention matrix: how much attention each token received.
 
     sums[j] = sum over queries i, and over the query heads of j's group, of exp(logit[i, j] - lse[i])
+    maxima[j] = the largest of them
+
+Sums are what H2O (arXiv:2306.14048) asks for, maxima what KVzip (arXiv:2505.23416) does.
 
 The log-sum-exp comes from the attention pass, so probabilities are recomputed a tile at a time and the
 queries x tokens matrix never exists. Flops 2 * batch * heads * (query, key) pairs * head_dim, half an
 attention; bytes (heads + kv_heads) * head_dim a token and the lse.
-
-On a CPU a tile is one matrix product that carries the log-sum-exp as an extra dimension, `[scale * q, -lse] . [k, 1]`,
-then exp and a sum in place, in a buffer sized for the cache.
 """
 
 from collections.abc import Iterator
@@ -18,15 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.attention import slots_seen
+from kvcompress.kernels.column_tiles import causal_tiles, slot_tiles
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, autotune, compilable, runs_triton
 from kvcompress.kernels.split_attention import AOT_HEAD_DIMS
 from kvcompress.kernels.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths, triton_type
-
-# the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not
-_IGNORED = 1e4
-_TILE_COLUMNS = 256
-# 4 MB in float32: about what two cores' caches hold, and few enough calls that their overhead does not show
-_TILE_LOGITS = 2**20
 
 
 def causal_column_sums(
@@ -105,7 +100,29 @@ def slot_column_sums(
     Returns:
         [batch, kv_heads, slots] float32; 0 for an empty slot.
     """
-    return _slot_column_sums(query, key, positions, query_positions, lse, scale, window, softcap)
+    return _slot_columns(query, key, positions, query_positions, lse, scale, window, softcap, False)
+
+
+def slot_column_maxima(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The most attention that each cache slot received from any one query and head of its group.
+
+    Args:
+        query, key, positions, query_positions, lse, scale, window, softcap: as in slot_column_sums.
+
+    Returns:
+        [batch, kv_heads, slots] float32; 0 for an empty slot.
+    """
+    return _slot_columns(query, key, positions, query_positions, lse, scale, window, softcap, True)
 
 
 def slot_column_sums_reference(
@@ -120,13 +137,43 @@ def slot_column_sums_reference(
     softcap: float | None = None,
 ) -> Tensor:
     """What slot_column_sums means, in plain PyTorch."""
+    probabilities = _slot_probabilities(query, key, positions, query_positions, lse, scale, window, softcap)
+    return probabilities.sum((2, 3))
+
+
+def slot_column_maxima_reference(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """What slot_column_maxima means, in plain PyTorch."""
+    probabilities = _slot_probabilities(query, key, positions, query_positions, lse, scale, window, softcap)
+    return probabilities.amax((2, 3))
+
+
+def _slot_probabilities(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[batch, kv_heads, group, queries, slots]."""
     group = query.shape[1] // key.shape[1]
     logits = (query.float() @ key.float().repeat_interleave(group, 1).mT) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     seen = slots_seen(positions, query_positions, window).repeat_interleave(group, 1) & lse.isfinite()[..., None]
-    probabilities = torch.where(seen, (logits - lse[..., None]).exp(), 0.0)
-    return probabilities.sum(2).unflatten(1, (-1, group)).sum(2)
+    return torch.where(seen, (logits - lse[..., None]).exp(), 0.0).unflatten(1, (-1, group))
 
 
 def _causal_column_sums_fake(
@@ -153,10 +200,10 @@ def _causal_column_sums(
 ) -> Tensor:
     if runs_triton(query) and query.numel():
         return _launch(query, key, lse, visible, None, None, scale, window, softcap)
-    return _causal_tiles(query, key, lse, scale, visible, window, softcap)
+    return causal_tiles(query, key, lse, scale, visible, window, softcap)
 
 
-def _slot_column_sums_fake(
+def _slot_columns_fake(
     query: Tensor,
     key: Tensor,
     positions: Tensor,
@@ -165,12 +212,13 @@ def _slot_column_sums_fake(
     scale: float,
     window: int | None,
     softcap: float | None,
+    takes_max: bool,
 ) -> Tensor:
     return key.new_empty(key.shape[:3], dtype=torch.float32)
 
 
-@compilable(_slot_column_sums_fake)
-def _slot_column_sums(
+@compilable(_slot_columns_fake)
+def _slot_columns(
     query: Tensor,
     key: Tensor,
     positions: Tensor,
@@ -179,104 +227,11 @@ def _slot_column_sums(
     scale: float,
     window: int | None,
     softcap: float | None,
+    takes_max: bool,
 ) -> Tensor:
     if runs_triton(query) and query.numel():
-        return _launch(query, key, lse, None, positions, query_positions, scale, window, softcap)
-    return _slot_tiles(query, key, positions, query_positions, lse, scale, window, softcap)
-
-
-def _causal_tiles(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    scale: float,
-    visible: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    queries, tokens = query.shape[2], key.shape[2]
-    tiles = _Tiles(query, key, lse, scale, softcap)
-    for start in range(0, queries, tiles.block):
-        stop = min(start + tiles.block, queries)
-        tiles.take(slice(start, stop))
-        # the block's first query is token `first`, its last is token `last - 1`
-        first, last = tokens - queries + start, tokens - queries + stop
-        low = 0 if window is None else max(0, first - window + 1)
-        for left in range(low, last, _TILE_COLUMNS):
-            right = min(left + _TILE_COLUMNS, last)
-            tile = tiles.probabilities(slice(left, right))
-            if right > first + 1:
-                tile.tril_(first - left)
-            if window is not None and left <= last - 1 - window:
-                tile.triu_(first - left - window + 1)
-            tiles.sums[:, left:right] += tile.sum((1, 2))
-    sums = tiles.sums.view(key.shape[:3]).float()
-    return sums if visible is None else sums.masked_fill_(~visible[:, None], 0.0)
-
-
-def _slot_tiles(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    lse: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    queries, slots = query.shape[2], key.shape[2]
-    tiles = _Tiles(query, key, lse, scale, softcap)
-    for start in range(0, queries, tiles.block):
-        rows = slice(start, min(start + tiles.block, queries))
-        tiles.take(rows)
-        for left in range(0, slots, _TILE_COLUMNS):
-            columns = slice(left, min(left + _TILE_COLUMNS, slots))
-            tile = tiles.probabilities(columns)
-            if window is not None:
-                seen = slots_seen(positions[..., columns], query_positions[:, rows], window)
-                tile.masked_fill_(~seen.flatten(0, 1)[:, None], 0.0)
-            tiles.sums[:, columns] += tile.sum((1, 2))
-    return tiles.sums.view(key.shape[:3]).float().masked_fill_(positions < 0, 0.0)
-
-
-class _Tiles:
-    """Tiles of exp(logit - lse) in one buffer, and the sums they add to, [batch * kv_heads, tokens]."""
-
-    def __init__(self, query: Tensor, key: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
-        batch, heads, queries, _ = query.shape
-        kv_heads, tokens = key.shape[1], key.shape[2]
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        lse = lse.masked_fill(~lse.isfinite(), _IGNORED).to(dtype)[..., None]
-        rows, columns = query.to(dtype) * scale, key.to(dtype)
-        self.softcap, self.lse = softcap, None
-        if softcap is None:
-            rows = torch.cat([rows, -lse], -1)
-            columns = torch.cat([columns, columns.new_ones(()).expand(*columns.shape[:-1], 1)], -1)
-        else:
-            self.lse = lse.reshape(batch * kv_heads, heads // kv_heads, queries, 1)
-        self.rows = rows.reshape(batch * kv_heads, heads // kv_heads, queries, -1)
-        self.columns = columns.reshape(batch * kv_heads, tokens, -1)
-        self.sums = self.columns.new_zeros(batch * kv_heads, tokens)
-        self.block = min(queries, max(16, _TILE_LOGITS // (batch * heads * _TILE_COLUMNS)))
-        self.taken: Tensor
-        self.taken_lse: Tensor | None
-        self.buffer = self.columns.new_empty(batch * heads * self.block * _TILE_COLUMNS)
-
-    def take(self, rows: slice) -> None:
-        """Chooses the queries of the tiles that follow."""
-        self.taken = self.rows[:, :, rows].flatten(1, 2)
-        self.taken_lse = None if self.lse is None else self.lse[:, :, rows]
-
-    def probabilities(self, columns: slice) -> Tensor:
-        """[batch * kv_heads, group, queries taken, columns], unmasked; the next call overwrites it."""
-        pairs, count, _ = self.taken.shape
-        width = columns.stop - columns.start
-        tile = self.buffer[: pairs * count * width].view(pairs, count, width)
-        torch.bmm(self.taken, self.columns[:, columns].mT, out=tile)
-        tile = tile.view(pairs, self.rows.shape[1], -1, width)
-        if self.softcap is not None and self.taken_lse is not None:
-            tile.div_(self.softcap).tanh_().mul_(self.softcap).sub_(self.taken_lse)
-        return tile.exp_()
+        return _launch(query, key, lse, None, positions, query_positions, scale, window, softcap, takes_max)
+    return slot_tiles(query, key, positions, query_positions, lse, scale, window, softcap, takes_max)
 
 
 def _launch(
@@ -289,6 +244,7 @@ def _launch(
     scale: float,
     window: int | None,
     softcap: float | None,
+    takes_max: bool = False,
 ) -> Tensor:
     """positions and query_positions as in slot_column_sums; None: a causal chunk, as in causal_column_sums."""
     batch, heads, queries, _ = query.shape
@@ -312,7 +268,7 @@ def _launch(
                 kv_heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
                 GROUP=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
                 PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
-                SOFTCAPPED=softcap is not None, **ALL_REGISTERS,
+                SOFTCAPPED=softcap is not None, TAKES_MAX=takes_max, **ALL_REGISTERS,
             )  # fmt: skip
     return sums
 
@@ -368,6 +324,7 @@ def _column_sums_kernel(
     SLOTTED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    TAKES_MAX: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -449,7 +406,10 @@ def _column_sums_kernel(
                     if WINDOWED:
                         seen = seen & (token_position[:, None] > position[None, :] - window)
                 probability = tl.where(seen, probability, 0.0)
-            sums += tl.sum(probability, 1)
+            if TAKES_MAX:
+                sums = tl.maximum(sums, tl.max(probability, 1))
+            else:
+                sums += tl.sum(probability, 1)
 
     if SLOTTED:
         sums = tl.where(token_position >= 0, sums, 0.0)
@@ -463,7 +423,7 @@ def aot_cases() -> Iterator[AotCase]:
     for head_dim in AOT_HEAD_DIMS:
         width, tail = tile_widths(head_dim)
         for dtype in (torch.bfloat16, torch.float32):
-            for name in ("causal", "slots", "pads window softcap", "slots window softcap"):
+            for name in ("causal", "slots", "slots maxima", "pads window softcap", "slots window softcap"):
                 slotted, rich = name.startswith("slots"), name.endswith("softcap")
                 for config in _configs(width + tail, dtype.itemsize):
                     present = {
@@ -496,6 +456,7 @@ def aot_cases() -> Iterator[AotCase]:
                             "SLOTTED": slotted,
                             "WINDOWED": rich,
                             "SOFTCAPPED": rich,
+                            "TAKES_MAX": name.endswith("maxima"),
                             **config.kwargs,
                         },
                         num_warps=config.num_warps,

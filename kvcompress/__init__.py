@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvcompress.dense import DenseCache as DenseCache
     from kvcompress.evicting import EvictingCache as EvictingCache
     from kvcompress.evicting import H2OCache as H2OCache
+    from kvcompress.evicting import KVzipCache as KVzipCache
     from kvcompress.evicting import SnapKVCache as SnapKVCache
     from kvcompress.evicting import StreamingLLMCache as StreamingLLMCache
     from kvcompress.gear import GEARCache as GEARCache
@@ -30,6 +31,7 @@ _HOMES = {
     "H2OCache": "evicting",
     "HydragenCache": "hydragen",
     "KIVICache": "gear",
+    "KVzipCache": "evicting",
     "PrefixStore": "prefix_store",
     "ShadowKVCache": "shadowkv",
     "SnapKVCache": "evicting",

@@ -126,6 +126,11 @@ class SharedStorageCache(CompressedCache):
                 f"layers can share the storage of {', '.join(kind.__name__ for kind in _STORAGES)}; "
                 f"got {type(stored).__name__}{rolled}"
             )
+        if isinstance(stored, EvictingCache) and stored.policy.rereads is not None:
+            raise ValueError(
+                f"{type(stored.policy).__name__} reads tokens twice, which layers that share storage cannot; "
+                "use another policy"
+            )
         self._stored = stored
         super().__init__(model)
         self._kind, self._of_storage = type(stored).__name__, stored._settings()

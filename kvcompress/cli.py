@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_METHODS = "h2o,snapkv,chunkkv,tova,streaming,keydiff,knorm,expected,gear,kivi"
+_METHODS = "h2o,snapkv,chunkkv,kvzip,tova,streaming,keydiff,knorm,expected,gear,kivi"
 _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
 _TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
 

@@ -9,8 +9,10 @@ causally.
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any, Self
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf, policies
@@ -20,10 +22,12 @@ from kvcompress.layer import CompressedLayer
 from kvcompress.policies.allocation import Allocation, layer_budgets
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
+from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.ranks import Ranks
+from kvcompress.rereading import RereadLayer, read_again
 from kvcompress.rope import Rope
 
 
@@ -68,6 +72,10 @@ class EvictingCache(CompressedCache):
             if rolled:
                 raise ValueError("rolled keeps keys without rotation, and cannot be combined with packed")
         super().__init__(model)
+        if policy.rereads is not None:
+            if rolled:
+                raise ValueError(f"rolled cannot be combined with {type(policy).__name__}, which reads tokens twice")
+            hf.watch_forwards(model)
         if rolled and not any(isinstance(layer, RolledLayer) or layer.is_sliding for layer in self.layers):
             raise ValueError(
                 f"rolled closes up rotary positions, and {type(model).__name__} has none; leave it off, "
@@ -81,8 +89,12 @@ class EvictingCache(CompressedCache):
         assert model is not None
         if self.policy.uses_rotary or (self.rolled and window is None):
             rope = Rope.of(model, index)
+        kind = EvictingLayer
         # a sliding layer's distances never exceed its window, and a layer without positions has none to close up
-        kind = RolledLayer if self.rolled and window is None and rope is not None else EvictingLayer
+        if self.rolled and window is None and rope is not None:
+            kind = RolledLayer
+        elif self.policy.rereads is not None:
+            kind = RereadLayer
         return kind(
             self.padding,
             self.policy,
@@ -93,6 +105,20 @@ class EvictingCache(CompressedCache):
             packed=self.packed,
             ranks=Ranks.of(model),
         )
+
+    def forward_begins(self, model: PreTrainedModel, input_ids: Tensor | None) -> None:
+        """Raises ValueError where the policy is to read tokens again that are not given as such."""
+        if self.policy.rereads is not None and input_ids is None:
+            raise ValueError(
+                f"{type(self.policy).__name__} reads the tokens again: pass input_ids, and not inputs_embeds"
+            )
+
+    def forward_ended(self, model: PreTrainedModel, input_ids: Tensor) -> None:
+        """Reads the tokens of a forward again, where the policy asks for it."""
+        how = self.policy.rereads
+        waiting = [layer for layer in self.layers if isinstance(layer, RereadLayer) and layer.waiting is not None]
+        if waiting and how is not None:
+            read_again(model, waiting, input_ids, self.padding.visible, int(self.get_seq_length()), how)
 
     def _settings(self) -> dict[str, Any]:
         policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}
@@ -165,6 +191,36 @@ class SnapKVCache(EvictingCache):
             packed: as in EvictingCache.
         """
         policy = SnapKV(window=window, recent=window, kernel=kernel)
+        super().__init__(model, policy=policy, budget=budget, packed=packed)
+
+
+class KVzipCache(EvictingCache):
+    """What is needed to say the context again (arXiv:2505.23416): `KVzipCache(model, budget=512)`.
+
+    Every forward of several tokens is followed by a second one over the same tokens, and the choice serves questions
+    that nobody has asked yet. Until then what the forward was fed is held in full.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        sinks: int = 4,
+        chunk: int = 2048,
+        prompt: Sequence[int] = (),
+        packed: GEAR | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with; it must be given input_ids.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
+            sinks: first tokens always kept.
+            chunk: tokens read again at a time.
+            prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
+            packed: as in EvictingCache.
+        """
+        policy = KVzip(sinks=sinks, chunk=chunk, prompt=tuple(prompt))
         super().__init__(model, policy=policy, budget=budget, packed=packed)
 
 

@@ -293,13 +293,30 @@ class EvictingLayer(CompressedLayer):
         placed, query_positions, out, lse = read(chunk)
         attention = self._observe(placed, None if fresh else slots, query_positions, lse, how)
 
-        def settle() -> None:
+        def settle(attention: Tensor | None = attention) -> None:
             kept = self._choose(placed, slots, places, query_positions, attention, in_order=fresh)
             slots.replace(chunk.key, chunk.value, *kept)
             self._pin()
 
-        self._leave(chunk, lambda chunk: read(chunk)[2], settle)
+        self._leave_chunk(chunk, lambda chunk: read(chunk)[2], settle, places, attention)
         return out
+
+    def _leave_chunk(
+        self,
+        chunk: Chunk,
+        reread: Callable[[Chunk], Tensor],
+        settle: Callable[..., None],
+        places: Tensor,
+        attention: Tensor | None,
+    ) -> None:
+        """`_leave` after a chunk.
+
+        Args:
+            settle: takes the attention to judge by, where that is another.
+            places: of the chunk's tokens in their sequences, [batch, tokens] int32; of no meaning for padding.
+            attention: received by slots and chunk, [batch, kv_heads, slots + tokens] float32, or None.
+        """
+        self._leave(chunk, reread, settle)
 
     def _pin(self) -> None:
         """Tells the compiler that the layer's tensors stay where they are: else CUDA graphs refuse to write to them."""

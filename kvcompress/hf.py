@@ -8,6 +8,7 @@ handle goes to the implementation the model had before, so other caches and trai
 """
 
 import functools
+import inspect
 import sys
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ __all__ = [
     "register",
     "select_attention",
     "text_config",
+    "watch_forwards",
 ]
 
 IMPLEMENTATION = "kvcompress"
@@ -91,6 +93,25 @@ def select_attention(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not choose its attention through transformers' AttentionInterface, "
             "so its cache cannot be compressed; models that do: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, OPT"
         )
+
+
+def watch_forwards(model: PreTrainedModel) -> None:
+    """Makes the model tell its cache when a forward begins and when it has ended.
+
+    It calls `forward_begins(decoder, input_ids)` and `forward_ended(decoder, input_ids)` of caches that have them.
+    """
+    decoder = model.get_decoder()
+    if not any(getattr(hook, "func", None) is _tell for hook in decoder._forward_hooks.values()):
+        decoder.register_forward_pre_hook(functools.partial(_tell, "forward_begins"), with_kwargs=True)
+        decoder.register_forward_hook(functools.partial(_tell, "forward_ended"), with_kwargs=True)
+
+
+def _tell(what: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any = None) -> None:
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    given = given | given.get("kwargs", {})
+    tell = getattr(given.get("past_key_values"), what, None)
+    if tell is not None:
+        tell(decoder, given.get("input_ids"))
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -213,15 +234,33 @@ def _attention(
     if kwargs.get("is_causal") is False:
         raise ValueError("a kvcompress cache serves causal attention; got is_causal=False")
     scale = kwargs.get("scaling")
-    out = layer.attend(
-        query,
-        attention_mask,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-        position_ids=kwargs.get("position_ids"),
-    )
+    # nothing that is held may keep the graph of a whole forward alive
+    with torch.no_grad():
+        out = layer.attend(
+            query,
+            attention_mask,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            position_ids=kwargs.get("position_ids"),
+        )
+    if torch.is_grad_enabled() and query.requires_grad:
+        out = _WithoutGradient.apply(out, query)
     return out.transpose(1, 2).contiguous(), None
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """An output whose gradient is asked for in vain, so that none is silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "a kvcompress cache is for inference: no gradient passes through it; train with use_cache=False"
+        )
 
 
 def _previous_attention(module: nn.Module, previous: str) -> Any:

@@ -175,7 +175,7 @@ class CompressedLayer(hf.CacheLayerMixin):
                 f"the cache holds [batch, kv_heads, head_dim] = {list(self.kv_shape or ())}, "
                 f"got keys of shape {list(key_states.shape)}; use one cache a batch, or cache.reset()"
             )
-        self.in_hand = (key_states, value_states)
+        self.in_hand = (key_states.detach(), value_states.detach())
         return hf.hand_over(key_states, self), value_states
 
     def attend(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kvcompress.dense import with_sinks
 from kvcompress.kernels.attention import causal_attention
-from kvcompress.kernels.column_sums import slot_column_sums
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import Coding, Packed, dequantise, pack_codes, quantise, unpack_codes
@@ -86,6 +85,9 @@ class PackedSlots(SlotSegment):
         codes = self.packed["keys"].codes
         empty = codes.new_empty(*codes.shape[:2], 0, codes.shape[-1], dtype=self.dtype)
         return empty, empty
+
+    def placed_keys(self) -> Tensor:
+        return dequantise(self.packed["keys"], self.coding, self.dtype).flatten(2, 3)
 
     def contents(self) -> tuple[Tensor, Tensor]:
         key, value = (dequantise(self.packed[side], self.coding, self.dtype).flatten(2, 3) for side in _SIDES)
@@ -168,27 +170,6 @@ class PackedSlots(SlotSegment):
             window=window,
             softcap=softcap,
             with_logits=with_logits,
-        )
-
-    def column_sums(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        return slot_column_sums(
-            query,
-            dequantise(self.packed["keys"], self.coding, query.dtype).flatten(2, 3),
-            self.positions,
-            query_positions,
-            lse,
-            scale=scale,
-            window=window,
-            softcap=softcap,
         )
 
     def _write(self, key: Tensor, value: Tensor) -> None:

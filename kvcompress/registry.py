@@ -20,6 +20,7 @@ from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
+from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
@@ -148,6 +149,7 @@ METHODS: dict[str, Method] = {
         Method("h2o", "heavy hitters and recent tokens", _evicting(H2O)),
         Method("snapkv", "what the last queries attend to", _evicting(SnapKV)),
         Method("chunkkv", "whole chunks of what the last queries attend to", _evicting(ChunkKV)),
+        Method("kvzip", "what is looked up to say the context again, read twice", _evicting(KVzip)),
         Method("tova", "what the newest query attends to", _evicting(TOVA)),
         Method("streaming", "the first tokens and the newest", _evicting(StreamingLLM)),
         Method("keydiff", "the keys least like the others", _evicting(KeyDiff)),

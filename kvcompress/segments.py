@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
-from kvcompress.kernels.column_sums import slot_column_sums
+from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
 from kvcompress.kernels.decode import decode_attention
 
 EMPTY = -1
@@ -187,6 +187,28 @@ class SlotSegment(Segment):
     ) -> Tensor:
         """Attention each slot received, [batch, kv_heads, slots] float32, given the queries' whole log-sum-exp."""
         return slot_column_sums(
+            query,
+            self.placed_keys(),
+            self.positions,
+            query_positions,
+            lse,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
+    def column_maxima(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """The most attention each slot received from one query and head, [batch, kv_heads, slots] float32."""
+        return slot_column_maxima(
             query,
             self.placed_keys(),
             self.positions,

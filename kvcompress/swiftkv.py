@@ -206,12 +206,12 @@ class SwiftKVModel(nn.Module):
 
     config: Any
     model: _Decoder
-    decoder: type[_Decoder]
+    kind_of_decoder: type[_Decoder]
     _keys_to_ignore_on_load_unexpected: ClassVar[Any] = [r"layers\.\d+\.self_attn\.[qkv]_(proj|norm)\.(weight|bias)$"]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model = self.decoder(config)
+        self.model = self.kind_of_decoder(config)
         self.post_init()  # type: ignore[operator]
 
     @property
@@ -284,28 +284,28 @@ class LlamaSwiftKVForCausalLM(SwiftKVModel, LlamaForCausalLM):
     """Llama whose later layers take one common input."""
 
     config_class = LlamaSwiftKVConfig
-    decoder = LlamaSwiftKVModel
+    kind_of_decoder = LlamaSwiftKVModel
 
 
 class MistralSwiftKVForCausalLM(SwiftKVModel, MistralForCausalLM):
     """Mistral whose later layers take one common input."""
 
     config_class = MistralSwiftKVConfig
-    decoder = MistralSwiftKVModel
+    kind_of_decoder = MistralSwiftKVModel
 
 
 class Qwen2SwiftKVForCausalLM(SwiftKVModel, Qwen2ForCausalLM):
     """Qwen2 whose later layers take one common input."""
 
     config_class = Qwen2SwiftKVConfig
-    decoder = Qwen2SwiftKVModel
+    kind_of_decoder = Qwen2SwiftKVModel
 
 
 class Qwen3SwiftKVForCausalLM(SwiftKVModel, Qwen3ForCausalLM):
     """Qwen3 whose later layers take one common input."""
 
     config_class = Qwen3SwiftKVConfig
-    decoder = Qwen3SwiftKVModel
+    kind_of_decoder = Qwen3SwiftKVModel
 
 
 _CONVERTED: dict[type[PreTrainedModel], Any] = {

@@ -86,6 +86,14 @@ class Candidates:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecondReading:
+    """chunk: tokens of each sequence read again at a time. prompt: token ids read before each chunk."""
+
+    chunk: int
+    prompt: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """Settings every policy has. Subclasses add their own and define `score`.
 
@@ -120,6 +128,14 @@ class Policy:
         """How many of a forward's last queries must be run for the policy, where a model could leave them out; None
         for all. At least as many as it observes; a policy that reads `Candidates.query` says how many."""
         return self.observes
+
+    @property
+    def rereads(self) -> SecondReading | None:
+        """How a forward's tokens are fed to the model once more, for the policy to see what attends to them; None:
+        nothing is read twice. `Candidates.attention` is then the most that any one query and head of the second
+        reading gave; where a sequence was fed a single token, which is not read again, the sum over heads of what it
+        gave."""
+        return None
 
     @property
     def memory(self) -> float | None:

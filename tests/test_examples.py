@@ -40,6 +40,15 @@ def test_the_snapkv_example(run):
     assert len(set(answers)) == 2
 
 
+def test_the_kvzip_example(run):
+    answers = run("kvzip")
+    for question, name in (
+        ("What is the large telescope called?", "Halvard"),
+        ("What is the name of the cat?", "Pluto"),
+    ):
+        assert all(name in answer for answer in answers[question])
+
+
 def test_the_streaming_example(run):
     cache = run("streaming", budget=64, new_tokens=12)
     assert cache.memory().tokens_seen > 64

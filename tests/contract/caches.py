@@ -19,6 +19,7 @@ from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
+from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
@@ -286,6 +287,7 @@ ENTRIES = [
     ),
     _evicting("snapkv", SnapKV(window=3, recent=3, kernel=3)),
     _evicting("chunkkv", ChunkKV(window=3, recent=3, chunk=4)),
+    dataclasses.replace(_evicting("kvzip", KVzip(sinks=1, chunk=7, prompt=(5, 6))), compileable=False),
     _evicting("tova", TOVA()),
     _evicting("streaming", StreamingLLM(sinks=2)),
     _evicting("keydiff", KeyDiff()),

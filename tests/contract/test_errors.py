@@ -143,6 +143,23 @@ def test_dropout(entry):
 
 
 @every_cache
+def test_gradients(entry):
+    """A forward outside of torch.no_grad() is as good as one inside, and holds no graph; a backward is refused."""
+    model = tiny()
+    caches = [entry.build(model) for _ in range(2)]
+    for tokens in (20, 3, 1):
+        ids = prompt(tokens, 2)
+        wanted = feed(model, caches[0], ids)
+        found = model(ids, past_key_values=caches[1]).logits
+        assert torch.equal(found, wanted)
+    held = [tensor for layer in caches[1].layers for part in layer.segments() for tensor in part.tensors().values()]
+    assert held
+    assert not any(tensor.requires_grad for tensor in held)
+    with pytest.raises(RuntimeError, match="no gradient passes through it; train with use_cache=False"):
+        found.sum().backward()
+
+
+@every_cache
 def test_crop_by_a_length(entry):
     """transformers once took the length to keep; it now takes minus what goes."""
     model = tiny()

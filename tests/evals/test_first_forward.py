@@ -9,6 +9,7 @@ from kvcompress.evals.protocol import Reader, answer
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
+from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.snapkv import SnapKV
 from tests.evals.test_protocol import prompts
 
@@ -45,6 +46,8 @@ def test_other_caches_are_refused(model):
     recorded = FirstForward(model, [[1, 2, 3]])
     with pytest.raises(ValueError, match=r"fills an empty EvictingCache; got DenseCache that has seen 0 tokens"):
         recorded.fill(Reader(model, DenseCache(model)))
+    with pytest.raises(ValueError, match=r"got EvictingCache that has seen 0 tokens"):
+        recorded.fill(Reader(model, EvictingCache(model, policy=KVzip(), budget=20)))
     used = Reader(model, H2OCache(model, budget=4))
     used.read([[1, 2]])
     with pytest.raises(ValueError, match=r"got H2OCache that has seen 2 tokens"):

@@ -14,6 +14,7 @@ from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
+from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
@@ -159,6 +160,8 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     kinds = [H2O, TOVA, StreamingLLM, KeyDiff, Knorm, SnapKV, ChunkKV]
     if entry.name == "expected":
         kinds = [ExpectedAttention]
+    if entry.name == "kvzip":
+        kinds = [KVzip]
     kind = rng.choice(kinds)
     if kind is SnapKV:
         protected |= {
@@ -166,6 +169,8 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
         }  # fmt: skip
     if kind is ChunkKV:
         protected |= {"window": rng.choice([1, 3, 8]), "chunk": rng.choice([1, 3, 10])}
+    if kind is KVzip:
+        protected |= {"chunk": rng.choice([1, 3, 10, 100]), "prompt": rng.choice([(), (7, 8)])}
     policy: Policy = kind(**protected)
     packed = None
     if entry.name == "h2o_packed":

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -5,6 +7,8 @@ from kvcompress.kernels.attention import causal_attention_reference, slot_attent
 from kvcompress.kernels.column_sums import (
     causal_column_sums,
     causal_column_sums_reference,
+    slot_column_maxima,
+    slot_column_maxima_reference,
     slot_column_sums,
     slot_column_sums_reference,
 )
@@ -56,17 +60,36 @@ SLOTS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("take", "reference"),
+    [(slot_column_sums, slot_column_sums_reference), (slot_column_maxima, slot_column_maxima_reference)],
+    ids=["sums", "maxima"],
+)
 @pytest.mark.parametrize(("group", "queries", "slots", "head_dim", "options"), SLOTS, ids=str)
-def test_slot_sums_agree_with_the_reference(group, queries, slots, head_dim, options):
+def test_slot_sums_and_maxima_agree_with_the_reference(group, queries, slots, head_dim, options, take, reference):
     query, key = heads(2, 2 * group, queries, head_dim), heads(2, 2, slots, head_dim)
     positions = slot_positions(2, 2, slots)
     query_positions = (2 * slots + torch.arange(2 * queries, device=DEVICE).view(2, queries)).int()
     options = {"scale": head_dim**-0.5, **options}
     _, lse = slot_attention_reference(query, key, key, positions, query_positions, **options)
-    sums = slot_column_sums(query, key, positions, query_positions, lse, **options)
-    expected = slot_column_sums_reference(query, key, positions, query_positions, lse, **options)
-    torch.testing.assert_close(sums, expected, **LOOSE)
-    assert sums[positions < 0].eq(0).all()
+    found = take(query, key, positions, query_positions, lse, **options)
+    expected = reference(query, key, positions, query_positions, lse, **options)
+    torch.testing.assert_close(found, expected, **LOOSE)
+    assert found[positions < 0].eq(0).all()
+
+
+def test_the_maximum_is_over_queries_and_the_heads_of_a_group():
+    """Query 1 of head 3 alone looks at slot 2, and query 0 of head 2 at slot 5."""
+    key = torch.eye(8, device=DEVICE)[None, None].repeat(1, 2, 1, 2)
+    query = torch.zeros(1, 4, 2, 16, device=DEVICE)
+    query[0, 3, 1, 2], query[0, 2, 0, 5] = 4.0, 3.0
+    positions = torch.arange(8, device=DEVICE).int().expand(1, 2, -1)
+    query_positions = torch.full((1, 2), 8, dtype=torch.int32, device=DEVICE)
+    _, lse = slot_attention_reference(query, key, key, positions, query_positions, scale=1.0)
+    found = slot_column_maxima(query, key, positions, query_positions, lse, scale=1.0)
+    wanted = torch.full((2, 8), 1 / 8)
+    wanted[1, 2], wanted[1, 5] = math.e**4 / (math.e**4 + 7), math.e**3 / (math.e**3 + 7)
+    torch.testing.assert_close(found[0].cpu(), wanted)
 
 
 def test_every_query_hands_out_one():

@@ -11,6 +11,7 @@ from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
 from kvcompress.policies.knorm import Knorm
+from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
@@ -41,6 +42,19 @@ def test_h2o_adds_up_attention(queries, padded):
         for token in total:
             expected[row, head, token] = float(made.candidates.scores[row, head, token]) + total[token]
     check(made, H2O().score(made.candidates), expected)
+
+
+@forwards
+def test_kvzip_keeps_the_highest_attention_and_takes_a_single_querys_mean_over_heads(queries, padded):
+    """A forward of several tokens brings the second reading's highest attention, which a scene knows nothing of."""
+    made = scene(KVzip(), queries, padded=padded)
+    expected = {}
+    for row, head in made.heads():
+        group = 1 if len(made.queries[row]) > 1 else made.group
+        for token, _ in made.tokens[row][head]:
+            received = float(made.candidates.attention[row, head, token]) / group
+            expected[row, head, token] = max(float(made.candidates.scores[row, head, token]), received)
+    check(made, KVzip().score(made.candidates), expected)
 
 
 @forwards
@@ -179,6 +193,7 @@ def test_the_papers_defaults():
         (lambda: H2O(recent=1.5), r"fraction in \(0, 1\]"),
         (lambda: TOVA(sinks=-1), "sinks must be 0 tokens or more"),
         (lambda: ChunkKV(chunk=0), "chunk must be at least 1 token, got 0"),
+        (lambda: KVzip(chunk=0), "chunk must be at least 1 token, got 0"),
         (lambda: SnapKV(window=0), "window must be at least 1 query"),
         (lambda: SnapKV(kernel=4), "kernel must be an odd number"),
         (lambda: SnapKV(pooling="mean"), "pooling must be 'avg' or 'max'"),

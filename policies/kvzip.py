@@ -1,0 +1,57 @@
+"""KVzip: keep what is needed to say the context again (arXiv:2505.23416).
+
+    score[j] = max over queries i of the second reading, and over the heads of j's group, of softmax(q_i . k)[j]
+
+The context is fed once more, behind itself: what a model looks up to repeat a text is what any question about the text
+may need, so the choice serves questions that nobody has asked yet, and all of them. It costs a second prefill.
+
+The paper writes "Repeat the previous context exactly." before each chunk (`prompt`); on SmolLM2-135M the bare text does
+as well. It compares all heads of all layers; here each keeps the same number, as memory that is freed wants.
+
+While decoding, a token keeps the highest score it ever had, and the newest query adds its attention, averaged over the
+heads of a group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcompress.policies.policy import Candidates, Policy, SecondReading
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVzip(Policy):
+    """The paper's chunks of 2048 tokens, without its prompt.
+
+    chunk: tokens of the context read again at a time.
+    prompt: token ids fed before each chunk of the second reading.
+    """
+
+    sinks: int = 4
+    chunk: int = 2048
+    prompt: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
+        # a saved cache has a list
+        object.__setattr__(self, "prompt", tuple(self.prompt))
+
+    @property
+    def observes(self) -> int | None:
+        # of the first reading
+        return 1
+
+    @property
+    def rereads(self) -> SecondReading | None:
+        return SecondReading(chunk=self.chunk, prompt=self.prompt)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        attention, visible = candidates.attention, candidates.visible
+        assert attention is not None
+        mean = attention * (candidates.positions.shape[1] / candidates.query.shape[1])
+        if visible is None:
+            return torch.maximum(candidates.scores, attention if candidates.queries > 1 else mean)
+        return torch.maximum(candidates.scores, torch.where(visible.sum(-1)[:, None, None] > 1, attention, mean))
