@@ -10,7 +10,7 @@ from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
 from tests.contract.drive import feed, full, generate, tokens_kept
-from tests.contract.models import build, left_padded, prompt, tiny
+from tests.contract.models import WINDOW, build, left_padded, prompt, tiny
 
 BUDGET, TOKENS = 9, 40
 
@@ -47,6 +47,16 @@ def test_heads_keep_what_a_second_reading_attends_to_most(family, chunk, prompt_
     assert held(cache) == kept.tolist()
 
 
+def test_a_sliding_layer_keeps_what_is_looked_up_within_its_window():
+    model, ids = build("mistral", num_hidden_layers=2), prompt(TOKENS)
+    cache = EvictingCache(model, policy=KVzip(sinks=0), budget=6)
+    feed(model, cache, ids)
+    wanted = looked_up(model, ids, 2, TOKENS, ())
+    wanted[..., : TOKENS - WINDOW] = -1.0
+    wanted[..., -1] = 2.0
+    assert held(cache) == wanted.topk(6).indices.sort(-1).values.tolist()
+
+
 @pytest.mark.parametrize("chunk", [2048, 7])
 def test_each_row_of_a_padded_batch_keeps_what_it_would_alone(chunk):
     model = tiny(num_hidden_layers=2)
@@ -77,6 +87,23 @@ def test_a_second_turn_is_read_again_too_and_scores_are_the_highest_ever():
     received = weights[0, :, 35:, :35].unflatten(0, (2, -1)).amax((1, 2))
     received[:, :20] = torch.maximum(received[:, :20], before[0, :, :20])
     torch.testing.assert_close(after, received)
+
+
+def test_a_row_that_is_fed_one_token_among_longer_ones_is_scored_as_in_decoding():
+    model = tiny()
+    first, longer, one = prompt(20), prompt(6, seed=2), prompt(1, seed=3)
+    together, alone = (EvictingCache(model, policy=KVzip(sinks=0), budget=100) for _ in range(2))
+    feed(model, together, first.expand(2, -1))
+    ids, fresh = left_padded([longer[0], one[0]])
+    feed(model, together, ids, torch.cat([torch.ones_like(first).expand(2, -1), fresh], 1))
+    feed(model, alone, first)
+    feed(model, alone, one)
+    for layer, wanted in zip(together.layers, alone.layers, strict=True):
+        scores = [
+            each.slots.scores[row].gather(1, each.slots.positions[row].long().argsort(-1))[:, -21:]
+            for each, row in ((layer, 1), (wanted, 0))
+        ]
+        torch.testing.assert_close(*scores)
 
 
 def test_the_logits_of_the_first_reading_are_the_full_caches():
@@ -182,6 +209,10 @@ def test_other_caches_of_the_same_model_are_read_once():
     forwards.clear()
     generate(model, EvictingCache(model, policy=KVzip(), budget=BUDGET), ids)
     assert len(forwards) == 13
+    forwards.clear()
+    generate(model, EvictingCache(model, policy=KVzip(), budget=BUDGET), ids[:, :1])
+    assert len(forwards) == 12
+    assert len(model.get_decoder()._forward_hooks) == 1
     hook.remove()
 
 

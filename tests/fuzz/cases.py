@@ -162,6 +162,8 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
         kinds = [ExpectedAttention]
     if entry.name == "kvzip":
         kinds = [KVzip]
+    if entry.name == "h2o_packed":
+        kinds = [*kinds, KVzip]
     kind = rng.choice(kinds)
     if kind is SnapKV:
         protected |= {
