@@ -107,6 +107,9 @@ def watch_forwards(model: PreTrainedModel) -> None:
 
 
 def _tell(what: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any = None) -> None:
+    if torch.compiler.is_compiling():
+        # a decode step, after which nothing is to be done
+        return
     given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     given = given | given.get("kwargs", {})
     tell = getattr(given.get("past_key_values"), what, None)

@@ -43,7 +43,6 @@ class _Waiting:
 class RereadLayer(EvictingLayer):
     """An evicting layer that keeps the tokens of a forward until they have been read again."""
 
-    is_compileable = False
     waiting: _Waiting | None = None
 
     def segments(self) -> list[Segment]:
@@ -56,8 +55,8 @@ class RereadLayer(EvictingLayer):
     def _attend(self, chunk: Chunk) -> Tensor:
         if self.waiting is not None:
             raise RuntimeError(
-                "tokens wait to be read again: the model's own forward was called, and not the model, or the second "
-                "reading was interrupted; call cache.reset()"
+                "tokens wait to be read again: the forward that fed them was compiled, ran without the model's hooks, "
+                "or was interrupted; call cache.reset()"
             )
         return super()._attend(chunk)
 

@@ -287,7 +287,7 @@ ENTRIES = [
     ),
     _evicting("snapkv", SnapKV(window=3, recent=3, kernel=3)),
     _evicting("chunkkv", ChunkKV(window=3, recent=3, chunk=4)),
-    dataclasses.replace(_evicting("kvzip", KVzip(sinks=1, chunk=7, prompt=(5, 6))), compileable=False),
+    _evicting("kvzip", KVzip(sinks=1, chunk=7, prompt=(5, 6))),
     _evicting("tova", TOVA()),
     _evicting("streaming", StreamingLLM(sinks=2)),
     _evicting("keydiff", KeyDiff()),
