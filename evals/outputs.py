@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 
 class AttentionOutputs:
-    """While it is open, the newest output of each attention layer: `with AttentionOutputs(model) as outputs: ...`"""
+    """While it is open, the first output of each attention layer since it was taken: `with AttentionOutputs(model) as outputs: ...`"""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """
@@ -29,7 +29,7 @@ class AttentionOutputs:
         ]
         if not self._modules:
             raise ValueError(f"{type(model).__name__} has no modules ...Attention with a layer_idx to watch")
-        self._taken: dict[int, Tensor] = {}
+        self._taken: dict[Any, Tensor] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -44,14 +44,15 @@ class AttentionOutputs:
             self._hooks.pop().remove()
 
     def _keep(self, module: Any, arguments: Any, output: Any) -> None:
-        # where one attention module wraps another, the outer one comes last
-        self._taken[module.layer_idx] = output[0] if isinstance(output, tuple) else output
+        # a cache that has its tokens read twice comes back
+        self._taken.setdefault(module, output[0] if isinstance(output, tuple) else output)
 
     def take(self) -> list[Tensor]:
         """The outputs since the last call, [batch, tokens, hidden] a layer, in the order of the layers."""
-        taken = [self._taken[index] for index in sorted(self._taken)]
+        # where one attention module wraps another, the outer one comes last
+        by_layer = {module.layer_idx: output for module, output in self._taken.items()}
         self._taken = {}
-        return taken
+        return [by_layer[index] for index in sorted(by_layer)]
 
 
 def relative_errors(found: list[Tensor], expected: list[Tensor]) -> Tensor:

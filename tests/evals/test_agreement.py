@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvcompress import DenseCache, H2OCache, StreamingLLMCache
+from kvcompress import DenseCache, H2OCache, KVzipCache, StreamingLLMCache
 from kvcompress.evals.agreement import FullReference, make_windows
 from kvcompress.evals.protocol import NotCompressedError, Reader
 
@@ -78,6 +78,11 @@ def test_errors_of_attention_are_those_of_each_layers_outputs(model, windows, mo
     assert errors[:, 0].max() < 1e-5
     torch.testing.assert_close(errors[:, 1], torch.full((3,), 0.5), rtol=1e-4, atol=1e-4)
     assert not model.model.layers[1].self_attn._forward_hooks
+
+
+def test_a_second_reading_is_not_taken_for_the_first(model, reference):
+    found, _ = reference.compare(lambda: KVzipCache(model, budget=100), chunk=4)
+    assert max(map(max, found.attention_error)) < 1e-5
 
 
 def test_comparing_leaves_the_reference_as_it_was(model, reference):
