@@ -15,7 +15,12 @@ from transformers import PreTrainedModel
 
 
 class AttentionOutputs:
-    """While it is open, the first output of each attention layer since it was taken: `with AttentionOutputs(model) as outputs: ...`"""
+    """While it is open, the first output of each attention layer since the last were taken.
+
+    with AttentionOutputs(model) as outputs:
+        model(tokens)
+        first = outputs.take()
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         """
