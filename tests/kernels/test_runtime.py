@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvcompress.kernels.attention import causal_attention, slot_attention
-from kvcompress.kernels.column_sums import causal_column_sums, slot_column_sums
+from kvcompress.kernels.column_sums import causal_column_sums, slot_column_maxima
 from kvcompress.kernels.decode import decode_attention
 from kvcompress.kernels.decode_evict import decode_and_evict
 from kvcompress.kernels.evict import choose_victim
@@ -28,8 +28,8 @@ CALLS = {
     "causal_attention": (lambda q, k: causal_attention(q, k, k, scale=0.1), (QUERY, KEY)),
     "slot_attention": (lambda q, k, p, a: slot_attention(q, k, k, p, a, scale=0.1), (QUERY, KEY, POSITIONS, AT)),
     "causal_column_sums": (lambda q, k, m: causal_column_sums(q, k, m, scale=0.1), (QUERY, KEY, LSE)),
-    "slot_column_sums": (
-        lambda q, k, p, a, m: slot_column_sums(q, k, p, a, m, scale=0.1),
+    "slot_columns": (
+        lambda q, k, p, a, m: slot_column_maxima(q, k, p, a, m, scale=0.1),
         (QUERY, KEY, POSITIONS, AT, LSE),
     ),
     "decode_attention": (
