@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvcompress import GEARCache, load_model
 from kvcompress.evals.baselines import BASELINES, build, installed
 from kvcompress.evals.provenance import provenance
+from kvcompress.hf import cache_argument
 from kvcompress.registry import parse
 
 
@@ -83,7 +84,7 @@ class Study:
         self.rows = torch.tensor([row for rows in windows.values() for row in rows], device=model.device)
         self.full = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(self.rows[:, :context], past_key_values=self.full, logits_to_keep=1)
+            model(self.rows[:, :context], **cache_argument(model, self.full), logits_to_keep=1)
         layers: Any = self.full.layers
         self.held: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
         self.expected = list(self._continue(self._filled(DynamicCache(config=model.config))))
@@ -137,7 +138,7 @@ class Study:
         for first in range(self.context, self.rows.shape[1] - 1, self.chunk):
             piece = self.rows[:, first : min(first + self.chunk, self.rows.shape[1] - 1)]
             with torch.inference_mode():
-                yield self.model(piece, past_key_values=cache).logits.float().log_softmax(-1)
+                yield self.model(piece, **cache_argument(self.model, cache)).logits.float().log_softmax(-1)
 
     def _filled(self, cache: Any) -> Any:
         for index, (key, value) in enumerate(self.held):

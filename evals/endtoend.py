@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig,
 
 from kvcompress import CompressedCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.evals import bench
+from kvcompress.hf import cache_argument, cache_name, sizes
 
 Step = Callable[[Tensor, Tensor, Cache], Tensor]
 
@@ -120,13 +121,16 @@ class EndToEndCases:
         for _ in range(3):
             before = self._peak(reset=True)
             cache = self._build(case)
-            taken.append(self._timed(functools.partial(self.model, prompt, past_key_values=cache, logits_to_keep=1)))
+            taken.append(
+                self._timed(
+                    functools.partial(self.model, prompt, **cache_argument(self.model, cache), logits_to_keep=1)
+                )
+            )
             peak, held = max(peak, self._peak() - before), _bytes(cache)
             del cache
-        config = self.model.config
-        width = config.hidden_size
+        of = sizes(self.model.config)
         weights = sum(weight.numel() for name, weight in self.model.named_parameters() if "layers." in name)
-        flops = 2 * weights * case.tokens + 2 * config.num_hidden_layers * width * case.tokens**2
+        flops = 2 * weights * case.tokens + 2 * of.layers * of.hidden * case.tokens**2
         return {
             "seconds": bench.spread(taken),
             "limit_seconds": flops / (self.limits["TFLOP/s"] * 1e12),
@@ -141,7 +145,7 @@ class EndToEndCases:
             # one length at a time: full caches are gigabytes
             self.prefilled = {kept: cache for kept, cache in self.prefilled.items() if kept[1] == case.tokens}
             cache = self._build(case)
-            self.model(self._tokens(case.tokens), past_key_values=cache, logits_to_keep=1)
+            self.model(self._tokens(case.tokens), **cache_argument(self.model, cache), logits_to_keep=1)
             self.prefilled[key] = cache
         return self.prefilled[key]
 
@@ -193,8 +197,12 @@ class EndToEndCases:
         return row
 
     def _step(self, compiled: bool) -> Step:
+        # looked up here: a compiled step cannot look at signatures
+        name = str(cache_name(self.model))
+
         def forward(token: Tensor, position: Tensor, cache: Cache) -> Tensor:
-            return self.model(token, position_ids=position, past_key_values=cache, logits_to_keep=1).logits
+            given: dict[str, Any] = {name: cache}
+            return self.model(token, position_ids=position, logits_to_keep=1, **given).logits
 
         if not compiled:
             return forward
@@ -234,7 +242,7 @@ class EndToEndCases:
 
     def _static(self, case: Case, batch: int) -> Cache:
         cache = StaticCache(config=self.model.config, max_cache_len=case.tokens + 128)
-        self.model(self._tokens(1).expand(batch, 1), past_key_values=cache, logits_to_keep=1)
+        self.model(self._tokens(1).expand(batch, 1), **cache_argument(self.model, cache), logits_to_keep=1)
         for layer in cache.layers:
             # as if the prompt had been fed: what the tokens hold does not matter
             layer.cumulative_length.fill_(case.tokens)  # type: ignore[union-attr]
@@ -244,11 +252,11 @@ class EndToEndCases:
 
     def _needs(self, case: Case, batch: int) -> int:
         """Bytes of the model, of a batch's caches and of those at hand. DynamicCache grows by a copy of a layer."""
-        config = self.model.config
+        of = sizes(self.model.config)
         each = _bytes(self._first(case))
-        grows = 1 + 2 / config.num_hidden_layers if case.cache == "dynamic" else 1
+        grows = 1 + 2 / of.layers if case.cache == "dynamic" else 1
         at_hand = sum(_bytes(cache) for cache in self.prefilled.values())
-        logits = batch * config.vocab_size * (self.model.dtype.itemsize + 4)
+        logits = batch * of.vocabulary * (self.model.dtype.itemsize + 4)
         copies = each if case.cache == "hydragen" else batch * each * grows
         return int(sum(_size(weight) for weight in self.model.parameters()) + at_hand + copies + logits)
 
@@ -302,7 +310,7 @@ class EndToEndCases:
         how = {"max_new_tokens": fresh, "min_new_tokens": fresh, "do_sample": False, "pad_token_id": 0, **settings}
         generate: Any = self.model.generate
         mask = torch.ones_like(prompt)
-        return self._timed(lambda: generate(prompt, attention_mask=mask, past_key_values=cache, **how))
+        return self._timed(lambda: generate(prompt, attention_mask=mask, **cache_argument(self.model, cache), **how))
 
     # means
 
@@ -319,7 +327,7 @@ class EndToEndCases:
 
     def _tokens(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(1, self.model.config.vocab_size, (1, count), generator=generator).to(self.device)
+        return torch.randint(1, sizes(self.model.config).vocabulary, (1, count), generator=generator).to(self.device)
 
     def _timed(self, call: Callable[[], Any]) -> float:
         """Seconds of a call, device work included."""

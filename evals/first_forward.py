@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kvcompress import DenseCache, EvictingCache
 from kvcompress.evals.protocol import Reader
+from kvcompress.hf import sizes
 
 
 @dataclass
@@ -57,8 +58,8 @@ class FirstForward:
     @staticmethod
     def size(model: PreTrainedModel, tokens: int) -> int:
         """Roughly the bytes that a recording of so many tokens takes, pads included."""
-        config = model.config
-        return 2 * tokens * config.hidden_size * config.num_hidden_layers * model.dtype.itemsize
+        of = sizes(model.config)
+        return 2 * tokens * of.hidden * of.layers * model.dtype.itemsize
 
     def fill(self, reader: Reader) -> None:
         """Does the first forward of a reader of these rows, without the model.

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from kvcompress import load_model
 from kvcompress.evals.baselines import build, parse
 from kvcompress.evals.protocol import Measured, NotCompressedError, Reader
+from kvcompress.hf import cache_argument
 
 # task files for data of one's own
 TASKS = Path(__file__).parent / "lm_tasks"
@@ -213,7 +214,7 @@ class CompressedLM(HFLM):
         found = self.model.generate(
             input_ids=ids,
             attention_mask=seen,
-            past_key_values=reader.cache,
+            **cache_argument(self.model, reader.cache),
             max_length=max_length - context.shape[1] + ids.shape[1],
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, ids.shape[1], ids.shape[0]),
             pad_token_id=self.tokenizer.pad_token_id,

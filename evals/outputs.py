@@ -7,11 +7,13 @@ its error includes theirs.
 """
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from kvcompress import hf
 
 
 class AttentionOutputs:
@@ -27,36 +29,28 @@ class AttentionOutputs:
         Raises:
             ValueError: the model has no attention layers that transformers numbers.
         """
-        self._modules = [
-            module
-            for module in model.modules()
-            if type(module).__name__.endswith("Attention") and isinstance(getattr(module, "layer_idx", None), int)
-        ]
+        self._modules = hf.attention_modules(model)
         if not self._modules:
             raise ValueError(f"{type(model).__name__} has no modules ...Attention with a layer_idx to watch")
-        self._taken: dict[Any, Tensor] = {}
-        self._hooks: list[Any] = []
+        self._captured: hf.Captured | None = None
 
     def __enter__(self) -> Self:
-        for module in self._modules:
-            self._hooks.append(module.register_forward_hook(self._keep))
+        # a cache that has its tokens read twice comes back
+        self._captured = hf.Captured(outputs=self._modules, first=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def _keep(self, module: Any, arguments: Any, output: Any) -> None:
-        # a cache that has its tokens read twice comes back
-        self._taken.setdefault(module, output[0] if isinstance(output, tuple) else output)
+        assert self._captured is not None
+        self._captured.close()
 
     def take(self) -> list[Tensor]:
         """The outputs since the last call, [batch, tokens, hidden] a layer, in the order of the layers."""
+        assert self._captured is not None
         # where one attention module wraps another, the outer one comes last
-        by_layer = {module.layer_idx: output for module, output in self._taken.items()}
-        self._taken = {}
+        by_layer = {hf.layer_of(module): output for module, output in self._captured.outputs.items()}
+        self._captured.clear()
         return [by_layer[index] for index in sorted(by_layer)]
 
 

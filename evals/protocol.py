@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.evals.tasks import Prompt
+from kvcompress.hf import cache_argument
 
 PROTOCOLS = ("question-agnostic", "question-aware")
 
-# builds an empty cache: anything transformers takes as past_key_values that has kvcompress's memory()
+# builds an empty cache: any cache of transformers' that has kvcompress's memory()
 MakeCache = Callable[[], Any]
 
 
@@ -85,7 +86,11 @@ class Reader:
         places = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
         mask = None if bool(self.mask.all()) else self.mask
         return self.model(
-            tokens, attention_mask=mask, position_ids=places, past_key_values=self.cache, logits_to_keep=logits
+            tokens,
+            attention_mask=mask,
+            position_ids=places,
+            **cache_argument(self.model, self.cache),
+            logits_to_keep=logits,
         ).logits
 
     def measure(self) -> Measured:

@@ -10,6 +10,7 @@ tokens in every row (DenseCache), by length and batch. From this comes HydragenC
 """
 
 import argparse
+import functools
 import json
 import pydoc_data.topics
 import time
@@ -23,6 +24,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from kvcompress import DenseCache, HydragenCache, load_model
 from kvcompress.evals.provenance import provenance
 from kvcompress.evals.speed import spread, timed
+from kvcompress.hf import cache_argument
 
 
 def prompts(tokenizer: Any, prefix: int, suffix: int, batch: int) -> Tensor:
@@ -43,11 +45,15 @@ def first_tokens(model: PreTrainedModel, ids: Tensor) -> tuple[dict[str, Any], H
 
     def shared() -> None:
         cache = HydragenCache(model, ids)
-        logits["hydragen"] = model(ids[:, cache.get_seq_length() :], past_key_values=cache, logits_to_keep=1).logits
+        logits["hydragen"] = model(
+            ids[:, cache.get_seq_length() :], **cache_argument(model, cache), logits_to_keep=1
+        ).logits
         kept.append(cache)
 
     def whole() -> None:
-        logits["dynamic"] = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).logits
+        logits["dynamic"] = model(
+            ids, **cache_argument(model, DynamicCache(config=model.config)), logits_to_keep=1
+        ).logits
 
     seconds = {"hydragen": timed(shared, model.device), "dynamic": timed(whole, model.device)}
     difference = (logits["hydragen"] - logits["dynamic"]).abs().max()
@@ -66,7 +72,8 @@ def decode(model: PreTrainedModel, caches: dict[str, Cache], batch: int, steps: 
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for step in range(steps + 1):
         for name, cache in caches.items():
-            took = timed(lambda cache=cache: model(token, past_key_values=cache, logits_to_keep=1), model.device)  # type: ignore[misc]
+            forward = functools.partial(model, token, **cache_argument(model, cache), logits_to_keep=1)
+            took = timed(forward, model.device)
             if step:
                 seconds[name].append(took)
     return {name: spread(times) for name, times in seconds.items()}
@@ -75,9 +82,9 @@ def decode(model: PreTrainedModel, caches: dict[str, Cache], batch: int, steps: 
 @torch.no_grad()
 def repeated(model: PreTrainedModel, cache: Cache, ids: Tensor, prefix: int) -> Cache:
     """The cache filled with the prefix once, repeated to the batch, and with the rows' own tokens."""
-    model(ids[:1, :prefix], past_key_values=cache, logits_to_keep=1)
+    model(ids[:1, :prefix], **cache_argument(model, cache), logits_to_keep=1)
     cache.batch_repeat_interleave(len(ids))
-    model(ids[:, prefix:], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, prefix:], **cache_argument(model, cache), logits_to_keep=1)
     return cache
 
 
@@ -102,7 +109,7 @@ def compare(
     token = ids[:, :1]
     with torch.no_grad():
         while hydragen.get_seq_length() < prefix + suffix + new - 1:
-            model(token, past_key_values=hydragen, logits_to_keep=1)
+            model(token, **cache_argument(model, hydragen), logits_to_keep=1)
     each = begun["dynamic"] // (batch * (prefix + suffix))
     # the last token is answered and never fed
     ended = {"hydragen": held_bytes(hydragen), "dynamic": each * batch * (prefix + suffix + new - 1)}
@@ -139,7 +146,7 @@ def switch(model: PreTrainedModel, tokenizer: Any, lengths: list[int], batches: 
             ids = prompts(tokenizer, length, 8, batch).to(model.device)
             node = HydragenCache.from_prefix(model, ids[0, :length])
             with torch.no_grad():
-                model(ids[:, length:], past_key_values=node, logits_to_keep=1)
+                model(ids[:, length:], **cache_argument(model, node), logits_to_keep=1)
             caches: dict[str, Cache] = {"node": node, "rows": repeated(model, DenseCache(model), ids, length)}
             seconds = decode(model, caches, batch, steps)
             ratio = seconds["node"]["median"] / seconds["rows"]["median"]

@@ -8,6 +8,7 @@ Ratios are of medians of one run; times on a shared machine are not comparable b
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -25,6 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from kvcompress import load_model
 from kvcompress.evals.baselines import build
 from kvcompress.evals.provenance import provenance
+from kvcompress.hf import cache_argument, sizes
 
 Builder = Callable[[], Cache]
 
@@ -49,7 +51,7 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
 def filled(model: PreTrainedModel, build_cache: Builder, prompt: Tensor, batch: int) -> Cache:
     """A cache of `batch` sequences with the same prompt [1, tokens], which is prefilled once."""
     cache = build_cache()
-    model(prompt, past_key_values=cache, logits_to_keep=1)
+    model(prompt, **cache_argument(model, cache), logits_to_keep=1)
     if batch > 1:
         cache.batch_repeat_interleave(batch)
     return cache
@@ -65,7 +67,8 @@ def decode_times(
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for step in range(steps + 2):
         for name, cache in caches.items():
-            took = timed(lambda cache=cache: model(token, past_key_values=cache, logits_to_keep=1), model.device)  # type: ignore[misc]
+            forward = functools.partial(model, token, **cache_argument(model, cache), logits_to_keep=1)
+            took = timed(forward, model.device)
             if step >= 2:
                 seconds[name].append(took)
     return {name: spread(times) for name, times in seconds.items()}
@@ -80,7 +83,8 @@ def prefill_times(
     for repeat in range(repeats + 1):
         for name, build_cache in builders.items():
             cache = build_cache()
-            took = timed(lambda cache=cache: model(prompt, past_key_values=cache, logits_to_keep=1), model.device)  # type: ignore[misc]
+            forward = functools.partial(model, prompt, **cache_argument(model, cache), logits_to_keep=1)
+            took = timed(forward, model.device)
             if repeat:
                 seconds[name].append(took)
     return {name: spread(times) for name, times in seconds.items()}
@@ -99,7 +103,7 @@ def _print_peak(method: str, budget: int, tokens: int, model_name: str | None) -
     with torch.no_grad():
         model(_prompt(model, 64), logits_to_keep=1)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        model(_prompt(model, tokens), past_key_values=_builder(model, method, budget)(), logits_to_keep=1)
+        model(_prompt(model, tokens), **cache_argument(model, _builder(model, method, budget)()), logits_to_keep=1)
     # Linux counts in KiB
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
@@ -112,7 +116,7 @@ def _builder(model: PreTrainedModel, method: str, budget: int) -> Builder:
 
 def _prompt(model: PreTrainedModel, tokens: int, batch: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
+    return torch.randint(0, sizes(model.config).vocabulary, (batch, tokens), generator=generator).to(model.device)
 
 
 def _wait(device: torch.device) -> None:

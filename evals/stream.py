@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import load_model
+from kvcompress.hf import cache_argument, sizes
 from kvcompress.registry import build
 
 
@@ -23,7 +24,7 @@ def chunk_losses(model: PreTrainedModel, ids: Tensor, method: str, budget: int, 
     losses = []
     for start in range(0, ids.shape[1], chunk):
         piece = ids[:, start : start + chunk]
-        logits = model(piece, past_key_values=cache).logits[0, :-1].float()
+        logits = model(piece, **cache_argument(model, cache)).logits[0, :-1].float()
         losses.append(torch.nn.functional.cross_entropy(logits, piece[0, 1:]).item())
     return losses
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     topics = pydoc_data.topics.topics
     text = options.text.read_text("utf-8") if options.text else "\n\n".join(topics[name] for name in sorted(topics))
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : options.tokens]
-    print(f"{ids.shape[1]} tokens; the model was trained on {model.config.max_position_embeddings}")
+    print(f"{ids.shape[1]} tokens; the model was trained on {sizes(model.config).longest}")
     for method in options.methods.split(","):
         losses = torch.tensor(chunk_losses(model, ids, method, options.budget, options.chunk))
         parts = losses.tensor_split(min(options.sections, len(losses)))

@@ -28,6 +28,7 @@ from kvcompress.evals.protocol import Measured, Reader, answer, split
 from kvcompress.evals.provenance import provenance
 from kvcompress.evals.rows import Results, held, mean_of, standard_error
 from kvcompress.evals.tasks import TASKS, Prompt, Tokenizer, make_prompt, make_samples, read_text, score
+from kvcompress.hf import end_tokens
 
 # part of every key: raise it whenever the same settings come to mean another measurement
 _PROTOCOL_VERSION = 1
@@ -284,8 +285,7 @@ class Sweep:
 
     @cached_property
     def stops(self) -> frozenset[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ends = end_tokens(self.model)
         own = self.tokenizer.eos_token_id
         return frozenset([*ends, *([] if own is None else [own])])
 

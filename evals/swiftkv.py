@@ -25,18 +25,19 @@ from kvcompress import convert, load_model
 from kvcompress.distill_rows import first_rows, read_rows
 from kvcompress.evals.provenance import provenance
 from kvcompress.evals.quality import Exam, Quality, measure
+from kvcompress.hf import sizes
 from kvcompress.least_squares import fit
 
 
 def projection_flops(config: Any, tokens: int, first: int | None = None, share: int = 1, logits: int = 1) -> int:
     """Flops of all projections of a prefill, by formula; `first` is the first layer skipped, None for no conversion."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query = hidden * config.num_attention_heads * head_dim
-    key_value = 2 * hidden * config.num_key_value_heads * head_dim
-    rest = 2 * query + 3 * hidden * config.intermediate_size
+    of = sizes(config)
+    hidden, layers = of.hidden, of.layers
+    query = hidden * of.heads * of.head_dim
+    key_value = 2 * hidden * of.kv_heads * of.head_dim
+    rest = 2 * query + 3 * hidden * of.intermediate
     first = layers if first is None else first
-    head = 2 * logits * hidden * config.vocab_size
+    head = 2 * logits * hidden * of.vocabulary
     early = 2 * tokens * first * (rest + key_value)
     later = 2 * tokens * ((layers - first) // share) * key_value + 2 * logits * (layers - first) * rest
     return early + later + head
@@ -187,7 +188,7 @@ def _show_prefill(base: Any, converted: Any, ids: Tensor, repeats: int) -> None:
     counted = [counted_flops(model, ids) for model in (base, converted)]
     for name, wanted, found in zip(("base", "converted"), formula, counted, strict=True):
         print(f"flops {name:<10} {found / 1e9:10.1f} G counted {wanted / 1e9:10.1f} G by formula")
-    print(f"flops ratio {counted[1] / counted[0]:.3f} (attention itself: {first / config.num_hidden_layers:.3f})")
+    print(f"flops ratio {counted[1] / counted[0]:.3f} (attention itself: {first / sizes(config).layers:.3f})")
     seconds = prefill_seconds({"base": base, "converted": converted}, ids, repeats)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     for name, each in seconds.items():

@@ -14,7 +14,7 @@ def main(new_tokens: int = 32) -> GEARCache:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         # the second turn feeds only what the cache has not seen
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+        output = model.generate(**inputs, cache=cache, max_new_tokens=new_tokens, do_sample=False)
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         print(answer)
         messages.append({"role": "assistant", "content": answer})

@@ -12,7 +12,7 @@ def main(budget: int = 256, new_tokens: int = 48) -> str:
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
     cache = H2OCache(model, budget=budget)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=new_tokens, do_sample=False)
 
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(answer)

@@ -26,7 +26,7 @@ def main(questions: int = 64, new_tokens: int = 32, compare: bool = True) -> lis
         start = time.perf_counter()
         # finds what the prompts share, runs that once, and reports it as seen
         cache = HydragenCache(model, **prompts) if name == "HydragenCache" else DynamicCache()
-        out = model.generate(**prompts, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+        out = model.generate(**prompts, cache=cache, max_new_tokens=new_tokens, do_sample=False)
         took = time.perf_counter() - start
         tensors = [tensor for layer in cache.layers for tensor in vars(layer).values() if hasattr(tensor, "nbytes")]
         size = cache.memory().total_bytes if name == "HydragenCache" else sum(tensor.nbytes for tensor in tensors)

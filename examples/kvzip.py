@@ -33,12 +33,12 @@ def main(budget: int | float = 0.5, new_tokens: int = 4) -> dict[str, list[str]]
     answers: dict[str, list[str]] = {question: [] for question in QUESTIONS}
     for cache in (DenseCache(model), KVzipCache(model, budget=budget)):
         with torch.no_grad():
-            model(context, past_key_values=cache, logits_to_keep=1)
+            model(context, cache=cache, logits_to_keep=1)
         print(cache.memory())
         for question, beginning in QUESTIONS.items():
             turn = f"\n{question}<|im_end|>\n<|im_start|>assistant\n{beginning}"
             ids = torch.cat([context, tokenizer(turn, return_tensors="pt").input_ids], 1)
-            output = model.generate(ids, past_key_values=cache.clone(), max_new_tokens=new_tokens, do_sample=False)
+            output = model.generate(ids, cache=cache.clone(), max_new_tokens=new_tokens, do_sample=False)
             answers[question].append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
     for question, (full, compressed) in answers.items():
         print(f"{question}\n  full cache: {full}\n  {budget:.0%} of it: {compressed}")

@@ -24,7 +24,7 @@ def main(new_tokens: int = 24) -> EvictingCache:
     model, tokenizer = load_model()
     inputs = tokenizer("The capital of France is Paris. " * 30 + "The capital of France is", return_tensors="pt")
     cache = EvictingCache(model, policy=ValueNorm(), budget=64)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=new_tokens, do_sample=False)
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
     print(cache.memory())
     return cache

@@ -17,7 +17,7 @@ def main(budget: int = 128, new_tokens: int = 32) -> ShadowKVCache:
     for question in ("", "<|im_end|>\n<|im_start|>user\nAnd an else clause?<|im_end|>\n<|im_start|>assistant\n"):
         conversation += question
         ids = tokenizer(conversation, return_tensors="pt").input_ids
-        output = model.generate(ids, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+        output = model.generate(ids, cache=cache, max_new_tokens=new_tokens, do_sample=False)
         conversation = tokenizer.decode(output[0])
         print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 

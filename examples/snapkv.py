@@ -18,14 +18,14 @@ def main(budget: int = 256, new_tokens: int = 32) -> list[str]:
     context = tokenizer(text, return_tensors="pt").input_ids
     compressed = SnapKVCache(model, budget=budget)
     with torch.no_grad():
-        model(context, past_key_values=compressed, logits_to_keep=1)
+        model(context, cache=compressed, logits_to_keep=1)
     print(compressed.memory())
 
     answers = []
     for question in QUESTIONS:
         turn = tokenizer(f"\n{question}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt").input_ids
         ids = torch.cat([context, turn], 1)
-        output = model.generate(ids, past_key_values=compressed.clone(), max_new_tokens=new_tokens, do_sample=False)
+        output = model.generate(ids, cache=compressed.clone(), max_new_tokens=new_tokens, do_sample=False)
         answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
         print(f"{question}\n  {answers[-1]}")
     return answers

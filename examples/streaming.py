@@ -17,7 +17,7 @@ def main(budget: int = 128, new_tokens: int = 32) -> StreamingLLMCache:
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+        output = model.generate(**inputs, cache=cache, max_new_tokens=new_tokens, do_sample=False)
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
         print(f"{turn}\n  {answer}\n  {cache.memory().total_bytes / 2**20:.1f} MiB")

@@ -22,7 +22,7 @@ def main(steps: int = 20, length: int = 256, new_tokens: int = 32) -> SwiftKVCac
 
     inputs = tokenizer("The for statement is used to iterate over", return_tensors="pt")
     cache = SwiftKVCache(model)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=new_tokens, do_sample=False)
     print(tokenizer.decode(output[0]))
     print(cache.memory())
     return cache

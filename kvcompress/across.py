@@ -218,7 +218,7 @@ class AcrossKVCache(SharedStorageCache):
                 )
             first = config.num_key_value_layers
         else:
-            first = first_later(skip_from, config.num_hidden_layers)
+            first = first_later(skip_from, hf.sizes(config).layers)
             warnings.warn(
                 f"AcrossKVCache on {type(model).__name__}, which was not trained to share keys and values between "
                 "layers, is a diagnostic: expect poor text; kvcompress.convert and kvcompress distill train one",

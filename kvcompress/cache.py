@@ -22,7 +22,7 @@ from kvcompress.padding import PaddingRecord
 _FORMAT = "kvcompress-cache-1"
 
 
-class CompressedCache(hf.Cache):
+class CompressedCache(hf.AttendingCache):
     """A transformers Cache whose layers attend by themselves.
 
     Building one selects kvcompress's attention function in the model, which passes on every call that does not
@@ -42,6 +42,7 @@ class CompressedCache(hf.Cache):
         config = hf.text_config(model)
         windows = hf.attention_windows(config)
         hf.select_attention(model)
+        hf.watch_forwards(model)
         self._model = weakref.ref(model)
         self.padding = self._record()
         super().__init__(layers=[self._layer(index, window, len(windows)) for index, window in enumerate(windows)])
@@ -67,7 +68,7 @@ class CompressedCache(hf.Cache):
     def _check_attention(self, layer_idx: int) -> None:
         """Raises RuntimeError where this forward would not come back to the layers through the attention function."""
         model = self._model()
-        chosen = None if model is None else model.config._attn_implementation
+        chosen = None if model is None else hf.attention_name(model)
         if (chosen is not None and not chosen.startswith(hf.IMPLEMENTATION)) or (
             layer_idx and self.layers[layer_idx - 1].in_hand is not None
         ):

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kvcompress import hf
 from kvcompress.distill_rows import Row, first_rows
 from kvcompress.least_squares import fit
 from kvcompress.swiftkv import SwiftKVModel, as_teacher, trained_parameters
@@ -228,23 +229,18 @@ class _Hidden:
     """What enters the first later layer and the last layer, of the latest forward."""
 
     def __init__(self, model: SwiftKVModel) -> None:
-        self.entered: Tensor
-        self.latest: Tensor
         layers: Any = model.model.layers
-        self._hooks = [
-            layers[model.config.num_key_value_layers].register_forward_pre_hook(self._note_entered),
-            layers[-1].register_forward_pre_hook(self._note),
-        ]
+        self._later, self._last = layers[model.config.num_key_value_layers], layers[-1]
+        self._captured = hf.Captured(inputs={self._later, self._last})
+        self.close = self._captured.close
 
-    def _note_entered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.entered = args[0]
+    @property
+    def entered(self) -> Tensor:
+        return self._captured.inputs[self._later]
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.latest = args[0]
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    @property
+    def latest(self) -> Tensor:
+        return self._captured.inputs[self._last]
 
 
 class _Passed(nn.Module):

@@ -72,10 +72,8 @@ class EvictingCache(CompressedCache):
             if rolled:
                 raise ValueError("rolled keeps keys without rotation, and cannot be combined with packed")
         super().__init__(model)
-        if policy.rereads is not None:
-            if rolled:
-                raise ValueError(f"rolled cannot be combined with {type(policy).__name__}, which reads tokens twice")
-            hf.watch_forwards(model)
+        if policy.rereads is not None and rolled:
+            raise ValueError(f"rolled cannot be combined with {type(policy).__name__}, which reads tokens twice")
         if rolled and not any(isinstance(layer, RolledLayer) or layer.is_sliding for layer in self.layers):
             raise ValueError(
                 f"rolled closes up rotary positions, and {type(model).__name__} has none; leave it off, "
@@ -106,19 +104,19 @@ class EvictingCache(CompressedCache):
             ranks=Ranks.of(model),
         )
 
-    def forward_begins(self, model: PreTrainedModel, input_ids: Tensor | None) -> None:
+    def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Raises ValueError where the policy is to read tokens again that are not given as such."""
         if self.policy.rereads is not None and input_ids is None:
             raise ValueError(
                 f"{type(self.policy).__name__} reads the tokens again: pass input_ids, and not inputs_embeds"
             )
 
-    def forward_ended(self, model: PreTrainedModel, input_ids: Tensor) -> None:
+    def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Reads the tokens of a forward again, where the policy asks for it."""
         how = self.policy.rereads
         waiting = [layer for layer in self.layers if isinstance(layer, RereadLayer) and layer.waiting is not None]
-        if waiting and how is not None:
-            read_again(model, waiting, input_ids, self.padding.visible, int(self.get_seq_length()), how)
+        if waiting and how is not None and input_ids is not None:
+            read_again(decoder, waiting, input_ids, self.padding.visible, int(self.get_seq_length()), how)
 
     def _settings(self) -> dict[str, Any]:
         policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}

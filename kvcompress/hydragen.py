@@ -389,12 +389,13 @@ class HydragenCache(CompressedCache):
         place = torch.arange(width, device=ids.device)
         fresh = place >= width - torch.tensor([len(piece) for piece in pieces], device=ids.device)[:, None]
         held = torch.tensor(self.tree.lengths(), device=ids.device)[:, None]
-        model.base_model(
+        decoder = hf.decoder_of(model)
+        decoder(
             input_ids=ids,
             attention_mask=self.cover(fresh),
             position_ids=held + (fresh.long().cumsum(-1) - 1).clamp(min=0),
-            past_key_values=self,
             use_cache=True,
+            **hf.cache_argument(decoder, self),
         )
 
     def _freeze(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress import hf
 from kvcompress.swiftkv import SwiftKVModel, as_teacher
 
 
@@ -75,29 +76,20 @@ def _sums(model: Any, rows: Sequence[Tensor], entered: Any, groups: list[list[An
 
     Where the projections have biases a column of ones is the last of X.
     """
-    heard: dict[Any, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda module, _, output: heard.__setitem__(module, output))
-        for group in groups
-        for module in group
-    ]
-    hooks.append(entered.register_forward_pre_hook(lambda module, args: heard.__setitem__("entered", args[0])))
     has_bias = groups[0][0].bias is not None
     device = groups[0][0].weight.device
     sums: list[Tensor] | None = None
-    try:
+    with hf.Captured(inputs=[entered], outputs=[module for group in groups for module in group]) as captured:
         for row in rows:
             with as_teacher(model):
                 model.model(row[None].to(device), use_cache=False)
-            x = model.model.norm_swiftkv(heard["entered"])[0].float()
+            x = model.model.norm_swiftkv(captured.inputs[entered])[0].float()
             if has_bias:
                 x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+            heard = captured.outputs
             y = torch.cat([torch.stack([heard[module][0].float() for module in group]).mean(0) for group in groups], 1)
             parts = [(x.T @ x).double(), (x.T @ y).double(), y.square().sum(0).double()]
             sums = parts if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-    finally:
-        for hook in hooks:
-            hook.remove()
     assert sums is not None
     return sums[0], sums[1], sums[2]
 

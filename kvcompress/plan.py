@@ -69,20 +69,23 @@ def read_shape(name: str | None) -> Shape:
         ValueError: kvcompress does not serve this kind of model.
     """
     config = _read_config(name)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{config.model_type} is an encoder-decoder model; kvcompress serves decoder-only models")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise ValueError(f"{config.model_type} uses multi-head latent attention; kvcompress serves MHA, GQA and MQA")
+    hf.check_served(config, config.model_type)
     windows = tuple(hf.attention_windows(config))
-    heads, kv_heads, head_dim = hf.head_counts(config)
+    sizes = hf.sizes(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    hidden = config.hidden_size
-    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
-    longest = getattr(config, "max_position_embeddings", None)
-    shown = name or loading.DEFAULT_PACKAGE
-    return Shape(shown, parameters, windows, heads, kv_heads, head_dim, hidden, intermediate, longest)
+    return Shape(
+        name or loading.DEFAULT_PACKAGE,
+        parameters,
+        windows,
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.hidden,
+        sizes.intermediate,
+        sizes.longest,
+    )
 
 
 def make_plan(

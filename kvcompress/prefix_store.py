@@ -30,7 +30,7 @@ class PrefixStore:
 
         store = PrefixStore(model, max_bytes=8 << 30)
         cache = store.prefix(document_ids)                      # runs only what no stored prefix begins with
-        model.generate(prompts, past_key_values=cache)          # prompts that begin with the document
+        model.generate(prompts, cache=cache)                    # prompts that begin with the document
 
     A stored prefix serves every shorter one, as keys and values depend on nothing that follows; caches given out share
     its tensors, so what is stored twice or in use costs nothing more. Sizes are of live storages.

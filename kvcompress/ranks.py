@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# projections that make keys, by themselves or with queries and values
-_MAKES_KEYS = ("k_proj", "qkv_proj", "query_key_value")
+from kvcompress import hf
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,8 @@ class Ranks:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self | None:
         """Who shares the model's heads; None where one process has them all."""
-        mesh = getattr(model, "_device_mesh", None)
-        size = getattr(model, "_tp_size", None) or 1
-        plan = getattr(model, "_tp_plan", None) or {}
-        splits = any(rule.rpartition(".")[2] in _MAKES_KEYS and "colwise" in how for rule, how in plan.items())
-        if mesh is None or size == 1 or not splits:
-            return None
-        group = mesh.get_group("tp") if "tp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
-        return cls(group.group_name, size)
+        group = hf.head_group(model)
+        return None if group is None else cls(*group)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of the processes' tensors, the same on each."""

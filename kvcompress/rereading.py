@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.dense import with_sinks
 from kvcompress.evicting_layer import EvictingLayer
@@ -177,7 +178,7 @@ def read_again(
     batch, tokens = ids.shape
     fresh = ids.new_ones(batch, tokens, dtype=torch.bool) if visible is None else visible[:, -tokens:]
     lengths = ids.new_full((batch,), seen) if visible is None else visible.sum(-1)
-    learned = getattr(model.config, "rope_parameters", None) is None
+    sizes = hf.sizes(model.config)
     rows = [row[shown].tolist() for row, shown in zip(ids, fresh, strict=True)]
     # a single token is not read again
     rows = [row if len(row) > 1 else [] for row in rows]
@@ -185,9 +186,9 @@ def read_again(
     for start in range(0, max(map(len, rows)), how.chunk):
         parts = [[*how.prompt, *row[start : start + how.chunk]] if row[start:] else [] for row in rows]
         width = max(map(len, parts))
-        if learned:
+        if sizes.learned_positions and sizes.longest is not None:
             # a table of positions ends; the text then begins again before its end
-            lengths = lengths.clamp(max=max(0, model.config.max_position_embeddings - width))
+            lengths = lengths.clamp(max=max(0, sizes.longest - width))
         again = ids.new_tensor([[0] * (width - len(part)) + part for part in parts])
         mask = ids.new_tensor([[0] * (width - len(part)) + [1] * len(part) for part in parts])
         places = lengths[:, None] + (mask.cumsum(-1) - 1).clamp(min=0)
@@ -195,8 +196,8 @@ def read_again(
             input_ids=again,
             attention_mask=None if bool(mask.all()) else mask,
             position_ids=places,
-            past_key_values=reading,
             use_cache=True,
+            **hf.cache_argument(model, reading),
         )
     for layer in layers:
         layer.judge()

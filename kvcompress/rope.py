@@ -7,25 +7,21 @@ RoPE turns each pair (a, b) of a vector's dimensions by the angle `position * in
 
 s is the attention scaling (not 1 for YaRN). Which dimensions pair up (half a vector apart as in Llama, side by side
 as in Cohere), how many turn (a part in Phi and GPT-NeoX), with which frequencies (two sets in Gemma 3) and whether a
-layer turns them at all (not all do in SmolLM3) differs between models. This is the only module that knows, and the
-only one beside hf.py that reaches into transformers: it reads the model's rotary module, and checks what it
-concluded against two keys that the layer's own attention module makes.
+layer turns them at all (not all do in SmolLM3) differs between models. This is the only module that knows: it takes
+what the model's rotary module says, and checks what it concluded against two keys that the layer itself has turned.
 """
 
-import inspect
-import sys
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
 
 # their frequencies do not change while a sequence grows
 _STATIC = ("default", "linear", "llama3", "yarn", "proportional")
-_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 # what a wrong pairing or frequency exceeds by far, and bfloat16 does not
 _AGREES = 0.05
 
@@ -52,40 +48,26 @@ class Rope:
                 in a way that kvcompress does not know; model and RoPE type are named.
         """
         name = f"layer {layer} of {type(model).__name__}"
-        attention = hf.attention_module(model, layer)
-        found = _rotary(model, layer)
-        if found is None or attention is None or "position_embeddings" not in _parameters(attention):
-            # a model without RoPE has no code for it either
-            source = vars(sys.modules[type(model).__module__])
-            if found is None and not any("rotary" in known.lower() or "rope" in known.lower() for known in source):
-                return None
+        rotary = hf.rotary_of(model, layer)
+        if rotary is None:
+            return None
+        if rotary.rope_type not in _STATIC:
             raise ValueError(
-                f"{name} applies rotary embeddings in a way of its own; kvcompress knows attention layers that take "
-                "position_embeddings=(cos, sin), as Llama, Qwen, Gemma, Phi-3, GPT-NeoX and Cohere have"
+                f"{name} has RoPE of type {rotary.rope_type!r}, whose frequencies change with the length of the "
+                f"sequence; keys can be rotated back for the types {', '.join(_STATIC)}"
             )
-        rotary, kind, inv_freq = found
-        rope_type = getattr(rotary, "rope_type", "default")
-        rope_type = rope_type[kind] if isinstance(rope_type, dict) else rope_type
-        if rope_type not in _STATIC:
-            raise ValueError(
-                f"{name} has RoPE of type {rope_type!r}, whose frequencies change with the length of the sequence; "
-                f"keys can be rotated back for the types {', '.join(_STATIC)}"
-            )
-        scaling = float(getattr(rotary, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0))
-        frequencies = inv_freq.detach().float().to(hf.device_of(attention), copy=True)
-
-        at = torch.tensor([[3, 11]], device=frequencies.device)
-        resting, turned = (_key(attention, rotary, kind, model, places.to(inv_freq.device)) for places in (at * 0, at))
+        at = torch.tensor([[3, 11]], device=rotary.inv_freq.device)
+        resting, turned = rotary.keys(at * 0), rotary.keys(at)
         if torch.equal(resting, turned):
             return None
         for interleaved in (False, True):
-            rope = cls(frequencies, scaling, interleaved)
+            rope = cls(rotary.inv_freq, rotary.scaling, interleaved)
             expected = rope.rotate(rope.unrotate(resting.float(), at * 0), at)
             if (expected - turned.float()).norm() <= _AGREES * turned.float().norm():
                 return rope
         raise ValueError(
-            f"{name} does not rotate its keys as its {type(rotary).__name__} says: neither with pairs half of "
-            "rotary_dim apart (Llama) nor side by side (Cohere)"
+            f"{name} does not rotate its keys as its {rotary.name} says: neither with pairs half of rotary_dim apart "
+            "(Llama) nor side by side (Cohere)"
         )
 
     @property
@@ -144,68 +126,3 @@ class Rope:
             rest = wide[..., rotary_dim:].expand(*turned.shape[:-1], -1)
             turned = torch.cat((turned, rest), -1)
         return turned.to(x.dtype)
-
-
-class _Captured(Exception):  # noqa: N818 (it carries a result, and ends the attention call early)
-    def __init__(self, key: Tensor) -> None:
-        super().__init__()
-        self.key = key
-
-
-class _Recorder:
-    """Stands in for a cache, and ends the forward with the key it was given."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> None:
-        raise _Captured(key_states)
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
-
-
-def _rotary(model: PreTrainedModel, layer: int) -> tuple[nn.Module, str | None, Tensor] | None:
-    """The rotary module that serves a layer, the layer type it knows it by (None: it knows one), and its inv_freq."""
-    types = getattr(model.config, "layer_types", None)
-    kind = types[layer] if types else None
-    found: list[tuple[nn.Module, str | None, Tensor]] = []
-    for module in model.modules():
-        for key, buffer in ((None, "inv_freq"), (kind, f"{kind}_inv_freq")):
-            inv_freq = getattr(module, buffer, None)
-            if isinstance(inv_freq, Tensor):
-                found.append((module, key, inv_freq))
-    if any(not torch.equal(inv_freq.cpu(), found[0][2].cpu()) for _, _, inv_freq in found[1:]):
-        names = sorted({type(module).__name__ for module, _, _ in found})
-        raise ValueError(
-            f"{type(model).__name__} has several rotary modules of different frequencies ({', '.join(names)}); "
-            "kvcompress cannot tell which one serves which layer"
-        )
-    return found[0] if found else None
-
-
-@torch.no_grad()
-def _key(
-    attention: nn.Module, rotary: nn.Module, kind: str | None, model: PreTrainedModel, positions: Tensor
-) -> Tensor:
-    """The keys a layer's attention module hands to its cache, [1, kv_heads, tokens, head_dim], for fixed input.
-
-    The positions are on the device of the rotary module, which need not be the layer's.
-    """
-    weight, device = next(attention.parameters()), hf.device_of(attention)
-    dtype = weight.dtype if weight.is_floating_point() else model.dtype
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, positions.shape[1], model.config.hidden_size, generator=generator)
-    hidden = hidden.to(dtype)
-    known = {"layer_type": kind} if kind else {}
-    parameters = _parameters(attention)
-    arguments: dict[str, Any] = {name: None for name in ("attention_mask", "alibi") if name in parameters}
-    arguments |= {name: _Recorder() for name in _CACHE_ARGUMENTS if name in parameters}
-    try:
-        turns = tuple(turn.to(device) for turn in rotary(hidden.to(positions.device), positions, **known))
-        attention(hidden.to(device), position_embeddings=turns, **arguments)
-    except _Captured as captured:
-        return captured.key
-    except Exception as error:
-        raise ValueError(
-            f"{type(attention).__name__} could not be asked how it rotates its keys, so kvcompress cannot rotate them"
-        ) from error
-    raise ValueError(f"{type(attention).__name__} did not hand its keys to the cache, so kvcompress cannot rotate them")

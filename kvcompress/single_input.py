@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-# found by kvcompress.hf in the module of an attention class
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.dense import DenseLayer
+
+# eager_attention_forward is also found by kvcompress.hf in the module of an attention class
+from kvcompress.hf.families import (
+    ALL_ATTENTION_FUNCTIONS,
+    GradientCheckpointingLayer,
+    eager_attention_forward,
+    rotate_half,
+)
 from kvcompress.kernels.bulk_kv import bulk_key_values
 
 # attention functions that take a mask [batch, 1, queries, keys] or none; others want the last queries, in order
@@ -44,6 +47,7 @@ class SingleInput:
         share: int,
         asked: Tensor | None,
         visible: Tensor | None,
+        given: hf.Cache | None,
     ) -> None:
         """
         Args:
@@ -53,7 +57,11 @@ class SingleInput:
             share: layers of a group.
             asked: as above.
             visible: [batch, columns] padding mask of at least the forward's columns, or None.
+            given: the cache that the model was given, or None.
         """
+        self.given = given
+        # the cache that reached the later layers
+        self.cache: hf.Cache | None = None
         self.norm = norm
         self.leaders = leaders
         self.first = first
@@ -71,7 +79,9 @@ class SingleInput:
         self._bulk: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[int, tuple[Any, Any]] = {}
 
-    def enter(self, hidden: Tensor, turns: tuple[Tensor, Tensor], mask: Any, cache: Any, implementation: str) -> Tensor:
+    def enter(
+        self, hidden: Tensor, turns: tuple[Tensor, Tensor], mask: Any, cache: hf.Cache | None, implementation: str
+    ) -> Tensor:
         """Takes in layer l's input [batch, columns, hidden_size], and gives what runs on, [batch, positions, ...].
 
         Args:
@@ -79,7 +89,12 @@ class SingleInput:
             mask: what transformers made for the layer.
             cache: the forward's cache, or None.
             implementation: the name of the attention function.
+
+        Raises:
+            RuntimeError: the model was given a cache that has not reached the layer.
         """
+        self.check_reached(self.given, cache)
+        self.cache = cache
         self._entering, self._turns = hidden, turns
         self._normed = self._leader = None
         self.columns = hidden.shape[1]
@@ -91,6 +106,18 @@ class SingleInput:
         cos, sin = (_at(turn.expand(hidden.shape[0], -1, -1), self.rows) for turn in turns)
         self._narrow = cos, sin
         return _at(hidden, self.rows)
+
+    def check_reached(self, given: hf.Cache | None, found: hf.Cache | None) -> None:
+        """
+        Raises:
+            RuntimeError: a cache that the model was given, or made, has not reached the later layers.
+        """
+        if given is not None and found is not given:
+            raise RuntimeError(
+                f"the model has a {type(given).__name__}, and its layer {self.first} was given "
+                f"{'no cache' if found is None else f'a {type(found).__name__}'}: this transformers hands a cache to "
+                "its layers in a way that kvcompress does not know; run the model with use_cache=False"
+            )
 
     def _in_bulk(self, cache: Any) -> bool:
         """True where all later keys and values can be written into the cache's layers at once."""
@@ -296,31 +323,30 @@ class SingleInputAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any,
-        past_key_values: Any = None,
+        *args: Any,
         single_input: SingleInput | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """The family's forward, which takes a cache under the name that the family has for it."""
         if single_input is None:
             if not self.config.swiftkv_teacher:
                 raise ValueError(
                     f"layer {self.layer_idx} has no attention of its own to fall back on: the checkpoint was published "
                     "without the teacher's query, key and value projections"
                 )
-            return super().forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
-            )
+            return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
+        cache = hf.take_cache(kwargs, args)
         shape = hidden_states.shape[:-1]
         query = self.q_proj_swiftkv(hidden_states).view(*shape, -1, self.head_dim)
         if self.norms:
             query = self.q_norm_swiftkv(query)
         device = query.device
         query = rotated(query.transpose(1, 2), *(turn.to(device) for turn in single_input.narrow))
-        key, value = single_input.key_value(self, past_key_values, device)
+        key, value = single_input.key_value(self, cache, device)
         if single_input.rows is not None:
             # those of all columns
             kwargs.pop("position_ids", None)
-        implementation = self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(hf.attention_name(self)), eager_attention_forward)
         out, weights = attend(
             self,
             query,
@@ -356,8 +382,8 @@ class SingleInputLayer(GradientCheckpointingLayer):
                 hidden_states,
                 kwargs["position_embeddings"],
                 kwargs.get("attention_mask"),
-                kwargs.get("past_key_values"),
-                attention.config._attn_implementation,
+                hf.cache_in((*args, *kwargs.values())),
+                str(hf.attention_name(attention)),
             )
         return super().forward(hidden_states, *args, single_input=single_input, **kwargs)
 

@@ -18,34 +18,39 @@ distillation of kvcompress/distill.py before it is of use.
 """
 
 import copy
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.hf.families import (
+    LlamaAttention,
     LlamaConfig,
+    LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
+    MistralAttention,
     MistralConfig,
+    MistralDecoderLayer,
     MistralForCausalLM,
     MistralModel,
-    PreTrainedModel,
+    Qwen2Attention,
     Qwen2Config,
+    Qwen2DecoderLayer,
     Qwen2ForCausalLM,
     Qwen2Model,
+    Qwen3Attention,
     Qwen3Config,
+    Qwen3DecoderLayer,
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
-
 from kvcompress.single_input import SingleInput, SingleInputAttention, SingleInputLayer
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
@@ -118,8 +123,7 @@ class Qwen3SwiftKVConfig(_Config, Qwen3Config):
     swiftkv_teacher: bool = False
 
 
-# LlamaAttention lets position_embeddings be left out, which no decoder layer does
-class LlamaSwiftKVAttention(SingleInputAttention, LlamaAttention):  # type: ignore[misc]
+class LlamaSwiftKVAttention(SingleInputAttention, LlamaAttention):
     pass
 
 
@@ -193,8 +197,14 @@ class _Decoder(nn.Module):
             kwargs.get(name, getattr(config, name, None)) for name in ("output_hidden_states", "output_attentions")
         )
         leaders: Any = [layer.self_attn for layer in self.layers[first::share]]
-        state = SingleInput(self.norm_swiftkv, leaders, first, share, None if wants_all else asked, visible)
+        # checkpointed layers run without a cache, and say so
+        checkpointed = self.training and getattr(self, "gradient_checkpointing", False)
+        given = None if checkpointed else hf.cache_in((*args, *kwargs.values()))
+        state = SingleInput(self.norm_swiftkv, leaders, first, share, None if wants_all else asked, visible, given)
         output = super().forward(*args, single_input=state, **kwargs)
+        if leaders and not checkpointed:
+            # the decoder may have made one itself
+            state.check_reached(hf.cache_of(output), state.cache)
         if asked is not None:
             state.asked = asked
             output.last_hidden_state = state.answer(output.last_hidden_state)
@@ -227,37 +237,31 @@ class SwiftKVModel(nn.Module):
             )
         self.model.single_input = value
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """The family's forward, whose prompt ends at the first later layer where not all logits are asked for."""
-        asked = None
-        if self.single_input and labels is None:
-            fed = input_ids if input_ids is not None else inputs_embeds
-            if fed is not None:
-                asked = _asked(logits_to_keep, attention_mask, fed.shape[0], fed.shape[1], fed.device)
-        if asked is not None:
-            logits_to_keep, kwargs = 0, {**kwargs, "asked": asked}
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # over the family's class, which comes next in line
+        family: Any = cls.__mro__[cls.__mro__.index(SwiftKVModel) + 1]
+        cls.forward = _narrowing(family.forward)
+
+
+def _narrowing(family: Callable[..., Any]) -> Callable[..., Any]:
+    """A family's forward, whose prompt ends at the first later layer where not all logits are asked for."""
+    names = list(inspect.signature(family).parameters)[1:]
+
+    @functools.wraps(family)
+    def forward(self: SwiftKVModel, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        fed = given.get("input_ids")
+        fed = given.get("inputs_embeds") if fed is None else fed
+        if self.single_input and given.get("labels") is None and fed is not None:
+            asked = _asked(
+                given.get("logits_to_keep", 0), given.get("attention_mask"), fed.shape[0], fed.shape[1], fed.device
+            )
+            if asked is not None:
+                given |= {"logits_to_keep": 0, "asked": asked}
+        return family(self, **given)
+
+    return forward
 
 
 class LlamaSwiftKVModel(_Decoder, LlamaModel):
@@ -338,8 +342,9 @@ def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1
     if type(model) not in _CONVERTED:
         served = ", ".join(kind.__name__ for kind in _CONVERTED)
         raise ValueError(f"SwiftKV converts {served}; got {type(model).__name__}")
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise ValueError(f"convert needs {type(model).__name__} on one device, got {model.hf_device_map}")
+    places = hf.spread_over(model)
+    if len(set(places.values())) > 1:
+        raise ValueError(f"convert needs {type(model).__name__} on one device, got {places}")
     config = model.config
     layers = config.num_hidden_layers
     first = first_later(skip_from, layers)

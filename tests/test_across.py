@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from kvcompress import AcrossKVCache, DenseCache, EvictingCache, GEARCache, HydragenCache, SwiftKVCache
 from kvcompress.across import FollowingLayer
+from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.knorm import Knorm
@@ -106,8 +107,8 @@ def test_skipping_changes_neither_what_is_kept_nor_the_logits(policy, padded, fa
         ids, mask = ids.flip(1), mask.flip(1)
     caches = [SwiftKVCache(model, storage=lambda m: EvictingCache(m, policy=policy, budget=8)) for _ in range(2)]
     with torch.no_grad():
-        whole = model(ids, attention_mask=mask, past_key_values=caches[0]).logits
-        last = model(ids, attention_mask=mask, past_key_values=caches[1], logits_to_keep=1).logits
+        whole = model(ids, attention_mask=mask, **cache_argument(model, caches[0])).logits
+        last = model(ids, attention_mask=mask, **cache_argument(model, caches[1]), logits_to_keep=1).logits
         real = mask.cumsum(-1).argmax(-1)
         torch.testing.assert_close(last[:, 0], whole[torch.arange(2), real], **CLOSE)
         for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
@@ -129,7 +130,7 @@ def test_the_bytes_are_those_of_the_layers_that_store(share):
     model = converted("llama", share)
     cache = SwiftKVCache(model)
     with torch.no_grad():
-        model(prompt(20, 2), past_key_values=cache)
+        model(prompt(20, 2), **cache_argument(model, cache))
     report = cache.memory()
     stored = FIRST + (LAYERS - FIRST) // share
     of_a_layer = 2 * 2 * 2 * 16 * 20 * 4
@@ -168,7 +169,7 @@ def test_packed_storage_is_shared_too():
     )
     with torch.no_grad():
         for cache in (alone, shared):
-            model(prompt(40, 2), past_key_values=cache)
+            model(prompt(40, 2), **cache_argument(model, cache))
     assert "codes" in shared.memory().by_component
     assert shared.memory().total_bytes * LAYERS == alone.memory().total_bytes * (FIRST + 1)
 
@@ -235,7 +236,9 @@ def test_on_any_model_it_is_a_diagnostic_and_says_so(family):
             other = copy.deepcopy(model)
             other.set_attn_implementation("eager")
             torch.testing.assert_close(
-                model(part, past_key_values=cache).logits, other(part, past_key_values=judge).logits, **CLOSE
+                model(part, **cache_argument(model, cache)).logits,
+                other(part, **cache_argument(other, judge)).logits,
+                **CLOSE,
             )
     assert [bool(layer.segments()) for layer in cache.layers] == [True, True, False, True, False]
 

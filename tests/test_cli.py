@@ -75,7 +75,7 @@ def rows(tmp_path):
         (["sweep", "--device", "toaster"], "device must be one that torch knows"),
         (["generate"], "Missing argument 'prompt'"),
         (["generate", " "], "the prompt is empty"),
-        (["generate", "hi", "--cache", "h3o"], "unknown method 'h3o'"),
+        (["generate", "hi", "--cache", "h3o"], "unknown method 'h3o'; known: none, h2o"),
         (["generate", "hi", "--budget", "none"], "a budget must be a fraction"),
         (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["generate", "hi", "--temperature", "-1"], "--temperature must be 0 or more"),
@@ -140,6 +140,52 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch, tmp_path):
 def test_help_is_printed(arguments, capsys):
     assert main(arguments) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sweep", "generate", "plan", "eval"])
+def test_help_names_every_method(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main([command, "--help"]) == 0
+    assert f"Of {', '.join(registry.METHODS)}." in capsys.readouterr().out
+
+
+def test_help_takes_what_a_user_has_registered(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setitem(registry.METHODS, "own", registry.METHODS["h2o"])
+    main(["generate", "--help"])
+    assert "shadowkv, own." in capsys.readouterr().out
+
+
+def test_the_version_is_told_with_those_it_stands_on(capsys):
+    import torch
+    import transformers
+
+    import kvcompress
+
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"kvcompress {kvcompress.__version__}"
+    assert [line.split()[0] for line in lines[1:]] == ["python", "torch", "transformers", "triton"]
+    assert f"torch {torch.__version__}" in lines
+    assert f"transformers {transformers.__version__}" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["sweep", "--out", "OUT"], "matplotlib", "eval"),
+        (["report", ".", "--out", "OUT"], "matplotlib", "eval"),
+        (["eval", "--tasks", "arc_easy"], "lm_eval", "eval"),
+        (["distill", "text.txt", "--out", "OUT"], "accelerate", "distill"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_lacks_before_it_begins(
+    arguments, package, extra, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([str(tmp_path / "out") if word == "OUT" else word for word in arguments]) == 2
+    assert capsys.readouterr().err == f"kvcompress: this command needs {package}: pip install 'kvcompress[{extra}]'\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_module_runs_as_a_program(tmp_path):
@@ -237,7 +283,7 @@ def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):
     assert set(usual.methods) == set(registry.METHODS) - {"none", "hydragen"} - reading
 
 
-@pytest.mark.parametrize("cache", ["none", "h2o", "tova:sinks=2"])
+@pytest.mark.parametrize("cache", ["none", "H2O", "tova:sinks=2"])
 def test_generate_prints_answer_speed_and_memory(cache, folder, capsys):
     arguments = ["--model", folder, "--device", "cpu", "--cache", cache, "--budget", "16", "--max-new-tokens", "8"]
     assert main(["generate", "What is the pass key of the old castle?", *arguments]) == 0
@@ -245,7 +291,7 @@ def test_generate_prints_answer_speed_and_memory(cache, folder, capsys):
     assert "prompt tokens in" in out
     assert "tokens/s" in out
     assert "of the full cache's" in out
-    assert cache.partition(":")[0] in out
+    assert cache.lower().partition(":")[0] in out
 
 
 def test_plan_tells_what_fits(folder, capsys, monkeypatch):

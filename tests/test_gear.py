@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcompress import DenseCache, EvictingCache, GEARCache, KIVICache
+from kvcompress.hf import cache_argument
 from kvcompress.packed import TailSegment
 from kvcompress.policies.gear import GEAR, PRESETS, preset
 from kvcompress.policies.h2o import H2O
@@ -143,9 +144,9 @@ def test_nothing_of_the_compressed_tokens_lives_on_in_full():
 
     before = len(wide())
     with torch.no_grad():
-        model(prompt(96, 3), past_key_values=cache, logits_to_keep=1)
+        model(prompt(96, 3), **cache_argument(model, cache), logits_to_keep=1)
         for step in range(9):
-            model(prompt(1, 3, seed=step), past_key_values=cache, logits_to_keep=1)
+            model(prompt(1, 3, seed=step), **cache_argument(model, cache), logits_to_keep=1)
     assert len(wide()) == before
     # and the test can fail
     kept = torch.zeros(3, 2, 96, 16)
@@ -251,7 +252,7 @@ def test_a_full_cache_can_be_packed_afterwards():
     full, fed = DynamicCache(config=model.config), GEARCache(model, bits=3, group_size=8, buffer=16)
     feed(model, fed, ids)
     with torch.no_grad():
-        model(ids, past_key_values=full)
+        model(ids, **cache_argument(model, full))
     filled = GEARCache(model, bits=3, group_size=8, buffer=16).fill(full)
     assert filled.get_seq_length() == 70
     assert filled.memory().total_bytes == fed.memory().total_bytes
@@ -265,7 +266,7 @@ def test_a_full_cache_can_be_packed_afterwards():
     windowed = tiny("mistral")
     full = DynamicCache(config=windowed.config)
     with torch.no_grad():
-        windowed(ids, past_key_values=full)
+        windowed(ids, **cache_argument(windowed, full))
     with pytest.raises(ValueError, match=r"tokens=70, head_dim\], got \[2, 2, 11, 16\]"):
         GEARCache(windowed).fill(full)
 

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcompress import DenseCache, EvictingCache, H2OCache
+from kvcompress.hf import cache_argument
 from kvcompress.policies.h2o import H2O
 from tests.contract.models import WINDOW, build, left_padded, places, prompt, tiny
 from tests.replay import Replay, record
@@ -14,8 +15,10 @@ from tests.replay import Replay, record
 def feed(model, cache, ids, mask=None):
     """One forward of new tokens; mask [batch, seen + new]."""
     if mask is None:
-        return model(ids, past_key_values=cache).logits
-    return model(ids, attention_mask=mask, position_ids=places(mask)[:, -ids.shape[1] :], past_key_values=cache).logits
+        return model(ids, **cache_argument(model, cache)).logits
+    return model(
+        ids, attention_mask=mask, position_ids=places(mask)[:, -ids.shape[1] :], **cache_argument(model, cache)
+    ).logits
 
 
 def feed_all(model, cache, ids, pieces, mask=None):
@@ -228,7 +231,7 @@ def test_the_length_is_that_of_the_tokens_seen_and_positions_keep_growing():
         lambda module, args, kwargs: positions.append(kwargs["position_ids"].flatten().tolist()), with_kwargs=True
     )
     try:
-        model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False, disable_compile=True)
+        model.generate(ids, **cache_argument(model, cache), max_new_tokens=9, do_sample=False, disable_compile=True)
     finally:
         handle.remove()
     # the last token generated is not fed

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvcompress import DenseCache, H2OCache, HydragenCache
+from kvcompress.hf import cache_argument
 from kvcompress.shared import NodeSegment
 from kvcompress.tree import ROOT, Shared, common_tokens, common_vectors, find_shared
 from tests.contract.caches import everything
@@ -544,7 +545,7 @@ def test_what_is_wrong_is_said():
     cache = HydragenCache.from_prefix(model, PREFIX)
     suffix = prompt(4, 2)
     with pytest.raises(ValueError, match=r"do not follow.*cache.cover"):
-        model(suffix, position_ids=places(torch.ones_like(suffix)), past_key_values=cache)
+        model(suffix, position_ids=places(torch.ones_like(suffix)), **cache_argument(model, cache))
     tree = HydragenCache.from_tree(model, *TREE, rows=[1, 2])
     with pytest.raises(ValueError, match=r"shows 32 tokens of row 0.*holds 28"):
         feed(model, tree, suffix, torch.ones(2, 36, dtype=torch.long))

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from kvcompress import EvictingCache, GEARCache
 from kvcompress.across import SharedStorageCache
+from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
@@ -149,12 +150,12 @@ def test_embeddings_are_refused_before_anything_is_stored():
     cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)
     embeddings = model.get_input_embeddings()(prompt(20))
     with pytest.raises(ValueError, match="KVzip reads the tokens again: pass input_ids, and not inputs_embeds"):
-        model(inputs_embeds=embeddings, past_key_values=cache)
+        model(inputs_embeds=embeddings, **cache_argument(model, cache))
     assert cache.get_seq_length() == 0
     feed(model, cache, prompt(20))
     other = EvictingCache(model, policy=H2O(), budget=BUDGET)
     with torch.no_grad():
-        model(inputs_embeds=embeddings, past_key_values=other)
+        model(inputs_embeds=embeddings, **cache_argument(model, other))
     assert other.get_seq_length() == 20
 
 
@@ -164,7 +165,7 @@ def test_tokens_that_were_never_read_again_are_not_passed_over_in_silence():
     decoder = model.get_decoder()
     with torch.no_grad():
         # no hook runs
-        decoder.forward(input_ids=prompt(20), past_key_values=cache)
+        decoder.forward(input_ids=prompt(20), **cache_argument(decoder, cache))
     # what waits is counted
     assert cache.memory().total_bytes > cache.memory().full_bytes
     with pytest.raises(RuntimeError, match="tokens wait to be read again"):

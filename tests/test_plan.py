@@ -3,6 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvcompress import registry
+from kvcompress.hf import cache_argument
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.plan import largest_batch, make_plan, read_shape
 
@@ -46,7 +47,7 @@ def test_the_plan_is_what_a_cache_comes_to_hold(method, saved):
     cache = registry.build(method, model, BUDGET)
     # rows that have nothing in common: what they share would be stored once
     rows = torch.arange(BATCH)[:, None].expand(-1, CONTEXT)
-    model(rows, past_key_values=cache)
+    model(rows, **cache_argument(model, cache))
     report = cache.memory()
     assert need.full_cache == report.full_bytes
     if method.startswith(("none", "hydragen", "shadowkv")) and model.config.model_type == "mistral":

@@ -26,6 +26,7 @@ def test_settings_go_to_the_policy_and_the_cache(model):
 def test_a_spec_has_one_spelling():
     assert registry.canonical("h2o:sinks=4:recent=0.25") == registry.canonical(" h2o:recent=0.25:sinks=4")
     assert registry.canonical("full") == registry.canonical("dense") == "none"
+    assert registry.canonical("SnapKV:sinks=4") == registry.canonical("snapkv:sinks=4")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from kvcompress import EvictingCache, H2OCache, StreamingLLMCache
 from kvcompress.evicting_layer import RolledLayer
+from kvcompress.hf import cache_argument
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
@@ -24,7 +25,9 @@ def feed_all(model, cache, ids, pieces, shift=0, mask=None):
         stop = start + size
         seen = None if mask is None else mask[:, :stop]
         at = position_ids[:, start:stop].expand(ids.shape[0], -1)
-        logits.append(model(ids[:, start:stop], attention_mask=seen, position_ids=at, past_key_values=cache).logits)
+        logits.append(
+            model(ids[:, start:stop], attention_mask=seen, position_ids=at, **cache_argument(model, cache)).logits
+        )
         start = stop
     assert start == ids.shape[1]
     return torch.cat(logits, 1)
@@ -189,6 +192,8 @@ def test_a_model_whose_positions_cannot_roll_is_refused_by_name():
 def test_generate_runs_past_the_trained_length():
     model = build("llama", max_position_embeddings=32)
     cache = H2OCache(model, budget=12, rolled=True)
-    out = model.generate(prompt(10), past_key_values=cache, max_new_tokens=60, do_sample=False, disable_compile=True)
+    out = model.generate(
+        prompt(10), **cache_argument(model, cache), max_new_tokens=60, do_sample=False, disable_compile=True
+    )
     assert out.shape[1] == 70
     assert cache.get_seq_length() == 69

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from kvcompress import DenseCache, single_input
+from kvcompress.hf import cache_argument
 from kvcompress.swiftkv import as_teacher, convert, trained_parameters
 from tests.contract.models import DEVICE, build, left_padded, places, prompt
 
@@ -98,7 +99,9 @@ def test_the_fast_path_gives_the_logits_of_the_slow_path(family, share):
         slow = model(ids, **at).logits
         for cache in caches(model):
             for keep in (1, 3):
-                fast = model(ids, **at, logits_to_keep=keep, past_key_values=cache, use_cache=cache is not None).logits
+                fast = model(
+                    ids, **at, logits_to_keep=keep, **cache_argument(model, cache), use_cache=cache is not None
+                ).logits
                 torch.testing.assert_close(fast, slow[:, -keep:], **CLOSE)
                 if isinstance(cache, DynamicCache | DenseCache):
                     cache.reset()
@@ -117,7 +120,9 @@ def test_any_columns_can_be_asked_for(family):
                 (torch.tensor([-1, 4], device=DEVICE), slow[:, [-1, 4]]),
                 (each, slow.take_along_dim(each[..., None], 1)),
             ):
-                fast = model(ids, logits_to_keep=keep, past_key_values=cache, use_cache=cache is not None).logits
+                fast = model(
+                    ids, logits_to_keep=keep, **cache_argument(model, cache), use_cache=cache is not None
+                ).logits
                 torch.testing.assert_close(fast, expected, **CLOSE)
                 if cache is not None:
                     cache.reset()
@@ -127,7 +132,7 @@ def test_the_prompt_ends_at_the_first_later_layer():
     model = converted()
     ids = prompt(20, 2)
     for cache in caches(model):
-        columns = seen_columns(model, ids, logits_to_keep=1, past_key_values=cache)
+        columns = seen_columns(model, ids, logits_to_keep=1, **cache_argument(model, cache))
         assert columns == [[20]] * FIRST + [[1]] * (LAYERS - FIRST)
     assert seen_columns(model, ids) == [[20]] * LAYERS
     assert seen_columns(model, ids, logits_to_keep=1, output_hidden_states=True) == [[20]] * LAYERS
@@ -169,12 +174,12 @@ def test_tokens_fed_one_by_one_or_in_chunks_give_the_logits_and_the_keys_of_all_
         stored = []
         for steps in ([20], [1] * 20, [7, 1, 12]):
             for cache in caches(model)[1:]:
-                logits = [model(part, past_key_values=cache).logits for part in ids.split(steps, 1)]
+                logits = [model(part, **cache_argument(model, cache)).logits for part in ids.split(steps, 1)]
                 torch.testing.assert_close(torch.cat(logits, 1), whole, **CLOSE)
                 # chunk by chunk, no logits but the last
                 cache.reset()
                 for part in ids.split(steps, 1):
-                    last = model(part, past_key_values=cache, logits_to_keep=1).logits
+                    last = model(part, **cache_argument(model, cache), logits_to_keep=1).logits
                 torch.testing.assert_close(last, whole[:, -1:], **CLOSE)
                 if isinstance(cache, DynamicCache):
                     stored.append([(x.keys, x.values) for x in cache.layers if x.is_initialized])
@@ -190,7 +195,9 @@ def test_rows_of_a_left_padded_batch_are_as_if_alone(family):
     ids, mask = left_padded(rows)
     together = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 20:]
     compressed = DenseCache(model)
-    packed = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, past_key_values=compressed)
+    packed = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **cache_argument(model, compressed)
+    )
     for index, row in enumerate(rows):
         alone = model.generate(row[None], max_new_tokens=6, do_sample=False)[:, len(row) :]
         assert torch.equal(together[index : index + 1], alone)
@@ -206,7 +213,7 @@ def test_a_row_padded_at_its_end_gives_the_logits_of_its_last_real_token(family)
         alone = [model(row[None]).logits[:, -2:] for row in rows]
         for cache in caches(model):
             counted = Counted(model)
-            logits = model(ids, attention_mask=mask, logits_to_keep=2, past_key_values=cache).logits
+            logits = model(ids, attention_mask=mask, logits_to_keep=2, **cache_argument(model, cache)).logits
             counted.close()
             torch.testing.assert_close(logits, torch.cat(alone), **CLOSE)
             if not isinstance(cache, DenseCache):
@@ -257,11 +264,11 @@ def test_only_group_leaders_store_keys_under_a_cache_of_transformers(share):
     model = converted("llama", share)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(20, 2), past_key_values=cache)
+        model(prompt(20, 2), **cache_argument(model, cache))
     assert sum(layer.is_initialized for layer in cache.layers) == FIRST + (LAYERS - FIRST) // share
     out = model.generate(prompt(20, 2), max_new_tokens=5, num_beams=3, do_sample=False)
     again = model.generate(
-        prompt(20, 2), max_new_tokens=5, num_beams=3, do_sample=False, past_key_values=DenseCache(model)
+        prompt(20, 2), max_new_tokens=5, num_beams=3, do_sample=False, **cache_argument(model, DenseCache(model))
     )
     assert torch.equal(out, again)
 
@@ -374,9 +381,9 @@ def test_keys_are_projected_in_bulk_into_the_cache_as_layer_by_layer(family, mon
     bulk, lazy = DenseCache(model), DenseCache(model)
     for part in ids.split([30, 1, 9], 1):
         with torch.no_grad():
-            logits = model(part, past_key_values=bulk, logits_to_keep=1).logits
+            logits = model(part, **cache_argument(model, bulk), logits_to_keep=1).logits
             monkeypatch.setattr(single_input.SingleInput, "_in_bulk", lambda self, cache: False)
-            expected = model(part, past_key_values=lazy, logits_to_keep=1).logits
+            expected = model(part, **cache_argument(model, lazy), logits_to_keep=1).logits
             monkeypatch.undo()
             monkeypatch.setattr(
                 single_input,

@@ -126,10 +126,10 @@ def _row(sweep: Sweep, point: Point, samples: list[Sample], given: list[dict[str
 
 
 def _bytes_a_token(model: PreTrainedModel) -> int:
-    from kvcompress.hf import head_counts
+    from kvcompress.hf import sizes
 
-    _, kv_heads, head_dim = head_counts(model.config)
-    return 2 * kv_heads * head_dim * model.config.num_hidden_layers * model.dtype.itemsize
+    of = sizes(model.config)
+    return 2 * of.kv_heads * of.head_dim * of.layers * model.dtype.itemsize
 
 
 def _cells(settings: Settings) -> list[tuple[str, int, str]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from kvcompress.hf import cache_argument
 from tests.contract.caches import Entry
 from tests.contract.models import PAD, places
 from tests.contract.oracle import Transcript
@@ -15,7 +16,7 @@ def generate(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor | Non
     """`model.generate` with a cache; greedy and 12 tokens where nothing else is asked. Gives prompt and answer."""
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": PAD, "disable_compile": True, **settings}
     mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+    return model.generate(ids, attention_mask=mask, **cache_argument(model, cache), **settings)
 
 
 def full(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> Tensor:
@@ -39,7 +40,7 @@ def feed(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor | None = 
     if mask is None:
         mask = torch.ones(ids.shape[0], cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
     position_ids = places(mask)[:, -ids.shape[1] :]
-    return model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+    return model(ids, attention_mask=mask, position_ids=position_ids, **cache_argument(model, cache)).logits
 
 
 def replay(model: PreTrainedModel, cache: Any, transcript: Transcript) -> list[Tensor]:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvcompress.hf import cache_in
+
 # what a cache holds in a layer: [batch, kv_heads, places] bool, or None for every token seen
 Kept = list[Tensor | None]
 # keys and values as a cache gives them, by layer; None for all as they were fed
@@ -120,7 +122,7 @@ def recording(
     before: dict[str, Any] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_key_values") is not cache:
+        if cache_in(kwargs.values()) is not cache:
             return
         assert cache.get_seq_length() == transcript.seen, "get_seq_length() must count the tokens seen"
         if during is not None:
@@ -138,7 +140,7 @@ def recording(
             before["decoded"] = [_take_pair(pair, place) for pair in decoded(cache)]
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("past_key_values") is not cache:
+        if cache_in(kwargs.values()) is not cache:
             return
         ids = args[0] if args else kwargs["input_ids"]
         visible = _visible(kwargs.get("attention_mask"), ids, transcript)

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext
 
 from kvcompress import H2OCache
+from kvcompress.hf import cache_argument, cache_name
 from tests.contract.caches import caches, those
 from tests.contract.drive import assert_same_state, feed
 from tests.contract.models import DEVICE, left_padded, prompt, tiny
@@ -16,8 +17,10 @@ STEPS = 200
 
 
 def step_function(model):
+    name = cache_name(model)
+
     def step(token, position, cache):
-        return model(token, position_ids=position, past_key_values=cache).logits
+        return model(token, position_ids=position, **{name: cache}).logits
 
     return step
 
@@ -66,7 +69,7 @@ def test_the_real_model_decodes_two_hundred_steps_in_one_graph(smollm2):
     cache, straight = H2OCache(model, budget=64), H2OCache(model, budget=64)
     for each in (cache, straight):
         with torch.no_grad():
-            logits = model(ids, past_key_values=each, logits_to_keep=1).logits
+            logits = model(ids, **cache_argument(model, each), logits_to_keep=1).logits
     token, position = logits.argmax(-1), torch.tensor([[ids.shape[1]]])
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(step_function(model), fullgraph=True, backend=backend)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvcompress import EvictingCache, H2OCache, SnapKVCache, StreamingLLMCache
+from kvcompress.hf import cache_argument
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
@@ -26,7 +27,7 @@ def test_a_mask_of_the_wrong_length(entry, columns):
             prompt(1, 2),
             attention_mask=torch.ones(2, columns, dtype=torch.long, device=DEVICE),
             position_ids=torch.full((2, 1), 20, device=DEVICE),
-            past_key_values=cache,
+            **cache_argument(model, cache),
         )
 
 
@@ -38,7 +39,7 @@ def test_a_mask_of_the_wrong_length_leaves_the_cache_usable(entry):
     for each in (cache, straight):
         feed(model, each, prompt(20, 2))
     with pytest.raises(ValueError, match="attention_mask"), torch.no_grad():
-        model(prompt(2, 2), attention_mask=torch.ones(2, 7, device=DEVICE), past_key_values=cache)
+        model(prompt(2, 2), attention_mask=torch.ones(2, 7, device=DEVICE), **cache_argument(model, cache))
     assert torch.equal(feed(model, cache, prompt(3, 2)), feed(model, straight, prompt(3, 2)))
 
 
@@ -50,7 +51,7 @@ def test_a_mask_for_another_batch(entry):
         pytest.raises(ValueError, match=r"attention_mask must be \[batch=2, tokens seen=20\], got \[3, 20\]"),
         torch.no_grad(),
     ):
-        model(prompt(20, 2), attention_mask=torch.ones(3, 20, device=DEVICE), past_key_values=cache)
+        model(prompt(20, 2), attention_mask=torch.ones(3, 20, device=DEVICE), **cache_argument(model, cache))
     # nothing was taken in: it may serve another batch
     assert cache.memory().total_bytes == 0
     assert torch.equal(feed(model, cache, prompt(20, 3)), feed(model, entry.build(model), prompt(20, 3)))
@@ -67,7 +68,7 @@ def test_a_four_dimensional_mask(entry):
         pytest.raises(ValueError, match=r"padding mask \[batch, tokens seen\].*got a mask of shape \[2, 1, 5, 25\]"),
         torch.no_grad(),
     ):
-        model(prompt(5, 2), attention_mask=mask, past_key_values=cache)
+        model(prompt(5, 2), attention_mask=mask, **cache_argument(model, cache))
     assert torch.equal(feed(model, cache, prompt(3, 2)), feed(model, straight, prompt(3, 2)))
 
 
@@ -83,7 +84,7 @@ def test_another_batch_without_a_reset(entry):
         ),
         torch.no_grad(),
     ):
-        model(prompt(20, 3), past_key_values=cache)
+        model(prompt(20, 3), **cache_argument(model, cache))
     # nothing was taken in
     assert torch.equal(feed(model, cache, prompt(3, 2)), feed(model, straight, prompt(3, 2)))
     cache.reset()
@@ -150,7 +151,7 @@ def test_gradients(entry):
     for tokens in (20, 3, 1):
         ids = prompt(tokens, 2)
         wanted = feed(model, caches[0], ids)
-        found = model(ids, past_key_values=caches[1]).logits
+        found = model(ids, **cache_argument(model, caches[1])).logits
         assert torch.equal(found, wanted)
     held = [tensor for layer in caches[1].layers for part in layer.segments() for tensor in part.tensors().values()]
     assert held

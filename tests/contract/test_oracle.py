@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcompress import DenseCache, H2OCache
+from kvcompress.hf import cache_argument
 from tests.contract.caches import everything, slots
 from tests.contract.models import FAMILIES, PAD, build, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle, recording
@@ -14,7 +15,12 @@ def generate(model, cache, kept, ids, mask=None, tokens=6):
     with recording(model, cache, kept) as transcript:
         mask = torch.ones_like(ids) if mask is None else mask
         model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=tokens, do_sample=False, pad_token_id=PAD
+            ids,
+            attention_mask=mask,
+            **cache_argument(model, cache),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=PAD,
         )
     return transcript
 
@@ -58,8 +64,8 @@ def test_it_sees_a_position_that_counts_the_kept_tokens():
     model = tiny()
     cache = H2OCache(model, budget=8)
     with torch.no_grad(), recording(model, cache, slots) as transcript:
-        model(prompt(20), past_key_values=cache)
-        model(prompt(1), position_ids=torch.tensor([[8]]), past_key_values=cache)
+        model(prompt(20), **cache_argument(model, cache))
+        model(prompt(1), position_ids=torch.tensor([[8]]), **cache_argument(model, cache))
         transcript.forwards[-1].position_ids = torch.tensor([[20]])
     with pytest.raises(AssertionError, match="forward 1"):
         assert_equals_oracle(model, transcript)
@@ -77,8 +83,8 @@ def test_decoded_tensors_take_the_place_of_what_was_fed():
         wrong["by"] = error
         cache = DenseCache(model)
         with torch.no_grad(), recording(model, cache, everything, decoded) as transcript:
-            model(prompt(12, 2), past_key_values=cache)
-            model(prompt(3, 2, seed=5), past_key_values=cache)
+            model(prompt(12, 2), **cache_argument(model, cache))
+            model(prompt(3, 2, seed=5), **cache_argument(model, cache))
         if error:
             with pytest.raises(AssertionError, match="forward 1"):
                 assert_equals_oracle(model, transcript)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from kvcompress.hf import cache_argument
 from tests.contract.caches import caches, every_cache, those
 from tests.contract.drive import feed, full, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, FAMILIES, PAD, families, left_padded, prompt, tiny
@@ -56,7 +57,7 @@ def test_left_padding_needs_no_position_ids(entry):
     ids, mask = left_padded(ROWS)
     cache, with_positions = entry.build(model), entry.build(model)
     with torch.no_grad():
-        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        logits = model(ids, attention_mask=mask, **cache_argument(model, cache)).logits
     torch.testing.assert_close(
         logits[mask.bool()], feed(model, with_positions, ids, mask)[mask.bool()], rtol=1e-3, atol=1e-3
     )
@@ -138,7 +139,7 @@ def test_a_mask_of_ones_is_no_mask(entry):
     with_mask, without = entry.build(model), entry.build(model)
     with torch.no_grad():
         for ids in (prompt(20, 2), prompt(1, 2), prompt(3, 2)):
-            bare = model(ids, past_key_values=without).logits
+            bare = model(ids, **cache_argument(model, without)).logits
             torch.testing.assert_close(feed(model, with_mask, ids), bare, rtol=1e-5, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from kvcompress.evals import baselines
 from kvcompress.evals.points import Settings
 from kvcompress.evals.sweep import Sweep
+from kvcompress.hf import cache_argument
 from tests.contract.models import prompt, tiny
 
 QUANTISED = ["quanto:bits=4", "quanto:bits=2", "hqq:bits=4", "fp8"]
@@ -24,7 +25,7 @@ def built(spec, model):
 
 @torch.no_grad()
 def read(model, cache, tokens):
-    return model(tokens, past_key_values=cache).logits
+    return model(tokens, **cache_argument(model, cache)).logits
 
 
 def test_dynamic_is_transformers_cache_with_its_bytes_counted():

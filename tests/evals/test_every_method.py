@@ -11,6 +11,7 @@ from kvcompress import convert
 from kvcompress.evals import baselines
 from kvcompress.evals.points import Settings, check_budgets, make_points
 from kvcompress.evals.sweep import Sweep
+from kvcompress.hf import cache_argument
 from tests.contract.models import tiny
 
 SPECS = [
@@ -89,7 +90,7 @@ def test_groups_of_layers_hold_once_and_pack_where_asked():
     sizes = {}
     for spec in ("none", "swiftkv", "swiftkv:bits=4"):
         cache = baselines.build(spec, model)
-        model(torch.arange(3, 203)[None], past_key_values=cache)
+        model(torch.arange(3, 203)[None], **cache_argument(model, cache))
         sizes[spec] = cache.memory().total_bytes
     assert sizes["swiftkv"] == pytest.approx(sizes["none"] * 2 / 3, rel=0.02)
     assert sizes["swiftkv:bits=4"] < 0.6 * sizes["swiftkv"]

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvcompress import EvictingCache, H2OCache, StreamingLLMCache
+from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
 from tests.contract.models import build, prompt
 
@@ -43,14 +44,14 @@ def soak(model: PreTrainedModel, cache: EvictingCache, steps: int, every: int = 
         AssertionError: memory grew, or a logit is not a number.
     """
     ids = prompt(2 * BUDGET, BATCH)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(model, cache))
     ids = ids[:, -1:]
     held, first, most = cache.memory().total_bytes, 0, 0
     storages = {tensor.data_ptr() for layer in cache.layers for tensor in layer.slots.tensors().values()}
     warm = min(steps // 10, 2000)
     began = time.monotonic()
     for step in range(1, steps + 1):
-        logits = model(ids, past_key_values=cache).logits[:, -1]
+        logits = model(ids, **cache_argument(model, cache)).logits[:, -1]
         # the second best too, else few different tokens would ever be fed
         ids = logits.topk(2).indices[:, step % 2 : step % 2 + 1]
         if step % every == 0 or step in (warm, steps):

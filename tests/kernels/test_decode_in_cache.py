@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcompress import EvictingCache, evicting_layer
+from kvcompress.hf import cache_argument
 from kvcompress.kernels.runtime import runs_triton
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.snapkv import SnapKV
@@ -37,7 +38,12 @@ def test_a_fused_step_equals_the_separate_operations(policy, monkeypatch):
             cache = EvictingCache(model, policy=policy, budget=8)
             how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             out = model.generate(
-                ids, attention_mask=mask, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **how
+                ids,
+                attention_mask=mask,
+                **cache_argument(model, cache),
+                output_logits=True,
+                return_dict_in_generate=True,
+                **how,
             )
         assert len(steps) == (5 * 2 if fused else 0)
         slots = [layer.slots for layer in cache.layers]

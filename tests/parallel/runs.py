@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvcompress import AcrossKVCache, SwiftKVCache
+from kvcompress.hf import cache_argument
 from tests.contract.caches import ENTRIES
 from tests.contract.models import left_padded, places, prompt
 
@@ -42,13 +43,13 @@ def converse(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
     device = torch.device("cpu") if device.type == "meta" else device
     ids, mask = (x.to(device) for x in left_padded([prompt(23)[0], prompt(17, seed=2)[0]]))
     answer = model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0,
+        ids, attention_mask=mask, **cache_argument(model, cache), max_new_tokens=8, do_sample=False, pad_token_id=0,
         disable_compile=True, output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     turn = torch.cat([answer.sequences[:, -1:], prompt(5, batch=2, seed=3).to(device)], 1)
     mask = torch.cat([mask, mask.new_ones(2, answer.sequences.shape[1] - mask.shape[1] + 5)], 1)
     position_ids = places(mask)[:, -turn.shape[1] :]
-    logits = model(turn, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+    logits = model(turn, attention_mask=mask, position_ids=position_ids, **cache_argument(model, cache)).logits
     report = cache.memory()
     return {
         "sequences": answer.sequences.cpu(),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcompress import EvictingCache
+from kvcompress.hf import cache_argument
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.rope import Rope
 from tests.contract.models import build, left_padded, places, prompt, tiny
@@ -146,7 +147,7 @@ def feed(model, cache, ids, mask, pieces):
     for size in pieces:
         stop = start + size
         at = places(mask)[:, start:stop]
-        out = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=at, past_key_values=cache)
+        out = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=at, **cache_argument(model, cache))
         logits.append(out.logits)
         start = stop
     return torch.cat(logits, 1)
@@ -186,7 +187,7 @@ def test_statistics_count_as_memory_and_travel_with_the_cache(tmp_path):
     @torch.no_grad()
     def go_on(cache, rows):
         tokens = token.expand(rows, -1)
-        return torch.cat([model(tokens[:, at : at + 1], past_key_values=cache).logits for at in range(6)], 1)
+        return torch.cat([model(tokens[:, at : at + 1], **cache_argument(model, cache)).logits for at in range(6)], 1)
 
     expected = go_on(alone, 1)
     torch.testing.assert_close(go_on(cache, 1), expected, atol=5e-5, rtol=1e-4)

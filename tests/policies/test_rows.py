@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcompress import EvictingCache
+from kvcompress.hf import cache_argument
 from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
@@ -69,10 +70,14 @@ def test_a_row_of_a_padded_batch_is_treated_as_if_alone(policy, rolled):
             ids[row, first : first + tokens] = text[row, fed[row] : fed[row] + tokens]
             shown[row, first : first + tokens] = 1
         mask = torch.cat([mask, shown], 1)
-        logits = model(ids, attention_mask=mask, position_ids=places(mask)[:, -width:], past_key_values=together).logits
+        logits = model(
+            ids, attention_mask=mask, position_ids=places(mask)[:, -width:], **cache_argument(model, together)
+        ).logits
         for row, (tokens, _) in enumerate(forward):
             if tokens:
-                own = model(text[row : row + 1, fed[row] : fed[row] + tokens], past_key_values=alone[row]).logits
+                own = model(
+                    text[row : row + 1, fed[row] : fed[row] + tokens], **cache_argument(model, alone[row])
+                ).logits
                 torch.testing.assert_close(logits[row, shown[row].bool()], own[0], atol=5e-5, rtol=1e-4)
             fed[row] += tokens
             assert kept(together, row) == kept(alone[row], 0), f"row {row} after forward {number}"
@@ -83,7 +88,7 @@ def test_all_heads_of_a_layer_keep_the_same_tokens_by_tova():
     model = tiny("llama")
     cache = EvictingCache(model, policy=TOVA(), budget=8)
     for size in (15, 1, 1, 4, 1):
-        model(prompt(size, batch=2, seed=size), past_key_values=cache)
+        model(prompt(size, batch=2, seed=size), **cache_argument(model, cache))
         for layer in cache.layers:
             assert torch.equal(layer.slots.positions[:, 0], layer.slots.positions[:, 1])
 

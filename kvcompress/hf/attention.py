@@ -1,46 +1,28 @@
 """The two doors into transformers: its Cache interface, and one attention function with its mask function.
 
-Every coupling to transformers' cache, attention and mask interfaces lies here, because those interfaces move.
-In each attention layer a model calls `past_key_values.update(key, value, layer_idx)` and then the attention
-function registered under `config._attn_implementation`. A kvcompress layer's `update` hangs itself on the key
-tensor it returns; the attention function finds it there and lets it attend. A call whose key carries no such
-handle goes to the implementation the model had before, so other caches and training are as they were.
+In each attention layer a model calls its cache's `update(key, value, layer_idx)` and then the attention function
+registered under `config._attn_implementation`. A kvcompress layer's `update` hangs itself on the key tensor it returns;
+the attention function finds it there and lets it attend. A call whose key carries no such handle goes to the
+implementation the model had before, so other caches and training are as they were; unless it is part of a forward that
+was given a kvcompress cache, which is then an error.
 """
 
 import functools
-import inspect
 import sys
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = [
-    "IMPLEMENTATION",
-    "Attends",
-    "Cache",
-    "CacheLayerMixin",
-    "TokensSeen",
-    "attention_module",
-    "attention_windows",
-    "device_of",
-    "hand_over",
-    "head_counts",
-    "input_device",
-    "layer_device",
-    "register",
-    "select_attention",
-    "text_config",
-    "watch_forwards",
-]
+from kvcompress.hf.calls import AttendingCache, cache_in, forward_in_progress
+from kvcompress.hf.modules import layer_of
+from kvcompress.hf.versions import warn_of_untested_release
 
 IMPLEMENTATION = "kvcompress"
 _HANDLE = "_kvcompress_layer"
-_WINDOWS = {"full_attention": None, "sliding_attention": "sliding_window"}
 _UNSUPPORTED_BIASES = ("position_bias", "alibi", "attention_bias", "head_mask")
 
 
@@ -82,121 +64,24 @@ def select_attention(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model's attention does not go through transformers' AttentionInterface.
     """
-    current = model.config._attn_implementation or "sdpa"
+    warn_of_untested_release()
+    current = attention_name(model) or "sdpa"
     if current.startswith(IMPLEMENTATION):
         return
     name = _register(current)
     if model._can_set_attn_implementation():
         model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
+    if attention_name(model) != name:
         raise ValueError(
             f"{type(model).__name__} does not choose its attention through transformers' AttentionInterface, "
             "so its cache cannot be compressed; models that do: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, OPT"
         )
 
 
-def watch_forwards(model: PreTrainedModel) -> None:
-    """Makes the model tell its cache when a forward begins and when it has ended.
-
-    It calls `forward_begins(decoder, input_ids)` and `forward_ended(decoder, input_ids)` of caches that have them.
-    """
-    decoder = model.get_decoder()
-    if not any(getattr(hook, "func", None) is _tell for hook in decoder._forward_hooks.values()):
-        decoder.register_forward_pre_hook(functools.partial(_tell, "forward_begins"), with_kwargs=True)
-        decoder.register_forward_hook(functools.partial(_tell, "forward_ended"), with_kwargs=True)
-
-
-def _tell(what: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any = None) -> None:
-    if torch.compiler.is_compiling():
-        # a decode step, after which nothing is to be done
-        return
-    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    given = given | given.get("kwargs", {})
-    tell = getattr(given.get("past_key_values"), what, None)
-    if tell is not None:
-        tell(decoder, given.get("input_ids"))
-
-
-def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The decoder's config, where kvcompress can serve the model.
-
-    Raises:
-        ValueError: what the model has that kvcompress does not handle, by name.
-    """
-    config = model.config
-    name = type(model).__name__
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; kvcompress serves decoder-only models")
-    if config.get_text_config(decoder=True) is not config:
-        raise ValueError(f"{name} is multimodal; kvcompress serves text models: pass its language model")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise ValueError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); "
-            "kvcompress serves MHA, GQA and MQA"
-        )
-    shared = getattr(config, "num_kv_shared_layers", None)
-    if shared:
-        raise ValueError(
-            f"{name} shares keys and values between layers (num_kv_shared_layers={shared}); "
-            "kvcompress serves models whose layers each have their own"
-        )
-    return config
-
-
-def attention_windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer in tokens, None for full attention.
-
-    Raises:
-        ValueError: a layer is neither; its type is named.
-    """
-    types, settings = get_layer_types_and_kwargs(config)
-    for index, kind in enumerate(types):
-        if kind not in _WINDOWS:
-            raise ValueError(
-                f"layer {index} of model type {config.model_type!r} is of type {kind!r}; "
-                f"kvcompress serves {', '.join(_WINDOWS)}"
-            )
-    # transformers 5.17 has one dictionary of settings for all layers
-    each = [settings] * len(types) if isinstance(settings, dict) else settings
-    return [each[index].get("sliding_window") if _WINDOWS[kind] else None for index, kind in enumerate(types)]
-
-
-def attention_module(model: PreTrainedModel, layer: int) -> nn.Module | None:
-    """The attention module of a layer, None where no module says that it is."""
-    for module in model.modules():
-        if getattr(module, "layer_idx", None) == layer and "Attention" in type(module).__name__:
-            return module
-    return None
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes, wherever accelerate keeps its parameters meanwhile."""
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            place = getattr(one, "execution_device", None)
-            if place is not None:
-                return torch.device(place)
-    return next(module.parameters()).device
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes its tokens."""
-    return device_of(model.get_input_embeddings())
-
-
-def layer_device(model: PreTrainedModel, layer: int) -> torch.device:
-    """Where a layer computes, and its part of a cache lies."""
-    attention = attention_module(model, layer)
-    return input_device(model) if attention is None else device_of(attention)
-
-
-def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Query heads, KV heads and head_dim of a config."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, kv_heads, head_dim
+def attention_name(module: nn.Module) -> str | None:
+    """The name of the attention function that a model, or a layer of one, calls."""
+    config: Any = module.config
+    return config._attn_implementation
 
 
 def _register(previous: str) -> str:
@@ -221,6 +106,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     layer: Attends | None = getattr(key, _HANDLE, None)
     if layer is None:
+        _check_no_cache_was_given(module, kwargs)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
@@ -250,6 +136,22 @@ def _attention(
     if torch.is_grad_enabled() and query.requires_grad:
         out = _WithoutGradient.apply(out, query)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_no_cache_was_given(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises RuntimeError where this attention belongs to a forward that was given a kvcompress cache."""
+    if torch.compiler.is_compiling():
+        return
+    given = forward_in_progress()
+    model = "" if given is None else f" of {type(given[0]).__name__}"
+    cache = cache_in(kwargs.values()) if given is None else given[1]
+    if not isinstance(cache, AttendingCache):
+        return
+    raise RuntimeError(
+        f"{type(module).__name__} in layer {layer_of(module)}{model} attends without the {type(cache).__name__} that "
+        "its model was given: it did not pass its keys through the cache's update. kvcompress does not serve models "
+        "some of whose layers go around their cache; run it without this cache"
+    )
 
 
 class _WithoutGradient(torch.autograd.Function):

@@ -1,0 +1,50 @@
+"""All that kvcompress knows of transformers' names: one package, because those names move from release to release.
+
+    calls       how a cache is handed to a model: argument names, hooks around a forward, both spellings
+    attention   the two doors: one attention function with its mask function
+    configs     what a config says, and which models are served
+    modules     where modules and devices are found
+    rotary      how a model makes its rotary embeddings
+    parallel    how a model is split over processes
+    families    the model classes that a SwiftKV model is built on
+    versions    which releases were tested
+
+Nothing outside of it matches, reads or passes a name of transformers' (tests/test_seam.py): a cache among arguments is
+found by its type, and where a model was given one that its layers do not find, that is an error and never "no cache".
+"""
+
+from kvcompress.hf.attention import IMPLEMENTATION as IMPLEMENTATION
+from kvcompress.hf.attention import Attends as Attends
+from kvcompress.hf.attention import TokensSeen as TokensSeen
+from kvcompress.hf.attention import attention_name as attention_name
+from kvcompress.hf.attention import hand_over as hand_over
+from kvcompress.hf.attention import select_attention as select_attention
+from kvcompress.hf.calls import CACHE_SPELLINGS as CACHE_SPELLINGS
+from kvcompress.hf.calls import AttendingCache as AttendingCache
+from kvcompress.hf.calls import Cache as Cache
+from kvcompress.hf.calls import CacheLayerMixin as CacheLayerMixin
+from kvcompress.hf.calls import cache_argument as cache_argument
+from kvcompress.hf.calls import cache_in as cache_in
+from kvcompress.hf.calls import cache_name as cache_name
+from kvcompress.hf.calls import cache_of as cache_of
+from kvcompress.hf.calls import release as release
+from kvcompress.hf.calls import take_cache as take_cache
+from kvcompress.hf.calls import watch_forwards as watch_forwards
+from kvcompress.hf.configs import attention_windows as attention_windows
+from kvcompress.hf.configs import check_served as check_served
+from kvcompress.hf.configs import end_tokens as end_tokens
+from kvcompress.hf.configs import head_counts as head_counts
+from kvcompress.hf.configs import sizes as sizes
+from kvcompress.hf.configs import text_config as text_config
+from kvcompress.hf.modules import Captured as Captured
+from kvcompress.hf.modules import attention_module as attention_module
+from kvcompress.hf.modules import attention_modules as attention_modules
+from kvcompress.hf.modules import decoder_of as decoder_of
+from kvcompress.hf.modules import device_of as device_of
+from kvcompress.hf.modules import input_device as input_device
+from kvcompress.hf.modules import layer_device as layer_device
+from kvcompress.hf.modules import layer_of as layer_of
+from kvcompress.hf.parallel import head_group as head_group
+from kvcompress.hf.parallel import spread_over as spread_over
+from kvcompress.hf.rotary import Rotary as Rotary
+from kvcompress.hf.rotary import rotary_of as rotary_of

@@ -1,0 +1,260 @@
+"""How a cache is handed to a model: under which name, and what happens around a forward that was given one.
+
+transformers renamed the argument in 5.24, from past_key_values to cache, in every forward and in generate. Here a cache
+among arguments is found by its type. For a model that a cache was built for, both names work on every release: a hook
+hands on a cache under the name that the model's forward takes, and where generate knows the older name only, two of
+the model's own methods are shadowed by ones that know both.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils import ModelOutput
+
+from kvcompress.hf.modules import decoder_of
+
+__all__ = [
+    "CACHE_SPELLINGS",
+    "AttendingCache",
+    "Cache",
+    "CacheLayerMixin",
+    "cache_argument",
+    "cache_in",
+    "cache_of",
+    "forward_in_progress",
+    "take_cache",
+    "watch_forwards",
+]
+
+# the argument's name since transformers 5.24, and before
+CACHE_SPELLINGS = ("cache", "past_key_values")
+_OTHER_SPELLINGS = ("past_key_value", "layer_past")
+
+
+class AttendingCache(Cache):
+    """A cache whose layers attend by themselves, and which is told of the forwards of the model it was built for."""
+
+    def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
+        """Called before the decoder runs; input_ids [batch, tokens] is what it is fed, None for embeddings."""
+
+    def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
+        """Called after the decoder has run without an exception."""
+
+
+class _Forwards(threading.local):
+    """The caches that forwards in progress were given, innermost last, with the module that was called."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[nn.Module, AttendingCache]] = []
+
+
+_FORWARDS = _Forwards()
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """The parameter by which a module's forward takes its cache; None where it has none.
+
+    A forward that takes any keywords takes the name of the class that it extends.
+    """
+    extended = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
+    for forward in (module.forward, *extended):
+        name = _cache_parameter(forward)
+        if name is not None:
+            return name
+    return None
+
+
+def _cache_parameter(function: Callable[..., Any]) -> str | None:
+    """Known names come first; then a parameter that is annotated as a Cache, whatever its name."""
+    parameters = inspect.signature(function).parameters
+    for name in (*CACHE_SPELLINGS, *_OTHER_SPELLINGS):
+        if name in parameters:
+            return name
+    for name, parameter in parameters.items():
+        annotation = parameter.annotation
+        said = annotation if isinstance(annotation, str) else repr(annotation)
+        if annotation is not parameter.empty and "Cache" in said:
+            return name
+    return None
+
+
+def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """The cache as the keyword argument that a module's forward takes, and a model's generate: `model(ids, **this)`.
+
+    Raises:
+        TypeError: the forward has no parameter for a cache.
+    """
+    name = cache_name(module)
+    if name is None:
+        raise TypeError(
+            f"{type(module).__name__}.forward has no parameter for a cache, got {inspect.signature(module.forward)}"
+        )
+    return {name: cache}
+
+
+def cache_in(arguments: Iterable[Any]) -> Cache | None:
+    """The first cache among values, whatever the name that each goes by."""
+    return next((value for value in arguments if isinstance(value, Cache)), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward or generate gave back, under whichever name; None where it gave none."""
+    return cache_in(output.values() if isinstance(output, ModelOutput) else output)
+
+
+def take_cache(arguments: dict[str, Any], positional: tuple[Any, ...] = ()) -> Cache | None:
+    """The cache among arguments; it, and each name that says there is none, are taken out of the keyword arguments."""
+    found = cache_in(positional)
+    for name in list(arguments):
+        value = arguments[name]
+        if isinstance(value, Cache):
+            found = arguments.pop(name)
+        elif value is None and name in CACHE_SPELLINGS:
+            del arguments[name]
+    return found
+
+
+def forward_in_progress() -> tuple[nn.Module, AttendingCache] | None:
+    """The module and the cache of the innermost forward that was given one and has not ended."""
+    return _FORWARDS.stack[-1] if _FORWARDS.stack else None
+
+
+def watch_forwards(model: PreTrainedModel) -> None:
+    """Makes a model tell an AttendingCache when a forward begins and has ended, and take any cache by either name."""
+    decoder = decoder_of(model)
+    for module in {id(module): module for module in (model, decoder)}.values():
+        if any(getattr(hook, "func", None) is _before for hook in module._forward_pre_hooks.values()):
+            continue
+        known: dict[str, Any] = {"name": cache_name(module), "is_decoder": module is decoder}
+        module.register_forward_pre_hook(functools.partial(_before, **known), with_kwargs=True)
+        # also after an exception, so that nothing takes the forward for one still in progress
+        module.register_forward_hook(functools.partial(_after, **known), with_kwargs=True, always_call=True)
+    takes = getattr(model, "prepare_inputs_for_generation", None)
+    if takes is not None and _cache_parameter(takes) != CACHE_SPELLINGS[0] and "generate" not in vars(model):
+        methods: Any = model
+        methods.generate = _Generate(model)
+        methods._prepare_generation_config = _GenerationArguments(model)
+
+
+def release(model: PreTrainedModel) -> None:
+    """Takes away what `watch_forwards` has put on a model."""
+    for module in {id(module): module for module in (model, decoder_of(model))}.values():
+        for hooks, ours in ((module._forward_pre_hooks, _before), (module._forward_hooks, _after)):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is ours]:
+                del hooks[key]
+                for flags in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    flags.pop(key, None)
+    for name in ("generate", "_prepare_generation_config"):
+        if isinstance(vars(model).get(name), _OfModel):
+            delattr(model, name)
+
+
+def _before(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    name: str | None,
+    is_decoder: bool,
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    changed = None
+    if name is not None and kwargs.get(name) is None:
+        for other in CACHE_SPELLINGS:
+            if other != name and isinstance(kwargs.get(other), Cache):
+                changed = {key: value for key, value in kwargs.items() if key not in (name, other)}
+                changed[name] = kwargs[other]
+                kwargs = changed
+    # of a compiled step nothing is to be told
+    if not torch.compiler.is_compiling():
+        cache = cache_in((*args, *kwargs.values()))
+        if isinstance(cache, AttendingCache):
+            _FORWARDS.stack.append((module, cache))
+            if is_decoder:
+                cache.forward_begins(module, _tokens(args, kwargs))
+    return None if changed is None else (args, changed)
+
+
+def _after(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    *,
+    name: str | None,
+    is_decoder: bool,
+) -> None:
+    if torch.compiler.is_compiling():
+        return
+    cache = None
+    if _FORWARDS.stack and _FORWARDS.stack[-1][0] is module:
+        _, cache = _FORWARDS.stack.pop()
+    if output is None or cache is None:
+        return
+    if is_decoder:
+        cache.forward_ended(module, _tokens(args, kwargs))
+    _name_both_ways(output)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return kwargs.get("input_ids", args[0] if args else None)
+
+
+def _name_both_ways(output: Any) -> None:
+    """Makes `output.cache` what 5.24 makes it, where transformers is older; 5.24 itself knows the older name."""
+    held = cache_of(output) if isinstance(output, ModelOutput) else None
+    if held is not None and not hasattr(output, CACHE_SPELLINGS[0]):
+        setattr(output, CACHE_SPELLINGS[0], held)
+
+
+class _OfModel:
+    """Stands before a method of one model's class; an object of a class, so that the model can be pickled."""
+
+    name: str
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model: Any = model
+        shadow: Any = self
+        functools.update_wrapper(shadow, getattr(type(model), self.name))
+
+    def _shadowed(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self._model), self.name)(self._model, *args, **kwargs)
+
+
+class _GenerationArguments(_OfModel):
+    """Within transformers' generate, before 5.24: where the arguments for the model are told from the settings.
+
+    generate may be looked up before the cache is built that it is given, so this must not be a matter of generate.
+    """
+
+    name = "_prepare_generation_config"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        newer, older = CACHE_SPELLINGS
+        given = kwargs.pop(newer, None)
+        if given is not None:
+            if kwargs.get(older) is not None:
+                raise ValueError(f"generate takes one cache: {newer}=... or {older}=..., not both")
+            kwargs[older] = given
+        return self._shadowed(*args, **kwargs)
+
+
+class _Generate(_OfModel):
+    """A generate, before 5.24, whose output has its cache by either name."""
+
+    name = "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._shadowed(*args, **kwargs)
+        _name_both_ways(output)
+        return output

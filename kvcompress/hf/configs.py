@@ -1,0 +1,116 @@
+"""What a model's config says: which models are served, their sizes, and the window of each layer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+_WINDOWS = {"full_attention": None, "sliding_attention": "sliding_window"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a decoder. longest: tokens it was trained for, None where the config does not say.
+
+    learned_positions: positions come from a table, which ends at `longest`.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    longest: int | None
+    learned_positions: bool
+
+
+def sizes(config: PreTrainedConfig) -> Sizes:
+    """The numbers of a decoder's config."""
+    heads, kv_heads, head_dim = head_counts(config)
+    hidden = config.hidden_size
+    return Sizes(
+        config.num_hidden_layers,
+        hidden,
+        heads,
+        kv_heads,
+        head_dim,
+        getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden,
+        config.vocab_size,
+        getattr(config, "max_position_embeddings", None),
+        getattr(config, "rope_parameters", None) is None,
+    )
+
+
+def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Query heads, KV heads and head_dim of a config."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, kv_heads, head_dim
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The decoder's config, where kvcompress can serve the model.
+
+    Raises:
+        ValueError: what the model has that kvcompress does not handle, by name.
+    """
+    config = model.config
+    name = type(model).__name__
+    check_served(config, name)
+    if config.get_text_config(decoder=True) is not config:
+        raise ValueError(f"{name} is multimodal; kvcompress serves text models: pass its language model")
+    return config
+
+
+def check_served(config: PreTrainedConfig, name: str) -> None:
+    """
+    Raises:
+        ValueError: what a config has that kvcompress does not handle, by name.
+    """
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model; kvcompress serves decoder-only models")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); "
+            "kvcompress serves MHA, GQA and MQA"
+        )
+    shared = getattr(config, "num_kv_shared_layers", None)
+    if shared:
+        raise ValueError(
+            f"{name} shares keys and values between layers (num_kv_shared_layers={shared}); "
+            "kvcompress serves models whose layers each have their own"
+        )
+
+
+def attention_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer in tokens, None for full attention.
+
+    Raises:
+        ValueError: a layer is neither; its type is named.
+    """
+    types, settings = get_layer_types_and_kwargs(config)
+    for index, kind in enumerate(types):
+        if kind not in _WINDOWS:
+            raise ValueError(
+                f"layer {index} of model type {config.model_type!r} is of type {kind!r}; "
+                f"kvcompress serves {', '.join(_WINDOWS)}"
+            )
+    # transformers 5.17 has one dictionary of settings for all layers
+    each = [settings] * len(types) if isinstance(settings, dict) else settings
+    return [each[index].get("sliding_window") if _WINDOWS[kind] else None for index, kind in enumerate(types)]
+
+
+def layer_kind(config: PreTrainedConfig, layer: int) -> str | None:
+    """The type of a layer as the config calls it, None where it has no types."""
+    types = getattr(config, "layer_types", None)
+    return types[layer] if types else None
+
+
+def end_tokens(model: Any) -> list[int]:
+    """The ids that end a generation of a model."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]

@@ -1,0 +1,103 @@
+"""Where the modules of a model are found, where they compute, and what goes into and out of them."""
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module that turns tokens into hidden states, without the head."""
+    return model.get_decoder()
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Every attention module that transformers numbers, in the order of the modules."""
+    return [
+        module
+        for module in model.modules()
+        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
+    ]
+
+
+def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
+    """The attention module of a layer, None where no module says that it is."""
+    return next((module for module in attention_modules(model) if layer_of(module) == layer), None)
+
+
+def layer_of(module: nn.Module) -> int:
+    """The number of the layer that an attention module belongs to, -1 where it does not say."""
+    return getattr(module, "layer_idx", -1)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes, wherever accelerate keeps its parameters meanwhile."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    return next(module.parameters()).device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens."""
+    return device_of(model.get_input_embeddings())
+
+
+def layer_device(model: PreTrainedModel, layer: int) -> torch.device:
+    """Where a layer computes, and its part of a cache lies."""
+    attention = attention_module(model, layer)
+    return input_device(model) if attention is None else device_of(attention)
+
+
+class Captured:
+    """What modules were given and gave in the latest forward.
+
+    with Captured(inputs=[first], outputs=layers) as captured:
+        model(ids)
+    captured.inputs[first]
+    """
+
+    def __init__(
+        self, inputs: Iterable[nn.Module] = (), outputs: Iterable[nn.Module] = (), first: bool = False
+    ) -> None:
+        """
+        Args:
+            inputs: modules whose first positional argument is kept.
+            outputs: modules whose output is kept, of a tuple the first part.
+            first: keep what came first, and not what came last, until `clear`.
+        """
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.outputs: dict[nn.Module, Tensor] = {}
+        self._first = first
+        self._hooks = [module.register_forward_pre_hook(self._keep_input) for module in inputs]
+        self._hooks += [module.register_forward_hook(self._keep_output) for module in outputs]
+
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not (self._first and module in self.inputs):
+            self.inputs[module] = args[0]
+
+    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (self._first and module in self.outputs):
+            self.outputs[module] = output[0] if isinstance(output, tuple) else output
+
+    def clear(self) -> None:
+        self.inputs, self.outputs = {}, {}
+
+    def close(self) -> None:
+        """Stops watching; what was kept stays."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

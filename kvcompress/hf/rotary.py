@@ -1,0 +1,126 @@
+"""How a model makes its rotary embeddings: by which module, of which frequencies, and keys as a layer turns them."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvcompress.hf.calls import Cache, cache_argument
+from kvcompress.hf.configs import layer_kind
+from kvcompress.hf.modules import attention_module, device_of
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """What a layer's rotary module says.
+
+    name: of the module. rope_type: transformers' name for how the frequencies are made. scaling: of a turned vector.
+    inv_freq: [rotary_dim / 2] float32 on the layer's device. keys: what the layer hands to its cache for a fixed input
+    at positions [1, tokens], as [1, kv_heads, tokens, head_dim].
+    """
+
+    name: str
+    rope_type: str
+    scaling: float
+    inv_freq: Tensor
+    keys: Callable[[Tensor], Tensor]
+
+
+def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
+    """The rotary embedding of a layer as the model has it; None where the model has none.
+
+    Raises:
+        ValueError: the model has rotary embeddings that kvcompress cannot find or tell apart, or whose keys it cannot
+            look at.
+    """
+    attention = attention_module(model, layer)
+    found = _rotary_module(model, layer)
+    takes = {} if attention is None else inspect.signature(attention.forward).parameters
+    if found is None or attention is None or "position_embeddings" not in takes:
+        # a model without RoPE has no code for it either
+        source = vars(sys.modules[type(model).__module__])
+        if found is None and not any("rotary" in known.lower() or "rope" in known.lower() for known in source):
+            return None
+        raise ValueError(
+            f"layer {layer} of {type(model).__name__} applies rotary embeddings in a way of its own; kvcompress knows "
+            "attention layers that take position_embeddings=(cos, sin), as Llama, Qwen, Gemma, Phi-3, GPT-NeoX and "
+            "Cohere have"
+        )
+    module, kind, inv_freq = found
+    rope_type = getattr(module, "rope_type", "default")
+    rope_type = rope_type[kind] if isinstance(rope_type, dict) else rope_type
+    scaling = float(getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0))
+    frequencies = inv_freq.detach().float().to(device_of(attention), copy=True)
+
+    def keys(positions: Tensor) -> Tensor:
+        return _keys(attention, module, kind, model, positions.to(inv_freq.device))
+
+    return Rotary(type(module).__name__, rope_type, scaling, frequencies, keys)
+
+
+def _rotary_module(model: PreTrainedModel, layer: int) -> tuple[nn.Module, str | None, Tensor] | None:
+    """The rotary module that serves a layer, the layer type it knows it by (None: it knows one), and its inv_freq."""
+    kind = layer_kind(model.config, layer)
+    found: list[tuple[nn.Module, str | None, Tensor]] = []
+    for module in model.modules():
+        for key, buffer in ((None, "inv_freq"), (kind, f"{kind}_inv_freq")):
+            inv_freq = getattr(module, buffer, None)
+            if isinstance(inv_freq, Tensor):
+                found.append((module, key, inv_freq))
+    if any(not torch.equal(inv_freq.cpu(), found[0][2].cpu()) for _, _, inv_freq in found[1:]):
+        names = sorted({type(module).__name__ for module, _, _ in found})
+        raise ValueError(
+            f"{type(model).__name__} has several rotary modules of different frequencies ({', '.join(names)}); "
+            "kvcompress cannot tell which one serves which layer"
+        )
+    return found[0] if found else None
+
+
+class _KeyTaken(Exception):  # noqa: N818 (it carries a result, and ends the attention call early)
+    def __init__(self, key: Tensor) -> None:
+        super().__init__()
+        self.key = key
+
+
+class _KeyTaker(Cache):
+    """Stands in for a cache, and ends the forward with the key it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise _KeyTaken(key_states)
+
+
+@torch.no_grad()
+def _keys(
+    attention: nn.Module, rotary: nn.Module, kind: str | None, model: PreTrainedModel, positions: Tensor
+) -> Tensor:
+    """The keys a layer's attention module hands to its cache, [1, kv_heads, tokens, head_dim], for fixed input.
+
+    The positions are on the device of the rotary module, which need not be the layer's.
+    """
+    weight, device = next(attention.parameters()), device_of(attention)
+    dtype = weight.dtype if weight.is_floating_point() else model.dtype
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, positions.shape[1], model.config.hidden_size, generator=generator)
+    hidden = hidden.to(dtype)
+    known = {"layer_type": kind} if kind else {}
+    parameters = inspect.signature(attention.forward).parameters
+    arguments: dict[str, Any] = {name: None for name in ("attention_mask", "alibi") if name in parameters}
+    try:
+        arguments |= cache_argument(attention, _KeyTaker())
+        turns = tuple(turn.to(device) for turn in rotary(hidden.to(positions.device), positions, **known))
+        attention(hidden.to(device), position_embeddings=turns, **arguments)
+    except _KeyTaken as taken:
+        return taken.key
+    except Exception as error:
+        raise ValueError(
+            f"{type(attention).__name__} could not be asked how it rotates its keys, so kvcompress cannot rotate them"
+        ) from error
+    raise ValueError(f"{type(attention).__name__} did not hand its keys to the cache, so kvcompress cannot rotate them")
