@@ -5,7 +5,9 @@ import inspect
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,39 +112,49 @@ def renamed(model: nn.Module, name: str) -> nn.Module:
     """The model, whose forwards take their cache by another name, as if transformers had renamed the argument."""
     for module in model.modules():
         kind = type(module)
-        known = hf.cache_name(module) if "forward" in dir(kind) and "transformers" in kind.__module__ else None
-        if "kvcompress" in kind.__module__:
-            known = hf.cache_name(module)
+        known = hf.cache_name(module) if re.match("transformers|kvcompress", kind.__module__) else None
         if known is None:
             continue
-        top = module is model
-
-        def call(self, *args, known=known, top=top, kind=kind, **kwargs):
-            # what calls it is transformers' code, and knows the installed name
-            if not top and known in kwargs:
-                kwargs[name] = kwargs.pop(known)
-            return kind.__call__(self, *args, **kwargs)
-
-        def forward(self, *args, known=known, kind=kind, **kwargs):
-            if name != known:
-                # what transformers does with a keyword that it does not know
-                kwargs.pop(known, None)
-            if name in kwargs:
-                kwargs[known] = kwargs.pop(name)
-            return kind.forward(self, *args, **kwargs)
-
-        parameters = inspect.signature(kind.forward).parameters
-        if known in parameters:
-            changed = [
-                p.replace(name=name, annotation="Cache | None") if p.name == known else p for p in parameters.values()
-            ]
-            forward.__signature__ = inspect.Signature(changed)
-        # else a forward of any keywords stays one
-        body = {"__call__": call, "__module__": kind.__module__}
-        if known in parameters:
-            body["forward"] = forward
-        module.__class__ = type(kind.__name__, (kind,), body)
+        body = {"__module__": kind.__module__}
+        if module is not model:
+            body["__call__"] = _called_by(known, name, kind)
+        if known in inspect.signature(kind.forward).parameters:
+            body["forward"] = _taking(name, known, kind)
+            module.__class__ = type(kind.__name__, (kind,), body)
+        else:
+            # a forward of any keywords stays as it is, and the class that it extends is the renamed one
+            family = next(k for k in kind.__mro__ if k.__module__.startswith("transformers") and "forward" in vars(k))
+            over = {"__module__": family.__module__, "forward": _taking(name, known, family)}
+            module.__class__ = type(kind.__name__, (kind, type(family.__name__, (family,), over)), body)
     return model
+
+
+def _called_by(known: str, name: str, kind: type) -> Callable[..., Any]:
+    """The call of a module by transformers' code, which knows the installed name."""
+
+    def call(self, *args, **kwargs):
+        if known in kwargs:
+            kwargs[name] = kwargs.pop(known)
+        return kind.__call__(self, *args, **kwargs)
+
+    return call
+
+
+def _taking(name: str, known: str, kind: type) -> Callable[..., Any]:
+    """A forward of a parameter of the other name."""
+
+    def forward(self, *args, **kwargs):
+        if name != known:
+            # what transformers does with a keyword that it does not know
+            kwargs.pop(known, None)
+        if name in kwargs:
+            kwargs[known] = kwargs.pop(name)
+        return kind.forward(self, *args, **kwargs)
+
+    parameters = inspect.signature(kind.forward).parameters
+    taken = parameters[known].replace(name=name, annotation="Cache | None")
+    forward.__signature__ = inspect.Signature([taken if p.name == known else p for p in parameters.values()])
+    return forward
 
 
 CACHES = {
@@ -318,6 +330,25 @@ def test_a_model_that_a_cache_was_built_for_can_be_pickled_and_let_go():
     for module in (model, model.model):
         assert not module._forward_pre_hooks
         assert not module._forward_hooks_always_called
+
+
+def test_a_forward_that_was_interrupted_from_the_keyboard_leaves_other_calls_alone():
+    model, other = build("llama"), build("llama", seed=1)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    ids = prompt(20)
+    with torch.no_grad():
+        expected = [each(ids).logits for each in (model, other)]
+        hook = model.model.layers[1].register_forward_pre_hook(stop)
+        for make in CACHES.values():
+            with pytest.raises(KeyboardInterrupt):
+                model(ids, **hf.cache_argument(model, make(model)))
+            DenseCache(other)
+            assert torch.equal(other(ids).logits, expected[1])
+        hook.remove()
+        assert torch.equal(model(ids).logits, expected[0])
 
 
 # versions

@@ -142,7 +142,7 @@ def _check_no_cache_was_given(module: nn.Module, kwargs: dict[str, Any]) -> None
     """Raises RuntimeError where this attention belongs to a forward that was given a kvcompress cache."""
     if torch.compiler.is_compiling():
         return
-    given = forward_in_progress()
+    given = forward_in_progress(module)
     model = "" if given is None else f" of {type(given[0]).__name__}"
     cache = cache_in(kwargs.values()) if given is None else given[1]
     if not isinstance(cache, AttendingCache):

@@ -121,9 +121,23 @@ def take_cache(arguments: dict[str, Any], positional: tuple[Any, ...] = ()) -> C
     return found
 
 
-def forward_in_progress() -> tuple[nn.Module, AttendingCache] | None:
-    """The module and the cache of the innermost forward that was given one and has not ended."""
-    return _FORWARDS.stack[-1] if _FORWARDS.stack else None
+def forward_in_progress(part: nn.Module) -> tuple[nn.Module, AttendingCache] | None:
+    """The module and the cache of the innermost forward that was given one, has not ended, and has this part."""
+    for module, cache in reversed(_FORWARDS.stack):
+        # what was interrupted from the keyboard has never ended
+        if any(each is part for each in module.modules()):
+            return module, cache
+    return None
+
+
+def _forget(module: nn.Module) -> AttendingCache | None:
+    """The cache of a module's forward in progress, which is over, as are those within it; None where it had none."""
+    stack = _FORWARDS.stack
+    for index, (entered, cache) in enumerate(stack):
+        if entered is module:
+            del stack[index:]
+            return cache
+    return None
 
 
 def watch_forwards(model: PreTrainedModel) -> None:
@@ -177,6 +191,7 @@ def _before(
                 kwargs = changed
     # of a compiled step nothing is to be told
     if not torch.compiler.is_compiling():
+        _forget(module)
         cache = cache_in((*args, *kwargs.values()))
         if isinstance(cache, AttendingCache):
             _FORWARDS.stack.append((module, cache))
@@ -196,9 +211,7 @@ def _after(
 ) -> None:
     if torch.compiler.is_compiling():
         return
-    cache = None
-    if _FORWARDS.stack and _FORWARDS.stack[-1][0] is module:
-        _, cache = _FORWARDS.stack.pop()
+    cache = _forget(module)
     if output is None or cache is None:
         return
     if is_decoder:
