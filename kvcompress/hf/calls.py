@@ -240,6 +240,9 @@ class _OfModel:
         shadow: Any = self
         functools.update_wrapper(shadow, getattr(type(model), self.name))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model,)
+
     def _shadowed(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(type(self._model), self.name)(self._model, *args, **kwargs)
 
