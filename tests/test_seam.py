@@ -265,6 +265,9 @@ def test_after_an_error_another_model_and_other_caches_are_as_before():
         expected = model(prompt(20)).logits
         with pytest.raises(RuntimeError, match="attends without"):
             broken(prompt(20), **hf.cache_argument(broken, other))
+        hidden = torch.zeros(1, 4, 64)
+        turns = broken.model.rotary_emb(hidden, torch.arange(4)[None])
+        broken.model.layers[0].self_attn(hidden, position_embeddings=turns, attention_mask=None)
         assert torch.equal(model(prompt(20)).logits, expected)
         assert torch.equal(broken(prompt(20)).logits, build("llama")(prompt(20)).logits)
         # an error before the forward begins leaves nothing behind either

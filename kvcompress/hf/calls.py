@@ -9,6 +9,7 @@ the model's own methods are shadowed by ones that know both.
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -49,10 +50,11 @@ class AttendingCache(Cache):
 
 
 class _Forwards(threading.local):
-    """The caches that forwards in progress were given, innermost last, with the module that was called."""
+    """The modules whose forward is in progress and was given a cache, and that cache; innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, AttendingCache]] = []
+        # whoever called holds them; a forward that was interrupted holds nothing
+        self.stack: list[tuple[weakref.ref[nn.Module], weakref.ref[AttendingCache]]] = []
 
 
 _FORWARDS = _Forwards()
@@ -123,9 +125,10 @@ def take_cache(arguments: dict[str, Any], positional: tuple[Any, ...] = ()) -> C
 
 def forward_in_progress(part: nn.Module) -> tuple[nn.Module, AttendingCache] | None:
     """The module and the cache of the innermost forward that was given one, has not ended, and has this part."""
-    for module, cache in reversed(_FORWARDS.stack):
+    for entered, given in reversed(_FORWARDS.stack):
+        module, cache = entered(), given()
         # what was interrupted from the keyboard has never ended
-        if any(each is part for each in module.modules()):
+        if module is not None and cache is not None and any(each is part for each in module.modules()):
             return module, cache
     return None
 
@@ -134,9 +137,9 @@ def _forget(module: nn.Module) -> AttendingCache | None:
     """The cache of a module's forward in progress, which is over, as are those within it; None where it had none."""
     stack = _FORWARDS.stack
     for index, (entered, cache) in enumerate(stack):
-        if entered is module:
+        if entered() is module:
             del stack[index:]
-            return cache
+            return cache()
     return None
 
 
@@ -194,7 +197,7 @@ def _before(
         _forget(module)
         cache = cache_in((*args, *kwargs.values()))
         if isinstance(cache, AttendingCache):
-            _FORWARDS.stack.append((module, cache))
+            _FORWARDS.stack.append((weakref.ref(module), weakref.ref(cache)))
             if is_decoder:
                 cache.forward_begins(module, _tokens(args, kwargs))
     return None if changed is None else (args, changed)
