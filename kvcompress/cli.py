@@ -18,6 +18,7 @@ from kvcompress.cli_values import (
     as_budget,
     as_dtype,
     as_object,
+    check_extra,
     check_folder,
     count,
     gibibytes,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 
+# what a sweep measures unless told; not the methods that read little of all they keep, or that pay off in batches
 _METHODS = "h2o,snapkv,chunkkv,kvzip,tova,streaming,keydiff,knorm,expected,gear,kivi"
 _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
 _TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
@@ -45,6 +47,9 @@ _QUICK: dict[str, Any] = {
     "continuation": 32,
     "chunk": 4,
 }
+
+# in a help text, until it is asked for: registry.METHODS, which takes seconds to import
+_KNOWN = "{methods}"
 
 app = typer.Typer(
     name="kvcompress",
@@ -67,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
+    if "--help" in arguments:
+        _name_methods(command, arguments)
     try:
         status = command.main(args=arguments or ["--help"], prog_name="kvcompress", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -88,11 +95,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
+def _name_methods(command: Any, arguments: Sequence[str]) -> None:
+    """Writes the known methods into the help of the command that the arguments name."""
+    options = [
+        option
+        for name, part in getattr(command, "commands", {}).items()
+        if name in arguments
+        for option in part.params
+        if _KNOWN in (getattr(option, "help", None) or "")
+    ]
+    if options:
+        from kvcompress.registry import METHODS
+
+        for option in options:
+            option.help = option.help.replace(_KNOWN, ", ".join(METHODS))
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+        from platform import python_version
+
+        from kvcompress import __version__
+
+        print(f"kvcompress {__version__}\npython {python_version()}")
+        for package in ("torch", "transformers", "triton"):
+            try:
+                print(package, version(package))
+            except PackageNotFoundError:
+                print(package, "not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_versions, is_eager=True, help="Of kvcompress, and of what it stands on."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def sweep(
     context: typer.Context,
     model: ModelOption = None,
-    methods: Annotated[str, typer.Option(help="By commas; with settings as in h2o:sinks=4:recent=0.25.")] = _METHODS,
+    methods: Annotated[
+        str, typer.Option(help=f"By commas; with settings as in h2o:sinks=4:bits=4. Of {_KNOWN}.")
+    ] = _METHODS,
     budgets: Annotated[str, typer.Option(help="Fractions of the length (0.2), or tokens (512).")] = _BUDGETS,
     tasks: Annotated[str, typer.Option(help="By commas; any other name is that of a task of lm-eval's.")] = _TASKS,
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024",
@@ -124,6 +177,7 @@ def sweep(
     Finished points are kept in the folder and not repeated; a point that fails is reported, and the rest goes on.
     Several processes share the points of a folder: accelerate launch -m kvcompress sweep ...
     """
+    check_extra("eval", "matplotlib")
     values: dict[str, Any] = {
         "methods": methods,
         "budgets": budgets,
@@ -157,6 +211,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for table, plot and page.")] = Path("report"),
 ) -> int:
     """Put the rows of several sweeps into one table, plot and page."""
+    check_extra("eval", "matplotlib")
     from kvcompress.evals import report as reports
 
     with users_mistakes():
@@ -169,7 +224,7 @@ def report(
 def evaluate(
     context: typer.Context,
     model: ModelOption = None,
-    cache: Annotated[str, typer.Option(help="A method, with settings as in h2o:sinks=4:recent=0.25.")] = "none",
+    cache: Annotated[str, typer.Option(help=f"With settings as in h2o:sinks=4:bits=4. Of {_KNOWN}.")] = "none",
     budget: Annotated[str | None, typer.Option(help="Tokens kept (512), or a fraction of the context (0.2).")] = None,
     hold_back: Annotated[
         str, typer.Option(help="Read after compression: last tokens of a context, or all from a text such as Question:")
@@ -181,6 +236,7 @@ def evaluate(
     The context is compressed before what is held back is read, and every score comes through what is left. Bytes held
     stand beside the scores, in the harness's own output.
     """
+    check_extra("eval", "lm_eval")
     rest = list(context.args)
     settings = {"pretrained": model, "cache": cache, "budget": budget, "hold_back": hold_back, "chunk": chunk}
     for name, value in settings.items():
@@ -204,7 +260,7 @@ def evaluate(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
     model: ModelOption = None,
-    cache: Annotated[str, typer.Option(help=f"Of none,{_METHODS}; with settings as in h2o:sinks=4.")] = "h2o",
+    cache: Annotated[str, typer.Option(help=f"With settings as in h2o:sinks=4:bits=4. Of {_KNOWN}.")] = "h2o",
     budget: Annotated[str, typer.Option(help="Tokens kept (512), or a fraction of the prompt (0.2).")] = "512",
     max_new_tokens: Annotated[int, typer.Option(help="At most so many.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -236,7 +292,7 @@ def plan(
     model: ModelOption = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     budget: Annotated[str, typer.Option(help="Tokens kept (2048), or a fraction of the context (0.2).")] = "0.2",
-    methods: Annotated[str, typer.Option(help="By commas.")] = f"none,{_METHODS}",
+    methods: Annotated[str, typer.Option(help=f"By commas. Of {_KNOWN}.")] = f"none,{_METHODS}",
     gpu_memory: Annotated[float, typer.Option(help="Of the GPU, in GiB.")] = 80.0,
     dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16, float16.")] = "bfloat16",
 ) -> None:
@@ -311,6 +367,7 @@ def distill(
 
     The folder then loads as any model: load_model("swiftkv").
     """
+    check_extra("distill", "accelerate")
     for path in data:
         if not path.is_file():
             raise UsageError(f"there is no file {path}")
@@ -370,6 +427,7 @@ def _generate(
     from transformers import TextStreamer, set_seed
 
     from kvcompress import registry
+    from kvcompress.hf import cache_argument
 
     class Clock(TextStreamer):
         """Prints text as it comes and notes when each token did."""
@@ -395,9 +453,8 @@ def _generate(
     clock = Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     generate: Any = model.generate
-    generate(
-        **inputs.to(model.device), past_key_values=cache, max_new_tokens=max_new_tokens, streamer=clock, **sampling
-    )
+    with_cache = cache_argument(model, cache)
+    generate(**inputs.to(model.device), **with_cache, max_new_tokens=max_new_tokens, streamer=clock, **sampling)
     # the first time is the prompt's, the second the first token's, which ends the prefill
     prompt_tokens, new_tokens = inputs["input_ids"].shape[1], len(clock.times) - 1
     prefill, decode = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]

