@@ -24,19 +24,17 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 import kvcompress.kernels
-from kvcompress.kernels.runtime import AotCase
+from kvcompress.kernels.runtime import HAS_TRITON, INTERPRETED, AotCase, triton
 
 
 @dataclass(frozen=True)
 class Target:
     """A GPU, and what one of its multiprocessors has; memory in bytes, of 32-bit registers per multiprocessor."""
 
-    gpu: GPUTarget
+    backend: str
+    architecture: int | str
+    warp_size: int
     shared_per_block: int
     shared: int
     registers: int
@@ -46,10 +44,10 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 65536, 2048, 32, False),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 65536, 2048, 32, True),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 65536, 2048, 32, True),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 131072, 2048, 32, False),
+    "sm_80": Target("cuda", 80, 32, 163 << 10, 164 << 10, 65536, 2048, 32, False),
+    "sm_90": Target("cuda", 90, 32, 227 << 10, 228 << 10, 65536, 2048, 32, True),
+    "sm_100": Target("cuda", 100, 32, 227 << 10, 228 << 10, 65536, 2048, 32, True),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10, 131072, 2048, 32, False),
 }
 
 
@@ -95,17 +93,19 @@ def compile_case(module: str, index: int, target: str) -> Report:
     """Compiles one case for one target."""
     case = cases(module)[index]
     name = case.kernel.__name__
+    gpu = TARGETS[target]
     try:
-        source = ASTSource(case.kernel, case.signature, _constants(case), _alignment(case))
+        source = triton.compiler.ASTSource(case.kernel, case.signature, _constants(case), _alignment(case))
+        aim = triton.backends.compiler.GPUTarget(gpu.backend, gpu.architecture, gpu.warp_size)
         # on CUDA every launch has this ceiling (kernels/runtime.py)
-        ceiling = {"maxnreg": 255} if TARGETS[target].gpu.backend == "cuda" else {}
-        compiled = triton.compile(source, target=TARGETS[target].gpu, options=case.options | ceiling)
+        ceiling = {"maxnreg": 255} if gpu.backend == "cuda" else {}
+        compiled = triton.compile(source, target=aim, options=case.options | ceiling)
         registers, spilled = _usage(compiled)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Report(name, case.label, target, error=f"does not compile: {lines[-1]}")
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    occupancy = _occupancy(TARGETS[target], registers, shared, warps)
+    occupancy = _occupancy(gpu, registers, shared, warps)
     return Report(name, case.label, target, registers, shared, spilled, occupancy)
 
 
@@ -166,10 +166,10 @@ def _usage(compiled) -> tuple[int, int]:
 
 
 def _occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
-    threads = warps * target.gpu.warp_size
+    threads = warps * target.warp_size
     # registers come by the 8 a thread; a block's shared memory by the 128 bytes and, on CUDA, 1 KB more
     of_registers = target.registers // (threads * math.ceil(max(registers, 1) / 8) * 8)
-    reserved = 1024 if target.gpu.backend == "cuda" else 0
+    reserved = 1024 if target.backend == "cuda" else 0
     of_shared = target.shared // max(math.ceil(shared / 128) * 128 + reserved, 1)
     blocks = min(target.blocks, target.threads // threads, of_registers, of_shared)
     return blocks * threads / target.threads
@@ -182,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=TARGETS, help="one target")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
-    if triton.knobs.runtime.interpret:
+    if not HAS_TRITON:
+        parser.error("Triton cannot be imported here: there is nothing to compile with")
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
     jobs = [
         (module, index, target)

@@ -48,7 +48,7 @@ from kvcompress.kernels.low_rank import residual_factors, residual_factors_refer
 from kvcompress.kernels.merge import merge_states, merge_states_reference
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import Coding, Packed, dequantise, quantise, quantise_reference
-from kvcompress.kernels.runtime import runs_triton
+from kvcompress.kernels.runtime import HAS_TRITON, INTERPRETED
 
 # a reference that builds more than this many logits is not run
 _MOST_LOGITS = 2**29
@@ -481,8 +481,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    if runs_triton(torch.empty(0, device="cpu")):
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: its times mean nothing")
+    if device.type == "cuda" and not HAS_TRITON:
+        parser.error("Triton cannot be imported here: on a GPU the kernels are what is measured")
     attempts = options.attempts or _ATTEMPTS[device.type]
 
     random.seed(0)

@@ -30,6 +30,7 @@ import torch
 
 from kvcompress.evals import bench
 from kvcompress.evals.provenance import provenance
+from kvcompress.kernels.runtime import HAS_TRITON
 
 # seconds each step may take; what a step leaves over is the next one's
 STEPS = {"tests": 125, "kernels": 120, "endtoend": 300, "report": 20}
@@ -253,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --tiny runs the script on a CPU")
+    if not options.tiny and not HAS_TRITON:
+        parser.error("Triton cannot be imported here, and this is about its kernels")
     if options.step:
         return run_step(options.step, options.out, options.seconds, options.tiny)
 

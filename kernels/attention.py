@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.merge import merge_states
@@ -29,6 +27,8 @@ from kvcompress.kernels.runtime import (
     compilable,
     has_wgmma,
     runs_triton,
+    tl,
+    triton,
 )
 from kvcompress.kernels.split_attention import AOT_HEAD_DIMS, FEW_ROWS, aot_constants, aot_types, launch_split
 from kvcompress.kernels.tile import (

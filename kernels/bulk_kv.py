@@ -12,11 +12,9 @@ cache, the weights once a group of token blocks, keys and values once.
 from collections.abc import Iterator, Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
 from kvcompress.kernels.tile import MIN_SIDE, dot, triton_type, wide
 
 

@@ -15,11 +15,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import split_keys
 from kvcompress.kernels.tile import (
     LOG2E,

@@ -13,13 +13,11 @@ attention; bytes (heads + kv_heads) * head_dim a token and the lse.
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.attention import slots_seen
 from kvcompress.kernels.column_tiles import causal_tiles, slot_tiles
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, autotune, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, autotune, compilable, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import AOT_HEAD_DIMS
 from kvcompress.kernels.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths, triton_type
 

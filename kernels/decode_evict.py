@@ -17,8 +17,6 @@ launches and reads scores and positions four times.
 from collections.abc import Callable, Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.decode import (
@@ -30,7 +28,7 @@ from kvcompress.kernels.decode import (
     merge_head,
 )
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, worse
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import launch_split
 from kvcompress.kernels.tile import bound_logits, triton_type
 

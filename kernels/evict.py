@@ -7,11 +7,9 @@ a step, where compacting the cache would move every slot. Choosing reads 8 * bat
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 
 
 def choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int = 0) -> Tensor:

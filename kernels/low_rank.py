@@ -17,8 +17,6 @@ tokens * head_dim * rank and loops + 1 decodings.
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.packed_tile import (
@@ -29,7 +27,7 @@ from kvcompress.kernels.packed_tile import (
     tile_tokens,
 )
 from kvcompress.kernels.quantise import Coding, Packed, check_coding, coding_constants, dequantise, stored_blocks
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import split_keys
 from kvcompress.kernels.tile import MIN_SIDE, dot, tile_width, triton_type, wide
 

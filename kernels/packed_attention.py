@@ -16,8 +16,6 @@ bound by bandwidth at 8 bits, by the decoding below. The bound on the speed-up o
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.merge import merge_stack
@@ -31,7 +29,7 @@ from kvcompress.kernels.quantise import (
     dequantise,
     stored_blocks,
 )
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import split_keys
 from kvcompress.kernels.tile import (
     LOG2E,

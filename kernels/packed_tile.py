@@ -7,8 +7,7 @@ and values that are packed at different bits have tiles of the same tokens when 
 
 from typing import NamedTuple
 
-import triton
-import triton.language as tl
+from kvcompress.kernels.runtime import tl, triton
 
 
 class TileShape(NamedTuple):

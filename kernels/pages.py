@@ -10,12 +10,10 @@ Bytes over the bus: new slots * chunk * head_dim * element size. PCIe bounds it:
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.rebuild import new_first
-from kvcompress.kernels.runtime import ALL_REGISTERS, INTERPRETED, AotCase, aot_case
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
 from kvcompress.kernels.tile import triton_type
 
 SLAB = 2**32
@@ -39,8 +37,8 @@ def fetch_pages(
     """
     if not held.numel() or not slabs:
         return
-    by_address = INTERPRETED if values.device.type == "cpu" else all(slab.is_pinned() for slab in slabs)
-    if not by_address or values.dtype == torch.float64:
+    by_address = values.device.type == "cpu" or all(slab.is_pinned() for slab in slabs)
+    if not by_address or not runs_triton(values):
         fetch_pages_reference(values, pages, held, is_new, slabs)
         return
     batch, kv_heads, slots = held.shape

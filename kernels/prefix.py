@@ -16,13 +16,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.attention import cpu_flash, slot_attention, slot_attention_reference
 from kvcompress.kernels.merge import merge_stack, merge_states
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import split_keys
 from kvcompress.kernels.tile import (
     LOG2E,

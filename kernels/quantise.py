@@ -24,12 +24,10 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.packed_tile import planes_of
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 from kvcompress.kernels.tile import tile_width, triton_type
 
 _LARGEST = 65504.0

@@ -12,11 +12,9 @@ holds; flops 2 * rank * head_dim. Reading the key itself would take head_dim: th
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 from kvcompress.kernels.tile import MIN_SIDE, dot, triton_type, wide
 
 

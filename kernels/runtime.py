@@ -1,15 +1,37 @@
-"""Where and how a kernel runs: on a GPU, or on a CPU under Triton's interpreter (TRITON_INTERPRET=1)."""
+"""Where and how a kernel runs: on a GPU, or on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
+
+Triton is imported here and nowhere else: the other files take `tl` and `triton` from here. Where it is not installed
+(macOS, Windows, builds of torch without it) both are stand-ins, and every op takes its PyTorch path.
+"""
 
 import functools
+import os
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
+from kvcompress.kernels.missing_triton import MissingTriton
+
+_missing: MissingTriton | None = None
+if TYPE_CHECKING:
+    import triton.language
+else:
+    try:
+        import triton.language
+    except ImportError as error:
+        triton = _missing = MissingTriton(error)
+tl = triton.language
+
+HAS_TRITON = _missing is None
+if _missing is not None and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true"):
+    # whoever asks for the kernels must not get something else
+    raise _missing.error("TRITON_INTERPRET=1")
+
 # read once: Triton decides at import too, and torch.compile cannot trace a look at the environment
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = HAS_TRITON and triton.knobs.runtime.interpret
 
 # launch options that let a kernel use what registers there are: left to itself, ptxas spills a few of them to make room
 # for one block more on a multiprocessor (AMD's compiler does not)
@@ -21,9 +43,21 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def runs_triton(tensor: Tensor) -> bool:
     """True where a Triton kernel can take this tensor; ops use their PyTorch path elsewhere.
 
-    The kernels compute in float32, so float64 always takes the PyTorch path.
+    The kernels compute in float32, so float64 always takes the PyTorch path. A GPU without Triton takes it too, which
+    is right and slow: the first time there is a warning.
     """
+    if _missing is not None:
+        # torch.compile cannot trace a warning
+        if tensor.is_cuda and not torch.compiler.is_compiling():
+            _warn_of_speed(_missing)
+        return False
     return (tensor.is_cuda or INTERPRETED) and tensor.dtype != torch.float64
+
+
+@functools.cache
+def _warn_of_speed(missing: MissingTriton) -> None:
+    reason = missing.error("what is fast on a GPU")
+    warnings.warn(f"kvcompress computes in PyTorch, which is right and slower: {reason}", stacklevel=3)
 
 
 def autotune(

@@ -7,11 +7,9 @@ selected. Bytes 25 * batch * kv_heads * slots; slots^2 comparisons a KV head, a 
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 
 
 def reuse_slots(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +51,7 @@ def _reuse_slots_fake(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor
 def _reuse_slots(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
     batch, kv_heads, slots = held.shape
     # beyond, a program's row of slots would not fit its registers
-    if not (held.is_cuda or runs_triton(held)) or not held.numel() or slots > _MOST_SLOTS:
+    if not runs_triton(held) or not held.numel() or slots > _MOST_SLOTS:
         return reuse_slots_reference(held, wanted, chunks)
     now, is_new = held.new_empty(held.shape), held.new_empty(held.shape, dtype=torch.bool)
     with torch.cuda.device_of(held):

@@ -7,12 +7,10 @@ parts together. Bytes: keys and values once for all query heads of a group; boun
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.kernels.merge import merge_stack
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, core_count
+from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, core_count, tl, triton
 from kvcompress.kernels.tile import (
     LOG2E,
     MIN_SIDE,

@@ -5,13 +5,13 @@ A tile's sides are powers of two. A head_dim that is not one is split where that
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from kvcompress.kernels.runtime import INTERPRETED, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # the interpreter multiplies the bit patterns of bfloat16 operands
-_WIDENS_OPERANDS = tl.constexpr(triton.knobs.runtime.interpret)
+_WIDENS_OPERANDS = tl.constexpr(INTERPRETED)
 
 # what the matrix units take at least, along every side
 MIN_SIDE = 16

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvcompress.evals import bench, gpu
 from kvcompress.kernels import pages, runtime
 from kvcompress.kernels.missing_triton import MissingTriton
 from kvcompress.kernels.quantise import quantise
@@ -162,6 +163,16 @@ aot.main([])
     assert "needs Triton, which cannot be imported here" in done.stdout
     assert done.returncode == 2
     assert "Triton cannot be imported here: there is nothing to compile with" in done.stderr
+
+
+@pytest.mark.parametrize(("script", "arguments"), [(bench, ["--device", "cuda"]), (gpu, [])], ids=["bench", "gpu"])
+def test_what_measures_kernels_on_a_gpu_refuses_without_triton(script, arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "HAS_TRITON", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    with pytest.raises(SystemExit, match="2"):
+        script.main(arguments)
+    assert "Triton cannot be imported here" in capsys.readouterr().err
 
 
 def test_a_gpu_without_triton_takes_the_pytorch_path_and_warns_once(no_triton):
