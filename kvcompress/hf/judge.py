@@ -1,0 +1,60 @@
+"""The model without any cache, to hold a cache's answers against, with attention to some tokens taken away."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvcompress.hf.calls import release
+from kvcompress.hf.configs import head_counts
+from kvcompress.hf.modules import attention_module
+
+# the implementation whose masks are [batch, heads, queries, tokens], and which has softcaps and sinks
+_PLAIN = "eager"
+
+
+def judge_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in other modules on the same weights, with transformers' plainest attention."""
+    shared: dict[int, Any] = {id(held): held for held in (*model.parameters(), *model.buffers())}
+    judge = copy.deepcopy(model, shared)
+    release(judge)
+    judge.set_attn_implementation(_PLAIN)
+    return judge
+
+
+@contextlib.contextmanager
+def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[None]:
+    """Within it, queries of a layer do not attend to tokens, beside those that the model itself forbids.
+
+    Args:
+        judge: as `judge_of` makes one; it is then run without a cache.
+        forbids: [kv_heads, queries, tokens] bool, True where a query must not attend.
+
+    Raises:
+        RuntimeError: on entering or in the forward, where there is no place for a mask.
+    """
+    attention = attention_module(judge, layer)
+    if attention is None:
+        raise RuntimeError(f"layer {layer} of {type(judge).__name__} has no attention module that takes a mask")
+    heads = head_counts(judge.config)[0]
+    forbids = forbids.repeat_interleave(heads // forbids.shape[0], 0)[None]
+
+    def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = inspect.signature(module.forward).bind(*args, **kwargs)
+        mask: Any = given.arguments.get("attention_mask")
+        if mask is None or mask.dim() != 4:
+            raise RuntimeError(f"{type(module).__name__} is given no mask [batch, 1, queries, tokens]")
+        least = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        given.arguments["attention_mask"] = mask.masked_fill(forbids.to(mask.device), least)
+        return given.args, given.kwargs
+
+    hook = attention.register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,117 @@
+"""A tiny model of random weights with the architecture of a large one, for runs that take seconds and no download."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from kvcompress.hf.configs import head_counts, sizes
+
+# attention with peaks, by which faults show, and logits of a trained model's size
+_SPREAD = 1.2
+_WIDEST = 512
+
+
+def small_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of `small_config`, in float32, with random weights, biases and norms that are not trivial."""
+    model = AutoModelForCausalLM.from_config(small_config(config), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * _SPREAD / math.sqrt(sizes(model.config).hidden))
+            else:
+                parameter.add_(noise * (1.0 if "sinks" in name else 0.1))
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config of few and narrow layers, otherwise as this one: its kinds of layers, head_dim, query heads a KV head
+    (fewer where that would make it wide), rotary embeddings, biases, softcaps; its windows, of at most 64 tokens."""
+    small = copy.deepcopy(config)
+    layers = _chosen_layers(config)
+    heads, kv_heads, head_dim = head_counts(config)
+    group = min(max(1, heads // kv_heads), 16)
+    if not hasattr(config, "head_dim"):
+        # hidden size is then heads * head_dim
+        while group > 1 and 2 * group * head_dim > _WIDEST:
+            group //= 2
+    kv_heads = min(kv_heads, 1 if group > 8 else 2)
+    heads = kv_heads * group
+
+    for name, value in _of_layers(config).items():
+        setattr(small, name, [value[layer] for layer in layers])
+    small.num_hidden_layers = len(layers)
+    small.num_attention_heads = heads
+    if hasattr(small, "num_key_value_heads"):
+        small.num_key_value_heads = kv_heads
+    small.hidden_size = heads * 16
+    if getattr(small, "head_dim", head_dim) is None:
+        small.head_dim = head_dim
+    if head_counts(small)[2] != head_dim:
+        small.hidden_size = heads * head_dim
+    hidden = small.hidden_size
+    if hasattr(small, "word_embed_proj_dim"):
+        small.word_embed_proj_dim = hidden
+    for name, most in {
+        "intermediate_size": 2 * hidden,
+        "ffn_dim": 2 * hidden,
+        "moe_intermediate_size": hidden,
+        "shared_expert_intermediate_size": hidden,
+        "intermediate_size_mlp": 2 * hidden,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "vocab_size": 512,
+        "sliding_window": 64,
+        "attention_chunk_size": 64,
+    }.items():
+        size = getattr(small, name, None)
+        if isinstance(size, list):
+            setattr(small, name, [min(part, most) for part in size])
+        elif isinstance(size, int):
+            setattr(small, name, min(size, most))
+    for name, token in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
+        known = getattr(small, name, None)
+        if known is not None and (not isinstance(known, int) or known >= small.vocab_size):
+            setattr(small, name, token)
+    vars(small).pop("quantization_config", None)
+    return small
+
+
+def described(model: PreTrainedModel) -> str:
+    """A model's type and shape in a line."""
+    shape, config = sizes(model.config), model.config
+    kinds = getattr(config, "layer_types", None) or []
+    counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
+    parts = [
+        f"{shape.layers} layers" + (f" ({counted})" if len(set(kinds)) > 1 else ""),
+        f"hidden size {shape.hidden}",
+        f"{shape.heads} query heads and {shape.kv_heads} KV heads of {shape.head_dim}",
+        *([f"window {window}"] if window else []),
+        f"vocabulary {shape.vocabulary}",
+        str(model.dtype).removeprefix("torch."),
+    ]
+    return f"{config.model_type} ({type(model).__name__}), {', '.join(parts)}"
+
+
+def _of_layers(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """What a config says of each layer, by name."""
+    layers = config.num_hidden_layers
+    return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == layers}
+
+
+def _chosen_layers(config: PreTrainedConfig) -> list[int]:
+    """The first layers, four or as many more as it takes to have each kind."""
+    lists = _of_layers(config).values()
+    kinds = [str([value[layer] for value in lists]) for layer in range(config.num_hidden_layers)]
+    firsts = sorted(kinds.index(kind) for kind in set(kinds))
+    if firsts[-1] < 8:
+        return list(range(min(len(kinds), max(4, firsts[-1] + 1))))
+    # a kind that comes late: the first layer of each, and the one before it
+    return sorted({0, 1, *firsts, *(max(0, first - 1) for first in firsts)})
