@@ -22,7 +22,7 @@ class UsageError(Exception):
 
 def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedModel, Any]":
     import torch
-    from transformers.utils import logging
+    from transformers import logging
 
     from kvcompress.loading import ModelUnavailableError, load_model
 

