@@ -239,9 +239,14 @@ class _OfModel:
     name: str
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model: Any = model
+        # the model holds this, and dies with its last user
+        self._of = weakref.ref(model)
         shadow: Any = self
         functools.update_wrapper(shadow, getattr(type(model), self.name))
+
+    @property
+    def _model(self) -> Any:
+        return self._of()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._model,)

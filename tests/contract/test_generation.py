@@ -144,6 +144,10 @@ def test_speculative_decoding_equals_the_oracle(entry, family):
     assert_equals_oracle(model, transcript)
 
 
+# transformers refuses by itself since 5.24, before the first draft
+REFUSED = r"cannot take back \d+ tokens.*use DenseCache|requires a cache that can be cropped"
+
+
 @those(lambda entry: not entry.croppable)
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
 def test_speculative_decoding_is_refused_and_the_cache_stays_whole(entry, way):
@@ -152,7 +156,7 @@ def test_speculative_decoding_is_refused_and_the_cache_stays_whole(entry, way):
     assert not cache.is_croppable
     ids = prompt(24) % 12 + 2
     how = {"prompt_lookup_num_tokens": 4} if way == "prompt lookup" else {"assistant_model": _assistant()}
-    with pytest.raises(ValueError, match=r"cannot take back \d+ tokens.*use DenseCache"):
+    with pytest.raises(ValueError, match=REFUSED):
         generate(model, cache, ids, max_new_tokens=20, **how)
     assert len({layer.get_seq_length() for layer in cache.layers}) == 1
     # what was fed stays, as if it had been fed by hand, and the cache goes on

@@ -32,6 +32,10 @@ class Spy:
 
     device = torch.device("cpu")
 
+    @property
+    def forward(self):
+        return self.model.forward
+
     def __call__(self, tokens, **kwargs):
         out = self.model(tokens, **kwargs)
         if self.spoil and not self.fed:
