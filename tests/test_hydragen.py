@@ -33,7 +33,7 @@ def run_through():
                 mask = next(iter(mask.values()))
             tokens.append(ids.numel() if mask is None else int(mask[:, -ids.shape[1] :].sum()))
 
-        hooks.append(model.base_model.register_forward_pre_hook(note, with_kwargs=True))
+        hooks.append(model.get_decoder().register_forward_pre_hook(note, with_kwargs=True))
         return tokens
 
     yield count

@@ -361,7 +361,8 @@ def test_a_forward_that_was_interrupted_from_the_keyboard_leaves_other_calls_alo
     ("installed", "warned"), [("5.17.0", 0), (versions.NEWEST_TESTED, 0), ("5.99.0", 1), ("6.0.0.dev0", 1)]
 )
 def test_a_newer_transformers_than_was_tested_is_told_once(monkeypatch, installed, warned):
-    monkeypatch.setattr(transformers, "__version__", installed)
+    # by way of versions: a library that loads transformers a second time leaves two modules of that name
+    monkeypatch.setattr(versions.transformers, "__version__", installed)
     monkeypatch.setattr(versions, "_told", set())
     model = build("llama")
     with warnings.catch_warnings(record=True) as caught:

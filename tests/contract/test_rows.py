@@ -138,7 +138,10 @@ def test_a_cropped_cache_of_padded_rows_can_be_saved(entry, tmp_path):
     cache.crop(-3)
     loaded = save_and_load(entry, model, cache, tmp_path)
     token = prompt(1, 3, seed=4)
-    assert torch.equal(feed(model, loaded, token, mask[:, :18]), feed(model, cache, token, mask[:, :18]))
+    # to rounding: where a file's tensors lie in memory decides the order in which some processors sum
+    torch.testing.assert_close(
+        feed(model, loaded, token, mask[:, :18]), feed(model, cache, token, mask[:, :18]), rtol=1e-5, atol=1e-5
+    )
 
 
 @every_cache
