@@ -91,13 +91,13 @@ def test_make_installs_what_the_constraints_name():
 
 
 def test_the_command_line_is_no_dependency_of_the_caches():
-    assert set(asked(PROJECT["dependencies"])) == {"torch", "transformers", "triton", "safetensors", "packaging"}
+    assert set(asked(PROJECT["dependencies"])) == {"torch", "transformers", "safetensors", "packaging"}
     assert set(asked(EXTRAS["cli"])) == {"typer", "rich", "filelock"}
 
 
-@pytest.mark.parametrize("extra", ["cli", "model", "distill", "eval", "dev"])
+@pytest.mark.parametrize("extra", ["cli", "model", "distill", "eval", "triton", "dev"])
 def test_readme_names_the_extra(extra):
-    assert set(EXTRAS) == {"cli", "model", "distill", "eval", "dev"}
+    assert set(EXTRAS) == {"cli", "model", "distill", "eval", "triton", "dev"}
     section = (ROOT / "README.md").read_text().partition("## Install and run")[2].partition("\n## ")[0]
     assert f"`{extra}`" in section
 

@@ -3,10 +3,11 @@ import importlib
 from pathlib import Path
 
 import pytest
-import triton
 
 from kvcompress.evals import aot
 from kvcompress.kernels.runtime import INTERPRETED
+
+triton = pytest.importorskip("triton")
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="under the interpreter there is nothing to compile")
 
