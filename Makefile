@@ -28,7 +28,7 @@ ON_NEWEST = OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(ACROSS)
 # the torch that is there, as a requirement: what is installed after it must suit it, and may not replace it
 torch_of = "torch==$$($(1) -c 'from importlib.metadata import version; print(version("torch"))')"
 
-.PHONY: demo test test-slow test-5.17 test-newest contract-newest newest constraints fuzz soak gpu lint format clean
+.PHONY: demo test test-slow test-5.17 test-newest contract-newest newest constraints fuzz soak kill-test gpu lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -68,6 +68,11 @@ fuzz: $(READY)
 STEPS ?= 100000
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz.soak --steps $(STEPS)
+
+# writers of saved prefixes, caches and checkpoints killed at random moments: nothing is lost, nothing mixed up
+KILLS ?= 1000
+kill-test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.kills --kills $(KILLS) --seed $(SEED)
 
 # tests and measurements on the GPU of this machine, under ten minutes
 gpu: $(READY)

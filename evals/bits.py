@@ -42,7 +42,7 @@ SETTINGS = [
     *(f"gear:preset=gear-l:{_plain(bits)}" for bits in (2, 3, 4)),
     *(f"gear:preset=gear:{_plain(bits)}" for bits in (2, 3, 4)),
     *(f"gear:{_plain(bits)}:group_size={group}:outliers=0.02" for bits in (2, 3, 4) for group in (32, 64)),
-    "gear:preset=gear-kcvt",
+    "gear:preset=gear-whole",
 ]
 PEERS = [f"{backend}:bits={bits}" for backend in ("quanto", "hqq") for bits in (2, 4)]
 

@@ -317,16 +317,33 @@ def _softmax(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cpu_flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """torch's fused attention on a CPU, and its log-sum-exp; heads a multiple of kv_heads.
 
-    A query that sees nothing gives 0 and a log-sum-exp of 0.
+    Args:
+        seen: [batch, heads or 1, queries or 1] bool, False for a query that sees nothing. None: all see something.
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=bias, scale=scale
     )
-    return out, lse.float()
+    lse = lse.float()
+    # a query that sees nothing is reported with 0 and 0
+    if seen is not None:
+        out, lse = out.masked_fill(~seen[..., None], 0.0), lse.masked_fill(~seen, -torch.inf)
+    unsure = lse == 0
+    if bool(unsure.any()):
+        # and so is one whose few logits are all NaN: what multiplies with 0 to something else is not finite
+        of_keys = (key * 0).sum((2, 3)).repeat_interleave(query.shape[1] // key.shape[1], 1)
+        lost = torch.where(unsure, (query * 0).sum(-1) + of_keys[..., None], 0.0)
+        out, lse = out + lost[..., None], lse + lost
+    return out, lse
 
 
 def _causal_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None):
@@ -336,18 +353,18 @@ def _causal_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, visib
     if visible is not None:
         bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, -torch.inf)[:, None, None, :]
         bias = bias.expand(-1, 1, queries, -1)
-    out, lse = cpu_flash(
-        query, key[:, :, past:], value[:, :, past:], scale, True, None if bias is None else bias[..., past:]
-    )
-    if visible is not None:
-        out, lse = _empty_rows(out, lse, (visible[:, past:].cumsum(-1) > 0)[:, None])
+    own, earlier = slice(past, None), slice(None, past)
+
+    def attend(tokens: slice, causal: bool, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        of_these = None if bias is None else bias[..., tokens]
+        return cpu_flash(query, key[:, :, tokens], value[:, :, tokens], scale, causal, of_these, seen)
+
+    out, lse = attend(own, True, None if visible is None else (visible[:, own].cumsum(-1) > 0)[:, None])
     if past:
-        earlier = cpu_flash(
-            query, key[:, :, :past], value[:, :, :past], scale, False, None if bias is None else bias[..., :past]
+        past_out, past_lse = attend(
+            earlier, False, None if visible is None else visible[:, earlier].any(-1)[:, None, None]
         )
-        if visible is not None:
-            earlier = _empty_rows(*earlier, visible[:, :past].any(-1)[:, None, None])
-        out, lse = merge_states([earlier[0], out], [earlier[1], lse])
+        out, lse = merge_states([past_out, out], [past_lse, lse])
     return out, lse
 
 
@@ -357,14 +374,9 @@ def _slot_flash(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, sc
     # the heads of a group become more queries of their kv head: keys are read once a group
     rows = query.reshape(batch, kv_heads, -1, head_dim)
     bias = torch.zeros_like(positions, dtype=query.dtype).masked_fill_(positions < 0, -torch.inf)[:, :, None, :]
-    out, lse = cpu_flash(rows, key, value, scale, False, bias.expand(-1, -1, rows.shape[2], -1))
-    out, lse = _empty_rows(out, lse, (positions >= 0).any(-1)[..., None])
+    seen = (positions >= 0).any(-1)[..., None]
+    out, lse = cpu_flash(rows, key, value, scale, False, bias.expand(-1, -1, rows.shape[2], -1), seen)
     return out.reshape(*query.shape[:-1], -1), lse.reshape(batch, heads, queries)
-
-
-def _empty_rows(out: Tensor, lse: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """torch's kernel reports 0 for a query that sees nothing; seen is [batch, heads or 1, queries or 1] bool."""
-    return out.masked_fill(~seen[..., None], 0.0), lse.masked_fill(~seen, -torch.inf)
 
 
 def _causal_blocks(query, key, value, scale, visible, window, softcap):
@@ -418,7 +430,7 @@ def _launch_causal(
             heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
             GROUP=heads // kv_heads, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
             VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
-            PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None, **ALL_REGISTERS,
+            PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
         )  # fmt: skip
     return out, lse
 
@@ -577,11 +589,11 @@ def _causal_kernel(
 
     out_offset = ((batch * queries + row) * heads + head) * VALUE_DIM
     lse_offset = (batch * heads + head) * queries + row
-    norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     store_tile(out_ptr, out_offset, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
     if VALUE_TAIL:
         store_tile(out_ptr, out_offset, out_tail * norm, row_ok, VALUE_WIDTH, VALUE_TAIL, VALUE_DIM)
-    tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+    tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
 def aot_cases() -> Iterator[AotCase]:

@@ -87,15 +87,16 @@ def chunk_scores_reference(
     """What chunk_scores means, in plain PyTorch: the oracle of its test and its path on a CPU."""
     batch, heads, queries, head_dim = query.shape
     kv_heads, chunks = landmarks.shape[1:3]
-    rows = query.reshape(batch, kv_heads, -1, head_dim)
-    logits = (rows @ landmarks.mT).float().mul_(scale)
+    # products that are not scaled yet may leave the range of 16 bits
+    rows = query.float().reshape(batch, kv_heads, -1, head_dim)
+    logits = (rows @ landmarks.float().mT).mul_(scale)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     # a finite floor: where nothing is open a flat softmax and not NaN, and the mask below clears it
     shares = logits.masked_fill_(~is_open[:, :, None], -1e30).softmax(-1)
     shares = shares.view(batch, kv_heads, heads // kv_heads, queries, chunks)
     if visible is not None:
-        shares = shares * visible[:, None, None, :, None]
+        shares = shares.masked_fill(~visible[:, None, None, :, None], 0.0)
     shares = shares.sum(3)
     scores = shares.amax(2) if group == "max" else shares.mean(2) if group == "mean" else shares.sum(2)
     return scores.masked_fill(~is_open, -torch.inf)
@@ -220,7 +221,7 @@ def _landmark_lse_kernel(
         total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
         peak = risen
     out = ((split * tl.num_programs(2) + batch) * kv_heads * GROUP + head) * queries + index
-    tl.store(lses_ptr + out, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+    tl.store(lses_ptr + out, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
 @triton.jit(do_not_specialize=["queries", "chunks"])
@@ -279,7 +280,7 @@ def _chunk_scores_kernel(
                 # what is not open may exceed the log-sum-exp
                 logits = tl.where(is_open[None, :] & counts[:, None], logits, float("-inf"))
                 share += tl.sum(tl.exp(logits - lse[:, None]), 0)
-        scores = tl.maximum(scores, share) if TAKES_MAX else scores + share
+        scores = tl.maximum(scores, share, tl.PropagateNan.ALL) if TAKES_MAX else scores + share
     tl.store(scores_ptr + owner + chunk, tl.where(is_open, scores * FACTOR, float("-inf")), mask=chunk_ok)
 
 

@@ -38,7 +38,7 @@ def causal_column_sums(
         query: [batch, heads, queries, head_dim]; query i is token `tokens - queries + i`.
         key: [batch, kv_heads, tokens, head_dim].
         lse: [batch, heads, queries] float32, over all keys the query saw, be they here or elsewhere.
-            A query with lse of +inf or -inf is left out.
+            A query with lse of +inf or -inf is left out; one with NaN gives NaN to all it sees.
         scale, visible, window, softcap: as in causal_attention.
 
     Returns:
@@ -70,7 +70,7 @@ def causal_column_sums_reference(
         seen = seen & (token > index - window)
     if visible is not None:
         seen = seen & visible[:, None, None, :]
-    seen = seen & lse.isfinite()[..., None]
+    seen = seen & ~lse.isinf()[..., None]
     probabilities = torch.where(seen, (logits - lse[..., None]).exp(), 0.0)
     return probabilities.sum(2).unflatten(1, (-1, group)).sum(2)
 
@@ -93,7 +93,7 @@ def slot_column_sums(
         key: [batch, kv_heads, slots, head_dim].
         positions, query_positions, scale, window, softcap: as in slot_attention.
         lse: [batch, heads, queries] float32, over all keys the query saw, be they here or elsewhere.
-            A query with lse of +inf or -inf is left out.
+            A query with lse of +inf or -inf is left out; one with NaN gives NaN to all it sees.
 
     Returns:
         [batch, kv_heads, slots] float32; 0 for an empty slot.
@@ -170,7 +170,7 @@ def _slot_probabilities(
     logits = (query.float() @ key.float().repeat_interleave(group, 1).mT) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    seen = slots_seen(positions, query_positions, window).repeat_interleave(group, 1) & lse.isfinite()[..., None]
+    seen = slots_seen(positions, query_positions, window).repeat_interleave(group, 1) & ~lse.isinf()[..., None]
     return torch.where(seen, (logits - lse[..., None]).exp(), 0.0).unflatten(1, (-1, group))
 
 
@@ -266,7 +266,7 @@ def _launch(
                 kv_heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
                 GROUP=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
                 PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
-                SOFTCAPPED=softcap is not None, TAKES_MAX=takes_max, **ALL_REGISTERS,
+                SOFTCAPPED=softcap is not None, TAKES_MAX=takes_max,
             )  # fmt: skip
     return sums
 
@@ -405,7 +405,9 @@ def _column_sums_kernel(
                         seen = seen & (token_position[:, None] > position[None, :] - window)
                 probability = tl.where(seen, probability, 0.0)
             if TAKES_MAX:
-                sums = tl.maximum(sums, tl.max(probability, 1))
+                # tl.max knows of no NaN
+                unknown = tl.sum(tl.where(probability == probability, 0.0, probability), 1)
+                sums = tl.maximum(sums, tl.max(probability, 1) + unknown, tl.PropagateNan.ALL)
             else:
                 sums += tl.sum(probability, 1)
 

@@ -83,7 +83,7 @@ class _Tiles:
         batch, heads, queries, _ = query.shape
         kv_heads, tokens = key.shape[1], key.shape[2]
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        lse = lse.masked_fill(~lse.isfinite(), _IGNORED).to(dtype)[..., None]
+        lse = lse.masked_fill(lse.isinf(), _IGNORED).to(dtype)[..., None]
         rows, columns = query.to(dtype) * scale, key.to(dtype)
         self.softcap, self.lse = softcap, None
         if softcap is None:

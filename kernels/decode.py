@@ -109,19 +109,21 @@ def _decode_attention(
         return _launch(query, key, value, positions, query_positions, scale, window, softcap, sink_logits)
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
-    rows = query.view(batch, kv_heads, heads // kv_heads, head_dim) * scale
-    logits = (rows @ key.mT).float()  # [batch, kv_heads, group, slots]
+    # logits of 16 bits are off by as much as they are large, and may leave the range
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    rows = query.to(dtype).view(batch, kv_heads, heads // kv_heads, head_dim) * scale
+    logits = rows @ key.to(dtype).mT  # [batch, kv_heads, group, slots]
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     seen = slots_seen(positions, query_positions, window)
     # a finite floor: a query that sees nothing gets a flat softmax and not NaN, and the mask then clears it
     logits.masked_fill_(~seen, -1e30)
     if sink_logits is not None:
-        of_sinks = sink_logits.float().view(kv_heads, -1, 1).expand(batch, -1, -1, -1)
+        of_sinks = sink_logits.to(dtype).view(kv_heads, -1, 1).expand(batch, -1, -1, -1)
         logits = torch.cat([logits, of_sinks], -1)
     probabilities = logits.softmax(-1)[..., : key.shape[2]].masked_fill_(~seen, 0.0)
-    out = probabilities.to(value.dtype) @ value
-    return out.view(batch, heads, 1, -1).to(query.dtype), probabilities.sum(2)
+    out = probabilities @ value.to(dtype)
+    return out.view(batch, heads, 1, -1).to(query.dtype), probabilities.sum(2).float()
 
 
 def _launch(
@@ -193,7 +195,7 @@ def group_lse(
         shift = tl.where(risen == float("-inf"), 0.0, risen)
         total = total * tl.exp(peak - shift) + tl.sum(tl.exp(lse - shift[:, None]), 1)
         peak = risen
-    return tl.where(peak == float("-inf"), peak, peak + tl.log(total))  # [G]
+    return tl.where(total == 0, float("-inf"), peak + tl.log(total))  # [G]
 
 
 @triton.jit
@@ -209,8 +211,9 @@ def merge_head(
     for start in range(0, splits, 16):
         split = start + tl.arange(0, 16)
         part = split.to(tl.int64) * rows + row
-        weight = tl.exp(tl.load(lses_ptr + part, mask=split < splits, other=float("-inf")) - shift)
-        ok = (weight > 0)[:, None] & (dim < VALUE_DIM)[None, :]
+        of_part = tl.load(lses_ptr + part, mask=split < splits, other=float("-inf"))
+        weight = tl.exp(of_part - shift)
+        ok = (of_part != float("-inf"))[:, None] & (dim < VALUE_DIM)[None, :]
         merged += weight[:, None] * tl.load(parts_ptr + part[:, None] * VALUE_DIM + dim[None, :], mask=ok, other=0.0)
     return tl.sum(merged, 0)  # [V]
 
@@ -227,7 +230,8 @@ def group_probabilities(
     offset = (first_row + head)[:, None] * slots + slot[None, :]
     logits = tl.load(logits_ptr + offset, mask=ok, other=float("-inf"))  # [G, S]
     shift = tl.where(lse == float("-inf"), 0.0, lse)
-    return tl.sum(tl.exp(logits - shift[:, None]), 0)  # [S]
+    # what a head does not see gets nothing, be its log-sum-exp NaN
+    return tl.sum(tl.where(logits == float("-inf"), 0.0, tl.exp(logits - shift[:, None])), 0)  # [S]
 
 
 @triton.jit(do_not_specialize=["batch_size", "slots", "splits"])
@@ -254,7 +258,8 @@ def _finish_kernel(
     dim = tl.arange(0, BLOCK_VALUE)
     for g in range(tl.program_id(0), GROUP, tl.num_programs(0)):
         row = first_row + g
-        head_lse = tl.max(tl.where(head == g, lse, float("-inf")), 0)
+        # a sum: the largest would not be NaN
+        head_lse = tl.sum(tl.where(head == g, lse, 0.0), 0)
         out = merge_head(parts_ptr, lses_ptr, row, rows, splits, head_lse, VALUE_DIM, BLOCK_VALUE)
         tl.store(out_ptr + row * VALUE_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < VALUE_DIM)
 

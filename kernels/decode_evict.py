@@ -27,7 +27,7 @@ from kvcompress.kernels.decode import (
     group_probabilities,
     merge_head,
 )
-from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, worse
+from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, rank, worse
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import launch_split
 from kvcompress.kernels.tile import bound_logits, triton_type
@@ -321,13 +321,13 @@ def _evict_kernel(
     past_lse = group_lse(lses_ptr, sink_logits_ptr, kv_head, first_row, rows, splits, GROUP, BLOCK_GROUP, BLOCK_SPLITS)
     peak = tl.maximum(past_lse, own_logit)
     shift = tl.where(peak == float("-inf"), 0.0, peak)
-    lse = shift + tl.log(tl.exp(past_lse - shift) + tl.exp(own_logit - shift))
-    lse = tl.where(peak == float("-inf"), float("-inf"), lse)
+    total = tl.exp(past_lse - shift) + tl.exp(own_logit - shift)
+    lse = tl.where(total == 0, float("-inf"), shift + tl.log(total))
     own = tl.exp(own_logit - tl.where(lse == float("-inf"), 0.0, lse))  # [G]
 
     for g in range(tl.program_id(0), GROUP, tl.num_programs(0)):
         row = first_row + g
-        head_lse = tl.max(tl.where(head == g, lse, float("-inf")), 0)
+        head_lse = tl.sum(tl.where(head == g, lse, 0.0), 0)
         out = merge_head(parts_ptr, lses_ptr, row, rows, splits, head_lse, VALUE_DIM, BLOCK_VALUE)
         out += tl.sum(tl.where(head == g, own, 0.0), 0) * value.to(tl.float32)
         tl.store(out_ptr + row * VALUE_DIM + value_dim, out.to(out_ptr.dtype.element_ty), mask=value_dim < VALUE_DIM)
@@ -358,7 +358,7 @@ def _evict_kernel(
             tl.store(scores_ptr + owner * slots + slot, score, mask=slot_ok)
 
         stays = (position < sinks) | (position >= recent_from)
-        ranked = tl.where(stays | (position < 0), float("inf"), score)
+        ranked = tl.where(stays | (position < 0), float("inf"), rank(score))
         if WINDOWED:
             gone = (position <= token_position + 1 - window) & (position >= 0) & (position < recent_from)
             ranked = tl.where(gone, float("-inf"), ranked)

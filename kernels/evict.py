@@ -16,7 +16,7 @@ def choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks:
     """The occupied slot of least score outside the recent window and the sinks.
 
     Args:
-        scores: [batch, kv_heads, slots] float32.
+        scores: [batch, kv_heads, slots] float32. NaN counts as the largest number: what nobody can judge goes last.
         positions: [batch, kv_heads, slots] int32, -1 marks an empty slot.
         recent_from: [batch] int32; this position and those after it are protected.
         sinks: positions below it are protected.
@@ -31,10 +31,15 @@ def choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks:
 def choose_victim_reference(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int = 0) -> Tensor:
     """What choose_victim means, in plain PyTorch: the oracle of its test and its path on a CPU."""
     protected = (positions < sinks) | (positions >= recent_from[:, None, None])
-    scores = scores.masked_fill(protected, torch.inf)
+    scores = ranked(scores).masked_fill(protected, torch.inf)
     # of the slots with the least score, the one of the lowest position
     least = scores == scores.amin(-1, keepdim=True)
     return positions.masked_fill(~least, torch.iinfo(positions.dtype).max).argmin(-1)
+
+
+def ranked(scores: Tensor) -> Tensor:
+    """Scores that can be compared: NaN becomes the largest number, so that it stands behind what is protected."""
+    return scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).max)
 
 
 def _choose_victim_fake(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int) -> Tensor:
@@ -56,6 +61,12 @@ def _choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks
 
 
 _BLOCK_SLOTS = 1024
+
+
+@triton.jit
+def rank(score):
+    # as `ranked`; all comparisons with NaN fail, and no slot at all would be found
+    return tl.where(score == score, score, 3.4028234663852886e38)
 
 
 @triton.jit
@@ -92,7 +103,7 @@ def _choose_victim_kernel(
         slot_ok = slot < slots
         position = tl.load(positions_ptr + owner * slots + slot, mask=slot_ok, other=2147483647)
         score = tl.load(scores_ptr + owner * slots + slot, mask=slot_ok, other=float("inf"))
-        score = tl.where((position < sinks) | (position >= recent_from), float("inf"), score)
+        score = tl.where((position < sinks) | (position >= recent_from), float("inf"), rank(score))
         least, lowest, victim = worse(score, position, slot, least, lowest, victim)
     score, position, slot = first_to_go(least, lowest, victim)
     tl.store(victims_ptr + owner, slot.to(tl.int64))

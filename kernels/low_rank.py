@@ -26,13 +26,18 @@ from kvcompress.kernels.packed_tile import (
     tile_start,
     tile_tokens,
 )
-from kvcompress.kernels.quantise import Coding, Packed, check_coding, coding_constants, dequantise, stored_blocks
+from kvcompress.kernels.quantise import (
+    Coding,
+    Packed,
+    blocks_apart,
+    check_coding,
+    coding_constants,
+    dequantise,
+    stored_blocks,
+)
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import split_keys
 from kvcompress.kernels.tile import MIN_SIDE, dot, tile_width, triton_type, wide
-
-# residuals a piece of the CPU path may hold: 2 MB in float32, about one core's share of the cache
-_PIECE = 2**19
 
 
 def residual_factors(
@@ -72,7 +77,7 @@ def residual_factors(
     batch, kv_heads, blocks, block, head_dim = x.shape
     left = x.new_empty(batch, kv_heads, blocks, block, rank, dtype=dtype)
     basis = first_basis(head_dim, rank, x.device).expand(batch, kv_heads, -1, -1)
-    pieces = _pieces(x)
+    pieces = blocks_apart(x)
     for _ in range(loops):
         grown = x.new_zeros(batch, kv_heads, head_dim, rank, dtype=torch.float32)
         for piece in pieces:
@@ -113,12 +118,6 @@ def first_basis(head_dim: int, rank: int, device: torch.device) -> Tensor:
     """Where the power iteration starts, [head_dim, rank] float32: the same everywhere and always."""
     generator = torch.Generator().manual_seed(0)
     return torch.rand(head_dim, rank, generator=generator).to(device)
-
-
-def _pieces(x: Tensor) -> list[slice]:
-    batch, kv_heads, blocks, block, head_dim = x.shape
-    step = max(1, _PIECE // max(1, batch * kv_heads * block * head_dim))
-    return [slice(start, start + step) for start in range(0, blocks, step)]
 
 
 def _residual(x: Tensor, packed: Packed, coding: Coding, present: Tensor | None, blocks: slice) -> Tensor:

@@ -26,7 +26,8 @@ def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor
     Args:
         outs: partial attention outputs, each [batch, heads, queries, head_dim].
         lses: their log-sum-exps, each [batch, heads, queries], float32.
-            -inf marks a state that saw no key; whatever its output holds, it takes no part in the result.
+            -inf marks a state that saw no key; whatever its output holds, it takes no part in the result. Every
+            other NaN comes through, however little its state weighs, as it would if all keys were attended to at once.
 
     Returns:
         The merged output, [batch, heads, queries, head_dim] in the dtype of the first, and its
@@ -57,7 +58,7 @@ def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
     for out, part in zip(outs, lses, strict=True):
         weight = (part - shift).exp_()[..., None]
         # the output of an empty state may hold anything, NaN included
-        merged = merged + torch.where(weight > 0, out * weight, 0.0)
+        merged = merged + torch.where(part[..., None] == -torch.inf, 0.0, out * weight)
     return merged.to(outs[0].dtype), lse
 
 
@@ -134,12 +135,13 @@ def _merge_states_kernel(
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     merged = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for n in tl.static_range(STATES):
-        weight = tl.exp(tl.load(lse_ptrs[n] + row, mask=row_ok, other=float("-inf")) - shift)  # [R]
+        part = tl.load(lse_ptrs[n] + row, mask=row_ok, other=float("-inf"))
+        weight = tl.exp(part - shift)  # [R]
         # an empty state is not even read: its output may hold anything
-        out = tl.load(out_ptrs[n] + tile, mask=tile_ok & (weight > 0)[:, None], other=0.0).to(tl.float32)
+        out = tl.load(out_ptrs[n] + tile, mask=tile_ok & (part != float("-inf"))[:, None], other=0.0).to(tl.float32)
         merged += weight[:, None] * out
         total += weight
-    merged = merged * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    merged = merged * tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     tl.store(out_ptr + tile, merged.to(out_ptr.dtype.element_ty), mask=tile_ok)
     tl.store(lse_ptr + row, shift + tl.log(total), mask=row_ok)
 
@@ -170,12 +172,13 @@ def _merge_stack_kernel(
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         part_row = part.to(tl.int64) * rows + row
-        weight = tl.exp(tl.load(lses_ptr + part_row, mask=part < parts, other=float("-inf")) - shift)
-        ok = (weight > 0)[:, None] & dim_ok[None, :]
+        lse = tl.load(lses_ptr + part_row, mask=part < parts, other=float("-inf"))
+        weight = tl.exp(lse - shift)
+        ok = (lse != float("-inf"))[:, None] & dim_ok[None, :]
         merged += weight[:, None] * tl.load(outs_ptr + part_row[:, None] * HEAD_DIM + dim[None, :], mask=ok, other=0.0)
         total += weight
     whole = tl.sum(total, 0)
-    out = tl.sum(merged, 0) * tl.where(whole > 0, 1.0 / whole, 0.0)
+    out = tl.sum(merged, 0) * tl.where(whole == 0, 0.0, 1.0 / whole)
     tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim_ok)
     tl.store(lse_ptr + row, shift + tl.log(whole))
 

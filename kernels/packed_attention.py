@@ -55,6 +55,7 @@ def packed_attention(
     query_positions: Tensor,
     *,
     spans: Tensor | None = None,
+    offsets: Tensor | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -69,6 +70,8 @@ def packed_attention(
         positions: [batch, 1 or kv_heads, blocks * block] int32, the position of each token; -1: nothing there.
         query_positions: [batch, queries] int32; read only where there is a window.
         spans: [batch, blocks] int32, which basis (`Packed.right`) a block has. None: all have the first.
+        offsets: [batch, heads, queries] float32, added to a query's q.k with every token: what the part of the keys
+            comes to that all of them share and none has packed. None: nothing.
         scale: factor of q.k.
         window: a query sees positions greater than its own less `window`. None: all.
         softcap: bound of the logits. None: no bound.
@@ -82,10 +85,10 @@ def packed_attention(
     Raises:
         ValueError: for shapes or codings that do not fit each other.
     """
-    _check(query, keys, values, key_coding, value_coding, positions, spans, with_logits)
+    _check(query, keys, values, key_coding, value_coding, positions, spans, offsets, with_logits)
     found = _packed_attention(
         query, *_parts(keys, key_coding), *_parts(values, value_coding), positions, query_positions, spans,
-        scale, window, softcap, with_logits,
+        offsets, scale, window, softcap, with_logits,
     )  # fmt: skip
     return found if with_logits else found[:2]
 
@@ -100,6 +103,7 @@ def packed_attention_reference(
     query_positions: Tensor,
     *,
     spans: Tensor | None = None,
+    offsets: Tensor | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -110,7 +114,10 @@ def packed_attention_reference(
     key = dequantise(keys, key_coding, dtype, spans).flatten(2, 3)
     value = dequantise(values, value_coding, dtype, spans).flatten(2, 3)
     rows = query.to(dtype).unflatten(1, (key.shape[1], -1))
-    logits = rows @ key[:, :, None].mT * scale
+    logits = rows @ key[:, :, None].mT
+    if offsets is not None:
+        logits += offsets.to(dtype).unflatten(1, (key.shape[1], -1))[..., None]
+    logits = logits * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.masked_fill(~visible_tokens(positions, query_positions, window)[:, :, None], -torch.inf)
@@ -130,6 +137,7 @@ def _check(
     value_coding: Coding,
     positions: Tensor,
     spans: Tensor | None,
+    offsets: Tensor | None,
     with_logits: bool,
 ) -> None:
     batch, heads, queries, head_dim = query.shape
@@ -145,13 +153,16 @@ def _check(
         or heads % kv_heads
         or positions.shape not in ((batch, 1, blocks * block), (batch, kv_heads, blocks * block))
         or (spans is not None and spans.shape != (batch, blocks))
+        or (offsets is not None and offsets.shape != query.shape[:3])
     ):
         raise ValueError(
             "packed_attention needs query [batch, heads, queries, head_dim], codes [batch, kv_heads, blocks, "
             "block * bits / 8, head_dim] with heads a multiple of kv_heads, positions [batch, 1 or kv_heads, "
-            f"blocks * block] and spans [batch, blocks]; got query {list(query.shape)}, {key_coding.bits}-bit keys "
-            f"{list(keys.codes.shape)}, {value_coding.bits}-bit values {list(values.codes.shape)}, positions "
-            f"{list(positions.shape)}, spans {None if spans is None else list(spans.shape)}"
+            "blocks * block], spans [batch, blocks] and offsets [batch, heads, queries]; got query "
+            f"{list(query.shape)}, {key_coding.bits}-bit keys {list(keys.codes.shape)}, "
+            f"{value_coding.bits}-bit values {list(values.codes.shape)}, positions {list(positions.shape)}, "
+            f"spans {None if spans is None else list(spans.shape)}, "
+            f"offsets {None if offsets is None else list(offsets.shape)}"
         )
     check_coding(key_coding, block, head_dim)
     check_coding(value_coding, block, values.codes.shape[-1])
@@ -183,6 +194,7 @@ def _packed_attention_fake(
     positions: Tensor,
     query_positions: Tensor,
     spans: Tensor | None,
+    offsets: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -204,6 +216,7 @@ def _packed_attention(
     positions: Tensor,
     query_positions: Tensor,
     spans: Tensor | None,
+    offsets: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -216,7 +229,7 @@ def _packed_attention(
     run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
     return run(
         query, *_whole(keys, key_settings), *_whole(values, value_settings), positions, query_positions, spans,
-        scale, window, softcap, with_logits,
+        offsets, scale, window, softcap, with_logits,
     )  # fmt: skip
 
 
@@ -229,6 +242,7 @@ def _launch(
     positions: Tensor,
     query_positions: Tensor,
     spans: Tensor | None,
+    offsets: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -239,7 +253,7 @@ def _launch(
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
     query, positions = rows_aligned(query), positions.contiguous()
     window_ends = None if window is None else query_positions.contiguous()
-    spans = None if spans is None else spans.contiguous()
+    spans, offsets = (None if x is None else x.contiguous() for x in (spans, offsets))
     keys, key_batch_blocks, key_head_blocks = stored_blocks(keys)
     values, value_batch_blocks, value_head_blocks = stored_blocks(values)
     key_right, value_right = (None if right is None else right.contiguous() for right in (keys.right, values.right))
@@ -258,7 +272,7 @@ def _launch(
     with torch.cuda.device_of(query):
         _packed_kernel[(batch * kv_heads * row_blocks * splits,)](
             query, *keys[:6], key_right, *values[:6], value_right, positions, window_ends, spans,
-            out, lse, logits if with_logits else None,
+            offsets, out, lse, logits if with_logits else None,
             *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
             1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
             positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
@@ -372,7 +386,7 @@ def _packed_kernel(
     query_ptr,
     key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr, key_left_ptr, key_right_ptr,
     value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr, value_left_ptr,
-    value_right_ptr, positions_ptr, query_positions_ptr, spans_ptr, out_ptr, lse_ptr, logits_ptr,
+    value_right_ptr, positions_ptr, query_positions_ptr, spans_ptr, offsets_ptr, out_ptr, lse_ptr, logits_ptr,
     query_batch_stride, query_head_stride, query_stride,
     key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks, key_spans, value_spans,
     position_heads, batch_size, kv_heads, queries, blocks, splits, split_tiles, tiles, window, scale, softcap,
@@ -422,6 +436,9 @@ def _packed_kernel(
     query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_ROOM)  # [R, DIM]
     if WINDOWED:
         position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)  # [R]
+    if offsets_ptr is not None:
+        offset_at = (batch * kv_heads * GROUP + head) * queries + index
+        shared = tl.load(offsets_ptr + offset_at, mask=row_ok, other=0.0)  # [R]
 
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -447,6 +464,8 @@ def _packed_kernel(
                 logits = _add_key_factors(
                     logits, query, key_left_ptr, key_right_ptr, left_at, of_block, span, KEY_RANK, HEAD_DIM, DIM
                 )
+        if offsets_ptr is not None:
+            logits += shared[:, None]
         logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
         slot_position = tl.load(positions_ptr + token, mask=token_ok, other=-1)
         visible = (slot_position >= 0)[None, :]
@@ -489,12 +508,12 @@ def _packed_kernel(
                 )  # fmt: skip
 
     lse_offset = ((wide(split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
-    norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
-    tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+    tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
-# key bits, value bits, group, outliers, rank, block
+# key bits, value bits, group, outliers, rank, block; those of slots (kvcompress/packed_slots.py) have one of 32 tokens
 _AOT_CODINGS = [
     (2, 2, 32, 2, 4, 64),
     (3, 3, 32, 1, 2, 64),
@@ -503,6 +522,8 @@ _AOT_CODINGS = [
     (4, 4, 64, 0, 0, 64),
     (8, 8, 64, 1, 0, 64),
     (2, 2, 16, 0, 2, 16),
+    (4, 4, 64, 0, 0, 32),
+    (3, 3, 32, 2, 0, 32),
 ]
 
 
@@ -526,7 +547,7 @@ def _aot_case(
     rank: int,
     block: int,
 ) -> AotCase:
-    width, plain = tile_width(head_dim), not outliers
+    width, plain, of_slots = tile_width(head_dim), not outliers, block == 32
     block_rows, tile, warps, stages = _tiles(rows, block, [key_bits, value_bits], width, dtype.itemsize, outliers > 0)
     types = {
         "scale": "fp32",
@@ -536,6 +557,7 @@ def _aot_case(
         "lse_ptr": "*fp32",
     }
     types |= {"positions_ptr": "*i32", "query_positions_ptr": "*i32", "spans_ptr": "*i32", "logits_ptr": "*fp32"}
+    types["offsets_ptr"] = "*fp32"
     constants = {
         "HEAD_DIM": head_dim,
         "HEAD_ROOM": head_dim,
@@ -549,13 +571,14 @@ def _aot_case(
         "BLOCK_ROWS": block_rows,
         **tile.constants(),
     }
-    absent = ["query_positions_ptr", "logits_ptr"] if plain else []
+    absent = (["query_positions_ptr"] if plain else []) + (["logits_ptr"] if plain and not of_slots else [])
+    absent += [] if of_slots else ["offsets_ptr"]
     for name, bits in (("key", key_bits), ("value", value_bits)):
         pointers = {"codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "outliers": "*fp16", "index": "*u8"}
         types |= {f"{name}_{part}_ptr": kind for part, kind in (pointers | {"left": "*fp16", "right": "*fp16"}).items()}
         absent += [] if outliers else [f"{name}_outliers_ptr", f"{name}_index_ptr"]
         absent += [] if rank else [f"{name}_left_ptr", f"{name}_right_ptr"]
-        per_channel = name == "key"
+        per_channel = name == "key" and not of_slots
         settings = {"BITS": bits, "GROUP": min(group, block if per_channel else width), "PER_CHANNEL": per_channel}
         settings |= {"OUTLIERS": outliers, "RANK": rank}
         constants |= {f"{name.upper()}_{setting}": value for setting, value in settings.items()}

@@ -28,6 +28,7 @@ def attend_in_pieces(
     positions: Tensor,
     query_positions: Tensor,
     spans: Tensor | None,
+    offsets: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -44,6 +45,7 @@ def attend_in_pieces(
     kept = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
     # by position of the query, so that a row sees what its query does
     rows = query.view(batch, kv_heads, group, queries, head_dim).transpose(2, 3)
+    shared = None if offsets is None else offsets.view(batch, kv_heads, group, queries).transpose(2, 3)
     step = max(1, _LOGITS // max(1, batch * heads * tokens))
     pieces = _pieces(blocks, batch * kv_heads * block * max(head_dim, value_dim))
     longest = max((piece.stop - piece.start for piece in pieces), default=0)
@@ -52,6 +54,8 @@ def attend_in_pieces(
         part = rows[:, :, first : first + step].to(dtype).mul(scale)
         chosen, some = slice(first, first + part.shape[2]), part.flatten(2, 3)
         logits = _key_products(some, keys, key_coding, pieces, spans, room)
+        if shared is not None:
+            logits += shared[:, :, chosen].to(dtype).mul(scale).flatten(2, 3)[..., None]
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         seen = visible_tokens(positions, query_positions[:, chosen], window)[:, :, :, None]

@@ -2,8 +2,9 @@
 
 Hydragen (arXiv:2402.05099): the queries of all rows that share a block become one matrix, so that the block is read
 once and not once a row, and its products are products of matrices. A row may see any number of blocks (a path through
-a tree); the answers merge exactly by their log-sum-exps (kernels/merge.py). Every token of a block precedes
-every query of its rows, so within a block nothing is causal.
+a tree); the answers merge exactly by their log-sum-exps (kernels/merge.py). As a rule every token of a block precedes
+every query of its rows, and within a block nothing is causal. Where tokens of a block are fed again, `causal` bounds
+what a query sees by its position.
 
 Bytes: every block once, 2 * kv_heads * tokens * head_dim * element size, and queries and outputs once a block of
 their rows, batch * heads * queries * (2 * head_dim * element size + 4). Flops 4 * heads * queries * head_dim *
@@ -35,12 +36,16 @@ from kvcompress.kernels.tile import (
     wide,
 )
 
+EMPTY = -1
+# logits that the bounded path of the CPU holds at once: 2 MB in float32
+_PIECE = 2**19
+
 
 class KeyBlocks:
     """Blocks of keys and values, each a tensor of its own; what a kernel must know of them is made once.
 
     keys: [kv_heads, tokens, head_dim] each. values: [kv_heads, tokens, value_dim] each. starts: the position of each
-    block's first token, read only where there is a window.
+    block's first token, read only where positions are.
     """
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], starts: Sequence[int] | None = None) -> None:
@@ -172,26 +177,28 @@ def prefix_attention(
     query_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each row to all tokens of the blocks it sees.
+    """Attention of each row to the tokens of the blocks it sees.
 
     Args:
         query: [batch, heads, queries, head_dim].
         blocks: keys [kv_heads, tokens, head_dim] and values [kv_heads, tokens, value_dim] of each.
         sharing: the rows of each block.
         scale: factor of q.k.
-        query_positions: [batch, queries] int32; read only where there is a window.
+        query_positions: [batch, queries] int32; read only where there is a window, or `causal`.
         window: a query sees positions greater than its own less `window`. None: all.
         softcap: bound of the logits. None: no bound.
+        causal: a query sees no position greater than its own. False: all tokens of a block precede every query.
 
     Returns:
         The output, [batch, heads, queries, value_dim] in query's dtype, and its log-sum-exp,
         [batch, heads, queries] float32; 0 and -inf for a row in no block.
     """
-    _check(query, blocks, sharing, query_positions, window)
+    _check(query, blocks, sharing, query_positions, window is not None or causal)
     value_dim = blocks.values[0].shape[-1] if blocks.values else query.shape[-1]
     if runs_triton(query) and query.numel() and any(sharing.rows):
-        return _launch(query, blocks, sharing, scale, query_positions, window, softcap)
+        return _launch(query, blocks, sharing, scale, query_positions, window, softcap, causal)
     outs: dict[int, Tensor] = {}
     lses: dict[int, Tensor] = {}
     for block, (key, value) in enumerate(zip(blocks.keys, blocks.values, strict=True)):
@@ -199,10 +206,18 @@ def prefix_attention(
             continue
         rows = sharing.pick(block, query.device)
         relative = None
-        if window is not None:
-            assert query_positions is not None
-            relative = query_positions[rows].reshape(1, -1) - blocks.starts[block]
-        outs[block], lses[block] = _one_block(query[rows], key, value, relative, scale, window, softcap)
+        if query_positions is not None and (window is not None or causal):
+            relative = query_positions[rows] - blocks.starts[block]
+        out, lse = _one_block(query[rows], key, value, relative, scale, window, softcap)
+        if causal and relative is not None:
+            within = (relative < key.shape[1] - 1).any(-1)
+            if bool(within.any()):
+                places = torch.arange(key.shape[1], device=key.device).expand(key.shape[:2])
+                again = bounded_attention(
+                    query[rows][within], key, value, places, relative[within], scale, window, softcap
+                )
+                out[within], lse[within] = again
+        outs[block], lses[block] = out, lse
     return merge_blocks(outs, lses, sharing, query, value_dim)
 
 
@@ -215,6 +230,7 @@ def prefix_attention_reference(
     query_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What prefix_attention means: every row attends to its own copy of the blocks it sees."""
     out = query.new_zeros(*query.shape[:-1], blocks.values[0].shape[-1] if blocks.values else query.shape[-1])
@@ -227,10 +243,55 @@ def prefix_attention_reference(
         places = [torch.arange(blocks.keys[block].shape[1]) + blocks.starts[block] for block in seen]
         positions = torch.cat(places).to(query.device, torch.int32).expand(1, key.shape[1], -1)
         at = query.new_zeros(1, query.shape[2]) if query_positions is None else query_positions[row : row + 1]
-        part = slot_attention_reference(
-            query[row : row + 1], key, value, positions, at, scale=scale, window=window, softcap=softcap
-        )
-        out[row], lse[row] = part[0][0], part[1][0]
+        for index in range(query.shape[2]):
+            own, place = query[row : row + 1, :, index : index + 1], at[:, index : index + 1]
+            shown = positions.masked_fill(positions > place, EMPTY) if causal else positions
+            part = slot_attention_reference(own, key, value, shown, place, scale=scale, window=window, softcap=softcap)
+            out[row, :, index], lse[row, :, index] = part[0][0, :, 0], part[1][0, :, 0]
+    return out, lse
+
+
+def bounded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries that stand among the tokens of a block, each to the positions up to its own.
+
+    Args:
+        query: [rows, heads, queries, head_dim].
+        key, value: [kv_heads, tokens, head_dim and value_dim].
+        positions: [kv_heads, tokens], -1 for no token. query_positions: [rows, queries].
+
+    Returns:
+        As `prefix_attention`.
+    """
+    rows, heads, queries, _ = query.shape
+    kv_heads, tokens, value_dim = value.shape
+    together = query.transpose(0, 1).reshape(kv_heads, heads // kv_heads, rows * queries, -1)
+    at, dtype = query_positions.reshape(-1, 1), torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty(heads, rows * queries, value_dim)
+    lse = query.new_empty(heads, rows * queries, dtype=torch.float32)
+    step = max(1, _PIECE // max(1, heads * tokens))
+    for first in range(0, rows * queries, step):
+        some, place = slice(first, first + step), at[first : first + step]
+        logits = together[:, :, some].to(dtype) @ key.to(dtype)[:, None].mT * scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        seen = (positions[:, None] >= 0) & (positions[:, None] <= place)  # [kv_heads, queries, tokens]
+        if window is not None:
+            seen = seen & (positions[:, None] > place - window)
+        logits = logits.masked_fill(~seen[:, None], -torch.inf)
+        part = logits.logsumexp(-1)
+        weights = (logits - part.masked_fill(part == -torch.inf, 0.0)[..., None]).exp()
+        out[:, some] = (weights @ value.to(dtype)[:, None]).flatten(0, 1).to(query.dtype)
+        lse[:, some] = part.flatten(0, 1).float()
+    out, lse = (part.unflatten(1, (rows, queries)).transpose(0, 1).contiguous() for part in (out, lse))
     return out, lse
 
 
@@ -284,7 +345,7 @@ def _one_block(
         return out.reshape(rows, heads, queries, value_dim), lse.reshape(rows, heads, queries)
     positions = torch.arange(tokens, dtype=torch.int32, device=query.device).expand(1, kv_heads, -1)
     together = query.transpose(0, 1).reshape(1, heads, rows * queries, head_dim)
-    at = positions[:, 0, :1] if relative is None else relative
+    at = positions[:, 0, :1] if relative is None else relative.reshape(1, -1)
     out, lse = slot_attention(
         together, key[None], value[None], positions, at, scale=scale, window=window, softcap=softcap
     )
@@ -293,7 +354,7 @@ def _one_block(
 
 
 def _check(
-    query: Tensor, blocks: KeyBlocks, sharing: Sharing, query_positions: Tensor | None, window: int | None
+    query: Tensor, blocks: KeyBlocks, sharing: Sharing, query_positions: Tensor | None, reads_positions: bool
 ) -> None:
     if len(query) != sharing.batch or len(blocks.keys) != len(sharing.rows):
         raise ValueError(
@@ -306,8 +367,8 @@ def _check(
                 "prefix_attention needs query [batch, heads, queries, head_dim] and keys [kv_heads, tokens, head_dim] "
                 f"with heads a multiple of kv_heads; got query {list(query.shape)} and a key {list(key.shape)}"
             )
-    if window is not None and query_positions is None:
-        raise ValueError("prefix_attention needs query_positions where there is a window")
+    if reads_positions and query_positions is None:
+        raise ValueError("prefix_attention needs query_positions where there is a window, or it is causal")
 
 
 def _launch(
@@ -318,6 +379,7 @@ def _launch(
     query_positions: Tensor | None,
     window: int | None,
     softcap: float | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
     kv_heads, _, value_dim = blocks.values[0].shape
@@ -326,8 +388,9 @@ def _launch(
     keys, values, facts = blocks.laid_out
     dim, value_width = tile_width(query.shape[-1]), tile_width(values[0].shape[-1])
     most = max(len(rows) for rows in sharing.rows) * queries * group
+    plain = window is None and softcap is None and not causal
     block_rows, block_tokens, warps, stages = _blocks(
-        most, max(dim, value_width), query.element_size(), has_wgmma(query.device), window is None and softcap is None
+        most, max(dim, value_width), query.element_size(), has_wgmma(query.device), plain
     )
     tiles = sharing.tiles(queries * group, block_rows, query.device)
     longest = max(key.shape[1] for key in keys)
@@ -339,7 +402,8 @@ def _launch(
     lse = query.new_empty(shape, dtype=torch.float32)
     if not tiles.whole:
         lse.fill_(-torch.inf)
-    query_positions = None if window is None or query_positions is None else query_positions.contiguous()
+    reads_positions = query_positions is not None and (window is not None or causal)
+    query_positions = query_positions.contiguous() if query_positions is not None and reads_positions else None
     with torch.cuda.device_of(query):
         _prefix_kernel[(len(tiles.facts) * splits * kv_heads,)](
             query, facts, tiles.facts, tiles.members, query_positions, out, lse,
@@ -347,7 +411,7 @@ def _launch(
             batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, window or 0, scale, softcap or 0.0,
             GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=dim,
             VALUE_DIM=value_dim, VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=value_width,
-            WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
+            WINDOWED=window is not None, CAUSAL=causal, SOFTCAPPED=softcap is not None,
             BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
         )  # fmt: skip
     return (out, lse) if whole else merge_stack(out, lse, query.dtype)
@@ -358,7 +422,7 @@ _MANY_ROWS = 128
 
 
 def _blocks(rows: int, width: int, element_size: int, wgmma: bool, plain: bool) -> tuple[int, int, int, int]:
-    """Rows and tokens a tile, warps and pipeline stages; plain: neither window nor softcap, which take registers."""
+    """Rows and tokens a tile, warps and pipeline stages; plain: no window, bound or softcap, which take registers."""
     few = min(64, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
         return (min(few, 32), 16, 4 if width <= 64 else 8, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
@@ -394,6 +458,7 @@ def _prefix_kernel(
     VALUE_ROOM: tl.constexpr,  # VALUE_DIM with the padding of the values
     VALUE_WIDTH: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -429,10 +494,11 @@ def _prefix_kernel(
 
     begin = split * split_tokens
     end = tl.minimum(begin + split_tokens, tokens)
-    if WINDOWED:
+    if WINDOWED or CAUSAL:
         # positions relative to the block's first token
         start = tl.load(blocks_ptr + block * 6 + 5).to(tl.int32)
         position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=2147483647) - start
+    if WINDOWED:
         low = tl.maximum(tl.min(position, 0) - window + 1, 0) // BLOCK_TOKENS * BLOCK_TOKENS
         begin = tl.maximum(begin, low)
 
@@ -463,7 +529,15 @@ def _prefix_kernel(
             logits = bound_logits(logits, scale, softcap, SOFTCAPPED) * LOG2E
             if part == 1:
                 logits = tl.where(token_ok[None, :], logits, float("-inf"))
-            if WINDOWED:
+            if CAUSAL:
+                behind = position[:, None] - token[None, :]  # [R, T]
+                if WINDOWED:
+                    # one comparison for both bounds, as registers are few: a negative number is a large one unsigned
+                    seen = behind.to(tl.uint32, bitcast=True) < tl.cast(window, tl.uint32)
+                else:
+                    seen = behind >= 0
+                logits = tl.where(seen, logits, float("-inf"))
+            elif WINDOWED:
                 logits = tl.where(token[None, :] > position[:, None] - window, logits, float("-inf"))
             risen = tl.maximum(peak, tl.max(logits, 1))
             # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
@@ -481,9 +555,9 @@ def _prefix_kernel(
 
     results = batch_size.to(tl.int64) * kv_heads * GROUP * queries
     part_row = (level * splits + split) * results + result
-    norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     store_tile(out_ptr, part_row * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
-    tl.store(lse_ptr + part_row, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+    tl.store(lse_ptr + part_row, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -500,7 +574,7 @@ def aot_cases() -> Iterator[AotCase]:
                     if needs_wgmma and (*blocks, False) in sizes:
                         continue
                     block_rows, block_tokens, warps, stages = blocks
-                    name = f"{'plain' if plain else 'window softcap'}, {block_rows}x{block_tokens}"
+                    name = f"{'plain' if plain else 'window causal softcap'}, {block_rows}x{block_tokens}"
                     yield aot_case(
                         _prefix_kernel,
                         f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}",
@@ -523,6 +597,7 @@ def aot_cases() -> Iterator[AotCase]:
                             "VALUE_ROOM": head_dim,
                             "VALUE_WIDTH": width,
                             "WINDOWED": not plain,
+                            "CAUSAL": not plain,
                             "SOFTCAPPED": not plain,
                             "BLOCK_ROWS": block_rows,
                             "BLOCK_TOKENS": block_tokens,

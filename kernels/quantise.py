@@ -88,7 +88,7 @@ class Packed(NamedTuple):
 
 
 def quantise(x: Tensor, coding: Coding) -> Packed:
-    """Packs whole blocks of keys or values.
+    """Packs whole blocks of keys or values. A group that holds a number that is not finite decodes to NaN.
 
     Args:
         x: [batch, kv_heads, blocks, block, head_dim], any floating dtype; block is a power of two, 8 to 256.
@@ -106,7 +106,9 @@ def quantise(x: Tensor, coding: Coding) -> Packed:
 
 def quantise_reference(x: Tensor, coding: Coding) -> Packed:
     """What quantise means, in plain PyTorch: the oracle of its test and its path on a CPU."""
-    x = x.float()
+    # what is not finite has no place in an order: it makes its group NaN, and is 0 in all else
+    unknown = x.float() - x.float()
+    x = x.float().nan_to_num(0.0, 0.0, 0.0)
     dim = -2 if coding.axis == "channel" else -1
     low = high = x
     index = None
@@ -124,6 +126,7 @@ def quantise_reference(x: Tensor, coding: Coding) -> Packed:
     inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
     spread = spread_groups(torch.stack([zeros.float(), steps, inverse]), coding, x)
     codes = ((x - spread[0]) * spread[2] + 0.5).floor_().clamp_(0, levels)
+    zeros = zeros + _group(unknown, coding, 0.0).sum(-1).half()
     values = None
     if index is not None:
         rest = x - (spread[0] + spread[1] * codes)
@@ -225,7 +228,10 @@ def check_coding(coding: Coding, block: int, head_dim: int) -> None:
     if coding.group < 8 or coding.group & (coding.group - 1):
         raise ValueError(f"group must be a power of two from 8 on, got {coding.group}")
     if not 1 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be 1 to 256, as the index of an outlier is a byte, got {head_dim}")
+        raise ValueError(
+            f"head_dim must be 1 to 256 to be packed, as the index of an outlier is a byte, got {head_dim}; use a "
+            "cache that keeps keys and values as they come"
+        )
     length = block if coding.axis == "channel" else head_dim
     if not 0 <= 2 * coding.outliers <= length:
         raise ValueError(
@@ -314,10 +320,31 @@ def _quantise_fake(x: Tensor, bits: int, group: int, per_channel: bool, outliers
 def _quantise(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
     coding = Coding(bits, group, "channel" if per_channel else "token", outliers)
     if not runs_triton(x) or not x.numel():
-        return [part for part in quantise_reference(x, coding) if part is not None]
+        return _in_pieces(x, coding)
     parts = _quantise_fake(x, bits, group, per_channel, outliers)
     _launch(x, coding, parts)
     return parts
+
+
+def _in_pieces(x: Tensor, coding: Coding) -> list[Tensor]:
+    """The reference, some blocks at a time: what it computes in float32 is a multiple of them."""
+    parts = _quantise_fake(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers)
+    for piece in blocks_apart(x):
+        found = [part for part in quantise_reference(x[:, :, piece], coding) if part is not None]
+        for part, some in zip(parts, found, strict=True):
+            part[:, :, piece] = some
+    return parts
+
+
+def blocks_apart(x: Tensor) -> list[slice]:
+    """Pieces of the blocks of [batch, kv_heads, blocks, block, head_dim]: a sixteenth, unless that is very little."""
+    blocks = x.shape[2]
+    step = max(1, blocks // 16, _PIECE // max(1, x[:, :, :1].numel()))
+    return [slice(start, start + step) for start in range(0, blocks, step)]
+
+
+# numbers of a piece at least: 256 KiB in float32
+_PIECE = 2**16
 
 
 def _launch(x: Tensor, coding: Coding, parts: list[Tensor]) -> None:
@@ -406,6 +433,9 @@ def _quantise_kernel(
     x_at = block_at + owner % blocks * x_block_stride + token.to(tl.int64)[:, None] * x_stride + dim[None, :]
     x = tl.load(x_ptr + x_at, mask=dim_ok[None, :], other=0.0).to(tl.float32)  # [T, D]
 
+    # NaN where a number is not finite: it makes its group NaN, and is 0 in all else, as it has no place in an order
+    unknown = x - x
+    x = tl.where(unknown == 0, x, 0.0)
     low = tl.where(dim_ok[None, :], x, float("inf"))
     high = tl.where(dim_ok[None, :], x, float("-inf"))
     AXIS: tl.constexpr = 0 if PER_CHANNEL else 1
@@ -427,9 +457,11 @@ def _quantise_kernel(
     if PER_CHANNEL:
         low = tl.min(tl.reshape(low, [TOKENS // GROUP, GROUP, COLUMNS]), 1)  # [groups, D]
         high = tl.max(tl.reshape(high, [TOKENS // GROUP, GROUP, COLUMNS]), 1)
+        unknown = tl.sum(tl.reshape(unknown, [TOKENS // GROUP, GROUP, COLUMNS]), 1)
     else:
         low = tl.min(tl.reshape(low, [TOKENS, COLUMNS // GROUP, GROUP]), 2)  # [T, groups]
         high = tl.max(tl.reshape(high, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
+        unknown = tl.sum(tl.reshape(unknown, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
     # a group of nothing but outliers, or of no channel
     empty = low > high
     # what float16 cannot hold saturates
@@ -454,7 +486,7 @@ def _quantise_kernel(
         at = (owner * BLOCK + token)[:, None] * STORED + group[None, :]
         ok = tl.broadcast_to((group < STORED)[None, :], [TOKENS, COLUMNS // GROUP])
         grouped = tl.reshape(x, [TOKENS, COLUMNS // GROUP, GROUP])
-    tl.store(zeros_ptr + at, half_zero, mask=ok)
+    tl.store(zeros_ptr + at, half_zero + unknown.to(tl.float16), mask=ok)
     tl.store(scales_ptr + at, half_scale, mask=ok)
 
     zero = tl.expand_dims(zero, SHARED)

@@ -199,9 +199,9 @@ def _split_kernel(
         out = dot(weight, value, out * fade[:, None])
 
     lse_offset = ((split * batch_size + batch) * kv_heads * GROUP + head) * queries + index
-    norm = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
-    tl.store(lse_ptr + lse_offset, tl.where(total > 0, peak / LOG2E + tl.log(total), float("-inf")), mask=row_ok)
+    tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
 # every pair of a tile and a tail up to the widest; others only mask more

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvcompress.evicting import StreamingLLMCache as StreamingLLMCache
     from kvcompress.gear import GEARCache as GEARCache
     from kvcompress.gear import KIVICache as KIVICache
+    from kvcompress.hf import release as release
     from kvcompress.hydragen import HydragenCache as HydragenCache
     from kvcompress.loading import load_model as load_model
     from kvcompress.prefix_store import PrefixStore as PrefixStore
@@ -41,6 +42,7 @@ _HOMES = {
     "SwiftKVCache": "across",
     "convert": "swiftkv",
     "load_model": "loading",
+    "release": "hf",
 }
 __all__ = list(_HOMES)
 

@@ -1,25 +1,29 @@
 """The base of every kvcompress cache: what does not depend on how a layer stores its tokens."""
 
 import copy
+import dataclasses
 import json
 import os
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, NoReturn, Self, SupportsIndex
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
-from kvcompress.layer import CompressedLayer
+from kvcompress.durable import write_whole
+from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
 from kvcompress.padding import PaddingRecord
+from kvcompress.tensor_file import TensorFile, write_tensors
 
-_FORMAT = "kvcompress-cache-1"
+_FORMAT = "kvcompress-cache-2"
+# without fingerprint and checksums
+_FIRST_FORMAT = "kvcompress-cache-1"
 
 
 class CompressedCache(hf.AttendingCache):
@@ -47,6 +51,7 @@ class CompressedCache(hf.AttendingCache):
         self.padding = self._record()
         super().__init__(layers=[self._layer(index, window, len(windows)) for index, window in enumerate(windows)])
         self.layers[-1].ends = True
+        self.padding.needs_even_positions = any(getattr(layer, "rope", None) is not None for layer in self.layers)
 
     def _record(self) -> PaddingRecord:
         return PaddingRecord()
@@ -65,17 +70,54 @@ class CompressedCache(hf.AttendingCache):
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
+        """Notes which rows have ended: what `generate` feeds them while others go on must not evict a token."""
+        model = self._model()
+        if model is not None and any(layer.evicts for layer in self.layers):
+            self.padding.note_fed(input_ids, *hf.filler_tokens(model))
+
+    def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
+        """
+        Raises:
+            RuntimeError: the forward did not come back to the layers through the attention function.
+        """
+        for index, layer in enumerate(self.layers):
+            if layer.in_hand is not None:
+                raise RuntimeError(self._without_attention(index))
+
+    def is_traceable(self, tokens: int) -> bool:
+        return all(layer.is_traceable(tokens) for layer in self.layers)
+
     def _check_attention(self, layer_idx: int) -> None:
         """Raises RuntimeError where this forward would not come back to the layers through the attention function."""
         model = self._model()
         chosen = None if model is None else hf.attention_name(model)
-        if (chosen is not None and not chosen.startswith(hf.IMPLEMENTATION)) or (
-            layer_idx and self.layers[layer_idx - 1].in_hand is not None
-        ):
-            raise RuntimeError(
-                f"the model's attention implementation is {chosen!r}, not the one this cache selected when it was "
-                "built; build the cache anew, with the model that uses it, or call "
-                f"model.set_attn_implementation({hf.IMPLEMENTATION!r})"
+        if chosen is not None and not chosen.startswith(hf.IMPLEMENTATION):
+            raise RuntimeError(self._without_attention(layer_idx))
+        if layer_idx and self.layers[layer_idx - 1].in_hand is not None:
+            raise RuntimeError(self._without_attention(layer_idx - 1))
+
+    def _without_attention(self, layer_idx: int) -> str:
+        model = self._model()
+        chosen = None if model is None else hf.attention_name(model)
+        return (
+            f"layer {layer_idx} of {type(model).__name__} handed its keys to {type(self).__name__}, and did not attend "
+            f"by it: the model's attention implementation is {chosen!r}, not the {hf.IMPLEMENTATION!r} that this cache "
+            "selected when it was built; build the cache anew, with the model that uses it, or call "
+            f"model.set_attn_implementation({hf.IMPLEMENTATION!r})"
+        )
+
+    def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """
+        Raises:
+            ValueError: nothing would be left of the prompts to feed.
+        """
+        seen = int(self.get_seq_length())
+        if seen and input_ids.shape[1] <= seen:
+            raise ValueError(
+                f"the cache has seen {seen} tokens, and the prompts have {input_ids.shape[1]}: generate feeds what "
+                "comes after those seen. For another prompt, or the same again, clone() the cache before each call, "
+                "or reset() it"
             )
 
     def queries_watched(self, first: int) -> int | None:
@@ -107,8 +149,8 @@ class CompressedCache(hf.AttendingCache):
             if layer.kv_shape is not None:
                 size = full_cache_bytes(int(layer.get_seq_length()), layer.window, layer.kv_shape, layer.dtype)
                 full, elements = full + size, elements + size // layer.dtype.itemsize
-        if self.padding.visible is not None:
-            members["padding"] = [self.padding.visible]
+        if self.padding.held():
+            members["padding"] = self.padding.held()
         by_component, by_device = storage_bytes(members)
         kept = [layer.tokens_kept() for layer in self.layers if layer.segments()]
         return MemoryReport(
@@ -126,7 +168,7 @@ class CompressedCache(hf.AttendingCache):
     def reset(self) -> None:
         """Forgets everything seen, and frees the memory."""
         super().reset()
-        self.padding.visible = None
+        self.padding.restore({})
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly, in every layer or in none.
@@ -145,67 +187,114 @@ class CompressedCache(hf.AttendingCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._map_padding(lambda visible: visible[beam_idx.to(visible.device)])
+        self.padding.map_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._map_padding(lambda visible: visible[indices.to(visible.device)])
+        self.padding.map_rows(lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._map_padding(lambda visible: visible.repeat_interleave(repeats, 0))
+        self.padding.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
 
-    def _map_padding(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.padding.visible is not None:
-            self.padding.visible = change(self.padding.visible)
-
+    @ordinary_tensors()
     def clone(self) -> Self:
         """An independent copy: continuing one leaves the other as it is."""
         return copy.deepcopy(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __copy__(self) -> Self:
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled (by pickle, torch.save or multiprocessing): it belongs to a "
+            f"model; call cache.save(path), and {type(self).__name__}.load(path, model) where it is needed"
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cache to one safetensors file, with the settings it was built with."""
-        tensors: dict[str, Tensor] = {}
-        layers: list[dict[str, Any]] = []
-        for index, layer in enumerate(self.layers):
-            state, facts = layer.dump()
-            tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in state.items()}
-            layers.append(facts)
-        if self.padding.visible is not None:
-            tensors["padding"] = self.padding.visible
-        facts = {"cache": type(self).__name__, "settings": self._settings(), "layers": layers}
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"format": _FORMAT, "facts": json.dumps(facts)})
-        partial.replace(path)
+        """Writes the cache to one safetensors file, with the settings it was built with and which model it is for.
+
+        The file appears when it is complete, in place of what was there. Layers are written one after another, and no
+        second copy of the whole is made.
+
+        Raises:
+            ValueError: the model is gone.
+            OSError: the file cannot be written; what was there before is there still.
+        """
+        model = self._model()
+        if model is None:
+            raise ValueError("the model of the cache is gone; save a cache while its model lives, as the file names it")
+        path, fingerprint = Path(path), hf.Fingerprint.of(model)
+
+        def write(file: BinaryIO) -> str:
+            self._to_file(file, fingerprint)
+            return path.name
+
+        write_whole(path.parent, path.name, write)
+
+    def _to_file(self, file: BinaryIO, fingerprint: hf.Fingerprint, beside: dict[str, Tensor] | None = None) -> str:
+        """Writes a file as `save` does, with some more tensors by name; its digest."""
+
+        def parts() -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+            for index, layer in enumerate(self.layers):
+                state, facts = layer.dump()
+                yield {f"layers.{index}.{name}": tensor for name, tensor in state.items()}, facts
+            yield self.padding.tensors() | (beside or {}), {}
+
+        facts = {
+            "cache": type(self).__name__,
+            "settings": self._settings(),
+            "layers": len(self.layers),
+            "fingerprint": dataclasses.asdict(fingerprint),
+        }
+        return write_tensors(file, _FORMAT, facts, parts)
 
     @classmethod
+    @ordinary_tensors()
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> Self:
         """A cache as `save` wrote it, for the model it was filled by, on the devices of the model's layers.
 
         Raises:
-            ValueError: the file is not a cache of this class, or its layers are not the model's.
+            ValueError: the file is not a cache of this class, it is damaged, or it was made with another model.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} is not a saved kvcompress cache (format {_FORMAT!r}), got {metadata}")
-            facts = json.loads(metadata["facts"])
-            if facts["cache"] != cls.__name__:
-                raise ValueError(f"{path} holds a {facts['cache']}; load it with {facts['cache']}.load")
-            cache = cls._rebuild(model, facts["settings"])
-            if len(cache.layers) != len(facts["layers"]):
-                raise ValueError(
-                    f"{path} holds {len(facts['layers'])} layers, {type(model).__name__} has {len(cache.layers)}"
-                )
-            names: Sequence[str] = list(file.keys())
-            for index, layer in enumerate(cache.layers):
-                prefix, device = f"layers.{index}.", hf.layer_device(model, index)
-                mine = [name for name in names if name.startswith(prefix)]
-                state = {name[len(prefix) :]: file.get_tensor(name).to(device) for name in mine}
-                layer.restore(state, facts["layers"][index])
-            visible = file.get_tensor("padding").to(hf.input_device(model)) if "padding" in names else None
-            cache.padding.visible = visible
+        with TensorFile(path) as file:
+            if file.metadata.get("format") == _FIRST_FORMAT:
+                warn_of_unchecked(path)
+            return cls._from_file(file, model, hf.Fingerprint.of(model))
+
+    @classmethod
+    def _from_file(cls, file: TensorFile, model: PreTrainedModel, fingerprint: hf.Fingerprint) -> Self:
+        """The cache of a file, for a model of this fingerprint."""
+        path, given = file.path, file.metadata.get("format")
+        if given not in (_FORMAT, _FIRST_FORMAT):
+            raise ValueError(f"{path} is not a saved kvcompress cache (format {_FORMAT!r}), got format {given!r}")
+        if given == _FORMAT and file.digest is None:
+            raise file.damaged("it has no digest")
+        facts = json.loads(file.metadata["facts"])
+        if facts["cache"] != cls.__name__:
+            raise ValueError(f"{path} holds a {facts['cache']}; load it with {facts['cache']}.load")
+        if given == _FORMAT:
+            hf.Fingerprint(**facts["fingerprint"]).check(fingerprint, str(path))
+            of_layers: list[dict[str, Any]] = facts["parts"][: facts["layers"]]
+        else:
+            of_layers = facts["layers"]
+        cache = cls._rebuild(model, facts["settings"])
+        if len(cache.layers) != len(of_layers):
+            raise ValueError(f"{path} holds {len(of_layers)} layers, {type(model).__name__} has {len(cache.layers)}")
+        for index, (layer, own) in enumerate(zip(cache.layers, of_layers, strict=True)):
+            prefix, device = f"layers.{index}.", hf.layer_device(model, index)
+            mine = [name for name in file.names if name.startswith(prefix)]
+            layer.restore({name[len(prefix) :]: file.tensor(name).to(device) for name in mine}, own)
+        rows = [name for name in file.names if name in PaddingRecord.names]
+        cache.padding.restore({name: file.tensor(name).to(hf.input_device(model)) for name in rows})
         return cache
 
     def _settings(self) -> dict[str, Any]:
@@ -215,3 +304,12 @@ class CompressedCache(hf.AttendingCache):
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         return cls(model, **settings)
+
+
+def warn_of_unchecked(path: str | os.PathLike[str]) -> None:
+    """Tells of a file or folder written before files said which model they are for."""
+    warnings.warn(
+        f"{path} was saved by an earlier kvcompress and says neither which model it was made with nor what its bytes "
+        "were: whether it belongs to the model given is not checked. Save it again",
+        stacklevel=3,
+    )

@@ -9,21 +9,27 @@ an interrupted run goes on as if it had not stopped.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import pickle
 import time
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kvcompress import hf
 from kvcompress.distill_rows import Row, first_rows
+from kvcompress.durable import write_whole
 from kvcompress.least_squares import fit
 from kvcompress.swiftkv import SwiftKVModel, as_teacher, trained_parameters
 
@@ -127,11 +133,16 @@ def distill(
 ) -> list[dict[str, float]]:
     """Trains a converted model in place, and writes losses and checkpoints to a folder; goes on from what it holds.
 
+    Of the model only what `convert` added changes. The rest is shared with the model it was converted from: what moves
+    or casts the one (`to`, as distillation does to the device of its process) moves and casts the other. Which weights
+    require gradients is afterwards as it was before.
+
     Args:
         model: as kvcompress.swiftkv.convert gives it.
         rows: what `read_rows` gives.
-        settings: of the run; those of a run that goes on must be the same.
-        folder: losses.jsonl, a line an update, checkpoint.pt, and losses.png where matplotlib is installed.
+        settings: of the run.
+        folder: checkpoint.pt, of which a run goes on that has the same settings, base model and rows; losses.jsonl, a
+            line an update; and losses.png where matplotlib is installed.
         on_step: called after every update, in the first process, with its line.
 
     Returns:
@@ -140,24 +151,42 @@ def distill(
     Raises:
         ValueError: the model has no teacher or no later layers, there are no rows, or the folder holds another run.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-
-    config = model.config
-    if not config.swiftkv_teacher:
+    if not model.config.swiftkv_teacher:
         raise ValueError(f"this {type(model).__name__} was published without its teacher; convert the base model")
     if not rows:
         raise ValueError("there is nothing to learn from: no rows")
-    folder = Path(folder)
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        return _train(model, rows, settings, Path(folder), on_step)
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+
+
+def _train(
+    model: SwiftKVModel,
+    rows: Sequence[Row],
+    settings: Distillation,
+    folder: Path,
+    on_step: Callable[[dict[str, float]], None] | None,
+) -> list[dict[str, float]]:
+    """`distill`, which leaves all but what trains without gradients."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
     set_seed(settings.seed)
     # rows of one forward are averaged by hand, and gradients over forwards: Accelerate only scales and synchronises
     accelerator = Accelerator(mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
+    run = _Run.of(model, rows, settings)
     trained = _freeze(model, settings)
     model.to(accelerator.device)
     if settings.fit_tokens and not (folder / _CHECKPOINT).exists():
         fit(model, first_rows(rows, settings.fit_tokens, settings.seed))
     optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate(0), betas=settings.betas, weight_decay=0.0)
-    begun, lines = _resume(folder, trained, optimiser, accelerator.scaler, settings, accelerator.device)
+    begun, lines = _resume(folder, trained, optimiser, accelerator.scaler, run, accelerator.device)
+    if begun and accelerator.is_main_process:
+        # who was killed between the two files
+        _write_losses(folder, lines)
     network, optimiser = accelerator.prepare(model, optimiser)
     hidden = _Hidden(model)
     was_training = model.training
@@ -196,7 +225,7 @@ def distill(
             last = step + 1 == settings.steps
             if accelerator.is_main_process:
                 if last or (step + 1) % settings.save_every == 0:
-                    _save(folder, trained, optimiser, accelerator.scaler, settings, lines)
+                    _save(folder, trained, optimiser, accelerator.scaler, run, step + 1, lines)
                 if on_step is not None:
                     on_step(line)
             if last or (step + 1) % settings.save_every == 0:
@@ -288,10 +317,52 @@ def _compare(
     return divergence, error, tokens
 
 
-def _facts(settings: Distillation) -> dict[str, Any]:
-    """Settings on which the course of a run depends."""
-    facts = dataclasses.asdict(settings)
-    return {name: facts[name] for name in facts if name not in ("save_every", "log_every", "checkpointing")}
+@dataclass(frozen=True)
+class _Run:
+    """What the course of a run depends on. base: the model without what trains. rows: how much there is, a digest."""
+
+    settings: dict[str, Any]
+    base: hf.Fingerprint
+    rows: str
+
+    @classmethod
+    def of(cls, model: SwiftKVModel, rows: Sequence[Row], settings: Distillation) -> "_Run":
+        facts = dataclasses.asdict(settings)
+        for name in ("save_every", "log_every", "checkpointing"):
+            del facts[name]
+        digest = hashlib.sha256()
+        for row in rows:
+            # the length first, so that rows cannot run into each other
+            digest.update(len(row.ids).to_bytes(8, "little"))
+            digest.update(row.ids.long().cpu().numpy().tobytes() + row.answered.cpu().numpy().tobytes())
+        tokens = sum(len(row.ids) for row in rows)
+        known: Any = model
+        return cls(
+            json.loads(json.dumps(facts)),
+            hf.Fingerprint.of(known, without=frozenset(trained_parameters(model))),
+            f"{len(rows)} rows of {tokens} tokens, {digest.hexdigest()[:16]}",
+        )
+
+    def check(self, state: dict[str, Any], folder: Path) -> None:
+        """
+        Raises:
+            ValueError: the state of a folder is of another run.
+        """
+        then = json.loads(json.dumps(state["settings"]))
+        differ = [name for name, value in self.settings.items() if value != then.get(name)]
+        if differ:
+            raise ValueError(f"{folder} holds another run, which differs in {', '.join(differ)}; choose another folder")
+        if "base" not in state:
+            warnings.warn(
+                f"{folder} was written by an earlier kvcompress, and does not say of which base model and data",
+                stacklevel=4,
+            )
+            return
+        hf.Fingerprint(**state["base"]).check(self.base, f"the run in {folder}")
+        if state["rows"] != self.rows:
+            raise ValueError(
+                f"{folder} holds a run on other data: {state['rows']}, got {self.rows}; choose another folder"
+            )
 
 
 def _save(
@@ -299,23 +370,36 @@ def _save(
     trained: dict[str, nn.Parameter],
     optimiser: Any,
     scaler: Any,
-    settings: Distillation,
+    run: _Run,
+    step: int,
     lines: list[dict[str, float]],
 ) -> None:
+    """Writes the checkpoint, which has all that a run goes on from, and then the losses for a reader."""
     state = {
         "trained": {name: parameter.detach().cpu() for name, parameter in trained.items()},
         "optimiser": optimiser.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
-        "settings": _facts(settings),
-        "step": len(lines),
+        "settings": run.settings,
+        "base": dataclasses.asdict(run.base),
+        "rows": run.rows,
+        "step": step,
+        "lines": lines,
     }
-    for name, write in (
-        (_CHECKPOINT, lambda path: torch.save(state, path)),
-        (_LOSSES, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")),
-    ):
-        partial = folder / f"{name}.partial"
-        write(partial)
-        partial.replace(folder / name)
+
+    def write_state(file: BinaryIO) -> str:
+        torch.save(state, file)
+        return _CHECKPOINT
+
+    write_whole(folder, _CHECKPOINT, write_state)
+    _write_losses(folder, lines)
+
+
+def _write_losses(folder: Path, lines: list[dict[str, float]]) -> None:
+    def write(file: BinaryIO) -> str:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        return _LOSSES
+
+    write_whole(folder, _LOSSES, write)
 
 
 def _resume(
@@ -323,26 +407,50 @@ def _resume(
     trained: dict[str, nn.Parameter],
     optimiser: Any,
     scaler: Any,
-    settings: Distillation,
+    run: _Run,
     device: torch.device,
 ) -> tuple[int, list[dict[str, float]]]:
     """Takes on what a folder holds of a run: the updates done, and their lines."""
     if not (folder / _CHECKPOINT).exists():
         return 0, []
-    state = torch.load(folder / _CHECKPOINT, map_location=device, weights_only=True)
-    now = json.loads(json.dumps(_facts(settings)))
-    then = json.loads(json.dumps(state["settings"]))
-    if now != then or set(state["trained"]) != set(trained):
-        differ = [name for name in now if now[name] != then.get(name)] or ["the layers that train"]
-        raise ValueError(f"{folder} holds another run, which differs in {', '.join(differ)}; choose another folder")
+    state = _read_state(folder / _CHECKPOINT, device)
+    run.check(state, folder)
+    if set(state["trained"]) != set(trained):
+        raise ValueError(f"{folder} holds another run, which differs in the layers that train; choose another folder")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["trained"][name])
     optimiser.load_state_dict(state["optimiser"])
     if scaler is not None:
         scaler.load_state_dict(state["scaler"])
+    if "lines" in state:
+        return state["step"], state["lines"]
+    # before checkpoints had them
     lines = [json.loads(line) for line in (folder / _LOSSES).read_text("utf-8").splitlines()]
     return state["step"], lines[: state["step"]]
+
+
+def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the checkpoint is not as it was written.
+    """
+    try:
+        # torch reads its archives without looking at their checksums
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location=device, weights_only=True)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        pickle.UnpicklingError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+    ) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from error
+    raise ValueError(f"{path} is damaged ({damaged} within it); delete it to begin anew")
 
 
 def plot_losses(lines: Sequence[dict[str, float]], path: Path) -> bool:

@@ -49,7 +49,7 @@ class EvictingCache(CompressedCache):
             model: the model the cache will be used with.
             policy: what to keep.
             budget: tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of the
-                real tokens of the first forward (pass a count where the prompt is fed in chunks).
+                real tokens seen so far, which grows with them. Room is taken as it is needed, up to the budget.
             allocation: how layers share the budget, "uniform" or "pyramid".
             rolled: close up the positions of the tokens kept, to go on past the length the model was trained for.
             packed: keep them in few bits, each token by itself: `GEAR(bits=4)` of kvcompress.policies.gear, whose rank
@@ -104,8 +104,18 @@ class EvictingCache(CompressedCache):
             ranks=Ranks.of(model),
         )
 
+    def reserve(self) -> None:
+        """Takes room for the whole budget, if it is a count: for steps that are compiled, whose tensors cannot grow.
+
+        Where `generate` compiles decoding by itself, on a GPU, this is done in the prompt's forward.
+        """
+        for layer in self.layers:
+            if isinstance(layer, EvictingLayer):
+                layer.reserve()
+
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Raises ValueError where the policy is to read tokens again that are not given as such."""
+        super().forward_begins(decoder, input_ids)
         if self.policy.rereads is not None and input_ids is None:
             raise ValueError(
                 f"{type(self.policy).__name__} reads the tokens again: pass input_ids, and not inputs_embeds"
@@ -113,10 +123,11 @@ class EvictingCache(CompressedCache):
 
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Reads the tokens of a forward again, where the policy asks for it."""
+        super().forward_ended(decoder, input_ids)
         how = self.policy.rereads
         waiting = [layer for layer in self.layers if isinstance(layer, RereadLayer) and layer.waiting is not None]
         if waiting and how is not None and input_ids is not None:
-            read_again(decoder, waiting, input_ids, self.padding.visible, int(self.get_seq_length()), how)
+            read_again(decoder, waiting, input_ids, self.padding, int(self.get_seq_length()), how)
 
     def _settings(self) -> dict[str, Any]:
         policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}
@@ -248,7 +259,8 @@ def _checked(budget: int | float, policy: Policy) -> int | float:
             raise ValueError(f"budget as a fraction of the prompt must be in (0, 1], got {budget}")
     elif budget < policy.least_budget():
         raise ValueError(
-            f"budget must be at least sinks + recent = {policy.least_budget()} tokens for {policy}, got {budget}"
+            f"budget must be at least sinks + recent{' + 1 to choose' if policy.chooses else ''} = "
+            f"{policy.least_budget()} tokens for {policy}, got {budget}"
         )
     return budget
 

@@ -1,6 +1,7 @@
 """One layer of an evicting cache: how tokens come into its slots, are scored, and go (kvcompress/evicting.py)."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from kvcompress.dense import with_sinks
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.decode_evict import decode_and_evict
-from kvcompress.kernels.evict import choose_victim
+from kvcompress.kernels.evict import choose_victim, ranked
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.runtime import runs_triton
 from kvcompress.layer import Chunk, CompressedLayer
@@ -26,12 +27,17 @@ from kvcompress.rope import Rope
 from kvcompress.segments import EMPTY, Segment, SlotSegment
 
 _COUNTERS = ("lengths", "limits", "recents", "seen")
+# slots added at a time, and the share of those there
+_GROWTH, _SHARE = 8, 16
 
 
 class EvictingLayer(CompressedLayer):
     """One layer's slots, and the policy that decides who stays."""
 
     is_compileable = True
+    evicts = True
+    _reserves = False
+    _told = False
 
     def __init__(
         self,
@@ -47,7 +53,7 @@ class EvictingLayer(CompressedLayer):
         """
         Args:
             policy: what to keep.
-            budget: tokens kept a sequence and KV head, or a fraction of the first forward's real tokens.
+            budget: tokens kept a sequence and KV head, or a fraction of the real tokens seen so far.
             padding, window, leads: as in CompressedLayer.
             rope: the layer's rotary embedding, where the policy uses it.
             packed: how slots are encoded; None for as they come.
@@ -114,6 +120,9 @@ class EvictingLayer(CompressedLayer):
             self._host_seen = int(self.seen)
         return self._host_seen
 
+    def is_traceable(self, tokens: int) -> bool:
+        return self.slots is not None and tokens == 1
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if torch.compiler.is_compiling():
             return hf.TokensSeen(query_length), 0
@@ -138,12 +147,26 @@ class EvictingLayer(CompressedLayer):
 
     def _remap(self, remap: Tensor) -> None:
         assert self.slots is not None
+        if self.leads:
+            self._warn_of_filler(remap)
         positions = self.slots.positions
         rows = remap[:, None].expand(-1, positions.shape[1], -1)
         moved = rows.gather(2, positions.clamp(min=0).long())
         positions.copy_(torch.where(positions == EMPTY, EMPTY, moved))
         self.slots.spare.copy_(positions.argmin(-1))
         self.lengths.copy_((remap != EMPTY).sum(-1))
+
+    def _warn_of_filler(self, remap: Tensor) -> None:
+        """Tells of rows whose tokens were evicted for others that the mask hides now."""
+        hidden = self.lengths - (remap != EMPTY).sum(-1).to(self.lengths.device)
+        lost = hidden.minimum(self.lengths - self.limits)
+        if bool((lost > 0).any()):
+            warnings.warn(
+                f"attention_mask hides tokens that it showed when they were fed: up to {int(lost.max())} others were "
+                f"evicted for them in {int((lost > 0).sum())} of {len(lost)} sequences, and are gone. Rows that have "
+                "ended are known by a mask of 0, or by the token that model.generation_config.pad_token_id names",
+                stacklevel=2,
+            )
 
     def _attend(self, chunk: Chunk) -> Tensor:
         if self.slots is not None and chunk.tokens == 1:
@@ -169,6 +192,9 @@ class EvictingLayer(CompressedLayer):
     def _decode(self, chunk: Chunk) -> Tensor:
         slots = self.slots
         assert slots is not None
+        self._make_room(1)
+        if isinstance(self.budget, float):
+            self._follow_budget(self.lengths + (1 if chunk.visible is None else chunk.visible[:, 0].int()))
         at = self.lengths
         if chunk.visible is not None:
             at = torch.where(chunk.visible[:, 0], at, EMPTY)
@@ -375,6 +401,8 @@ class EvictingLayer(CompressedLayer):
         places = places if chunk.visible is None else places.masked_fill(~chunk.visible, EMPTY)
         places = places[:, None].expand(-1, chunk.key.shape[1], -1)
         self.lengths.add_(chunk.tokens if chunk.visible is None else chunk.visible.sum(-1))
+        if isinstance(self.budget, float):
+            self._follow_budget(self.lengths)
         positions = torch.cat([slots.positions, places], -1)
         scores = torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1)
         # scores that never change are those of the tokens as they came, whatever packing made of them since
@@ -404,7 +432,7 @@ class EvictingLayer(CompressedLayer):
         gone = positions == EMPTY
         if self.window is not None:
             gone = gone | (positions <= lengths - self.window)
-        worth = scores.masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
+        worth = ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
         # of equal scores the later token stays, whatever padding stands before it and whichever slot it has
         if in_order:
             backwards = torch.arange(worth.shape[-1] - 1, -1, -1, device=worth.device).expand_as(worth)
@@ -417,18 +445,87 @@ class EvictingLayer(CompressedLayer):
     def _allocate(self, chunk: Chunk) -> SlotSegment:
         if self.slots is None:
             batch, device = chunk.key.shape[0], chunk.key.device
-            real = torch.full((batch,), chunk.tokens, device=device) if chunk.visible is None else chunk.visible.sum(-1)
-            limits = torch.full_like(real, self.budget) if isinstance(self.budget, int) else (self.budget * real).int()
-            limits = limits.clamp(min=max(1, self.policy.sinks + 1), max=self.window)
-            recent = self.policy.recent
-            recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
-            self.limits = limits.to(torch.int32)
-            self.recents = recents.clamp(min=1).minimum(limits - self.policy.sinks).to(torch.int32)
-            self.lengths = torch.zeros_like(self.limits)
+            self.limits, self.recents, self.lengths = (
+                torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
+            )
             self.seen = torch.zeros((), dtype=torch.int64, device=device)
             self._host_seen = 0
-            self.slots = self._new_slots(chunk, int(limits.max()) + 1)
+            # generate compiles the decode step on a GPU
+            self._reserves |= chunk.key.is_cuda
+            self.slots = self._new_slots(chunk, self._most_slots(chunk.tokens))
+            self._follow_budget(self.lengths)
+        self._make_room(chunk.tokens)
         return self.slots
+
+    def reserve(self) -> None:
+        """Takes room for the whole budget, if it is a count, at once or with the first forward."""
+        self._reserves = True
+        if self.slots is not None:
+            self._make_room(0)
+
+    def _limit(self, tokens: int) -> int:
+        """Tokens that a sequence of so many may keep."""
+        limit = self.budget if isinstance(self.budget, int) else int(self.budget * tokens)
+        limit = max(limit, self.policy.least_budget())
+        return limit if self.window is None else min(limit, self.window)
+
+    def _most_slots(self, tokens: int) -> int:
+        """Slots that are enough after so many more tokens, a spare one included."""
+        seen = self.get_seq_length() + tokens
+        if self._reserves and isinstance(self.budget, int):
+            return self._limit(seen) + 1
+        return min(self._limit(seen), seen) + 1
+
+    def _make_room(self, tokens: int) -> None:
+        """Lets the slots grow to what so many more tokens need.
+
+        Raises:
+            RuntimeError: the step is compiled, in which nothing grows.
+        """
+        slots = self.slots
+        assert slots is not None
+        if torch.compiler.is_compiling():
+            if isinstance(self.budget, int) and slots.slots <= self._limit(0):
+                raise RuntimeError(
+                    f"a compiled step cannot take more room, and there is room for {slots.slots - 1} of the budget of "
+                    f"{self._limit(0)} tokens: call cache.reserve() before it is compiled"
+                )
+            return
+        needed = self._most_slots(tokens)
+        if needed > slots.slots:
+            # to no more than will ever be needed
+            enough = self._limit(2**40) + 1
+            grown = slots.slots + max(_GROWTH, slots.slots // _SHARE) if tokens == 1 else needed
+            slots.grow(min(max(needed, grown), enough))
+            self._pin()
+
+    def _follow_budget(self, lengths: Tensor) -> None:
+        """Sets what sequences of these lengths, [batch], may keep, and how many of the newest of it in any case."""
+        assert self.slots is not None
+        least = self.policy.least_budget()
+        if isinstance(self.budget, int):
+            limits = torch.full_like(self.limits, self._limit(0))
+        else:
+            limits = (self.budget * lengths).int()
+            if self.leads and not self._told and not torch.compiler.is_compiling() and not lengths.is_cuda:
+                self._warn_of_floor(limits, lengths, least)
+            # what was granted stays; a compiled step cannot take more room
+            limits = limits.clamp(min=least, max=self.window).clamp(max=self.slots.slots - 1).maximum(self.limits)
+        recent = self.policy.recent
+        recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
+        self.limits.copy_(limits)
+        self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
+
+    def _warn_of_floor(self, limits: Tensor, lengths: Tensor, least: int) -> None:
+        short = (limits < least) & (lengths > least)
+        if bool(short.any()):
+            self._told = True
+            row = int(short.to(torch.uint8).argmax())
+            warnings.warn(
+                f"a budget of {self.budget:g} of {int(lengths[row])} tokens is {int(limits[row])}, which leaves "
+                f"{self.policy} nothing to choose: {least} are kept while it is less",
+                stacklevel=2,
+            )
 
     def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
         if self.packed is not None:

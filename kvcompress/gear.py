@@ -3,6 +3,9 @@
 The newest tokens stay as they came; as soon as `buffer` of them have gathered they are packed, once and for all
 (policies/gear.py says how, kvcompress/packed.py where). Attention reads the packed form: nothing is expanded in
 memory. The forward that brings tokens attends to them exactly; what it leaves behind is packed when it ends.
+
+Drafts of assisted and prompt-lookup decoding of any length can be taken back (kvcompress/gear_layer.py); on a layer
+with a sliding window, of a prompt's own forward 32 tokens.
 """
 
 import dataclasses
@@ -48,12 +51,13 @@ class GEARCache(CompressedCache):
                 values; a power of two, at most `buffer`.
             rank: of the correction of what a prompt packs; 0 for none.
             rank_decode: the same for what decoding packs, a block at a time.
-            outliers: share of the elements kept in 16 bits, 0 to 1.
+            outliers: share of the elements kept in 16 bits, 0 to 1; of each vector, a channel of a block or a token of
+                a head, rounded up to as many at either end, so that 0.02 of 64 are 2, or 3.1 %.
             buffer: tokens packed at a time, a power of two; fewer than that many newest tokens stay as they are.
-            backbone: "kivi", or "kcvt", whose groups are whole blocks of a channel and whole heads of a token.
+            backbone: "kivi", or "whole", whose groups are whole blocks of a channel and whole heads of a token.
 
         Raises:
-            ValueError: a setting out of range, or a model that kvcompress does not serve.
+            ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not serve.
         """
         self.settings = GEAR(
             bits=bits,

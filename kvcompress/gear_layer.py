@@ -1,4 +1,10 @@
-"""A layer of GEARCache: packed blocks, and a dense tail in which the next block gathers (arXiv:2403.05527)."""
+"""A layer of GEARCache: packed blocks, and a dense tail in which the next block gathers (arXiv:2403.05527).
+
+Drafts of assisted and prompt-lookup decoding are taken back by `crop`. A forward that may be a draft stays in the tail
+until the next one, and is taken back exactly. A crop that reaches further and ends inside of a block takes the block
+apart: its tokens that stay go to the tail as attention saw them, decoded, and are packed once more in time. From then
+on forwards of twice as many tokens wait in the tail as well.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +22,8 @@ from kvcompress.padding import PaddingRecord, pads_first, reordered, warn_of_sho
 from kvcompress.policies.gear import GEAR
 from kvcompress.segments import EMPTY, Segment
 
-# a forward of at most so many tokens may be a draft, which can be taken back: its tokens are not packed at once
+# a forward of at most so many tokens may be a draft, which can be taken back: its tokens are not packed at once; a
+# layer that had to take back more expects longer ones
 DRAFT = 32
 
 
@@ -42,6 +49,7 @@ class GEARLayer(CompressedLayer):
         self.sinks = settings.sinks if window is None else 0
         # real tokens of each row so far
         self.lengths: list[int] = []
+        self.draft = DRAFT
 
     def _packed(self) -> list[PackedSegment]:
         parts = [self.prompt] if self.decoded is self.prompt else [self.prompt, self.decoded]
@@ -70,6 +78,7 @@ class GEARLayer(CompressedLayer):
         super().reset()
         self.prompt = self.decoded = self.tail = self.first = None
         self.lengths = []
+        self.draft = DRAFT
 
     def _attend(self, chunk: Chunk) -> Tensor:
         order = None
@@ -206,7 +215,7 @@ class GEARLayer(CompressedLayer):
         has_first = [0] * len(totals) if self.first is None else self.first.held
         missing = [self.sinks - held for held in has_first]
         ready = [
-            max(0, total - sinks - (fresh if 1 < fresh <= DRAFT else 0)) // block if fresh else 0
+            max(0, total - sinks - (fresh if 1 < fresh <= self.draft else 0)) // block if fresh else 0
             for total, fresh, sinks in zip(totals, real, missing, strict=True)
         ]
         if any(count and sinks for count, sinks in zip(ready, missing, strict=True)):
@@ -221,13 +230,13 @@ class GEARLayer(CompressedLayer):
             # what decoding packs has a rank of its own; a row decides as it would alone
             here = [count if (fresh > 1) == of_prompt else 0 for count, fresh in zip(ready, real, strict=True)]
             if any(here):
-                self._append(key, value, here, totals, of_prompt)
+                self._append(key, value, here, totals, real, of_prompt)
         if any(ready) or tokens > 1:
             first = [count * block for count in ready]
             rest = [total - start for total, start in zip(totals, first, strict=True)]
             tail.refill(key, value, first, rest, self.lengths)
         if any(ready) and self.window is not None:
-            self._drop_old()
+            self._drop_old(real)
 
     def _set_apart(self, key: Tensor, value: Tensor, begin: list[int]) -> None:
         """Keeps the first tokens of the rows whose `begin` is not 0 as they are."""
@@ -239,13 +248,15 @@ class GEARLayer(CompressedLayer):
         self.first.positions[which] = torch.arange(self.sinks, dtype=torch.int32, device=key.device)
         self.first.held = [sinks or held for sinks, held in zip(begin, self.first.held, strict=True)]
 
-    def _append(self, key: Tensor, value: Tensor, ready: list[int], totals: list[int], of_prompt: bool) -> None:
+    def _append(
+        self, key: Tensor, value: Tensor, ready: list[int], totals: list[int], real: list[int], of_prompt: bool
+    ) -> None:
         block = self.settings.buffer
         first = [length - total for length, total in zip(self.lengths, totals, strict=True)]
         skip = 0
         if self.window is not None:
             # of a long chunk, what no later query sees is not packed at all
-            reach = [length - self.window - DRAFT for length in self.lengths]
+            reach = self._reach(real)
             skip = min(max(0, min((r - f) // block, n)) for r, f, n in zip(reach, first, ready, strict=True) if n)
         rows = [row for row, count in enumerate(ready) if count > skip]
         if not rows:
@@ -275,12 +286,22 @@ class GEARLayer(CompressedLayer):
         assert self.decoded is not None
         return self.prompt if of_prompt else self.decoded
 
-    def _drop_old(self) -> None:
-        """Lets go of the blocks that have left a sliding window, drafts that are taken back counted in."""
+    def _reach(self, real: list[int]) -> list[int]:
+        """Positions below which no later query of a sliding layer looks, whatever of this forward is taken back.
+
+        Of a row's first forward, a prompt, no more than a draft is.
+        """
         assert self.window is not None
+        behind = [
+            self.draft if fresh == n else max(self.draft, fresh) for fresh, n in zip(real, self.lengths, strict=True)
+        ]
+        return [length - self.window - back for length, back in zip(self.lengths, behind, strict=True)]
+
+    def _drop_old(self, real: list[int]) -> None:
+        """Lets go of the blocks that have left a sliding window, drafts that are taken back counted in."""
         for part in self._packed():
             ends = part.positions[:, 0].unflatten(1, (-1, part.block)).amax(-1)
-            reach = torch.tensor(self.lengths, device=ends.device)[:, None] - self.window - DRAFT
+            reach = torch.tensor(self._reach(real), device=ends.device)[:, None]
             number = torch.arange(ends.shape[1], device=ends.device)
             held = number < torch.tensor(part.blocks, device=ends.device)[:, None]
             gone = (held & (ends < reach)).sum(-1).tolist()
@@ -308,47 +329,53 @@ class GEARLayer(CompressedLayer):
 
     def check_crop(self, tokens: int) -> None:
         if tokens and self.tail is not None:
-            self._cropped(tokens)
+            self._left_by(tokens)
 
-    def _cropped(self, tokens: int) -> tuple[list[int], list[int], list[tuple[PackedSegment, list[int]]]]:
-        """What a crop leaves: lengths, tokens to take from the tail, and the blocks of each packed segment."""
-        assert self.tail is not None
+    def _left_by(self, tokens: int) -> list[int]:
+        """Each row's tokens after a crop.
+
+        Raises:
+            ValueError: for more tokens than were seen, and where what the rest would look at has left the window.
+        """
         if tokens > self._seen:
             raise ValueError(f"crop can take back the {self._seen} tokens seen, got {tokens}")
         visible = self.padding.visible
         fresh = [tokens] * len(self.lengths) if visible is None else visible[:, -tokens:].sum(-1).tolist()
         lengths = [length - count for length, count in zip(self.lengths, fresh, strict=True)]
-        from_tail = [min(count, held) for count, held in zip(fresh, self.tail.held, strict=True)]
-        parts = []
-        limit = torch.tensor(lengths)[:, None, None]
-        for part in self._packed():
-            positions = part.positions[:, 0].unflatten(1, (-1, part.block)).cpu()
-            stays = (positions != EMPTY) & (positions < limit)
-            goes = positions >= limit
-            if bool((stays.any(-1) & goes.any(-1)).any()):
+        if self.window is not None:
+            oldest = [n - kept for n, kept in zip(self.lengths, self.tokens_kept()[:, 0].tolist(), strict=True)]
+            # beyond what a window lacks already, where recent tokens were hidden
+            room = [
+                count if before == 0 else max(0, n - self.window + 1 - before)
+                for n, count, before in zip(self.lengths, fresh, oldest, strict=True)
+            ]
+            if any(count > most for count, most in zip(fresh, room, strict=True)):
                 raise ValueError(
-                    f"crop can take back the {min(self.tail.held)} newest tokens, which are not packed yet, or whole "
-                    f"blocks of {part.block} before them, so that each sequence ends where a block does; got {tokens}"
+                    f"crop can take back {min(room)} tokens of a layer with a sliding window of {self.window} here, "
+                    f"got {tokens}: older ones have left the window"
                 )
-            gone = (goes.any(-1)).sum(-1).tolist()
-            parts.append((part, [held - count for held, count in zip(part.blocks, gone, strict=True)]))
-        held_first = [0] * len(lengths) if self.first is None else self.first.held
-        if any(length < held for length, held in zip(lengths, held_first, strict=True)):
-            raise ValueError(f"crop cannot take back the first {self.sinks} tokens alone, got {tokens}; use reset()")
-        if self.window is not None and max(fresh) > DRAFT and max(self.lengths) > self.window:
-            raise ValueError(
-                f"crop can take back {DRAFT} tokens of a layer with a sliding window of {self.window}, got {tokens}: "
-                "older ones have left the window"
-            )
-        return lengths, from_tail, parts
+        return lengths
 
     def _crop(self, tokens: int) -> None:
-        assert self.tail is not None
-        lengths, from_tail, parts = self._cropped(tokens)
-        for part, blocks in parts:
-            if blocks != part.blocks:
-                part.keep([0] * len(blocks), blocks)
-        self.tail.drop_last(from_tail)
+        tail = self.tail
+        assert tail is not None
+        lengths = self._left_by(tokens)
+        held = [max(0, count - before + n) for count, before, n in zip(tail.held, self.lengths, lengths, strict=True)]
+        left = [part.cut(lengths) for part in self._packed()]
+        if self.first is not None:
+            left.append(self.first.cut(lengths))
+        if any(any(counts) for _, _, counts in left):
+            # each row's newest tokens lie in one of these, at its beginning
+            first, key, value = [0] * len(held), [tail.keys], [tail.values]
+            for of_key, of_value, counts in left:
+                start = sum(part.shape[2] for part in key)
+                first = [start if count else at for count, at in zip(counts, first, strict=True)]
+                held = [count or own for count, own in zip(counts, held, strict=True)]
+                key, value = [*key, of_key.to(tail.keys.dtype)], [*value, of_value.to(tail.values.dtype)]
+            tail.refill(torch.cat(key, 2), torch.cat(value, 2), first, held, lengths)
+            self.draft = max(self.draft, 2 * tokens)
+        else:
+            tail.drop_last([count - own for count, own in zip(tail.held, held, strict=True)])
         self.lengths = lengths
         self._seen -= tokens
 

@@ -7,7 +7,9 @@ answers of nodes and suffix merge by their log-sum-exps, which is exact.
 """
 
 import copy
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -18,7 +20,8 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.layer import CompressedLayer
 from kvcompress.padding import PaddingRecord
-from kvcompress.shared import Move, SharedLayer, SharedRecord
+from kvcompress.rolled import RolledSlots
+from kvcompress.shared import Move, SharedLayer, SharedRecord, same_tokens, segments_of
 from kvcompress.tree import ROOT, Node, Shared, Tree, by_length, common_tokens, find_shared
 
 # fewer shared tokens than these cost more in another launch than they save
@@ -40,6 +43,9 @@ class HydragenCache(CompressedCache):
     prompts feeds only what differs. It also takes the suffixes alone, with `attention_mask=cache.cover(mask)`. While no
     row has tokens of its own, a batch of several times as many rows repeats each, so `num_return_sequences` and beams
     share their prompt.
+
+    It remembers what it was fed, and refuses prompts that begin otherwise, or with the rows in another order. One cache
+    serves one conversation: `clone()` it before each call. A prompt that ends within a node leaves it there.
 
     What pays (measured, README): a node saves memory and prefill from its first token on, and costs a decode step one
     more small attention and a merge. Shared runs of fewer than `min_tokens` tokens are therefore left in the suffixes,
@@ -74,6 +80,8 @@ class HydragenCache(CompressedCache):
             raise ValueError(f"min_tokens and copies must be at least 1, got {min_tokens} and {copies}")
         self.tree = Tree()
         self.min_tokens = min_tokens
+        # how to build the caches again that hold nodes
+        self.donors: dict[int, dict[str, Any]] = {}
         super().__init__(model)
         if input_ids is not None:
             self._find(input_ids, attention_mask, copies)
@@ -127,27 +135,40 @@ class HydragenCache(CompressedCache):
     def from_cache(cls, cache: CompressedCache, **settings: Any) -> Self:
         """A cache whose prefix is what another one holds of one sequence, as that one holds it.
 
-        An evicting cache gives a prefix of its slots, a quantising one a prefix of packed blocks: read once for all
-        rows, whose suffixes are kept whole. The other cache must not be used any more.
+        An evicting cache gives a prefix of its slots, a quantising one a prefix of packed blocks, ShadowKV one whose
+        chunks the queries of all rows choose together: read once for all rows, whose suffixes are kept whole. The other
+        cache must not be used any more.
 
         Args:
             cache: of one sequence, without padding.
 
         Raises:
-            ValueError: it holds several sequences, padding, or keys that do not stand at their true positions.
+            ValueError: it has seen nothing, or holds several sequences, padding, or keys that do not stand at their
+                true positions.
         """
         model = cache._model()
         if model is None:
             raise ValueError("the model of the cache is gone")
+        if not cache.get_seq_length():
+            raise ValueError(f"from_cache takes a cache that has seen something, got an empty {type(cache).__name__}")
+        if any(isinstance(segment, RolledSlots) for layer in cache.layers for segment in segments_of(layer)):
+            raise ValueError(
+                f"a {type(cache).__name__} with rolled=True holds RolledSlots, keys that stand at no position of "
+                "their own, and no sequence can go on from them; build it without rolled=True"
+            )
         if cache.batch_size != 1 or cache.padding.visible is not None:
             raise ValueError(
                 f"from_cache takes a cache of one sequence without padding, got {cache.batch_size} sequences"
                 + (" with padding" if cache.padding.visible is not None else "")
             )
+        if isinstance(cache, cls):
+            return cache.fork()
         shared = cls(model, **settings)
         name = shared.tree.add(ROOT, int(cache.get_seq_length()))
+        plain: dict[int, Any] = {}
         for layer, other in zip(shared.layers, cache.layers, strict=True):
-            layer.adopt(name, other)
+            layer.adopt(name, other, plain)
+        shared.donors[name] = {"cache": type(cache).__name__, "settings": cache._settings()}
         shared.tree.set_leaves([name])
         shared._lay_out()
         return shared
@@ -205,9 +226,10 @@ class HydragenCache(CompressedCache):
 
     def clone(self) -> Self:
         """An independent copy; nodes are shared with it, as they never change."""
-        memo: dict[int, Any] = {
-            id(segment): segment for layer in self.layers for node in layer.held.values() for segment in node
-        }
+        shared: list[Any] = list(self.tree.nodes.values())
+        for layer in self.layers:
+            shared += [*layer.coded.values(), *(segment for node in layer.held.values() for segment in node)]
+        memo: dict[int, Any] = {id(one): one for one in shared}
         return copy.deepcopy(self, memo)
 
     def cover(self, mask: Tensor) -> Tensor:
@@ -239,9 +261,11 @@ class HydragenCache(CompressedCache):
             if node.start >= tokens:
                 self._set_leaves([node.parent] * len(self.tree.leaves))
             elif node.stop > tokens:
-                self.tree.nodes[name] = Node(node.parent, tokens - node.start, node.start)
+                left = tokens - node.start
                 for layer in self.layers:
-                    layer.cut(name, tokens - node.start)
+                    layer.cut(name, left, name)
+                ids = None if node.ids is None else node.ids[:left].clone()
+                self.tree.nodes[name] = replace(node, tokens=left, ids=ids)
         self._lay_out()
 
     def gather_rows(self) -> None:
@@ -290,7 +314,8 @@ class HydragenCache(CompressedCache):
     def reset(self) -> None:
         super().reset()
         self.tree.clear()
-        self.padding.laid_out = True
+        self.donors = {}
+        self.padding.laid_out, self.padding.fed = True, None
 
     def _settings(self) -> dict[str, Any]:
         tree = self.tree
@@ -298,6 +323,9 @@ class HydragenCache(CompressedCache):
         nodes = {name: [node.parent, node.tokens, node.start] for name, node in tree.nodes.items()}
         return {
             "min_tokens": self.min_tokens,
+            "donors": {
+                name: donor for name, donor in self.donors.items() if any(name in layer.coded for layer in self.layers)
+            },
             "tree": {"nodes": nodes, "leaves": tree.leaves, "ahead": ahead, "laid_out": self.padding.laid_out},
         }
 
@@ -309,6 +337,11 @@ class HydragenCache(CompressedCache):
         cache.tree.set_leaves(tree["leaves"])
         cache.tree.ahead = None if tree["ahead"] is None else torch.tensor(tree["ahead"])
         cache.padding.laid_out = tree["laid_out"]
+        for name, donor in settings.get("donors", {}).items():
+            cache.donors[int(name)] = donor
+            other = _kind(donor["cache"])._rebuild(model, donor["settings"])
+            for layer, held in zip(cache.layers, other.layers, strict=True):
+                layer.coded[int(name)] = held
         return cache
 
     def _record(self) -> PaddingRecord:
@@ -332,9 +365,100 @@ class HydragenCache(CompressedCache):
         if not rows:
             self.tree.set_leaves([ROOT] * batch)
         elif batch > rows and batch % rows == 0 and not self.padding.laid_out:
+            self.padding.undo = functools.partial(
+                self._put_back, list(self.tree.leaves), self.tree.ahead, self.padding.visible
+            )
             self.tree.repeat(batch // rows)
             self.padding.repeat(batch // rows)
             self._set_rows(batch)
+
+    def _put_back(self, leaves: list[int], ahead: Tensor | None, visible: Tensor | None) -> None:
+        """The rows as they were before `_meet`."""
+        self.tree.set_leaves(leaves)
+        self.tree.ahead, self.padding.visible = ahead, visible
+        self._set_rows(len(leaves))
+
+    def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
+        """Remembers what is fed."""
+        self.padding.ids, self.padding.undo = input_ids, None
+
+    def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Compares whole prompts [batch, tokens] with what is held, and leaves of each a token to feed.
+
+        Raises:
+            ValueError: a prompt does not begin with what its row has seen; nothing has changed.
+        """
+        rows, (batch, width) = len(self.tree.leaves), input_ids.shape
+        if self.padding.laid_out or not self.tree.nodes:
+            super().prompt_begins(input_ids, attention_mask)
+        if not rows or batch % rows or (self.padding.laid_out and batch != rows):
+            return
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids, mask = input_ids.cpu(), mask.cpu().bool()
+        if self.padding.laid_out:
+            seen = int(self.get_seq_length())
+            held = torch.ones(rows, seen, dtype=torch.bool) if self.padding.visible is None else self.padding.visible
+            # compiled steps left no record; what they fed is visible
+            held = torch.nn.functional.pad(held.cpu(), (0, seen - held.shape[1]), value=True)
+            for row in range(rows):
+                both = held[row] & mask[row, :seen]
+                known = self.padding.row_ids(row, int(held[row].sum()))[both[held[row]]]
+                places = both.nonzero()[:, 0]
+                same_tokens(row, ids[row, places], known, places)
+            return
+        ends: dict[int, int] = {}
+        for row in range(batch):
+            own, path = ids[row, mask[row]], self.tree.ids(self.tree.leaves[row * rows // batch])
+            common = min(len(own), len(path))
+            same_tokens(row, own[:common], path[:common], torch.arange(common))
+            if len(own) < len(path):
+                ends[row] = len(own)
+        self._end_rows(ends, batch)
+        if width <= self.get_seq_length():
+            # one token is left to feed
+            self.padding.see(width - 1)
+            if self.padding.visible is not None:
+                self.padding.visible = self.padding.visible[:, : width - 1]
+
+    def _end_rows(self, ends: dict[int, int], batch: int) -> None:
+        """Rows of a batch go on from fewer tokens of their paths, at least one, than they hold."""
+        copies = batch // len(self.tree.leaves)
+        leaves = [leaf for leaf in self.tree.leaves for _ in range(copies)]
+        wanted: dict[tuple[int, int], int] = {}
+        for row, tokens in ends.items():
+            name = self.tree.node_at(leaves[row], tokens)
+            left = 0 if name == ROOT else tokens - self.tree.nodes[name].start
+            wanted[name, left] = name
+            if name != ROOT and left < self.tree.nodes[name].tokens:
+                for layer in self.layers:
+                    if not layer.cuts(name, left):
+                        kind = "sliding window" if layer.window is not None else type(layer.held[name][0]).__name__
+                        raise ValueError(
+                            f"the prompt of row {row} ends after {tokens} tokens, within a node of "
+                            f"{self.tree.nodes[name].tokens} that is held as {kind} and cannot be cut there; pass "
+                            "prompts that hold the whole prefix, or build a HydragenCache of these prompts"
+                        )
+        if not ends:
+            return
+        if copies > 1:
+            self._meet(batch)
+            self.padding.undo = None
+        for name, left in wanted:
+            if name != ROOT and left < self.tree.nodes[name].tokens:
+                node = self.tree.nodes[name]
+                into = self.tree.add(node.parent, left, None if node.ids is None else node.ids[:left].clone())
+                wanted[name, left] = into
+                for layer in self.layers:
+                    layer.cut(name, left, into)
+        for row, tokens in ends.items():
+            name = self.tree.node_at(leaves[row], tokens)
+            left = 0 if name == ROOT else tokens - self.tree.nodes[name].start
+            leaves[row] = wanted[name, left]
+        self._set_leaves(leaves)
+
+    def known_ids(self, row: int = 0) -> Tensor:
+        """The tokens of a row that the cache has seen, [tokens] int32 on the CPU, -1 where it was not told."""
+        return torch.cat([self.tree.ids(self.tree.leaves[row]), self.padding.own_ids(row)])
 
     def _set_rows(self, batch: int) -> None:
         for layer in self.layers:
@@ -370,7 +494,7 @@ class HydragenCache(CompressedCache):
         """Columns for what the rows hold, each padded on the left to the longest."""
         lengths = self.tree.lengths()
         seen = max(lengths)
-        self.padding.laid_out = False
+        self.padding.laid_out, self.padding.fed = False, None
         self.padding.visible = None
         if min(lengths) < seen:
             place = torch.arange(seen, device=self._device())
@@ -405,13 +529,14 @@ class HydragenCache(CompressedCache):
         nodes = []
         for row, count in enumerate(counts):
             if count:
-                leaves[row] = self.tree.add(leaves[row], count)
+                ids = self.padding.own_ids(row)
+                leaves[row] = self.tree.add(leaves[row], count, ids if len(ids) == count else None)
                 nodes.append((leaves[row], row, 0, count))
         if nodes:
             for layer in self.layers:
                 layer.move(Move(nodes, counts, counts, leaves))
             self.tree.set_leaves(leaves)
-            self.padding.laid_out = False
+            self.padding.laid_out, self.padding.fed = False, None
 
     def _set_leaves(self, leaves: list[int]) -> None:
         self.tree.set_leaves(leaves)
@@ -427,6 +552,9 @@ class HydragenCache(CompressedCache):
         """Turns all nodes into the rows' own tokens."""
         seen = int(self.get_seq_length())
         shown = self.padding.shown(len(self.tree.leaves), seen)
+        visible = self.padding.visible
+        visible = torch.ones(len(shown), seen, dtype=torch.bool) if visible is None else visible
+        self.padding.lay_ids([self.padding.row_ids(row, int(tokens)) for row, tokens in enumerate(shown)], visible)
         for layer in self.layers:
             layer.thaw(self.padding.visible, shown, None)
         self.tree.thaw()
@@ -491,6 +619,17 @@ class HydragenCache(CompressedCache):
         self.padding.visible = None if bool(mask[:, :seen].all()) else mask[:, :seen].clone()
         for layer in self.layers:
             layer._seen = seen
+
+
+def _kind(name: str) -> type[CompressedCache]:
+    """The cache of this name."""
+    queue: list[type[CompressedCache]] = [CompressedCache]
+    while queue:
+        kind = queue.pop()
+        if kind.__name__ == name:
+            return kind
+        queue += kind.__subclasses__()
+    raise ValueError(f"the file's prefix lies in a {name}, and no cache of that name is imported")
 
 
 def _columns(ends: list[int]) -> int:

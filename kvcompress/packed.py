@@ -4,7 +4,8 @@ Rows of a padded batch differ in length. A row's tokens are packed as if it were
 are its first block. Rows therefore hold different numbers of blocks; positions tell what is there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import Coding, Packed, dequantise, quantise
+from kvcompress.padding import reordered
 from kvcompress.segments import EMPTY, Segment
 
 _COMPONENTS = {
@@ -24,6 +26,8 @@ _COMPONENTS = {
     "left": "factors",
     "right": "factors",
 }
+# places that a tail keeps beside the tokens it holds, when sequences leave
+_SPARE = 64
 # names that a saved segment had for its tensors
 _SIDES = ("keys", "values")
 
@@ -75,6 +79,10 @@ class PackedSegment(Segment):
             setattr(self, side, Packed(*(tensors.get(f"{side}.{name}") for name in Packed._fields)))  # type: ignore[arg-type]
         self.positions, self.spans = tensors["positions"], tensors.get("spans")
 
+    def trim(self) -> None:
+        if max(self.blocks, default=0) * self.block < self.positions.shape[2]:
+            self.keep([0] * len(self.blocks), self.blocks)
+
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
@@ -90,6 +98,9 @@ class PackedSegment(Segment):
             window=window,
             softcap=softcap,
         )[:2]
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield (*self.decoded(), self.positions)
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """The keys and values that attention sees, [batch, kv_heads, blocks * block, head_dim] float32 each."""
@@ -178,6 +189,36 @@ class PackedSegment(Segment):
         held = number < torch.tensor(self.blocks, device=self.spans.device)[:, None]
         return ((self.spans + 1) * held).amax(-1).tolist()
 
+    def cut(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Lets go of each row's blocks that reach beyond its first `lengths` tokens.
+
+        Returns:
+            What they held of those, as attention saw it: keys and values [batch, kv_heads, any, head_dim], a row's
+            tokens in its first places, and how many those are.
+        """
+        places = self.positions[:, 0].unflatten(1, (-1, self.block))
+        limit = torch.tensor(lengths, device=places.device)[:, None]
+        goes = (places >= limit[..., None]).any(-1)  # [batch, blocks]
+        if not bool(goes.any()):
+            none = [
+                side.codes.new_empty(*side.codes.shape[:2], 0, side.codes.shape[-1])
+                for side in (self.keys, self.values)
+            ]
+            return none[0], none[1], [0] * len(places)
+        at = goes.to(torch.uint8).argmax(1, keepdim=True)
+        stays = places.gather(1, at[..., None].expand(-1, -1, self.block))[:, 0]
+        stays = (stays != EMPTY) & (stays < limit) & goes.any(1, keepdim=True)
+        order = stays.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
+        spans = None if self.spans is None else self.spans.gather(1, at)
+        sides = []
+        for packed, coding in zip((self.keys, self.values), self.codings, strict=True):
+            one: Any = [None if part is None else _taken(part, at, 2) for part in packed[:6]]
+            sides.append(reordered(dequantise(Packed._make([*one, packed.right]), coding, spans=spans)[:, :, 0], order))
+        # what follows a block that goes goes too, hidden tokens or not
+        held = torch.tensor(self.blocks, device=at.device)
+        self.keep([0] * len(places), torch.where(goes.any(1), at[:, 0], held).tolist())
+        return sides[0], sides[1], stays.sum(-1).tolist()
+
     def keep(self, first: Sequence[int], last: Sequence[int]) -> None:
         """Keeps of each row the blocks first .. last - 1 alone, and no memory for the others."""
         counts = [stop - start for start, stop in zip(first, last, strict=True)]
@@ -238,6 +279,14 @@ class TailSegment(Segment):
     def room(self) -> int:
         return self.keys.shape[2]
 
+    def trim(self) -> None:
+        room = max(self.held) + _SPARE
+        if room < self.room:
+            for name in self.state:
+                dim = 1 if name == "positions" else 2
+                tensor = getattr(self, name).narrow(dim, 0, room)
+                setattr(self, name, tensor.clone(memory_format=torch.contiguous_format))
+
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
@@ -253,6 +302,9 @@ class TailSegment(Segment):
             window=window,
             softcap=softcap,
         )
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield self.keys, self.values, self.positions[:, None]
 
     def put(self, key: Tensor, value: Tensor, real: Sequence[int], lengths: Sequence[int]) -> None:
         """Adds one token a row, [batch, kv_heads, 1, head_dim]: real is 0 for a row whose token is padding."""
@@ -297,6 +349,18 @@ class TailSegment(Segment):
         limit = torch.tensor(self.held, device=self.positions.device)[:, None]
         gone = torch.arange(self.room, device=limit.device) >= limit
         self.positions.masked_fill_(gone, EMPTY)
+
+    def cut(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Empties the rows that reach beyond their first `lengths` tokens.
+
+        Returns:
+            What they held: keys and values [batch, kv_heads, room, head_dim], and how many of those tokens are a row's.
+        """
+        counts = [length if length < held else 0 for length, held in zip(lengths, self.held, strict=True)]
+        gone = [held if length < held else 0 for length, held in zip(lengths, self.held, strict=True)]
+        if any(gone):
+            self.drop_last(gone)
+        return self.keys, self.values, counts
 
     def grow(self, room: int) -> None:
         """Makes room for so many tokens."""

@@ -1,8 +1,18 @@
 """Slots of an evicting cache whose tokens are packed: heavy hitters, in a few bits each.
 
 A slot is overwritten as soon as its token goes, so every token must be packed by itself: keys too are quantised per
-token (what GEAR, arXiv:2403.05527, calls KCVT for values), with their own outliers. Nothing is ever packed twice, and
+token (as GEAR, arXiv:2403.05527, packs values), with their own outliers. Nothing is ever packed twice, and
 no error grows with the length of the text. GEAR's groups along tokens and its low-rank part need blocks that stay.
+
+Some channels of keys are far from 0 or spread far wider than the others, by the weights or by a bias of the key
+projection (Qwen2), and would set the scale of every token. So what is packed is
+
+    key' = (key - centre) / spread        q.key = (q * spread).key' + q.centre
+
+The centre, of the few channels that lie outside of what is typical, is the middle of their range, and 0 elsewhere; it
+reaches attention as one offset of a query's logits. A head learns both from the first tokens that come to it while it
+holds nothing, and keeps them. Channels that RoPE turns slowly, where models have their largest biases, stay where they
+were; one that turns away from its centre is packed more coarsely, and no answer is wrong for it.
 """
 
 from collections.abc import Callable
@@ -22,17 +32,21 @@ BLOCK = 32
 # tokens that the quantiser takes at least
 _LEAST = 8
 _SIDES = ("keys", "values")
-_COMPONENTS = {"codes": "codes", "scales": "scales", "zeros": "scales"}
+_COMPONENTS = {"codes": "codes", "scales": "scales", "zeros": "scales", "centre": "scales", "spread": "scales"}
+_LARGEST = torch.finfo(torch.float16).max
 
 
 class PackedSlots(SlotSegment):
     """Slots that hold codes, scales and outliers in place of keys and values.
 
-    packed: of keys and of values, [batch, kv_heads, slots / BLOCK, ...] as kernels/quantise.py lays them out, each
-    token for itself. positions, scores, spare: as in SlotSegment. coding: of both.
+    packed: of keys, centred and divided by their spread, and of values, [batch, kv_heads, slots / BLOCK, ...] as
+    kernels/quantise.py lays them out, each token for itself. centre, spread: of the keys' channels,
+    [batch, kv_heads, head_dim] float16. positions, scores, spare: as in SlotSegment. coding: of both.
     """
 
     packed: dict[str, Packed]
+    centre: Tensor
+    spread: Tensor
     coding: Coding
     dtype: torch.dtype
 
@@ -44,6 +58,8 @@ class PackedSlots(SlotSegment):
         self.dtype = key.dtype
         nothing = key.new_zeros(batch, kv_heads, blocks, BLOCK, key.shape[-1])
         self.packed = {side: quantise(nothing, coding) for side in _SIDES}
+        self.centre = key.new_zeros(batch, kv_heads, key.shape[-1], dtype=torch.float16)
+        self.spread = torch.ones_like(self.centre)
         shape = (batch, kv_heads, blocks * BLOCK)
         self.positions = torch.full(shape, EMPTY, dtype=torch.int32, device=key.device)
         self.scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
@@ -51,6 +67,7 @@ class PackedSlots(SlotSegment):
 
     def tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {"positions": self.positions, "scores": self.scores, "spare": self.spare}
+        found |= {"keys.centre": self.centre, "keys.spread": self.spread}
         for side, packed in self.packed.items():
             found |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
         return found
@@ -72,6 +89,12 @@ class PackedSlots(SlotSegment):
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         self.positions, self.scores, self.spare = (tensors[name] for name in ("positions", "scores", "spare"))
+        if "keys.centre" not in tensors:
+            # a file of before keys were centred
+            codes = tensors["keys.codes"]
+            plain = codes.new_zeros(*codes.shape[:2], codes.shape[-1], dtype=torch.float16)
+            tensors = tensors | {"keys.centre": plain, "keys.spread": plain + 1}
+        self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
         self.packed = {
             side: Packed(*(tensors.get(f"{side}.{name}") for name in Packed._fields))  # type: ignore[arg-type]
             for side in _SIDES
@@ -81,17 +104,28 @@ class PackedSlots(SlotSegment):
     def slots(self) -> int:
         return self.positions.shape[2]
 
+    def grow(self, slots: int) -> None:
+        more = -(-slots // BLOCK) - self.slots // BLOCK
+        for side, packed in self.packed.items():
+            self.packed[side] = Packed(
+                *(None if part is None else torch.cat([part, part.new_zeros(_more(part, more))], 2) for part in packed)  # type: ignore[arg-type]
+            )
+        added = self.positions.new_full((*self.positions.shape[:2], more * BLOCK), EMPTY)
+        self.positions = torch.cat([self.positions, added], 2)
+        self.scores = torch.cat([self.scores, torch.zeros_like(added, dtype=torch.float32)], 2)
+        torch.argmin(self.positions, -1, out=self.spare)
+
     def like(self) -> tuple[Tensor, Tensor]:
         codes = self.packed["keys"].codes
         empty = codes.new_empty(*codes.shape[:2], 0, codes.shape[-1], dtype=self.dtype)
         return empty, empty
 
     def placed_keys(self) -> Tensor:
-        return dequantise(self.packed["keys"], self.coding, self.dtype).flatten(2, 3)
+        key = dequantise(self.packed["keys"], self.coding).flatten(2, 3)
+        return key.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
 
     def contents(self) -> tuple[Tensor, Tensor]:
-        key, value = (dequantise(self.packed[side], self.coding, self.dtype).flatten(2, 3) for side in _SIDES)
-        return key, value
+        return self.placed_keys(), dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
 
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
@@ -158,26 +192,52 @@ class PackedSlots(SlotSegment):
         with_logits: bool,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        rows = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (self.positions.shape[1], -1))
+        centre, spread = (x.to(rows.dtype)[:, :, None, None] for x in (self.centre, self.spread))
         return packed_attention(
-            query,
+            (rows * spread).flatten(1, 2).to(query.dtype),
             self.packed["keys"],
             self.packed["values"],
             self.coding,
             self.coding,
             self.positions if positions is None else positions,
             query_positions,
+            offsets=(rows * centre).sum(-1).flatten(1, 2).float(),
             scale=scale,
             window=window,
             softcap=softcap,
             with_logits=with_logits,
         )
 
+    def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        self._learn(key, (positions != EMPTY)[:, None, None])
+        super().put(key, value, positions)
+
+    def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
+        self._learn(key, positions != EMPTY)
+        super().replace(key, value, positions, scores, kept)
+
+    def _learn(self, key: Tensor, real: Tensor) -> None:
+        """Sets centre and spread where a head holds nothing, from tokens that come to it.
+
+        Args:
+            key: [batch, kv_heads, tokens, head_dim].
+            real: [batch, 1 or kv_heads, tokens] bool.
+        """
+        holds_nothing = (self.positions == EMPTY).all(-1) & real.any(-1)
+        for held, learned in zip((self.centre, self.spread), _channels(key, real), strict=True):
+            held.copy_(torch.where(holds_nothing[..., None], learned, held))
+
+    def _normal(self, key: Tensor) -> Tensor:
+        """Keys [batch, kv_heads, tokens, head_dim] as they are packed."""
+        return (key.float() - self.centre[:, :, None]) / self.spread[:, :, None]
+
     def _write(self, key: Tensor, value: Tensor) -> None:
         batch, kv_heads = self.spare.shape
         row = torch.arange(batch, device=key.device)[:, None]
         head = torch.arange(kv_heads, device=key.device)
         block, place = self.spare // BLOCK, self.spare % BLOCK
-        for side, x in zip(_SIDES, (key, value), strict=True):
+        for side, x in zip(_SIDES, (self._normal(key), value), strict=True):
             fresh = quantise(x[:, :, None].expand(-1, -1, 1, _LEAST, -1), self.coding)
             packed = self.packed[side]
             _overwrite(packed.codes, fresh.codes[:, :, 0], (row, head, block), place, self.coding.bits)
@@ -195,6 +255,7 @@ class PackedSlots(SlotSegment):
         target = target.masked_fill(~wanted, self.slots)
         for side, x in zip(_SIDES, (key, value), strict=True):
             taken = x.gather(2, source[..., None].expand(-1, -1, -1, x.shape[-1]))
+            taken = self._normal(taken) if side == "keys" else taken
             fresh = quantise(taken.unflatten(2, (-1, BLOCK)), self.coding)
             packed = self.packed[side]
             codes = unpack_codes(packed.codes, self.coding.bits)
@@ -203,6 +264,31 @@ class PackedSlots(SlotSegment):
             for old, new in zip(packed[1:5], fresh[1:5], strict=True):
                 if old is not None and new is not None:
                     _scatter(old, new, target)
+
+
+def _more(part: Tensor, blocks: int) -> tuple[int, ...]:
+    return (*part.shape[:2], blocks, *part.shape[3:])
+
+
+def _channels(key: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and spread of each channel, [batch, kv_heads, head_dim] float16; of no meaning where no token is real.
+
+    With few tokens their ranges say little, and the spread nears one for all channels. It keeps a share of the mean
+    over channels however many there are, as a channel may leave the range that the first tokens had.
+
+    Args:
+        key, real: as in `PackedSlots._learn`.
+    """
+    key, real = key.float(), real[..., None]
+    high = key.masked_fill(~real, -torch.inf).amax(2)
+    low = key.masked_fill(~real, torch.inf).amin(2)
+    middle = (high + low) / 2
+    typical = torch.maximum(high.abs(), low.abs()).median(-1, keepdim=True).values
+    centre = torch.where(middle.abs() > typical, middle, 0.0).clamp(-_LARGEST, _LARGEST).half()
+    reach = torch.maximum(high - centre, centre - low).square()
+    spread = (reach + (0.25 + 32 / real.sum(2)) * reach.mean(-1, keepdim=True)).sqrt()
+    size = spread.square().mean(-1, keepdim=True).sqrt()
+    return centre, torch.where(size > 0, spread / size, 1.0).half()
 
 
 def _scatter(slots: Tensor, fresh: Tensor, target: Tensor) -> None:

@@ -1,7 +1,8 @@
 """What each cache would need for a model, a context and a batch, from the model's config alone.
 
     full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
-    slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score
+    slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score; packed ones have codes,
+                   scales and outliers, and 4 x head_dim bytes a KV head for centre and spread of the keys' channels
     expected     = also 4 x heads x (head_dim^2 + head_dim) a layer, its statistics of the queries
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and a tail of one block as it came
     shadowkv     = on the device, and beside it the values of all tokens on the host: low-rank keys, landmarks, and the
@@ -21,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvcompress import hf, loading, registry
 from kvcompress.gear_layer import DRAFT
-from kvcompress.hosted import MOST_SLABS
+from kvcompress.hosted import ADDRESSES
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.packed_slots import BLOCK as SLOTS_A_BLOCK
 from kvcompress.policies.gear import GEAR, preset
@@ -124,7 +125,9 @@ def make_plan(
             needs.append(Need(spec, None, weights, cache, full, activations + batch * context * token))
             continue
         if not method.takes_budget:
-            needs.append(Need(spec, None, weights, full, full, activations))
+            # HydragenCache keeps the ids that it compares prompts with
+            ids = 4 * batch * context if method.name == "hydragen" else 0
+            needs.append(Need(spec, None, weights, full + ids, full, activations))
             continue
         if method.reads_budget:
             chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
@@ -156,7 +159,7 @@ def _slots(shape: Shape, budget: int, batch: int, item: int, packed: GEAR | None
     if packed is not None:
         blocks = -(-slots // SLOTS_A_BLOCK)
         slots = blocks * SLOTS_A_BLOCK
-        held = blocks * 2 * packed.of_a_token(shape.head_dim).bytes(SLOTS_A_BLOCK, shape.head_dim)
+        held = blocks * 2 * packed.of_a_token(shape.head_dim).bytes(SLOTS_A_BLOCK, shape.head_dim) + 4 * shape.head_dim
     return batch * (shape.kv_heads * (held + slots * (4 + 4) + 8) + 3 * 4) + 8
 
 
@@ -190,7 +193,7 @@ def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: 
     a_head = slots * (2 * head_dim * item + 4) + 8 * selected + 12 * outliers
     # counted: what the basis missed, limits, chunks and tokens; fetched bytes, addresses of slabs, frequencies
     row = low_rank + folded * a_chunk + shape.kv_heads * a_head + 4 + 3 * 8
-    return batch * row + 8 + 8 * MOST_SLABS + 4 * (head_dim // 2)
+    return batch * row + 8 + 8 * ADDRESSES + 4 * (head_dim // 2)
 
 
 def _query_statistics(shape: Shape, batch: int, covariance: bool) -> int:

@@ -134,6 +134,10 @@ class _Witness(CompressedLayer):
     def segments(self) -> list[Segment]:
         return []
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.dtype = self.layer.dtype
+
     def get_seq_length(self) -> int:
         return self.layer.get_seq_length()
 
@@ -162,7 +166,7 @@ def read_again(
     model: PreTrainedModel,
     layers: Sequence[RereadLayer],
     ids: Tensor,
-    visible: Tensor | None,
+    padding: PaddingRecord,
     seen: int,
     how: SecondReading,
 ) -> None:
@@ -171,13 +175,18 @@ def read_again(
     Args:
         model: what takes input_ids and a cache, without its head if need be.
         ids: [batch, tokens], of that forward.
-        visible: [batch, tokens seen] bool padding mask, or None where nothing is padded.
+        padding: which of the tokens seen are padding, and where the model has placed the last.
         seen: tokens seen, these included.
         how: each chunk is read at the same places.
     """
     batch, tokens = ids.shape
+    visible = padding.visible
     fresh = ids.new_ones(batch, tokens, dtype=torch.bool) if visible is None else visible[:, -tokens:]
-    lengths = ids.new_full((batch,), seen) if visible is None else visible.sum(-1)
+    # behind the last token, wherever the model has placed it
+    if padding.last_position is not None:
+        lengths = ids.new_tensor(padding.last_position) + 1
+    else:
+        lengths = ids.new_full((batch,), seen) if visible is None else visible.sum(-1)
     sizes = hf.sizes(model.config)
     rows = [row[shown].tolist() for row, shown in zip(ids, fresh, strict=True)]
     # a single token is not read again

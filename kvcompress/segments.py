@@ -5,7 +5,7 @@ All tensors of a segment have the batch as their first dimension, which makes be
 cloning and saving one loop over them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, Self
 
 import torch
@@ -36,6 +36,9 @@ class Segment:
         for name, tensor in self.tensors().items():
             setattr(self, name, change(tensor))
 
+    def trim(self) -> None:
+        """Gives back the room that no sequence needs any more, as others have left."""
+
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
         """A segment of these tensors, as `tensors()` gives them."""
@@ -63,6 +66,11 @@ class Segment:
         Returns:
             Output [batch, heads, queries, head_dim] and natural log-sum-exp [batch, heads, queries] float32.
         """
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All that may be attended to, some at a time: keys, values [batch, kv_heads, tokens, head_dim], and positions
+        [batch, 1 or kv_heads, tokens] int32, EMPTY where there is no token."""
         raise NotImplementedError
 
 
@@ -96,6 +104,15 @@ class SlotSegment(Segment):
         """Slots per KV head, the spare one included."""
         return self.keys.shape[2]
 
+    def grow(self, slots: int) -> None:
+        """Makes it so many slots; what is held stays where it is."""
+        more = slots - self.slots
+        for name, value in (("keys", 0), ("values", 0), ("positions", EMPTY), ("scores", 0)):
+            held = getattr(self, name)
+            added = held.new_full((*held.shape[:2], more, *held.shape[3:]), value)
+            setattr(self, name, torch.cat([held, added], 2))
+        torch.argmin(self.positions, -1, out=self.spare)
+
     def placed_keys(self) -> Tensor:
         """The keys as queries meet them, rotated to where they stand, [batch, kv_heads, slots, head_dim]."""
         return self.keys
@@ -103,6 +120,9 @@ class SlotSegment(Segment):
     def contents(self) -> tuple[Tensor, Tensor]:
         """Keys, as queries meet them, and values, [batch, kv_heads, slots, head_dim]."""
         return self.placed_keys(), self.values
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield (*self.contents(), self.positions)
 
     def like(self) -> tuple[Tensor, Tensor]:
         """Tensors of the type and, tokens aside, the shape of keys and of values."""

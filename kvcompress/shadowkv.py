@@ -35,7 +35,8 @@ class ShadowLayer(CompressedLayer):
     """One layer's segment, and when its tail is folded.
 
     A fold is due at the start of a forward, so that what the last one fed can be taken back; only a long tail, as a
-    prompt leaves, is folded at once.
+    prompt leaves, is folded at once, unless the past is recorded, as generate asks where it drafts: a forward may then
+    hold drafts of any length, and what it feeds stays as it came until the next one.
     """
 
     is_croppable = True
@@ -62,6 +63,12 @@ class ShadowLayer(CompressedLayer):
         self.host = host
         self.rope = rope
         self.segment: ShadowSegment | None = None
+        # transformers' name; generate takes it back where it records for itself
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Leaves all that a forward feeds to be taken back, until the next one."""
+        self.record_past = True
 
     def segments(self) -> list[Segment]:
         return [] if self.segment is None else [self.segment]
@@ -91,7 +98,6 @@ class ShadowLayer(CompressedLayer):
         if self.segment is None:
             self.segment = self._new_segment(chunk, counts)
         segment = self.segment
-        was_empty = segment.lengths == 0
         self._fold_if(self._overdue() > 0)
 
         outs, lses = [], []
@@ -107,9 +113,11 @@ class ShadowLayer(CompressedLayer):
             out, lse = self._read(chunk, segment)
             outs, lses = [*outs, out], [*lses, lse]
         if chunk.tokens > 1:
-            segment.append(chunk.key, chunk.value, chunk.visible, counts)
-        overdue = self._overdue()
-        self._fold_if((overdue > self.settings.fold) | (was_empty & (overdue > 0)))
+            fresh = torch.full_like(segment.lengths, chunk.tokens) if counts is None else counts
+            overdue, was_empty = self._overdue(fresh), segment.lengths == 0
+            due = (overdue > self.settings.fold) | (was_empty & (overdue > 0))
+            folding = torch.zeros_like(fresh) if self.record_past else self._chunks(due, fresh)
+            segment.append(chunk.key, chunk.value, chunk.visible, counts, folding)
 
         if chunk.sinks is not None:
             outs, lses = with_sinks(outs, lses, chunk.sinks)
@@ -130,20 +138,24 @@ class ShadowLayer(CompressedLayer):
         limits = (tokens // self.settings.chunk).clamp(min=1)
         return ShadowSegment(self.settings, self.rope, self.host, chunk.key, chunk.value, limits)
 
-    def _overdue(self) -> Tensor:
-        """Tokens by which each tail is too long, [batch] int64 on the CPU."""
+    def _overdue(self, fresh: Tensor | int = 0) -> Tensor:
+        """Tokens by which each tail is too long, [batch] int64 on the CPU, once it has `fresh` more."""
         segment, settings = self.segment, self.settings
         assert segment is not None
         dense = settings.dense_tokens(segment.limits).clamp(min=(settings.local_chunks + 1) * settings.chunk - 1)
         folding = settings.local_chunks * settings.chunk + settings.fold
-        return torch.where(segment.folded > 0, segment.tails() - folding, segment.lengths - dense)
+        return fresh + torch.where(segment.folded > 0, segment.tails() - folding, segment.lengths - dense)
+
+    def _chunks(self, due: Tensor, fresh: Tensor | int = 0) -> Tensor:
+        """Chunks to fold where a fold is due, [batch] int64 on the CPU, of the tail with `fresh` more tokens."""
+        assert self.segment is not None
+        whole = (self.segment.tails() + fresh) // self.settings.chunk - self.settings.local_chunks
+        return whole.clamp(min=0) * due
 
     def _fold_if(self, due: Tensor) -> None:
-        segment, settings = self.segment, self.settings
-        assert segment is not None
+        assert self.segment is not None
         if bool(due.any()):
-            whole = segment.tails() // settings.chunk - settings.local_chunks
-            segment.fold(whole.clamp(min=0) * due)
+            self.segment.fold(self._chunks(due))
 
     def _remap(self, remap: Tensor) -> None:
         assert self.segment is not None
@@ -165,7 +177,8 @@ class ShadowLayer(CompressedLayer):
         if tokens and self.segment is not None and bool((self._removed(tokens) > self.segment.tails()).any()):
             raise ValueError(
                 f"ShadowKV can take back the tokens that are not folded, here {int(self.segment.tails().min())}, "
-                f"got {tokens}; clone() the cache first, or use DenseCache"
+                f"got {tokens}; call activate_past_recording() before they are fed, clone() the cache first, or use "
+                "DenseCache"
             )
 
     def _crop(self, tokens: int) -> None:
@@ -176,6 +189,7 @@ class ShadowLayer(CompressedLayer):
     def reset(self) -> None:
         super().reset()
         self.segment = None
+        self.record_past = False
         self.fetching_forwards = 0
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -183,7 +197,7 @@ class ShadowLayer(CompressedLayer):
             return {}, {"seen": self._seen}
         tensors = self.segment.tensors()
         if self.segment.host.slabs:
-            tensors["host_values"], tensors["pages"] = self.segment.saved_pages()
+            tensors |= self.segment.saved_pages()
         return tensors, {"seen": self._seen}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -209,7 +223,7 @@ class ShadowKVCache(CompressedCache):
         fold: int = 256,
         dense_below: int | None = None,
         select_queries: int = 64,
-        drift: float = 1.5,
+        drift: float = ShadowKV.drift,
         group: Literal["max", "mean", "sum"] = "max",
     ) -> None:
         """

@@ -9,15 +9,21 @@ from torch import Tensor
 from kvcompress.kernels.prefix import Sharing
 
 ROOT = -1
+# in place of a token's id: not told, as for embeddings
+UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Node:
-    """Tokens start .. start + tokens of every sequence that passes through the node; parent: ROOT or a node's name."""
+    """Tokens start .. start + tokens of every sequence that passes through the node; parent: ROOT or a node's name.
+
+    ids: [tokens] int32 on the CPU, what they are; None where nobody said.
+    """
 
     parent: int
     tokens: int
     start: int
+    ids: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def stop(self) -> int:
@@ -53,12 +59,22 @@ class Tree:
         """Tokens each row's path holds."""
         return [self.length(leaf) for leaf in self.leaves]
 
-    def add(self, parent: int, tokens: int) -> int:
+    def ids(self, leaf: int) -> Tensor:
+        """The tokens on the path to a leaf, [tokens] int32 on the CPU, UNKNOWN where nobody said."""
+        nodes = [self.nodes[name] for name in self.path(leaf)]
+        parts = [torch.full((node.tokens,), UNKNOWN) if node.ids is None else node.ids for node in nodes]
+        return torch.cat([torch.empty(0, dtype=torch.int32), *parts]).to(torch.int32)
+
+    def add(self, parent: int, tokens: int, ids: Tensor | None = None) -> int:
         """A new node below another; its name."""
         name = max(self.nodes, default=ROOT) + 1
-        self.nodes[name] = Node(parent, tokens, self.length(parent))
+        self.nodes[name] = Node(parent, tokens, self.length(parent), ids)
         self._sharing = None
         return name
+
+    def node_at(self, leaf: int, tokens: int) -> int:
+        """The node of a path that holds its token `tokens` - 1, ROOT for none."""
+        return next((name for name in self.path(leaf) if self.nodes[name].stop >= tokens), ROOT) if tokens else ROOT
 
     def set_leaves(self, leaves: list[int]) -> None:
         """Says which node each row goes on from."""
@@ -99,7 +115,8 @@ class Tree:
 
     def tensors(self) -> list[Tensor]:
         """What the tree itself takes."""
-        own = [] if self.ahead is None else [self.ahead]
+        own = [node.ids for node in self.nodes.values() if node.ids is not None]
+        own += [] if self.ahead is None else [self.ahead]
         return own if self._sharing is None else own + self._sharing.tensors()
 
     def sharing(self) -> Sharing:

@@ -106,6 +106,8 @@ class Policy:
 
     # scores of a token never change, so only new tokens are scored
     static: ClassVar[bool] = False
+    # keeps its sinks and the newest tokens, and chooses none of the others
+    chooses: ClassVar[bool] = True
     # wants `Candidates.rotary`; a model whose rotary embedding cannot be taken back is then refused
     uses_rotary: ClassVar[bool] = False
 
@@ -152,8 +154,8 @@ class Policy:
         raise NotImplementedError
 
     def least_budget(self) -> int:
-        """The smallest budget in tokens that leaves the protected tokens room."""
-        return self.sinks + (1 if isinstance(self.recent, float) else self.recent)
+        """The smallest budget in tokens that leaves the protected tokens room, and the policy something to choose."""
+        return self.sinks + (1 if isinstance(self.recent, float) else self.recent) + self.chooses
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -41,7 +41,7 @@ class ShadowKV:
     fold: int = 256
     dense_below: int | None = None
     select_queries: int = 64
-    drift: float = 1.5
+    drift: float = 1.1
     group: Literal["max", "mean", "sum"] = "max"
 
     def __post_init__(self) -> None:
@@ -98,32 +98,36 @@ def fit_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Orthonormal rows, [batch, rank, width] float32, and the share of the keys' squared norm that they miss, [batch].
+        Both NaN where the keys are not all finite.
     """
-    values, vectors = torch.linalg.eigh(gram)
+    # LAPACK refuses what is not finite
+    known = gram.isfinite().all(-1).all(-1)[:, None]
+    values, vectors = torch.linalg.eigh(gram.where(known[..., None], 0.0))
+    values, vectors = values.where(known, torch.nan), vectors.where(known[..., None], torch.nan)
     values = values.clamp(min=0.0)
     missed = values[:, : values.shape[1] - rank].sum(1) / values.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
     return vectors[:, :, -rank:].mT.contiguous(), missed
 
 
-def project(keys: Tensor, basis: Tensor, largest: int = 8192) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients of keys in a space, and what they leave out.
+def project(keys: Tensor, basis: Tensor, length: float = 1.0) -> Tensor:
+    """Coefficients of keys in a space, in the dtype of the keys, [batch, tokens, rank].
 
     Args:
-        keys: [batch, tokens, width] in any dtype. basis: [batch, rank, width] float32.
-
-    Returns:
-        Coefficients [batch, tokens, rank] in the dtype of the keys; the keys' squared norm, and that of what the basis
-        misses, [batch] float32 each.
+        keys: [batch, tokens, width] in any dtype. basis: [batch, rank, width] float32, orthonormal rows.
+        length: of the rows that the coefficients are for: coefficients (length basis) ~ keys.
     """
-    pieces, norm, missed = [], [], []
+    return (keys.float() @ (basis.mT / length)).to(keys.dtype)
+
+
+def measure(keys: Tensor, basis: Tensor, largest: int = 8192) -> tuple[Tensor, Tensor]:
+    """The squared norm of keys [batch, tokens, width], and that of what a basis misses, [batch] float32 each."""
+    norm, missed = [], []
     for piece in keys.split(largest, 1):
         wide = piece.float()
-        coefficients = wide @ basis.mT
-        pieces.append(coefficients.to(keys.dtype))
         norm.append(wide.square().sum((1, 2)))
         # the difference of the two norms would drown a small error in rounding
-        missed.append((wide - coefficients @ basis).square().sum((1, 2)))
-    return torch.cat(pieces, 1), torch.stack(norm).sum(0), torch.stack(missed).sum(0)
+        missed.append(torch.baddbmm(wide, wide @ basis.mT, basis, alpha=-1).square_().sum((1, 2)))
+    return torch.stack(norm).sum(0), torch.stack(missed).sum(0)
 
 
 def landmarks_of(keys: Tensor, largest: int = 1024) -> tuple[Tensor, Tensor]:

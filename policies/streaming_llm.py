@@ -14,6 +14,7 @@ class StreamingLLM(Policy):
 
     sinks: int = 4
     static: ClassVar[bool] = True
+    chooses: ClassVar[bool] = False
 
     def score(self, candidates: Candidates) -> Tensor:
         return candidates.positions.float()

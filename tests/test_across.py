@@ -19,16 +19,16 @@ from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from tests.contract.caches import by_name, every_cache
 from tests.contract.drive import feed, generate
-from tests.contract.models import DEVICE, build, left_padded, prompt
+from tests.contract.models import DEVICE, build, left_padded, places, prompt
 from tests.contract.oracle import assert_equals_oracle
 from tests.test_swiftkv import CLOSE, FIRST, LAYERS, Counted, converted
 
 SHARED = [
     "dense", "h2o", "h2o_fraction", "snapkv", "chunkkv", "tova", "streaming", "keydiff", "knorm", "expected", "gear",
-    "gear_kcvt", "kivi", "h2o_packed",
+    "gear_whole", "kivi", "h2o_packed",
 ]  # fmt: skip
 # what does not look at every query leaves the prompt to skip
-SKIPPING = {"dense", "snapkv", "chunkkv", "tova", "streaming", "keydiff", "knorm", "gear", "gear_kcvt", "kivi"}
+SKIPPING = {"dense", "snapkv", "chunkkv", "tova", "streaming", "keydiff", "knorm", "gear", "gear_whole", "kivi"}
 
 
 class Seen:
@@ -107,8 +107,9 @@ def test_skipping_changes_neither_what_is_kept_nor_the_logits(policy, padded, fa
         ids, mask = ids.flip(1), mask.flip(1)
     caches = [SwiftKVCache(model, storage=lambda m: EvictingCache(m, policy=policy, budget=8)) for _ in range(2)]
     with torch.no_grad():
-        whole = model(ids, attention_mask=mask, **cache_argument(model, caches[0])).logits
-        last = model(ids, attention_mask=mask, **cache_argument(model, caches[1]), logits_to_keep=1).logits
+        how = {"attention_mask": mask, "position_ids": places(mask)}
+        whole = model(ids, **how, **cache_argument(model, caches[0])).logits
+        last = model(ids, **how, **cache_argument(model, caches[1]), logits_to_keep=1).logits
         real = mask.cumsum(-1).argmax(-1)
         torch.testing.assert_close(last[:, 0], whole[torch.arange(2), real], **CLOSE)
         for one, other in zip(caches[0].layers, caches[1].layers, strict=True):

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -65,8 +66,11 @@ def test_the_own_policy_example(run):
     assert all((kept == 64).all() for kept in run("own_policy", new_tokens=4).memory().tokens_kept)
 
 
-def test_the_dense_example(run):
-    assert run("dense", new_tokens=8)
+def test_the_dense_example(run, smollm2):
+    here, there = run("dense", new_tokens=8)
+    _, tokenizer = smollm2
+    assert torch.equal(here, there)
+    assert here.shape[1] == len(tokenizer("Once upon a time, in a library full of caches,").input_ids) + 16
 
 
 def test_the_swiftkv_example(run, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress import DenseCache, EvictingCache, H2OCache
+from kvcompress import DenseCache, EvictingCache, H2OCache, SnapKVCache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.h2o import H2O
 from tests.contract.models import WINDOW, build, left_padded, places, prompt, tiny
@@ -276,6 +276,63 @@ def test_a_fraction_is_taken_of_each_sequences_real_tokens():
         assert layer.tokens_kept().tolist() == [[2, 2], [6, 6]]
 
 
+def test_a_fraction_follows_the_tokens_seen_in_chunks_and_in_decoding():
+    model = tiny("llama")
+    ids = prompt(230)
+    whole, cache = H2OCache(model, budget=0.2), H2OCache(model, budget=0.2)
+    feed(model, whole, ids[:, :200])
+    for part in ids[:, :200].split(50, 1):
+        feed(model, cache, part)
+    assert all(kept.tolist() == [[40, 40]] for each in (whole, cache) for kept in each.memory().tokens_kept)
+    for token in ids[:, 200:].split(1, 1):
+        feed(model, cache, token)
+    assert all(kept.tolist() == [[46, 46]] for kept in cache.memory().tokens_kept)
+
+
+@pytest.mark.parametrize(
+    "make", [SnapKVCache, H2OCache, lambda model, budget: H2OCache(model, budget=budget, recent=32)]
+)
+def test_a_fraction_that_leaves_nothing_to_choose_is_raised_and_told(make):
+    model = tiny("llama")
+    cache = make(model, budget=0.02 if make is H2OCache else 0.2)
+    least = cache.policy.least_budget()
+    with pytest.warns(UserWarning, match=f"leaves .* nothing to choose: {least} are kept while it is less"):
+        feed(model, cache, prompt(60))
+    assert all(kept.tolist() == [[least, least]] for kept in cache.memory().tokens_kept)
+    assert all((layer.recents < layer.limits).all() for layer in cache.layers)
+
+
+@pytest.mark.parametrize("budget", [100_000, 512, 1.0])
+def test_room_is_taken_as_it_is_needed(budget):
+    """The first example of README once took 1336 % of the full cache."""
+    model = tiny("llama")
+    cache = H2OCache(model, budget=budget)
+    feed(model, cache, prompt(60))
+    assert cache.layers[0].slots.slots == 61
+    expected = DenseCache(model)
+    feed(model, expected, prompt(60))
+    for step in range(40):
+        token = prompt(1, seed=step)
+        torch.testing.assert_close(feed(model, cache, token), feed(model, expected, token), rtol=1e-4, atol=1e-4)
+        assert cache.layers[0].slots.slots <= 1.2 * (61 + step) + 8
+    cache.reset()
+    if isinstance(budget, int):
+        cache.reserve()
+        feed(model, cache, prompt(60))
+        assert cache.layers[0].slots.slots == budget + 1
+
+
+def test_a_compiled_step_without_room_says_what_to_call():
+    model = tiny("llama")
+    cache = H2OCache(model, budget=100)
+    feed(model, cache, prompt(20))
+    layer = cache.layers[0]
+    with pytest.raises(Exception, match=r"room for 20 of the budget of 100 tokens: call cache\.reserve\(\)"):
+        torch.compile(lambda: layer._make_room(1), backend="eager", fullgraph=True)()
+    cache.reserve()
+    torch.compile(lambda: layer._make_room(1), backend="eager", fullgraph=True)()
+
+
 def test_a_sliding_layer_with_room_for_its_window_is_exact_whatever_the_sinks():
     model, ids = tiny("mistral"), prompt(3 * WINDOW, batch=2)
     cache = EvictingCache(model, policy=H2O(sinks=4), budget=100)
@@ -287,8 +344,8 @@ def test_a_sliding_layer_with_room_for_its_window_is_exact_whatever_the_sinks():
 
 def test_a_budget_without_room_for_recent_and_sinks_is_refused():
     model = tiny("llama")
-    with pytest.raises(ValueError, match=r"budget must be at least sinks \+ recent = 9 tokens"):
-        H2OCache(model, budget=8, recent=5, sinks=4)
+    with pytest.raises(ValueError, match=r"budget must be at least sinks \+ recent \+ 1 to choose = 10 tokens"):
+        H2OCache(model, budget=9, recent=5, sinks=4)
     with pytest.raises(ValueError, match="recent must be at least 1"):
         H2OCache(model, budget=8, recent=0)
     with pytest.raises(ValueError, match="sinks must be 0 tokens or more"):

@@ -156,6 +156,8 @@ def test_what_kvcompress_imports_is_declared():
                 "distill.py": extras["distill"],
                 # what unpacks a GGUF file
                 "loading.py": {"filelock"},
+                # torch and huggingface_hub bring it at every version
+                "prefix_store.py": {"filelock"},
                 # what runs in a peer's own environment
                 "kvpress_answers.py": {"kvpress"},
             }.get(file.name, set())
@@ -163,10 +165,6 @@ def test_what_kvcompress_imports_is_declared():
                 more = extras["cli"]
             assert tops <= allowed | more, f"{file.relative_to(ROOT)} imports {tops - allowed}"
 
-
-needs_package = pytest.mark.skipif(
-    not (ROOT / "kvcompress" / "__init__.py").exists(), reason="kvcompress/__init__.py is not written yet"
-)
 
 REGISTRATIONS = """
 import sys
@@ -200,13 +198,11 @@ assert not extras & set(sys.modules) - extras_before, extras & set(sys.modules)
 """
 
 
-@needs_package
 def test_importing_kvcompress_registers_two_functions_and_changes_nothing_else():
     done = subprocess.run([sys.executable, "-c", REGISTRATIONS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@needs_package
 @pytest.mark.parametrize("folder", LINKED)
 def test_every_module_is_imported_once_as_part_of_kvcompress(folder):
     for file in sources(folder):

@@ -1,33 +1,37 @@
 """Adding a policy, as the README shows it: a frozen dataclass and one method."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kvcompress import EvictingCache
-from kvcompress.hf import cache_argument
 from kvcompress.policies.policy import Candidates, Policy
+from tests.contract.drive import feed
 from tests.contract.models import prompt, tiny
 
-
-# the README's ten lines
-@dataclass(frozen=True, kw_only=True)
-class KeepEveryOther(Policy):
-    """Every `stride`-th token of the text, and the newest."""
-
-    stride: int = 2
-
-    def score(self, candidates: Candidates) -> torch.Tensor:
-        return (candidates.positions % self.stride == 0).float()
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 
 
-def test_a_policy_of_ten_lines_decides_what_a_cache_keeps(tmp_path):
+def test_readmes_policy_decides_what_a_cache_keeps_and_is_found_again_in_a_file(tmp_path):
+    (snippet,) = [block for block in README.split("```")[1::2] if "(Policy)" in block]
     model, ids = tiny("llama"), prompt(20, batch=2)
-    cache = EvictingCache(model, policy=KeepEveryOther(sinks=1), budget=12)
-    model.generate(ids, **cache_argument(model, cache), max_new_tokens=4, do_sample=False, disable_compile=True)
-    # 23 tokens were fed: of 0, 2, ..., 22 all 12 have a place
-    kept = cache.layers[0].slots.positions.sort(-1).values[..., 1:]
-    assert kept.tolist() == [[list(range(0, 23, 2))] * 2] * 2
+    names = {"__name__": __name__, "model": model, "dataclass": dataclass, "Policy": Policy, "Candidates": Candidates}
+    names |= {"EvictingCache": EvictingCache, "Tensor": Tensor}
+    exec(snippet.removeprefix("python"), names)
+    assert isinstance(names["cache"], EvictingCache)
+    policy = type(names["cache"].policy)(recent=2)
 
+    cache, full = (EvictingCache(model, policy=policy, budget=budget) for budget in (8, 100))
+    for each in (cache, full):
+        feed(model, each, ids)
+    for layer, whole in zip(cache.layers, full.layers, strict=True):
+        order = whole.slots.positions.where(whole.slots.positions >= 0, 99).argsort(-1)[..., :20]
+        norms = whole.slots.values.norm(dim=-1).gather(-1, order)
+        norms[..., -2:] = torch.inf
+        kept = norms.topk(8, -1).indices.sort(-1).values
+        assert torch.equal(layer.slots.positions.sort(-1).values[..., -8:].long(), kept)
+        # layers see what earlier ones kept only from the next forward on
     cache.save(tmp_path / "cache.safetensors")
-    assert EvictingCache.load(tmp_path / "cache.safetensors", model).policy == KeepEveryOther(sinks=1)
+    assert EvictingCache.load(tmp_path / "cache.safetensors", model).policy == policy

@@ -1,6 +1,7 @@
 """What kvcompress knows of transformers' names stands in kvcompress/hf/, and outlives their next renaming."""
 
 import ast
+import copy
 import inspect
 import pickle
 import re
@@ -27,7 +28,7 @@ from kvcompress import (
     convert,
     hf,
 )
-from kvcompress.hf import versions
+from kvcompress.hf import release, versions
 from kvcompress.policies.expected_attention import ExpectedAttention
 from tests.contract.models import build, left_padded, prompt
 
@@ -320,14 +321,14 @@ def test_a_model_that_a_cache_was_built_for_can_be_pickled_and_let_go():
     model = build("llama")
     plain = set(vars(model)), [len(model._forward_hooks), len(model.model._forward_hooks)]
     DenseCache(model)
-    copy = pickle.loads(pickle.dumps(model))
+    twin = pickle.loads(pickle.dumps(model))
     ids = prompt(20)
     assert torch.equal(
-        copy.generate(ids, **hf.cache_argument(copy, DenseCache(copy)), **GREEDY), model.generate(ids, **GREEDY)
+        twin.generate(ids, **hf.cache_argument(twin, DenseCache(twin)), **GREEDY), model.generate(ids, **GREEDY)
     )
     DenseCache(model)
     assert [len(model._forward_hooks), len(model.model._forward_hooks)] == [1, 1]
-    hf.release(model)
+    release(model)
     assert (set(vars(model)), [len(model._forward_hooks), len(model.model._forward_hooks)]) == plain
     for module in (model, model.model):
         assert not module._forward_pre_hooks
@@ -374,3 +375,86 @@ def test_a_newer_transformers_than_was_tested_is_told_once(monkeypatch, installe
         assert installed in text
         assert versions.NEWEST_TESTED in text
         assert "kvcompress check" in text
+
+
+# what passes on
+
+
+def test_release_makes_the_model_what_it_was():
+    model = build("llama")
+    ids, before = prompt(20), set(vars(model))
+    expected = model.generate(ids, **GREEDY)
+    cache = H2OCache(model, budget=8)
+    assert model.config._attn_implementation == "kvcompress"
+    release(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert set(vars(model)) == before
+    assert not model._forward_hooks
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="build the cache anew"):
+        model(ids, **hf.cache_argument(model, cache))
+    release(model)
+    model = build("gemma2")
+    DenseCache(model)
+    release(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_continuous_batching_has_the_attention_that_the_model_had_before(monkeypatch):
+    model = build("llama")
+    used = []
+    monkeypatch.setattr(
+        type(model),
+        "init_continuous_batching",
+        lambda self, *args: used.append((self.config._attn_implementation, args)),
+    )
+    DenseCache(model)
+    model.init_continuous_batching(3)
+    assert used == [("sdpa", (3,))]
+    # a cache built later serves it again
+    ids = prompt(20)
+    expected = build("llama").generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **hf.cache_argument(model, DenseCache(model)), **GREEDY), expected)
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "attention_bias", "cu_seq_lens_q"])
+def test_keywords_of_attention_that_are_not_known_are_refused_by_name(name):
+    model = build("llama")
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"LlamaAttention passes '{name}' to its attention"):
+        model(prompt(20), **hf.cache_argument(model, DenseCache(model)), **{name: torch.zeros(2)})
+
+
+def test_a_window_that_the_config_does_not_tell_of_is_refused():
+    model = build("mistral")
+    cache = DenseCache(model)
+    model.config.sliding_window = 5
+    with torch.no_grad(), pytest.raises(ValueError, match="within a window of 5, where the model's config says 12"):
+        model(prompt(20), **hf.cache_argument(model, cache))
+
+
+@every_cache
+def test_attention_weights_are_refused(name):
+    model = build("llama")
+    with torch.no_grad(), pytest.raises(ValueError, match="gives no attention weights"):
+        model(prompt(20), **hf.cache_argument(model, CACHES[name](model)), output_attentions=True)
+
+
+def test_the_last_layer_is_checked_too():
+    model = build("llama", num_hidden_layers=1)
+    cache = DenseCache(model)
+    # a layer with a config of its own keeps the attention that it had
+    attention = model.model.layers[0].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "sdpa"
+    with torch.no_grad(), pytest.raises(RuntimeError, match="layer 0 of LlamaForCausalLM handed its keys"):
+        model(prompt(20), **hf.cache_argument(model, cache))
+
+
+def test_a_layer_that_attends_twice_is_refused():
+    model = build("llama")
+    cache = DenseCache(model)
+    ids = prompt(20)
+    with torch.no_grad():
+        model(ids, **hf.cache_argument(model, cache))
+    with pytest.raises(RuntimeError, match="attends twice"):
+        cache.layers[0].attend(torch.zeros(1, 4, 1, 16), None, scale=1.0, softcap=None, sinks=None, position_ids=None)

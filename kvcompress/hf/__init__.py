@@ -6,6 +6,7 @@
     modules     where modules and devices are found
     rotary      how a model makes its rotary embeddings
     parallel    how a model is split over processes
+    fingerprint which model it is
     families    the model classes that a SwiftKV model is built on
     versions    which releases were tested
 
@@ -18,6 +19,7 @@ from kvcompress.hf.attention import Attends as Attends
 from kvcompress.hf.attention import TokensSeen as TokensSeen
 from kvcompress.hf.attention import attention_name as attention_name
 from kvcompress.hf.attention import hand_over as hand_over
+from kvcompress.hf.attention import release as release
 from kvcompress.hf.attention import select_attention as select_attention
 from kvcompress.hf.calls import CACHE_SPELLINGS as CACHE_SPELLINGS
 from kvcompress.hf.calls import AttendingCache as AttendingCache
@@ -27,15 +29,16 @@ from kvcompress.hf.calls import cache_argument as cache_argument
 from kvcompress.hf.calls import cache_in as cache_in
 from kvcompress.hf.calls import cache_name as cache_name
 from kvcompress.hf.calls import cache_of as cache_of
-from kvcompress.hf.calls import release as release
 from kvcompress.hf.calls import take_cache as take_cache
 from kvcompress.hf.calls import watch_forwards as watch_forwards
 from kvcompress.hf.configs import attention_windows as attention_windows
 from kvcompress.hf.configs import check_served as check_served
 from kvcompress.hf.configs import end_tokens as end_tokens
+from kvcompress.hf.configs import filler_tokens as filler_tokens
 from kvcompress.hf.configs import head_counts as head_counts
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config
+from kvcompress.hf.fingerprint import Fingerprint as Fingerprint
 from kvcompress.hf.modules import Captured as Captured
 from kvcompress.hf.modules import attention_module as attention_module
 from kvcompress.hf.modules import attention_modules as attention_modules

@@ -17,17 +17,28 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcompress.hf.calls import AttendingCache, cache_in, forward_in_progress
+from kvcompress.hf.calls import AttendingCache, Cache, Shadow, cache_in, forward_in_progress, unwatch_forwards
 from kvcompress.hf.modules import layer_of
 from kvcompress.hf.versions import warn_of_untested_release
 
 IMPLEMENTATION = "kvcompress"
 _HANDLE = "_kvcompress_layer"
-_UNSUPPORTED_BIASES = ("position_bias", "alibi", "attention_bias", "head_mask")
+# the implementation under each name of ours
+_PREVIOUS: dict[str, str] = {}
+# keyword arguments of an attention call: those heeded, and those that say nothing about who attends to whom
+_HEEDED = {"dropout", "is_causal", "position_ids", "s_aux", "scaling", "sliding_window", "softcap"}
+_WITHOUT_EFFECT = {
+    "cache_position", "layer_type", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "use_cache",
+    # what a converted model hands to its layers
+    "single_input",
+}  # fmt: skip
 
 
 class Attends(Protocol):
-    """What the attention function asks of a cache layer."""
+    """What the attention function asks of a cache layer. window: in tokens, None for full attention."""
+
+    window: int | None
 
     def attend(
         self,
@@ -76,6 +87,35 @@ def select_attention(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not choose its attention through transformers' AttentionInterface, "
             "so its cache cannot be compressed; models that do: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, OPT"
         )
+    if hasattr(model, _BatchesContinuously.name):
+        setattr(model, _BatchesContinuously.name, _BatchesContinuously(model))
+
+
+def restore_attention(model: PreTrainedModel) -> None:
+    """Gives the model back the attention implementation it had before `select_attention`."""
+    previous = _PREVIOUS.get(attention_name(model) or "")
+    if previous is not None:
+        model.set_attn_implementation(previous)
+
+
+def release(model: PreTrainedModel) -> None:
+    """Makes a model what it was before a cache was built for it: its attention, its hooks, its methods.
+
+    Building a cache selects kvcompress's attention function in the model, which passes on what does not come through a
+    cache, and watches the model's forwards. Caches that were built for the model serve it no more: build them anew.
+    """
+    unwatch_forwards(model)
+    restore_attention(model)
+
+
+class _BatchesContinuously(Shadow):
+    """Continuous batching has a cache of its own, and knows the attention by the name the model had before."""
+
+    name = "init_continuous_batching"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        restore_attention(self.model)
+        return self.shadowed(*args, **kwargs)
 
 
 def attention_name(module: nn.Module) -> str | None:
@@ -89,6 +129,7 @@ def _register(previous: str) -> str:
     # "flash" in a name makes transformers look for flash-attention
     name = IMPLEMENTATION if previous == "sdpa" else f"{IMPLEMENTATION}_{previous.replace('flash', 'fl')}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        _PREVIOUS[name] = previous
         AttentionInterface.register(name, functools.partial(_attention, previous=previous))
         AttentionMaskInterface.register(name, functools.partial(_mask, previous=previous))
     return name
@@ -113,11 +154,18 @@ def _attention(
             "kvcompress takes a padding mask [batch, tokens seen] or none, because it never builds a "
             f"queries x tokens mask; got a mask of shape {list(attention_mask.shape)}"
         )
-    for name in _UNSUPPORTED_BIASES:
-        if kwargs.get(name) is not None:
+    for name, value in kwargs.items():
+        if value is not None and name not in _HEEDED and name not in _WITHOUT_EFFECT and not isinstance(value, Cache):
             raise ValueError(
-                f"{type(module).__name__} passes {name!r} to its attention, which kvcompress does not support"
+                f"{type(module).__name__} passes {name!r} to its attention, which kvcompress does not know; it serves "
+                f"attention with {', '.join(sorted(_HEEDED))}"
             )
+    window = kwargs.get("sliding_window", layer.window)
+    if window != layer.window:
+        raise ValueError(
+            f"{type(module).__name__} in layer {layer_of(module)} attends within a window of {window}, where the "
+            f"model's config says {layer.window}; kvcompress does not serve this model"
+        )
     if kwargs.get("dropout"):
         raise ValueError("a kvcompress cache is for inference: call model.eval(), attention dropout is on")
     if kwargs.get("is_causal") is False:

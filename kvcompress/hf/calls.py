@@ -42,6 +42,20 @@ _OTHER_SPELLINGS = ("past_key_value", "layer_past")
 class AttendingCache(Cache):
     """A cache whose layers attend by themselves, and which is told of the forwards of the model it was built for."""
 
+    # the next forward of generate would feed a whole prompt, of which some is seen
+    whole_prompt_comes = False
+
+    def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Called before generate feeds a prompt of which it has all; it leaves out the columns seen.
+
+        Args:
+            input_ids: [batch, tokens], what was seen before included. attention_mask: of one shape with it, or None.
+        """
+
+    def is_traceable(self, tokens: int) -> bool:
+        """Whether torch.compile can take a forward of so many tokens into one graph."""
+        return False
+
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Called before the decoder runs; input_ids [batch, tokens] is what it is fed, None for embeddings."""
 
@@ -50,11 +64,12 @@ class AttendingCache(Cache):
 
 
 class _Forwards(threading.local):
-    """The modules whose forward is in progress and was given a cache, and that cache; innermost last."""
+    """The modules whose forward is in progress and was given a cache, that cache, and what keeps torch.compile out of
+    it or None; innermost last."""
 
     def __init__(self) -> None:
         # whoever called holds them; a forward that was interrupted holds nothing
-        self.stack: list[tuple[weakref.ref[nn.Module], weakref.ref[AttendingCache]]] = []
+        self.stack: list[tuple[weakref.ref[nn.Module], weakref.ref[AttendingCache], Any]] = []
 
 
 _FORWARDS = _Forwards()
@@ -125,7 +140,7 @@ def take_cache(arguments: dict[str, Any], positional: tuple[Any, ...] = ()) -> C
 
 def forward_in_progress(part: nn.Module) -> tuple[nn.Module, AttendingCache] | None:
     """The module and the cache of the innermost forward that was given one, has not ended, and has this part."""
-    for entered, given in reversed(_FORWARDS.stack):
+    for entered, given, _ in reversed(_FORWARDS.stack):
         module, cache = entered(), given()
         # what was interrupted from the keyboard has never ended
         if module is not None and cache is not None and any(each is part for each in module.modules()):
@@ -136,8 +151,11 @@ def forward_in_progress(part: nn.Module) -> tuple[nn.Module, AttendingCache] | N
 def _forget(module: nn.Module) -> AttendingCache | None:
     """The cache of a module's forward in progress, which is over, as are those within it; None where it had none."""
     stack = _FORWARDS.stack
-    for index, (entered, cache) in enumerate(stack):
+    for index, (entered, cache, _) in enumerate(stack):
         if entered() is module:
+            for *_, eager in reversed(stack[index:]):
+                if eager is not None:
+                    eager.__exit__(None, None, None)
             del stack[index:]
             return cache()
     return None
@@ -154,13 +172,17 @@ def watch_forwards(model: PreTrainedModel) -> None:
         # also after an exception, so that nothing takes the forward for one still in progress
         module.register_forward_hook(functools.partial(_after, **known), with_kwargs=True, always_call=True)
     takes = getattr(model, "prepare_inputs_for_generation", None)
+    shadowed: Any = model
+    for kind in (_Prefill, _Candidates, _Inputs):
+        if hasattr(type(model), kind.name) and not isinstance(vars(model).get(kind.name), Shadow):
+            setattr(shadowed, kind.name, kind(model))
     if takes is not None and _cache_parameter(takes) != CACHE_SPELLINGS[0] and "generate" not in vars(model):
         methods: Any = model
         methods.generate = _Generate(model)
         methods._prepare_generation_config = _GenerationArguments(model)
 
 
-def release(model: PreTrainedModel) -> None:
+def unwatch_forwards(model: PreTrainedModel) -> None:
     """Takes away what `watch_forwards` has put on a model."""
     for module in {id(module): module for module in (model, decoder_of(model))}.values():
         for hooks, ours in ((module._forward_pre_hooks, _before), (module._forward_hooks, _after)):
@@ -172,9 +194,8 @@ def release(model: PreTrainedModel) -> None:
                     module._forward_hooks_always_called,
                 ):
                     flags.pop(key, None)
-    for name in ("generate", "_prepare_generation_config"):
-        if isinstance(vars(model).get(name), _OfModel):
-            delattr(model, name)
+    for name in [name for name, value in vars(model).items() if isinstance(value, Shadow)]:
+        delattr(model, name)
 
 
 def _before(
@@ -197,7 +218,12 @@ def _before(
         _forget(module)
         cache = cache_in((*args, *kwargs.values()))
         if isinstance(cache, AttendingCache):
-            _FORWARDS.stack.append((weakref.ref(module), weakref.ref(cache)))
+            if kwargs.get("output_attentions"):
+                raise ValueError(
+                    f"{type(cache).__name__} gives no attention weights: nothing of size queries x keys is ever built; "
+                    "leave output_attentions off, or run the model with use_cache=False"
+                )
+            _FORWARDS.stack.append((weakref.ref(module), weakref.ref(cache), _eager(module, cache, args, kwargs)))
             if is_decoder:
                 cache.forward_begins(module, _tokens(args, kwargs))
     return None if changed is None else (args, changed)
@@ -222,6 +248,17 @@ def _after(
     _name_both_ways(output)
 
 
+def _eager(module: nn.Module, cache: AttendingCache, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Keeps torch.compile out of a forward that was compiled, where the cache cannot be traced; None elsewhere."""
+    if not hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+        return None
+    ids = _tokens(args, kwargs)
+    fed = kwargs.get("inputs_embeds") if ids is None else ids
+    if fed is not None and cache.is_traceable(fed.shape[1]):
+        return None
+    return torch.compiler.set_stance("force_eager")
+
+
 def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return kwargs.get("input_ids", args[0] if args else None)
 
@@ -233,29 +270,80 @@ def _name_both_ways(output: Any) -> None:
         setattr(output, CACHE_SPELLINGS[0], held)
 
 
-class _OfModel:
+class Shadow:
     """Stands before a method of one model's class; an object of a class, so that the model can be pickled."""
 
     name: str
 
     def __init__(self, model: PreTrainedModel) -> None:
         # the model holds this, and dies with its last user
-        self._of = weakref.ref(model)
+        self._model = weakref.ref(model)
         shadow: Any = self
         functools.update_wrapper(shadow, getattr(type(model), self.name))
 
     @property
-    def _model(self) -> Any:
-        return self._of()
+    def model(self) -> Any:
+        return self._model()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._model,)
+        return type(self), (self.model,)
 
-    def _shadowed(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(type(self._model), self.name)(self._model, *args, **kwargs)
+    def shadowed(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
 
 
-class _GenerationArguments(_OfModel):
+def _tell_prompt(input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> AttendingCache | None:
+    """Tells the cache among the arguments of a generation of its whole prompts, and gives it; None where there are
+    none, or only what is new of them."""
+    cache = cache_in(kwargs.values())
+    mask = kwargs.get("attention_mask")
+    # generate leaves out a mask that hides nothing
+    covers = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    if not isinstance(cache, AttendingCache):
+        return None
+    cache.whole_prompt_comes = False
+    if covers != input_ids.shape[1] or kwargs.get("inputs_embeds") is not None:
+        return None
+    cache.prompt_begins(input_ids, mask)
+    return cache
+
+
+class _Prefill(Shadow):
+    """Within generate, where it has the whole prompts before it feeds what is new of them."""
+
+    name = "_prefill"
+
+    def __call__(self, input_ids: Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        _tell_prompt(input_ids, generation_config, model_kwargs)
+        return self.shadowed(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+class _Candidates(Shadow):
+    """The same within assisted generation, which then feeds all of the prompt, seen or not."""
+
+    name = "_get_candidate_generator"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = _tell_prompt(kwargs["input_ids"], kwargs["generation_config"], kwargs["model_kwargs"])
+        if cache is not None:
+            cache.whole_prompt_comes = cache.get_seq_length() > 0
+        return self.shadowed(*args, **kwargs)
+
+
+class _Inputs(Shadow):
+    """Within generate, where it makes the arguments of a forward."""
+
+    name = "prepare_inputs_for_generation"
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_in(kwargs.values())
+        if isinstance(cache, AttendingCache) and cache.whole_prompt_comes:
+            cache.whole_prompt_comes = False
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        return self.shadowed(input_ids, *args, **kwargs)
+
+
+class _GenerationArguments(Shadow):
     """Within transformers' generate, before 5.24: where the arguments for the model are told from the settings.
 
     generate may be looked up before the cache is built that it is given, so this must not be a matter of generate.
@@ -270,15 +358,15 @@ class _GenerationArguments(_OfModel):
             if kwargs.get(older) is not None:
                 raise ValueError(f"generate takes one cache: {newer}=... or {older}=..., not both")
             kwargs[older] = given
-        return self._shadowed(*args, **kwargs)
+        return self.shadowed(*args, **kwargs)
 
 
-class _Generate(_OfModel):
+class _Generate(Shadow):
     """A generate, before 5.24, whose output has its cache by either name."""
 
     name = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._shadowed(*args, **kwargs)
+        output = self.shadowed(*args, **kwargs)
         _name_both_ways(output)
         return output

@@ -110,7 +110,17 @@ def layer_kind(config: PreTrainedConfig, layer: int) -> str | None:
     return types[layer] if types else None
 
 
+def filler_tokens(model: Any) -> tuple[int | None, list[int]]:
+    """The id that `generate` feeds to rows that have ended, None where it is not known, and the ids that end a row."""
+    ends = end_tokens(model)
+    for settings in (getattr(model, "generation_config", None), model.config):
+        pad = getattr(settings, "pad_token_id", None)
+        if pad is not None and pad >= 0:
+            return pad, ends
+    return (ends[0] if ends else None), ends
+
+
 def end_tokens(model: Any) -> list[int]:
     """The ids that end a generation of a model."""
-    ends = model.generation_config.eos_token_id
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]

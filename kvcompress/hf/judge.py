@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.hf.calls import release
+from kvcompress.hf.attention import release
 from kvcompress.hf.configs import head_counts
 from kvcompress.hf.modules import attention_module
 

@@ -44,7 +44,7 @@ class Entry:
     croppable: it takes back tokens exactly; else it must refuse and stay as it was.
     compileable: its decode step compiles to one graph.
     roomy: the same cache with more room than any test fills; it must equal the full cache.
-    budget: the most tokens it may keep a layer, sequence and KV head, given the layer and the prompt's real tokens.
+    budget: the most tokens it may keep a layer, sequence and KV head, given the layer and the real tokens seen.
     kept: which places each layer holds, for the oracle.
     decoded: what a cache gives for the keys and values it was fed, by place, [batch, kv_heads, seen, head_dim] of
         each layer, for the oracle; None where it gives them back as they were.
@@ -234,7 +234,7 @@ def _evicting(
         return EvictingCache(model, policy=policy, budget=budget, rolled=rolled, packed=packed)
 
     def limit(layer: int, tokens: int) -> int:
-        return budget if isinstance(budget, int) else max(1, int(budget * tokens))
+        return budget if isinstance(budget, int) else max(policy.least_budget(), int(budget * tokens))
 
     return Entry(
         name,
@@ -248,8 +248,8 @@ def _evicting(
 
 
 def _pyramid(layer: int, tokens: int) -> int:
-    # one token for each of three layers, and 1.95, 1 and 0.05 times what is left of the budget
-    return (15, 8, 1)[layer]
+    # two tokens for each of three layers, and 1.95, 1 and 0.05 times what is left of the budget
+    return (14, 8, 2)[layer]
 
 
 def _whole(model: PreTrainedModel) -> ShadowKVCache:
@@ -294,7 +294,7 @@ ENTRIES = [
     _evicting("knorm", Knorm()),
     _evicting("expected", ExpectedAttention()),
     _packing("gear", bits=2, rank=3, rank_decode=2, outliers=0.1),
-    _packing("gear_kcvt", bits=4, rank=2, rank_decode=2, outliers=0.05, backbone="kcvt"),
+    _packing("gear_whole", bits=4, rank=2, rank_decode=2, outliers=0.05, backbone="whole"),
     _packing("kivi", bits=3, outliers=0.0),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
     dataclasses.replace(_shadow("shadowkv_whole", {"exact": True}), make=_whole),

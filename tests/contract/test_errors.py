@@ -191,10 +191,10 @@ def test_moving_layers_between_devices(entry):
 @pytest.mark.parametrize(
     ("build_cache", "kind", "message"),
     [
-        (lambda model: H2OCache(model, budget=0), ValueError, "budget must be at least .* 1 tokens"),
+        (lambda model: H2OCache(model, budget=0), ValueError, "budget must be at least .* 2 tokens"),
         (lambda model: H2OCache(model, budget=-3), ValueError, "budget must be at least"),
-        (lambda model: H2OCache(model, budget=4, recent=5), ValueError, "at least sinks \\+ recent = 5 tokens.*got 4"),
-        (lambda model: H2OCache(model, budget=4, sinks=4), ValueError, "at least sinks \\+ recent = 5 tokens.*got 4"),
+        (lambda model: H2OCache(model, budget=4, recent=5), ValueError, "recent \\+ 1 to choose = 6 tokens.*got 4"),
+        (lambda model: H2OCache(model, budget=5, sinks=4), ValueError, "recent \\+ 1 to choose = 6 tokens.*got 5"),
         (lambda model: H2OCache(model, budget=0.0), ValueError, r"in \(0, 1\], got 0.0"),
         (lambda model: H2OCache(model, budget=1.5), ValueError, r"in \(0, 1\], got 1.5"),
         (lambda model: H2OCache(model, budget=float("nan")), ValueError, r"in \(0, 1\], got nan"),
@@ -204,7 +204,7 @@ def test_moving_layers_between_devices(entry):
         (lambda model: H2OCache(model, budget=8, recent=0), ValueError, "recent must be at least 1 token"),
         (lambda model: H2OCache(model, budget=8, recent=1.5), ValueError, "recent must be .* got 1.5"),
         (lambda model: H2OCache(model, budget=8, sinks=-1), ValueError, "sinks must be 0 tokens or more, got -1"),
-        (lambda model: SnapKVCache(model, budget=16), ValueError, "at least sinks \\+ recent = 32 tokens"),
+        (lambda model: SnapKVCache(model, budget=32), ValueError, "recent \\+ 1 to choose = 33 tokens"),
         (lambda model: SnapKVCache(model, budget=64, window=0), ValueError, "window must be at least 1|recent must be"),
         (lambda model: SnapKVCache(model, budget=64, kernel=4), ValueError, "kernel must be an odd number.*got 4"),
         (lambda model: StreamingLLMCache(model, budget=4), ValueError, "at least sinks \\+ recent = 5 tokens"),

@@ -191,7 +191,8 @@ def test_a_cache_keeps_no_model_alive(entry):
     assert cache.memory().total_bytes > 0
 
 
-@those(lambda entry: entry.budget)
+# a fraction is of the tokens seen so far
+@those(lambda entry: entry.budget and entry.name != "h2o_fraction")
 def test_bytes_do_not_grow_while_decoding(entry):
     model = tiny()
     cache = entry.build(model)

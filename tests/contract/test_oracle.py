@@ -60,12 +60,12 @@ def test_it_sees_one_token_too_few():
         assert_equals_oracle(model, transcript)
 
 
-def test_it_sees_a_position_that_counts_the_kept_tokens():
+def test_it_sees_a_position_that_is_not_the_next():
     model = tiny()
     cache = H2OCache(model, budget=8)
     with torch.no_grad(), recording(model, cache, slots) as transcript:
         model(prompt(20), **cache_argument(model, cache))
-        model(prompt(1), position_ids=torch.tensor([[8]]), **cache_argument(model, cache))
+        model(prompt(1), position_ids=torch.tensor([[28]]), **cache_argument(model, cache))
         transcript.forwards[-1].position_ids = torch.tensor([[20]])
     with pytest.raises(AssertionError, match="forward 1"):
         assert_equals_oracle(model, transcript)

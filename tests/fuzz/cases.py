@@ -134,7 +134,7 @@ def _packing(rng: random.Random) -> dict[str, Any]:
         "rank": rng.choice([0, 0, 1, 4]),
         "rank_decode": rng.choice([0, 0, 1, 3]),
         "outliers": rng.choice([0.0, 0.0, 0.05, 0.3]),
-        "backbone": rng.choice(["kivi", "kcvt"]),
+        "backbone": rng.choice(["kivi", "whole"]),
         "sinks": rng.choice([0, 0, 1, 4]),
         "value_bits": rng.choice([None, None, 2, 8]),
     }
@@ -176,7 +176,7 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     policy: Policy = kind(**protected)
     packed = None
     if entry.name == "h2o_packed":
-        backbone = rng.choice(["kivi", "kcvt"])
+        backbone = rng.choice(["kivi", "whole"])
         outliers = rng.choice([0.0, 0.1])
         packed = GEAR(bits=rng.choice([2, 3, 4, 8]), group_size=8, outliers=outliers, backbone=backbone)
     least = policy.least_budget()

@@ -276,8 +276,8 @@ class _Game:
     def _keeps_what_a_row_alone_does(self, live: Live, rng: random.Random) -> None:
         forwards = live.transcript.forwards
         row = rng.randrange(len(forwards[0].ids))
-        if live.hidden or (isinstance(live.cache.budget, float) and not forwards[0].visible[row].any()):
-            # tokens hidden later were seen by others, and the budget is a share of the first forward's tokens
+        if live.hidden:
+            # tokens hidden later were seen by others
             return
         alone = self.entry.make(self.model)
         for forward in forwards:

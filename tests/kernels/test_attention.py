@@ -147,3 +147,30 @@ def test_large_logits_do_not_overflow(dtype):
     out, lse = causal_attention(query, key, key, scale=1.0)
     assert out.isfinite().all()
     torch.testing.assert_close(lse, causal_attention_reference(query, key, key, scale=1.0)[1], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["query", "key", "every key", "value"])
+@pytest.mark.parametrize(("queries", "tokens"), [(1, 1), (3, 3), (2, 40), (40, 40), (80, 90), (1, 600)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"window": 30}, {"pads": True}], ids=str)
+def test_nan_comes_through_where_it_is_seen(where, queries, tokens, options):
+    """torch's fused attention takes a query all of whose logits are NaN for one that sees nothing."""
+    query, key, value = heads(2, 4, queries, 64), heads(2, 2, tokens, 64), heads(2, 2, tokens, 64)
+    options = {"scale": 0.125, "visible": None} | options
+    if options.pop("pads", False):
+        options["visible"] = padding(2, tokens)
+    if where == "value":
+        # what a value nobody sees does to a sum is left open: its weight of 0 times NaN is NaN
+        options.pop("window", None)
+    at = {"query": (query, -1), "key": (key, 0), "every key": (key, slice(None)), "value": (value, 0)}
+    tensor, token = at[where]
+    tensor[1, 0, token, 3] = torch.nan
+    expected = causal_attention_reference(query, key, value, **options)
+    torch.testing.assert_close(causal_attention(query, key, value, **options), expected, equal_nan=True)
+    options.pop("visible")
+    positions = slot_positions(2, 2, tokens, 0.9)
+    positions[1, 0, token] = 5
+    at = torch.full((2, queries), 2 * tokens, dtype=torch.int32, device=DEVICE)
+    arguments = (query, key, value, positions, at)
+    expected = slot_attention_reference(*arguments, **options)
+    torch.testing.assert_close(slot_attention(*arguments, **options), expected, equal_nan=True)
+    assert where == "value" or "window" in options or expected[1].isnan().any()

@@ -39,8 +39,19 @@ def test_scores_agree_with_the_reference_in_16_bits(dtype, queries):
     arguments = scene(4, queries, 100, 64, dtype)
     found = chunk_scores(*arguments, scale=0.1)
     wide = [x.float() if x.is_floating_point() else x for x in arguments]
-    # the PyTorch path rounds logits to 16 bits
-    torch.testing.assert_close(found, chunk_scores_reference(*wide, scale=0.1), rtol=5e-2, atol=1e-3)
+    torch.testing.assert_close(found, chunk_scores_reference(*wide, scale=0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_products_beyond_the_range_of_16_bits_are_scored_as_in_32(dtype, queries):
+    """Products up to 4e6, which the scale brings down to hundreds."""
+    query, landmarks, is_open = scene(4, queries, 100, 64, dtype)
+    arguments = (query * 100 + 100, landmarks * 100 + 100, is_open)
+    assert (arguments[0].float()[:, ::4] @ arguments[1].float().mT).abs().max() > 1e6
+    found = chunk_scores(*arguments, scale=1e-4)
+    wide = [x.float() if x.is_floating_point() else x for x in arguments]
+    torch.testing.assert_close(found, chunk_scores_reference(*wide, scale=1e-4), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -79,3 +90,17 @@ def test_shapes_that_do_not_belong_together_are_refused():
     query, landmarks, is_open = scene(2, 1, 40, 64)
     with pytest.raises(ValueError, match=r"is_open \[batch, kv_heads, chunks\].*\[2, 2, 39\]"):
         chunk_scores(query, landmarks, is_open[..., 1:], scale=1.0)
+
+
+@pytest.mark.parametrize("group", ["max", "mean"])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("where", ["query", "landmark"])
+def test_nan_comes_through(where, queries, group):
+    query, landmarks = heads(2, 6, queries, 64), heads(2, 2, 40, 64)
+    is_open = torch.rand(2, 2, 40, device=DEVICE) < 0.8
+    is_open[1, 0, 7] = True
+    (query[1, 0, -1] if where == "query" else landmarks[1, 0, 7])[3] = torch.nan
+    found = chunk_scores(query, landmarks, is_open, scale=0.125, group=group)
+    expected = chunk_scores_reference(query, landmarks, is_open, scale=0.125, group=group)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found[1, 0].isnan().sum() == is_open[1, 0].sum()

@@ -124,3 +124,23 @@ def test_sums_are_the_same_every_time():
     _, lse = causal_attention_reference(query, key, key, scale=0.125)
     once, again = (causal_column_sums(query, key, lse, scale=0.125) for _ in range(2))
     assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("queries", [3, 70])
+def test_a_query_whose_lse_is_nan_gives_nan_to_all_it_sees(queries):
+    query, key = heads(2, 4, queries, 64), heads(2, 2, 70, 64)
+    _, lse = causal_attention_reference(query, key, key, scale=0.125)
+    lse[1, 2, 1] = torch.nan
+    found = causal_column_sums(query, key, lse, scale=0.125)
+    torch.testing.assert_close(found, causal_column_sums_reference(query, key, lse, scale=0.125), equal_nan=True)
+    assert found[1, 1].isnan().sum() == 70 - queries + 2
+    assert found[1, 0].isfinite().all()
+    positions, at = slot_positions(2, 2, 70), torch.full((2, queries), 140, dtype=torch.int32, device=DEVICE)
+    for take, reference in (
+        (slot_column_sums, slot_column_sums_reference),
+        (slot_column_maxima, slot_column_maxima_reference),
+    ):
+        found, expected = (each(query, key, positions, at, lse, scale=0.125) for each in (take, reference))
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        found, expected = (each(query, key, positions, at, lse, scale=0.125, window=90) for each in (take, reference))
+        torch.testing.assert_close(found, expected, equal_nan=True)

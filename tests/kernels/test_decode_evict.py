@@ -92,3 +92,28 @@ def test_a_state_that_cannot_be_written_in_place_is_refused():
     token = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="positions, scores and spare, which must be contiguous"):
         state.step(decode_and_evict, heads(2, 4, 1, 64), heads(2, 2, 1, 64), heads(2, 2, 1, 64), token)
+
+
+@pytest.mark.parametrize("where", ["key", "value", "new key", "new value", "query"])
+@pytest.mark.parametrize(("group", "slots", "head_dim", "value_dim", "options"), CASES, ids=str)
+def test_nan_comes_through_and_no_slot_is_lost_over_it(where, group, slots, head_dim, value_dim, options):
+    state = State(2, 2, slots, head_dim, value_dim, torch.float32)
+    held = state.positions[0, 0].argmax()
+    if where in ("key", "value"):
+        (state.keys if where == "key" else state.values)[0, 0, held] = torch.nan
+    other = state.clone()
+    for step in range(5):
+        query, key = heads(2, 2 * group, 1, head_dim), heads(2, 2, 1, head_dim)
+        value = heads(2, 2, 1, value_dim)
+        if where in ("new key", "new value", "query") and step == 1:
+            {"new key": key, "new value": value, "query": query}[where][0, 0, 0, 1] = torch.nan
+        token = torch.full((2,), state.length + step, dtype=torch.int32, device=DEVICE)
+        found = state.step(decode_and_evict, query, key, value, token, **options)
+        expected = other.step(decode_and_evict_reference, query, key, value, token, **options)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        assert expected[0, 0].isnan().any() or step == 0 or where not in ("key", "new key", "query") or step > 1
+        assert torch.equal(state.positions, other.positions)
+        assert torch.equal(state.spare, other.spare)
+        # the spare slot is empty, and no head holds more than its limit
+        assert (state.positions.gather(2, state.spare[..., None]) == -1).all()
+        assert ((state.positions >= 0).sum(-1) <= state.limits[:, None]).all()

@@ -54,3 +54,19 @@ def test_neither_the_first_recent_token_nor_the_last_sink_goes_though_they_score
     scores[..., 3], scores[..., 12], scores[..., 8] = -2.0, -2.0, -1.0
     recent_from = torch.tensor([12], dtype=torch.int32, device=DEVICE)
     assert choose(scores, positions, recent_from, 4).item() == 8
+
+
+@pytest.mark.parametrize("choose", [choose_victim, choose_victim_reference])
+@pytest.mark.parametrize("slots", [9, 1100])
+def test_what_scores_nan_goes_after_all_others_and_before_what_is_protected(choose, slots):
+    positions = torch.rand(2, 3, slots, device=DEVICE).argsort(-1).int()
+    positions[..., 4] = -1
+    scores = torch.full((2, 3, slots), torch.nan, device=DEVICE)
+    recent_from = torch.full((2,), slots - 3, dtype=torch.int32, device=DEVICE)
+    oldest = torch.where(positions >= 2, positions, slots).amin(-1)
+    victims = choose(scores, positions, recent_from, 2)
+    assert torch.equal(positions.gather(-1, victims[..., None])[..., 0], oldest)
+    scores[positions == slots - 4] = 1e30
+    if bool((positions == slots - 4).any(-1).all()):
+        victims = choose(scores, positions, recent_from, 2)
+        assert positions.gather(-1, victims[..., None]).eq(slots - 4).all()

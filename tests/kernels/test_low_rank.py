@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from kvcompress.kernels import low_rank
+from kvcompress.kernels import quantise as quantise_kernel
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
 from kvcompress.kernels.quantise import Coding, Packed, dequantise
 from kvcompress.kernels.quantise import quantise_reference as quantise
@@ -66,7 +66,8 @@ def test_the_size_of_the_pieces_changes_nothing(pieces, monkeypatch):
     x = blocks(2, 2, 5, 16, 64)
     packed = quantise(x, coding)
     whole = product(residual_factors(x, packed, coding, 2))
-    monkeypatch.setattr(low_rank, "_PIECE", 2 * 2 * 16 * 64 * pieces)
+    monkeypatch.setattr(quantise_kernel, "_PIECE", 2 * 2 * 16 * 64 * pieces)
+    assert len(quantise_kernel.blocks_apart(x)) == -(-5 // pieces)
     torch.testing.assert_close(product(residual_factors(x, packed, coding, 2)), whole, rtol=0, atol=1e-2 * whole.max())
 
 

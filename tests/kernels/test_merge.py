@@ -66,3 +66,35 @@ def test_mismatched_shapes_are_named_in_the_error():
         merge_states([out, out], [lse, lse[..., 0]])
     with pytest.raises(ValueError, match="at least one"):
         merge_states([], [])
+
+
+@pytest.mark.parametrize("merge", [merge_states, merge_states_reference])
+@pytest.mark.parametrize("of", ["out", "lse", "both"])
+@pytest.mark.parametrize("light", [False, True])
+def test_nan_comes_through_however_little_it_weighs(merge, of, light):
+    (out, other), (lse, other_lse) = states(2, 64)
+    if light:
+        # exp of the difference is 0 in float32
+        other_lse = lse - 200.0
+    expected = merge([out, other], [lse, other_lse])
+    if of != "lse":
+        other[0, 1, 2] = torch.nan
+    if of != "out":
+        other_lse[0, 1, 2] = torch.nan
+    expected[0][0, 1, 2] = torch.nan
+    if of != "out":
+        expected[1][0, 1, 2] = torch.nan
+    torch.testing.assert_close(merge([out, other], [lse, other_lse]), expected, equal_nan=True)
+    torch.testing.assert_close(merge([other, out], [other_lse, lse]), expected, equal_nan=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("parts", [2, 20])
+def test_nan_comes_through_a_stack(parts):
+    outs, lses = torch.randn(parts, 2, 3, 2, 80, device=DEVICE), torch.randn(parts, 2, 3, 2, device=DEVICE)
+    outs[-1, 0, 0, 0, 3], lses[-1, 1] = torch.nan, torch.nan
+    lses[-1, 0] -= 200.0
+    lses[:-1, 1, 2], lses[0, 0, 0] = torch.nan, -torch.inf
+    expected = merge_states_reference(list(outs), list(lses))
+    assert expected[0].isnan().sum() == 1 + 3 * 2 * 80
+    torch.testing.assert_close(merge_stack(outs, lses, torch.float32), expected, equal_nan=True)

@@ -3,6 +3,7 @@ import torch
 
 from kvcompress.kernels import packed_attention as module
 from kvcompress.kernels import packed_pieces
+from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
 from kvcompress.kernels.packed_tile import tile_shape
 from kvcompress.kernels.quantise import Coding, dequantise
@@ -182,3 +183,49 @@ def test_what_does_not_fit_is_refused():
     arguments, options = scene(CASES[1], queries=2)
     with pytest.raises(ValueError, match="logits of one query"):
         packed_attention(*arguments, **options, with_logits=True)
+
+
+@pytest.mark.parametrize("where", ["query", "key", "every key", "value"])
+@pytest.mark.parametrize("case", CASES[:6], ids=ids)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_nan_comes_through(where, case, queries):
+    (query, keys, values, *rest), options = scene(case, queries=queries)
+    if where == "query":
+        query[0, 0, -1, 2] = torch.nan
+    elif where == "value":
+        values.zeros[0, 0, -1] = torch.nan
+    else:
+        keys.zeros[0, 0, -1 if where == "key" else slice(None), :, 3] = torch.nan
+    options["with_logits"] = queries == 1
+    found = packed_attention(query, keys, values, *rest, **options)
+    expected = packed_attention_reference(query, keys, values, *rest, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert expected[0].isnan().any()
+    assert expected[0][1].isfinite().all()
+
+
+# one query and several, with a bound of the logits and without, and more rows than a tile has
+@pytest.mark.parametrize(
+    ("case", "queries"), [(CASES[2], 1), (CASES[4], 1), (CASES[4], 5), (CASES[6], 11), (CASES[9], 3)], ids=str
+)
+def test_an_offset_of_a_query_is_added_to_its_products(case, queries):
+    arguments, options = scene(case, queries=queries)
+    query, keys, values, key_coding, value_coding, positions, query_positions = arguments
+    centre = heads(2, 2, 1, query.shape[-1]) * 2
+    offsets = (query.unflatten(1, (2, -1)) * centre[:, :, None]).sum(-1).flatten(1, 2)
+    options |= {"offsets": offsets, "with_logits": queries == 1}
+    found, expected = packed_attention(*arguments, **options), packed_attention_reference(*arguments, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # as if every key had it
+    key, value = (
+        dequantise(packed, coding, torch.float64, options["spans"]).flatten(2, 3)
+        for packed, coding in ((keys, key_coding), (values, value_coding))
+    )
+    out, lse = slot_attention(
+        query.double(), key + centre, value, positions.expand(-1, 2, -1).contiguous(), query_positions,
+        scale=options["scale"], window=options.get("window"), softcap=options.get("softcap"),
+    )  # fmt: skip
+    torch.testing.assert_close(found[0].double(), out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), lse.double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"offsets \[batch, heads, queries\]"):
+        packed_attention(*arguments, **options | {"offsets": offsets[..., :0]})

@@ -27,9 +27,10 @@ def check(sharing, tokens, group, queries, head_dim, value_dim, dtype=torch.floa
     own = blocks(tokens, kv_heads, head_dim, value_dim, dtype)
     query = heads(sharing.batch, kv_heads * group, queries, head_dim, dtype)
     options |= {"scale": head_dim**-0.5}
-    if "window" in options:
-        # ragged: each row stands somewhere else behind its blocks
-        end = sum(tokens) + torch.randint(0, 9, (sharing.batch, 1), device=DEVICE)
+    if "window" in options or "causal" in options:
+        # ragged: each row stands somewhere else behind its blocks, or within them
+        back = 60 if "causal" in options else 0
+        end = sum(tokens) + torch.randint(-back, 9, (sharing.batch, 1), device=DEVICE)
         options["query_positions"] = (end + torch.arange(queries, device=DEVICE)).int()
     out, lse = prefix_attention(query, own, sharing, **options)
     expected_out, expected_lse = prefix_attention_reference(query, own, sharing, **options)
@@ -53,6 +54,9 @@ CASES = [
     (TREE, [64, 33, 1, 16, 5, 70], 3, 7, 80, 80, {}),
     (TREE, [20, 33, 40, 16, 5, 30], 2, 3, 64, 64, {"window": 70, "softcap": 5.0}),
     (TREE, [0, 3, 5, 0, 5, 9], 1, 1, 64, 64, {}),
+    (FLAT, [65], 4, 30, 64, 64, {"causal": True}),
+    (FLAT, [300], 2, 2, 80, 96, {"causal": True, "window": 40}),
+    (TREE, [20, 33, 40, 16, 5, 30], 2, 3, 64, 64, {"causal": True, "softcap": 5.0}),
 ]
 
 
@@ -83,6 +87,24 @@ def test_the_reference_is_attention_to_all_tokens_of_the_path():
         logits = query[row].float() @ key[0, 0, :tokens].mT * 0.125
         torch.testing.assert_close(out[row], logits.softmax(-1) @ value[0, 0, :tokens])
         torch.testing.assert_close(lse[row], logits.logsumexp(-1))
+
+
+def test_a_query_that_stands_within_a_block_sees_what_stands_before_it():
+    own = blocks([40, 20], 2, 64, 64)
+    query = heads(2, 4, 3, 64)
+    at = torch.tensor([[37, 38, 39], [58, 59, 60]], dtype=torch.int32, device=DEVICE)
+    options = {"scale": 0.125, "query_positions": at}
+    sharing = Sharing([(0, 1), (0, 1)], 2)
+    out, lse = prefix_attention(query, own, sharing, causal=True, **options)
+    key, value = (torch.cat(parts, 1) for parts in (own.keys, own.values))
+    for row in range(2):
+        for index in range(3):
+            seen = int(at[row, index]) + 1
+            logits = query[row, :, index].unflatten(0, (2, 2)) @ key[:, :seen].mT * 0.125
+            torch.testing.assert_close(out[row, :, index], (logits.softmax(-1) @ value[:, :seen]).flatten(0, 1))
+            torch.testing.assert_close(lse[row, :, index], logits.logsumexp(-1).flatten())
+    # and all of both blocks where nothing says that it stands within them
+    assert (prefix_attention(query, own, sharing, scale=0.125)[1][0] > lse[0]).all()
 
 
 def test_how_a_path_is_cut_into_blocks_changes_nothing():
@@ -162,6 +184,8 @@ def test_wrong_shapes_are_refused():
             prefix_attention(query, own, sharing, scale=1.0)
     with pytest.raises(ValueError, match="query_positions"):
         prefix_attention(heads(2, 4, 1, 64), own, Sharing([(0,)], 2), scale=1.0, window=4)
+    with pytest.raises(ValueError, match="or it is causal"):
+        prefix_attention(heads(2, 4, 1, 64), own, Sharing([(0,)], 2), scale=1.0, causal=True)
     with pytest.raises(ValueError, match="between 0 and 1"):
         Sharing([(2,)], 2)
     with pytest.raises(ValueError, match="as many values"):
@@ -180,3 +204,21 @@ def test_shared_rows_equal_slots_of_each_row():
     ours = prefix_attention(query, own, Sharing([range(3)], 3), scale=0.125)
     for made, expected in zip(ours, wanted, strict=True):
         torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.parametrize("where", ["query", "key", "every key", "value"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("tokens", [[3, 2, 1, 2, 5, 3], [64, 33, 1, 16, 5, 300]])
+def test_nan_reaches_the_rows_that_see_it_and_no_others(where, options, tokens):
+    sharing, own = Sharing(*TREE), blocks(tokens, 2, 64, 64)
+    query = heads(6, 4, 2, 64)
+    if where == "query":
+        query[3, 0, 1, 2] = torch.nan
+    elif where == "value":
+        own.values[2][0, -1, 1] = torch.nan
+    else:
+        own.keys[2][0, -1 if where == "key" else slice(None), 1] = torch.nan
+    expected = prefix_attention_reference(query, own, sharing, scale=0.125, **options)
+    torch.testing.assert_close(prefix_attention(query, own, sharing, scale=0.125, **options), expected, equal_nan=True)
+    assert expected[0][3].isnan().any()
+    assert expected[0][1:3].isfinite().all()

@@ -3,7 +3,9 @@ import itertools
 import pytest
 import torch
 
+from kvcompress.kernels import quantise as quantise_kernel
 from kvcompress.kernels.quantise import Coding, dequantise, pack_codes, quantise, quantise_reference, unpack_codes
+from kvcompress.kernels.runtime import runs_triton
 from tests.kernels.inputs import DEVICE, DTYPES, blocks
 
 # bits, group, axis, outliers, block, head_dim
@@ -59,7 +61,7 @@ def agree_in_packing(x, coding):
         if part is not None:
             assert part.dtype == other.dtype
             assert part.is_contiguous()
-            torch.testing.assert_close(part, other, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(part, other, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(("bits", "group", "axis"), [*itertools.product((2, 3, 4, 8), (16, 64), ("channel", "token"))])
@@ -194,3 +196,39 @@ def test_what_float16_cannot_hold_saturates(axis):
 def test_what_cannot_be_packed_is_refused(coding, shape, text):
     with pytest.raises(ValueError, match=text):
         quantise(torch.zeros(1, 1, 1, *shape, device=DEVICE), coding)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("bits", "group", "axis", "outliers", "block", "head_dim"), CASES, ids=str)
+def test_a_group_with_a_number_that_is_not_finite_is_nan_and_no_other_is(
+    bits, group, axis, outliers, block, head_dim, number
+):
+    coding = Coding(bits, group, axis, outliers)
+    x = blocks(2, 2, 2, block, head_dim)
+    expected = dequantise(quantise(x, coding), coding)
+    # a whole group, and one number
+    x[0, 0, 0, : min(group, block), 3] = number
+    x[1, 1, 1, -1, -1] = number
+    decoded = dequantise(quantise(x, coding), coding)
+    if axis == "channel":
+        expected[0, 0, 0, : min(group, block), 3] = torch.nan
+        expected[1, 1, 1, -min(group, block) :, -1] = torch.nan
+    else:
+        expected[0, 0, 0, : min(group, block), 3 // group * group : (3 // group + 1) * group] = torch.nan
+        expected[1, 1, 1, -1, (head_dim - 1) // group * group :] = torch.nan
+    assert torch.equal(decoded.isnan(), expected.isnan())
+    if not outliers:
+        torch.testing.assert_close(decoded, expected, equal_nan=True)
+    agree_in_packing(x, coding)
+
+
+@pytest.mark.skipif(runs_triton(torch.empty(0, device=DEVICE)), reason="only the PyTorch path has pieces")
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+@pytest.mark.parametrize("outliers", [0, 2])
+def test_the_size_of_the_pieces_changes_no_code(pieces, outliers, monkeypatch):
+    coding = Coding(3, 16, "channel", outliers)
+    x = blocks(2, 2, 5, 16, 64)
+    whole = quantise_reference(x, coding)
+    monkeypatch.setattr(quantise_kernel, "_PIECE", 2 * 2 * 16 * 64 * pieces)
+    for part, expected in zip(quantise(x, coding), whole, strict=True):
+        assert part is expected is None or torch.equal(part, expected)

@@ -1,14 +1,20 @@
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 from kvcompress.kernels.attention import causal_attention, slot_attention
+from kvcompress.kernels.chunk_scores import chunk_scores
 from kvcompress.kernels.column_sums import causal_column_sums, slot_column_maxima
 from kvcompress.kernels.decode import decode_attention
 from kvcompress.kernels.decode_evict import decode_and_evict
 from kvcompress.kernels.evict import choose_victim
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import Coding, Packed
+from kvcompress.kernels.quantise import Coding, Packed, quantise
+from kvcompress.kernels.rebuild import rebuild_keys
+from kvcompress.kernels.selection import reuse_slots
 from tests.kernels.inputs import DEVICE, blocks, heads, packed_blocks, slot_positions
 
 QUERY, KEY, STEP = heads(2, 4, 9, 64), heads(2, 2, 9, 64), heads(2, 4, 1, 64)
@@ -17,6 +23,7 @@ AT = torch.full((2, 9), 18, dtype=torch.int32, device=DEVICE)
 LSE = torch.randn(2, 4, 9, device=DEVICE)
 SCORES = torch.rand(2, 2, 9, device=DEVICE)
 LIMITS = torch.full((2,), 7, dtype=torch.int32, device=DEVICE)
+HELD = torch.rand(2, 2, 6, device=DEVICE).argsort(-1)
 
 CODING = Coding(2, 16, "channel", 1, 2)
 PACKED = packed_blocks(blocks(2, 2, 3, 16, 64), CODING)
@@ -50,6 +57,35 @@ CALLS = {
         (STEP, KEY, POSITIONS, SCORES, POSITIONS.argmin(-1), AT[:, 0], LIMITS),
     ),
 }
+
+
+def rebuilt(keys, coefficients, basis, held, is_new):
+    rebuild_keys(keys, coefficients, basis, held, is_new)
+    return keys
+
+
+CALLS |= {
+    "chunk_scores": (lambda q, k, o: chunk_scores(q, k, o, scale=0.1), (STEP, KEY, POSITIONS >= 0)),
+    "quantise": (lambda x: quantise(x, CODING)[:5], (blocks(2, 2, 3, 16, 64),)),
+    "rebuild_keys": (
+        rebuilt,
+        (
+            heads(2, 2, 12, 64).contiguous(),
+            torch.randn(2, 12, 5, device=DEVICE),
+            torch.randn(2, 5, 128, device=DEVICE),
+            HELD,
+            HELD < 3,
+        ),
+    ),
+    "reuse_slots": (lambda held, wanted: reuse_slots(held, wanted, 9), (HELD, HELD.flip(-1) + 2)),
+}
+
+
+def test_every_op_is_tested_here():
+    for file in sorted((Path(__file__).parents[2] / "kernels").glob("*.py")):
+        importlib.import_module(f"kvcompress.kernels.{file.stem}")
+    names = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
+    assert {name for space, _, name in names if space == "kvcompress"} == set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvcompress.policies.shadowkv import ShadowKV, fit_basis, gram, landmarks_of, project
+from kvcompress.policies.shadowkv import ShadowKV, fit_basis, gram, landmarks_of, measure, project
 
 
 def keys(tokens=200, width=48, seed=0):
@@ -14,7 +14,7 @@ def keys(tokens=200, width=48, seed=0):
 def test_the_error_of_the_factors_is_that_of_a_truncated_svd(rank):
     x = keys()
     basis, missed = fit_basis(gram(x), rank)
-    coefficients, norm, error = project(x, basis)
+    coefficients, (norm, error) = project(x, basis), measure(x, basis)
     singular = torch.linalg.svdvals(x.double())
     left_out, whole = (singular[:, rank:] ** 2).sum(1).float(), (singular**2).sum(1).float()
     torch.testing.assert_close(norm, whole)
@@ -32,7 +32,7 @@ def test_the_gram_matrix_adds_up_over_pieces():
     torch.testing.assert_close(gram(x, largest=33), gram(x), **close)
     torch.testing.assert_close(sum(gram(piece) for piece in x.split(70, 1)), gram(x), **close)
     basis, _ = fit_basis(gram(x), 9)
-    for whole, pieces in zip(project(x, basis), project(x, basis, largest=33), strict=True):
+    for whole, pieces in zip(measure(x, basis), measure(x, basis, largest=33), strict=True):
         torch.testing.assert_close(whole, pieces, **close)
 
 
@@ -40,7 +40,13 @@ def test_keys_in_16_bits_are_summed_in_32():
     x = keys().to(torch.bfloat16)
     assert gram(x).dtype == torch.float32
     torch.testing.assert_close(gram(x), x.float().mT @ x.float(), rtol=1e-4, atol=1e-4)
-    assert project(x, fit_basis(gram(x), 9)[0])[0].dtype == torch.bfloat16
+    assert project(x, fit_basis(gram(x), 9)[0]).dtype == torch.bfloat16
+
+
+def test_coefficients_for_a_basis_of_longer_rows_are_shorter():
+    x = keys()
+    basis, _ = fit_basis(gram(x), 9)
+    torch.testing.assert_close(project(x, basis, 8.0) @ (8.0 * basis), project(x, basis) @ basis)
 
 
 def test_keys_that_are_all_zero_miss_nothing():

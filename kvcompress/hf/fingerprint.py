@@ -1,0 +1,152 @@
+"""Which model this is: its config, as far as keys and values depend on it, and a sample of its weights.
+
+Two models of one fingerprint give the same keys and values, up to the rounding of their dtype, which is no part of it:
+weights are sampled as bfloat16. The sample is the same on every device, costs one copy a device, and reads a few
+numbers of each tensor of the decoder. Not read: what accelerate has put away (offloaded weights count as equal), and
+another process's share of a tensor-parallel model (each process has a fingerprint of its own).
+"""
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvcompress.hf.configs import attention_windows, sizes
+from kvcompress.hf.modules import decoder_of
+
+# numbers read of a tensor, and tensors read at most
+_NUMBERS, _TENSORS = 4, 1024
+# in bfloat16 no weight: stands for what was not read
+_UNREAD = 0x7FFF
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells one model from another.
+
+    architecture: the model's class. sizes: layers, widths, heads. windows: of the layers, as a text. rope: what the
+    config says of rotary embeddings, as JSON. weights: base64 of bfloat16 numbers. is_float16: a weight is, and so its
+    last bit as bfloat16 may be another.
+    """
+
+    architecture: str
+    sizes: str
+    windows: str
+    rope: str
+    weights: str
+    is_float16: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, without: frozenset[str] = frozenset()) -> Self:
+        """A model's.
+
+        Args:
+            without: weights of the decoder to leave out, by the names that the model gives to them.
+        """
+        config: Any = model.config
+        own = sizes(config)
+        # a converted model is another one while it is its own teacher
+        taught = "" if getattr(model, "single_input", True) else " as its own teacher"
+        windows = attention_windows(config)
+        kinds = sorted({window or 0 for window in windows})
+        text = "full attention" if kinds == [0] else f"windows {','.join(str(window or 'none') for window in windows)}"
+        rope = {
+            name: getattr(config, name, None)
+            for name in ("rope_parameters", "rope_theta", "partial_rotary_factor", "rotary_pct")
+        }
+        weights, is_float16 = _sample(model, without)
+        return cls(
+            f"{type(model).__name__}{taught}",
+            f"{own.layers} layers, hidden size {own.hidden}, {own.heads} heads, {own.kv_heads} KV heads, "
+            f"head_dim {own.head_dim}, vocabulary {own.vocabulary}",
+            text,
+            json.dumps(_plain(rope), sort_keys=True),
+            weights,
+            is_float16,
+        )
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """In what the other is another model; empty where it is the same."""
+        names = ["architecture", "sizes", "windows", "rope"]
+        found = [name for name in names if getattr(self, name) != getattr(other, name)]
+        return found if _agree(self, other) else [*found, "weights"]
+
+    def check(self, given: "Fingerprint", what: str) -> None:
+        """
+        Args:
+            what: what was made with the model of this fingerprint.
+
+        Raises:
+            ValueError: the model given is another one; both are named.
+        """
+        differ = self.differences(given)
+        if differ:
+            raise ValueError(
+                f"{what} was made with {self.architecture} of {self.text()}; the model given, {given.architecture}, "
+                f"has {given.text()}. They differ in {', '.join(differ)}, so that keys and values of the one mean "
+                "nothing to the other: give the model that it was made with, or make it anew"
+            )
+
+    def text(self) -> str:
+        """All of it but the class, for a reader."""
+        rope = "" if self.rope == "{}" else f", rope {self.rope}"
+        return f"{self.sizes}, {self.windows}{rope}, weights {hashlib.sha256(self.weights.encode()).hexdigest()[:12]}"
+
+
+def _plain(value: Any) -> Any:
+    """Settings without those that say nothing, as a release may add them."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items() if each is not None}
+    return value
+
+
+@torch.no_grad()
+def _sample(model: PreTrainedModel, without: frozenset[str]) -> tuple[str, bool]:
+    """Numbers of a decoder's weights, and whether one of these is of float16."""
+    left_out = {id(parameter) for name, parameter in model.named_parameters() if name in without}
+    tensors: list[Any] = [tensor for tensor in decoder_of(model).parameters() if id(tensor) not in left_out]
+    step = max(1, -(-len(tensors) // _TENSORS))
+    chosen = tensors[::step]
+    parts = [_numbers(tensor) for tensor in chosen]
+    # one copy a device
+    read = {}
+    for device in {part.device for part in parts}:
+        own = [part for part in parts if part.device == device]
+        read[device] = iter(torch.cat(own).view(torch.int16).cpu().split([len(part) for part in own]))
+    sample = torch.cat([next(read[part.device]) for part in parts]) if parts else torch.empty(0, dtype=torch.int16)
+    is_float16 = any(tensor.dtype == torch.float16 for tensor in chosen)
+    return base64.b64encode(sample.numpy().tobytes()).decode(), is_float16
+
+
+def _numbers(tensor: nn.Parameter) -> Tensor:
+    """A few numbers of a tensor as bfloat16, [numbers], where it lies."""
+    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    if local.device.type == "meta" or not local.numel():
+        return torch.full((_NUMBERS,), _UNREAD, dtype=torch.int16).view(torch.bfloat16)
+    flat = local.reshape(-1) if local.is_contiguous() else local.contiguous().reshape(-1)
+    numbers = flat[len(flat) // (2 * _NUMBERS) :: max(1, len(flat) // _NUMBERS)][:_NUMBERS]
+    return numbers.to(torch.bfloat16)
+
+
+def _agree(one: Fingerprint, other: Fingerprint) -> bool:
+    """True where all weights that both have read are equal."""
+    ours, theirs = (
+        torch.frombuffer(bytearray(base64.b64decode(each.weights)), dtype=torch.int16) if each.weights else None
+        for each in (one, other)
+    )
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return ours is theirs
+    read = (ours != _UNREAD) & (theirs != _UNREAD)
+    ours, theirs = ours[read], theirs[read]
+    if torch.equal(ours, theirs):
+        return True
+    if one.is_float16 == other.is_float16:
+        return False
+    # rounded twice; below float16's range its numbers are as far apart as its least
+    a, b = ours.view(torch.bfloat16).double(), theirs.view(torch.bfloat16).double()
+    return bool(((a - b).abs() <= 2.0**-7 * a.abs() + 2.0**-24).all())

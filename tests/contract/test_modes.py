@@ -1,0 +1,136 @@
+"""What is not a number is not hidden, and the modes that torch runs a model in change no answer."""
+
+import contextlib
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvcompress.hf import cache_argument
+from tests.contract.caches import every_cache, those
+from tests.contract.drive import feed
+from tests.contract.models import DEVICE, build, prompt, tiny
+
+
+def spoil(model, layer, place):
+    """Makes one number of one token's key NaN in the next forward."""
+    projection = model.model.layers[layer].self_attn.k_proj
+
+    def hook(module, args, out):
+        handle.remove()
+        out = out.clone()
+        out[0, place, 3] = torch.nan
+        return out
+
+    handle = projection.register_forward_hook(hook)
+
+
+def logits_after_nan(entry, make, place):
+    """Logits of a prompt whose first layer has a NaN among its keys, and of the steps that follow, [batch, 4, any]."""
+    model = tiny("llama", dtype=entry.dtype)
+    cache = make(model)
+    spoil(model, 0, place)
+    logits = [feed(model, cache, prompt(30, 2))[:, -1:]]
+    logits += [feed(model, cache, prompt(1, 2, seed=step)) for step in range(3)]
+    return torch.cat(logits, 1)
+
+
+@every_cache
+def test_a_nan_among_the_keys_of_the_newest_token_comes_through(entry):
+    logits = logits_after_nan(entry, entry.build, -1)
+    # a layer that keeps one token has let it go after the next step
+    steps = 2 if entry.name == "h2o_pyramid" else 4
+    assert logits[0, :steps].isnan().all()
+    assert logits[1].isfinite().all()
+
+
+@those(lambda entry: entry.budget is None or entry.roomy)
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_nan_among_the_keys_of_a_token_that_is_kept_comes_through(entry, place):
+    logits = logits_after_nan(entry, entry.build if entry.budget is None else entry.roomy, place)
+    assert logits[0].isnan().all()
+    assert logits[1].isfinite().all()
+
+
+def forwards(model, cache, modes, first=0):
+    """Logits of the last token of a forward in each mode: a prompt, then single tokens, [forwards, batch, any]."""
+    logits = []
+    for index, mode in enumerate(modes, first):
+        ids = prompt(1, 2, seed=index) if index else prompt(20, 2)
+        with mode, torch.no_grad():
+            logits.append(model(ids, **cache_argument(model, cache)).logits[:, -1].float().clone())
+    return torch.stack(logits)
+
+
+def autocast():
+    return torch.autocast(DEVICE, torch.bfloat16)
+
+
+@every_cache
+def test_autocast_gives_the_full_caches_first_logits_and_goes_on_in_its_dtype(entry):
+    model = tiny()
+    cache, full = entry.build(model), DynamicCache(config=model.config)
+    found = forwards(model, cache, [autocast() for _ in range(3)])
+    assert found.isfinite().all()
+    # of one bfloat16, as the logits are computed in it
+    torch.testing.assert_close(found[0], forwards(model, full, [autocast()])[0], rtol=0.01, atol=0.05)
+    assert {layer.dtype for layer in cache.layers} == {torch.bfloat16}
+    # and without autocast the cache serves as it is
+    assert forwards(model, cache, [contextlib.nullcontext()], first=3).isfinite().all()
+
+
+@those(lambda entry: entry.roomy or entry.name == "dense")
+def test_a_cache_that_lets_nothing_go_is_within_rounding_of_the_full_cache_under_autocast(entry):
+    model = tiny()
+    modes = [autocast() for _ in range(4)]
+    found = forwards(model, (entry.roomy or entry.build)(model), modes)
+    straight = forwards(model, DynamicCache(config=model.config), [contextlib.nullcontext() for _ in range(4)])
+    rounding = (forwards(model, DynamicCache(config=model.config), modes) - straight).abs().max()
+    assert (found - straight).abs().max() < 3 * rounding
+
+
+@every_cache
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_model_of_another_dtype_goes_on_with_a_filled_cache_in_the_caches_dtype(entry, saved, tmp_path):
+    model = build("llama")
+    cache, straight = entry.build(model), entry.build(model)
+    expected = forwards(model, straight, [contextlib.nullcontext() for _ in range(3)])
+    forwards(model, cache, [contextlib.nullcontext()])
+    if saved:
+        cache.save(tmp_path / "cache")
+    model.to(torch.bfloat16)
+    if saved:
+        cache = type(cache).load(tmp_path / "cache", model)
+    found = forwards(model, cache, [contextlib.nullcontext() for _ in range(2)], first=1)
+    assert {layer.dtype for layer in cache.layers} == {torch.float32}
+    if entry.exact:
+        assert (found - expected[1:]).abs().max() < 0.5 < expected.std()
+    assert found.isfinite().all()
+
+
+@every_cache
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(entry):
+    model = tiny()
+    plain = [contextlib.nullcontext() for _ in range(4)]
+    expected = forwards(model, entry.build(model), plain)
+    cache = entry.build(model)
+    with torch.inference_mode():
+        found = [forwards(model, cache, plain[:2])]
+        for change in (cache.batch_repeat_interleave, cache.reorder_cache):
+            change(1 if change == cache.batch_repeat_interleave else torch.arange(2, device=DEVICE))
+        copy = cache.clone()
+    found.append(forwards(model, copy, plain[2:], first=2))
+    assert torch.equal(torch.cat(found), expected)
+
+
+@every_cache
+def test_a_cache_that_is_loaded_in_inference_mode_goes_on_outside_of_it(entry, tmp_path):
+    model = tiny()
+    cache = entry.build(model)
+    forwards(model, cache, [contextlib.nullcontext()])
+    cache.save(tmp_path / "cache")
+    with torch.inference_mode():
+        loaded = type(cache).load(tmp_path / "cache", model)
+    modes = [contextlib.nullcontext(), torch.inference_mode(), contextlib.nullcontext()]
+    plain = [contextlib.nullcontext() for _ in modes]
+    assert torch.equal(forwards(model, loaded, modes, first=1), forwards(model, cache, plain, first=1))
