@@ -175,7 +175,7 @@ def _train(
     from accelerate.utils import set_seed
 
     set_seed(settings.seed)
-    # rows of one forward are averaged by hand, and gradients over forwards: Accelerate only scales and synchronises
+    # tokens of an update are averaged by hand: Accelerate only scales and synchronises
     accelerator = Accelerator(mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
     run = _Run.of(model, rows, settings)
     trained = _freeze(model, settings)
@@ -201,24 +201,27 @@ def _train(
         for step in range(begun, settings.steps):
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate(step)
-            sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-            for _ in range(settings.accumulate):
+            parts = [next(feed) for _ in range(settings.accumulate)]
+            tokens = torch.tensor(sum(len(row.ids) for part in parts for row in part), device=accelerator.device)
+            tokens = int(accelerator.reduce(tokens, "sum"))
+            # every token weighs the same, however many are in its forward; Accelerate takes means over forwards
+            share = settings.accumulate * accelerator.num_processes / tokens
+            sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+            for part in parts:
                 with accelerator.accumulate(network):
-                    divergence, error, tokens = _compare(network, model, next(feed), hidden, settings, accelerator)
-                    accelerator.backward(divergence + settings.hidden_weight * error)
+                    divergence, error = _compare(network, model, part, hidden, settings, accelerator)
+                    accelerator.backward(share * (divergence + settings.hidden_weight * error))
                     optimiser.step()
                     optimiser.zero_grad()
-                sums += torch.stack([divergence.detach().double(), error.detach().double(), tokens.double()])
-            sums = accelerator.reduce(sums, "sum")
-            forwards = settings.accumulate * accelerator.num_processes
-            kl, mse = (sums[:2] / forwards).tolist()
+                sums += torch.stack([divergence.detach().double(), error.detach().double()])
+            kl, mse = (accelerator.reduce(sums, "sum") / tokens).tolist()
             line = {
                 "step": step + 1,
                 "loss": kl + settings.hidden_weight * mse,
                 "divergence": kl,
                 "hidden": mse,
                 "rate": settings.rate(step),
-                "tokens": int(sums[2]),
+                "tokens": tokens,
                 "seconds": round(time.perf_counter() - started, 3),
             }
             lines.append(line)
@@ -293,8 +296,8 @@ def _later_only(model: SwiftKVModel) -> Iterator[None]:
 
 def _compare(
     network: nn.Module, model: SwiftKVModel, rows: list[Row], hidden: _Hidden, settings: Distillation, accelerator: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence and hidden error of one forward, and its tokens."""
+) -> tuple[Tensor, Tensor]:
+    """Divergence and hidden error of one forward, each summed over its tokens."""
     ids = nn.utils.rnn.pad_sequence([row.ids for row in rows], batch_first=True).to(accelerator.device)
     answered = nn.utils.rnn.pad_sequence([row.answered for row in rows], batch_first=True).to(accelerator.device)
     lengths = torch.tensor([len(row.ids) for row in rows], device=ids.device)
@@ -309,12 +312,11 @@ def _compare(
     del inputs["input_ids"]
     with _later_only(model):
         student = network(inputs_embeds=hidden.entered, **inputs).logits
-    tokens = real.sum()
     # the logits at a position are about the next token
     counted = nn.functional.pad(answered[:, 1:], (0, 1))
-    divergence = distillation_loss(student, teacher, counted, tokens, settings.temperature)
-    error = (hidden.latest.float() - theirs.float())[real].square().mean()
-    return divergence, error, tokens
+    divergence = distillation_loss(student, teacher, counted, 1, settings.temperature)
+    error = (hidden.latest.float() - theirs.float())[real].square().mean(-1).sum()
+    return divergence, error
 
 
 @dataclass(frozen=True)

@@ -20,34 +20,36 @@ class Row:
 
 
 def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: int) -> list[Row]:
-    """Rows of at most `length` tokens from text files and .jsonl files.
+    """Rows of at most `length` tokens from text files and .jsonl files, in UTF-8.
 
     A line of a .jsonl is {"messages": [{"role", "content"}, ...]}, a chat, of which the assistant's tokens count, or
     {"text": ...}. Texts are joined and cut to rows; a chat is a row, cut at its end.
 
     Raises:
-        ValueError: a file holds neither, or nothing; file and line are named.
+        ValueError: a file holds neither, or nothing, or is not UTF-8; file and line are named.
     """
     rows: list[Row] = []
     for path in map(Path, paths):
         before = len(rows)
+        text = _read_text(path)
         if path.suffix == ".jsonl":
             texts = []
-            for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            # JSON's strings may hold what else Python takes for the end of a line
+            for number, line in enumerate(text.split("\n"), 1):
                 if not line.strip():
                     continue
-                entry = json.loads(line)
-                if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-                    row = chat_row(entry["messages"], tokenizer, length)
-                    if bool(row.answered.any()):
-                        rows.append(row)
-                elif isinstance(entry, dict) and isinstance(entry.get("text"), str):
-                    texts.append(entry["text"])
-                else:
-                    raise ValueError(f'{path}:{number} must be {{"messages": [...]}} or {{"text": ...}}')
+                entry = _read_entry(line, f"{path}:{number}")
+                if isinstance(entry, str):
+                    texts.append(entry)
+                    continue
+                try:
+                    row = chat_row(entry, tokenizer, length)
+                except Exception as error:
+                    # templates raise what they like
+                    raise ValueError(f"{path}:{number} cannot be rendered: {error}") from error
+                if bool(row.answered.any()):
+                    rows.append(row)
             text = "\n\n".join(texts)
-        else:
-            text = path.read_text("utf-8")
         if text:
             ids = tokenizer(text, return_tensors="pt").input_ids[0]
             rows += [Row(part, torch.ones_like(part, dtype=torch.bool)) for part in ids.split(length) if len(part) > 1]
@@ -56,21 +58,75 @@ def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: i
     return rows
 
 
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line} is not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start} of the file; "
+            "write the file in UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n")
+
+
+def _read_entry(line: str, place: str) -> str | list[dict[str, str]]:
+    """The text or the messages of a line of a .jsonl."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error.msg} at column {error.colno}") from error
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str) and "messages" not in entry:
+        return entry["text"]
+    if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list):
+        raise ValueError(f'{place} must be {{"messages": [...]}} or {{"text": ...}}')
+    for index, message in enumerate(entry["messages"]):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            has = sorted(message) if isinstance(message, dict) else type(message).__name__
+            raise ValueError(f"{place}: message {index} must have a role and a content, both strings; got {has}")
+    return entry["messages"]
+
+
 def chat_row(messages: list[dict[str, str]], tokenizer: Any, length: int) -> Row:
-    """A conversation in the model's chat template, of which the assistant's turns count."""
+    """A conversation in the model's chat template, of which the assistant's turns count.
 
-    def tokens(count: int, begins: bool = False) -> list[int]:
-        encoded = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=begins, return_dict=True)
-        ids = encoded["input_ids"]
-        return ids[0] if ids and isinstance(ids[0], list) else ids
+    A template may leave out of an earlier answer what the last one begins with (Qwen3: its thoughts, or that it had
+    none): such an answer counts as it stands in the whole conversation.
 
-    ids = torch.tensor(tokens(len(messages)))
+    Raises:
+        ValueError: the template renders an earlier answer in yet another way.
+    """
+
+    def render(count: int, begins: bool = False) -> str:
+        return tokenizer.apply_chat_template(messages[:count], add_generation_prompt=begins, tokenize=False)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    whole = render(len(messages))
+    ids = torch.tensor(encode(whole))
     answered = torch.zeros(len(ids), dtype=torch.bool)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = len(tokens(index, begins=True)) if index else 0
-            answered[start : len(tokens(index + 1))] = True
+            begun, last = render(index, begins=True) if index else "", render(index + 1)
+            start = len(os.path.commonprefix([whole, begun]))
+            stop = len(last) if whole.startswith(last) else _end_of_answer(whole, start, begun, last, message["content"])
+            answered[len(encode(whole[:start])) : len(encode(whole[:stop]))] = True
     return Row(ids[:length], answered[:length])
+
+
+def _end_of_answer(whole: str, start: int, begun: str, last: str, content: str) -> int:
+    """Where an answer ends that begins at `start` of a conversation, and as the last one is rendered otherwise."""
+    answer = last[len(os.path.commonprefix([last, begun])) :]
+    said = content.rpartition("</think>")[2].strip()
+    for skipped in range(answer.rfind(said) + 1):
+        if whole.startswith(answer[skipped:], start):
+            return start + len(answer) - skipped
+    raise ValueError(
+        f"the chat template renders the answer {content[:40]!r} otherwise within the conversation than at its end, so "
+        "that its tokens cannot be told; cut the conversation after it"
+    )
 
 
 def first_rows(rows: Sequence[Row], tokens: int, seed: int = 0) -> list[Tensor]:
