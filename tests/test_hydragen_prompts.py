@@ -87,12 +87,13 @@ def test_what_has_left_a_window_cannot_be_fed_again():
     assert torch.equal(generate(model, cache, ids), full(model, ids))
 
 
-def test_the_tree_may_hold_what_no_column_reports():
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_tree_may_hold_what_no_column_reports(equal):
     """Few shared tokens beside a long row that shares none: all rows are fed from their first tokens on."""
     model = tiny()
-    rows = [torch.cat([PREFIX[:9], prompt(5, seed=seed)[0]]) for seed in (5, 6)] + [prompt(14, seed=7)[0]]
-    ids, mask = left_padded(rows)
-    cache = HydragenCache(model, ids, mask, min_tokens=8)
+    rows = [torch.cat([PREFIX[:9], prompt(5, seed=5 if equal else seed)[0]]) for seed in (5, 6)]
+    ids, mask = left_padded([*rows, prompt(14, seed=7)[0]])
+    cache = HydragenCache(model, ids, mask, min_tokens=1)
     assert cache.tree.nodes
     assert cache.get_seq_length() == 0
     assert torch.equal(generate(model, cache, ids, mask), full(model, ids, mask))
