@@ -64,6 +64,8 @@ class DenseLayer(CompressedLayer):
     def _store(self, chunk: Chunk) -> None:
         if self.dense is None:
             self.dense = self.storage(chunk.key, chunk.value)
+        elif self.record_past:
+            self._let_go()
         self.dense.append(chunk.key, chunk.value, chunk.visible)
 
     def _read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -89,6 +91,12 @@ class DenseLayer(CompressedLayer):
         return out, lse
 
     def _drop(self) -> None:
+        # drafts of any length may be taken back before the next forward
+        if not self.record_past:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Lets go of what has left the window, but for a little."""
         assert self.dense is not None
         if self.window is not None and self.dense.length >= self.window - 1 + 2 * SLACK:
             excess = self.dense.length - (self.window - 1 + SLACK)

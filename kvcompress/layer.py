@@ -72,6 +72,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     evicts = False
     # forwards that read what is offloaded
     fetching_forwards = 0
+    # transformers' name; generate takes it back where it records for itself
+    record_past = False
 
     def __init__(self, padding: PaddingRecord, window: int | None = None, leads: bool = False) -> None:
         """
@@ -283,6 +285,7 @@ class CompressedLayer(hf.CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything, settings aside, and frees the memory."""
         self.in_hand = self._left = None
+        self.record_past = False
         self.forwards_begun = self.forwards_ended = 0
         self.is_initialized = False
         self.kv_shape = None
@@ -293,6 +296,13 @@ class CompressedLayer(hf.CacheLayerMixin):
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove and self.is_initialized:
             self._crop(-tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Leaves all that a forward feeds to be taken back until the next one, in a layer that takes tokens back.
+
+        generate asks for it where it drafts: a forward, the prompt's too, may then end in drafts of any length.
+        """
+        self.record_past = True
 
     def check_crop(self, tokens: int) -> None:
         """Raises ValueError where the last tokens cannot be taken back exactly."""

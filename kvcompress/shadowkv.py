@@ -63,12 +63,6 @@ class ShadowLayer(CompressedLayer):
         self.host = host
         self.rope = rope
         self.segment: ShadowSegment | None = None
-        # transformers' name; generate takes it back where it records for itself
-        self.record_past = False
-
-    def activate_past_recording(self) -> None:
-        """Leaves all that a forward feeds to be taken back, until the next one."""
-        self.record_past = True
 
     def segments(self) -> list[Segment]:
         return [] if self.segment is None else [self.segment]
@@ -189,7 +183,6 @@ class ShadowLayer(CompressedLayer):
     def reset(self) -> None:
         super().reset()
         self.segment = None
-        self.record_past = False
         self.fetching_forwards = 0
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -73,8 +73,11 @@ def test_a_fork_of_the_process_and_its_parent_leave_each_others_pages_alone(tmp_
 
 def test_a_clone_and_the_original_leave_each_others_pages_alone():
     pages, numbers = with_room()
+    slabs = len(pages.slabs)
     clone = copy.deepcopy(pages)
     theirs, mine = clone.append(1, [values(1, 100)]), pages.append(1, [values(1, 17)])
+    # what is written for a clone goes with it, and takes no room from the original
+    assert (len(pages.slabs), len(clone.slabs)) == (slabs, slabs + 1)
     again = clone.append(3, [values(3, 101)])
     assert read(pages, torch.cat([numbers, mine])) == list(range(18))
     assert read(clone, torch.cat([numbers, theirs, again])) == [*range(17), 100, 101, 102, 103]
