@@ -116,6 +116,10 @@ class ShadowSegment(Segment):
         segment.limits, segment.folded, segment.lengths = (
             x.cpu() for x in (segment.limits, segment.folded, segment.lengths)
         )
+        length = _length(segment.basis)
+        if length > 1 and float(segment.basis.float().norm(dim=-1).max()) < 1.5:
+            # as files had it whose float16 coefficients were those of rows of length 1
+            segment.basis, segment.coefficients = segment.basis * length, segment.coefficients / length
         page = (segment.keys.shape[1], settings.chunk, segment.values.shape[3])
         pages = HostPages(host, page, segment.values.dtype, segment.keys.device)
         segment.equip(settings, rope, pages)

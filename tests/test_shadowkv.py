@@ -625,6 +625,22 @@ def test_keys_that_are_long_together_have_coefficients_in_float16():
     assert (rebuilt - flat).norm() < 3e-3 * flat.norm()
 
 
+def test_float16_coefficients_for_rows_of_length_one_are_read_as_they_were_meant():
+    """Files of earlier versions have them."""
+    model = tiny(dtype=torch.float16)
+    cache = small(model)
+    feed(model, cache, prompt(60, 2))
+    layer = cache.layers[0]
+    tensors, facts = layer.dump()
+    # 32 numbers a token: rows of length 8
+    earlier = tensors | {"basis": tensors["basis"] / 8, "coefficients": tensors["coefficients"] * 8}
+    assert float(earlier["basis"].float().norm(dim=-1).max()) < 1.1
+    other = small(model).layers[0]
+    other.restore(earlier, facts)
+    assert torch.equal(other.segment.basis, layer.segment.basis)
+    torch.testing.assert_close(other.segment.coefficients, layer.segment.coefficients)
+
+
 # refusals
 
 
