@@ -110,15 +110,23 @@ def chat_row(messages: list[dict[str, str]], tokenizer: Any, length: int) -> Row
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             begun, last = render(index, begins=True) if index else "", render(index + 1)
-            start = len(os.path.commonprefix([whole, begun]))
-            stop = len(last) if whole.startswith(last) else _end_of_answer(whole, start, begun, last, message["content"])
+            start = _in_common(whole, begun)
+            stop = (
+                len(last) if whole.startswith(last) else _end_of_answer(whole, start, begun, last, message["content"])
+            )
             answered[len(encode(whole[:start])) : len(encode(whole[:stop]))] = True
     return Row(ids[:length], answered[:length])
 
 
+def _in_common(text: str, other: str) -> int:
+    """Letters with which both texts begin."""
+    pairs = zip(text, other, strict=False)
+    return next((at for at, (one, two) in enumerate(pairs) if one != two), min(len(text), len(other)))
+
+
 def _end_of_answer(whole: str, start: int, begun: str, last: str, content: str) -> int:
     """Where an answer ends that begins at `start` of a conversation, and as the last one is rendered otherwise."""
-    answer = last[len(os.path.commonprefix([last, begun])) :]
+    answer = last[_in_common(last, begun) :]
     said = content.rpartition("</think>")[2].strip()
     for skipped in range(answer.rfind(said) + 1):
         if whole.startswith(answer[skipped:], start):

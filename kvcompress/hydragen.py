@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
-from kvcompress.layer import CompressedLayer
+from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.padding import PaddingRecord
 from kvcompress.rolled import RolledSlots
 from kvcompress.shared import Move, SharedLayer, SharedRecord, same_tokens, segments_of
@@ -175,6 +175,7 @@ class HydragenCache(CompressedCache):
 
     # levels and forks
 
+    @ordinary_tensors()
     def push(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Adds a level: each row's new tokens become a node, which all of its continuations share.
 
@@ -195,6 +196,7 @@ class HydragenCache(CompressedCache):
         self._set_leaves(self._prefill(parents, pieces))
         self._lay_out()
 
+    @ordinary_tensors()
     def pop(self) -> None:
         """Takes the newest level back, and all tokens that came after it.
 
@@ -224,6 +226,7 @@ class HydragenCache(CompressedCache):
         other.batch_repeat_interleave(copies)
         return other
 
+    @ordinary_tensors()
     def clone(self) -> Self:
         """An independent copy; nodes are shared with it, as they never change."""
         shared: list[Any] = list(self.tree.nodes.values())
@@ -289,6 +292,7 @@ class HydragenCache(CompressedCache):
         if set(self.tree.leaves) != before:
             self._prune()
 
+    @ordinary_tensors()
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row several times; what they then have in common becomes a node, where it is long enough."""
         if repeats > 1 and max(self.own_lengths(), default=0) >= self.min_tokens:
@@ -298,6 +302,7 @@ class HydragenCache(CompressedCache):
         super().batch_repeat_interleave(repeats)
         self.tree.repeat(repeats)
 
+    @ordinary_tensors()
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly; where suffixes are shorter, shared tokens become each row's own first.
 

@@ -17,7 +17,8 @@ from kvcompress.segments import Segment
 @contextlib.contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """Where what is made can be written to by any later forward, though the caller runs in inference_mode."""
-    if not torch.is_inference_mode_enabled():
+    # torch.compile, which writes to what is there, cannot be asked for the mode
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         yield
         return
     with torch.inference_mode(False), torch.no_grad():

@@ -205,7 +205,9 @@ def test_forwards_accumulate_to_what_one_large_forward_gives(tmp_path):
 
 
 def test_every_token_weighs_the_same_however_rows_of_several_lengths_are_cut_into_forwards(tmp_path):
-    data = [Row(row.ids[: 3 + 4 * (index % 4)], row.answered[: 3 + 4 * (index % 4)]) for index, row in enumerate(rows())]
+    data = [
+        Row(row.ids[: 3 + 4 * (index % 4)], row.answered[: 3 + 4 * (index % 4)]) for index, row in enumerate(rows())
+    ]
     settings = {**SMALL, "steps": 2}
     one, several = student(), student()
     wanted = distill(one, data, Distillation(**{**settings, "batch": 4}), tmp_path / "one")

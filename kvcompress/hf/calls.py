@@ -65,7 +65,7 @@ class AttendingCache(Cache):
 
 class _Forwards(threading.local):
     """The modules whose forward is in progress and was given a cache, that cache, and what keeps torch.compile out of
-    it or None; innermost last."""
+    the forward, or None; innermost last."""
 
     def __init__(self) -> None:
         # whoever called holds them; a forward that was interrupted holds nothing

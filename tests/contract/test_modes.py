@@ -4,11 +4,12 @@ import contextlib
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
 from kvcompress.hf import cache_argument
 from tests.contract.caches import every_cache, those
-from tests.contract.drive import feed
+from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, build, prompt, tiny
 
 
@@ -79,7 +80,8 @@ def test_autocast_gives_the_full_caches_first_logits_and_goes_on_in_its_dtype(en
     assert forwards(model, cache, [contextlib.nullcontext()], first=3).isfinite().all()
 
 
-@those(lambda entry: entry.roomy or entry.name == "dense")
+# a share of the prompt is less than all from the first step on
+@those(lambda entry: (entry.roomy or entry.name == "dense") and entry.name != "h2o_fraction")
 def test_a_cache_that_lets_nothing_go_is_within_rounding_of_the_full_cache_under_autocast(entry):
     model = tiny()
     modes = [autocast() for _ in range(4)]
@@ -134,3 +136,19 @@ def test_a_cache_that_is_loaded_in_inference_mode_goes_on_outside_of_it(entry, t
     modes = [contextlib.nullcontext(), torch.inference_mode(), contextlib.nullcontext()]
     plain = [contextlib.nullcontext() for _ in modes]
     assert torch.equal(forwards(model, loaded, modes, first=1), forwards(model, cache, plain, first=1))
+
+
+@every_cache
+def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_traced_is(entry):
+    torch._dynamo.reset()
+    model, backend = build("llama"), CompileCounterWithBackend("eager")
+    ids = prompt(20, 2)
+    cache, straight = entry.build(model), entry.build(model)
+    expected = generate(model, straight, ids, max_new_tokens=6)
+    model.forward = torch.compile(model.forward, backend=backend)
+    assert torch.equal(generate(model, cache, ids, max_new_tokens=6), expected)
+    # the mask grows: its second length, which stands for all that follow, is compiled once more
+    assert backend.frame_count == (2 if entry.compileable else 0)
+    # and what has nothing to do with a cache is compiled as before
+    model(ids, use_cache=False)
+    assert backend.frame_count > (2 if entry.compileable else 0)
