@@ -202,8 +202,8 @@ def _train(
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate(step)
             parts = [next(feed) for _ in range(settings.accumulate)]
-            tokens = torch.tensor(sum(len(row.ids) for part in parts for row in part), device=accelerator.device)
-            tokens = int(accelerator.reduce(tokens, "sum"))
+            own = sum(len(row.ids) for part in parts for row in part)
+            tokens = int(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum"))
             # every token weighs the same, however many are in its forward; Accelerate takes means over forwards
             share = settings.accumulate * accelerator.num_processes / tokens
             sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
