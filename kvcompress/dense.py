@@ -8,7 +8,7 @@ from torch import Tensor
 from kvcompress.cache import CompressedCache
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states
-from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.layer import Chunk, CompressedLayer, ordinary_tensors
 from kvcompress.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.segments import DenseSegment, Segment
 
@@ -47,6 +47,7 @@ class DenseLayer(CompressedLayer):
         self._drop()
         return answer
 
+    @ordinary_tensors()
     def room(self, like: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """Where the keys and values of the next tokens will lie, [batch, kv_heads, tokens, head_dim].
 

@@ -394,3 +394,23 @@ def test_keys_are_projected_in_bulk_into_the_cache_as_layer_by_layer(family, mon
     assert calls == [2, 2]
     for one, other in zip(bulk.layers, lazy.layers, strict=True):
         torch.testing.assert_close(one.dense.held()[:2], other.dense.held()[:2], **CLOSE)
+
+
+@every_share
+@pytest.mark.parametrize("mode", ["inference", "autocast"])
+def test_a_cache_that_was_filled_in_a_mode_goes_on_outside_of_it(share, mode):
+    model = converted("llama", share)
+
+    def last_logits(cache, tokens):
+        ids = prompt(tokens, 2, seed=tokens)
+        return model(ids, **cache_argument(model, cache), logits_to_keep=1).logits.float()
+
+    cache, straight = DenseCache(model), DenseCache(model)
+    with torch.no_grad():
+        expected = [last_logits(straight, tokens) for tokens in (20, 3, 1)]
+        with torch.inference_mode() if mode == "inference" else torch.autocast(DEVICE, torch.bfloat16):
+            found = [last_logits(cache, tokens) for tokens in (20, 3)]
+        found.append(last_logits(cache, 1))
+    close = {"rtol": 0.0, "atol": 0.0} if mode == "inference" else {"rtol": 0.0, "atol": 0.3}
+    assert expected[0].std() > 0.9
+    torch.testing.assert_close(found, expected, **close)
