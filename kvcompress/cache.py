@@ -197,11 +197,11 @@ class CompressedCache(hf.AttendingCache):
         super().batch_repeat_interleave(repeats)
         self.padding.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
 
-    @ordinary_tensors()
     def clone(self) -> Self:
         """An independent copy: continuing one leaves the other as it is."""
         return copy.deepcopy(self)
 
+    @ordinary_tensors()
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied

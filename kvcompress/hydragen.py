@@ -226,7 +226,6 @@ class HydragenCache(CompressedCache):
         other.batch_repeat_interleave(copies)
         return other
 
-    @ordinary_tensors()
     def clone(self) -> Self:
         """An independent copy; nodes are shared with it, as they never change."""
         shared: list[Any] = list(self.tree.nodes.values())

@@ -1,6 +1,7 @@
 """What is not a number is not hidden, and the modes that torch runs a model in change no answer."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -111,7 +112,8 @@ def test_a_model_of_another_dtype_goes_on_with_a_filled_cache_in_the_caches_dtyp
 
 
 @every_cache
-def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(entry):
+@pytest.mark.parametrize("copied", [lambda cache: cache.clone(), copy.deepcopy], ids=["clone", "deepcopy"])
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(entry, copied):
     model = tiny()
     plain = [contextlib.nullcontext() for _ in range(4)]
     expected = forwards(model, entry.build(model), plain)
@@ -120,8 +122,8 @@ def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(entry):
         found = [forwards(model, cache, plain[:2])]
         for change in (cache.batch_repeat_interleave, cache.reorder_cache):
             change(1 if change == cache.batch_repeat_interleave else torch.arange(2, device=DEVICE))
-        copy = cache.clone()
-    found.append(forwards(model, copy, plain[2:], first=2))
+        other = copied(cache)
+    found.append(forwards(model, other, plain[2:], first=2))
     assert torch.equal(torch.cat(found), expected)
 
 
