@@ -279,8 +279,8 @@ class TailSegment(Segment):
     def room(self) -> int:
         return self.keys.shape[2]
 
-    def trim(self) -> None:
-        room = max(self.held) + _SPARE
+    def trim(self, spare: int = _SPARE) -> None:
+        room = max(self.held) + spare
         if room < self.room:
             for name in self.state:
                 dim = 1 if name == "positions" else 2

@@ -640,6 +640,10 @@ class SharedLayer(DenseLayer):
             segments = [made[id(segments[0])]]
         else:
             self.coded[name] = other
+            for segment in getattr(other, "leader", other).segments():
+                if isinstance(segment, TailSegment):
+                    # nothing more comes
+                    segment.trim(0)
         self.held[name] = segments
         self.kv_shape, self.dtype, self.device = other.kv_shape, other.dtype, other.device
         self.is_initialized = True

@@ -132,6 +132,19 @@ def test_whatever_happens_to_the_rows_the_answer_stays(name, way, tmp_path):
     assert cache.memory().total_bytes == sum(storages(cache).values())
 
 
+@pytest.mark.parametrize("name", ["gear", "kivi", "across gear"])
+@pytest.mark.filterwarnings("ignore:AcrossKVCache")
+def test_a_tail_that_is_empty_when_it_becomes_a_prefix_takes_no_memory(name):
+    model = tiny()
+    # whole blocks of 8, behind the first tokens that GEAR keeps apart
+    donor = filled(name, model, PREFIX[:64] if name == "kivi" else PREFIX[:68])
+    assert not any(any(layer.tail.held) for layer in donor.layers if hasattr(layer, "tail"))
+    cache = HydragenCache.from_cache(donor)
+    assert cache.memory().total_bytes == sum(storages(cache).values())
+    step(model, cache, SUFFIX)
+    assert cache.memory().total_bytes == sum(storages(cache).values())
+
+
 ROOMY = {
     "h2o": evicting(H2O(), 1000),
     "packed slots": evicting(H2O(), 1000, packed=GEAR(bits=8, group_size=8, outliers=0.2)),
