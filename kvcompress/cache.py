@@ -70,6 +70,7 @@ class CompressedCache(hf.AttendingCache):
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    @ordinary_tensors()
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Notes which rows have ended: what `generate` feeds them while others go on must not evict a token."""
         model = self._model()
@@ -170,6 +171,7 @@ class CompressedCache(hf.AttendingCache):
         super().reset()
         self.padding.restore({})
 
+    @ordinary_tensors()
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly, in every layer or in none.
 
@@ -185,14 +187,17 @@ class CompressedCache(hf.AttendingCache):
         super().crop(tokens_to_remove)
         self.padding.crop(-tokens_to_remove)
 
+    @ordinary_tensors()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.padding.map_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
+    @ordinary_tensors()
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.padding.map_rows(lambda rows: rows[indices.to(rows.device)])
 
+    @ordinary_tensors()
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.padding.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf, policies
 from kvcompress.cache import CompressedCache
 from kvcompress.evicting_layer import EvictingLayer, RolledLayer
-from kvcompress.layer import CompressedLayer
+from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.policies.allocation import Allocation, layer_budgets
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
@@ -104,6 +104,7 @@ class EvictingCache(CompressedCache):
             ranks=Ranks.of(model),
         )
 
+    @ordinary_tensors()
     def reserve(self) -> None:
         """Takes room for the whole budget, if it is a count: for steps that are compiled, whose tensors cannot grow.
 
@@ -121,6 +122,7 @@ class EvictingCache(CompressedCache):
                 f"{type(self.policy).__name__} reads the tokens again: pass input_ids, and not inputs_embeds"
             )
 
+    @ordinary_tensors()
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Reads the tokens of a forward again, where the policy asks for it."""
         super().forward_ended(decoder, input_ids)

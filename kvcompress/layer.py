@@ -292,6 +292,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.kv_shape = None
         self._seen = 0
 
+    @ordinary_tensors()
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
@@ -319,6 +320,7 @@ class CompressedLayer(hf.CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
 
+    @ordinary_tensors()
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
         if self.kv_shape is not None and self.kv_shape[0]:

@@ -116,15 +116,25 @@ def test_a_model_of_another_dtype_goes_on_with_a_filled_cache_in_the_caches_dtyp
 def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(entry, copied):
     model = tiny()
     plain = [contextlib.nullcontext() for _ in range(4)]
-    expected = forwards(model, entry.build(model), plain)
-    cache = entry.build(model)
-    with torch.inference_mode():
-        found = [forwards(model, cache, plain[:2])]
-        for change in (cache.batch_repeat_interleave, cache.reorder_cache):
-            change(1 if change == cache.batch_repeat_interleave else torch.arange(2, device=DEVICE))
-        other = copied(cache)
-    found.append(forwards(model, other, plain[2:], first=2))
-    assert torch.equal(torch.cat(found), expected)
+
+    def course(cache, mode):
+        with mode:
+            logits = [forwards(model, cache, plain[:2])]
+            rows = torch.arange(2, device=DEVICE)
+            cache.batch_repeat_interleave(1)
+            cache.reorder_cache(rows)
+            cache.batch_select_indices(rows)
+            if entry.croppable:
+                cache.crop(-1)
+            if entry.compileable:
+                cache.reserve()
+            logits.append(forwards(model, cache, plain[:1], first=2))
+            other = copied(cache)
+        return torch.cat([*logits, forwards(model, other, plain, first=3)])
+
+    expected = course(entry.build(model), contextlib.nullcontext())
+    found = course(entry.build(model), torch.inference_mode())
+    assert torch.equal(found, expected)
 
 
 @every_cache
