@@ -12,6 +12,7 @@ once a query block (causal) or once (slots, decode).
 All log-sum-exps are natural logarithms in float32; a query that sees no key has lse = -inf and out = 0.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -167,7 +168,7 @@ def causal_blocks(
     """
     batch, heads, queries, _ = query.shape
     tokens = key.shape[2]
-    block = _block(batch * heads, queries, min(tokens, window or tokens))
+    block = _block(batch * heads, queries, tokens, window)
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         first = tokens - queries + start
@@ -269,8 +270,14 @@ def _empty_result(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
-def _block(rows: int, queries: int, tokens: int) -> int:
-    return min(queries, max(16, _BLOCK_LOGITS // max(1, rows * tokens)))
+def _block(rows: int, queries: int, tokens: int, window: int | None = None) -> int:
+    """Queries of a block, which sees all tokens, or its own and those of a window before them."""
+    logits = _BLOCK_LOGITS // max(1, rows)
+    most = logits // max(1, tokens)
+    if window is not None:
+        # block * (block + window) = logits
+        most = max(most, (math.isqrt(window**2 + 4 * logits) - window) // 2)
+    return min(queries, max(16, most))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
