@@ -4,8 +4,8 @@ The newest tokens stay as they came; as soon as `buffer` of them have gathered t
 (policies/gear.py says how, kvcompress/packed.py where). Attention reads the packed form: nothing is expanded in
 memory. The forward that brings tokens attends to them exactly; what it leaves behind is packed when it ends.
 
-Drafts of assisted and prompt-lookup decoding of any length can be taken back (kvcompress/gear_layer.py); on a layer
-with a sliding window, of a prompt's own forward 32 tokens.
+Drafts of assisted and prompt-lookup decoding of any length can be taken back (kvcompress/gear_layer.py). A layer with a
+sliding window gives back 32 tokens of a prompt's own forward, or as many as generate drafts behind it.
 """
 
 import dataclasses

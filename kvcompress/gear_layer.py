@@ -289,11 +289,12 @@ class GEARLayer(CompressedLayer):
     def _reach(self, real: list[int]) -> list[int]:
         """Positions below which no later query of a sliding layer looks, whatever of this forward is taken back.
 
-        Of a row's first forward, a prompt, no more than a draft is.
+        Of a row's first forward, a prompt, no more than a draft is, unless drafts of any length come with it.
         """
         assert self.window is not None
         behind = [
-            self.draft if fresh == n else max(self.draft, fresh) for fresh, n in zip(real, self.lengths, strict=True)
+            self.draft if fresh == n and not self.record_past else max(self.draft, fresh)
+            for fresh, n in zip(real, self.lengths, strict=True)
         ]
         return [length - self.window - back for length, back in zip(self.lengths, behind, strict=True)]
 

@@ -315,6 +315,28 @@ def test_prompt_lookup_may_draft_as_much_as_it_likes(make, tokens):
     assert cache.get_seq_length() == out.shape[1] - 1 == 159
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@pytest.mark.parametrize("make", [GEARCache, KIVICache])
+def test_sliding_layers_take_back_what_is_drafted_behind_a_prompt(make, family):
+    """generate feeds the first drafts with the prompt; more than 57 tokens of it had left the windows."""
+    model = tiny(family, vocab_size=14)
+    cache = make(model)
+    how = {"prompt_lookup_num_tokens": 100, "max_matching_ngram_size": 1, "max_new_tokens": 110}
+    ids = (prompt(60) % 12 + 2).repeat(1, 7)
+    out = generate(model, cache, ids, **how)
+    assert cache.get_seq_length() == out.shape[1] - 1
+    # what windows need no more goes when the next block is packed
+    cache, plain = make(model), make(model)
+    cache.layers[0].activate_past_recording()
+    held = []
+    for fed in (ids, ids[:, :130]):
+        for each in (cache, plain):
+            feed(model, each, fed)
+        held.append([int(each.layers[0].tokens_kept().max()) for each in (cache, plain)])
+    assert held[0][0] == ids.shape[1] > held[0][1]
+    assert held[1][0] == held[1][1] < ids.shape[1]
+
+
 @pytest.mark.parametrize("build_cache", [
     GEARCache, KIVICache, lambda model: H2OCache(model, budget=20, packed=GEAR(bits=4)),
 ], ids=["gear", "kivi", "slots"])  # fmt: skip
