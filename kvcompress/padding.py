@@ -244,6 +244,9 @@ class PaddingRecord:
 
     def crop(self, tokens: int) -> None:
         """Forgets the last tokens."""
+        if not tokens:
+            # which rows have ended, and where they stand, is known still
+            return
         for name in ("visible", "filler"):
             columns = getattr(self, name)
             if columns is not None:

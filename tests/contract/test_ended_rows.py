@@ -138,6 +138,23 @@ def test_generate_evicts_nothing_of_a_row_that_has_ended(make):
     assert cache.get_seq_length() == 99
 
 
+def test_a_row_that_has_ended_stays_so_where_nothing_is_taken_back():
+    """transformers crops by no token where all drafts were taken."""
+    model = models(END, PAD)
+    cache = H2OCache(model, budget=8)
+    ended = torch.tensor([[END], [5]], device=DEVICE)
+    with torch.no_grad():
+        model(prompt(20, 2), **cache_argument(model, cache))
+        model(ended, **cache_argument(model, cache))
+        before = [layer.slots.positions[0].clone() for layer in cache.layers]
+        cache.crop(0)
+        for step in range(3):
+            filler = torch.tensor([[PAD], [6 + step]], device=DEVICE)
+            model(filler, **cache_argument(model, cache))
+    for layer, positions in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.slots.positions[0], positions)
+
+
 def test_where_nobody_says_which_rows_have_ended_what_was_lost_is_told():
     model = build("llama", pad_token_id=None)
     model.generation_config.pad_token_id = None
