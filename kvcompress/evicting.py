@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf, policies
+from kvcompress.budgets import count_or_fraction
 from kvcompress.cache import CompressedCache
 from kvcompress.evicting_layer import EvictingLayer, RolledLayer
 from kvcompress.layer import CompressedLayer, ordinary_tensors
@@ -254,12 +255,8 @@ class StreamingLLMCache(EvictingCache):
 
 
 def _checked(budget: int | float, policy: Policy) -> int | float:
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget must be a count of tokens (int) or a fraction of the prompt (float), got {budget!r}")
-    if isinstance(budget, float):
-        if not 0.0 < budget <= 1.0:
-            raise ValueError(f"budget as a fraction of the prompt must be in (0, 1], got {budget}")
-    elif budget < policy.least_budget():
+    budget = count_or_fraction(budget, "budget", "a count of tokens", "the prompt")
+    if isinstance(budget, int) and budget < policy.least_budget():
         raise ValueError(
             f"budget must be at least sinks + recent{' + 1 to choose' if policy.chooses else ''} = "
             f"{policy.least_budget()} tokens for {policy}, got {budget}"

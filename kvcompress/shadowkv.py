@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress.budgets import count_or_fraction
 from kvcompress.cache import CompressedCache
 from kvcompress.dense import DenseLayer, with_sinks
 from kvcompress.hosted import check_host
@@ -256,11 +257,7 @@ class ShadowKVCache(CompressedCache):
 
 
 def _checked(budget: int | float, chunk: int) -> int | float:
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget must be a count of tokens (int) or a fraction of the prompt (float), got {budget!r}")
-    if isinstance(budget, float):
-        if not 0.0 < budget <= 1.0:
-            raise ValueError(f"budget as a fraction of the prompt must be in (0, 1], got {budget}")
-    elif budget < chunk:
+    budget = count_or_fraction(budget, "budget", "a count of tokens", "the prompt")
+    if isinstance(budget, int) and budget < chunk:
         raise ValueError(f"budget must be at least one chunk = {chunk} tokens, got {budget}")
     return budget

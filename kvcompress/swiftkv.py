@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvcompress import hf
+from kvcompress.budgets import count_or_fraction
 from kvcompress.hf.families import (
     LlamaAttention,
     LlamaConfig,
@@ -384,11 +385,8 @@ def trained_parameters(model: SwiftKVModel) -> dict[str, nn.Parameter]:
 
 def first_later(skip_from: int | float, layers: int) -> int:
     """The index of the first later layer, which may be given as a fraction of the layers."""
-    if isinstance(skip_from, bool) or not isinstance(skip_from, int | float):
-        raise TypeError(f"skip_from must be a layer (int) or a fraction of the layers (float), got {skip_from!r}")
+    skip_from = count_or_fraction(skip_from, "skip_from", "a layer", "the layers")
     if isinstance(skip_from, float):
-        if not 0.0 < skip_from <= 1.0:
-            raise ValueError(f"skip_from as a fraction of the layers must be in (0, 1], got {skip_from}")
         return max(1, round(skip_from * layers))
     if not 1 <= skip_from <= layers:
         raise ValueError(f"skip_from must be a layer from 1 to {layers}, got {skip_from}")
