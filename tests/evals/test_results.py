@@ -1,0 +1,214 @@
+"""README's measured figures are those of the rows in evals/results, or of the page beside them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from kvcompress.evals.swiftkv import projection_flops
+from tests.test_readme import ROOT, SENTENCES
+
+RESULTS = ROOT / "evals" / "results"
+PAGE = (RESULTS / "README.md").read_text("utf-8")
+FILES = [*sorted(RESULTS.glob("*.json")), *sorted(RESULTS.glob("*/results.jsonl"))]
+
+
+def said(beginning):
+    """The sentence or table row of README that begins so."""
+    (found,) = [sentence for sentence in SENTENCES if sentence.startswith(beginning)]
+    return found
+
+
+def of(name):
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def rows(folder, **wanted):
+    """The rows of a sweep that have these values, the newest of each point."""
+    lines = (RESULTS / folder / "results.jsonl").read_text("utf-8").splitlines()
+    newest = {row["key"]: row for row in map(json.loads, lines)}.values()
+    return [row for row in newest if all(row[name] == value for name, value in wanted.items())]
+
+
+def score(folder, method, budget, **wanted):
+    (row,) = rows(folder, method=method, budget=budget, **wanted)
+    return row["score"]
+
+
+def medians(name, what):
+    return {method: spread["median"] for method, spread in of(name)[what].items()}
+
+
+# README: [evals/results/](evals/results) has the tables, commands, machine and losses behind each line
+# README: SmolLM2-135M-Instruct in float32 on two shared CPU cores
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_every_figure_has_its_command_and_machine(path):
+    text = path.read_text("utf-8")
+    facts = [json.loads(text)] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    if path.stem == "swiftkv":
+        facts = facts[0]["rows"]
+    for fact in facts:
+        behind = fact.get("provenance", fact)
+        assert behind["command"]
+        assert behind["machine"].endswith("2 cores")
+        assert "SmolLM2-135M-Instruct" in fact.get("model", "SmolLM2-135M-Instruct")
+        assert fact.get("dtype", "float32") == "float32"
+
+
+# README: | `H2OCache(budget=512)`, decode step at 4k, batch 8 | DynamicCache |
+# README: | the same, prefill of 4k with scores |
+def test_the_speed_of_h2o():
+    decode, prefill = medians("speed", "decode"), medians("speed", "prefill")
+    gained = decode["DynamicCache"] / decode["h2o"]
+    limit = decode["DynamicCache"] / decode["DynamicCache, 512 tokens only"]
+    assert f"**{gained:.1f}x** faster; a cache of 512 tokens allows {limit:.1f}x" in said("| `H2OCache(budget=512)`")
+    assert f"{prefill['h2o'] / prefill['DynamicCache']:.2f}x as long" in said("| the same, prefill of 4k")
+
+
+# README: | `HydragenCache`, 32 prompts sharing 2k tokens |
+# README: Hydragen costs a step 4 to 14 % where little is shared
+def test_the_speed_of_hydragen():
+    step = {name: spread["median"] for name, spread in of("shared_prefix_decode")["decode_seconds"].items()}
+    fewer = of("shared_prefix")["row"]["ratios"]["bytes"]
+    words = f"{step['dynamic'] / step['hydragen']:.1f}x a decode step, {fewer:.0f}x fewer bytes"
+    assert words in said("| `HydragenCache`, 32 prompts")
+    little = [case["node_over_rows"] - 1 for case in of("shared_prefix_switch")["switch"] if case["batch"] <= 2]
+    assert f"a step {100 * min(little):.0f} to {100 * max(little):.0f} %" in said("Hydragen costs")
+
+
+# README: | `GEARCache()`, decode step at 4k, batch 8 (batch 1) |
+def test_the_speed_of_gear():
+    step = medians("speed_gear", "decode")
+    ours, quanto = (step["DynamicCache"] / step[name] for name in ("gear", "quanto:bits=4"))
+    # of batch 1 the page has the milliseconds
+    assert "| batch 1 | 117 ms | 144 ms, 0.81x | 129 ms, 0.90x | 158 ms |" in PAGE
+    words = f"{ours:.2f}x ({117 / 144:.2f}x) the speed; quanto {quanto:.2f}x ({117 / 158:.2f}x)"
+    assert words in said("| `GEARCache()`, decode step")
+
+
+# README: | `GEARCache()`, 4.1 bits a number |
+# README: | `GEARCache(bits=3)`, 3.1 bits a number |
+# README: | `QuantizedCache` of transformers, 4 bits
+@pytest.mark.parametrize(
+    ("beginning", "setting", "digits"),
+    [("`GEARCache()`, ", "gear:bits=4", 3), ("`GEARCache(bits=3)`", "gear:bits=3", 3), ("`Quantized", "quanto:bits=4", 3)],
+)
+def test_what_a_bit_is_worth(beginning, setting, digits):
+    (row,) = [row for row in of("bits")["rows"] if row["setting"] == setting]
+    (line,) = [one for one in SENTENCES if one.startswith(f"| {beginning}") and "bits a number" in one]
+    bits = 5.0 if row["bits"] is None else row["bits"]
+    more = row["perplexity"]["wiki"] / row["full_perplexity"]["wiki"] - 1
+    assert f"{bits:.1f} bits a number" in line
+    assert f"KL {row['kl']:.{digits}f} nats, perplexity {more:+.1%}".replace("%", " %") in line
+
+
+# README: On this model neither GEAR's low rank nor its outliers repay their bits
+def test_neither_low_rank_nor_outliers_repay_their_bits():
+    """At any bits of theirs, codes alone with sinks lose less in no more."""
+    found = of("bits")["rows"]
+    dear = [row for row in found if "preset=gear" in row["setting"] or "outliers=" in row["setting"]]
+    plain = [row for row in found if row["setting"].startswith("gear:bits=") and "sinks=0" not in row["setting"]]
+    assert len(dear) >= 12
+    for row in dear:
+        assert any(other["bits"] <= row["bits"] and other["kl"] < row["kl"] for other in plain), row["setting"]
+
+
+# README: | `H2OCache(budget=0.2)`, 5-shot tasks, 1000 questions |
+def test_h2o_on_tasks_of_five_shots():
+    differences = []
+    for task in ("local_piqa", "local_arc_easy", "local_openbookqa", "local_copa"):
+        point = {"task": task, "protocol": "question-aware", "num_fewshot": 5}
+        (ours,), (full,) = (rows("study", method=name, budget=at, **point) for name, at in (("h2o", 0.2), ("none", None)))
+        differences += [mine - theirs for mine, theirs in zip(ours["scores"], full["scores"], strict=True)]
+    count, mean = len(differences), sum(differences) / len(differences)
+    error = math.sqrt(sum((each - mean) ** 2 for each in differences) / (count - 1) / count)
+    assert count == 1000
+    assert f"accuracy {100 * mean:+.1f} ± {100 * error:.1f} points" in said("| `H2OCache(budget=0.2)`")
+
+
+# README: | `KVzipCache(budget=0.2)`, needle at 512, not foreseen
+# README: | `KVzipCache(budget=0.5)`, variables at 512, not foreseen |
+@pytest.mark.parametrize(
+    ("task", "budget", "samples", "words"),
+    [
+        ("needle", 0.2, 10, "4.8 MB | best press of kvpress, 4.7 MB | {ours:.0f} of 10; {best:.0f} of 10"),
+        ("variables", 0.5, 8, "| {ours:.2f}; {full:.2f}; {best:.2f} |"),
+    ],
+)
+def test_kvzip_beside_kvpress(task, budget, samples, words):
+    point = {"task": task, "length": 512, "protocol": "question-agnostic", "samples": samples}
+    presses = [
+        row
+        for row in rows("peers", budget=budget, **point)
+        if row["method"].startswith("kvpress") and not row.get("masked")
+    ]
+    assert len(presses) >= 9
+    (ours,) = rows("peers", method="kvzip", budget=budget, **point)
+    best = max(presses, key=lambda row: row["score"])
+    times = samples if "of 10" in words else 1
+    told = words.format(
+        ours=ours["score"] * times,
+        best=best["score"] * times,
+        full=score("peers", "none", None, **point),
+    )
+    line = said(f"| `KVzipCache(budget={budget})`")
+    assert told in line
+    if "MB" in words:
+        assert f"{ours['bytes'] / 1e6:.1f} MB | best press of kvpress, {best['bytes'] / 1e6:.1f} MB" in line
+
+
+# README: | SwiftKV, half skipped: perplexity lost, after least squares / 46 minutes of distillation on a CPU |
+def test_what_training_brings_back_of_swiftkv():
+    base, converted, fitted, distilled = of("swiftkv")["rows"]
+
+    def back(row, of_log):
+        shares = []
+        for text, best in base["perplexity"].items():
+            at = [best, converted["perplexity"][text], row["perplexity"][text]]
+            low, high, now = map(math.log, at) if of_log else at
+            shares.append((high - now) / (high - low))
+        return f"{sum(shares) / len(shares):.0%}".replace("%", " %")
+
+    line = said("| SwiftKV, half skipped")
+    assert f"{back(fitted, False)} / {back(distilled, False)} back" in line
+    assert f"(log: {back(fitted, True)} / {back(distilled, True)}); needles are not found" in line
+    assert set(distilled["needles"].values()) == {0.0}
+    assert "287k tokens in 46 minutes" in PAGE
+
+
+# README: With half of SmolLM2 skipped, a prompt of 4k tokens costs
+def test_the_flops_of_a_prompt_that_skips_half_of_smollm2(smollm2):
+    config = smollm2[0].config
+    half = config.num_hidden_layers // 2
+    share = projection_flops(config, 4096, half) / projection_flops(config, 4096)
+    assert f"{share:.3f} of the projections' flops" in said("With half of SmolLM2 skipped")
+
+
+# README: | `ShadowKVCache(budget=128)`, needle at 2k, question not foreseen |
+# README: | the same, decode step at 8k, budget 512 |
+# README: | H2O with `rolled=True`, text of 13k tokens |
+@pytest.mark.parametrize(
+    ("beginning", "told", "on_the_page"),
+    [
+        ("| `ShadowKVCache(budget=128)`", "8 of 8; H2O with as many tokens 1 of 8", "answers\n8 of 8 as the full cache"),
+        ("| `ShadowKVCache(budget=128)`", "H2O with as many tokens 1 of 8", "what ShadowKV reads, answers 1 of 8"),
+        ("| the same, decode step at 8k", "1.83x faster", "161 ms, DynamicCache's 295 ms: **1.83x**"),
+        ("| H2O with `rolled=True`", "perplexity 13.0", "| `H2OCache(sinks=4, rolled=True)` | 11.4 | 11.7 | 9.1 | 13.0 |"),
+        ("| H2O with `rolled=True`", "21.7 without", "| `H2OCache(sinks=4)` | 11.5 | 11.7 | 9.5 | 21.7 |"),
+    ],
+)
+def test_figures_without_rows_are_on_the_page_with_their_command(beginning, told, on_the_page):
+    assert told in said(beginning)
+    assert on_the_page in PAGE
+
+
+# README: Where they lose: H2O and SnapKV evict a needle nobody asked about yet
+def test_where_evicting_caches_lose():
+    needles = {"task": "needle", "length": 512, "protocol": "question-agnostic"}
+    for missed in ("h2o", "snapkv"):
+        assert score("study", missed, 0.2, **needles) < 0.1
+        for found in ("keydiff", "kvzip"):
+            assert score("study", found, 0.2, **needles) > 0.5
+            text = {"task": "text", "length": 512}
+            assert score("study", found, 0.2, **text) < score("study", missed, 0.2, **text)
