@@ -264,19 +264,26 @@ class CompressedCache(hf.AttendingCache):
 
     @classmethod
     @ordinary_tensors()
-    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> Self:
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, *, host: str | None = None) -> Self:
         """A cache as `save` wrote it, for the model it was filled by, on the devices of the model's layers.
 
+        Args:
+            host: of a cache that keeps values off the device, where they go now; None: where they were, as
+                ShadowKVCache says it.
+
         Raises:
-            ValueError: the file is not a cache of this class, it is damaged, or it was made with another model.
+            ValueError: the file is not a cache of this class, it is damaged, or it was made with another model; or
+                a host is given and nothing in it lives there, or it is none.
         """
         with TensorFile(path) as file:
             if file.metadata.get("format") == _FIRST_FORMAT:
                 warn_of_unchecked(path)
-            return cls._from_file(file, model, hf.Fingerprint.of(model))
+            return cls._from_file(file, model, hf.Fingerprint.of(model), host)
 
     @classmethod
-    def _from_file(cls, file: TensorFile, model: PreTrainedModel, fingerprint: hf.Fingerprint) -> Self:
+    def _from_file(
+        cls, file: TensorFile, model: PreTrainedModel, fingerprint: hf.Fingerprint, host: str | None = None
+    ) -> Self:
         """The cache of a file, for a model of this fingerprint."""
         path, given = file.path, file.metadata.get("format")
         if given not in (_FORMAT, _FIRST_FORMAT):
@@ -291,7 +298,12 @@ class CompressedCache(hf.AttendingCache):
             of_layers: list[dict[str, Any]] = facts["parts"][: facts["layers"]]
         else:
             of_layers = facts["layers"]
-        cache = cls._rebuild(model, facts["settings"])
+        settings = facts["settings"]
+        if host is not None:
+            settings = _hosted(settings, host)
+            if settings == _hosted(settings, None):
+                raise ValueError(f"{path} holds a {cls.__name__} that keeps nothing on the host; got host={host!r}")
+        cache = cls._rebuild(model, settings)
         if len(cache.layers) != len(of_layers):
             raise ValueError(f"{path} holds {len(of_layers)} layers, {type(model).__name__} has {len(cache.layers)}")
         for index, (layer, own) in enumerate(zip(cache.layers, of_layers, strict=True)):
@@ -309,6 +321,13 @@ class CompressedCache(hf.AttendingCache):
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         return cls(model, **settings)
+
+
+def _hosted(settings: Any, host: str | None) -> Any:
+    """Settings of a cache, and of those that are its prefixes, with another host wherever they name one."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: host if name == "host" else _hosted(value, host) for name, value in settings.items()}
 
 
 def warn_of_unchecked(path: str | os.PathLike[str]) -> None:

@@ -214,7 +214,10 @@ def check_host(host: str) -> str:
     """
     kind, _, folder = host.partition(":")
     if host != "pinned" and not (kind == "mmap" and Path(folder).is_dir()):
-        raise ValueError(f"host must be 'pinned', or 'mmap:' and an existing folder such as 'mmap:/tmp', got {host!r}")
+        raise ValueError(
+            f"host must be 'pinned', or 'mmap:' and an existing folder such as 'mmap:/tmp', got {host!r}; "
+            "load takes a host too, for a saved cache whose folder is gone"
+        )
     return host
 
 

@@ -23,7 +23,7 @@ from kvcompress.cache import warn_of_unchecked
 from kvcompress.durable import PARTIAL, write_whole
 from kvcompress.hydragen import MIN_TOKENS, HydragenCache
 from kvcompress.tensor_file import DamagedFileError, TensorFile
-from kvcompress.tree import leading
+from kvcompress.tree import UNKNOWN, leading
 
 _INDEX = "prefixes.json"
 _FORMAT = "kvcompress-prefixes-2"
@@ -144,8 +144,8 @@ class PrefixStore:
             input_ids: [tokens] or [1, tokens], the tokens that the cache's one sequence passes through.
 
         Raises:
-            ValueError: the cache is of another model, holds several paths or another number of tokens, or is larger
-                than the store.
+            ValueError: the cache is of another model, holds several paths, other tokens or another number of them, or
+                is larger than the store.
         """
         self._put(self._document(input_ids), cache)
 
@@ -159,6 +159,14 @@ class PrefixStore:
         if len(set(kept.tree.leaves)) != 1 or kept.tree.lengths()[0] != len(ids):
             raise ValueError(
                 f"put takes a cache of one path of {len(ids)} tokens, got paths of {sorted(set(kept.tree.lengths()))}"
+            )
+        known = kept.known_ids()
+        wrong = ((known != UNKNOWN) & (known != ids)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"the cache was not filled with these tokens: at {at} it saw {int(known[at])}, and input_ids say "
+                f"{int(ids[at])}"
             )
         kept.gather_rows()
         kept._model = self._model

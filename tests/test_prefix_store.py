@@ -101,6 +101,23 @@ def test_a_conversation_is_put_back():
     )
 
 
+def test_a_cache_that_was_filled_with_other_tokens_is_not_put():
+    model = tiny()
+    store = PrefixStore(model)
+    cache = store.prefix(DOCUMENT)
+    question = prompt(6, seed=4)
+    feed(model, cache, question)
+    whole = torch.cat([DOCUMENT, question[0]])
+    for at in (3, len(DOCUMENT) + 2):
+        other = whole.clone()
+        other[at] = (other[at] + 1) % 500
+        with pytest.raises(ValueError, match=f"at {at} it saw {int(whole[at])}, and input_ids say {int(other[at])}"):
+            store.put(other, cache)
+    assert len(store) == 1
+    store.put(whole, cache)
+    check(model, store.get(whole), whole)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_saved_store_is_loaded(family, tmp_path):
     model = tiny(family)

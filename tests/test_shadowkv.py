@@ -2,11 +2,12 @@
 
 import gc
 import itertools
+import shutil
 
 import pytest
 import torch
 
-from kvcompress import DenseCache, ShadowKVCache
+from kvcompress import DenseCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.kernels.chunk_scores import chunk_scores_reference
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.segments import EMPTY
@@ -280,6 +281,38 @@ def test_a_file_holds_what_memory_would_and_is_gone_with_the_cache(tmp_path):
     copy = mapped.clone()
     del mapped
     assert torch.equal(feed(model, pinned, prompt(1, 2)), feed(model, copy, prompt(1, 2)))
+
+
+@pytest.mark.parametrize("as_prefix", [False, True])
+def test_a_saved_cache_goes_to_another_host_where_its_folder_is_gone(as_prefix, tmp_path):
+    model = tiny()
+    (tmp_path / "pages").mkdir()
+    cache = small(model, host=f"mmap:{tmp_path / 'pages'}")
+    feed(model, cache, prompt(60))
+    if as_prefix:
+        cache = HydragenCache.from_cache(cache)
+    cache.save(tmp_path / "cache")
+    tokens = [prompt(1, seed=step) for step in range(3)]
+    expected = [feed(model, cache, token) for token in tokens]
+    shutil.rmtree(tmp_path / "pages")
+    with pytest.raises(ValueError, match=r"existing folder .* load takes a host too"):
+        type(cache).load(tmp_path / "cache", model)
+    (tmp_path / "new").mkdir()
+    for host in ("pinned", f"mmap:{tmp_path / 'new'}"):
+        loaded = type(cache).load(tmp_path / "cache", model, host=host)
+        assert as_prefix or loaded.host == host
+        assert loaded.memory().offloaded.keys() == {"host" if host == "pinned" else "disk"}
+        for token, logits in zip(tokens, expected, strict=True):
+            assert torch.equal(feed(model, loaded, token), logits)
+
+
+def test_a_host_for_a_cache_that_keeps_nothing_there_is_refused(tmp_path):
+    model = tiny()
+    cache = H2OCache(model, budget=8)
+    feed(model, cache, prompt(20))
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="H2OCache that keeps nothing on the host; got host='pinned'"):
+        H2OCache.load(tmp_path / "cache", model, host="pinned")
 
 
 @pytest.mark.parametrize("host", ["pinned", "mmap"])

@@ -91,7 +91,11 @@ def test_the_speed_of_gear():
 # README: | `QuantizedCache` of transformers, 4 bits
 @pytest.mark.parametrize(
     ("beginning", "setting", "digits"),
-    [("`GEARCache()`, ", "gear:bits=4", 3), ("`GEARCache(bits=3)`", "gear:bits=3", 3), ("`Quantized", "quanto:bits=4", 3)],
+    [
+        ("`GEARCache()`, ", "gear:bits=4", 3),
+        ("`GEARCache(bits=3)`", "gear:bits=3", 3),
+        ("`Quantized", "quanto:bits=4", 3),
+    ],
 )
 def test_what_a_bit_is_worth(beginning, setting, digits):
     (row,) = [row for row in of("bits")["rows"] if row["setting"] == setting]
@@ -118,7 +122,9 @@ def test_h2o_on_tasks_of_five_shots():
     differences = []
     for task in ("local_piqa", "local_arc_easy", "local_openbookqa", "local_copa"):
         point = {"task": task, "protocol": "question-aware", "num_fewshot": 5}
-        (ours,), (full,) = (rows("study", method=name, budget=at, **point) for name, at in (("h2o", 0.2), ("none", None)))
+        (ours,), (full,) = (
+            rows("study", method=name, budget=at, **point) for name, at in (("h2o", 0.2), ("none", None))
+        )
         differences += [mine - theirs for mine, theirs in zip(ours["scores"], full["scores"], strict=True)]
     count, mean = len(differences), sum(differences) / len(differences)
     error = math.sqrt(sum((each - mean) ** 2 for each in differences) / (count - 1) / count)
@@ -190,10 +196,18 @@ def test_the_flops_of_a_prompt_that_skips_half_of_smollm2(smollm2):
 @pytest.mark.parametrize(
     ("beginning", "told", "on_the_page"),
     [
-        ("| `ShadowKVCache(budget=128)`", "8 of 8; H2O with as many tokens 1 of 8", "answers\n8 of 8 as the full cache"),
+        (
+            "| `ShadowKVCache(budget=128)`",
+            "8 of 8; H2O with as many tokens 1 of 8",
+            "answers\n8 of 8 as the full cache",
+        ),
         ("| `ShadowKVCache(budget=128)`", "H2O with as many tokens 1 of 8", "what ShadowKV reads, answers 1 of 8"),
         ("| the same, decode step at 8k", "1.83x faster", "161 ms, DynamicCache's 295 ms: **1.83x**"),
-        ("| H2O with `rolled=True`", "perplexity 13.0", "| `H2OCache(sinks=4, rolled=True)` | 11.4 | 11.7 | 9.1 | 13.0 |"),
+        (
+            "| H2O with `rolled=True`",
+            "perplexity 13.0",
+            "| `H2OCache(sinks=4, rolled=True)` | 11.4 | 11.7 | 9.1 | 13.0 |",
+        ),
         ("| H2O with `rolled=True`", "21.7 without", "| `H2OCache(sinks=4)` | 11.5 | 11.7 | 9.5 | 21.7 |"),
     ],
 )
