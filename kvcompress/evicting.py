@@ -219,6 +219,7 @@ class KVzipCache(EvictingCache):
         *,
         budget: int | float,
         sinks: int = 4,
+        recent: int | float = 1,
         chunk: int = 2048,
         prompt: Sequence[int] = (),
         packed: GEAR | None = None,
@@ -228,11 +229,13 @@ class KVzipCache(EvictingCache):
             model: the model the cache will be used with; it must be given input_ids.
             budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
             sinks: first tokens always kept.
+            recent: newest tokens always kept: a count, or a fraction of the budget. What is decoded is scored by few
+                queries, what was read by many: for answers longer than a few sentences, tens of them.
             chunk: tokens read again at a time.
             prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
             packed: as in EvictingCache.
         """
-        policy = KVzip(sinks=sinks, chunk=chunk, prompt=tuple(prompt))
+        policy = KVzip(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt))
         super().__init__(model, policy=policy, budget=budget, packed=packed)
 
 

@@ -2,7 +2,8 @@
 
 `pyramid` follows PyramidKV (arXiv:2406.02069): early layers attend broadly and get more, late layers less. What the
 policy keeps in any case (sinks, recent tokens) every layer gets; the rest of the budget falls on a straight line from
-the first layer to the last, whose mean is the budget and whose end is a twentieth of it.
+the first layer to the last, whose mean is the budget and whose end is a twentieth of it. A sliding layer keeps no more
+than its window; what it cannot use of its share is not given to others.
 """
 
 from typing import Literal

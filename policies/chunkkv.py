@@ -5,7 +5,9 @@
 
 A chunk is `chunk` tokens in a row, counted from the beginning of the sequence. Words that belong together stay
 together, and all heads of a layer keep the same ones. The window's own tokens are kept whatever they score, and count
-in no chunk.
+in no chunk. Where the budget ends within a chunk, that one is cut.
+
+The paper also has layers reuse the choice of the layer before; here each chooses by itself.
 
 As with SnapKV, the window slides while decoding: scores fade, and the attention of a single query is each token's own.
 """

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress import EvictingCache, GEARCache
+from kvcompress import EvictingCache, GEARCache, KVzipCache
 from kvcompress.across import SharedStorageCache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
@@ -245,3 +245,15 @@ def test_gear_takes_no_part():
     cache = GEARCache(model)
     feed(model, cache, prompt(20))
     assert cache.get_seq_length() == 20
+
+
+def test_the_newest_tokens_are_kept_as_far_as_asked_for():
+    model = tiny()
+    cache = KVzipCache(model, budget=BUDGET, sinks=2, recent=BUDGET - 6)
+    feed(model, cache, prompt(40))
+    for step in range(6):
+        feed(model, cache, prompt(1, seed=step))
+    for layer in cache.layers:
+        for head in layer.slots.positions[0].tolist():
+            assert len(head) == BUDGET
+            assert set(range(46 - (BUDGET - 6), 46)) | {0, 1} <= set(head)
