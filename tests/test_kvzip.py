@@ -255,5 +255,5 @@ def test_the_newest_tokens_are_kept_as_far_as_asked_for():
         feed(model, cache, prompt(1, seed=step))
     for layer in cache.layers:
         for head in layer.slots.positions[0].tolist():
-            assert len(head) == BUDGET
+            assert sum(place >= 0 for place in head) == BUDGET
             assert set(range(46 - (BUDGET - 6), 46)) | {0, 1} <= set(head)
