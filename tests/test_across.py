@@ -73,6 +73,7 @@ def twice(entry, family, share, asked):
     return counted.columns
 
 
+# README: run the later layers, under any cache
 @every_cache
 def test_every_cache_serves_a_converted_model(entry):
     for asked in ("all", "last"):
@@ -126,6 +127,7 @@ def kept(layer):
     return layer.slots.positions.sort(-1).values
 
 
+# README: | `convert(model)` + `SwiftKVCache` | every token, of later layers once a group
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_the_bytes_are_those_of_the_layers_that_store(share):
     model = converted("llama", share)
@@ -162,6 +164,7 @@ def tensors(holder, known=None):
         yield from tensors(vars(holder), known)
 
 
+# README: | `AcrossKVCache` | every token, groups of layers on one storage (dense, evicting or packed) |
 def test_packed_storage_is_shared_too():
     model = converted("llama", 4)
     alone, shared = (
@@ -226,6 +229,7 @@ class Copying(DynamicCache):
         return super().update(*self.of_leader[layer - within], layer, *args, **kwargs)
 
 
+# README: | a diagnostic on models not converted |
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_on_any_model_it_is_a_diagnostic_and_says_so(family):
     model = build(family, num_hidden_layers=5, **({"layer_types": KINDS} if family in ("gemma2", "gpt_oss") else {}))

@@ -24,6 +24,7 @@ def run(smollm2, monkeypatch):
     return run
 
 
+# README: [examples/](examples) has short programs for the default model
 def test_every_example_is_tested_here():
     tested = {
         name.removeprefix("test_the_").removesuffix("_example") for name in globals() if name.endswith("_example")

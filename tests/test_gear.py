@@ -39,6 +39,7 @@ def both(model, cache, full, ids, mask):
     feed(model, full, ids, mask)
 
 
+# README: or 2, 3, 8 bits, outliers, low rank |
 @pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"outliers": 0.2}], ids=["codes", "factors", "outliers"])
 def test_rows_of_all_lengths_are_held_through_turns_reorders_and_crops(settings):
     model = tiny()
@@ -125,6 +126,7 @@ def test_bytes_are_those_of_the_formula_and_of_the_live_storages(settings):
     assert f"{report.bits_per_element:.2f} bits a number" in str(report)
 
 
+# README: unpacking where attention reads
 def test_nothing_of_the_compressed_tokens_lives_on_in_full():
     """After the prefill and after a flush, the tensors alive that could hold them are packed ones or the tail."""
     import gc
@@ -155,6 +157,7 @@ def test_nothing_of_the_compressed_tokens_lives_on_in_full():
     del kept
 
 
+# README: packing once, unpacking where attention reads
 def test_blocks_once_packed_are_never_touched_again():
     model = tiny()
     cache = GEARCache(model, bits=2, group_size=8, buffer=8, rank=2, rank_decode=2, outliers=0.1)
@@ -246,6 +249,7 @@ def test_crop_takes_back_whole_blocks_exactly_and_takes_apart_the_one_it_ends_in
         cache.crop(-41)
 
 
+# README: Hydragen, GEAR, KIVI and ShadowKV take back drafts of any length
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"rank": 2, "rank_decode": 1}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("draft", [5, 31, 45, 90])
@@ -405,6 +409,7 @@ def test_mistakes_are_named(settings, message):
         GEARCache(tiny(), **settings)
 
 
+# README: | `KIVICache` | every token, 2-bit codes |
 def test_the_papers_settings_have_names():
     model = tiny()
     for name in PRESETS:
@@ -484,6 +489,7 @@ def test_rows_set_their_first_tokens_apart_each_in_its_time():
     assert cache.layers[0].first.held == [2, 2, 2]
 
 
+# README: | `GEARCache` | every token: keys in 4 bits, values in 3
 def test_values_have_a_bit_less_where_that_costs_least():
     key, value = GEAR().codings(64, 0)
     assert (key.bits, value.bits) == (4, 3)

@@ -1,5 +1,7 @@
 """The laws of H2O as a cache, on tiny random models: what it keeps, what it scores, what it reports."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -128,6 +130,7 @@ def test_every_query_gives_out_one_unit_of_attention_a_head():
             torch.testing.assert_close(given, torch.full_like(given, size * group), atol=1e-4, rtol=0)
 
 
+# README: | `H2OCache` | heavy hitters + recent |
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 @pytest.mark.parametrize(
     ("family", "budget", "settings"),
@@ -223,6 +226,7 @@ def test_selecting_rows_keeps_theirs():
     ]
 
 
+# README: layer and KV head, at true positions
 def test_the_length_is_that_of_the_tokens_seen_and_positions_keep_growing():
     model, ids = tiny("llama"), prompt(20, batch=2)
     cache = H2OCache(model, budget=6)
@@ -276,19 +280,26 @@ def test_a_fraction_is_taken_of_each_sequences_real_tokens():
         assert layer.tokens_kept().tolist() == [[2, 2], [6, 6]]
 
 
+# README: A fraction as budget is of the tokens seen so far, so that chunks and long answers keep their share
 def test_a_fraction_follows_the_tokens_seen_in_chunks_and_in_decoding():
     model = tiny("llama")
     ids = prompt(230)
     whole, cache = H2OCache(model, budget=0.2), H2OCache(model, budget=0.2)
     feed(model, whole, ids[:, :200])
+    early = []
     for part in ids[:, :200].split(50, 1):
         feed(model, cache, part)
+        held = cache.layers[0].slots.positions[0, 0].tolist()
+        early.append({place for place in held if 0 <= place < 50})
+    # what is gone stays gone
+    assert all(later <= sooner for sooner, later in itertools.pairwise(early))
     assert all(kept.tolist() == [[40, 40]] for each in (whole, cache) for kept in each.memory().tokens_kept)
     for token in ids[:, 200:].split(1, 1):
         feed(model, cache, token)
     assert all(kept.tolist() == [[46, 46]] for kept in cache.memory().tokens_kept)
 
 
+# README: a fraction raised with a warning
 @pytest.mark.parametrize(
     "make", [SnapKVCache, H2OCache, lambda model, budget: H2OCache(model, budget=budget, recent=32)]
 )
@@ -302,6 +313,7 @@ def test_a_fraction_that_leaves_nothing_to_choose_is_raised_and_told(make):
     assert all((layer.recents < layer.limits).all() for layer in cache.layers)
 
 
+# README: slots per layer and KV head grow up to the budget and no further
 @pytest.mark.parametrize("budget", [100_000, 512, 1.0])
 def test_room_is_taken_as_it_is_needed(budget):
     """The first example of README once took 1336 % of the full cache."""
@@ -322,6 +334,8 @@ def test_room_is_taken_as_it_is_needed(budget):
         assert cache.layers[0].slots.slots == budget + 1
 
 
+# README: A compiled decode step takes no more room
+# README: by hand call `cache.reserve()` first
 def test_a_compiled_step_without_room_says_what_to_call():
     model = tiny("llama")
     cache = H2OCache(model, budget=100)
@@ -342,6 +356,7 @@ def test_a_sliding_layer_with_room_for_its_window_is_exact_whatever_the_sinks():
     torch.testing.assert_close(feed_all(model, cache, ids, pieces), expected, atol=2e-5, rtol=1e-4)
 
 
+# README: A count that leaves a policy nothing to choose is refused
 def test_a_budget_without_room_for_recent_and_sinks_is_refused():
     model = tiny("llama")
     with pytest.raises(ValueError, match=r"budget must be at least sinks \+ recent \+ 1 to choose = 10 tokens"):

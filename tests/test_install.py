@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -80,6 +81,7 @@ def test_every_dependency_has_a_lower_bound_and_an_upper_one(extra):
         assert operators == ({">="} if requirement.name == "packaging" else {">=", "<"}), requirement
 
 
+# README: Each `make` target builds its own `.venv`, with the releases that [constraints.txt](constraints.txt) names
 def test_make_installs_what_the_constraints_name():
     lines = [line for line in makefile() if re.search(r"-m pip (--python \S+ )?install", line)]
     free = ("install $(TORCH)", "install '$(TRITON)'", "install transformers==5.17.0 ", "--upgrade")
@@ -90,11 +92,36 @@ def test_make_installs_what_the_constraints_name():
         assert ("$(call torch_of," in line) == ("'.[" in line), line
 
 
+# README: On a machine that already has everything: `make test RUN=python3`
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_runs_with_an_interpreter_that_has_everything():
+    told = {}
+    for settings in (["RUN=python3"], ["VENV=.venv-that-is-not-there"]):
+        done = subprocess.run(["make", "-n", "test", *settings], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told[settings[0]] = done.stdout
+    assert "python3 -m pytest" in told["RUN=python3"]
+    assert "venv" not in told["RUN=python3"]
+    # else what is not there is built first
+    assert "-m venv .venv-that-is-not-there" in told["VENV=.venv-that-is-not-there"]
+
+
+# README: tasks, plots, lm-eval; with all of the above
+def test_the_extra_for_evals_takes_in_the_others():
+    taken_in = {
+        name: {extra for line in lines for extra in Requirement(line).extras if "kvcompress" in line}
+        for name, lines in EXTRAS.items()
+    }
+    assert taken_in["eval"] == {"cli", "model", "distill"}
+    assert taken_in["distill"] == {"cli"}
+
+
 def test_the_command_line_is_no_dependency_of_the_caches():
     assert set(asked(PROJECT["dependencies"])) == {"torch", "transformers", "safetensors", "packaging"}
     assert set(asked(EXTRAS["cli"])) == {"typer", "rich", "filelock"}
 
 
+# README: | `dev` | tests and checks |
 @pytest.mark.parametrize("extra", ["cli", "model", "distill", "eval", "triton", "dev"])
 def test_readme_names_the_extra(extra):
     assert set(EXTRAS) == {"cli", "model", "distill", "eval", "triton", "dev"}
@@ -127,6 +154,7 @@ def run_without(hidden, code, *arguments):
     )
 
 
+# README: | `cli` | the command `kvcompress` |
 @pytest.mark.parametrize(
     ("hidden", "names"),
     [(["typer"], "typer"), (["rich"], "rich"), (["typer", "rich", "filelock"], "typer, rich, filelock")],
@@ -162,6 +190,8 @@ for name in registry.METHODS:
 """
 
 
+# README: With a model of your own, `pip install .` is all that is needed
+# README: | none | every cache, and `load_model` of a hub id or folder: torch, transformers, safetensors |
 def test_every_cache_and_load_model_work_with_the_dependencies_alone():
     optional = asked(line for lines in EXTRAS.values() for line in lines).keys() | {"click", "lm_eval", "matplotlib"}
     # huggingface_hub and torch need it themselves

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress import EvictingCache, GEARCache, KVzipCache
+from kvcompress import EvictingCache, GEARCache, KVzipCache, evicting
 from kvcompress.across import SharedStorageCache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
@@ -37,6 +37,8 @@ def held(cache, row=0):
     ]
 
 
+# README: | `KVzipCache` | what is looked up to say the context again: for questions not asked yet | a second prefill |
+# README: has the model read what it was fed once more, behind itself, and keeps what that looked up most
 @pytest.mark.parametrize("prompt_ids", [(), (7, 8, 9)], ids=["bare", "prompt"])
 @pytest.mark.parametrize("chunk", [2048, TOKENS, 7])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
@@ -127,6 +129,28 @@ def test_what_was_let_go_is_freed():
     assert caches[0].memory().total_bytes == caches[1].memory().total_bytes
 
 
+# README: A prompt takes two prefills and is held in full until the second ends; `prefill_chunk_size` bounds that
+@pytest.mark.parametrize(("chunk", "most"), [(None, 300), (50, BUDGET + 50)])
+def test_a_prompt_is_held_in_full_until_it_is_read_again_and_a_piece_of_it_where_it_comes_in_pieces(
+    chunk, most, monkeypatch
+):
+    model, held, read = tiny(), [], []
+    cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)
+    again = evicting.read_again
+
+    def note(decoder, layers, ids, *rest):
+        held.append(layers[0].waiting.segment.slots + (layers[0].slots.positions[0, 0] >= 0).sum().item())
+        read.append(ids.shape[1])
+        return again(decoder, layers, ids, *rest)
+
+    monkeypatch.setattr(evicting, "read_again", note)
+    how = {} if chunk is None else {"prefill_chunk_size": chunk}
+    generate(model, cache, prompt(300), max_new_tokens=2, **how)
+    assert sum(read) == 300
+    assert most - BUDGET <= max(held) <= most
+    assert cache.layers[0].waiting is None
+
+
 def test_slots_may_be_packed():
     model, ids = tiny(), prompt(TOKENS)
     caches = [EvictingCache(model, policy=KVzip(), budget=BUDGET, packed=packed) for packed in (None, GEAR(bits=4))]
@@ -148,6 +172,7 @@ def test_a_prompt_may_reach_the_end_of_a_table_of_positions():
     assert torch.isfinite(feed(model, cache, prompt(1, seed=2))).all()
 
 
+# README: It needs `input_ids`
 def test_embeddings_are_refused_before_anything_is_stored():
     model = tiny()
     cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)

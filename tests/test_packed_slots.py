@@ -25,6 +25,7 @@ def contents(cache, layer=0):
     return keys, values, slots.positions.gather(2, order)
 
 
+# README: | `H2OCache(packed=GEAR(bits=4))` | heavy hitters + recent, in 4-bit codes |
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("outliers", [0.0, 0.2])
 def test_a_packed_cache_holds_what_an_unpacked_one_holds(bits, outliers):

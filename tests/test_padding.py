@@ -75,6 +75,21 @@ def test_a_mask_of_the_wrong_size_is_refused(shape):
         record.read(torch.ones(shape, dtype=torch.bool), 2, 5, 3)
 
 
+class OnAGPU(torch.Tensor):
+    is_cuda = True
+
+
+# README: on a GPU no step of one token looks at positions
+def test_a_step_of_one_token_on_a_gpu_compares_no_positions():
+    record = PaddingRecord()
+    record.read(None, 1, 0, 3, torch.arange(3)[None])
+    with pytest.raises(ValueError, match="follow on"):
+        record.read(None, 1, 3, 1, torch.tensor([[2]]))
+    record.read(None, 1, 3, 1, torch.tensor([[2]]).as_subclass(OnAGPU))
+    with pytest.raises(ValueError, match="follow on"):
+        record.read(None, 1, 3, 2, torch.tensor([[1, 2]]).as_subclass(OnAGPU))
+
+
 def test_cropping_forgets_the_last_tokens():
     record = PaddingRecord()
     record.crop(1)

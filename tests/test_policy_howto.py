@@ -1,7 +1,6 @@
 """Adding a policy, as the README shows it: a frozen dataclass and one method."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,10 +9,10 @@ from kvcompress import EvictingCache
 from kvcompress.policies.policy import Candidates, Policy
 from tests.contract.drive import feed
 from tests.contract.models import prompt, tiny
+from tests.test_readme import README
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 
-
+# README: A policy of your own is a score:
 def test_readmes_policy_decides_what_a_cache_keeps_and_is_found_again_in_a_file(tmp_path):
     (snippet,) = [block for block in README.split("```")[1::2] if "(Policy)" in block]
     model, ids = tiny("llama"), prompt(20, batch=2)

@@ -67,6 +67,7 @@ def test_moving_the_positions_in_store_changes_nothing():
     torch.testing.assert_close(feed_all(model, moved, more, [3, 1, 1], shift=1036), expected, atol=1e-4, rtol=1e-4)
 
 
+# README: `rolled=True` re-rotates kept keys to their place in the cache
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3"])
 def test_keys_stand_at_their_index_and_queries_behind_them(family):
     # against keys and queries before rotation, rotated by the model's own function
@@ -126,6 +127,7 @@ def test_keys_stand_at_their_index_and_queries_behind_them(family):
             held = [sorted(p for p in row.tolist() if p >= 0) for row in step.positions[0]]
 
 
+# README: for streaming past the trained context
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_far_past_the_trained_length_it_sees_what_a_short_text_would_show(family):
     # with one layer, what a step says follows from the tokens kept alone: here 2 sinks and the 13 before the newest

@@ -171,6 +171,7 @@ every_cache = pytest.mark.parametrize("name", CACHES)
 every_spelling = pytest.mark.parametrize("spelling", ["cache", "past_key_values", "kv_store"])
 
 
+# README: transformers calls the argument `cache` since 5.24, before that `past_key_values`
 @every_cache
 @every_spelling
 def test_a_forward_takes_a_cache_whatever_the_argument_is_called(name, spelling):
@@ -188,6 +189,7 @@ def test_a_forward_takes_a_cache_whatever_the_argument_is_called(name, spelling)
             torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=1e-4)
 
 
+# README: both names work on every release from 5.17 on
 @every_cache
 @every_spelling
 @pytest.mark.parametrize("given", ["cache", "past_key_values"])
@@ -380,6 +382,8 @@ def test_a_newer_transformers_than_was_tested_is_told_once(monkeypatch, installe
 # what passes on
 
 
+# README: `kvcompress.release(model)` takes it all back
+# README: building a cache selects kvcompress's attention in that one model and watches its forwards by hooks
 def test_release_makes_the_model_what_it_was():
     model = build("llama")
     ids, before = prompt(20), set(vars(model))
@@ -400,6 +404,7 @@ def test_release_makes_the_model_what_it_was():
     assert model.config._attn_implementation == "eager"
 
 
+# README: Continuous batching has the attention that the model had before
 def test_continuous_batching_has_the_attention_that_the_model_had_before(monkeypatch):
     model = build("llama")
     used = []
@@ -417,6 +422,7 @@ def test_continuous_batching_has_the_attention_that_the_model_had_before(monkeyp
     assert torch.equal(model.generate(ids, **hf.cache_argument(model, DenseCache(model)), **GREEDY), expected)
 
 
+# README: multimodal wrappers, attention biases
 @pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "attention_bias", "cu_seq_lens_q"])
 def test_keywords_of_attention_that_are_not_known_are_refused_by_name(name):
     model = build("llama")

@@ -62,6 +62,7 @@ def decoded(model, cache, steps=3, batch=2, tokens=60):
 # selection
 
 
+# README: the chunks that the last query chose
 @pytest.mark.parametrize("layout", [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
 def test_the_selection_is_the_top_of_the_formula_over_all_chunks(layout):
     heads, kv_heads = layout
@@ -119,6 +120,7 @@ def test_the_answer_does_not_depend_on_what_was_fetched_before():
         torch.testing.assert_close(feed(model, cache, token), feed(model, forgetful, token), rtol=1e-5, atol=1e-5)
 
 
+# README: values fetched each step | 2410.21465 |
 def test_what_is_fetched_again_is_counted_and_what_stays_is_not():
     model = tiny()
     cache = small(model)
@@ -150,6 +152,7 @@ def _chunks(layer):
     ]
 
 
+# README: | `ShadowKVCache` | everything: low-rank keys, values in host memory or a file
 def test_values_in_the_buffer_are_those_that_were_fed_bit_for_bit():
     model = tiny()
     cache = small(model)
@@ -186,6 +189,8 @@ def test_more_is_read_as_the_budget_grows_and_the_error_does_not():
 # what lies where
 
 
+# README: evicts nothing: what a question that nobody foresaw needs is still there
+# README: `cache.memory()` reports device, host and disk bytes, and bytes fetched a step, apart
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("rank", [None, 12])
 def test_the_bytes_are_the_formula(batch, rank):
@@ -230,6 +235,7 @@ def test_the_bytes_are_the_formula(batch, rank):
     assert all((kept == tokens).all() for kept in report.tokens_kept)
 
 
+# README: On the device stay a seventh of the full cache (8 KV heads of 128), outlying chunks, the newest tokens
 def test_a_token_costs_a_seventh_on_the_device_at_the_papers_shape():
     """8 KV heads of 128 in 16 bits: 320 bytes of coefficients, 256 of landmarks, 2 of tables; K and V take 4096."""
     shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 1}
@@ -268,6 +274,7 @@ def test_after_prefill_no_values_are_alive_but_the_hosts():
     assert slabs <= {thing.untyped_storage().data_ptr() for thing in large}
 
 
+# README: `host="mmap:/folder"` keeps values in files that vanish with the cache
 def test_a_file_holds_what_memory_would_and_is_gone_with_the_cache(tmp_path):
     model = tiny()
     pinned, mapped = small(model), small(model, host=f"mmap:{tmp_path}")
@@ -377,6 +384,7 @@ def test_a_prefill_takes_at_most_one_and_a_half_times_the_keys_and_values_beside
 # rows share pages
 
 
+# README: Beams and clones share the host's pages
 def test_beams_and_clones_copy_no_page():
     model = tiny()
     cache = small(model)
@@ -424,6 +432,36 @@ def test_rows_that_leave_give_their_room_back(host, tmp_path):
         assert report.device_bytes - padding <= expected.device_bytes
 
 
+# README: Pages of beams that died stay on the host until rows leave the cache, or it is reset, or saved and loaded
+@pytest.mark.parametrize("way", ["rows leave", "saved and loaded", "reset"])
+def test_pages_of_beams_that_died_stay_for_a_while(way, tmp_path):
+    model = tiny()
+    cache = small(model)
+    feed(model, cache, prompt(60, 4))
+    before = cache.memory().host_bytes
+    cache.reorder_cache(torch.zeros(4, dtype=torch.long, device=DEVICE))
+    assert cache.memory().host_bytes == before
+    if way == "rows leave":
+        cache.batch_select_indices(torch.tensor([0, 1], device=DEVICE))
+    elif way == "saved and loaded":
+        cache.save(tmp_path / "cache")
+        cache = ShadowKVCache.load(tmp_path / "cache", model)
+    else:
+        cache.reset()
+    assert cache.memory().host_bytes == (0 if way == "reset" else before // 4)
+
+
+# README: ShadowKV's is of the first forward
+def test_a_fraction_is_of_the_first_forward():
+    model = tiny()
+    cache = small(model, budget=0.5)
+    feed(model, cache, prompt(60))
+    limits = [layer.segment.limits.tolist() for layer in cache.layers]
+    feed(model, cache, prompt(60, seed=2))
+    assert [layer.segment.limits.tolist() for layer in cache.layers] == limits
+    assert limits[0] == [30 // cache.settings.chunk]
+
+
 def test_rows_that_leave_keep_what_clones_share():
     model = tiny()
     cache = small(model)
@@ -438,6 +476,7 @@ def test_rows_that_leave_keep_what_clones_share():
 # the tail
 
 
+# README: KIVI and ShadowKV take back drafts of any length
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("drafts", [3, 33, 300])
 def test_drafts_of_any_length_are_taken_back(family, drafts):
@@ -503,6 +542,7 @@ def test_a_sequence_that_would_be_read_whole_stays_dense():
     assert cache.memory().host_bytes > 0
 
 
+# README: `crop` takes back what is not folded into chunks yet
 def test_crop_refuses_what_is_folded_and_changes_nothing():
     model = tiny()
     cache = small(model)
@@ -571,6 +611,7 @@ def spaces(cache):
     return [layer.segment.basis.clone() for layer in cache.layers]
 
 
+# README: one factorisation a prompt
 def test_new_keys_go_into_the_old_space_while_it_holds_them_and_a_new_one_when_not():
     model = tiny()
     lenient, strict = small(model, drift=1e6), small(model, drift=1.0)
@@ -694,6 +735,7 @@ def test_impossible_settings(settings, kind, message):
         feed(tiny(), ShadowKVCache(tiny(), **settings), prompt(3))
 
 
+# README: ShadowKV refuses RoPE whose frequencies change with the length (dynamic, longrope)
 def test_a_rope_that_cannot_be_taken_back_is_refused():
     model = build("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     with pytest.raises(ValueError, match="RoPE of type 'dynamic'"):

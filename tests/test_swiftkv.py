@@ -1,6 +1,7 @@
 """SwiftKV models: what converting keeps, what the fast path skips, and that it changes no number."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kvcompress import DenseCache, single_input
 from kvcompress.hf import cache_argument
 from kvcompress.swiftkv import as_teacher, convert, trained_parameters
 from tests.contract.models import DEVICE, build, left_padded, places, prompt
+from tests.test_readme import README
 
 LAYERS, FIRST = 5, 1
 SERVED = ["llama", "mistral", "qwen2", "qwen2_windows", "qwen3"]
@@ -89,6 +91,8 @@ def test_the_teacher_is_the_unconverted_model_to_the_bit(family, share):
         assert torch.equal(model(ids, attention_mask=mask).logits, expected)
 
 
+# README: in prefill only the positions whose logits are asked for run the later layers
+# README: with the numbers of running them all
 @every_family
 @every_share
 def test_the_fast_path_gives_the_logits_of_the_slow_path(family, share):
@@ -128,6 +132,7 @@ def test_any_columns_can_be_asked_for(family):
                     cache.reset()
 
 
+# README: | a prompt skips half of the layers; needs training |
 def test_the_prompt_ends_at_the_first_later_layer():
     model = converted()
     ids = prompt(20, 2)
@@ -220,6 +225,7 @@ def test_a_row_padded_at_its_end_gives_the_logits_of_its_last_real_token(family)
                 assert counted.columns[-1] == [2]
 
 
+# README: without the flag it begins as the paper does
 @every_family
 def test_one_layer_begins_with_its_own_weights_and_a_group_with_the_mean(family):
     model = build(family, num_hidden_layers=LAYERS)
@@ -259,6 +265,7 @@ def test_a_conversion_adds_only_what_is_trained_and_shares_the_rest(share):
     assert sum(p.numel() for p in trained_parameters(student).values()) == expected
 
 
+# README: every token, of later layers once a group; their K, V from one layer's input |
 @every_share
 def test_only_group_leaders_store_keys_under_a_cache_of_transformers(share):
     model = converted("llama", share)
@@ -287,6 +294,7 @@ def test_a_saved_model_loads_as_it_was(family, share, tmp_path):
             assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+# README: Published SwiftKV checkpoints load by `from_pretrained` where `kvcompress.swiftkv` is imported
 @pytest.mark.parametrize(("family", "share"), [("llama", 1), ("llama", 2), ("qwen2", 1), ("qwen3", 2)])
 def test_a_checkpoint_in_the_published_layout_loads(family, share, tmp_path):
     model = converted(family, share)
@@ -324,6 +332,14 @@ def test_a_checkpoint_in_the_published_layout_loads(family, share, tmp_path):
 TEACHER = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
 
+# README: `convert(model, skip_from=0.5, share=3)` makes
+def test_readmes_conversion_is_one_of_the_default_model(smollm2):
+    (settings,) = re.findall(r"`convert\(model, skip_from=([0-9.]+), share=([0-9]+)\)`", README)
+    model = convert(smollm2[0], float(settings[0]), int(settings[1]))
+    assert (model.config.num_key_value_layers, model.config.num_hidden_layers) == (15, 30)
+
+
+# README: makes a SwiftKV model of a Llama, Mistral, Qwen2 or Qwen3
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt_neox", "opt", "mixtral"])
 def test_other_families_are_refused_by_name(family):
     model = build(family)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from kvcompress import DenseCache, EvictingCache, H2OCache
 from kvcompress.policies.expected_attention import ExpectedAttention
@@ -14,6 +14,8 @@ from tests.contract.oracle import assert_equals_oracle
 LAYOUTS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1), "odd group": (6, 2)}
 
 
+# README: on any decoder-only model that uses transformers' attention interface
+# README: Decoder-only text models are served
 @every_cache
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 def test_every_family_equals_the_oracle(entry, family):
@@ -156,6 +158,7 @@ REFUSED = {
 }
 
 
+# README: Refused by name: multi-head latent attention, linear-attention hybrids, chunked attention, layers that
 @pytest.mark.parametrize("model_type", REFUSED)
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8)], ids=["dense", "h2o"])
 def test_what_cannot_be_served_is_refused_by_name(model_type, build):
@@ -170,11 +173,21 @@ def test_what_cannot_be_served_is_refused_by_name(model_type, build):
         build(model)
 
 
+# README: encoder-decoders, multimodal wrappers
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8)], ids=["dense", "h2o"])
 def test_an_encoder_decoder_is_refused_by_name(build):
     model = from_config("t5", AutoModelForSeq2SeqLM, d_model=32, d_ff=32, d_kv=16, num_layers=2, num_heads=2)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
         build(model)
+
+
+# README: encoder-decoders, multimodal wrappers
+def test_a_multimodal_wrapper_is_refused_by_name():
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "image_size": 28})
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration is multimodal.*pass its language model"):
+        DenseCache(AutoModelForImageTextToText.from_config(config))
 
 
 def test_a_refused_model_keeps_its_attention():

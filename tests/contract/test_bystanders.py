@@ -37,6 +37,7 @@ def test_a_forward_without_a_cache(family, attention):
             assert torch.equal(before(ids, **how).logits, after(ids, **how).logits)
 
 
+# README: other caches and training on it stay bit for bit as they were
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_transformers_own_cache(family, attention):
@@ -66,6 +67,7 @@ def test_generation_with_a_static_cache(family, attention):
     assert torch.equal(*(generate(model, None, ids, mask, cache_implementation="static") for model in (before, after)))
 
 
+# README: training on it stay bit for bit as they were
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt", "gpt_oss"])
 def test_training(family, attention):
@@ -103,6 +105,21 @@ def test_attention_weights_can_be_asked_for():
         weights = [model(prompt(9), output_attentions=True).attentions for model in (before, after)]
     for ours, theirs in zip(*weights, strict=True):
         assert torch.equal(ours, theirs)
+
+
+# README: No model is forked and no class is patched
+def test_building_caches_and_generating_changes_no_class():
+    model = build("llama")
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__} | {DynamicCache, type(model.config)}
+    before = {kind: dict(vars(kind)) for kind in kinds}
+    own = [type(module) for module in model.modules()]
+    for cache in (DenseCache(model), H2OCache(model, budget=8)):
+        generate(model, cache, prompt(20), max_new_tokens=2)
+    assert [type(module) for module in model.modules()] == own
+    for kind, attributes in before.items():
+        assert attributes.keys() == vars(kind).keys(), kind
+        changed = [name for name, value in attributes.items() if vars(kind)[name] is not value]
+        assert not [name for name in changed if name != "_abc_impl"], kind
 
 
 def test_importing_kvcompress_changes_no_model():

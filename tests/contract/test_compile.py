@@ -11,7 +11,7 @@ from kvcompress import H2OCache
 from kvcompress.hf import cache_argument, cache_name
 from tests.contract.caches import caches, those
 from tests.contract.drive import assert_same_state, feed
-from tests.contract.models import DEVICE, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, END, PAD, left_padded, prompt, tiny
 
 STEPS = 200
 
@@ -48,10 +48,32 @@ def test_the_promise_is_what_transformers_reads(entry):
     assert entry.build(tiny()).is_compileable
 
 
+# README: Fixed-capacity caches decode under `torch.compile(fullgraph=True)` as one graph
 @caches("h2o", "h2o_packed", "snapkv", "tova", "streaming")
 @pytest.mark.parametrize("family", ["llama"])
 def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, family):
     check(entry, family)
+
+
+# README: Compiled steps look neither at ended rows nor at positions
+def test_a_compiled_step_looks_neither_at_ended_rows_nor_at_positions():
+    model = tiny()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = END, PAD
+    ids = prompt(20, 2)
+    ids[0, -1] = END
+    token, back = torch.tensor([[PAD], [7]], device=DEVICE), torch.tensor([[3], [3]], device=DEVICE)
+    step, kept = step_function(model), []
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for run, position in ((step, back + 17), (compiled, back)):
+            cache = H2OCache(model, budget=8)
+            feed(model, cache, ids)
+            run(token, position, cache)
+            # whether each row has taken in what it was fed
+            kept.append([20 in row for row in cache.layers[0].slots.positions.flatten(1).tolist()])
+        with pytest.raises(ValueError, match="follow on"):
+            step(token, back, cache)
+    assert kept == [[False, True], [True, True]]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from tests.contract.models import build, families, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle
 
 
+# README: pass one to `model.generate`
 @every_cache
 def test_greedy_decoding_equals_the_oracle(entry):
     model = tiny()
@@ -18,6 +19,7 @@ def test_greedy_decoding_equals_the_oracle(entry):
     assert_equals_oracle(model, transcript)
 
 
+# README: The evicting ones evict at the end of every forward, in prefill and at each decode step
 @those(lambda entry: entry.budget)
 def test_what_is_kept_stays_within_the_budget_at_every_step(entry):
     model = tiny()
@@ -32,6 +34,7 @@ def test_what_is_kept_stays_within_the_budget_at_every_step(entry):
         assert (kept == entry.budget(layer, transcript.seen)).all()
 
 
+# README: | `DenseCache` | every token | the full cache: the ceiling, exact | |
 @those(lambda entry: entry.exact)
 def test_an_exact_cache_generates_what_the_full_cache_does(entry):
     model = tiny()
@@ -68,6 +71,7 @@ def test_sampling_with_one_seed_gives_one_answer_and_equals_the_oracle(entry):
         assert torch.equal(answers[0], full(model, prompt(20, 2), do_sample=True, temperature=0.9, top_k=20))
 
 
+# README: padding, beams and second turns
 @every_cache
 def test_beam_search_equals_the_oracle_and_each_beam_its_sequence_alone(entry):
     model = tiny()
@@ -112,6 +116,7 @@ def test_a_prompt_shorter_than_any_budget_equals_the_oracle(entry, tokens):
     assert cache.get_seq_length() == tokens + 3
 
 
+# README: Prompt-lookup and assisted decoding need one that keeps every token: Dense, Hydragen, GEAR, KIVI
 @those(lambda entry: entry.exact)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
@@ -143,6 +148,7 @@ def test_speculative_decoding_equals_the_oracle(entry, family):
 REFUSED = r"cannot take back \d+ tokens.*use DenseCache|requires a cache that can be cropped"
 
 
+# README: Prompt-lookup and assisted decoding need one that keeps every token
 @those(lambda entry: not entry.croppable)
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
 def test_speculative_decoding_is_refused_and_the_cache_stays_whole(entry, way):

@@ -6,8 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from kvcompress.hf import cache_argument
 from tests.contract.caches import by_name, every_cache, those
 from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, build, families, left_padded, prompt, tiny
@@ -131,6 +134,7 @@ def what_comes():
         gc.unfreeze()
 
 
+# README: that hold less and read less
 @those(lambda entry: entry.budget and entry.name != "h2o_fraction")
 @families("llama", slow=("gemma2", "gpt_oss"))
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
@@ -147,6 +151,35 @@ def test_no_full_length_tensor_is_alive_after_prefill(entry, family, padded):
         generate(model, cache, torch.cat([ids, ids[:, :1]], 1), torch.cat([mask, mask[:, -1:]], 1), max_new_tokens=3)
         assert not large_tensors(full_length)
     assert cache.memory().ratio < 0.5
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor has which some operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+                # what is expanded takes no memory
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return made
+
+
+# README: Nothing of size queries x keys is ever built, in prefill neither
+@every_cache
+@families("llama", slow=("gemma2",))
+def test_nothing_of_size_queries_times_keys_is_built(entry, family):
+    model, tokens = tiny(family), 1600
+    cache = entry.build(model)
+    ids = prompt(LONG).repeat(1, tokens // LONG)
+    with Largest() as largest, torch.no_grad():
+        for _ in range(2):
+            model(ids, **cache_argument(model, cache), logits_to_keep=1)
+    # nor of the first forward's, whose keys are half of the second's
+    heads = model.config.num_attention_heads
+    assert tokens * model.config.hidden_size <= largest.numbers < heads * tokens * tokens
 
 
 def test_a_full_length_tensor_that_stays_alive_is_found():
@@ -192,6 +225,7 @@ def test_a_cache_keeps_no_model_alive(entry):
 
 
 # a fraction is of the tokens seen so far
+# README: grow up to the budget and no further
 @those(lambda entry: entry.budget and entry.name != "h2o_fraction")
 def test_bytes_do_not_grow_while_decoding(entry):
     model = tiny()

@@ -68,6 +68,8 @@ def autocast():
     return torch.autocast(DEVICE, torch.bfloat16)
 
 
+# README: Autocast, inference mode
+# README: A cache compresses at the end of a forward, so the first generated token has seen the whole prompt
 @every_cache
 def test_autocast_gives_the_full_caches_first_logits_and_goes_on_in_its_dtype(entry):
     model = tiny()
@@ -92,6 +94,7 @@ def test_a_cache_that_lets_nothing_go_is_within_rounding_of_the_full_cache_under
     assert (found - straight).abs().max() < 3 * rounding
 
 
+# README: a model that changes its dtype in between
 @every_cache
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_model_of_another_dtype_goes_on_with_a_filled_cache_in_the_caches_dtype(entry, saved, tmp_path):
@@ -111,6 +114,7 @@ def test_a_model_of_another_dtype_goes_on_with_a_filled_cache_in_the_caches_dtyp
     assert found.isfinite().all()
 
 
+# README: inference mode, a compiled `forward`
 @every_cache
 @pytest.mark.parametrize("copied", [lambda cache: cache.clone(), copy.deepcopy], ids=["clone", "deepcopy"])
 def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(entry, copied):
@@ -150,6 +154,7 @@ def test_a_cache_that_is_loaded_in_inference_mode_goes_on_outside_of_it(entry, t
     assert torch.equal(forwards(model, loaded, modes, first=1), forwards(model, cache, plain, first=1))
 
 
+# README: a compiled `forward`
 @every_cache
 def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_traced_is(entry):
     torch._dynamo.reset()

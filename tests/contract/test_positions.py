@@ -16,6 +16,7 @@ def at(first, tokens):
     return torch.arange(first, first + tokens, device=DEVICE)[None]
 
 
+# README: Position ids that go back, as for a prompt fed a second time, are refused
 @those(lambda entry: entry.name != "hydragen")
 def test_a_prompt_fed_a_second_time_is_refused_and_nothing_is_lost(entry):
     model = tiny("llama")
@@ -110,6 +111,7 @@ def test_kvzip_reads_again_where_the_model_stands(shift):
         assert kept[0] == kept[1]
 
 
+# README: Hydragen compares what it is fed again
 def test_hydragen_is_fed_again_what_rows_hold():
     model = tiny("llama")
     ids = torch.cat([prompt(20), prompt(20)])
@@ -120,6 +122,7 @@ def test_hydragen_is_fed_again_what_rows_hold():
         torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, seen:], **CLOSE)
 
 
+# README: So is padding on the right in `generate`
 def test_padding_behind_a_prompt_is_refused_when_generate_counts_on_from_it():
     """transformers takes the position of the last column, which is a pad's, and goes on from there."""
     model = tiny("llama")

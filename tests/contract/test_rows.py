@@ -155,6 +155,7 @@ def test_crop_of_nothing_changes_nothing(entry):
     assert torch.equal(feed(model, cache, prompt(1, 2)), feed(model, straight, prompt(1, 2)))
 
 
+# README: Eviction is final: evicting caches refuse `crop`
 @those(lambda entry: not entry.croppable)
 def test_crop_is_refused_and_nothing_is_half_changed(entry):
     model = tiny()
@@ -206,6 +207,7 @@ def save_and_load(entry, model, cache, path):
     return type(cache).load(path / "cache.safetensors", model)
 
 
+# README: `cache.clone()` forks, `cache.save(path)` and `H2OCache.load(path, model)` keep one on disk
 @every_cache
 @pytest.mark.parametrize("way", ["clone", "file"])
 @families("llama", slow=("gemma2", "gpt_oss"))

@@ -115,6 +115,7 @@ def test_occupancy_is_what_registers_and_shared_memory_leave(target, registers, 
     assert aot._occupancy(aot.TARGETS[target], registers, shared, warps) == expected
 
 
+# README: GPU kernels are compiled ahead of time for sm_80, sm_90, sm_100 and gfx942
 @pytest.mark.slow
 def test_everything_compiles(capsys):
     assert aot.main([]) == 0

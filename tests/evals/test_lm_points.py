@@ -61,6 +61,7 @@ def sweep(settings, model, tokenizer, tmp_path):
     return lambda **change: Sweep(settings(**change), model, tokenizer, tmp_path)
 
 
+# README: `kvcompress sweep --tasks needle,text,local_piqa --num-fewshot 5
 def test_a_sweep_measures_them_beside_its_own(sweep, model, tokenizer, data):
     rows = sweep(tasks=("passkey", "local_piqa"), protocols=("question-aware",)).run()
     assert [row["status"] for row in rows] == ["ok"] * 6

@@ -78,6 +78,7 @@ def reference(made, policy, rotary, earlier=()):
     return expected
 
 
+# README: | `EvictingCache(policy=ExpectedAttention())` | what future queries should attend to | query statistics |
 @pytest.mark.parametrize("rotary", [ROPE, None], ids=["rope", "no_rope"])
 @pytest.mark.parametrize(("queries", "padded"), [(1, False), (6, False), (6, True)])
 @pytest.mark.parametrize(

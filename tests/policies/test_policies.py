@@ -33,6 +33,7 @@ def summed(made, row, head, queries):
     return total
 
 
+# README: column sums of attention in prefill, one add a slot in decode
 @forwards
 def test_h2o_adds_up_attention(queries, padded):
     made = scene(H2O(), queries, padded=padded)
@@ -57,6 +58,7 @@ def test_kvzip_keeps_the_highest_attention_and_takes_a_single_querys_mean_over_h
     check(made, KVzip().score(made.candidates), expected)
 
 
+# README: | `EvictingCache(policy=TOVA())` | what the newest query attends to | sums of one query |
 @forwards
 def test_tova_takes_the_newest_querys_attention_over_all_heads(queries, padded):
     # slots agree between the heads of a layer, because all heads keep the same
@@ -76,6 +78,7 @@ def test_tova_takes_the_newest_querys_attention_over_all_heads(queries, padded):
     check(made, TOVA().score(made.candidates), expected)
 
 
+# README: | `SnapKVCache` | what the last queries attend to, pooled |
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize(("queries", "padded"), [(6, False), (6, True)])
@@ -98,6 +101,7 @@ def test_snapkv_pools_the_windows_attention_over_neighbours_before_the_window(po
     check(made, policy.score(made.candidates), expected)
 
 
+# README: by the same sums | sums of the last 32 queries | 2502.00299 |
 @pytest.mark.parametrize("chunk", [1, 4, 50])
 @pytest.mark.parametrize(("queries", "padded"), [(6, False), (6, True)])
 def test_chunkkv_gives_each_chunk_of_the_text_its_mean_over_tokens_and_heads(chunk, queries, padded):
@@ -118,6 +122,7 @@ def test_chunkkv_gives_each_chunk_of_the_text_its_mean_over_tokens_and_heads(chu
     check(made, policy.score(made.candidates), expected)
 
 
+# README: | `EvictingCache(policy=ChunkKV())` | chunks of text, all but the last one whole
 def test_chunkkv_keeps_whole_chunks():
     """Of 40 tokens the 3 newest, and of those before them the four best chunks of 4 and a token of the next."""
     model = tiny()
@@ -145,6 +150,7 @@ def test_snapkv_fades_what_it_observed_before_by_what_is_new(queries, padded):
     check(made, policy.score(made.candidates), expected)
 
 
+# README: | `EvictingCache(policy=KeyDiff())` | keys least like the others |
 @forwards
 def test_keydiff_keeps_keys_unlike_the_mean_direction(queries, padded):
     made = scene(KeyDiff(), queries, padded=padded)
@@ -158,6 +164,7 @@ def test_keydiff_keeps_keys_unlike_the_mean_direction(queries, padded):
     check(made, KeyDiff().score(made.candidates), expected)
 
 
+# README: | `EvictingCache(policy=Knorm())` | keys of small norm |
 @forwards
 def test_knorm_keeps_short_keys(queries, padded):
     made = scene(Knorm(), queries, padded=padded)
@@ -170,6 +177,7 @@ def test_knorm_keeps_short_keys(queries, padded):
     check(made, Knorm().score(made.candidates), expected)
 
 
+# README: | `StreamingLLMCache` | sinks + recent |
 @forwards
 def test_streaming_keeps_the_newest(queries, padded):
     made = scene(StreamingLLM(), queries, padded=padded)
@@ -179,6 +187,7 @@ def test_streaming_keeps_the_newest(queries, padded):
     check(made, StreamingLLM().score(made.candidates), expected)
 
 
+# README: pooled | sums of the last 32 queries | 2404.14469 |
 def test_the_papers_defaults():
     assert StreamingLLM().sinks == 4
     assert H2O().recent == 0.5
