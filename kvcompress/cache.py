@@ -30,7 +30,7 @@ class CompressedCache(hf.AttendingCache):
     """A transformers Cache whose layers attend by themselves.
 
     Building one selects kvcompress's attention function in the model, which passes on every call that does not
-    come through a kvcompress cache. Subclasses build their layers in `_layer`.
+    come through a kvcompress cache; `kvcompress.release(model)` undoes it. Subclasses build their layers in `_layer`.
     """
 
     layers: list[CompressedLayer]  # type: ignore[assignment]

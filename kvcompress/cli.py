@@ -261,7 +261,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
     model: ModelOption = None,
     cache: Annotated[str, typer.Option(help=f"With settings as in h2o:sinks=4:bits=4. Of {_KNOWN}.")] = "h2o",
-    budget: Annotated[str, typer.Option(help="Tokens kept (512), or a fraction of the prompt (0.2).")] = "512",
+    budget: Annotated[str, typer.Option(help="Tokens kept (512), or a fraction of those seen (0.2).")] = "512",
     max_new_tokens: Annotated[int, typer.Option(help="At most so many.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")] = False,

@@ -174,7 +174,7 @@ class H2OCache(EvictingCache):
         """
         Args:
             model: the model the cache will be used with.
-            budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             recent: newest tokens always kept: a count, or a fraction of the budget.
             sinks: first tokens always kept.
             rolled, packed: as in EvictingCache.
@@ -197,7 +197,7 @@ class SnapKVCache(EvictingCache):
         """
         Args:
             model: the model the cache will be used with.
-            budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             window: queries observed, and newest tokens always kept.
             kernel: neighbouring tokens pooled together, an odd number.
             packed: as in EvictingCache.
@@ -227,7 +227,7 @@ class KVzipCache(EvictingCache):
         """
         Args:
             model: the model the cache will be used with; it must be given input_ids.
-            budget: tokens kept per sequence and KV head: a count, or a fraction of the prompt.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             sinks: first tokens always kept.
             recent: newest tokens always kept: a count, or a fraction of the budget. What is decoded is scored by few
                 queries, what was read by many: for answers longer than a few sentences, tens of them.
@@ -250,7 +250,7 @@ class StreamingLLMCache(EvictingCache):
         """
         Args:
             model: the model the cache will be used with.
-            budget: tokens kept: a count, or a fraction of the prompt.
+            budget: tokens kept: a count, or a fraction of those seen so far.
             sinks: first tokens kept; the rest of the budget is the window.
             rolled: as in EvictingCache.
         """
@@ -258,7 +258,7 @@ class StreamingLLMCache(EvictingCache):
 
 
 def _checked(budget: int | float, policy: Policy) -> int | float:
-    budget = count_or_fraction(budget, "budget", "a count of tokens", "the prompt")
+    budget = count_or_fraction(budget, "budget", "a count of tokens", "the tokens seen")
     if isinstance(budget, int) and budget < policy.least_budget():
         raise ValueError(
             f"budget must be at least sinks + recent{' + 1 to choose' if policy.chooses else ''} = "

@@ -38,7 +38,7 @@ class Chunk:
     query: [batch, heads, queries, head_dim], of the last of the tokens, in most models all of them.
     key, value: [batch, kv_heads, tokens, head_dim].
     visible: [batch, tokens] bool, False for padding; None where nothing is padded.
-    past: tokens the layer saw before. softcap: bound of the logits. sinks: [heads] extra logits of no token.
+    scale: factor of q.k. softcap: bound of the logits. sinks: [heads] extra logits of no token.
     """
 
     query: Tensor

@@ -157,7 +157,7 @@ class PaddingRecord:
             raise ValueError(
                 f"position ids must follow on what the cache has seen: row {row} had a token at position "
                 f"{int(before[row, column])}, and its next one is at {int(position_ids[row, column])}; feed only what "
-                "is new, with the positions that come after, or begin with a new cache (cache.reset())"
+                "is new, with the positions that come after; pad prompts on the left; or begin anew (cache.reset())"
             )
         self.last_position = reached[:, -1].maximum(last).tolist()
         if self.needs_even_positions:

@@ -83,7 +83,7 @@ def build(
 
     Args:
         spec: a method's name, with settings or without.
-        budget: tokens kept per sequence and KV head, or as a float a fraction of the prompt; not read by `none`.
+        budget: tokens kept per sequence and KV head, or as a float a fraction of those seen; not read by `none`.
         methods: those known, by default METHODS.
 
     Raises:
@@ -91,7 +91,7 @@ def build(
     """
     method, settings = parse(spec, methods)
     if method.takes_budget and budget is None:
-        raise ValueError(f"the method {method.name} needs a budget: tokens to keep, or a fraction of the prompt")
+        raise ValueError(f"the method {method.name} needs a budget: tokens to keep, or a fraction of those seen")
     try:
         return method.build(model, 0 if budget is None else budget, settings)
     except TypeError as error:

@@ -257,7 +257,7 @@ class ShadowKVCache(CompressedCache):
 
 
 def _checked(budget: int | float, chunk: int) -> int | float:
-    budget = count_or_fraction(budget, "budget", "a count of tokens", "the prompt")
+    budget = count_or_fraction(budget, "budget", "a count of tokens", "the first forward")
     if isinstance(budget, int) and budget < chunk:
         raise ValueError(f"budget must be at least one chunk = {chunk} tokens, got {budget}")
     return budget

@@ -20,7 +20,7 @@ def layer_budgets(allocation: Allocation, budget: int | float, layers: int, leas
 
     Args:
         allocation: "uniform" or "pyramid".
-        budget: mean over the layers: a count of tokens, or a fraction of the prompt.
+        budget: mean over the layers: a count of tokens, or a fraction of those seen.
         layers: how many.
         least: tokens that every layer gets, at most a budget that is a count. Fractions have no such floor here.
 
