@@ -290,6 +290,7 @@ def test_a_file_holds_what_memory_would_and_is_gone_with_the_cache(tmp_path):
     assert torch.equal(feed(model, pinned, prompt(1, 2)), feed(model, copy, prompt(1, 2)))
 
 
+# README: `load(path, model, host=...)` puts a saved one elsewhere
 @pytest.mark.parametrize("as_prefix", [False, True])
 def test_a_saved_cache_goes_to_another_host_where_its_folder_is_gone(as_prefix, tmp_path):
     model = tiny()
