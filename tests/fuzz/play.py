@@ -146,6 +146,8 @@ class _Game:
         live.hidden = live.hidden or not torch.equal(past, live.transcript.visible)
         live.since_hidden = 0
         with warnings.catch_warnings(record=True) as told:
+            # whatever this process does with warnings
+            warnings.simplefilter("always")
             self._feed(rng, live, past)
         live.short = live.short or any("gone since" in str(warning.message) for warning in told)
 
