@@ -35,11 +35,17 @@ def recorded(
 
 
 @torch.no_grad()
-def feed(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One forward of new tokens; mask [batch, tokens seen + new]. The logits, [batch, new, vocabulary]."""
+def feed(
+    model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> Tensor:
+    """One forward of new tokens; mask [batch, tokens seen + new]. The logits, [batch, new, vocabulary].
+
+    position_ids: [batch, new], None for the places of the tokens in their rows.
+    """
     if mask is None:
         mask = torch.ones(ids.shape[0], cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
-    position_ids = places(mask)[:, -ids.shape[1] :]
+    if position_ids is None:
+        position_ids = places(mask)[:, -ids.shape[1] :]
     return model(ids, attention_mask=mask, position_ids=position_ids, **cache_argument(model, cache)).logits
 
 

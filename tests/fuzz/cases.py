@@ -32,10 +32,13 @@ CALLS = {
     "batch_select_indices": 1,
     "batch_repeat_interleave": 1,
     "crop": 2,
-    "clone": 1,
+    "clone": 1.5,
     "save": 1,
     "reset": 0.5,
+    "share": 0.7,
 }
+# and of a tree of prefixes
+LEVELS = {"fork": 2, "push": 2, "pop": 1, "share": 1}
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,20 @@ class Case:
     batch: int
     calls: tuple[Call, ...]
     slack: int | None
+    positions: str = "counted"
+    ends: bool = False
+    shows_filler: bool = False
+    spoils: bool = False
+    inference: float = 0.0
+    autocast: float = 0.0
 
     def __str__(self) -> str:
         calls = " ".join(call.name for call in self.calls)
-        slack = "" if self.slack is None else f", slack {self.slack}"
-        return f"{self.entry.name} {self.settings} on {self.family} {self.sizes}, batch {self.batch}{slack}: {calls}"
+        about = "" if self.slack is None else f", slack {self.slack}"
+        about += "" if self.positions == "counted" else f", positions {self.positions}"
+        for name in ("ends", "shows_filler", "spoils", "inference", "autocast"):
+            about += f", {name} {getattr(self, name)}" if getattr(self, name) else ""
+        return f"{self.entry.name} {self.settings} on {self.family} {self.sizes}, batch {self.batch}{about}: {calls}"
 
     def only(self, indices: list[int]) -> "Case":
         return dataclasses.replace(self, calls=tuple(self.calls[index] for index in indices))
@@ -88,7 +100,8 @@ def draw(seed: int, name: str | None = None) -> Case:
     settings: dict[str, Any] = {}
     if rng.random() < 0.7:
         entry, settings = _varied(rng, entry)
-    names, weights = list(CALLS), list(CALLS.values())
+    often = CALLS | (LEVELS if entry.name == "hydragen" else {})
+    names, weights = list(often), list(often.values())
     calls = ["feed" if rng.random() < 0.8 else "generate", *rng.choices(names, weights, k=rng.randint(3, 12))]
     return Case(
         seed,
@@ -99,7 +112,23 @@ def draw(seed: int, name: str | None = None) -> Case:
         rng.randint(1, 4),
         tuple(Call(name, rng.getrandbits(32)) for name in calls),
         rng.choice([None, 5]) if sizes.get("sliding_window") else None,
+        **_kinds(rng, family),
     )
+
+
+def _kinds(rng: random.Random, family: str) -> dict[str, Any]:
+    """What is unusual about a case."""
+    ends = rng.random() < 0.25
+    # a router of experts may choose others where it is rounded
+    rounds = "num_local_experts" not in FAMILIES[family] and rng.random() < 0.1
+    return {
+        "positions": rng.choices(["counted", "shifted", "gaps"], [6, 1, 3])[0],
+        "ends": ends,
+        "shows_filler": ends and rng.random() < 0.3,
+        "spoils": rng.random() < 0.12,
+        "inference": rng.choice([0.0, 0.0, 0.3, 1.0]),
+        "autocast": 0.6 if rounds else 0.0,
+    }
 
 
 def _varied(rng: random.Random, entry: Entry) -> tuple[Entry, dict[str, Any]]:
