@@ -258,11 +258,17 @@ def assert_equals_oracle(model: PreTrainedModel, transcript: Transcript, **toler
         start = stop
 
 
+def oracle_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that attends as the oracle does."""
+    judge = copy.deepcopy(model)
+    judge.set_attn_implementation("oracle")
+    return judge
+
+
 @torch.no_grad()
 def oracle_logits(model: PreTrainedModel, transcript: Transcript) -> Tensor:
     """The logits of one forward over all of a transcript's tokens, [batch, tokens, vocabulary]."""
-    judge = copy.deepcopy(model)
-    judge.set_attn_implementation("oracle")
+    judge = model if model.config._attn_implementation == "oracle" else oracle_of(model)
     global _transcript
     _transcript = transcript
     try:
