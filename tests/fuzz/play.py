@@ -161,8 +161,7 @@ class _Game:
         tokens = min(rng.choice([1, 2, 3, 5, 8, 13, 20, 34]), TOKENS - live.transcript.seen)
         if tokens < 1:
             return
-        if _may_multiply(live) and rng.random() < 0.5:
-            # as long as no row has a token of its own, each may stand for several
+        if _holds_nodes_only(live) and live.cache.batch_size * 2 <= ROWS and rng.random() < 0.5:
             past = None if past is None else past.repeat_interleave(2, 0)
             live.map_rows(lambda rows: rows.repeat_interleave(2, 0))
         ids = self._fresh(rng, live, tokens)
@@ -227,11 +226,15 @@ class _Game:
         try:
             feed(self.model, live.cache, ids, mask, counted + gaps)
         except ValueError as error:
-            if not gaps.any() or "comes next" not in str(error):
+            # one that takes rotations back serves no gaps; nodes stand where they were counted
+            if gaps.any() and "comes next" in str(error) and live.cache.padding.needs_even_positions:
+                gaps = torch.zeros_like(counted)
+            elif live.ahead is not None and "follow on the tokens that the cache holds" in str(error):
+                gaps, live.ahead = torch.zeros_like(counted), torch.zeros_like(live.ahead)
+                counted = places(mask)[:, -tokens:]
+            else:
                 raise
-            assert live.cache.padding.needs_even_positions
             assert live.cache.get_seq_length() == live.transcript.seen
-            gaps = torch.zeros_like(counted)
             feed(self.model, live.cache, ids, mask, counted)
         if live.ahead is not None:
             live.ahead = live.ahead + gaps[:, -1]
@@ -245,7 +248,10 @@ class _Game:
         """A turn: new tokens after all that was fed, and an answer."""
         tokens, answer = rng.randint(1, 20), rng.randint(1, 8)
         if tokens + answer > TOKENS - live.transcript.seen or _spoiled(live.transcript) is not None:
-            # what does not number chooses no token
+            # what is no number chooses no token
+            return
+        if live.ahead is not None and bool(live.ahead.any()) and _holds_nodes_only(live):
+            # refused, as a forward is
             return
         ids = self._fresh(rng, live, tokens)
         mask = self._mask(live, _padding(rng, *ids.shape, rng.choice(["none", "left"])))
@@ -613,12 +619,10 @@ def _is_over(live: Live, row: int) -> bool:
     return int(live.transcript.ids[row, -1]) in (PAD, *ENDS)
 
 
-def _may_multiply(live: Live) -> bool:
-    """Whether a forward may bring several rows for each that a tree holds."""
+def _holds_nodes_only(live: Live) -> bool:
+    """Whether no row has a token of its own: a forward may then bring several rows for each."""
     cache = live.cache
-    if not isinstance(cache, HydragenCache) or not live.transcript.forwards or cache.batch_size * 2 > ROWS:
-        return False
-    return bool(cache.tree.nodes) and not cache.padding.laid_out
+    return isinstance(cache, HydragenCache) and bool(cache.tree.nodes) and not cache.padding.laid_out
 
 
 def _rows(transcript: Transcript) -> list[list[int]]:
