@@ -287,6 +287,9 @@ class _Game:
             return
         if all(layer.get_seq_length() == 0 for layer in layers):
             return
+        if _holds_nodes_only(live):
+            # a mask that shows less says that the rest comes again
+            return
         past = live.transcript.visible.clone()
         newest = rng.randint(1, past.shape[1])
         if self.case.ends and rng.random() < 0.6:
