@@ -53,7 +53,7 @@ def test_rows_take_all_they_have_along(entry, method, argument, rows, padded):
             mask = torch.cat([mask, torch.ones_like(chunk)], 1)
             logits = feed(model, moved, chunk, mask)
             # what is factored, or lies in a node here and in a suffix there, is rounded in another order
-            close = 1e-5 if entry.decoded is None and not entry.shares else 1e-4
+            close = 3e-5 if entry.decoded is None and not entry.shares else 1e-4
             torch.testing.assert_close(logits, feed(model, straight, chunk, mask), rtol=close, atol=close)
     assert_same_state(entry, moved, straight)
     assert_equals_oracle(model, transcript)

@@ -65,7 +65,8 @@ def test_a_crop_of_one_token_too_many_is_found(capsys, monkeypatch):
 
     monkeypatch.setattr(DenseLayer, "_crop", crop_more)
     text, command = broken(capsys, "dense")
-    assert "crop" in text
+    # hiding tokens takes them back too
+    assert "crop" in text or "hide" in text
     monkeypatch.undo()
     assert main(command) == 0
 
