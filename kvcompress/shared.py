@@ -662,9 +662,7 @@ class SharedLayer(DenseLayer):
         return own
 
     def counters(self) -> dict[str, Tensor]:
-        tensors = [] if self._last is None else self._last[1].tensors()
-        if self._last is not None and self._last[2] is not self._last[0]:
-            tensors += self._last[2].tensors()
+        tensors = [tensor for each in self._last or () for tensor in each.tensors()]
         if self.leads:
             tensors += self.tree.tensors() + ([] if self.padding.fed is None else [self.padding.fed])
         for other in self.coded.values():

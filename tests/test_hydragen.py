@@ -636,3 +636,14 @@ def test_a_window_reaches_back_into_a_node_when_newer_tokens_are_hidden():
         shown[0, 14:20] = 0
         feed(model, cache, prompt(1, batch=2, seed=3), shown)
     assert_equals_oracle(model, transcript)
+
+def test_memory_counts_what_a_fork_leaves_of_the_rows_of_nodes():
+    model = tiny()
+    cache = HydragenCache(model, min_tokens=1)
+    ids = prompt(12, 4)
+    # the first and the last begin alike: a node of rows that do not lie side by side
+    ids[3, :6] = ids[0, :6]
+    feed(model, cache, ids)
+    feed(model, cache, prompt(3, 4, seed=5))
+    for each in (cache, cache.fork()):
+        assert each.memory().total_bytes == sum(storages(each).values())
