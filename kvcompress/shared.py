@@ -12,7 +12,7 @@ from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.prefix import KeyBlocks, Sharing, bounded_attention, merge_blocks, prefix_attention
 from kvcompress.layer import Chunk, CompressedLayer
 from kvcompress.packed import TailSegment
-from kvcompress.padding import PaddingRecord
+from kvcompress.padding import PaddingRecord, warn_of_short_windows
 from kvcompress.segments import DenseSegment, Segment
 from kvcompress.tree import ROOT, UNKNOWN, Tree, common_vectors, find_shared
 
@@ -611,6 +611,8 @@ class SharedLayer(DenseLayer):
                 to = to if visible is None else visible[row].to(keys.device).nonzero()[to, 0]
                 keys[row, :, to], values[row, :, to] = key[:, known], value[:, known]
                 stored[row, to] = True
+        if remap is not None and self.window is not None:
+            warn_of_short_windows(self.window, (remap >= 0).sum(-1), stored.sum(-1).to(remap.device))
         self.held, self._last = {}, None
         self.dense = self.storage(keys, values)
         self.dense.append(keys, values, None if bool(stored.all()) else stored)

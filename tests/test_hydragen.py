@@ -647,3 +647,15 @@ def test_memory_counts_what_a_fork_leaves_of_the_rows_of_nodes():
     feed(model, cache, prompt(3, 4, seed=5))
     for each in (cache, cache.fork()):
         assert each.memory().total_bytes == sum(storages(each).values())
+
+
+def test_a_window_is_told_to_be_short_where_shared_tokens_are_hidden_too_late():
+    model = tiny("mistral", max_position_embeddings=1024)
+    cache = HydragenCache(model)
+    feed(model, cache, prompt(400, 2))
+    cache.fork()
+    feed(model, cache, prompt(2, 2, seed=5))
+    shown = torch.ones(2, 404, dtype=torch.long, device=DEVICE)
+    shown[0, 20:400] = 0
+    with pytest.warns(UserWarning, match="older ones of a sliding window of 12.* missing in 1 of 2 sequences"):
+        feed(model, cache, prompt(2, 2, seed=6), shown)
