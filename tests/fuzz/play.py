@@ -223,8 +223,13 @@ class _Game:
                     if shown[column] and rng.random() < 0.7:
                         gaps[row, column:] = rng.randint(1, 12)
             counted = counted + live.ahead[:, None]
+        shown = mask[:, -tokens:].bool()
+        # behind a token of the row
+        known = mask[:, :-tokens].bool().any(1) | (shown & (gaps == 0)).any(1)
         try:
             feed(self.model, live.cache, ids, mask, counted + gaps)
+            served = not bool((known & (gaps[:, -1] > 0)).any()) or not live.cache.padding.needs_even_positions
+            assert served, "a cache that takes rotations back took a gap for none"
         except ValueError as error:
             # one that takes rotations back serves no gaps; nodes stand where they were counted
             if gaps.any() and "comes next" in str(error) and live.cache.padding.needs_even_positions:
