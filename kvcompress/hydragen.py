@@ -310,8 +310,13 @@ class HydragenCache(CompressedCache):
         """
         tokens_to_remove = int(tokens_to_remove)
         if -tokens_to_remove > self.layers[0].suffix_columns() and self.tree.nodes:
+            seen = int(self.get_seq_length()) + tokens_to_remove
+            visible = self.padding.visible
+            left = [seen] * len(self.tree.leaves) if visible is None else visible[:, :seen].sum(-1).tolist()
             for layer in self.layers:
                 layer.check_thaw()
+                for leaf, tokens in zip(self.tree.leaves, left, strict=True):
+                    layer.check_reach(leaf, tokens)
             self._thaw()
         super().crop(tokens_to_remove)
 

@@ -541,8 +541,8 @@ class SharedLayer(DenseLayer):
             if name not in self.coded and position >= start and reaches < held_from:
                 raise ValueError(
                     f"token {position} of a row is fed again, and of what its window of {self.window} sees, tokens "
-                    f"{reaches} to {held_from - 1} are gone; feed no more again than {SLACK} tokens, or use "
-                    "attention_mask=cache.cover(mask)"
+                    f"{reaches} to {held_from - 1} are gone; take back or feed again no more than {SLACK} tokens, or "
+                    "use attention_mask=cache.cover(mask)"
                 )
 
     def prune(self, names: list[int]) -> None:

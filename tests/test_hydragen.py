@@ -637,6 +637,7 @@ def test_a_window_reaches_back_into_a_node_when_newer_tokens_are_hidden():
         feed(model, cache, prompt(1, batch=2, seed=3), shown)
     assert_equals_oracle(model, transcript)
 
+
 def test_memory_counts_what_a_fork_leaves_of_the_rows_of_nodes():
     model = tiny()
     cache = HydragenCache(model, min_tokens=1)
@@ -659,3 +660,20 @@ def test_a_window_is_told_to_be_short_where_shared_tokens_are_hidden_too_late():
     shown[0, 20:400] = 0
     with pytest.warns(UserWarning, match="older ones of a sliding window of 12.* missing in 1 of 2 sequences"):
         feed(model, cache, prompt(2, 2, seed=6), shown)
+
+
+def test_a_crop_into_shared_tokens_whose_window_is_gone_is_refused():
+    model = tiny("mistral", max_position_embeddings=1024)
+    cache = HydragenCache(model)
+    # what the longer row has let go hides behind the padding of the other
+    ids, mask = left_padded([prompt(400)[0], prompt(20, seed=2)[0]])
+    feed(model, cache, ids.flip(1), mask.flip(1))
+    cache.fork()
+    kept = cache.clone()
+    with pytest.raises(ValueError, match="tokens 9 to 131 are gone"):
+        cache.crop(-380)
+    step = prompt(3, 2, seed=5)
+    assert torch.equal(
+        feed(model, cache, step, cache.cover(torch.ones_like(step))),
+        feed(model, kept, step, kept.cover(torch.ones_like(step))),
+    )
