@@ -7,8 +7,9 @@ Every copy of the cache that a case makes goes on by itself. At the end, and bef
     the same cache, fed   one that is fed its transcript straight through, and one that is fed a single row of it
                           without its padding, keep the same tokens (evicting caches)
 
-The last could fail where two scores are equal up to rounding; a case that fails there is played again in float64, and
-fails if it fails again.
+What is not a number is none to the oracle either, for all whom it reaches, and has no say in what is kept. What ran
+under autocast is judged within the rounding of bfloat16; what it keeps is not compared. The last check could fail where
+two scores are equal up to rounding; a case that fails there is played again in float64, and fails if it fails again.
 """
 
 import copy

@@ -7,9 +7,11 @@ import pytest
 from kvcompress.cache import CompressedCache
 from kvcompress.dense import DenseLayer
 from kvcompress.evicting_layer import EvictingLayer
+from kvcompress.layer import CompressedLayer
+from kvcompress.padding import PaddingRecord
 from tests.contract.caches import ENTRIES
 from tests.fuzz.__main__ import failure, main
-from tests.fuzz.cases import draw
+from tests.fuzz.cases import CALLS, LEVELS, draw
 from tests.fuzz.play import play
 
 CASES = 40
@@ -24,7 +26,12 @@ def test_a_random_case_equals_the_oracle(seed):
 def test_a_seed_draws_one_case():
     assert str(draw(7)) == str(draw(7))
     assert len({str(draw(seed)) for seed in range(50)}) == 50
-    assert {draw(seed).entry.name for seed in range(300)} == {entry.name for entry in ENTRIES}
+    cases = [draw(seed) for seed in range(300)]
+    assert {case.entry.name for case in cases} == {entry.name for entry in ENTRIES}
+    assert {case.positions for case in cases} == {"counted", "shifted", "gaps"}
+    for kind in ("ends", "shows_filler", "spoils", "inference", "autocast"):
+        assert any(getattr(case, kind) for case in cases)
+    assert {call.name for case in cases for call in case.calls} == {*CALLS, *LEVELS}
 
 
 def broken(capsys, cache, cases=25):
@@ -78,6 +85,39 @@ def test_a_clone_that_shares_its_tensors_is_found(capsys, monkeypatch):
 
     monkeypatch.setattr(CompressedCache, "clone", shallow)
     _, command = broken(capsys, "tova", 60)
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+def test_ended_rows_that_evict_are_found(capsys, monkeypatch):
+    monkeypatch.setattr(PaddingRecord, "note_fed", lambda record, *fed: None)
+    text, command = broken(capsys, "h2o")
+    assert "ends True" in text
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+def test_a_gap_that_is_taken_for_none_is_found(capsys, monkeypatch):
+    monkeypatch.setattr(PaddingRecord, "_check_even", lambda record, *positions: None)
+    text, command = broken(capsys, "h2o_rolled")
+    assert "positions gaps" in text
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+def test_what_is_no_number_and_vanishes_is_found(capsys, monkeypatch):
+    attend = CompressedLayer.attend
+    monkeypatch.setattr(CompressedLayer, "attend", lambda *args, **how: attend(*args, **how).nan_to_num(0.0))
+    text, command = broken(capsys, "gear")
+    assert "gave numbers where there are none" in text
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+def test_a_copy_made_in_inference_mode_that_cannot_be_written_to_is_found(capsys, monkeypatch):
+    monkeypatch.setattr(CompressedCache, "__deepcopy__", CompressedCache.__deepcopy__.__wrapped__)
+    text, command = broken(capsys, "tova", 60)
+    assert "Inplace update to inference tensor" in text
     monkeypatch.undo()
     assert main(command) == 0
 
