@@ -149,10 +149,8 @@ def test_a_refusal_in_the_first_forward_is_a_refusal():
 
     model.model.__class__ = Biased
     outcome, reason = outcomes(["none"], model)["none"]
-    assert (outcome, reason) == (
-        "REFUSED",
-        "LlamaAttention passes 'head_mask' to its attention, which kvcompress does not support",
-    )
+    assert outcome == "REFUSED"
+    assert reason.startswith("LlamaAttention passes 'head_mask' to its attention, which kvcompress does not know")
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError])
