@@ -166,8 +166,9 @@ def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_tra
     found = generate(model, cache, ids, max_new_tokens=6)
     # the slots of a share grow with what is seen, which those of a compiled step cannot
     assert torch.equal(found, expected) or entry.name == "h2o_fraction"
-    # one graph serves every step
-    assert backend.frame_count == (1 if entry.compileable else 0)
+    # one graph serves every step, or two, where the model is given a mask, whose second length stands for all others
+    graphs = backend.frame_count
+    assert graphs in ((1, 2) if entry.compileable else (0,))
     # and what has nothing to do with a cache is compiled as before
     model(ids, use_cache=False)
-    assert backend.frame_count > (1 if entry.compileable else 0)
+    assert backend.frame_count > graphs
