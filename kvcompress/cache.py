@@ -72,10 +72,20 @@ class CompressedCache(hf.AttendingCache):
 
     @ordinary_tensors()
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Notes which rows have ended: what `generate` feeds them while others go on must not evict a token."""
+        """Notes which rows have ended: what `generate` feeds them while others go on must not evict a token.
+
+        Raises:
+            ValueError: it is another model's forward.
+        """
         model = self._model()
+        if model is not None and decoder is not hf.decoder_of(model):
+            raise ValueError(
+                f"this {type(self).__name__} was built for another {type(model).__name__} than the one that runs with "
+                "it: build a cache for each model; what one has seen, save() and load(path, model) take to another "
+                "with the same weights"
+            )
         if model is not None and any(layer.evicts for layer in self.layers):
-            self.padding.note_fed(input_ids, *hf.filler_tokens(model))
+            self.padding.note_fed(input_ids, *(self.fillers or hf.filler_tokens(model)))
 
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
         """
@@ -111,8 +121,15 @@ class CompressedCache(hf.AttendingCache):
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         """
         Raises:
-            ValueError: nothing would be left of the prompts to feed.
+            ValueError: nothing would be left of the prompts to feed, or a row has padding behind its last token.
         """
+        if attention_mask is not None and attention_mask.dim() == 2:
+            behind = (attention_mask[:, -1] == 0) & (attention_mask != 0).any(1)
+            if bool(behind.any()):
+                raise ValueError(
+                    f"generate goes on from the last column, and row {int(behind.nonzero()[0])} of the prompts has "
+                    "padding there; pad on the left (tokenizer.padding_side = 'left')"
+                )
         seen = int(self.get_seq_length())
         if seen and input_ids.shape[1] <= seen:
             raise ValueError(
@@ -170,6 +187,7 @@ class CompressedCache(hf.AttendingCache):
         """Forgets everything seen, and frees the memory."""
         super().reset()
         self.padding.restore({})
+        self.fillers = None
 
     @ordinary_tensors()
     def crop(self, tokens_to_remove: int | Tensor) -> None:

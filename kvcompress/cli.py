@@ -3,6 +3,7 @@
 Heavy imports wait until a command runs. A user's mistake is one line on stderr and exit status 2.
 """
 
+import math
 import os
 import sys
 import time
@@ -298,7 +299,7 @@ def plan(
 ) -> None:
     """Tell, without loading weights, what each cache would need and which fits."""
     tokens_kept = as_budget(budget)
-    if gpu_memory <= 0:
+    if not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be more than 0 GiB, got {gpu_memory}")
     names = parts(methods)
 
@@ -334,7 +335,7 @@ def plan(
     console.print(table)
     console.print(
         f"GPU of {gpu_memory:g} GiB. Prefill: activations of one forward over the context and, where a cache evicts, "
-        "the full keys and values of one layer. Feeding the prompt in chunks needs less."
+        "the full keys and values of one layer (kvzip: of all). Feeding the prompt in chunks needs less."
     )
     if shape.longest is not None and context > shape.longest:
         console.print(f"The model was trained for at most {shape.longest} tokens.")

@@ -137,7 +137,8 @@ class DenseLayer(CompressedLayer):
         held = 0 if self.dense is None else self.dense.length
         room = held if not self.dropped else held - ((self.window or 1) - 1)
         if tokens > room:
-            raise ValueError(f"crop can take back {room} tokens here, got {tokens}: older ones have left the window")
+            why = "older ones have left the window" if self.dropped else "no more were seen"
+            raise ValueError(f"crop can take back {room} tokens here, got {tokens}: {why}")
 
     def _crop(self, tokens: int) -> None:
         assert self.dense is not None

@@ -388,7 +388,7 @@ class GEARLayer(CompressedLayer):
             if part in self._packed() and (name == "prompt" or part is not self.prompt):
                 assert part is not None
                 tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors().items()}
-        facts = {"seen": self._seen, "lengths": self.lengths, "held": self.tail.held}
+        facts = {"seen": self._seen, "lengths": self.lengths, "held": self.tail.held, "draft": self.draft}
         if self.first is not None:
             tensors |= {f"first.{name}": tensor for name, tensor in self.first.tensors().items()}
             facts["first"] = self.first.held
@@ -400,6 +400,7 @@ class GEARLayer(CompressedLayer):
         self.tail = TailSegment.from_tensors(_under("tail.", tensors))
         self.tail.held = list(facts["held"])
         self.lengths, self._seen = list(facts["lengths"]), facts["seen"]
+        self.draft = facts.get("draft", self.draft)
         if "first" in facts:
             self.first = TailSegment.from_tensors(_under("first.", tensors))
             self.first.held = list(facts["first"])

@@ -389,6 +389,7 @@ class HydragenCache(CompressedCache):
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Remembers what is fed."""
+        super().forward_begins(decoder, input_ids)
         self.padding.ids, self.padding.undo = input_ids, None
 
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:

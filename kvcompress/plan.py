@@ -7,7 +7,8 @@
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and a tail of one block as it came
     shadowkv     = on the device, and beside it the values of all tokens on the host: low-rank keys, landmarks, and the
                    selected, outlying and newest tokens (policies/shadowkv.py)
-    while prefill runs, an evicting cache also holds the keys and values of the one layer at work
+    while prefill runs, an evicting cache also holds the keys and values of the one layer at work; kvzip, which reads a
+    prompt twice, those of all layers
 
 On sliding layers `tokens` and `budget` are at most the window. Activations of a prefill in one forward are estimated
 as hidden states, queries and the MLP's middle for every token; weights are counted on the meta device, exactly.
@@ -142,8 +143,9 @@ def make_plan(
         cache = sum(_slots(shape, min(kept, window or kept), batch, item, packed) for window in shape.windows)
         if method.name == "expected":
             cache += len(shape.windows) * _query_statistics(shape, batch, settings.get("covariance", True))
-        one_layer = batch * context * token
-        needs.append(Need(spec, kept, weights, cache, full, activations + one_layer))
+        # a policy that reads a prompt twice has all of it at hand until then, in every layer
+        in_full = full if method.name == "kvzip" else batch * context * token
+        needs.append(Need(spec, kept, weights, cache, full, activations + in_full))
     return needs
 
 

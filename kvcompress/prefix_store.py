@@ -381,6 +381,8 @@ class PrefixStore:
             raise ValueError(f"expected one document, [tokens] or [1, tokens], got {list(ids.shape)}")
         if ids.numel() == 0:
             raise ValueError("a prefix needs a token")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or bool((ids < 0).any()):
+            raise ValueError(f"expected token ids, integers from 0 on, got {ids.dtype} from {ids.min()} to {ids.max()}")
         return ids.detach().reshape(-1).cpu().long().clone()
 
 

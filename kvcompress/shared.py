@@ -140,7 +140,8 @@ class SharedRecord(PaddingRecord):
         # a row may be fed again what it holds, at the positions it had
         if self.laid_out or not self.tree.nodes:
             before = self.shown(batch, past)
-            super().read(mask, batch, past, queries)
+            # of what nodes hold, tokens are compared, not positions
+            super().read(mask, batch, past, queries, None if self.tree.nodes else position_ids)
             self.before = before
             self._past = before if self.remap is None else (self.remap >= 0).sum(-1)
             self.thaws = bool(self.tree.nodes) and self.remap is not None and self._hides_shared(self.remap)

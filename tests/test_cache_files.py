@@ -1,6 +1,7 @@
 """Files of caches: which model they are for, that every byte is checked, and that they appear whole or not at all."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import random
@@ -49,6 +50,28 @@ def test_a_cache_of_another_model_is_refused_and_both_are_named(family, changes,
         DenseCache.load(tmp_path / "cache", other)
     assert differ in str(error.value)
     assert f"the model given, {type(other).__name__}, has 3 layers" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"rms_norm_eps": 0.1}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("gemma2", {"attn_logit_softcapping": 9.0}),
+        ("gemma2", {"query_pre_attn_scalar": 99}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_what_a_config_says_of_the_computation_tells_models_of_equal_weights_apart(family, changes):
+    one, other = build(family), build(family, **changes)
+    other.load_state_dict(one.state_dict())
+    ours, theirs = Fingerprint.of(one), Fingerprint.of(other)
+    assert ours.differences(theirs) == theirs.differences(ours) == list(changes)
+    with pytest.raises(ValueError, match=f"differ in {next(iter(changes))}"):
+        ours.check(theirs, "it")
+    # what only one of two says, as another release of transformers may, is not compared
+    assert not dataclasses.replace(ours, config="{}").differences(theirs)
 
 
 def test_windows_tell_models_apart_whose_weights_are_equal():

@@ -84,6 +84,8 @@ def rows(tmp_path):
         (["plan", "--context", "0", "--model", "FOLDER"], "context must be at least 1, got 0"),
         (["plan", "--context", "9", "--batch", "0", "--model", "FOLDER"], "batch must be at least 1, got 0"),
         (["plan", "--context", "9", "--gpu-memory", "0"], "--gpu-memory must be more than 0 GiB"),
+        (["plan", "--context", "9", "--gpu-memory", "nan"], "--gpu-memory must be more than 0 GiB, got nan"),
+        (["plan", "--context", "9", "--gpu-memory", "inf"], "--gpu-memory must be more than 0 GiB, got inf"),
         (["plan", "--context", "9", "--model", "/nowhere"], "there is no folder /nowhere"),
         (["plan", "--context", "9", "--model", "FOLDER", "--methods", "h3o"], "unknown method 'h3o'"),
         (["plan", "--context", "9", "--model", "FOLDER", "--dtype", "int8"], "--dtype must be one of"),

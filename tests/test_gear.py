@@ -587,3 +587,16 @@ def test_a_prefill_takes_at_most_a_fifth_more_than_the_keys_and_values_beside_th
     assert layer.prompt is not None
     # the output is the model's
     assert peak - out.nbytes <= 1.2 * (key.nbytes + value.nbytes)
+
+
+def test_a_loaded_cache_packs_as_its_clone_does_after_drafts_were_taken_back(tmp_path):
+    model = tiny()
+    cache = GEARCache(model, bits=2, buffer=8, group_size=8)
+    feed(model, cache, prompt(100))
+    cache.crop(-42)
+    cache.save(tmp_path / "cache")
+    copy, loaded = cache.clone(), GEARCache.load(tmp_path / "cache", model)
+    for tokens in (50, 1, 20, 1):
+        ids = prompt(tokens, seed=tokens)
+        assert torch.equal(feed(model, loaded, ids), feed(model, copy, ids))
+    assert [layer.draft for layer in loaded.layers] == [layer.draft for layer in copy.layers]

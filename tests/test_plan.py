@@ -97,3 +97,11 @@ def read_shape_of(config):
 def test_a_missing_model_is_named(name):
     with pytest.raises(ModelUnavailableError, match="nowhere"):
         read_shape(name)
+
+
+def test_kvzip_has_the_whole_prompt_at_hand_until_its_second_reading_ends():
+    shape = read_shape_of(LlamaConfig(**SMALL))
+    h2o, kvzip = make_plan(shape, ["h2o", "kvzip"], 1000, 2, 0.25, torch.float16)
+    layers = len(shape.windows)
+    assert layers > 1
+    assert kvzip.prefill - h2o.prefill == h2o.full_cache * (layers - 1) // layers

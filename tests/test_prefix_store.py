@@ -103,6 +103,15 @@ def test_a_conversation_is_put_back():
     )
 
 
+@pytest.mark.parametrize("ids", [torch.rand(5), torch.tensor([3, -1]), torch.tensor([True, False])])
+def test_what_is_no_token_is_refused(ids):
+    store = PrefixStore(tiny())
+    for take in (store.prefix, store.get):
+        with pytest.raises(ValueError, match="expected token ids, integers from 0 on, got"):
+            take(ids)
+    assert len(store) == 0
+
+
 def test_a_cache_that_was_filled_with_other_tokens_is_not_put():
     model = tiny()
     store = PrefixStore(model)

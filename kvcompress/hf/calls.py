@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import ModelOutput
 
+from kvcompress.hf.configs import fillers_of
 from kvcompress.hf.modules import decoder_of
 
 __all__ = [
@@ -44,6 +45,8 @@ class AttendingCache(Cache):
 
     # the next forward of generate would feed a whole prompt, of which some is seen
     whole_prompt_comes = False
+    # what the generation in progress feeds to rows that have ended, and the ids that end them, as filler_tokens
+    fillers: tuple[int | None, list[int]] | None = None
 
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Called before generate feeds a prompt of which it has all; it leaves out the columns seen.
@@ -302,6 +305,7 @@ def _tell_prompt(input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> A
     if not isinstance(cache, AttendingCache):
         return None
     cache.whole_prompt_comes = False
+    cache.fillers = fillers_of(config)
     if covers != input_ids.shape[1] or kwargs.get("inputs_embeds") is not None:
         return None
     cache.prompt_begins(input_ids, mask)

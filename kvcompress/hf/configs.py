@@ -120,6 +120,13 @@ def filler_tokens(model: Any) -> tuple[int | None, list[int]]:
     return (ends[0] if ends else None), ends
 
 
+def fillers_of(settings: Any) -> tuple[int | None, list[int]]:
+    """The same of one generation, by its generation config."""
+    pad, ends = settings.pad_token_id, settings.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+    return (pad if pad is not None and pad >= 0 else ends[0] if ends else None), ends
+
+
 def end_tokens(model: Any) -> list[int]:
     """The ids that end a generation of a model."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -21,6 +21,14 @@ from kvcompress.hf.modules import decoder_of
 
 # numbers read of a tensor, and tensors read at most
 _NUMBERS, _TENSORS = 4, 1024
+# what a name of a config contains that is no part of the computation, or is compared as sizes, windows or rope
+_NO_MATTER = (
+    *("_token", "_name", "architectures", "attn_impl", "chunk_size_feed", "context_len", "cross_attention", "decoder"),
+    *("drop", "dtype", "encoder", "experts_impl", "gradient", "hidden_size", "init", "label", "layer_types", "loss"),
+    *("max_position", "max_window", "model_type", "num_attention", "num_hidden", "num_key", "output_", "pretraining"),
+    *("problem", "pruned", "return_dict", "rope", "rotary", "router_aux", "sliding_window", "swiftkv", "tie_"),
+    *("torchscript", "use_cache", "version", "vocab"),
+)
 # in bfloat16 no weight: stands for what was not read
 _UNREAD = 0x7FFF
 
@@ -31,7 +39,8 @@ class Fingerprint:
 
     architecture: the model's class. sizes: layers, widths, heads. windows: of the layers, as a text. rope: what the
     config says of rotary embeddings, as JSON. weights: base64 of bfloat16 numbers. is_float16: a weight is, and so its
-    last bit as bfloat16 may be another.
+    last bit as bfloat16 may be another. config: all else that its config says of the computation, as JSON; of two, what
+    both say is compared, as a release may add to it. Files of old have none.
     """
 
     architecture: str
@@ -40,6 +49,7 @@ class Fingerprint:
     rope: str
     weights: str
     is_float16: bool
+    config: str = "{}"
 
     @classmethod
     def of(cls, model: PreTrainedModel, without: frozenset[str] = frozenset()) -> Self:
@@ -68,12 +78,15 @@ class Fingerprint:
             json.dumps(_plain(rope), sort_keys=True),
             weights,
             is_float16,
+            json.dumps(_computed(config.to_dict()), sort_keys=True, default=str),
         )
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """In what the other is another model; empty where it is the same."""
         names = ["architecture", "sizes", "windows", "rope"]
         found = [name for name in names if getattr(self, name) != getattr(other, name)]
+        ours, theirs = json.loads(self.config), json.loads(other.config)
+        found += [name for name in sorted(ours.keys() & theirs.keys()) if ours[name] != theirs[name]]
         return found if _agree(self, other) else [*found, "weights"]
 
     def check(self, given: "Fingerprint", what: str) -> None:
@@ -103,6 +116,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items() if each is not None}
     return value
+
+
+def _computed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain settings of a config without those on which no key or value depends, and what the rest of a fingerprint
+    has."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, bool | int | float | str | list) and not any(part in name for part in _NO_MATTER)
+    }
 
 
 @torch.no_grad()

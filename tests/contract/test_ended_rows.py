@@ -186,3 +186,22 @@ def test_a_token_of_a_row_that_goes_on_is_its_own_whatever_pads_are():
                 found = model(ids, **cache_argument(model, cache)).logits[:1]
                 expected = model(ids[:1], **cache_argument(model, alone)).logits
                 torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_the_tokens_that_end_a_row_are_those_of_the_generation_at_hand():
+    """A row that says what ends others by default, and goes on, has not ended."""
+    model = models(END, END)
+
+    def says_it_thrice(tokens, scores):
+        if tokens.shape[1] in (21, 22, 23):
+            scores[0] = -torch.inf
+            scores[0, END] = 0.0
+        return scores
+
+    ids = prompt(20, 2)
+    how = {"max_new_tokens": 12, "do_sample": False, "logits_processor": [says_it_thrice], "disable_compile": True}
+    how |= {"eos_token_id": END - 1, "pad_token_id": PAD}
+    expected = model.generate(ids, **how)
+    assert bool((expected[0, 21:24] == END).all())
+    cache = H2OCache(model, budget=400)
+    assert torch.equal(model.generate(ids, **cache_argument(model, cache), **how), expected)

@@ -6,7 +6,7 @@ import torch
 from kvcompress import EvictingCache, H2OCache, HydragenCache, KVzipCache, ShadowKVCache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.expected_attention import ExpectedAttention
-from tests.contract.caches import those
+from tests.contract.caches import every_cache, those
 from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -17,7 +17,7 @@ def at(first, tokens):
 
 
 # README: Position ids that go back, as for a prompt fed a second time, are refused
-@those(lambda entry: entry.name != "hydragen")
+@every_cache
 def test_a_prompt_fed_a_second_time_is_refused_and_nothing_is_lost(entry):
     model = tiny("llama")
     ids = prompt(20)
@@ -123,12 +123,32 @@ def test_hydragen_is_fed_again_what_rows_hold():
 
 
 # README: So is padding on the right in `generate`
-def test_padding_behind_a_prompt_is_refused_when_generate_counts_on_from_it():
-    """transformers takes the position of the last column, which is a pad's, and goes on from there."""
+@every_cache
+@pytest.mark.parametrize("continues", [False, True])
+def test_padding_behind_a_prompt_is_refused_in_generate(entry, continues):
+    """Its last column is a pad's, from whose logits and position transformers would go on."""
     model = tiny("llama")
     ids = prompt(20, 2)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
-    cache = H2OCache(model, budget=8)
-    with pytest.raises(ValueError, match="row 1 had a token at position 14"):
+    cache = entry.build(model)
+    if continues:
+        with torch.no_grad():
+            model(ids[:, :5], **cache_argument(model, cache))
+    with pytest.raises(ValueError, match="row 1 .*padding|padded on the left; a row has padding behind"):
         model.generate(ids, attention_mask=mask, **cache_argument(model, cache), max_new_tokens=4, do_sample=False)
+
+
+@every_cache
+def test_the_forward_of_another_model_is_refused_and_nothing_is_lost(entry):
+    model, other = tiny("llama"), build("llama", seed=1)
+    cache, straight = entry.build(model), entry.build(model)
+    entry.build(other)
+    ids, token = prompt(20, 2), prompt(1, 2, seed=3)
+    with torch.no_grad():
+        for each in (cache, straight):
+            model(ids, **cache_argument(model, each))
+        with pytest.raises(ValueError, match="was built for another LlamaForCausalLM .*a cache for each model"):
+            other(token, **cache_argument(other, cache))
+        found, expected = (model(token, **cache_argument(model, each)).logits for each in (cache, straight))
+    assert torch.equal(found, expected)
