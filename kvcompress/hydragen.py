@@ -309,10 +309,13 @@ class HydragenCache(CompressedCache):
             ValueError: a node or a window cannot give them back; nothing has changed.
         """
         tokens_to_remove = int(tokens_to_remove)
-        if -tokens_to_remove > self.layers[0].suffix_columns() and self.tree.nodes:
-            seen = int(self.get_seq_length()) + tokens_to_remove
-            visible = self.padding.visible
-            left = [seen] * len(self.tree.leaves) if visible is None else visible[:, :seen].sum(-1).tolist()
+        seen = int(self.get_seq_length()) + tokens_to_remove
+        visible, rows = self.padding.visible, len(self.tree.leaves)
+        left = [seen] * rows if visible is None else visible[:, :seen].sum(-1).tolist()
+        ahead = [0] * rows if self.tree.ahead is None else self.tree.ahead.tolist()
+        # a row may have fewer tokens of its own than the suffixes have columns
+        in_nodes = any(stays < held - more for stays, held, more in zip(left, self.tree.lengths(), ahead, strict=True))
+        if tokens_to_remove and self.tree.nodes and (in_nodes or -tokens_to_remove > self.layers[0].suffix_columns()):
             for layer in self.layers:
                 layer.check_thaw()
                 for leaf, tokens in zip(self.tree.leaves, left, strict=True):

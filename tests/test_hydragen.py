@@ -677,3 +677,16 @@ def test_a_crop_into_shared_tokens_whose_window_is_gone_is_refused():
         feed(model, cache, step, cache.cover(torch.ones_like(step))),
         feed(model, kept, step, kept.cover(torch.ones_like(step))),
     )
+
+
+def test_a_crop_reaches_the_shared_tokens_of_a_row_whose_own_are_few():
+    model = tiny()
+    cache = HydragenCache(model, min_tokens=4)
+    rows = [prompt(10)[0], prompt(5)[0], prompt(14, seed=2)[0]]
+    ids, mask = left_padded(rows)
+    with recording(model, cache, everything) as transcript:
+        feed(model, cache, ids, mask)
+        assert cache.tree.nodes
+        cache.crop(-7)
+        feed(model, cache, prompt(3, 3, seed=5), torch.cat([mask[:, :7], torch.ones_like(ids[:, :3])], 1))
+    assert_equals_oracle(model, transcript)
