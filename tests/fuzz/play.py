@@ -205,8 +205,8 @@ class _Game:
         if not self.case.spoils or rng.random() < 0.7 or not shown[row, column] or ids[row, column] in (PAD, *ENDS):
             return
         ids[row, column] = NO_NUMBER
-        if ids.shape[1] > 1:
-            # zero times NaN is NaN: tokens fed together do not come clean
+        if ids.shape[1] > 1 or live.entry.decoded is not None:
+            # zero times NaN is NaN: tokens fed together, or packed together, do not come clean when it is taken back
             spoiled = torch.zeros(len(ids), dtype=torch.bool, device=DEVICE)
             spoiled[row] = True
             before = live.transcript.spoiled
