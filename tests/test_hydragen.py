@@ -162,9 +162,10 @@ def test_bytes_are_the_prefix_once_and_the_suffixes(batch):
     model = tiny()
     cache = HydragenCache.from_prefix(model, PREFIX)
     token = 2 * 3 * 2 * 16 * 4  # keys and values, layers, KV heads, head_dim, bytes
-    assert cache.memory().total_bytes == 40 * token
+    # the ids of the tokens are remembered, 4 bytes each
+    assert cache.memory().total_bytes == 40 * (token + 4)
     feed(model, cache, prompt(6, batch), cache.cover(torch.ones(batch, 6, dtype=torch.long)))
-    assert cache.memory().total_bytes == (40 + batch * 6) * token
+    assert cache.memory().total_bytes == (40 + batch * 6) * (token + 4)
     report = cache.memory()
     assert report.by_component["prefix_keys"] + report.by_component["prefix_values"] == 40 * token
     assert report.total_bytes == sum(storages(cache).values())
@@ -552,7 +553,7 @@ def test_what_is_wrong_is_said():
     model = tiny()
     cache = HydragenCache.from_prefix(model, PREFIX)
     suffix = prompt(4, 2)
-    with pytest.raises(ValueError, match=r"do not follow.*cache.cover"):
+    with pytest.raises(ValueError, match=r"row 0 does not go on as the tokens that the cache holds: its token 0 is"):
         model(suffix, position_ids=places(torch.ones_like(suffix)), **cache_argument(model, cache))
     tree = HydragenCache.from_tree(model, *TREE, rows=[1, 2])
     with pytest.raises(ValueError, match=r"shows 32 tokens of row 0.*holds 28"):

@@ -391,7 +391,7 @@ def _visible(mask: Any, ids: Tensor, transcript: Transcript) -> Tensor:
 def _filler(model: PreTrainedModel, cache: Any, ids: Tensor, transcript: Transcript) -> Tensor | None:
     """What a forward feeds to rows that have ended, [batch, queries] bool, where a cache evicts; None for none."""
     settings = model.generation_config
-    pad, ends = cache.fillers or (settings.pad_token_id, settings.eos_token_id)
+    pad, ends = getattr(cache, "fillers", None) or (settings.pad_token_id, settings.eos_token_id)
     if not ends or pad is None or ids.shape[1] != 1 or len(ids) == 1 or not transcript.forwards:
         return None
     if not any(layer.evicts for layer in cache.layers):
