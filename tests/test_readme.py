@@ -5,10 +5,15 @@ proves. A sentence is proved if such a comment quotes it, or stands in `UNPROVED
 """
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from kvcompress import EvictingCache
+from kvcompress.policies.h2o import H2O
+from tests.contract.models import tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -97,3 +102,16 @@ def test_what_a_page_links_to_is_there(page):
     path = ROOT / page
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text("utf-8"))
     assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+# README: Every policy has a module of its own
+# README: What the short names do not take, `EvictingCache(model, policy=H2O(), budget=512)` does
+def test_the_policies_that_it_names_are_found_where_it_says():
+    named = {*re.findall(r"policy=(\w+)\(", README), *re.findall(r"packed=(\w+)\(", README)}
+    assert {"H2O", "TOVA", "GEAR"} <= named
+    for name in named - {"ValueNorm"}:
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+        (module,) = {words, words.replace("_", "")} & {file.stem for file in (ROOT / "policies").glob("*.py")}
+        assert hasattr(importlib.import_module(f"kvcompress.policies.{module}"), name)
+    cache = EvictingCache(tiny(), policy=H2O(), budget=512, allocation="pyramid", rolled=True)
+    assert cache.allocation == "pyramid"

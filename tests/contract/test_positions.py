@@ -25,7 +25,9 @@ def test_a_prompt_fed_a_second_time_is_refused_and_nothing_is_lost(entry):
         cache, other = entry.build(model), entry.build(model)
         for each in (cache, other):
             model(ids, **cache_argument(model, each))
-        with pytest.raises(ValueError, match=r"follow on.*row 0 had (a token at position 19|20 tokens).* at 0.*cache\.reset"):
+        with pytest.raises(
+            ValueError, match=r"follow on.*row 0 had (a token at position 19|20 tokens).* at 0.*cache\.reset"
+        ):
             model(ids, position_ids=at(0, 20), **cache_argument(model, cache))
         assert cache.get_seq_length() == 20
         following = prompt(3, seed=2)
