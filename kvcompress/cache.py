@@ -34,6 +34,8 @@ class CompressedCache(hf.AttendingCache):
     """
 
     layers: list[CompressedLayer]  # type: ignore[assignment]
+    # the decoder whose forward was the last
+    _filled_by: weakref.ref[Any] | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         """
@@ -75,15 +77,19 @@ class CompressedCache(hf.AttendingCache):
         """Notes which rows have ended: what `generate` feeds them while others go on must not evict a token.
 
         Raises:
-            ValueError: it is another model's forward.
+            ValueError: it is the forward of another model than the one that filled the cache.
         """
         model = self._model()
-        if model is not None and decoder is not hf.decoder_of(model):
+        filled_by = None if self._filled_by is None else self._filled_by()
+        if filled_by is None and model is not None:
+            filled_by = hf.decoder_of(model)
+        if filled_by is not None and decoder is not filled_by and int(self.get_seq_length()):
             raise ValueError(
-                f"this {type(self).__name__} was built for another {type(model).__name__} than the one that runs with "
-                "it: build a cache for each model; what one has seen, save() and load(path, model) take to another "
+                f"this {type(self).__name__} was filled by another model than the {type(decoder).__name__} that runs "
+                "with it: use a cache for each model; what one has seen, save() and load(path, model) take to another "
                 "with the same weights"
             )
+        self._filled_by = weakref.ref(decoder)
         if model is not None and any(layer.evicts for layer in self.layers):
             self.padding.note_fed(input_ids, *(self.fillers or hf.filler_tokens(model)))
 

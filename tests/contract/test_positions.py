@@ -150,7 +150,9 @@ def test_the_forward_of_another_model_is_refused_and_nothing_is_lost(entry):
     with torch.no_grad():
         for each in (cache, straight):
             model(ids, **cache_argument(model, each))
-        with pytest.raises(ValueError, match="was built for another LlamaForCausalLM .*a cache for each model"):
+        with pytest.raises(
+            ValueError, match="was filled by another model than the LlamaModel .*a cache for each model"
+        ):
             other(token, **cache_argument(other, cache))
         found, expected = (model(token, **cache_argument(model, each)).logits for each in (cache, straight))
     assert torch.equal(found, expected)
