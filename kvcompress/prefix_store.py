@@ -353,7 +353,7 @@ class PrefixStore:
 
     def _read(self, input_ids: Tensor | Sequence[int], attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What is to be held, [tokens] int64 on the CPU, and for which prompts [batch, tokens]; None for a document."""
-        ids = torch.as_tensor(input_ids)
+        ids = _as_ids(input_ids)
         if ids.dim() < 2 and attention_mask is None:
             return self._document(ids), None
         mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
@@ -376,13 +376,13 @@ class PrefixStore:
     @staticmethod
     def _document(input_ids: Tensor | Sequence[int]) -> Tensor:
         """A document as [tokens] int64 on the CPU."""
-        ids = torch.as_tensor(input_ids)
+        ids = _as_ids(input_ids)
         if ids.dim() > 1 and ids.numel() != ids.shape[-1]:
             raise ValueError(f"expected one document, [tokens] or [1, tokens], got {list(ids.shape)}")
         if ids.numel() == 0:
             raise ValueError("a prefix needs a token")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or bool((ids < 0).any()):
-            raise ValueError(f"expected token ids, integers from 0 on, got {ids.dtype} from {ids.min()} to {ids.max()}")
+        if bool((ids < 0).any()):
+            raise ValueError(f"expected token ids, integers from 0 on, got {int(ids.min())}")
         return ids.detach().reshape(-1).cpu().long().clone()
 
 
@@ -445,6 +445,14 @@ class _Index:
             return _INDEX
 
         write_whole(folder, _STEM, write)
+
+
+def _as_ids(input_ids: Tensor | Sequence[int]) -> Tensor:
+    ids = torch.as_tensor(input_ids)
+    # an empty list is of floats
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise ValueError(f"expected token ids, integers from 0 on, got {ids.dtype}")
+    return ids
 
 
 def _sum(told: dict[str, Any]) -> str:

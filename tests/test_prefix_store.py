@@ -109,6 +109,9 @@ def test_what_is_no_token_is_refused(ids):
     for take in (store.prefix, store.get):
         with pytest.raises(ValueError, match="expected token ids, integers from 0 on, got"):
             take(ids)
+    for take in (store.prefix, store.get):
+        with pytest.raises(ValueError, match="expected token ids, integers from 0 on, got torch.float32"):
+            take(torch.rand(2, 5))
     assert len(store) == 0
 
 
