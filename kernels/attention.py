@@ -149,12 +149,13 @@ def slot_attention_reference(
     return _softmax_reference(logits.masked_fill(~seen, -torch.inf), value, query)
 
 
-def slots_seen(positions: Tensor, query_positions: Tensor, window: int | None) -> Tensor:
-    """Which slots a query sees, [batch, kv_heads, queries or 1, slots]; one row for all queries without a window."""
-    occupied = (positions >= 0)[:, :, None, :]
-    if window is None:
-        return occupied
-    return occupied & (positions[:, :, None, :] > query_positions[:, None, :, None] - window)
+def slots_seen(positions: Tensor, query_positions: Tensor, window: int | None, causal: bool = False) -> Tensor:
+    """Which slots a query sees, [batch, kv_heads, queries or 1, slots]; one row for all queries where nothing but
+    whether a slot is taken counts. causal: none behind the query."""
+    seen, places = (positions >= 0)[:, :, None, :], query_positions[:, None, :, None]
+    if window is not None:
+        seen = seen & (positions[:, :, None, :] > places - window)
+    return seen & (positions[:, :, None, :] <= places) if causal else seen
 
 
 def causal_blocks(
@@ -189,6 +190,7 @@ def slot_blocks(
     scale: float,
     window: int | None,
     softcap: float | None,
+    causal: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Masked logits over slots, a block of queries at a time: the queries and
     [batch, kv_heads, group, block, slots] in float32."""
@@ -197,7 +199,7 @@ def slot_blocks(
     for start in range(0, queries, block):
         rows = slice(start, min(start + block, queries))
         logits = _logits(query[:, :, rows], key, scale, softcap)
-        seen = slots_seen(positions, query_positions[:, rows], window)[:, :, None]
+        seen = slots_seen(positions, query_positions[:, rows], window, causal)[:, :, None]
         yield rows, logits.masked_fill_(~seen, -torch.inf)
 
 
@@ -262,7 +264,7 @@ def _slot_attention(
     if runs_triton(query) and query.numel():
         return launch_split(query, key, value, None, positions, query_positions, scale, window, softcap)
     if query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        return _slot_blocks(query, key, value, positions, query_positions, scale, window, softcap)
+        return slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap)
     return _slot_flash(query, key, value, positions, scale)
 
 
@@ -395,10 +397,11 @@ def _causal_blocks(query, key, value, scale, visible, window, softcap):
     return out, lse
 
 
-def _slot_blocks(query, key, value, positions, query_positions, scale, window, softcap):
+def slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap, causal=False):
+    """slot_attention in PyTorch, a block of queries at a time. causal: as in slots_seen."""
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    for rows, logits in slot_blocks(query, key, positions, query_positions, scale, window, softcap):
+    for rows, logits in slot_blocks(query, key, positions, query_positions, scale, window, softcap, causal):
         block_out, block_lse = _softmax(logits, value)
         out[:, :, rows], lse[:, :, rows] = block_out.flatten(1, 2), block_lse.flatten(1, 2)
     return out, lse

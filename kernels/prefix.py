@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import cpu_flash, slot_attention, slot_attention_reference
+from kvcompress.kernels.attention import cpu_flash, slot_attention, slot_attention_reference, slots_in_blocks
 from kvcompress.kernels.merge import merge_stack, merge_states
 from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton, tl, triton
 from kvcompress.kernels.split_attention import split_keys
@@ -37,8 +37,6 @@ from kvcompress.kernels.tile import (
 )
 
 EMPTY = -1
-# logits that the bounded path of the CPU holds at once: 2 MB in float32
-_PIECE = 2**19
 
 
 class KeyBlocks:
@@ -271,27 +269,11 @@ def bounded_attention(
     Returns:
         As `prefix_attention`.
     """
-    rows, heads, queries, _ = query.shape
-    kv_heads, tokens, value_dim = value.shape
-    together = query.transpose(0, 1).reshape(kv_heads, heads // kv_heads, rows * queries, -1)
-    at, dtype = query_positions.reshape(-1, 1), torch.promote_types(query.dtype, torch.float32)
-    out = query.new_empty(heads, rows * queries, value_dim)
-    lse = query.new_empty(heads, rows * queries, dtype=torch.float32)
-    step = max(1, _PIECE // max(1, heads * tokens))
-    for first in range(0, rows * queries, step):
-        some, place = slice(first, first + step), at[first : first + step]
-        logits = together[:, :, some].to(dtype) @ key.to(dtype)[:, None].mT * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        seen = (positions[:, None] >= 0) & (positions[:, None] <= place)  # [kv_heads, queries, tokens]
-        if window is not None:
-            seen = seen & (positions[:, None] > place - window)
-        logits = logits.masked_fill(~seen[:, None], -torch.inf)
-        part = logits.logsumexp(-1)
-        weights = (logits - part.masked_fill(part == -torch.inf, 0.0)[..., None]).exp()
-        out[:, some] = (weights @ value.to(dtype)[:, None]).flatten(0, 1).to(query.dtype)
-        lse[:, some] = part.flatten(0, 1).float()
-    out, lse = (part.unflatten(1, (rows, queries)).transpose(0, 1).contiguous() for part in (out, lse))
+    apart = (query.shape[0], query.shape[2])
+    # all queries as one row's
+    together, at = query.transpose(0, 1).flatten(1, 2)[None], query_positions.reshape(1, -1)
+    parts = slots_in_blocks(together, key[None], value[None], positions[None], at, scale, window, softcap, causal=True)
+    out, lse = (part[0].unflatten(1, apart).transpose(0, 1).contiguous() for part in parts)
     return out, lse
 
 

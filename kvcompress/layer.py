@@ -292,7 +292,6 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.kv_shape = None
         self._seen = 0
 
-    @ordinary_tensors()
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
@@ -320,20 +319,17 @@ class CompressedLayer(hf.CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
 
-    @ordinary_tensors()
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
         if self.kv_shape is not None and self.kv_shape[0]:
             for segment in self.segments():
                 segment.trim()
 
-    @ordinary_tensors()
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.kv_shape is not None:
             self.map_tensors(lambda tensor: tensor.repeat_interleave(repeats, 0))
             self.kv_shape = (self.kv_shape[0] * repeats, *self.kv_shape[1:])
 
-    @ordinary_tensors()
     def _select(self, rows: Tensor) -> None:
         if self.kv_shape is not None:
             self.map_tensors(lambda tensor: tensor[rows.to(tensor.device)])

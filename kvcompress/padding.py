@@ -148,7 +148,7 @@ class PaddingRecord:
         if fresh is None:
             fresh = torch.ones_like(position_ids, dtype=torch.bool)
         fresh = fresh.to(position_ids.device)
-        last = position_ids.new_tensor([-1] * batch if self.last_position is None else self.last_position)
+        last = self._last_positions(batch, past).to(position_ids)
         reached = position_ids.masked_fill(~fresh, -1).cummax(1).values
         before = torch.cat([last[:, None], reached[:, :-1].maximum(last[:, None])], 1)
         back = fresh & (position_ids <= before)
@@ -162,6 +162,10 @@ class PaddingRecord:
         self.last_position = reached[:, -1].maximum(last).tolist()
         if self.needs_even_positions:
             self._check_even(position_ids, fresh, past)
+
+    def _last_positions(self, batch: int, past: int) -> Tensor:
+        """Positions that no token may come at or before, [batch]."""
+        return torch.tensor([-1] * batch if self.last_position is None else self.last_position)
 
     def _check_even(self, position_ids: Tensor, fresh: Tensor, past: int) -> None:
         shown = fresh.new_full((len(fresh),), past, dtype=torch.int64)

@@ -140,12 +140,8 @@ class SharedRecord(PaddingRecord):
         # a row may be fed again what it holds, at the positions it had
         if self.laid_out or not self.tree.nodes:
             before = self.shown(batch, past)
-            if past and self.tree.ahead is None and position_ids is not None and position_ids.dim() == 2:
-                # what the mask hides now takes no position any more
-                hides = mask is not None and mask.shape[1] == past + queries
-                held = mask[:, :past].sum(-1) if mask is not None and hides else before
-                self._check_new(position_ids, None if mask is None else mask[:, -queries:], held)
-            super().read(mask, batch, past, queries)
+            super().read(mask, batch, past, queries, None if self.tree.ahead is not None else position_ids)
+            self.last_position = None
             self.before = before
             self._past = before if self.remap is None else (self.remap >= 0).sum(-1)
             self.thaws = bool(self.tree.nodes) and self.remap is not None and self._hides_shared(self.remap)
@@ -177,22 +173,9 @@ class SharedRecord(PaddingRecord):
             self.stored = None
         self._note(batch, past, queries)
 
-    @staticmethod
-    def _check_new(position_ids: Tensor, fresh: Tensor | None, shown: Tensor) -> None:
-        """Raises ValueError where tokens stand before others that their row, of `shown` tokens, has seen."""
-        if position_ids.shape[1] == 1 and position_ids.is_cuda:
-            # as in PaddingRecord
-            return
-        back = position_ids < shown[:, None].to(position_ids.device)
-        if fresh is not None:
-            back = back & fresh.to(back.device)
-        if bool(back.any()):
-            row, column = back.nonzero()[0].tolist()
-            raise ValueError(
-                f"position ids must follow on what the cache has seen: row {row} had {int(shown[row])} tokens, and its "
-                f"next one is at {int(position_ids[min(row, len(position_ids) - 1), column])}; feed only what is new, "
-                "with the positions that come after; or begin anew (cache.reset())"
-            )
+    def _last_positions(self, batch: int, past: int) -> Tensor:
+        # rows share tokens and part again: what each of them shows says how far it has come
+        return self.shown(batch, past) - 1
 
     def _check_fed_again(self, again: Tensor) -> None:
         """Raises ValueError where what is fed again, [batch, queries] bool, is not what the nodes hold."""

@@ -112,22 +112,21 @@ def layer_kind(config: PreTrainedConfig, layer: int) -> str | None:
 
 def filler_tokens(model: Any) -> tuple[int | None, list[int]]:
     """The id that `generate` feeds to rows that have ended, None where it is not known, and the ids that end a row."""
-    ends = end_tokens(model)
-    for settings in (getattr(model, "generation_config", None), model.config):
-        pad = getattr(settings, "pad_token_id", None)
-        if pad is not None and pad >= 0:
-            return pad, ends
-    return (ends[0] if ends else None), ends
+    return fillers_of(getattr(model, "generation_config", None), model.config)
 
 
-def fillers_of(settings: Any) -> tuple[int | None, list[int]]:
-    """The same of one generation, by its generation config."""
-    pad, ends = settings.pad_token_id, settings.eos_token_id
-    ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
-    return (pad if pad is not None and pad >= 0 else ends[0] if ends else None), ends
+def fillers_of(generation: Any, *further: Any) -> tuple[int | None, list[int]]:
+    """The same of one generation, by its generation config, and where that names no pad, the first config that does."""
+    ends = _ends(generation)
+    pads = (getattr(settings, "pad_token_id", None) for settings in (generation, *further))
+    return next((pad for pad in pads if pad is not None and pad >= 0), ends[0] if ends else None), ends
 
 
 def end_tokens(model: Any) -> list[int]:
     """The ids that end a generation of a model."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return _ends(getattr(model, "generation_config", None))
+
+
+def _ends(generation: Any) -> list[int]:
+    ends = getattr(generation, "eos_token_id", None)
     return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]

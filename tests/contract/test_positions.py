@@ -156,3 +156,15 @@ def test_the_forward_of_another_model_is_refused_and_nothing_is_lost(entry):
             other(token, **cache_argument(other, cache))
         found, expected = (model(token, **cache_argument(model, each)).logits for each in (cache, straight))
     assert torch.equal(found, expected)
+
+
+@every_cache
+def test_positions_that_go_back_within_a_forward_are_refused(entry):
+    model = tiny("llama")
+    cache = entry.build(model)
+    with torch.no_grad():
+        for seen in (0, 20):
+            with pytest.raises(ValueError, match="position ids must follow on what the cache has seen"):
+                model(prompt(20), position_ids=at(seen, 20).flip(1), **cache_argument(model, cache))
+            assert cache.get_seq_length() == seen
+            model(prompt(20), position_ids=at(seen, 20), **cache_argument(model, cache))
