@@ -70,6 +70,9 @@ class CompressedCache(hf.AttendingCache):
                 raise RuntimeError(
                     "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
                 )
+        # before the first layer comes the last one of the forward before; compiled steps look at this alone
+        if (behind := self.layers[layer_idx - 1]).in_hand is not None and behind is not self.layers[layer_idx]:
+            raise RuntimeError(self._without_attention((layer_idx or len(self.layers)) - 1))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @ordinary_tensors()
@@ -111,8 +114,6 @@ class CompressedCache(hf.AttendingCache):
         chosen = None if model is None else hf.attention_name(model)
         if chosen is not None and not chosen.startswith(hf.IMPLEMENTATION):
             raise RuntimeError(self._without_attention(layer_idx))
-        if layer_idx and self.layers[layer_idx - 1].in_hand is not None:
-            raise RuntimeError(self._without_attention(layer_idx - 1))
 
     def _without_attention(self, layer_idx: int) -> str:
         model = self._model()

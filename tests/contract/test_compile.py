@@ -7,7 +7,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext
 
-from kvcompress import H2OCache
+from kvcompress import H2OCache, release
 from kvcompress.hf import cache_argument, cache_name
 from tests.contract.caches import caches, those
 from tests.contract.drive import assert_same_state, feed
@@ -74,6 +74,21 @@ def test_a_compiled_step_looks_neither_at_ended_rows_nor_at_positions():
         with pytest.raises(ValueError, match="follow on"):
             step(token, back, cache)
     assert kept == [[False, True], [True, True]]
+
+
+@caches("h2o")
+@pytest.mark.parametrize("part", [release, lambda model: model.set_attn_implementation("sdpa")], ids=["release", "set"])
+def test_a_compiled_step_of_a_model_that_attends_otherwise_by_now_is_refused(entry, part):
+    model = tiny()
+    cache = entry.build(model)
+    token, position = torch.tensor([[3]], device=DEVICE), torch.tensor([[20]], device=DEVICE)
+    compiled = torch.compile(step_function(model), backend="eager")
+    with torch.no_grad():
+        feed(model, cache, prompt(20, 1))
+        compiled(token, position, cache)
+        part(model)
+        with pytest.raises(RuntimeError, match="did not attend by it"):
+            compiled(token, position + 1, cache)
 
 
 @pytest.mark.slow
