@@ -17,7 +17,7 @@ from kvcompress.dense import with_sinks
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import Chunk, CompressedLayer
-from kvcompress.packed import PackedSegment, TailSegment, shifted
+from kvcompress.packed import PackedSegment, TailSegment
 from kvcompress.padding import PaddingRecord, pads_first, reordered, warn_of_short_windows
 from kvcompress.policies.gear import GEAR
 from kvcompress.segments import EMPTY, Segment
@@ -123,8 +123,10 @@ class GEARLayer(CompressedLayer):
 
         def settle() -> None:
             self.lengths = [length + fresh for length, fresh in zip(self.lengths, real, strict=True)]
-            key, value = (tail.keys, tail.values) if chunk.tokens == 1 else self._behind_the_tail(chunk, real)
-            self._pack(key, value, real, chunk.tokens)
+            if chunk.tokens == 1:
+                self._pack(tail.keys, tail.values, [0] * len(real), real, 1)
+            else:
+                self._pack(*self._behind_the_tail(chunk, real), real, chunk.tokens)
 
         out = reread(chunk)
         self._leave(chunk, reread, settle)
@@ -153,7 +155,7 @@ class GEARLayer(CompressedLayer):
         batch, _, tokens, _ = key.shape
         self._tail(key, value)
         self.lengths = [tokens] * batch
-        self._pack(key, value, self.lengths, tokens)
+        self._pack(key, value, [0] * batch, self.lengths, tokens)
         self._count(tokens)
 
     def _tail(self, key: Tensor, value: Tensor) -> TailSegment:
@@ -183,8 +185,8 @@ class GEARLayer(CompressedLayer):
             lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)[:, None]
         return lengths + places
 
-    def _behind_the_tail(self, chunk: Chunk, real: list[int]) -> tuple[Tensor, Tensor]:
-        """The tail's tokens and the chunk's, [batch, kv_heads, any, head_dim], each row's real ones first."""
+    def _behind_the_tail(self, chunk: Chunk, real: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """The tail's tokens and the chunk's, [batch, kv_heads, any, head_dim], and where each row's real ones begin."""
         tail = self.tail
         assert tail is not None
         used = max(tail.held)
@@ -193,19 +195,26 @@ class GEARLayer(CompressedLayer):
             key = torch.cat([tail.keys[:, :, :used], key], 2)
             value = torch.cat([tail.values[:, :, :used], value], 2)
         if all(fresh == chunk.tokens for fresh in real) and all(held == used for held in tail.held):
-            return key, value
+            return key, value, [0] * len(real)
         is_real = torch.ones(chunk.key.shape[0], chunk.tokens, dtype=torch.bool, device=key.device)
         if chunk.visible is not None:
             is_real = chunk.visible
         is_real = torch.cat([tail.positions[:, :used] != EMPTY, is_real], 1)
+        begins = is_real.to(torch.uint8).argmax(-1)
+        reach = is_real.shape[1] - is_real.flip(-1).to(torch.uint8).argmax(-1) - begins
+        count = is_real.sum(-1)
+        if bool(((reach == count) | (count == 0)).all()):
+            # no copy of a padded prompt
+            return key, value, begins.tolist()
         order = is_real.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
-        return reordered(key, order), reordered(value, order)
+        return reordered(key, order), reordered(value, order), [0] * len(real)
 
-    def _pack(self, key: Tensor, value: Tensor, real: list[int], tokens: int) -> None:
+    def _pack(self, key: Tensor, value: Tensor, begins: list[int], real: list[int], tokens: int) -> None:
         """Packs the blocks that are complete, and leaves the rest in the tail.
 
         Args:
-            key, value: what is not packed yet, each row's real tokens first; for one token, the tail itself.
+            key, value: what is not packed yet, each row's real tokens side by side; for one token, the tail itself.
+            begins: where they begin.
             real: how many of them this forward brought.
         """
         tail, block = self.tail, self.settings.buffer
@@ -219,37 +228,44 @@ class GEARLayer(CompressedLayer):
             for total, fresh, sinks in zip(totals, real, missing, strict=True)
         ]
         if any(count and sinks for count, sinks in zip(ready, missing, strict=True)):
-            begin = [sinks if count else 0 for count, sinks in zip(ready, missing, strict=True)]
-            self._set_apart(key, value, begin)
-            if len(set(begin)) == 1:
-                key, value = key[:, :, begin[0] :], value[:, :, begin[0] :]
-            else:
-                key, value = (shifted(x, begin) for x in (key, value))
-            totals = [total - sinks for total, sinks in zip(totals, begin, strict=True)]
+            apart = [sinks if count else 0 for count, sinks in zip(ready, missing, strict=True)]
+            self._set_apart(key, value, begins, apart)
+            begins = [begin + sinks for begin, sinks in zip(begins, apart, strict=True)]
+            totals = [total - sinks for total, sinks in zip(totals, apart, strict=True)]
         for of_prompt in (True, False):
             # what decoding packs has a rank of its own; a row decides as it would alone
             here = [count if (fresh > 1) == of_prompt else 0 for count, fresh in zip(ready, real, strict=True)]
             if any(here):
-                self._append(key, value, here, totals, real, of_prompt)
+                self._append(key, value, begins, here, totals, real, of_prompt)
         if any(ready) or tokens > 1:
-            first = [count * block for count in ready]
-            rest = [total - start for total, start in zip(totals, first, strict=True)]
+            first = [begin + count * block for begin, count in zip(begins, ready, strict=True)]
+            rest = [total - count * block for total, count in zip(totals, ready, strict=True)]
             tail.refill(key, value, first, rest, self.lengths)
         if any(ready) and self.window is not None:
             self._drop_old(real)
 
-    def _set_apart(self, key: Tensor, value: Tensor, begin: list[int]) -> None:
-        """Keeps the first tokens of the rows whose `begin` is not 0 as they are."""
+    def _set_apart(self, key: Tensor, value: Tensor, begins: list[int], apart: list[int]) -> None:
+        """Keeps the first tokens of the rows whose `apart` is not 0 as they are."""
         if self.first is None:
             self.first = TailSegment(key, value, self.sinks)
-        rows = [row for row, sinks in enumerate(begin) if sinks]
-        which = torch.tensor(rows, device=key.device)
-        self.first.keys[which], self.first.values[which] = key[which, :, : self.sinks], value[which, :, : self.sinks]
-        self.first.positions[which] = torch.arange(self.sinks, dtype=torch.int32, device=key.device)
-        self.first.held = [sinks or held for sinks, held in zip(begin, self.first.held, strict=True)]
+        rows = [row for row, sinks in enumerate(apart) if sinks]
+        which = torch.tensor(rows, device=key.device)[:, None]
+        at = torch.tensor([begins[row] for row in rows], device=key.device)[:, None]
+        at = at + torch.arange(self.sinks, device=key.device)
+        self.first.keys[which[:, 0]] = key[which, :, at].transpose(1, 2)
+        self.first.values[which[:, 0]] = value[which, :, at].transpose(1, 2)
+        self.first.positions[which[:, 0]] = torch.arange(self.sinks, dtype=torch.int32, device=key.device)
+        self.first.held = [sinks or held for sinks, held in zip(apart, self.first.held, strict=True)]
 
     def _append(
-        self, key: Tensor, value: Tensor, ready: list[int], totals: list[int], real: list[int], of_prompt: bool
+        self,
+        key: Tensor,
+        value: Tensor,
+        begins: list[int],
+        ready: list[int],
+        totals: list[int],
+        real: list[int],
+        of_prompt: bool,
     ) -> None:
         block = self.settings.buffer
         first = [length - total for length, total in zip(self.lengths, totals, strict=True)]
@@ -259,22 +275,15 @@ class GEARLayer(CompressedLayer):
             reach = self._reach(real)
             skip = min(max(0, min((r - f) // block, n)) for r, f, n in zip(reach, first, ready, strict=True) if n)
         rows = [row for row, count in enumerate(ready) if count > skip]
-        if not rows:
-            return
-        most = max(ready)
-        # blocks of the rows, as views where all rows take part
-        key, value = (
-            (x if len(rows) == len(ready) else x[rows])[:, :, skip * block : most * block].unflatten(2, (-1, block))
-            for x in (key, value)
-        )
-        self._target(key.shape[-1], of_prompt).append(
-            key,
-            value,
-            [first[row] + skip * block for row in rows],
-            [ready[row] - skip for row in rows],
-            rows,
-            len(ready),
-        )
+        if rows:
+            self._target(key.shape[-1], of_prompt).append(
+                key,
+                value,
+                [begins[row] + skip * block for row in rows],
+                [first[row] + skip * block for row in rows],
+                [ready[row] - skip for row in rows],
+                rows,
+            )
 
     def _target(self, head_dim: int, of_prompt: bool) -> PackedSegment:
         settings = self.settings

@@ -115,26 +115,43 @@ class PackedSegment(Segment):
         return (self.positions[:, 0] != EMPTY).sum(-1)
 
     def append(
-        self, key: Tensor, value: Tensor, first: Sequence[int], counts: Sequence[int], rows: Sequence[int], batch: int
+        self,
+        key: Tensor,
+        value: Tensor,
+        begins: Sequence[int],
+        first: Sequence[int],
+        counts: Sequence[int],
+        rows: Sequence[int],
     ) -> None:
         """Packs blocks of some rows, each behind the blocks its row has.
 
         Args:
-            key, value: [rows, kv_heads, blocks, block, head_dim].
+            key, value: [batch, kv_heads, any, head_dim].
+            begins: where the tokens of these rows begin.
             first: position of each row's first token.
-            counts: blocks of each row that are real, the first ones.
+            counts: blocks of each row.
             rows: which rows of the batch these are.
-            batch: rows of the batch.
         """
-        device = key.device
-        number = torch.arange(key.shape[2], device=device)
-        present = number < torch.tensor(counts, device=device)[:, None]  # [rows, blocks]
-        whole = min(counts) == key.shape[2]
-        places = torch.tensor(first, device=device)[:, None] + torch.arange(key.shape[2] * self.block, device=device)
+        device, batch, most = key.device, key.shape[0], max(counts)
+        present = torch.arange(most, device=device) < torch.tensor(counts, device=device)[:, None]  # [rows, blocks]
+        whole = min(counts) == most
+        places = torch.tensor(first, device=device)[:, None] + torch.arange(most * self.block, device=device)
         places = places.masked_fill(~present.repeat_interleave(self.block, 1), EMPTY)
         fresh = {"positions": places[:, None].to(torch.int32)}
         for side, x, coding in zip(_SIDES, (key, value), self.codings, strict=True):
-            packed = _encode(x, coding, None if whole else present)
+            if len(set(begins)) == 1 and begins[0] + most * self.block <= x.shape[2]:
+                taken = x if len(rows) == batch else x[list(rows)]
+                taken = taken[:, :, begins[0] : begins[0] + most * self.block].unflatten(2, (-1, self.block))
+                packed = _encode(taken, coding, None if whole else present)
+            else:
+                # row by row, so that there is never a second copy of them all
+                packed = _side_by_side(
+                    [
+                        _encode(x[row : row + 1, :, at : at + n * self.block].unflatten(2, (-1, self.block)), coding)
+                        for row, at, n in zip(rows, begins, counts, strict=True)
+                    ],
+                    most,
+                )
             fresh |= {f"{side}.{name}": tensor for name, tensor in packed._asdict().items() if tensor is not None}
         if self.codings[0].rank:
             fresh["spans"] = torch.zeros_like(present, dtype=torch.int32)
@@ -377,12 +394,28 @@ class TailSegment(Segment):
             self.positions = self.positions.new_full((batch, tokens), EMPTY)
 
 
-def _encode(x: Tensor, coding: Coding, present: Tensor | None) -> Packed:
+def _encode(x: Tensor, coding: Coding, present: Tensor | None = None) -> Packed:
     packed = quantise(x, coding)
     if not coding.rank:
         return packed
     left, right = residual_factors(x, packed, coding, coding.rank, present)
     return packed._replace(left=left, right=right[:, :, None])
+
+
+def _side_by_side(rows: list[Packed], blocks: int) -> Packed:
+    """One batch of rows that were encoded alone, each as many blocks wide."""
+    parts: dict[str, Tensor | None] = {}
+    for name in Packed._fields:
+        tensors = [getattr(row, name) for row in rows]
+        if tensors[0] is None:
+            parts[name] = None
+        elif name == "right":
+            parts[name] = torch.cat(tensors)
+        else:
+            parts[name] = tensors[0].new_zeros(len(rows), tensors[0].shape[1], blocks, *tensors[0].shape[3:])
+            for row, tensor in enumerate(tensors):
+                parts[name][row, :, : tensor.shape[2]] = tensor[0]
+    return Packed(**parts)
 
 
 def _room_for(old: Tensor | None, like: Tensor, batch: int, dim: int, columns: int, fill: int) -> Tensor:
@@ -393,13 +426,6 @@ def _room_for(old: Tensor | None, like: Tensor, batch: int, dim: int, columns: i
     if old is not None:
         grown.narrow(dim, 0, old.shape[dim]).copy_(old)
     return grown
-
-
-def shifted(x: Tensor, begin: list[int]) -> Tensor:
-    """Rows [batch, kv_heads, tokens, head_dim] without their first `begin` tokens; what stands at the end is of no
-    meaning."""
-    at = torch.arange(x.shape[2], device=x.device) + torch.tensor(begin, device=x.device)[:, None]
-    return _taken(x, at.clamp(max=x.shape[2] - 1), 2)
 
 
 def _window(first: list[int], counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
