@@ -404,17 +404,18 @@ def _encode(x: Tensor, coding: Coding, present: Tensor | None = None) -> Packed:
 
 def _side_by_side(rows: list[Packed], blocks: int) -> Packed:
     """One batch of rows that were encoded alone, each as many blocks wide."""
-    parts: dict[str, Tensor | None] = {}
+    parts: dict[str, Any] = {}
     for name in Packed._fields:
         tensors = [getattr(row, name) for row in rows]
         if tensors[0] is None:
-            parts[name] = None
-        elif name == "right":
+            continue
+        if name == "right":
             parts[name] = torch.cat(tensors)
-        else:
-            parts[name] = tensors[0].new_zeros(len(rows), tensors[0].shape[1], blocks, *tensors[0].shape[3:])
-            for row, tensor in enumerate(tensors):
-                parts[name][row, :, : tensor.shape[2]] = tensor[0]
+            continue
+        part = tensors[0].new_zeros(len(rows), tensors[0].shape[1], blocks, *tensors[0].shape[3:])
+        for row, tensor in enumerate(tensors):
+            part[row, :, : tensor.shape[2]] = tensor[0]
+        parts[name] = part
     return Packed(**parts)
 
 
