@@ -19,7 +19,7 @@ from kvcompress import hf, policies
 from kvcompress.budgets import count_or_fraction
 from kvcompress.cache import CompressedCache
 from kvcompress.evicting_layer import EvictingLayer, RolledLayer
-from kvcompress.layer import CompressedLayer, ordinary_tensors
+from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.policies.allocation import Allocation, layer_budgets
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
@@ -105,7 +105,7 @@ class EvictingCache(CompressedCache):
             ranks=Ranks.of(model),
         )
 
-    @ordinary_tensors()
+    @as_stored()
     def reserve(self) -> None:
         """Takes room for the whole budget, if it is a count: for steps that are compiled, whose tensors cannot grow.
 

@@ -18,7 +18,7 @@ from kvcompress.dense import with_sinks
 from kvcompress.evicting_layer import EvictingLayer
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states
-from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.layer import Chunk, CompressedLayer, as_stored
 from kvcompress.padding import PaddingRecord
 from kvcompress.policies.policy import SecondReading
 from kvcompress.segments import EMPTY, Segment, SlotSegment
@@ -116,6 +116,7 @@ class RereadLayer(EvictingLayer):
             torch.maximum(most, segment.column_maxima(chunk.query, places, lse, **how), out=most)
         return out
 
+    @as_stored()
     def judge(self) -> None:
         """Ends the forward: the policy chooses by what the second reading attended to."""
         waiting, self.waiting = self.waiting, None
