@@ -27,7 +27,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_stored() -> Iterator[None]:
-    """Where what a cache holds is changed: ordinary tensors, in their own dtypes, though the caller runs in autocast."""
+    """Where what a cache holds is changed: ordinary tensors, in their own dtypes, though autocast is on."""
     if torch.compiler.is_compiling():
         yield
         return
