@@ -30,6 +30,7 @@ def summary(results: dict[str, Any]) -> str:
         *_kernels(results.get("kernels", {})),
         *_prefill(results.get("endtoend", {})),
         *_decode(results.get("endtoend", {})),
+        *_device_times(results.get("endtoend", {})),
         *_largest(results.get("endtoend", {})),
         *_generate(results.get("endtoend", {})),
     ]
@@ -70,9 +71,12 @@ def _kernels(rows: dict[str, Row]) -> list[str]:
             f"({ours['p20'] * 1e6:.0f} to {ours['p80'] * 1e6:.0f}) | {row['achieved']['ours']:.4g} {row['unit']} "
             f"| {row['achieved']['ours'] / row['limit']:.0%} "
             + (f"| {ours['median'] / best_time:.2f}x {best} |" if best_time else "| |")
-            + ("" if row["agrees"] else " DISAGREES")
+            + (f" {row['host_seconds']['ours'] * 1e6:.0f} |" if row["host_seconds"] else " |")
+            + (" no graph" if "ours" in row["uncaptured"] else "")
+            + {True: "", False: " DISAGREES", None: " not compared"}[row["agrees"]]
         )
-    head = ["| kernel | batch x tokens | us | achieved | of limit | time, to |", "|---|---|---|---|---|---|"]
+    titles = "| kernel | batch x tokens | us | achieved | of limit | time, to | host us |"
+    head = [titles, "|---|---|---|---|---|---|---|"]
     return ["", "## Kernels", *head, *lines] if lines else []
 
 
@@ -112,7 +116,7 @@ def _decode(rows: dict[str, Row]) -> list[str]:
         lines.append(
             f"| {row['tokens']} | {row['batch']} | {row['cache']}{' compiled' * (row['kind'] == 'compiled')} "
             f"| {_spread(row['seconds'], 1e3)} | {row['limit_seconds'] * 1e3:.3g} | {row['tokens_per_second']:.4g} "
-            f"| {ratio}{note} | {_gib(row['cache_bytes'])} | {_gib(row['peak_bytes'])} | {row['graph_launches'] or ''} "
+            f"| {ratio}{note} | {_gib(row['cache_bytes'])} | {_gib(row['peak_bytes'])} | {row['launches'] or ''} "
             f"| {row.get('graphs', '')}{off} |"
         )
     for row in rows.values():
@@ -121,6 +125,15 @@ def _decode(rows: dict[str, Row]) -> list[str]:
                 f"| {row['tokens']} | {row['batch']} | {row['cache']} | does not fit: {_gib(row['needs_bytes'])} |"
             )
     return ["", "## Decoding", *head, *lines] if lines else []
+
+
+def _device_times(rows: dict[str, Row]) -> list[str]:
+    lines = [
+        f"- {name}: " + ", ".join(f"{kernel} {count} x {us / count:.1f}" for kernel, (count, us) in top.items())
+        for name, row in rows.items()
+        if (top := dict(list(row.get("device_microseconds", {}).items())[:6]))
+    ]
+    return ["", "## What a step's time goes to: launches x us each", *lines] if lines else []
 
 
 def _dynamic(rows: dict[str, Row], row: Row) -> Row | None:
