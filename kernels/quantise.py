@@ -356,6 +356,8 @@ def _launch(x: Tensor, coding: Coding, parts: list[Tensor]) -> None:
         _quantise_kernel[(x.shape[0] * kv_heads * blocks * programs,)](
             x, *parts[:3], values, index,
             *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps, **ALL_REGISTERS,
+            # rounded after each operation, as on a CPU: the same codes everywhere
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
