@@ -147,26 +147,27 @@ def _chunk_scores(
         "ONE_QUERY": queries == 1,
         "BLOCK_ROWS": _ROWS,
         "BLOCK_CHUNKS": block,
-        "num_stages": _STAGES,
     }
     strides = (*query.stride()[:3], *landmarks.stride()[:3])
     with torch.cuda.device_of(query):
         _landmark_lse_kernel[(splits * row_blocks, kv_heads, batch)](
             query, landmarks, is_open, lses, logits, *strides,
-            queries, chunks, splits, split_chunks, scale, softcap or 0.0, **shared, **ALL_REGISTERS,
+            queries, chunks, splits, split_chunks, scale, softcap or 0.0,
+            num_stages=_PREFETCHING, **shared, **ALL_REGISTERS,
         )  # fmt: skip
         _chunk_scores_kernel[(triton.cdiv(chunks, block), kv_heads, batch)](
             query, landmarks, is_open, visible, lses.logsumexp(0), logits, scores, *strides,
             queries, chunks, scale, softcap or 0.0,
             PADDED=visible is not None, TAKES_MAX=group == "max", FACTOR=kv_heads / heads if group == "mean" else 1.0,
-            **shared, **ALL_REGISTERS,
+            num_stages=_STAGES, **shared, **ALL_REGISTERS,
         )  # fmt: skip
     return scores
 
 
 # rows (query heads times queries) of a tile
 _ROWS = MIN_SIDE
-_STAGES = 2
+# the first kernel reads all landmarks, three tiles ahead; in the second the queries of a loop are few
+_PREFETCHING, _STAGES = 4, 2
 
 
 def _block(head_dim: int, element_size: int) -> int:
@@ -302,6 +303,6 @@ def aot_cases() -> Iterator[AotCase]:
                     "BLOCK_ROWS": _ROWS,
                     "BLOCK_CHUNKS": _block(head_dim, dtype.itemsize),
                 } | ({} if one else {"logits_ptr": None})
-                yield aot_case(_landmark_lse_kernel, label, types, constants, num_stages=_STAGES)
+                yield aot_case(_landmark_lse_kernel, label, types, constants, num_stages=_PREFETCHING)
                 more = {"PADDED": not one, "TAKES_MAX": one, "FACTOR": 1.0} | ({"visible_ptr": None} if one else {})
                 yield aot_case(_chunk_scores_kernel, label, types, constants | more, num_stages=_STAGES)
