@@ -68,8 +68,10 @@ def bulk_key_values(
         absent if norms is None else [norm.data_ptr() for norm in norms],
     ]
     addresses = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64).to(x.device, non_blocking=True)
-    sizes, options = _sizes(head_dim, x.element_size(), has_wgmma(x.device))
     aligned = 16 if not any(address % 16 for column in columns for address in column) else x.element_size()
+    # what is loaded number by number needs registers that the larger tiles do not leave
+    larger = has_wgmma(x.device) and aligned == 16 and x.shape[-1] % 16 == 0
+    sizes, options = _sizes(head_dim, x.element_size(), larger)
     rows = batch * tokens
     blocks = triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(kv_heads, sizes["HEADS"])
     with torch.cuda.device_of(x):
@@ -139,7 +141,7 @@ def _check(
         )
 
 
-def _sizes(head_dim: int, element_size: int, wgmma: bool) -> tuple[dict[str, int], dict[str, int]]:
+def _sizes(head_dim: int, element_size: int, larger: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Sides of a program's tiles, and its launch options; float32 is multiplied without matrix units, by operands in
     registers."""
     side = max(MIN_SIDE, triton.next_power_of_2(head_dim // 2))
@@ -147,7 +149,7 @@ def _sizes(head_dim: int, element_size: int, wgmma: bool) -> tuple[dict[str, int
         # 256 columns at least, 64 of each half of keys and of values: a step's product outlasts its way from the L2
         # cache
         width = max(64, side)
-        rows, hidden, stages = (8192 // width, 64, 4) if wgmma else (4096 // width, 32, 3)
+        rows, hidden, stages = (8192 // width, 64, 4) if larger else (4096 // width, 32, 3)
         stages -= width > 64
     else:
         width, rows, hidden, stages = side, 16, 16, 2
@@ -258,15 +260,17 @@ def aot_cases() -> Iterator[AotCase]:
             for bias, norm in ((False, False), (True, False), (False, True)):
                 if (bias or norm) and (head_dim != 128 or dtype != torch.bfloat16):
                     continue
+                aligned = dtype.itemsize if head_dim == 96 and not wgmma else 16
                 types = {name: triton_type(dtype) for name in ("x_ptr", "cos_ptr", "sin_ptr")}
                 constants = {"HEAD_DIM": head_dim, "HAS_KEY_BIAS": bias, "HAS_VALUE_BIAS": bias, "HAS_NORM": norm}
                 sizes, options = _sizes(head_dim, dtype.itemsize, wgmma)
-                extra = (", bias" if bias else ", norm" if norm else "") + (", wgmma" if wgmma else "")
+                extra = ", bias" if bias else ", norm" if norm else ""
+                extra += ("" if aligned == 16 else ", unaligned") + (", wgmma" if wgmma else "")
                 yield aot_case(
                     _bulk_kv_kernel,
                     f"head_dim {head_dim}, {triton_type(dtype)[1:]}{extra}",
                     types | {"addresses_ptr": "*i64", "epsilon": "fp32"},
-                    constants | {"ALIGNED": 16} | sizes,
+                    constants | {"ALIGNED": aligned} | sizes,
                     needs_wgmma=wgmma,
                     **options,
                 )
