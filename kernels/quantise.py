@@ -357,8 +357,7 @@ def _launch(x: Tensor, coding: Coding, parts: list[Tensor]) -> None:
         _quantise_kernel[(x.shape[0] * kv_heads * blocks * programs,)](
             x, *parts[:3], values, index,
             *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps, **ALL_REGISTERS,
-            # rounded after each operation, as on a CPU: the same codes everywhere
-            enable_fp_fusion=False,
+            **_UNFUSED,
         )  # fmt: skip
 
 
@@ -390,6 +389,8 @@ def _tiles(coding: Coding, block: int, head_dim: int) -> tuple[dict[str, int | b
 
 # numbers of a program's tile
 _TILE = 4096
+# rounded after each operation, as on a CPU: the same codes everywhere
+_UNFUSED = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -551,4 +552,5 @@ def aot_cases() -> Iterator[AotCase]:
                 types | {"x_ptr": triton_type(dtype)},
                 constants | ({} if outliers else {"values_ptr": None, "index_ptr": None}),
                 num_warps=warps,
+                **_UNFUSED,
             )

@@ -131,6 +131,7 @@ def aot_case(
     needs_wgmma: bool = False,
     num_warps: int = 4,
     num_stages: int = 3,
+    **more: int,
 ) -> AotCase:
     """Completes a case from what its launch does not say by itself.
 
@@ -138,10 +139,11 @@ def aot_case(
         types: Triton type of each argument that is not a 32-bit integer, such as {"out_ptr": "*bf16"}.
         constants: the compile-time arguments, and the pointers that are None.
         needs_wgmma: launched only where `has_wgmma`.
+        more: further launch options.
     """
     # under the autotuner and its like lies the function itself
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages} | more
     return AotCase(kernel, label, signature, constants, needs_wgmma, options)
