@@ -47,15 +47,15 @@ test-5.17: $(READY) $(OLDEST)/.installed
 
 # all that touches another's library, on the newest releases that there are today
 test-newest: newest
-	$(ON_NEWEST) -m "not slow" tests/contract tests/test_seam.py tests/test_loading.py \
-		tests/test_swiftkv.py tests/test_across.py tests/test_hydragen.py tests/test_kvzip.py tests/test_gear.py \
-		tests/test_shadowkv.py tests/test_rope.py tests/test_rolled.py \
-		tests/evals/test_lm.py tests/evals/test_lm_points.py tests/evals/test_lm_tasks.py
+	$(ON_NEWEST) -m "not slow" tests/contract tests/hf/test_seam.py tests/test_loading.py \
+		tests/swiftkv/test_model.py tests/swiftkv/test_cache.py tests/prefix/test_cache.py tests/caches/test_kvzip.py tests/caches/test_quantized.py \
+		tests/caches/test_shadowkv.py tests/storage/test_rope.py tests/storage/test_rerotated.py \
+		tests/evals/lm/test_lm.py tests/evals/lm/test_lm_points.py tests/evals/lm/test_lm_tasks.py
 
 # the least that tells whether a release of today broke something: where none is newer than those that `make test` runs
 # on, only that the newest environment works
 contract-newest: newest
-	$(ON_NEWEST) -m "not slow" tests/test_seam.py \
+	$(ON_NEWEST) -m "not slow" tests/hf/test_seam.py \
 		$$(ls -d $(NEWEST)/lib/python3.*/site-packages/*.dist-info | grep -q -v /kvcompress- && echo tests/contract tests/test_loading.py)
 
 # random caches, models, batches, padding and calls against the oracle; a failing case prints how to play it again
@@ -76,7 +76,7 @@ kill-test: $(READY)
 
 # tests and measurements on the GPU of this machine, under ten minutes
 gpu: $(READY)
-	$(RUN) -m kvcompress.evals.gpu --out results/gpu
+	$(RUN) -m kvcompress.evals.bench.gpu --out results/gpu
 
 lint: $(READY)
 	$(RUN) -m ruff format --check .

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.merge import merge_states
-from kvcompress.kernels.runtime import (
+from kvcompress.kernels.common.runtime import (
     ALL_REGISTERS,
     AotCase,
     aot_case,
@@ -31,8 +30,8 @@ from kvcompress.kernels.runtime import (
     tl,
     triton,
 )
-from kvcompress.kernels.split_attention import AOT_HEAD_DIMS, FEW_ROWS, aot_constants, aot_types, launch_split
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.common.split_attention import AOT_HEAD_DIMS, FEW_ROWS, aot_constants, aot_types, launch_split
+from kvcompress.kernels.common.tile import (
     LOG2E,
     bound_logits,
     dot,
@@ -43,6 +42,7 @@ from kvcompress.kernels.tile import (
     triton_type,
     wide,
 )
+from kvcompress.kernels.merge import merge_states
 
 # logits a block of the CPU path may hold: 2 MB in float32, about one core's share of the cache
 _BLOCK_LOGITS = 2**19
@@ -461,7 +461,7 @@ class _Config(NamedTuple):
         return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages, **ALL_REGISTERS)
 
 
-# by element size, then by head_dim at most: the largest tiles that spill on no target (evals/aot.py), and a smaller one
+# by element size, then by head_dim at most: the largest tiles that spill nowhere (evals/bench/aot.py), and a smaller
 _CAUSAL_CONFIGS = {
     2: {
         64: [_Config(64, 32, 4, 3), _Config(128, 64, 8, 3)],

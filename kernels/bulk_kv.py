@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
-from kvcompress.kernels.tile import MIN_SIDE, dot, triton_type, wide
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
+from kvcompress.kernels.common.tile import MIN_SIDE, dot, triton_type, wide
 
 
 def bulk_key_values(

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import split_keys
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
     bound_logits,

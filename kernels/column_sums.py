@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slots_seen
-from kvcompress.kernels.column_tiles import causal_tiles, slot_tiles
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, autotune, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import AOT_HEAD_DIMS
-from kvcompress.kernels.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths, triton_type
+from kvcompress.kernels.common.column_tiles import causal_tiles, slot_tiles
+from kvcompress.kernels.common.runtime import (
+    ALL_REGISTERS,
+    AotCase,
+    aot_case,
+    autotune,
+    compilable,
+    runs_triton,
+    tl,
+    triton,
+)
+from kvcompress.kernels.common.split_attention import AOT_HEAD_DIMS
+from kvcompress.kernels.common.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths, triton_type
 
 
 def causal_column_sums(

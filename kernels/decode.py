@@ -19,9 +19,9 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention_reference, slots_seen
 from kvcompress.kernels.column_sums import slot_column_sums_reference
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import MOST_SPLITS, launch_split
-from kvcompress.kernels.tile import triton_type
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.split_attention import MOST_SPLITS, launch_split
+from kvcompress.kernels.common.tile import triton_type
 
 
 def decode_attention(

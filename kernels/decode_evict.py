@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.split_attention import launch_split
+from kvcompress.kernels.common.tile import bound_logits, triton_type
 from kvcompress.kernels.decode import (
     decode_attention,
     decode_attention_reference,
@@ -28,9 +31,6 @@ from kvcompress.kernels.decode import (
     merge_head,
 )
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, rank, worse
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import launch_split
-from kvcompress.kernels.tile import bound_logits, triton_type
 
 EMPTY = -1
 

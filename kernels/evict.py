@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 
 
 def choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int = 0) -> Tensor:

@@ -19,13 +19,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.packed_tile import (
+from kvcompress.kernels.common.packed_tile import (
     TileShape,
     load_decoded,
     tile_shape,
     tile_start,
     tile_tokens,
 )
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import MIN_SIDE, dot, tile_width, triton_type, wide
 from kvcompress.kernels.quantise import (
     Coding,
     Packed,
@@ -35,9 +38,6 @@ from kvcompress.kernels.quantise import (
     dequantise,
     stored_blocks,
 )
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import split_keys
-from kvcompress.kernels.tile import MIN_SIDE, dot, tile_width, triton_type, wide
 
 
 def residual_factors(

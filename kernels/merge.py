@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
 
 
 def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -45,6 +45,12 @@ def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor
             f"lses {[list(lse.shape) for lse in lses]}"
         )
     return _merge_states(list(outs), list(lses))
+
+
+def with_sinks(outs: list[Tensor], lses: list[Tensor], sinks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Partial attentions with one more, that of learned sink logits [heads], which carry weight and no value."""
+    lse = sinks.float()[None, :, None].expand_as(lses[0])
+    return [*outs, outs[0].new_zeros(()).expand_as(outs[0])], [*lses, lse]
 
 
 def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -18,20 +18,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.merge import merge_stack
-from kvcompress.kernels.packed_pieces import attend_in_pieces, visible_tokens
-from kvcompress.kernels.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
-from kvcompress.kernels.quantise import (
-    Coding,
-    Packed,
-    check_coding,
-    coding_constants,
-    dequantise,
-    stored_blocks,
-)
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import split_keys
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.common.packed_pieces import attend_in_pieces, visible_tokens
+from kvcompress.kernels.common.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
     bound_logits,
@@ -42,6 +33,15 @@ from kvcompress.kernels.tile import (
     tile_width,
     triton_type,
     wide,
+)
+from kvcompress.kernels.merge import merge_stack
+from kvcompress.kernels.quantise import (
+    Coding,
+    Packed,
+    check_coding,
+    coding_constants,
+    dequantise,
+    stored_blocks,
 )
 
 
@@ -513,7 +513,7 @@ def _packed_kernel(
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
-# key bits, value bits, group, outliers, rank, block; those of slots (kvcompress/packed_slots.py) have one of 32 tokens
+# key bits, value bits, group, outliers, rank, block; those of slots (storage/quantized_slots.py) have one of 32 tokens
 _AOT_CODINGS = [
     (2, 2, 32, 2, 4, 64),
     (3, 3, 32, 1, 2, 64),

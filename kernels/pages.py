@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
+from kvcompress.kernels.common.tile import triton_type
 from kvcompress.kernels.rebuild import new_first
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
-from kvcompress.kernels.tile import triton_type
 
 SLAB = 2**32
 

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import cpu_flash, slot_attention, slot_attention_reference, slots_in_blocks
-from kvcompress.kernels.merge import merge_stack, merge_states
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import split_keys
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton, tl, triton
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
     bound_logits,
@@ -35,6 +34,7 @@ from kvcompress.kernels.tile import (
     triton_type,
     wide,
 )
+from kvcompress.kernels.merge import merge_stack, merge_states
 
 EMPTY = -1
 

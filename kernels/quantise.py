@@ -26,9 +26,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.packed_tile import planes_of
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.tile import tile_width, triton_type
+from kvcompress.kernels.common.packed_tile import planes_of
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.tile import tile_width, triton_type
 
 _LARGEST = 65504.0
 

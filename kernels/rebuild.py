@@ -2,7 +2,7 @@
 
     keys[slot] = RoPE(coefficients[chunk of the slot] @ basis of the KV head, place of the token)
 
-The rotation is the one of kvcompress/rope.py: pairs half of rotary_dim apart or side by side, angle place * inv_freq,
+The rotation is that of storage/rope.py: pairs half of rotary_dim apart or side by side, angle place * inv_freq,
 length times scaling.
 
 Bytes for each token and KV head rebuilt: rank + head_dim elements, and the basis once a program, which the L2 cache
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.tile import MIN_SIDE, dot, triton_type, wide
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.tile import MIN_SIDE, dot, triton_type, wide
 
 
 def rebuild_keys(

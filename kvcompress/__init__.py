@@ -4,43 +4,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvcompress.across import AcrossKVCache as AcrossKVCache
-    from kvcompress.across import SwiftKVCache as SwiftKVCache
     from kvcompress.cache import CompressedCache as CompressedCache
-    from kvcompress.dense import DenseCache as DenseCache
-    from kvcompress.evicting import EvictingCache as EvictingCache
-    from kvcompress.evicting import H2OCache as H2OCache
-    from kvcompress.evicting import KVzipCache as KVzipCache
-    from kvcompress.evicting import SnapKVCache as SnapKVCache
-    from kvcompress.evicting import StreamingLLMCache as StreamingLLMCache
-    from kvcompress.gear import GEARCache as GEARCache
-    from kvcompress.gear import KIVICache as KIVICache
+    from kvcompress.caches.dense import DenseCache as DenseCache
+    from kvcompress.caches.evicting import EvictingCache as EvictingCache
+    from kvcompress.caches.evicting import H2OCache as H2OCache
+    from kvcompress.caches.evicting import KVzipCache as KVzipCache
+    from kvcompress.caches.evicting import SnapKVCache as SnapKVCache
+    from kvcompress.caches.evicting import StreamingLLMCache as StreamingLLMCache
+    from kvcompress.caches.quantized import GEARCache as GEARCache
+    from kvcompress.caches.quantized import KIVICache as KIVICache
+    from kvcompress.caches.shadowkv import ShadowKVCache as ShadowKVCache
     from kvcompress.hf import release as release
-    from kvcompress.hydragen import HydragenCache as HydragenCache
     from kvcompress.loading import load_model as load_model
-    from kvcompress.prefix_store import PrefixStore as PrefixStore
-    from kvcompress.shadowkv import ShadowKVCache as ShadowKVCache
-    from kvcompress.swiftkv import convert as convert
+    from kvcompress.prefix.cache import HydragenCache as HydragenCache
+    from kvcompress.prefix.store import PrefixStore as PrefixStore
+    from kvcompress.swiftkv.cache import AcrossKVCache as AcrossKVCache
+    from kvcompress.swiftkv.cache import SwiftKVCache as SwiftKVCache
+    from kvcompress.swiftkv.model import convert as convert
 
     __version__: str
 
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
-    "AcrossKVCache": "across",
+    "AcrossKVCache": "swiftkv.cache",
     "CompressedCache": "cache",
-    "DenseCache": "dense",
-    "EvictingCache": "evicting",
-    "GEARCache": "gear",
-    "H2OCache": "evicting",
-    "HydragenCache": "hydragen",
-    "KIVICache": "gear",
-    "KVzipCache": "evicting",
-    "PrefixStore": "prefix_store",
-    "ShadowKVCache": "shadowkv",
-    "SnapKVCache": "evicting",
-    "StreamingLLMCache": "evicting",
-    "SwiftKVCache": "across",
-    "convert": "swiftkv",
+    "DenseCache": "caches.dense",
+    "EvictingCache": "caches.evicting",
+    "GEARCache": "caches.quantized",
+    "H2OCache": "caches.evicting",
+    "HydragenCache": "prefix.cache",
+    "KIVICache": "caches.quantized",
+    "KVzipCache": "caches.evicting",
+    "PrefixStore": "prefix.store",
+    "ShadowKVCache": "caches.shadowkv",
+    "SnapKVCache": "caches.evicting",
+    "StreamingLLMCache": "caches.evicting",
+    "SwiftKVCache": "swiftkv.cache",
+    "convert": "swiftkv.model",
     "load_model": "loading",
     "release": "hf",
 }

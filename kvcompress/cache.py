@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
-from kvcompress.durable import write_whole
 from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
-from kvcompress.padding import PaddingRecord
-from kvcompress.tensor_file import TensorFile, write_tensors
+from kvcompress.storage.durable import write_whole
+from kvcompress.storage.padding import PaddingRecord
+from kvcompress.storage.tensor_file import TensorFile, write_tensors
 
 _FORMAT = "kvcompress-cache-2"
 # without fingerprint and checksums

@@ -36,17 +36,17 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from kvcompress import hf, loading, plan, registry
-from kvcompress.across import AcrossKVCache, SwiftKVCache
 from kvcompress.cache import CompressedCache
-from kvcompress.evicting import EvictingCache
-from kvcompress.evicting_layer import EvictingLayer
-from kvcompress.gear import GEARCache
+from kvcompress.caches.evicting import EvictingCache
+from kvcompress.caches.evicting_layer import EvictingLayer
+from kvcompress.caches.quantized import GEARCache
+from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.hf import judge, small
 from kvcompress.loading import ModelUnavailableError
-from kvcompress.prefix_store import PrefixStore
+from kvcompress.prefix.store import PrefixStore
 from kvcompress.registry import Method
-from kvcompress.shadowkv import ShadowKVCache
-from kvcompress.swiftkv import SwiftKVModel, convert, first_later
+from kvcompress.swiftkv.cache import AcrossKVCache, SwiftKVCache
+from kvcompress.swiftkv.model import SwiftKVModel, convert, first_later
 
 FULL = "DynamicCache"
 # tokens that evicting caches keep; more than all that is fed

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcompress import hf
-from kvcompress.padding import PaddingRecord, reordered
-from kvcompress.segments import Segment
+from kvcompress.storage.padding import PaddingRecord, reordered
+from kvcompress.storage.segment import Segment
 
 
 @contextlib.contextmanager

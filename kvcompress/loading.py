@@ -85,7 +85,7 @@ def load_model(
         source, local = str(name_or_path), False
 
     # registers converted models with AutoModelForCausalLM
-    importlib.import_module("kvcompress.swiftkv")
+    importlib.import_module("kvcompress.swiftkv.model")
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local or _is_offline()}
     try:
         with _LOADING:

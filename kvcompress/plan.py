@@ -22,13 +22,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvcompress import hf, loading, registry
-from kvcompress.gear_layer import DRAFT
-from kvcompress.hosted import ADDRESSES
+from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.loading import ModelUnavailableError
-from kvcompress.packed_slots import BLOCK as SLOTS_A_BLOCK
 from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.shadowkv import ShadowKV
-from kvcompress.shadow_segment import GROWTH
+from kvcompress.storage.low_rank import GROWTH
+from kvcompress.storage.offload import ADDRESSES
+from kvcompress.storage.quantized_slots import BLOCK as SLOTS_A_BLOCK
 
 
 @dataclass(frozen=True)

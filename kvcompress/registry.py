@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress.cache import CompressedCache
-from kvcompress.dense import DenseCache
-from kvcompress.evicting import EvictingCache
-from kvcompress.gear import GEARCache
-from kvcompress.hydragen import HydragenCache
+from kvcompress.caches.dense import DenseCache
+from kvcompress.caches.evicting import EvictingCache
+from kvcompress.caches.quantized import GEARCache
+from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.gear import GEAR
@@ -25,7 +25,7 @@ from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.policies.tova import TOVA
-from kvcompress.shadowkv import ShadowKVCache
+from kvcompress.prefix.cache import HydragenCache
 
 FULL = "none"
 FLOOR = "streaming"

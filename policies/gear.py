@@ -15,8 +15,8 @@ more: 2 % of the 64 channels of a value, or of the 64 tokens of a block's channe
 backbone KCVT, one group of keys along the whole sequence, is not offered: tokens are packed as they come. "whole" is
 as near as blocks get, and the same as "kivi" where group_size is both buffer and head_dim.
 
-The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; python -m kvcompress.evals.bits): plain
-codes, keys of 4 bits and values of 3, and the first 4 tokens as they are. There neither rank 4 nor 2 % of outliers
+The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; evals/studies/bits.py): plain codes,
+keys of 4 bits and values of 3, and the first 4 tokens as they are. There neither rank 4 nor 2 % of outliers
 repays its bits. PRESETS has the papers' settings.
 """
 

@@ -10,18 +10,18 @@ from transformers.cache_utils import Cache
 
 import kvcompress.evals.provenance
 from kvcompress import DenseCache, check, hf
-from kvcompress.across import FollowingLayer
+from kvcompress.caches.dense import DenseLayer
+from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.cli import main
-from kvcompress.dense import DenseLayer
-from kvcompress.evicting_layer import EvictingLayer
 from kvcompress.hf.small import described, small_config, small_model
 from kvcompress.loading import ModelUnavailableError
-from kvcompress.packed import PackedSegment
-from kvcompress.packed_slots import PackedSlots
-from kvcompress.rolled import RolledSlots
-from kvcompress.segments import DenseSegment, SlotSegment
-from kvcompress.shadow_segment import ShadowSegment
-from tests.test_cli import folder  # noqa: F401
+from kvcompress.storage.low_rank import ShadowSegment
+from kvcompress.storage.quantized_blocks import PackedSegment
+from kvcompress.storage.quantized_slots import PackedSlots
+from kvcompress.storage.rerotated import RolledSlots
+from kvcompress.storage.segment import DenseSegment, SlotSegment
+from kvcompress.swiftkv.cache import FollowingLayer
+from tests.cli.test_cli import folder  # noqa: F401
 
 FEW = ["none", "h2o", "gear", "shadowkv"]
 MORE = ["mistral", "qwen2", "gemma2", "phi3", "opt", "mixtral", "gpt_oss", "smollm3", "olmo2", "granite", "cohere2"]

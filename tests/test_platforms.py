@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvcompress.evals import bench, gpu
-from kvcompress.kernels import pages, runtime
+from kvcompress.evals.bench import gpu
+from kvcompress.evals.bench import kernels as bench
+from kvcompress.kernels import pages
+from kvcompress.kernels.common import runtime
 from kvcompress.kernels.missing_triton import MissingTriton
 from kvcompress.kernels.quantise import quantise
 from kvcompress.kernels.selection import reuse_slots
@@ -43,7 +45,7 @@ sys.meta_path[:] = map(Hiding, sys.meta_path)
 
 def pytest_sessionfinish():
     assert "triton" not in sys.modules
-    assert not sys.modules["kvcompress.kernels.runtime"].HAS_TRITON
+    assert not sys.modules["kvcompress.kernels.common.runtime"].HAS_TRITON
 """
 MODULES = sorted(
     ".".join(("kvcompress", *file.relative_to(ROOT).with_suffix("").parts[folder == "kvcompress" :]))
@@ -138,7 +140,7 @@ import hiding, os, torch
 for value in ("1", "true", "ON", "0"):
     os.environ["TRITON_INTERPRET"] = value
     try:
-        import kvcompress.kernels.runtime
+        import kvcompress.kernels.common.runtime
         print("none")
     except ImportError as error:
         print(error)
@@ -152,7 +154,7 @@ for value in ("1", "true", "ON", "0"):
 def test_the_check_ahead_of_time_refuses_without_triton(run):
     code = """
 import hiding
-from kvcompress.evals import aot
+from kvcompress.evals.bench import aot
 
 try:
     aot.compile_case("merge", 0, "sm_90")

@@ -17,12 +17,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvcompress.evals.points import Point, Settings
-from kvcompress.evals.protocol import PROTOCOLS, split
 from kvcompress.evals.provenance import provenance
-from kvcompress.evals.rows import Results, mean_of, standard_error
-from kvcompress.evals.sweep import Sweep
-from kvcompress.evals.tasks import Sample, Tokenizer, make_prompt, make_samples, score
+from kvcompress.evals.sweep.points import Point, Settings
+from kvcompress.evals.sweep.protocol import PROTOCOLS, split
+from kvcompress.evals.sweep.rows import Results, mean_of, standard_error
+from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.sweep.tasks import Sample, Tokenizer, make_prompt, make_samples, score
 from kvcompress.loading import load_model
 
 PEER = "kvpress"

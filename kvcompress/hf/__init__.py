@@ -10,8 +10,8 @@
     families    the model classes that a SwiftKV model is built on
     versions    which releases were tested
 
-Nothing outside of it matches, reads or passes a name of transformers' (tests/test_seam.py): a cache among arguments is
-found by its type, and where a model was given one that its layers do not find, that is an error and never "no cache".
+Nothing outside of it matches, reads or passes a name of transformers' (tests/hf/test_seam.py): a cache among arguments
+is found by its type, and where a model was given one that its layers do not find, that is an error, never "no cache".
 """
 
 from kvcompress.hf.attention import IMPLEMENTATION as IMPLEMENTATION

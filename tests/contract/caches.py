@@ -24,7 +24,7 @@ from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.policies.tova import TOVA
-from kvcompress.rolled import RolledSlots
+from kvcompress.storage.rerotated import RolledSlots
 from tests.contract.oracle import Decoded, Kept, Transcript, recording
 
 BUDGET = 8

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from kvcompress.evals.peers.exchange import read_rows, write_prompts
-from kvcompress.evals.points import Settings
-from kvcompress.evals.sweep import Sweep
-from kvcompress.evals.tasks import make_prompt, make_samples
+from kvcompress.evals.sweep.points import Settings
+from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.sweep.tasks import make_prompt, make_samples
 
 SETTINGS = Settings(("none",), (1.0,), ("passkey", "needle"), (700,), 2)
 CELLS = [(task, protocol) for task in SETTINGS.tasks for protocol in SETTINGS.protocols]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from kvcompress.evals.swiftkv import projection_flops
+from kvcompress.evals.studies.swiftkv import projection_flops
 from tests.test_readme import ROOT, SENTENCES
 
 RESULTS = ROOT / "evals" / "results"

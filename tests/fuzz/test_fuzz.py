@@ -5,10 +5,10 @@ import copy
 import pytest
 
 from kvcompress.cache import CompressedCache
-from kvcompress.dense import DenseLayer
-from kvcompress.evicting_layer import EvictingLayer
+from kvcompress.caches.dense import DenseLayer
+from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.layer import CompressedLayer
-from kvcompress.padding import PaddingRecord
+from kvcompress.storage.padding import PaddingRecord
 from tests.contract.caches import ENTRIES
 from tests.fuzz.__main__ import failure, main
 from tests.fuzz.cases import CALLS, LEVELS, draw

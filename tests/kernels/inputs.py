@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.low_rank import residual_factors_reference
 from kvcompress.kernels.quantise import Coding, Packed, quantise_reference
-from kvcompress.kernels.runtime import runs_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(

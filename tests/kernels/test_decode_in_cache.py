@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvcompress import EvictingCache, evicting_layer
+from kvcompress import EvictingCache
+from kvcompress.caches import evicting_layer
 from kvcompress.hf import cache_argument
-from kvcompress.kernels.runtime import runs_triton
+from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.snapkv import SnapKV
 

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from kvcompress.kernels import packed_attention as module
-from kvcompress.kernels import packed_pieces
 from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.common import packed_pieces
+from kvcompress.kernels.common.packed_tile import tile_shape
+from kvcompress.kernels.common.runtime import INTERPRETED, runs_triton
 from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
-from kvcompress.kernels.packed_tile import tile_shape
 from kvcompress.kernels.quantise import Coding, dequantise
-from kvcompress.kernels.runtime import INTERPRETED, runs_triton
 from tests.kernels.inputs import DEVICE, DTYPES, blocks, heads, packed_blocks, tolerance
 
 # key bits, value bits, key group, value group, outliers, rank, group of heads, block, blocks, head_dim, options

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvcompress.kernels import quantise as quantise_kernel
+from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.quantise import Coding, dequantise, pack_codes, quantise, quantise_reference, unpack_codes
-from kvcompress.kernels.runtime import runs_triton
 from tests.kernels.inputs import DEVICE, DTYPES, blocks
 
 # bits, group, axis, outliers, block, head_dim

@@ -1,0 +1,285 @@
+"""All that needs a GPU, in one call under ten minutes: python -m kvcompress.evals.bench.gpu --out DIR
+
+    tests      the kernels' tests, compiled by Triton in place of its interpreter, and a part of the contract
+    kernels    the rows of kvcompress.evals.bench.kernels, beside what the device copies and multiplies
+    endtoend   a model of Llama-3.1-8B's shape: DynamicCache beside H2OCache, eager and compiled
+    report     plots, and a table in Markdown
+
+Runs from a plain checkout, downloads nothing. Each step has a process and a share of the time of its own, and writes
+every result to DIR/results.json as soon as it has it: one that fails, hangs or takes the device down with it loses
+what it was at, is started again behind that, and the others go on. Exits with 1 where anything failed.
+`--tiny` runs all of it on a CPU in a minute, to test this script; its numbers mean nothing.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from kvcompress.evals.bench import kernels as bench
+from kvcompress.evals.provenance import provenance
+from kvcompress.kernels.common.runtime import HAS_TRITON
+
+# seconds each step may take; what a step leaves over is the next one's
+STEPS = {"tests": 125, "kernels": 120, "endtoend": 300, "report": 20}
+# to write results, and for a case that was begun shortly before the end
+_RESERVE = 10
+_RESTARTS = 3
+# on a GPU these families and caches say most in a short time
+_CONTRACT = "llama and (h2o or dense) or two_hundred or stay_where or count_right"
+# pytest's arguments, and seconds
+_SUITES = {"kernels": (["tests/kernels"], 65), "contract": (["tests/contract", "-k", _CONTRACT], 50)}
+_OUTCOME = re.compile(
+    r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) (\S+::.*?)\s*$|^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b"
+)
+_MESSAGE = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?) - (.*)$")
+_DIED = {"error": "the process died here"}
+_CUT = {"left_out": "cut off at the end of its time"}
+
+
+class Cases(Protocol):
+    """What a step measures: names, in order of importance, and how to measure one."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def measure(self, name: str) -> dict[str, Any]: ...
+
+
+class Results:
+    """The results of all steps, in one file that is whole at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "results.json"
+        self.all: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def record(self, step: str, name: str, row: dict[str, Any]) -> None:
+        """Writes one result."""
+        self.all.setdefault(step, {})[name] = row
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.all, indent=1) + "\n")
+        partial.replace(self.path)
+
+    def of(self, step: str) -> dict[str, dict[str, Any]]:
+        return self.all.get(step, {})
+
+
+class KernelCases:
+    """The rows of kvcompress.evals.bench.kernels."""
+
+    def __init__(self, results: Results, tiny: bool) -> None:
+        self.device = torch.device("cpu" if tiny else "cuda")
+        self.dtype = torch.float32 if tiny else torch.bfloat16
+        self.tiny = tiny
+        self.clock = bench.Clock(self.device)
+        self.limits = results.of("kernels").get("limits", {}).get("limits")
+        self.shapes = {
+            f"{group} {shape}": (build, shape)
+            for group, (build, shapes) in bench.CASES.items()
+            for shape in ([bench.Shape(2, 4, 2, 65, 16)] if tiny else shapes["cuda"])
+        }
+
+    def names(self) -> Iterable[str]:
+        # long prompts and large caches say most
+        order = sorted(self.shapes, key=lambda name: -self.shapes[name][1].tokens * self.shapes[name][1].batch)
+        return ["limits", *order]
+
+    def measure(self, name: str) -> dict[str, Any]:
+        if name == "limits" or self.limits is None:
+            self.limits = bench.limits(self.clock, self.dtype)
+        if name == "limits":
+            print(", ".join(f"{value:.4g} {unit}" for unit, value in self.limits.items()))
+            return {"limits": self.limits}
+        build, shape = self.shapes[name]
+        attempts = 2 if self.tiny else 7 if shape.tokens > 2**16 else 20
+        rows, errors = [], {}
+        with torch.inference_mode():
+            for case in build(shape, self.dtype, self.device):
+                try:
+                    rows.append(bench.measure(case, self.clock, self.limits, attempts, self.dtype))
+                    bench.print_row(rows[-1])
+                except Exception as error:
+                    traceback.print_exc()
+                    errors[case.kernel] = one_line(error)
+                    if broken():
+                        break
+        disagree = [row.kernel for row in rows if not row.agrees]
+        if disagree:
+            errors["results disagree"] = ", ".join(disagree)
+        return {"rows": [asdict(row) for row in rows]} | ({"error": str(errors)} if errors else {})
+
+
+class SuiteCases:
+    """Parts of the test suite, by pytest."""
+
+    def __init__(self, results: Results, tiny: bool) -> None:
+        self.tests = {"kernels": (["tests/kernels/test_tile.py"], 60)} if tiny else _SUITES
+
+    def names(self) -> Iterable[str]:
+        return self.tests
+
+    def measure(self, name: str) -> dict[str, Any]:
+        for package in ("pytest", "numpy"):
+            if importlib.util.find_spec(package) is None:
+                return {"error": f"{package} is not installed"}
+        arguments, limit = self.tests[name]
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow"]
+        if len(self.tests) > 1 and importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+        counts: dict[str, int] = {}
+        failed: dict[str, str] = {}
+        with subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as tests:
+            stopper = threading.Timer(limit, tests.kill)
+            stopper.start()
+            assert tests.stdout is not None
+            for line in tests.stdout:
+                print(line, end="", flush=True)
+                if outcome := _OUTCOME.search(line):
+                    kind, which = outcome[1] or outcome[4], outcome[2] or outcome[3]
+                    counts[kind.lower()] = counts.get(kind.lower(), 0) + 1
+                    if kind in ("FAILED", "ERROR"):
+                        failed[which] = ""
+                elif message := _MESSAGE.search(line):
+                    failed[message[1]] = message[2]
+            stopper.cancel()
+        row: dict[str, Any] = {"counts": counts, "failed": failed}
+        if tests.returncode == -9:
+            row["left_out"] = f"stopped after {limit} s"
+        elif tests.returncode > 1:
+            row["error"] = f"pytest ended with {tests.returncode}"
+        return row | ({"error": f"{len(failed)} failed"} if failed else {})
+
+
+def cases_of(step: str, results: Results, tiny: bool) -> Cases:
+    if step == "endtoend":
+        from kvcompress.evals.bench.endtoend import EndToEndCases
+
+        return EndToEndCases(results.of("kernels").get("limits", {}).get("limits"), tiny)
+    return SuiteCases(results, tiny) if step == "tests" else KernelCases(results, tiny)
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def broken() -> bool:
+    """True where a kernel has left the device unusable for this process."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def run_step(step: str, folder: Path, seconds: float, tiny: bool) -> int:
+    """Measures the cases that are not done yet, in this process; 3 where it must be started again."""
+    deadline = time.monotonic() + seconds
+    results = Results(folder)
+    cases = cases_of(step, results, tiny)
+    for name in cases.names():
+        if name in results.of(step):
+            continue
+        if time.monotonic() > deadline:
+            results.record(step, name, {"left_out": "no time left"})
+            continue
+        print(f"\n--- {step}: {name}", flush=True)
+        results.record(step, name, _DIED)
+        began = time.monotonic()
+        try:
+            row = cases.measure(name)
+        except Exception as error:
+            traceback.print_exc()
+            row = {"error": one_line(error)}
+        row["took_seconds"] = round(time.monotonic() - began, 2)
+        results.record(step, name, row)
+        if broken():
+            return 3
+    return 0
+
+
+def drive(steps: list[str], folder: Path, seconds: float, tiny: bool) -> None:
+    """Runs the steps, each in processes of its own."""
+    end = time.monotonic() + seconds
+    for index, step in enumerate(steps):
+        later = sum(STEPS[name] for name in steps[index + 1 :])
+        share = max(STEPS[step], end - time.monotonic() - later)
+        step_end = min(end, time.monotonic() + share) - _RESERVE
+        for _ in range(_RESTARTS):
+            left = step_end - time.monotonic()
+            if left < 1:
+                break
+            command = [sys.executable, "-m", "kvcompress.evals.bench.gpu", "--step", step, "--out", str(folder)]
+            command += ["--seconds", str(left), *(["--tiny"] if tiny else [])]
+            print(f"{step}: at most {left:.0f} s", flush=True)
+            with (folder / "log.txt").open("a") as log:
+                try:
+                    status = subprocess.run(command, stdout=log, stderr=log, timeout=left + _RESERVE / 2).returncode
+                except subprocess.TimeoutExpired:
+                    status = 124
+                    results = Results(folder)
+                    for name in [name for name, row in results.of(step).items() if row == _DIED]:
+                        results.record(step, name, _CUT)
+            if status == 0:
+                break
+            print(f"{step}: ended with {status}", flush=True)
+            if not Results(folder).of(step):
+                Results(folder).record(step, "start", {"error": f"ended with {status} before its first case"})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/gpu")), help="folder")
+    parser.add_argument("--only", choices=STEPS, action="append", help="run this step; may be given again")
+    parser.add_argument("--seconds", type=float, default=565, help="time for everything")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to test this script")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --tiny runs the script on a CPU")
+    if not options.tiny and not HAS_TRITON:
+        parser.error("Triton cannot be imported here, and this is about its kernels")
+    if options.step:
+        return run_step(options.step, options.out, options.seconds, options.tiny)
+
+    (options.out / "results.json").unlink(missing_ok=True)
+    (options.out / "log.txt").unlink(missing_ok=True)
+    results = Results(options.out)
+    results.all["provenance"] = provenance("cpu" if options.tiny else "cuda")
+    results.record("settings", "arguments", {key: str(value) for key, value in vars(options).items()})
+    steps = options.only or list(STEPS)
+    drive([step for step in steps if step != "report"], options.out, options.seconds - STEPS["report"], options.tiny)
+
+    results = Results(options.out)
+    from kvcompress.evals.bench import gpu_report
+
+    try:
+        gpu_report.plot(results.all, options.out)
+    except Exception as error:
+        results.record("report", "plots", {"error": one_line(error)})
+    errors = gpu_report.errors(results.all)
+    text = gpu_report.summary(results.all)
+    (options.out / "summary.md").write_text(text)
+    print(text)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

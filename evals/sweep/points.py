@@ -1,0 +1,158 @@
+"""What a sweep is to measure: its settings, and the points that they span."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvcompress import registry
+from kvcompress.evals.sweep import baselines
+from kvcompress.evals.sweep.protocol import PROTOCOLS
+from kvcompress.evals.sweep.tasks import TASKS
+
+TEXT = "text"
+CONTINUATION = "continuation"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to sweep.
+
+    methods: specs of the registry. budgets: tokens (int), or fractions of the length (float; 1.0 keeps everything).
+    tasks: of TASKS, "text", or any other name of lm-eval's. lengths: context tokens. samples: prompts, or windows of
+        text, a point; neither concerns lm-eval's tasks.
+    hold_back: tokens of the question read after compression, question-aware. batch: sequences at a time.
+    text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read a forward, on text.
+    num_fewshot, limit, metadata: of lm-eval's tasks, as its own command takes them.
+    question: the text that a question of theirs begins with; None for the last example of a few-shot context.
+    """
+
+    methods: tuple[str, ...]
+    budgets: tuple[int | float, ...]
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int
+    protocols: tuple[str, ...] = PROTOCOLS
+    seed: int = 0
+    hold_back: int = 1
+    batch: int = 4
+    text: str | None = None
+    continuation: int = 64
+    chunk: int = 1
+    num_fewshot: int | None = None
+    limit: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    question: str | None = None
+
+    def __post_init__(self) -> None:
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+        for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one")
+        for name in ("samples", "batch", "hold_back", "continuation", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (self.limit is not None and self.limit < 1) or (self.num_fewshot is not None and self.num_fewshot < 0):
+            raise ValueError(
+                f"limit must be at least 1 and num_fewshot at least 0, got {self.limit} and {self.num_fewshot}"
+            )
+        for length in self.lengths:
+            if length < 2:
+                raise ValueError(f"a length must be at least 2 tokens, got {length}")
+        for budget in self.budgets:
+            if not (0.0 < budget <= 1.0 if isinstance(budget, float) else budget >= 1):
+                raise ValueError(
+                    f"a budget must be a fraction in (0, 1] such as 0.2, or a count of tokens such as 512; got {budget}"
+                )
+        for method in self.methods:
+            baselines.parse(method)
+        for task in self.tasks:
+            if is_of_harness(task):
+                _harness(task).check_name(task, self)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    length: None for lm-eval's tasks, which bring their own contexts. budget: None for what keeps every token.
+    """
+
+    task: str
+    length: int | None
+    protocol: str
+    method: str
+    budget: int | float | None
+
+    def budget_tokens(self, capacity: int) -> int | None:
+        """The budget in tokens; a fraction of 1.0 is all that a sequence may grow to, `capacity`."""
+        if self.budget is None or isinstance(self.budget, int):
+            return self.budget
+        assert self.length is not None
+        return capacity if self.budget == 1.0 else max(1, round(self.budget * self.length))
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        budget = "" if self.budget is None else f" {self.budget}"
+        length = "" if self.length is None else f" {self.length}"
+        return f"{self.task}{length} {self.protocol}: {self.method}{budget}"
+
+
+def make_points(settings: Settings) -> list[Point]:
+    """All points, those that share their prompts next to each other; ceiling and floor included."""
+    methods = list(dict.fromkeys([*map(baselines.canonical, settings.methods), registry.FLOOR]))
+    points: list[Point] = []
+    for task in dict.fromkeys(settings.tasks):
+        protocols = tuple(dict.fromkeys(settings.protocols))
+        lengths: tuple[int | None, ...] = tuple(dict.fromkeys(settings.lengths))
+        if task == TEXT:
+            protocols = (CONTINUATION,)
+        elif is_of_harness(task):
+            lengths = (None,)
+            if _harness(task).is_rolling(task, settings):
+                protocols = (CONTINUATION,)
+        for length in lengths:
+            for protocol in protocols:
+                points.append(Point(task, length, protocol, registry.FULL, None))
+                for method in methods:
+                    takes_budget = baselines.parse(method)[0].takes_budget
+                    budgets = list(dict.fromkeys(settings.budgets)) if takes_budget else [None]
+                    if method != registry.FULL:
+                        points += [Point(task, length, protocol, method, budget) for budget in budgets]
+    return points
+
+
+def check_budgets(model: PreTrainedModel, points: Iterable[Point]) -> None:
+    """Builds each cache once, empty.
+
+    Raises:
+        ValueError: a method refuses its budget or its settings.
+    """
+    asked = ((point.method, point.budget if point.length is None else point.budget_tokens(2**20)) for point in points)
+    for method, budget in dict.fromkeys(asked):
+        try:
+            baselines.build(method, model, budget)
+        except ValueError as error:
+            asked_for = "" if budget is None else f" at a budget of {budget}{' tokens' * isinstance(budget, int)}"
+            raise ValueError(f"{method}{asked_for}: {error}") from None
+
+
+def is_of_harness(task: str) -> bool:
+    """True for a task that lm-eval has to know."""
+    return task != TEXT and task not in TASKS
+
+
+def _harness(task: str) -> Any:
+    """lm-eval's side of a sweep, which is imported for its tasks alone."""
+    try:
+        from kvcompress.evals.lm import points as lm_points
+    except ImportError as error:
+        raise ValueError(
+            f"unknown task {task!r}; known: {', '.join((*TASKS, TEXT))}, and with pip install 'kvcompress[eval]' "
+            f"those of lm-eval ({error})"
+        ) from error
+    return lm_points

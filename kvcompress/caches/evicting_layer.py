@@ -1,0 +1,585 @@
+"""One layer of an evicting cache: how tokens come into its slots, are scored, and go (caches/evicting.py)."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress import hf
+from kvcompress.hf.tensor_parallel import Ranks
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.column_sums import causal_column_sums
+from kvcompress.kernels.common.runtime import runs_triton
+from kvcompress.kernels.decode_evict import decode_and_evict
+from kvcompress.kernels.evict import choose_victim, ranked
+from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.policies.gear import GEAR
+from kvcompress.policies.policy import Candidates, Policy
+from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
+from kvcompress.storage.quantized_slots import PackedSlots
+from kvcompress.storage.rerotated import RolledSlots
+from kvcompress.storage.rope import Rope
+from kvcompress.storage.segment import EMPTY, Segment, SlotSegment
+
+_COUNTERS = ("lengths", "limits", "recents", "seen")
+# slots added at a time, and the share of those there
+_GROWTH, _SHARE = 8, 16
+
+
+class EvictingLayer(CompressedLayer):
+    """One layer's slots, and the policy that decides who stays."""
+
+    is_compileable = True
+    evicts = True
+    _reserves = False
+    _told = False
+
+    def __init__(
+        self,
+        padding: PaddingRecord,
+        policy: Policy,
+        budget: int | float,
+        window: int | None = None,
+        leads: bool = False,
+        rope: Rope | None = None,
+        packed: GEAR | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """
+        Args:
+            policy: what to keep.
+            budget: tokens kept a sequence and KV head, or a fraction of the real tokens seen so far.
+            padding, window, leads: as in CompressedLayer.
+            rope: the layer's rotary embedding, where the policy uses it.
+            packed: how slots are encoded; None for as they come.
+            ranks: the processes that share the layer's heads; None: this one has them all.
+        """
+        super().__init__(padding, window, leads)
+        self.ranks = ranks
+        self.policy = policy
+        self.budget = budget
+        self.rope = rope
+        self.packed = packed
+        self.slots: SlotSegment | None = None
+        self.state: dict[str, Tensor] = {}
+        # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps; and tokens seen by all
+        self.lengths: Tensor
+        self.limits: Tensor
+        self.recents: Tensor
+        self.seen: Tensor
+        # the value of `seen` where it is known: to read a tensor is to wait for the GPU
+        self._host_seen: int | None = None
+
+    @property
+    def queries_watched(self) -> int | None:  # type: ignore[override]
+        return self.policy.queries_needed
+
+    @property
+    def _mean_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
+        return None if self.ranks is None else self.ranks.mean
+
+    def segments(self) -> list[Segment]:
+        return [] if self.slots is None else [self.slots]
+
+    def counters(self) -> dict[str, Tensor]:
+        if self.slots is None:
+            return {}
+        return {
+            "counters": self.lengths,
+            "limits": self.limits,
+            "recents": self.recents,
+            "seen": self.seen,
+        } | ({} if self.rope is None else {"inv_freq": self.rope.inv_freq})
+
+    def statistics(self) -> dict[str, Tensor]:
+        return self.state
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(change)
+        if self.slots is not None:
+            self.lengths, self.limits, self.recents = change(self.lengths), change(self.limits), change(self.recents)
+            self.state = {name: change(tensor) for name, tensor in self.state.items()}
+            self._pin()
+
+    def tokens_kept(self) -> Tensor:
+        assert self.slots is not None
+        return self.slots.kept()
+
+    def get_seq_length(self) -> int:
+        if self.slots is None:
+            return 0
+        if torch.compiler.is_compiling():
+            # the compiled step must not read a tensor's value; transformers' static layers answer with the tensor too
+            return self.seen  # type: ignore[return-value]
+        if self._host_seen is None:
+            self._host_seen = int(self.seen)
+        return self._host_seen
+
+    def is_traceable(self, tokens: int) -> bool:
+        return self.slots is not None and tokens == 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            return hf.TokensSeen(query_length), 0
+        return super().get_mask_sizes(query_length)
+
+    def _count(self, tokens: int) -> None:
+        self.seen.add_(tokens)
+        # a compiled step cannot count on the host
+        self._host_seen = None if torch.compiler.is_compiling() or self._host_seen is None else self._host_seen + tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.slots = None
+        self.state = {}
+
+    def check_crop(self, tokens: int) -> None:
+        if tokens > 0:
+            raise ValueError(
+                f"{type(self.policy).__name__} cannot take back {tokens} tokens: what was evicted for them is gone; "
+                "use DenseCache for assisted or prompt-lookup decoding, or clone() the cache first"
+            )
+
+    def _remap(self, remap: Tensor) -> None:
+        assert self.slots is not None
+        if self.leads:
+            self._warn_of_filler(remap)
+        positions = self.slots.positions
+        rows = remap[:, None].expand(-1, positions.shape[1], -1)
+        moved = rows.gather(2, positions.clamp(min=0).long())
+        positions.copy_(torch.where(positions == EMPTY, EMPTY, moved))
+        self.slots.spare.copy_(positions.argmin(-1))
+        self.lengths.copy_((remap != EMPTY).sum(-1))
+
+    def _warn_of_filler(self, remap: Tensor) -> None:
+        """Tells of rows whose tokens were evicted for others that the mask hides now."""
+        hidden = self.lengths - (remap != EMPTY).sum(-1).to(self.lengths.device)
+        lost = hidden.minimum(self.lengths - self.limits)
+        if bool((lost > 0).any()):
+            warnings.warn(
+                f"attention_mask hides tokens that it showed when they were fed: up to {int(lost.max())} others were "
+                f"evicted for them in {int((lost > 0).sum())} of {len(lost)} sequences, and are gone. Rows that have "
+                "ended are known by a mask of 0, or by the token that model.generation_config.pad_token_id names",
+                stacklevel=2,
+            )
+
+    def _attend(self, chunk: Chunk) -> Tensor:
+        if self.slots is not None and chunk.tokens == 1:
+            return self._decode(chunk)
+        if self.window is None or chunk.tokens == 1 or chunk.visible is None:
+            return self._extend(chunk)
+        order = pads_first(chunk.visible)
+        if order is None:
+            return self._extend(chunk)
+        own_order = pads_first(chunk.visible[:, -chunk.queries :])
+        query, key, value = (
+            reordered(chunk.query, own_order),
+            reordered(chunk.key, order),
+            reordered(chunk.value, order),
+        )
+        out = self._extend(
+            dataclasses.replace(chunk, query=query, key=key, value=value, visible=chunk.visible.gather(1, order))
+        )
+        return out if own_order is None else self._back(out, own_order)
+
+    # one token: it takes the spare slot, and the slots answer alone
+
+    def _decode(self, chunk: Chunk) -> Tensor:
+        slots = self.slots
+        assert slots is not None
+        self._make_room(1)
+        if isinstance(self.budget, float):
+            self._follow_budget(self.lengths + (1 if chunk.visible is None else chunk.visible[:, 0].int()))
+        at = self.lengths
+        if chunk.visible is not None:
+            at = torch.where(chunk.visible[:, 0], at, EMPTY)
+        plain = self.rope is None and self.packed is None
+        if self.policy.memory is not None and plain and not self.followers and runs_triton(chunk.query):
+            return self._decode_at_once(chunk, slots, at)
+        # a copy: the lengths grow in place before the policy reads the positions
+        placed, query_positions = self._place(chunk, self.lengths[:, None].clone())
+        out, attention = slots.decode(
+            placed.query,
+            chunk.key,
+            chunk.value,
+            at,
+            query_positions,
+            scale=chunk.scale,
+            window=self.window,
+            softcap=chunk.softcap,
+            sink_logits=chunk.sinks,
+        )
+
+        def reread(chunk: Chunk) -> Tensor:
+            # the token lies in the slots already, and counts in none of the lengths yet
+            placed, query_positions = self._place(chunk, self.lengths[:, None])
+            how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
+            out, lse = slots.decode_again(placed.query, chunk.key, chunk.value, at, query_positions, **how)
+            return out if chunk.sinks is None else merge_states(*with_sinks([out], [lse], chunk.sinks))[0]
+
+        def settle() -> None:
+            self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
+            # a query that is padding gives out no attention
+            given = attention if chunk.visible is None else attention * chunk.visible[..., None]
+            self._score_step(slots, placed, query_positions, given)
+            self._evict_one(slots)
+
+        self._leave(chunk, reread, settle)
+        return out
+
+    def _decode_at_once(self, chunk: Chunk, slots: SlotSegment, at: Tensor) -> Tensor:
+        assert self.policy.memory is not None
+        out = decode_and_evict(
+            chunk.query,
+            chunk.key,
+            chunk.value,
+            slots.keys,
+            slots.values,
+            slots.positions,
+            slots.scores,
+            slots.spare,
+            at,
+            self.limits,
+            self.recents,
+            scale=chunk.scale,
+            sinks=self.policy.sinks,
+            window=self.window,
+            softcap=chunk.softcap,
+            memory=self.policy.memory,
+            sink_logits=chunk.sinks,
+        )
+        self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
+        return out
+
+    def _place(self, chunk: Chunk, query_positions: Tensor) -> tuple[Chunk, Tensor]:
+        """The chunk as it meets the slots' `placed_keys`, and the positions its queries then have, [batch, queries]."""
+        return chunk, query_positions
+
+    def _score_step(self, slots: SlotSegment, chunk: Chunk, query_positions: Tensor, attention: Tensor) -> None:
+        positions, scores = slots.positions, slots.scores
+        spare = slots.spare[..., None]
+        if self.policy.static:
+            positions, scores = positions.gather(2, spare), scores.gather(2, spare)
+        candidates = Candidates(
+            positions,
+            scores,
+            None if self.policy.observes == 0 else attention,
+            chunk.query,
+            query_positions,
+            chunk.visible,
+            self.lengths,
+            lambda: [(chunk.key, chunk.value) if self.policy.static else slots.contents()],
+            chunk.scale,
+            self.state,
+            self.rope,
+            mean_over_ranks=self._mean_over_ranks,
+        )
+        scored = self.policy.score(candidates)
+        if self.policy.static:
+            slots.scores.scatter_(2, spare, scored)
+        else:
+            slots.scores.copy_(scored)
+
+    def _evict_one(self, slots: SlotSegment) -> None:
+        scores, sinks = slots.scores, self.policy.sinks
+        if self.window is not None:
+            # what has left the window goes first, sinks too
+            scores = scores.masked_fill(slots.positions < sinks, torch.inf)
+            out_of_window = slots.positions <= (self.lengths - self.window)[:, None, None]
+            scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
+        victims = choose_victim(scores, slots.positions, self.lengths - self.recents, sinks)
+        slots.free(victims, slots.kept() > self.limits[:, None])
+
+    # a chunk: attention to the slots and, causally, to itself; then slots and chunk compete
+
+    def _extend(self, chunk: Chunk) -> Tensor:
+        fresh = self.slots is None
+        slots = self._allocate(chunk)
+        how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
+        places = self._query_positions(chunk)
+
+        def read(chunk: Chunk) -> tuple[Chunk, Tensor, Tensor, Tensor]:
+            placed, query_positions = self._place(chunk, places[:, -chunk.queries :])
+            out, lse = causal_attention(placed.query, placed.key, chunk.value, visible=chunk.visible, **how)
+            outs, lses = [out], [lse]
+            if not fresh:
+                past_out, past_lse = slots.attend(placed.query, query_positions, **how)
+                outs, lses = [*outs, past_out], [*lses, past_lse]
+            if chunk.sinks is not None:
+                outs, lses = with_sinks(outs, lses, chunk.sinks)
+            if len(outs) > 1:
+                out, lse = merge_states(outs, lses)
+            return placed, query_positions, out, lse
+
+        placed, query_positions, out, lse = read(chunk)
+        attention = self._observe(placed, None if fresh else slots, query_positions, lse, how)
+
+        def settle(attention: Tensor | None = attention) -> None:
+            kept = self._choose(placed, slots, places, query_positions, attention, in_order=fresh)
+            slots.replace(chunk.key, chunk.value, *kept)
+            self._pin()
+
+        self._leave_chunk(chunk, lambda chunk: read(chunk)[2], settle, places, attention)
+        return out
+
+    def _leave_chunk(
+        self,
+        chunk: Chunk,
+        reread: Callable[[Chunk], Tensor],
+        settle: Callable[..., None],
+        places: Tensor,
+        attention: Tensor | None,
+    ) -> None:
+        """`_leave` after a chunk.
+
+        Args:
+            settle: takes the attention to judge by, where that is another.
+            places: of the chunk's tokens in their sequences, [batch, tokens] int32; of no meaning for padding.
+            attention: received by slots and chunk, [batch, kv_heads, slots + tokens] float32, or None.
+        """
+        self._leave(chunk, reread, settle)
+
+    def _pin(self) -> None:
+        """Tells the compiler that the layer's tensors stay where they are: else CUDA graphs refuse to write to them."""
+        assert self.slots is not None
+        for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
+            # unguarded: another cache of the same shapes records a graph, and compiles nothing
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def _query_positions(self, chunk: Chunk) -> Tensor:
+        if chunk.visible is None:
+            places = torch.arange(chunk.tokens, dtype=torch.int32, device=chunk.key.device)[None]
+        else:
+            places = chunk.visible.cumsum(-1, dtype=torch.int32) - 1
+        return self.lengths[:, None] + places
+
+    def _observe(
+        self, chunk: Chunk, past: SlotSegment | None, query_positions: Tensor, lse: Tensor, how: dict[str, Any]
+    ) -> Tensor | None:
+        """Attention received from the queries the policy observes, [batch, kv_heads, slots + tokens] float32."""
+        last = self.policy.observes
+        if last == 0:
+            return None
+        first = 0
+        if chunk.visible is None:
+            first = 0 if last is None else max(0, chunk.queries - last)
+        else:
+            # of each sequence its last real queries; those before them, and padding, are left out
+            from_end = chunk.visible.flip(-1).cumsum(-1).flip(-1)
+            observed = chunk.visible if last is None else chunk.visible & (from_end <= last)
+            observed = observed[:, -chunk.queries :]
+            lse = lse.masked_fill(~observed[:, None], torch.inf)
+            if last is not None:
+                first = int(observed.any(0).to(torch.uint8).argmax())
+        query, lse = chunk.query[:, :, first:], lse[:, :, first:]
+        within = causal_column_sums(query, chunk.key, lse, visible=chunk.visible, **how)
+        if past is None:
+            assert self.slots is not None
+            return torch.cat([torch.zeros_like(self.slots.scores), within], -1)
+        return torch.cat([past.column_sums(query, query_positions[:, first:], lse, **how), within], -1)
+
+    def _choose(
+        self,
+        chunk: Chunk,
+        slots: SlotSegment,
+        places: Tensor,
+        query_positions: Tensor,
+        attention: Tensor | None,
+        *,
+        in_order: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `SlotSegment.replace` needs: the chunk's positions, and the scores and the fate of all candidates.
+
+        Args:
+            in_order: the candidates stand as in the text, as nothing was held before.
+        """
+        places = places if chunk.visible is None else places.masked_fill(~chunk.visible, EMPTY)
+        places = places[:, None].expand(-1, chunk.key.shape[1], -1)
+        self.lengths.add_(chunk.tokens if chunk.visible is None else chunk.visible.sum(-1))
+        if isinstance(self.budget, float):
+            self._follow_budget(self.lengths)
+        positions = torch.cat([slots.positions, places], -1)
+        scores = torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1)
+        # scores that never change are those of the tokens as they came, whatever packing made of them since
+        first = slots.slots if self.policy.static else 0
+        candidates = Candidates(
+            positions[..., first:],
+            scores[..., first:],
+            None if attention is None else attention[..., first:],
+            chunk.query,
+            query_positions,
+            chunk.visible,
+            self.lengths,
+            lambda: [(chunk.key, chunk.value)] if first else [slots.contents(), (chunk.key, chunk.value)],
+            chunk.scale,
+            self.state,
+            self.rope,
+            chunk.tokens,
+            self._mean_over_ranks,
+        )
+        scores = torch.cat([scores[..., :first], self.policy.score(candidates)], -1)
+        return places, scores, self._kept(scores, positions, in_order)
+
+    def _kept(self, scores: Tensor, positions: Tensor, in_order: bool) -> Tensor:
+        """Which candidates stay, [batch, kv_heads, candidates] bool: per sequence, as many as it may keep."""
+        lengths, recents = self.lengths[:, None, None], self.recents[:, None, None]
+        protected = (positions < self.policy.sinks) | (positions >= lengths - recents)
+        gone = positions == EMPTY
+        if self.window is not None:
+            gone = gone | (positions <= lengths - self.window)
+        worth = ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
+        # of equal scores the later token stays, whatever padding stands before it and whichever slot it has
+        if in_order:
+            backwards = torch.arange(worth.shape[-1] - 1, -1, -1, device=worth.device).expand_as(worth)
+        else:
+            backwards = positions.argsort(dim=-1, descending=True, stable=True)
+        order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
+        chosen = torch.arange(order.shape[-1], device=order.device) < self.limits[:, None, None]
+        return torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)) & ~gone
+
+    def _allocate(self, chunk: Chunk) -> SlotSegment:
+        if self.slots is None:
+            batch, device = chunk.key.shape[0], chunk.key.device
+            self.limits, self.recents, self.lengths = (
+                torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
+            )
+            self.seen = torch.zeros((), dtype=torch.int64, device=device)
+            self._host_seen = 0
+            # generate compiles the decode step on a GPU
+            self._reserves |= chunk.key.is_cuda
+            self.slots = self._new_slots(chunk, self._most_slots(chunk.tokens))
+            self._follow_budget(self.lengths)
+        self._make_room(chunk.tokens)
+        return self.slots
+
+    def reserve(self) -> None:
+        """Takes room for the whole budget, if it is a count, at once or with the first forward."""
+        self._reserves = True
+        if self.slots is not None:
+            self._make_room(0)
+
+    def _limit(self, tokens: int) -> int:
+        """Tokens that a sequence of so many may keep."""
+        limit = self.budget if isinstance(self.budget, int) else int(self.budget * tokens)
+        limit = max(limit, self.policy.least_budget())
+        return limit if self.window is None else min(limit, self.window)
+
+    def _most_slots(self, tokens: int) -> int:
+        """Slots that are enough after so many more tokens, a spare one included."""
+        seen = self.get_seq_length() + tokens
+        if self._reserves and isinstance(self.budget, int):
+            return self._limit(seen) + 1
+        return min(self._limit(seen), seen) + 1
+
+    def _make_room(self, tokens: int) -> None:
+        """Lets the slots grow to what so many more tokens need.
+
+        Raises:
+            RuntimeError: the step is compiled, in which nothing grows.
+        """
+        slots = self.slots
+        assert slots is not None
+        if torch.compiler.is_compiling():
+            if isinstance(self.budget, int) and slots.slots <= self._limit(0):
+                raise RuntimeError(
+                    f"a compiled step cannot take more room, and there is room for {slots.slots - 1} of the budget of "
+                    f"{self._limit(0)} tokens: call cache.reserve() before it is compiled"
+                )
+            return
+        needed = self._most_slots(tokens)
+        if needed > slots.slots:
+            # to no more than will ever be needed
+            enough = self._limit(2**40) + 1
+            grown = slots.slots + max(_GROWTH, slots.slots // _SHARE) if tokens == 1 else needed
+            slots.grow(min(max(needed, grown), enough))
+            self._pin()
+
+    def _follow_budget(self, lengths: Tensor) -> None:
+        """Sets what sequences of these lengths, [batch], may keep, and how many of the newest of it in any case."""
+        assert self.slots is not None
+        least = self.policy.least_budget()
+        if isinstance(self.budget, int):
+            limits = torch.full_like(self.limits, self._limit(0))
+        else:
+            limits = (self.budget * lengths).int()
+            if self.leads and not self._told and not torch.compiler.is_compiling() and not lengths.is_cuda:
+                self._warn_of_floor(limits, lengths, least)
+            # what was granted stays; a compiled step cannot take more room
+            limits = limits.clamp(min=least, max=self.window).clamp(max=self.slots.slots - 1).maximum(self.limits)
+        recent = self.policy.recent
+        recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
+        self.limits.copy_(limits)
+        self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
+
+    def _warn_of_floor(self, limits: Tensor, lengths: Tensor, least: int) -> None:
+        short = (limits < least) & (lengths > least)
+        if bool(short.any()):
+            self._told = True
+            row = int(short.to(torch.uint8).argmax())
+            warnings.warn(
+                f"a budget of {self.budget:g} of {int(lengths[row])} tokens is {int(limits[row])}, which leaves "
+                f"{self.policy} nothing to choose: {least} are kept while it is less",
+                stacklevel=2,
+            )
+
+    def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
+        if self.packed is not None:
+            return PackedSlots(chunk.key, chunk.value, slots, self.packed.of_a_token(chunk.key.shape[-1]))
+        return SlotSegment(chunk.key, chunk.value, slots)
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self.slots is None:
+            return {}, {}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        facts = {"dtype": str(self.dtype).removeprefix("torch.")}
+        return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if tensors:
+            self.slots = self._restored_slots(tensors, facts)
+            for name in _COUNTERS:
+                setattr(self, name, tensors[name])
+            self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
+            self.lazy_initialization(*self.slots.like())
+            self._host_seen = None
+            self._pin()
+
+    def _restored_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
+        if self.packed is not None:
+            coding = self.packed.of_a_token(tensors["keys.codes"].shape[-1])
+            return PackedSlots.restored(tensors, coding, getattr(torch, facts["dtype"]))
+        return SlotSegment.from_tensors(tensors)
+
+
+class RolledLayer(EvictingLayer):
+    """An evicting layer whose tokens are placed by their index among those kept."""
+
+    @property
+    def queries_watched(self) -> int | None:  # type: ignore[override]
+        return None
+
+    def _place(self, chunk: Chunk, query_positions: Tensor) -> tuple[Chunk, Tensor]:
+        slots, rope = self.slots, self.rope
+        assert isinstance(slots, RolledSlots)
+        assert rope is not None
+        indices = query_positions + (slots.held() - self.lengths)[:, None]
+        # float32 between the two turns: one rounding in place of two
+        query, key = (
+            rope.rotate(rope.unrotate(x.float(), query_positions[:, None]), indices[:, None]).to(x.dtype)
+            for x in (chunk.query, chunk.key)
+        )
+        return dataclasses.replace(chunk, query=query, key=key), indices
+
+    def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
+        return self._rolled(super()._new_slots(chunk, slots))
+
+    def _restored_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
+        return self._rolled(super()._restored_slots(tensors, facts))
+
+    def _rolled(self, slots: SlotSegment) -> SlotSegment:
+        assert self.rope is not None
+        return RolledSlots.rolled(slots, self.rope)

@@ -1,0 +1,128 @@
+"""What the commands of kvcompress/cli/__init__.py read from a user, and how a mistake is told."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class UsageError(Exception):
+    """A user's mistake, in one line."""
+
+
+def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedModel, Any]":
+    import torch
+    from transformers import logging
+
+    from kvcompress.loading import ModelUnavailableError, load_model
+
+    logging.disable_progress_bar()
+    if device is None:
+        # of the processes of a launcher, each has its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        with users_mistakes():
+            return load_model(name, dtype="auto" if dtype == "auto" else as_dtype(dtype), device=device)
+    except ModelUnavailableError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_extra(extra: str, *packages: str) -> None:
+    """Refuses to begin what would end, perhaps after hours, at an import."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"this command needs {', '.join(missing)}: pip install 'kvcompress[{extra}]'")
+
+
+def as_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise UsageError(f"--dtype must be one of {', '.join(kinds)}, got {name!r}")
+    return kinds[name]
+
+
+@contextlib.contextmanager
+def users_mistakes() -> Iterator[None]:
+    """Within it, an error about values is the user's mistake, because nothing but the user's values is looked at."""
+    from kvcompress.loading import ModelUnavailableError
+
+    try:
+        yield
+    except (ValueError, ModelUnavailableError) as error:
+        raise UsageError(str(error)) from error
+
+
+def is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
+
+
+def parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"a length must be a number of tokens, got {text!r}") from None
+
+
+def as_budget(text: str) -> int | float:
+    """A count of tokens where it is written as an integer, else a fraction."""
+    try:
+        budget = int(text)
+    except ValueError:
+        try:
+            fraction = float(text)
+        except ValueError:
+            fraction = -1.0
+        if not 0.0 < fraction <= 1.0:
+            raise UsageError(
+                f"a budget must be a fraction in (0, 1] such as 0.2, or a count of tokens such as 512; got {text!r}"
+            ) from None
+        return fraction
+    if budget < 1:
+        raise UsageError(f"a budget must be at least 1 token, got {text}")
+    return budget
+
+
+def as_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f'{option} must be a JSON object such as {{"data": "/folder"}}, got {text!r}')
+    return found
+
+
+def unescaped(text: str) -> str:
+    """A shell passes \\n as two characters."""
+    return text.replace("\\n", "\n")
+
+
+def check_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+def gibibytes(size: int) -> str:
+    value = size / 2**30
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}"

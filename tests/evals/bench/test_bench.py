@@ -1,0 +1,66 @@
+import json
+
+import pytest
+import torch
+
+from kvcompress.evals.bench import kernels as bench
+from kvcompress.kernels.common.runtime import INTERPRETED
+
+SMALL = bench.Shape(2, 4, 2, 40, 16)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is not timed")
+def test_every_row_agrees_and_is_written_with_its_provenance(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PREFILL", {"cpu": [SMALL]})
+    shapes = {name: (build, {"cpu": [SMALL]}) for name, (build, _) in bench.CASES.items()}
+    monkeypatch.setattr(bench, "CASES", shapes)
+    path = tmp_path / "rows.json"
+    assert bench.main(["--device", "cpu", "--attempts", "2", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert {row["kernel"] for row in report["rows"]} >= {"causal_attention", "decode_and_evict", "merge_states"}
+    for row in report["rows"]:
+        assert row["agrees"]
+        assert row["achieved"].keys() == row["seconds"].keys() >= {"ours"}
+        assert row["limit"] == report["limits"][row["unit"]]
+    assert "versions" in report["provenance"]
+    assert "ours takes 1.00x" in capsys.readouterr().out
+
+
+def row(variants, oracle="reference", **amount):
+    case = bench.Case("kernel", SMALL, variants, oracle, **amount)
+    clock = bench.Clock(torch.device("cpu"))
+    return bench.measure(case, clock, {"GB/s": 10.0, "TFLOP/s": 1.0}, attempts=3, dtype=torch.float32)
+
+
+def test_a_wrong_result_is_said_and_is_the_exit_status(capsys):
+    one, two = torch.ones(3), torch.full((3,), 2.0)
+    assert row({"ours": lambda: one, "reference": lambda: one}, bytes=1).agrees
+    wrong = row({"ours": lambda: two, "reference": lambda: one}, bytes=1)
+    assert not wrong.agrees
+    bench.print_row(wrong)
+    assert "RESULTS DISAGREE" in capsys.readouterr().out
+    # of the pairs of a tuple, what an alternative does not compute is not compared
+    assert row({"ours": lambda: (one, two), "sdpa": lambda: (one, None)}, oracle="ours", bytes=1).agrees
+    assert not row({"ours": lambda: (one, two), "reference": lambda: (one, one)}, bytes=1).agrees
+
+
+def test_a_variant_that_runs_out_of_memory_leaves_the_row(capsys):
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    found = row({"ours": lambda: torch.ones(1), "reference": too_large}, oracle="ours", bytes=1)
+    assert found.seconds.keys() == {"ours"}
+    assert found.agrees
+
+
+def test_what_bounds_a_kernel_is_its_unit():
+    call = {"ours": lambda: torch.ones(1), "reference": lambda: torch.ones(1)}
+    assert row(call, bytes=10**9).unit == "GB/s"
+    fast = row(call, flops=10**12)
+    assert fast.unit == "TFLOP/s"
+    assert fast.achieved["ours"] == pytest.approx(1 / fast.seconds["ours"]["median"])
+
+
+def test_a_spread_is_of_quantiles():
+    assert bench.spread([1.0]) == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    assert bench.spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == pytest.approx({"median": 3.5, "p20": 2.0, "p80": 5.0})
