@@ -30,8 +30,8 @@ from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, 
 from kvcompress.kernels.common.split_attention import split_keys
 from kvcompress.kernels.common.tile import MIN_SIDE, dot, tile_width, triton_type, wide
 from kvcompress.kernels.quantise import (
-    Coding,
-    Packed,
+    QuantizedTensor,
+    QuantScheme,
     blocks_apart,
     check_coding,
     coding_constants,
@@ -42,8 +42,8 @@ from kvcompress.kernels.quantise import (
 
 def residual_factors(
     x: Tensor,
-    packed: Packed,
-    coding: Coding,
+    packed: QuantizedTensor,
+    coding: QuantScheme,
     rank: int,
     present: Tensor | None = None,
     *,
@@ -94,8 +94,8 @@ def residual_factors(
 
 def residual_factors_reference(
     x: Tensor,
-    packed: Packed,
-    coding: Coding,
+    packed: QuantizedTensor,
+    coding: QuantScheme,
     rank: int,
     present: Tensor | None = None,
     *,
@@ -120,17 +120,23 @@ def first_basis(head_dim: int, rank: int, device: torch.device) -> Tensor:
     return torch.rand(head_dim, rank, generator=generator).to(device)
 
 
-def _residual(x: Tensor, packed: Packed, coding: Coding, present: Tensor | None, blocks: slice) -> Tensor:
+def _residual(x: Tensor, packed: QuantizedTensor, coding: QuantScheme, present: Tensor | None, blocks: slice) -> Tensor:
     """[batch, kv_heads, tokens, head_dim] of these blocks."""
     parts = (None if part is None else part[:, :, blocks] for part in packed[:5])
-    residual = x[:, :, blocks].float() - dequantise(Packed(*parts), coding)  # type: ignore[arg-type]
+    residual = x[:, :, blocks].float() - dequantise(QuantizedTensor(*parts), coding)  # type: ignore[arg-type]
     if present is not None:
         residual.masked_fill_(~present[:, None, blocks, None, None], 0.0)
     return residual.flatten(2, 3)
 
 
 def _launch(
-    x: Tensor, packed: Packed, coding: Coding, rank: int, present: Tensor | None, loops: int, dtype: torch.dtype
+    x: Tensor,
+    packed: QuantizedTensor,
+    coding: QuantScheme,
+    rank: int,
+    present: Tensor | None,
+    loops: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, blocks, block, head_dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()

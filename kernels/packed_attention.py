@@ -7,10 +7,10 @@ low-rank factors; kernels/quantise.py says how they are stored)
 
 so that the low-rank terms cost rank, not head_dim, operations a token, and nothing of full size is ever built.
 
-Bytes: batch * kv_heads * blocks * (Coding.bytes of keys + that of values), each read once for all query heads of a
+Bytes: batch * kv_heads * blocks * (QuantScheme.bytes of keys + that of values), each read once for all query heads of a
 group. Flops 4 * batch * heads * queries * tokens * (head_dim + rank), and some 5 operations to decode a number:
 bound by bandwidth at 8 bits, by the decoding below. The bound on the speed-up over 16-bit keys and values is
-32 * block * head_dim / (8 * (both Coding.bytes)), 6.4 at 2 bits and groups of 64.
+32 * block * head_dim / (8 * (both QuantScheme.bytes)), 6.4 at 2 bits and groups of 64.
 """
 
 from collections.abc import Iterator
@@ -36,8 +36,8 @@ from kvcompress.kernels.common.tile import (
 )
 from kvcompress.kernels.merge import merge_stack
 from kvcompress.kernels.quantise import (
-    Coding,
-    Packed,
+    QuantizedTensor,
+    QuantScheme,
     check_coding,
     coding_constants,
     dequantise,
@@ -47,10 +47,10 @@ from kvcompress.kernels.quantise import (
 
 def packed_attention(
     query: Tensor,
-    keys: Packed,
-    values: Packed,
-    key_coding: Coding,
-    value_coding: Coding,
+    keys: QuantizedTensor,
+    values: QuantizedTensor,
+    key_coding: QuantScheme,
+    value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
     *,
@@ -69,7 +69,7 @@ def packed_attention(
         key_coding, value_coding: how they are packed.
         positions: [batch, 1 or kv_heads, blocks * block] int32, the position of each token; -1: nothing there.
         query_positions: [batch, queries] int32; read only where there is a window.
-        spans: [batch, blocks] int32, which basis (`Packed.right`) a block has. None: all have the first.
+        spans: [batch, blocks] int32, which basis (`QuantizedTensor.right`) a block has. None: all have the first.
         offsets: [batch, heads, queries] float32, added to a query's q.k with every token: what the part of the keys
             comes to that all of them share and none has packed. None: nothing.
         scale: factor of q.k.
@@ -95,10 +95,10 @@ def packed_attention(
 
 def packed_attention_reference(
     query: Tensor,
-    keys: Packed,
-    values: Packed,
-    key_coding: Coding,
-    value_coding: Coding,
+    keys: QuantizedTensor,
+    values: QuantizedTensor,
+    key_coding: QuantScheme,
+    value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
     *,
@@ -131,10 +131,10 @@ def packed_attention_reference(
 
 def _check(
     query: Tensor,
-    keys: Packed,
-    values: Packed,
-    key_coding: Coding,
-    value_coding: Coding,
+    keys: QuantizedTensor,
+    values: QuantizedTensor,
+    key_coding: QuantScheme,
+    value_coding: QuantScheme,
     positions: Tensor,
     spans: Tensor | None,
     offsets: Tensor | None,
@@ -170,7 +170,7 @@ def _check(
         raise ValueError(f"packed_attention reports the logits of one query, got query {list(query.shape)}")
 
 
-def _parts(packed: Packed, coding: Coding) -> tuple[list[Tensor], list[int]]:
+def _parts(packed: QuantizedTensor, coding: QuantScheme) -> tuple[list[Tensor], list[int]]:
     """A packed tensor as an op's schema can say it: the tensors that are there, and the coding in numbers."""
     outliers = 0 if packed.outlier_index is None else coding.outliers
     rank = 0 if packed.left is None else packed.left.shape[-1]
@@ -178,11 +178,11 @@ def _parts(packed: Packed, coding: Coding) -> tuple[list[Tensor], list[int]]:
     return [part for part in packed if part is not None], settings
 
 
-def _whole(parts: list[Tensor], settings: list[int]) -> tuple[Packed, Coding]:
+def _whole(parts: list[Tensor], settings: list[int]) -> tuple[QuantizedTensor, QuantScheme]:
     bits, group, per_channel, outliers, rank = settings
-    coding = Coding(bits, group, "channel" if per_channel else "token", outliers, rank)
+    coding = QuantScheme(bits, group, "channel" if per_channel else "token", outliers, rank)
     sparse = parts[3:5] if outliers else [None, None]
-    return Packed(*parts[:3], *sparse, *(parts[-2:] if rank else [])), coding
+    return QuantizedTensor(*parts[:3], *sparse, *(parts[-2:] if rank else [])), coding
 
 
 def _packed_attention_fake(
@@ -235,10 +235,10 @@ def _packed_attention(
 
 def _launch(
     query: Tensor,
-    keys: Packed,
-    key_coding: Coding,
-    values: Packed,
-    value_coding: Coding,
+    keys: QuantizedTensor,
+    key_coding: QuantScheme,
+    values: QuantizedTensor,
+    value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
     spans: Tensor | None,
@@ -287,10 +287,10 @@ def _launch(
 
 
 def _constants(
-    keys: Packed,
-    key_coding: Coding,
-    values: Packed,
-    value_coding: Coding,
+    keys: QuantizedTensor,
+    key_coding: QuantScheme,
+    values: QuantizedTensor,
+    value_coding: QuantScheme,
     tile: TileShape,
     head_dim: int,
     value_dim: int,

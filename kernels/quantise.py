@@ -17,7 +17,7 @@ of the range of a group of the rest; the outliers of a value are chosen within e
 so that heads stay independent.
 
 Bytes a block and head: block * head_dim * element size read, block * head_dim * bits / 8 and what scales, zeros and
-outliers take (`Coding.bytes`) written, in one pass; some 6 + 6 c operations a number: bound by bandwidth.
+outliers take (`QuantScheme.bytes`) written, in one pass; some 6 + 6 c operations a number: bound by bandwidth.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from kvcompress.kernels.common.tile import tile_width, triton_type
 _LARGEST = 65504.0
 
 
-class Coding(NamedTuple):
+class QuantScheme(NamedTuple):
     """How one tensor is packed.
 
     Attributes:
@@ -64,7 +64,7 @@ class Coding(NamedTuple):
         return codes + 4 * groups[0] * groups[1] + 6 * self.outliers * vectors + 2 * block * self.rank
 
 
-class Packed(NamedTuple):
+class QuantizedTensor(NamedTuple):
     """Blocks of tokens as `quantise` packs them; every block is independent of the others.
 
     Attributes:
@@ -87,7 +87,7 @@ class Packed(NamedTuple):
     right: Tensor | None = None
 
 
-def quantise(x: Tensor, coding: Coding) -> Packed:
+def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     """Packs whole blocks of keys or values. A group that holds a number that is not finite decodes to NaN.
 
     Args:
@@ -101,10 +101,10 @@ def quantise(x: Tensor, coding: Coding) -> Packed:
         ValueError: for a block, head_dim or coding that cannot be packed.
     """
     check_coding(coding, x.shape[-2], x.shape[-1])
-    return Packed(*_quantise(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers))
+    return QuantizedTensor(*_quantise(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers))
 
 
-def quantise_reference(x: Tensor, coding: Coding) -> Packed:
+def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     """What quantise means, in plain PyTorch: the oracle of its test and its path on a CPU."""
     # what is not finite has no place in an order: it makes its group NaN, and is 0 in all else
     unknown = x.float() - x.float()
@@ -132,11 +132,11 @@ def quantise_reference(x: Tensor, coding: Coding) -> Packed:
         rest = x - (spread[0] + spread[1] * codes)
         values = rest.gather(dim, index).clamp_(-_LARGEST, _LARGEST).half()
         index = index.to(torch.uint8)
-    return Packed(pack_codes(codes.to(torch.uint8), coding.bits), scales, zeros, values, index)
+    return QuantizedTensor(pack_codes(codes.to(torch.uint8), coding.bits), scales, zeros, values, index)
 
 
 def dequantise(
-    packed: Packed, coding: Coding, dtype: torch.dtype = torch.float32, spans: Tensor | None = None
+    packed: QuantizedTensor, coding: QuantScheme, dtype: torch.dtype = torch.float32, spans: Tensor | None = None
 ) -> Tensor:
     """The tensor that packed blocks stand for, sparse and low-rank terms included, in plain PyTorch.
 
@@ -164,7 +164,7 @@ def dequantise(
     return x.to(dtype)
 
 
-def stored_blocks(packed: Packed) -> tuple[Packed, int, int]:
+def stored_blocks(packed: QuantizedTensor) -> tuple[QuantizedTensor, int, int]:
     """The packed tensors as kernels address them: a block is contiguous, and the one behind it lies behind it.
 
     Returns:
@@ -177,10 +177,10 @@ def stored_blocks(packed: Packed) -> tuple[Packed, int, int]:
         (steps,) = strides
         return packed, int(steps[0]), int(steps[1])
     copied = (None if part is None else part.contiguous() for part in packed)
-    return Packed(*copied), packed.codes.shape[1] * packed.codes.shape[2], packed.codes.shape[2]  # type: ignore[arg-type]
+    return QuantizedTensor(*copied), packed.codes.shape[1] * packed.codes.shape[2], packed.codes.shape[2]  # type: ignore[arg-type]
 
 
-def coding_constants(coding: Coding, packed: Packed, block: int, head_dim: int) -> dict[str, int | bool]:
+def coding_constants(coding: QuantScheme, packed: QuantizedTensor, block: int, head_dim: int) -> dict[str, int | bool]:
     """The compile-time arguments of a kernel that decodes."""
     per_channel = coding.axis == "channel"
     return {
@@ -217,7 +217,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     return _unpack_plane(packed, bits)
 
 
-def check_coding(coding: Coding, block: int, head_dim: int) -> None:
+def check_coding(coding: QuantScheme, block: int, head_dim: int) -> None:
     """Raises ValueError where such a block cannot be packed."""
     if coding.bits not in (2, 3, 4, 8):
         raise ValueError(f"codes have 2, 3, 4 or 8 bits, got {coding.bits}")
@@ -275,7 +275,7 @@ def _outlier_index(x: Tensor, outliers: int, dim: int) -> Tensor:
     return torch.cat(found, dim)
 
 
-def _group(x: Tensor, coding: Coding, fill: float) -> Tensor:
+def _group(x: Tensor, coding: QuantScheme, fill: float) -> Tensor:
     """[..., block, head_dim] with the numbers of a group as the last dimension, behind those of scales and zeros."""
     block, head_dim = x.shape[-2:]
     if coding.axis == "channel":
@@ -286,7 +286,7 @@ def _group(x: Tensor, coding: Coding, fill: float) -> Tensor:
     return x.unflatten(-1, (-1, coding.group))
 
 
-def spread_groups(groups: Tensor, coding: Coding, x: Tensor) -> Tensor:
+def spread_groups(groups: Tensor, coding: QuantScheme, x: Tensor) -> Tensor:
     """What a group has, [..., groups], for each of its numbers, broadcastable to x."""
     block, head_dim = x.shape[-2:]
     if coding.axis == "channel":
@@ -306,7 +306,7 @@ def _round_down(x: Tensor) -> Tensor:
 
 def _quantise_fake(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
     batch, kv_heads, blocks, block, head_dim = x.shape
-    coding = Coding(bits, group, "channel" if per_channel else "token", outliers)
+    coding = QuantScheme(bits, group, "channel" if per_channel else "token", outliers)
     shape = (batch, kv_heads, blocks)
     codes = x.new_empty(*shape, block * bits // 8, head_dim, dtype=torch.uint8)
     parts = [codes, *(x.new_empty(*shape, *coding.groups(block, head_dim), dtype=torch.float16) for _ in range(2))]
@@ -318,7 +318,7 @@ def _quantise_fake(x: Tensor, bits: int, group: int, per_channel: bool, outliers
 
 @compilable(_quantise_fake)
 def _quantise(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
-    coding = Coding(bits, group, "channel" if per_channel else "token", outliers)
+    coding = QuantScheme(bits, group, "channel" if per_channel else "token", outliers)
     if not runs_triton(x) or not x.numel():
         return _in_pieces(x, coding)
     parts = _quantise_fake(x, bits, group, per_channel, outliers)
@@ -326,7 +326,7 @@ def _quantise(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int
     return parts
 
 
-def _in_pieces(x: Tensor, coding: Coding) -> list[Tensor]:
+def _in_pieces(x: Tensor, coding: QuantScheme) -> list[Tensor]:
     """The reference, some blocks at a time: what it computes in float32 is a multiple of them."""
     parts = _quantise_fake(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers)
     for piece in blocks_apart(x):
@@ -347,7 +347,7 @@ def blocks_apart(x: Tensor) -> list[slice]:
 _PIECE = 2**16
 
 
-def _launch(x: Tensor, coding: Coding, parts: list[Tensor]) -> None:
+def _launch(x: Tensor, coding: QuantScheme, parts: list[Tensor]) -> None:
     _, kv_heads, blocks, block, head_dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     values, index = parts[3:] or (None, None)
@@ -359,7 +359,7 @@ def _launch(x: Tensor, coding: Coding, parts: list[Tensor]) -> None:
         )  # fmt: skip
 
 
-def _tiles(coding: Coding, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:
+def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:
     """The compile-time arguments, the programs of a block, and warps."""
     per_channel = coding.axis == "channel"
     planes = 8 if coding.bits == 3 else planes_of(coding.bits)
@@ -540,7 +540,7 @@ def aot_cases() -> Iterator[AotCase]:
     ):
         axes: tuple[Literal["channel", "token"], ...] = ("channel", "token")
         for axis in axes:
-            constants, _, warps = _tiles(Coding(bits, group, axis, outliers), block, head_dim)
+            constants, _, warps = _tiles(QuantScheme(bits, group, axis, outliers), block, head_dim)
             yield aot_case(
                 _quantise_kernel,
                 f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {bits} bits, block {block}, group {group}, "

@@ -52,7 +52,7 @@ class CompressedCache(hf.AttendingCache):
         self._model = weakref.ref(model)
         self.padding = self._record()
         super().__init__(layers=[self._layer(index, window, len(windows)) for index, window in enumerate(windows)])
-        self.layers[-1].ends = True
+        self.layers[-1].is_last = True
         self.padding.needs_even_positions = any(getattr(layer, "rope", None) is not None for layer in self.layers)
 
     def _record(self) -> PaddingRecord:
@@ -71,7 +71,7 @@ class CompressedCache(hf.AttendingCache):
                     "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
                 )
         # before the first layer comes the last one of the forward before; compiled steps look at this alone
-        if (behind := self.layers[layer_idx - 1]).in_hand is not None and behind is not self.layers[layer_idx]:
+        if (behind := self.layers[layer_idx - 1]).pending_kv is not None and behind is not self.layers[layer_idx]:
             raise RuntimeError(self._without_attention((layer_idx or len(self.layers)) - 1))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -102,7 +102,7 @@ class CompressedCache(hf.AttendingCache):
             RuntimeError: the forward did not come back to the layers through the attention function.
         """
         for index, layer in enumerate(self.layers):
-            if layer.in_hand is not None:
+            if layer.pending_kv is not None:
                 raise RuntimeError(self._without_attention(index))
 
     def is_traceable(self, tokens: int) -> bool:

@@ -32,7 +32,7 @@ def _untraced(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Ten
 
 
 @dataclass(frozen=True)
-class Chunk:
+class AttentionInput:
     """The tokens of one forward in one layer.
 
     query: [batch, heads, queries, head_dim], of the last of the tokens, in most models all of them.
@@ -68,7 +68,7 @@ class CompressedLayer(hf.CacheLayerMixin):
     # how many of a forward's last queries it must be given, where a model does not run them all; None for all
     queries_watched: int | None = None
     # last layer of the cache
-    ends = False
+    is_last = False
     # what it is fed makes it let go of other tokens
     evicts = False
     # forwards that read what is offloaded
@@ -76,22 +76,22 @@ class CompressedLayer(hf.CacheLayerMixin):
     # transformers' name; generate takes it back where it records for itself
     record_past = False
 
-    def __init__(self, padding: PaddingRecord, window: int | None = None, leads: bool = False) -> None:
+    def __init__(self, padding: PaddingRecord, window: int | None = None, is_first: bool = False) -> None:
         """
         Args:
             padding: the cache's record of padding.
             window: sliding window in tokens, None for full attention.
-            leads: first layer of the cache: it reads the mask for all.
+            is_first: first layer of the cache: it reads the mask for all.
         """
         super().__init__()
         self.padding = padding
         self.window = window
-        self.leads = leads
+        self.is_first = is_first
         self.is_sliding = window is not None
-        self.in_hand: tuple[Tensor, Tensor] | None = None
+        self.pending_kv: tuple[Tensor, Tensor] | None = None
         # layers that attend to what this one holds
-        self.followers = 0
-        self._left: tuple[Chunk, Callable[[Chunk], Tensor], Callable[[], None]] | None = None
+        self.kv_consumers = 0
+        self._left: tuple[AttentionInput, Callable[[AttentionInput], Tensor], Callable[[], None]] | None = None
         self._waiting = 0
         # forwards that came this far: where layers differ, one was interrupted. Compiled ones are not counted
         self.forwards_begun = self.forwards_ended = 0
@@ -102,22 +102,24 @@ class CompressedLayer(hf.CacheLayerMixin):
         """What the layer holds."""
         raise NotImplementedError
 
-    def _attend(self, chunk: Chunk) -> Tensor:
+    def _attend(self, chunk: AttentionInput) -> Tensor:
         """Stores the chunk; its attention to all that is held and to itself, [batch, heads, queries, head_dim].
 
         Where layers may follow this one, what changes the tokens held goes through `_leave`.
         """
         raise NotImplementedError
 
-    def _leave(self, chunk: Chunk, reread: Callable[[Chunk], Tensor], settle: Callable[[], None]) -> None:
+    def _leave(
+        self, chunk: AttentionInput, reread: Callable[[AttentionInput], Tensor], settle: Callable[[], None]
+    ) -> None:
         """Ends a forward, once every layer that follows this one has attended too.
 
         Args:
             reread: the attention of a chunk of the same tokens with other queries, before `settle`.
             settle: lets tokens go, or packs them.
         """
-        if self.followers:
-            self._left, self._waiting = (chunk, reread, settle), self.followers
+        if self.kv_consumers:
+            self._left, self._waiting = (chunk, reread, settle), self.kv_consumers
         else:
             settle()
 
@@ -127,7 +129,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         if self._left is not None:
             chunk, reread, settle = self._left
 
-            def there_and_back(chunk: Chunk) -> Tensor:
+            def there_and_back(chunk: AttentionInput) -> Tensor:
                 return reordered(reread(dataclasses.replace(chunk, query=reordered(chunk.query, order))), back)
 
             self._left = chunk, there_and_back, settle
@@ -204,8 +206,8 @@ class CompressedLayer(hf.CacheLayerMixin):
                 f"got keys of shape {list(key_states.shape)}; use one cache a batch, or cache.reset()"
             )
         # a cache keeps the dtype that it was filled in
-        self.in_hand = (key_states.detach().to(self.dtype), value_states.detach().to(self.dtype))
-        return hf.hand_over(key_states, self), value_states
+        self.pending_kv = (key_states.detach().to(self.dtype), value_states.detach().to(self.dtype))
+        return hf.tag_key(key_states, self), value_states
 
     def attend(
         self,
@@ -223,26 +225,26 @@ class CompressedLayer(hf.CacheLayerMixin):
             query: [batch, heads, queries, head_dim], of the last of those tokens.
             visible: [batch, tokens seen or tokens taken in] bool padding mask, or None.
         """
-        if self.in_hand is None:
+        if self.pending_kv is None:
             raise RuntimeError(
                 "a layer attends twice to what it handed to its cache once, which kvcompress does not serve; run the "
                 "model without this cache"
             )
         if torch.compiler.is_compiling():
-            if not self.is_traceable(self.in_hand[0].shape[2]):
+            if not self.is_traceable(self.pending_kv[0].shape[2]):
                 return _untraced(
                     self.attend, query, visible, scale=scale, softcap=softcap, sinks=sinks, position_ids=position_ids
                 )
-            return self._attend_in_hand(query, visible, scale, softcap, sinks, position_ids)
+            return self._attend_pending(query, visible, scale, softcap, sinks, position_ids)
         with ordinary_tensors(), torch.autocast(query.device.type, enabled=False):
-            out = self._attend_in_hand(query.to(self.dtype), visible, scale, softcap, sinks, position_ids)
+            out = self._attend_pending(query.to(self.dtype), visible, scale, softcap, sinks, position_ids)
             return out.to(query.dtype)
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can take a forward of so many tokens into its graph."""
         return False
 
-    def _attend_in_hand(
+    def _attend_pending(
         self,
         query: Tensor,
         visible: Tensor | None,
@@ -251,22 +253,22 @@ class CompressedLayer(hf.CacheLayerMixin):
         sinks: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
-        assert self.in_hand is not None
-        key, value = self.in_hand
+        assert self.pending_kv is not None
+        key, value = self.pending_kv
         tokens = key.shape[2]
         if not torch.compiler.is_compiling():
-            if self.leads:
+            if self.is_first:
                 self.padding.read(visible, key.shape[0], int(self.get_seq_length()), tokens, position_ids)
             if self.padding.remap is not None:
                 self._remap(self.padding.remap.to(key.device))
             self.forwards_begun += 1
         fresh = self.padding.fresh_of(visible, tokens)
-        out = self._attend(Chunk(query, key, value, fresh, scale, softcap, sinks))
-        self.in_hand = None
+        out = self._attend(AttentionInput(query, key, value, fresh, scale, softcap, sinks))
+        self.pending_kv = None
         self._count(tokens)
         if not torch.compiler.is_compiling():
             self.forwards_ended = self.forwards_begun
-            if self.ends:
+            if self.is_last:
                 self.padding.remap = self.padding.before = self.padding.ended = None
         return out
 
@@ -285,7 +287,7 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything, settings aside, and frees the memory."""
-        self.in_hand = self._left = None
+        self.pending_kv = self._left = None
         self.record_past = False
         self.forwards_begun = self.forwards_ended = 0
         self.is_initialized = False

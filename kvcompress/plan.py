@@ -161,7 +161,10 @@ def _slots(shape: Shape, budget: int, batch: int, item: int, packed: GEAR | None
     if packed is not None:
         blocks = -(-slots // SLOTS_A_BLOCK)
         slots = blocks * SLOTS_A_BLOCK
-        held = blocks * 2 * packed.of_a_token(shape.head_dim).bytes(SLOTS_A_BLOCK, shape.head_dim) + 4 * shape.head_dim
+        held = (
+            blocks * 2 * packed.per_token_scheme(shape.head_dim).bytes(SLOTS_A_BLOCK, shape.head_dim)
+            + 4 * shape.head_dim
+        )
     return batch * (shape.kv_heads * (held + slots * (4 + 4) + 8) + 3 * 4) + 8
 
 

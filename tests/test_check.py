@@ -16,9 +16,9 @@ from kvcompress.cli import main
 from kvcompress.hf.small import described, small_config, small_model
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.storage.low_rank import ShadowSegment
-from kvcompress.storage.quantized_blocks import PackedSegment
-from kvcompress.storage.quantized_slots import PackedSlots
-from kvcompress.storage.rerotated import RolledSlots
+from kvcompress.storage.quantized_blocks import QuantizedBlocks
+from kvcompress.storage.quantized_slots import QuantizedSlots
+from kvcompress.storage.rerotated import RerotatedSlots
 from kvcompress.storage.segment import DenseSegment, SlotSegment
 from kvcompress.swiftkv.cache import FollowingLayer
 from tests.cli.test_cli import folder  # noqa: F401
@@ -260,33 +260,33 @@ def test_an_evicting_cache_that_chooses_by_where_padding_stands_is_found(monkeyp
 
 
 def test_rolled_keys_at_wrong_places_are_found(monkeypatch):
-    monkeypatch.setattr(RolledSlots, "_indices", lambda self, real=RolledSlots._indices: real(self) // 2)
+    monkeypatch.setattr(RerotatedSlots, "_indices", lambda self, real=RerotatedSlots._indices: real(self) // 2)
     assert "budget 320, above the length" in fault("h2o:rolled=true")
 
 
 @pytest.mark.parametrize("cache", ["gear", "gear:bits=2", "gear:bits=8:rank=4", "kivi"])
 def test_codes_that_stand_for_other_numbers_are_found(monkeypatch, cache):
-    def append(self, key, value, *args, real=PackedSegment.append, **kwargs):
+    def append(self, key, value, *args, real=QuantizedBlocks.append, **kwargs):
         return real(self, key.roll(1, -2), value, *args, **kwargs)
 
-    monkeypatch.setattr(PackedSegment, "append", append)
+    monkeypatch.setattr(QuantizedBlocks, "append", append)
     assert "keys of layer 0 are missed by" in fault(cache)
 
 
 @pytest.mark.parametrize("cache", ["gear", "kivi"])
 def test_codes_that_are_read_wrongly_are_found(monkeypatch, cache):
-    def attend(self, query, *args, real=PackedSegment.attend, **kwargs):
+    def attend(self, query, *args, real=QuantizedBlocks.attend, **kwargs):
         return real(self, query * 1.3, *args, **kwargs)
 
-    monkeypatch.setattr(PackedSegment, "attend", attend)
+    monkeypatch.setattr(QuantizedBlocks, "attend", attend)
     assert "8 bits: codes of 8 bits lose" in fault(cache)
 
 
 def test_packed_slots_that_are_read_wrongly_are_found(monkeypatch):
-    def attend(self, query, *args, real=PackedSlots._attend, **kwargs):
+    def attend(self, query, *args, real=QuantizedSlots._attend, **kwargs):
         return real(self, query * 1.3, *args, **kwargs)
 
-    monkeypatch.setattr(PackedSlots, "_attend", attend)
+    monkeypatch.setattr(QuantizedSlots, "_attend", attend)
     assert "8 bits, budget 320, above the length: codes of 8 bits lose" in fault("h2o:bits=4")
 
 

@@ -48,7 +48,7 @@ from kvcompress.kernels.evict import choose_victim, choose_victim_reference
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
 from kvcompress.kernels.merge import merge_states, merge_states_reference
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import Coding, Packed, dequantise, quantise, quantise_reference
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise, quantise_reference
 
 # a reference that builds more than this many logits is not run
 _MOST_LOGITS = 2**29
@@ -255,17 +255,20 @@ def packed_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     blocks = (shape.batch, shape.kv_heads, shape.tokens // block, block, shape.head_dim)
     keys, values = (_random(*blocks, dtype=dtype, device=device) for _ in range(2))
     for name, (bits, group, outliers, rank) in _CODINGS.items():
-        key_coding, value_coding = Coding(bits, group, "channel", outliers), Coding(bits, group, "token", outliers)
+        key_coding, value_coding = (
+            QuantScheme(bits, group, "channel", outliers),
+            QuantScheme(bits, group, "token", outliers),
+        )
         yield from _packing_cases(name, shape, keys, key_coding, rank)
         yield _packed_step(name, shape, keys, values, key_coding._replace(rank=rank), value_coding._replace(rank=rank))
 
 
-def _packing_cases(name: str, shape: Shape, keys: Tensor, coding: Coding, rank: int) -> Iterator[Case]:
+def _packing_cases(name: str, shape: Shape, keys: Tensor, coding: QuantScheme, rank: int) -> Iterator[Case]:
     owners, block, head_dim = keys.shape[:3].numel(), *keys.shape[3:]
     read, stored = keys.numel() * keys.element_size(), owners * coding.bytes(block, head_dim)
     packed = quantise(keys, coding)
 
-    def error(packed: Packed) -> Tensor:
+    def error(packed: QuantizedTensor) -> Tensor:
         return (dequantise(packed, coding) - keys).flatten(2).norm(dim=-1)
 
     # codes of numbers midway between two may differ, scales and the error as a whole may not
@@ -292,7 +295,7 @@ def _packing_cases(name: str, shape: Shape, keys: Tensor, coding: Coding, rank: 
 
 
 def _packed_step(
-    name: str, shape: Shape, keys: Tensor, values: Tensor, key_coding: Coding, value_coding: Coding
+    name: str, shape: Shape, keys: Tensor, values: Tensor, key_coding: QuantScheme, value_coding: QuantScheme
 ) -> Case:
     batch, heads, kv_heads, tokens, head_dim = shape
     scale = head_dim**-0.5
@@ -301,7 +304,7 @@ def _packed_step(
     positions = torch.arange(key.shape[2], dtype=torch.int32, device=keys.device).repeat(batch, 1, 1)
     at = torch.full((batch, 1), tokens, dtype=torch.int32, device=keys.device)
 
-    def pack(x: Tensor, coding: Coding) -> Packed:
+    def pack(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
         packed = quantise(x, coding)
         if not coding.rank:
             return packed

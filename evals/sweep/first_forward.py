@@ -44,7 +44,7 @@ class FirstForward:
         attend = type(layer).attend
 
         def recording(query: Tensor, visible: Tensor | None, **kwargs: Any) -> Tensor:
-            keys, values = layer.in_hand
+            keys, values = layer.pending_kv
             self._calls.append(_Call(keys, values, query, visible, kwargs))
             return attend(layer, query, visible, **kwargs)
 

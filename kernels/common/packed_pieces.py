@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.quantise import Coding, Packed, spread_groups, unpack_codes
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, spread_groups, unpack_codes
 
 # numbers that a piece decodes at once: 1 MB in float32, which a core's cache holds
 _PIECE = 2**18
@@ -21,10 +21,10 @@ _FOLDED = 8
 
 def attend_in_pieces(
     query: Tensor,
-    keys: Packed,
-    key_coding: Coding,
-    values: Packed,
-    value_coding: Coding,
+    keys: QuantizedTensor,
+    key_coding: QuantScheme,
+    values: QuantizedTensor,
+    value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
     spans: Tensor | None,
@@ -88,7 +88,7 @@ def _pieces(blocks: int, numbers: int) -> list[slice]:
 
 
 def _key_products(
-    rows: Tensor, keys: Packed, coding: Coding, pieces: list[slice], spans: Tensor | None, room: Tensor
+    rows: Tensor, keys: QuantizedTensor, coding: QuantScheme, pieces: list[slice], spans: Tensor | None, room: Tensor
 ) -> Tensor:
     """rows @ keys^T, [batch, kv_heads, rows, tokens]."""
     blocks, block = keys.codes.shape[2], keys.codes.shape[3] * 8 // coding.bits
@@ -117,7 +117,12 @@ def _key_products(
 
 
 def _value_products(
-    weights: Tensor, values: Packed, coding: Coding, pieces: list[slice], spans: Tensor | None, room: Tensor
+    weights: Tensor,
+    values: QuantizedTensor,
+    coding: QuantScheme,
+    pieces: list[slice],
+    spans: Tensor | None,
+    room: Tensor,
 ) -> Tensor:
     """weights @ values, [batch, kv_heads, rows, value_dim]."""
     block, value_dim = values.codes.shape[3] * 8 // coding.bits, values.codes.shape[-1]
@@ -145,17 +150,17 @@ def _value_products(
     return out
 
 
-def _is_folded(packed: Packed, coding: Coding, rows: int, axis: str, length: int) -> bool:
+def _is_folded(packed: QuantizedTensor, coding: QuantScheme, rows: int, axis: str, length: int) -> bool:
     return coding.axis == axis and packed.outlier_index is None and min(coding.group, length) >= _FOLDED * rows
 
 
-def _codes(packed: Packed, coding: Coding, piece: slice, room: Tensor) -> Tensor:
+def _codes(packed: QuantizedTensor, coding: QuantScheme, piece: slice, room: Tensor) -> Tensor:
     """Codes of some blocks as floats, in the room: [batch, kv_heads, blocks, block, head_dim]."""
     codes = unpack_codes(packed.codes[:, :, piece], coding.bits)
     return room[: codes.numel()].view(codes.shape).copy_(codes)
 
 
-def _decoded(codes: Tensor, packed: Packed, coding: Coding, piece: slice) -> Tensor:
+def _decoded(codes: Tensor, packed: QuantizedTensor, coding: QuantScheme, piece: slice) -> Tensor:
     """What codes stand for, in place; low-rank terms are not in it."""
     scales, zeros = (
         spread_groups(x[:, :, piece].to(codes.dtype), coding, codes) for x in (packed.scales, packed.zeros)

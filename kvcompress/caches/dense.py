@@ -8,7 +8,7 @@ from torch import Tensor
 from kvcompress.cache import CompressedCache
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import Chunk, CompressedLayer, ordinary_tensors
+from kvcompress.layer import AttentionInput, CompressedLayer, ordinary_tensors
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.storage.segment import DenseSegment, Segment
 
@@ -28,19 +28,19 @@ class DenseLayer(CompressedLayer):
     def segments(self) -> list[Segment]:
         return [] if self.dense is None else [self.dense]
 
-    def _attend(self, chunk: Chunk) -> Tensor:
+    def _attend(self, chunk: AttentionInput) -> Tensor:
         self._store(chunk)
         out = self._reread(chunk)
         self._leave(chunk, self._reread, self._drop)
         return out
 
-    def _reread(self, chunk: Chunk) -> Tensor:
+    def _reread(self, chunk: AttentionInput) -> Tensor:
         out, lse = self._read(chunk)
         if chunk.sinks is not None:
             out, _ = merge_states(*with_sinks([out], [lse], chunk.sinks))
         return out
 
-    def _attend_dense(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _attend_dense(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
         """Stores the chunk; its attention to what is stored here, and the log-sum-exp of that."""
         self._store(chunk)
         answer = self._read(chunk)
@@ -62,14 +62,14 @@ class DenseLayer(CompressedLayer):
             self.lazy_initialization(empty, empty)
         return self.dense.room(like.shape[1])
 
-    def _store(self, chunk: Chunk) -> None:
+    def _store(self, chunk: AttentionInput) -> None:
         if self.dense is None:
             self.dense = self.storage(chunk.key, chunk.value)
         elif self.record_past:
             self._let_go()
         self.dense.append(chunk.key, chunk.value, chunk.visible)
 
-    def _read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _read(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
         assert self.dense is not None
         key, value, visible = self.dense.held()
         order = own_order = None
@@ -170,4 +170,4 @@ class DenseCache(CompressedCache):
     """
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return DenseLayer(self.padding, window, leads=index == 0)
+        return DenseLayer(self.padding, window, is_first=index == 0)

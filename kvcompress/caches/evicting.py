@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from kvcompress import hf, policies
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import count_or_fraction
-from kvcompress.caches.evicting_layer import EvictingLayer, RolledLayer
+from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.reconstruction import RereadLayer, read_again
-from kvcompress.hf.tensor_parallel import Ranks
+from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.policies.allocation import Allocation, layer_budgets
 from kvcompress.policies.gear import GEAR
@@ -69,13 +69,13 @@ class EvictingCache(CompressedCache):
         self.rolled = rolled
         self.packed = packed
         if packed is not None:
-            packed.of_a_token(hf.head_counts(hf.text_config(model))[2])
+            packed.per_token_scheme(hf.head_counts(hf.text_config(model))[2])
             if rolled:
                 raise ValueError("rolled keeps keys without rotation, and cannot be combined with packed")
         super().__init__(model)
         if policy.rereads is not None and rolled:
             raise ValueError(f"rolled cannot be combined with {type(policy).__name__}, which reads tokens twice")
-        if rolled and not any(isinstance(layer, RolledLayer) or layer.is_sliding for layer in self.layers):
+        if rolled and not any(isinstance(layer, RerotatedLayer) or layer.is_sliding for layer in self.layers):
             raise ValueError(
                 f"rolled closes up rotary positions, and {type(model).__name__} has none; leave it off, "
                 "and stay within the positions the model knows"
@@ -91,7 +91,7 @@ class EvictingCache(CompressedCache):
         kind = EvictingLayer
         # a sliding layer's distances never exceed its window, and a layer without positions has none to close up
         if self.rolled and window is None and rope is not None:
-            kind = RolledLayer
+            kind = RerotatedLayer
         elif self.policy.rereads is not None:
             kind = RereadLayer
         return kind(
@@ -99,10 +99,10 @@ class EvictingCache(CompressedCache):
             self.policy,
             budget,
             window,
-            leads=index == 0,
+            is_first=index == 0,
             rope=rope,
             packed=self.packed,
-            ranks=Ranks.of(model),
+            ranks=TPGroup.of(model),
         )
 
     @ordinary_tensors()

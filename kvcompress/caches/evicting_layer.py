@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from kvcompress import hf
-from kvcompress.hf.tensor_parallel import Ranks
+from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.decode_evict import decode_and_evict
 from kvcompress.kernels.evict import choose_victim, ranked
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.policy import Candidates, Policy
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
-from kvcompress.storage.quantized_slots import PackedSlots
-from kvcompress.storage.rerotated import RolledSlots
+from kvcompress.storage.quantized_slots import QuantizedSlots
+from kvcompress.storage.rerotated import RerotatedSlots
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import EMPTY, Segment, SlotSegment
 
@@ -44,21 +44,21 @@ class EvictingLayer(CompressedLayer):
         policy: Policy,
         budget: int | float,
         window: int | None = None,
-        leads: bool = False,
+        is_first: bool = False,
         rope: Rope | None = None,
         packed: GEAR | None = None,
-        ranks: Ranks | None = None,
+        ranks: TPGroup | None = None,
     ) -> None:
         """
         Args:
             policy: what to keep.
             budget: tokens kept a sequence and KV head, or a fraction of the real tokens seen so far.
-            padding, window, leads: as in CompressedLayer.
+            padding, window, is_first: as in CompressedLayer.
             rope: the layer's rotary embedding, where the policy uses it.
             packed: how slots are encoded; None for as they come.
             ranks: the processes that share the layer's heads; None: this one has them all.
         """
-        super().__init__(padding, window, leads)
+        super().__init__(padding, window, is_first)
         self.ranks = ranks
         self.policy = policy
         self.budget = budget
@@ -146,7 +146,7 @@ class EvictingLayer(CompressedLayer):
 
     def _remap(self, remap: Tensor) -> None:
         assert self.slots is not None
-        if self.leads:
+        if self.is_first:
             self._warn_of_filler(remap)
         positions = self.slots.positions
         rows = remap[:, None].expand(-1, positions.shape[1], -1)
@@ -167,7 +167,7 @@ class EvictingLayer(CompressedLayer):
                 stacklevel=2,
             )
 
-    def _attend(self, chunk: Chunk) -> Tensor:
+    def _attend(self, chunk: AttentionInput) -> Tensor:
         if self.slots is not None and chunk.tokens == 1:
             return self._decode(chunk)
         if self.window is None or chunk.tokens == 1 or chunk.visible is None:
@@ -188,7 +188,7 @@ class EvictingLayer(CompressedLayer):
 
     # one token: it takes the spare slot, and the slots answer alone
 
-    def _decode(self, chunk: Chunk) -> Tensor:
+    def _decode(self, chunk: AttentionInput) -> Tensor:
         slots = self.slots
         assert slots is not None
         self._make_room(1)
@@ -198,7 +198,7 @@ class EvictingLayer(CompressedLayer):
         if chunk.visible is not None:
             at = torch.where(chunk.visible[:, 0], at, EMPTY)
         plain = self.rope is None and self.packed is None
-        if self.policy.memory is not None and plain and not self.followers and runs_triton(chunk.query):
+        if self.policy.memory is not None and plain and not self.kv_consumers and runs_triton(chunk.query):
             return self._decode_at_once(chunk, slots, at)
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self._place(chunk, self.lengths[:, None].clone())
@@ -214,7 +214,7 @@ class EvictingLayer(CompressedLayer):
             sink_logits=chunk.sinks,
         )
 
-        def reread(chunk: Chunk) -> Tensor:
+        def reread(chunk: AttentionInput) -> Tensor:
             # the token lies in the slots already, and counts in none of the lengths yet
             placed, query_positions = self._place(chunk, self.lengths[:, None])
             how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
@@ -231,7 +231,7 @@ class EvictingLayer(CompressedLayer):
         self._leave(chunk, reread, settle)
         return out
 
-    def _decode_at_once(self, chunk: Chunk, slots: SlotSegment, at: Tensor) -> Tensor:
+    def _decode_at_once(self, chunk: AttentionInput, slots: SlotSegment, at: Tensor) -> Tensor:
         assert self.policy.memory is not None
         out = decode_and_evict(
             chunk.query,
@@ -255,11 +255,13 @@ class EvictingLayer(CompressedLayer):
         self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
         return out
 
-    def _place(self, chunk: Chunk, query_positions: Tensor) -> tuple[Chunk, Tensor]:
-        """The chunk as it meets the slots' `placed_keys`, and the positions its queries then have, [batch, queries]."""
+    def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
+        """The chunk as it meets the slots' `rotated_keys`, and its queries' positions then, [batch, queries]."""
         return chunk, query_positions
 
-    def _score_step(self, slots: SlotSegment, chunk: Chunk, query_positions: Tensor, attention: Tensor) -> None:
+    def _score_step(
+        self, slots: SlotSegment, chunk: AttentionInput, query_positions: Tensor, attention: Tensor
+    ) -> None:
         positions, scores = slots.positions, slots.scores
         spare = slots.spare[..., None]
         if self.policy.static:
@@ -296,13 +298,13 @@ class EvictingLayer(CompressedLayer):
 
     # a chunk: attention to the slots and, causally, to itself; then slots and chunk compete
 
-    def _extend(self, chunk: Chunk) -> Tensor:
+    def _extend(self, chunk: AttentionInput) -> Tensor:
         fresh = self.slots is None
         slots = self._allocate(chunk)
         how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
         places = self._query_positions(chunk)
 
-        def read(chunk: Chunk) -> tuple[Chunk, Tensor, Tensor, Tensor]:
+        def read(chunk: AttentionInput) -> tuple[AttentionInput, Tensor, Tensor, Tensor]:
             placed, query_positions = self._place(chunk, places[:, -chunk.queries :])
             out, lse = causal_attention(placed.query, placed.key, chunk.value, visible=chunk.visible, **how)
             outs, lses = [out], [lse]
@@ -328,8 +330,8 @@ class EvictingLayer(CompressedLayer):
 
     def _leave_chunk(
         self,
-        chunk: Chunk,
-        reread: Callable[[Chunk], Tensor],
+        chunk: AttentionInput,
+        reread: Callable[[AttentionInput], Tensor],
         settle: Callable[..., None],
         places: Tensor,
         attention: Tensor | None,
@@ -350,7 +352,7 @@ class EvictingLayer(CompressedLayer):
             # unguarded: another cache of the same shapes records a graph, and compiles nothing
             torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def _query_positions(self, chunk: Chunk) -> Tensor:
+    def _query_positions(self, chunk: AttentionInput) -> Tensor:
         if chunk.visible is None:
             places = torch.arange(chunk.tokens, dtype=torch.int32, device=chunk.key.device)[None]
         else:
@@ -358,7 +360,7 @@ class EvictingLayer(CompressedLayer):
         return self.lengths[:, None] + places
 
     def _observe(
-        self, chunk: Chunk, past: SlotSegment | None, query_positions: Tensor, lse: Tensor, how: dict[str, Any]
+        self, chunk: AttentionInput, past: SlotSegment | None, query_positions: Tensor, lse: Tensor, how: dict[str, Any]
     ) -> Tensor | None:
         """Attention received from the queries the policy observes, [batch, kv_heads, slots + tokens] float32."""
         last = self.policy.observes
@@ -384,7 +386,7 @@ class EvictingLayer(CompressedLayer):
 
     def _choose(
         self,
-        chunk: Chunk,
+        chunk: AttentionInput,
         slots: SlotSegment,
         places: Tensor,
         query_positions: Tensor,
@@ -441,7 +443,7 @@ class EvictingLayer(CompressedLayer):
         chosen = torch.arange(order.shape[-1], device=order.device) < self.limits[:, None, None]
         return torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)) & ~gone
 
-    def _allocate(self, chunk: Chunk) -> SlotSegment:
+    def _allocate(self, chunk: AttentionInput) -> SlotSegment:
         if self.slots is None:
             batch, device = chunk.key.shape[0], chunk.key.device
             self.limits, self.recents, self.lengths = (
@@ -506,7 +508,7 @@ class EvictingLayer(CompressedLayer):
             limits = torch.full_like(self.limits, self._limit(0))
         else:
             limits = (self.budget * lengths).int()
-            if self.leads and not self._told and not torch.compiler.is_compiling() and not lengths.is_cuda:
+            if self.is_first and not self._told and not torch.compiler.is_compiling() and not lengths.is_cuda:
                 self._warn_of_floor(limits, lengths, least)
             # what was granted stays; a compiled step cannot take more room
             limits = limits.clamp(min=least, max=self.window).clamp(max=self.slots.slots - 1).maximum(self.limits)
@@ -526,9 +528,9 @@ class EvictingLayer(CompressedLayer):
                 stacklevel=2,
             )
 
-    def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
+    def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         if self.packed is not None:
-            return PackedSlots(chunk.key, chunk.value, slots, self.packed.of_a_token(chunk.key.shape[-1]))
+            return QuantizedSlots(chunk.key, chunk.value, slots, self.packed.per_token_scheme(chunk.key.shape[-1]))
         return SlotSegment(chunk.key, chunk.value, slots)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -550,21 +552,21 @@ class EvictingLayer(CompressedLayer):
 
     def _restored_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
         if self.packed is not None:
-            coding = self.packed.of_a_token(tensors["keys.codes"].shape[-1])
-            return PackedSlots.restored(tensors, coding, getattr(torch, facts["dtype"]))
+            coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
+            return QuantizedSlots.restored(tensors, coding, getattr(torch, facts["dtype"]))
         return SlotSegment.from_tensors(tensors)
 
 
-class RolledLayer(EvictingLayer):
+class RerotatedLayer(EvictingLayer):
     """An evicting layer whose tokens are placed by their index among those kept."""
 
     @property
     def queries_watched(self) -> int | None:  # type: ignore[override]
         return None
 
-    def _place(self, chunk: Chunk, query_positions: Tensor) -> tuple[Chunk, Tensor]:
+    def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
         slots, rope = self.slots, self.rope
-        assert isinstance(slots, RolledSlots)
+        assert isinstance(slots, RerotatedSlots)
         assert rope is not None
         indices = query_positions + (slots.held() - self.lengths)[:, None]
         # float32 between the two turns: one rounding in place of two
@@ -574,7 +576,7 @@ class RolledLayer(EvictingLayer):
         )
         return dataclasses.replace(chunk, query=query, key=key), indices
 
-    def _new_slots(self, chunk: Chunk, slots: int) -> SlotSegment:
+    def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         return self._rolled(super()._new_slots(chunk, slots))
 
     def _restored_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
@@ -582,4 +584,4 @@ class RolledLayer(EvictingLayer):
 
     def _rolled(self, slots: SlotSegment) -> SlotSegment:
         assert self.rope is not None
-        return RolledSlots.rolled(slots, self.rope)
+        return RerotatedSlots.rolled(slots, self.rope)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
-from kvcompress.caches.quantized_layer import GEARLayer
+from kvcompress.caches.quantized_layer import QuantizedLayer
 from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.policies.gear import GEAR, Backbone, preset
 
@@ -109,12 +109,12 @@ class GEARCache(CompressedCache):
                     f"tokens={tokens}, head_dim], got {found}"
                 )
         for layer, pair in zip(self.layers, held, strict=True):
-            assert isinstance(layer, GEARLayer)
+            assert isinstance(layer, QuantizedLayer)
             layer.fill(*pair)
         return self
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return GEARLayer(self.padding, self.settings, window, leads=index == 0)
+        return QuantizedLayer(self.padding, self.settings, window, is_first=index == 0)
 
     def _settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.settings)

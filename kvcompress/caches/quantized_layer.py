@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.policies.gear import GEAR
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered, warn_of_short_windows
-from kvcompress.storage.quantized_blocks import PackedSegment, TailSegment
+from kvcompress.storage.quantized_blocks import QuantizedBlocks, TailSegment
 from kvcompress.storage.segment import EMPTY, Segment
 
 # a forward of at most so many tokens may be a draft, which can be taken back: its tokens are not packed at once; a
@@ -26,22 +26,24 @@ from kvcompress.storage.segment import EMPTY, Segment
 DRAFT = 32
 
 
-class GEARLayer(CompressedLayer):
+class QuantizedLayer(CompressedLayer):
     """One layer's packed blocks, of prompts and of decoded tokens, and the tail before them."""
 
     is_croppable = True
     queries_watched = 0
 
-    def __init__(self, padding: PaddingRecord, settings: GEAR, window: int | None = None, leads: bool = False) -> None:
+    def __init__(
+        self, padding: PaddingRecord, settings: GEAR, window: int | None = None, is_first: bool = False
+    ) -> None:
         """
         Args:
             settings: how tokens are encoded.
-            padding, window, leads: as in CompressedLayer.
+            padding, window, is_first: as in CompressedLayer.
         """
-        super().__init__(padding, window, leads)
+        super().__init__(padding, window, is_first)
         self.settings = settings
-        self.prompt: PackedSegment | None = None
-        self.decoded: PackedSegment | None = None
+        self.prompt: QuantizedBlocks | None = None
+        self.decoded: QuantizedBlocks | None = None
         self.tail: TailSegment | None = None
         # the first tokens of rows that have packed some: on a sliding layer they would soon be out of sight
         self.first: TailSegment | None = None
@@ -50,7 +52,7 @@ class GEARLayer(CompressedLayer):
         self.lengths: list[int] = []
         self.draft = DRAFT
 
-    def _packed(self) -> list[PackedSegment]:
+    def _packed(self) -> list[QuantizedBlocks]:
         parts = [self.prompt] if self.decoded is self.prompt else [self.prompt, self.decoded]
         return [part for part in parts if part is not None and part.blocks]
 
@@ -79,7 +81,7 @@ class GEARLayer(CompressedLayer):
         self.lengths = []
         self.draft = DRAFT
 
-    def _attend(self, chunk: Chunk) -> Tensor:
+    def _attend(self, chunk: AttentionInput) -> Tensor:
         order = None
         if self.window is not None and chunk.tokens > 1 and chunk.visible is not None:
             order = pads_first(chunk.visible)
@@ -96,14 +98,14 @@ class GEARLayer(CompressedLayer):
         out = self._attend_in_order(dataclasses.replace(chunk, query=query, key=key, value=value, visible=visible))
         return out if own_order is None else self._back(out, own_order)
 
-    def _attend_in_order(self, chunk: Chunk) -> Tensor:
+    def _attend_in_order(self, chunk: AttentionInput) -> Tensor:
         tail = self._tail(chunk.key, chunk.value)
         real = self._real(chunk)
         query_positions = self._query_positions(chunk)[:, -chunk.queries :]
         if chunk.tokens == 1:
             tail.put(chunk.key, chunk.value, real, self.lengths)
 
-        def reread(chunk: Chunk) -> Tensor:
+        def reread(chunk: AttentionInput) -> Tensor:
             outs, lses = self._past(chunk, query_positions)
             if chunk.tokens > 1:
                 out, lse = causal_attention(
@@ -131,7 +133,7 @@ class GEARLayer(CompressedLayer):
         self._leave(chunk, reread, settle)
         return out
 
-    def _past(self, chunk: Chunk, query_positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _past(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Attention to each segment that holds something."""
         outs, lses = [], []
         for segment in self.segments():
@@ -166,11 +168,11 @@ class GEARLayer(CompressedLayer):
             self.tail.grow(self.tail.room + DRAFT)
         return self.tail
 
-    def _real(self, chunk: Chunk) -> list[int]:
+    def _real(self, chunk: AttentionInput) -> list[int]:
         fresh = self.padding.fresh
         return [chunk.tokens] * chunk.key.shape[0] if fresh is None else fresh
 
-    def _query_positions(self, chunk: Chunk) -> Tensor:
+    def _query_positions(self, chunk: AttentionInput) -> Tensor:
         device = chunk.key.device
         if self.window is None:
             # nobody reads them
@@ -184,7 +186,7 @@ class GEARLayer(CompressedLayer):
             lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)[:, None]
         return lengths + places
 
-    def _behind_the_tail(self, chunk: Chunk, real: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    def _behind_the_tail(self, chunk: AttentionInput, real: list[int]) -> tuple[Tensor, Tensor, list[int]]:
         """The tail's tokens and the chunk's, [batch, kv_heads, any, head_dim], and where each row's real ones begin."""
         tail = self.tail
         assert tail is not None
@@ -284,13 +286,13 @@ class GEARLayer(CompressedLayer):
                 rows,
             )
 
-    def _target(self, head_dim: int, of_prompt: bool) -> PackedSegment:
+    def _target(self, head_dim: int, of_prompt: bool) -> QuantizedBlocks:
         settings = self.settings
         if self.prompt is None:
-            self.prompt = PackedSegment(settings.codings(head_dim, settings.rank), settings.buffer)
+            self.prompt = QuantizedBlocks(settings.codings(head_dim, settings.rank), settings.buffer)
             self.decoded = self.prompt
             if settings.rank_decode != settings.rank:
-                self.decoded = PackedSegment(settings.codings(head_dim, settings.rank_decode), settings.buffer)
+                self.decoded = QuantizedBlocks(settings.codings(head_dim, settings.rank_decode), settings.buffer)
         assert self.decoded is not None
         return self.prompt if of_prompt else self.decoded
 

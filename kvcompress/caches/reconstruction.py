@@ -17,7 +17,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.policies.policy import SecondReading
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.segment import EMPTY, Segment, SlotSegment
@@ -52,7 +52,7 @@ class RereadLayer(EvictingLayer):
         super().reset()
         self.waiting = None
 
-    def _attend(self, chunk: Chunk) -> Tensor:
+    def _attend(self, chunk: AttentionInput) -> Tensor:
         if self.waiting is not None:
             raise RuntimeError(
                 "tokens wait to be read again: the forward that fed them was compiled, ran without the model's hooks, "
@@ -62,8 +62,8 @@ class RereadLayer(EvictingLayer):
 
     def _leave_chunk(
         self,
-        chunk: Chunk,
-        reread: Callable[[Chunk], Tensor],
+        chunk: AttentionInput,
+        reread: Callable[[AttentionInput], Tensor],
         settle: Callable[..., None],
         places: Tensor,
         attention: Tensor | None,
@@ -87,7 +87,7 @@ class RereadLayer(EvictingLayer):
         lengths = (self.lengths + fresh).to(torch.int32)
         self.waiting = _Waiting(segment, past, attention, lengths, fresh > 1, settle)
 
-    def witness(self, chunk: Chunk) -> Tensor:
+    def observe(self, chunk: AttentionInput) -> Tensor:
         """The attention of tokens of the second reading, [batch, heads, queries, head_dim], and a note of what they
         attend to."""
         waiting = self.waiting
@@ -115,7 +115,7 @@ class RereadLayer(EvictingLayer):
             torch.maximum(most, segment.column_maxima(chunk.query, places, lse, **how), out=most)
         return out
 
-    def judge(self) -> None:
+    def finish(self) -> None:
         """Ends the forward: the policy chooses by what the second reading attended to."""
         waiting, self.waiting = self.waiting, None
         assert waiting is not None
@@ -143,11 +143,11 @@ class _Witness(CompressedLayer):
     def _count(self, tokens: int) -> None:
         pass
 
-    def _attend(self, chunk: Chunk) -> Tensor:
-        return self.layer.witness(chunk)
+    def _attend(self, chunk: AttentionInput) -> Tensor:
+        return self.layer.observe(chunk)
 
 
-class _Again(CompressedCache):
+class ReconstructionCache(CompressedCache):
     """What a model reads through the second time."""
 
     layers: list[_Witness]  # type: ignore[assignment]
@@ -190,7 +190,7 @@ def read_again(
     rows = [row[shown].tolist() for row, shown in zip(ids, fresh, strict=True)]
     # a single token is not read again
     rows = [row if len(row) > 1 else [] for row in rows]
-    reading = _Again(model, layers)
+    reading = ReconstructionCache(model, layers)
     for start in range(0, max(map(len, rows)), how.chunk):
         parts = [[*how.prompt, *row[start : start + how.chunk]] if row[start:] else [] for row in rows]
         width = max(map(len, parts))
@@ -208,4 +208,4 @@ def read_again(
             **hf.cache_argument(model, reading),
         )
     for layer in layers:
-        layer.judge()
+        layer.finish()

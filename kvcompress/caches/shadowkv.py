@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import count_or_fraction
 from kvcompress.caches.dense import DenseLayer
-from kvcompress.hf.tensor_parallel import Ranks
+from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import check_host
@@ -49,16 +49,16 @@ class ShadowLayer(CompressedLayer):
         budget: int | float,
         host: str,
         rope: Rope | None,
-        leads: bool = False,
+        is_first: bool = False,
     ) -> None:
         """
         Args:
             budget: tokens selected a sequence and KV head, or a fraction of the first forward's real tokens.
-            host: where values go, as HostPages takes it.
+            host: where values go, as OffloadedPages takes it.
             rope: the layer's rotary embedding, None where it has none.
-            padding, leads: as in CompressedLayer.
+            padding, is_first: as in CompressedLayer.
         """
-        super().__init__(padding, None, leads)
+        super().__init__(padding, None, is_first)
         self.settings = settings
         self.budget = budget
         self.host = host
@@ -85,7 +85,7 @@ class ShadowLayer(CompressedLayer):
         values = self.segment.values
         return int(self.segment.fetched) * self.settings.chunk * values.shape[3] * values.element_size()
 
-    def _attend(self, chunk: Chunk) -> Tensor:
+    def _attend(self, chunk: AttentionInput) -> Tensor:
         known = self.padding.counts(chunk.visible)
         counts = None if known is None else torch.tensor(known)
         if counts is None:
@@ -118,7 +118,7 @@ class ShadowLayer(CompressedLayer):
             outs, lses = with_sinks(outs, lses, chunk.sinks)
         return merge_states(outs, lses)[0] if len(outs) > 1 else outs[0]
 
-    def _read(self, chunk: Chunk, segment: ShadowSegment) -> tuple[Tensor, Tensor]:
+    def _read(self, chunk: AttentionInput, segment: ShadowSegment) -> tuple[Tensor, Tensor]:
         """Attention to what the segment has, and its log-sum-exp."""
         self.fetching_forwards += bool((segment.folded > 0).any())
         positions = torch.zeros(chunk.query.shape[0], chunk.tokens, dtype=torch.int32, device=chunk.query.device)
@@ -126,7 +126,7 @@ class ShadowLayer(CompressedLayer):
             chunk.query, positions, scale=chunk.scale, window=None, softcap=chunk.softcap, visible=chunk.visible
         )
 
-    def _new_segment(self, chunk: Chunk, counts: Tensor | None) -> ShadowSegment:
+    def _new_segment(self, chunk: AttentionInput, counts: Tensor | None) -> ShadowSegment:
         batch = chunk.key.shape[0]
         real = torch.full((batch,), chunk.tokens) if counts is None else counts
         tokens = torch.full_like(real, self.budget) if isinstance(self.budget, int) else (self.budget * real).long()
@@ -243,14 +243,14 @@ class ShadowKVCache(CompressedCache):
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         if window is not None:
-            return DenseLayer(self.padding, window, leads=index == 0)
+            return DenseLayer(self.padding, window, is_first=index == 0)
         model = self._model()
         assert model is not None
-        settings, ranks = self.settings, Ranks.of(model)
+        settings, ranks = self.settings, TPGroup.of(model)
         if ranks is not None and settings.rank is not None:
             # each process factorises the keys of its own heads, all together as many numbers as one would keep
             settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))
-        return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), leads=index == 0)
+        return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == 0)
 
     def _settings(self) -> dict[str, Any]:
         return {"budget": self.budget, "host": self.host, **dataclasses.asdict(self.settings)}

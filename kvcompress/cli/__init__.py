@@ -26,7 +26,7 @@ from kvcompress.cli.arguments import (
     load,
     parts,
     unescaped,
-    users_mistakes,
+    user_errors,
 )
 from kvcompress.cli.sweep import run_sweep, show
 
@@ -197,7 +197,7 @@ def sweep(
 
     from kvcompress.evals.sweep.points import Settings
 
-    with users_mistakes():
+    with user_errors():
         settings = Settings(
             **values, seed=seed, hold_back=hold_back, batch=batch, text=text, num_fewshot=num_fewshot, limit=limit,
             metadata=as_object("--metadata", metadata), question=None if question is None else unescaped(question),
@@ -215,7 +215,7 @@ def report(
     check_extra("eval", "matplotlib")
     from kvcompress.evals.sweep import report as reports
 
-    with users_mistakes():
+    with user_errors():
         rows = reports.collect(folders)
     check_folder(out)
     return show(rows, reports.write_all(rows, out))
@@ -252,7 +252,7 @@ def evaluate(
         del rest[at : at + 2]
     from kvcompress.evals.lm.model import run_harness
 
-    with users_mistakes():
+    with user_errors():
         run_harness(["--model_args", passed, *rest])
     return 0
 
@@ -282,7 +282,7 @@ def generate(
 
     from kvcompress import registry
 
-    with users_mistakes():
+    with user_errors():
         registry.parse(cache)
     _generate(question, model, cache, tokens_kept, max_new_tokens, temperature, raw, seed, dtype, device)
 
@@ -308,7 +308,7 @@ def plan(
 
     from kvcompress.plan import largest_batch, make_plan, read_shape
 
-    with users_mistakes():
+    with user_errors():
         kind = as_dtype(dtype)
         shape = read_shape(model)
         needs = make_plan(shape, names, context, batch, tokens_kept, kind)
@@ -377,7 +377,7 @@ def check(
     specs = checks.default_caches() if caches is None else list(parts(caches))
     if not specs:
         raise UsageError("--caches names no cache")
-    with users_mistakes():
+    with user_errors():
         for spec in specs:
             registry.parse(spec, checks.known_caches())
     logging.disable_progress_bar()
@@ -387,7 +387,7 @@ def check(
     else:
         # products this small gain nothing from threads, and lose much where cores are busy
         torch.set_num_threads(1)
-        with users_mistakes():
+        with user_errors():
             checked_model = checks.small_model(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     facts = provenance(checked_model.device)
@@ -469,11 +469,11 @@ def distill(
     from kvcompress.swiftkv.data import read_rows
     from kvcompress.swiftkv.model import SwiftKVModel, convert
 
-    with users_mistakes():
+    with user_errors():
         settings = distillation.Distillation(**values)
     # each process then moves it to the device that is its own
     loaded, tokenizer = load(model, dtype, "cpu")
-    with users_mistakes():
+    with user_errors():
         student: Any = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)
         rows = read_rows(data, tokenizer, settings.length)
 
@@ -485,7 +485,7 @@ def distill(
                 flush=True,
             )
 
-    with users_mistakes():
+    with user_errors():
         distillation.distill(student, rows, settings, out, show)
     if int(os.environ.get("RANK", "0")) == 0:
         student.save_pretrained(out)
@@ -528,7 +528,7 @@ def _generate(
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    with users_mistakes():
+    with user_errors():
         cache = registry.build(method, model, budget)
     set_seed(seed)
     clock = Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)

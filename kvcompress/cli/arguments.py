@@ -31,7 +31,7 @@ def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedM
         # of the processes of a launcher, each has its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
-        with users_mistakes():
+        with user_errors():
             return load_model(name, dtype="auto" if dtype == "auto" else as_dtype(dtype), device=device)
     except ModelUnavailableError as error:
         raise UsageError(str(error)) from error
@@ -54,7 +54,7 @@ def as_dtype(name: str) -> "torch.dtype":
 
 
 @contextlib.contextmanager
-def users_mistakes() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Within it, an error about values is the user's mistake, because nothing but the user's values is looked at."""
     from kvcompress.loading import ModelUnavailableError
 

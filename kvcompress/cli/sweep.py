@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.cli.arguments import UsageError, load, users_mistakes
+from kvcompress.cli.arguments import UsageError, load, user_errors
 
 if TYPE_CHECKING:
     from kvcompress.evals.sweep.points import Settings
@@ -21,7 +21,7 @@ def run_sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool,
     from kvcompress.evals.sweep.sweep import Sweep
     from kvcompress.evals.sweep.tasks import read_text
 
-    with users_mistakes():
+    with user_errors():
         read_text(settings.text)
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if fresh and processes > 1:
@@ -34,7 +34,7 @@ def run_sweep(settings: "Settings", name: str | None, folder: Path, fresh: bool,
         raise UsageError(f"another sweep is writing to {folder}; give this one its own --out") from None
     with lock:
         model, tokenizer = load(name, dtype, device)
-        with users_mistakes():
+        with user_errors():
             work = Sweep(settings, model, tokenizer, folder, forget=fresh, rank=rank, processes=processes)
             check_budgets(model, work.points)
             work.check_tasks()

@@ -56,7 +56,7 @@ class TokensSeen(int):
     """A number of tokens, from a kvcompress cache: how the mask function knows whom it works for."""
 
 
-def hand_over(key: Tensor, layer: Attends) -> Tensor:
+def tag_key(key: Tensor, layer: Attends) -> Tensor:
     """The key tensor with the handle by which the attention function finds the layer."""
     # a view of its own: the caller's tensor stays free of the handle
     key = key.view_as(key)

@@ -1,7 +1,7 @@
 """The processes that share a model's attention heads, where it is tensor parallel (`tp_plan`).
 
 A cache holds the KV heads of its own process. What a method decides head by head needs no other process; what it
-decides over all heads of a layer goes through `Ranks`.
+decides over all heads of a layer goes through `TPGroup`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from kvcompress import hf
 
 
 @dataclass(frozen=True)
-class Ranks:
+class TPGroup:
     """A group of processes that hold equally many heads each. name: torch's name of the group. size: processes."""
 
     name: str

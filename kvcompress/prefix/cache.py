@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.layer import CompressedLayer, ordinary_tensors
-from kvcompress.prefix.layer import Move, SharedLayer, SharedRecord, same_tokens, segments_of
+from kvcompress.prefix.layer import PrefixPadding, Promotion, SharedLayer, same_tokens, segments_of
 from kvcompress.prefix.tree import ROOT, Node, Shared, Tree, by_length, common_tokens, find_shared
 from kvcompress.storage.padding import PaddingRecord
-from kvcompress.storage.rerotated import RolledSlots
+from kvcompress.storage.rerotated import RerotatedSlots
 
 # fewer shared tokens than these cost more in another launch than they save
 MIN_TOKENS = 32
@@ -53,7 +53,7 @@ class HydragenCache(CompressedCache):
     """
 
     layers: list[SharedLayer]  # type: ignore[assignment]
-    padding: SharedRecord
+    padding: PrefixPadding
 
     def __init__(
         self,
@@ -151,9 +151,9 @@ class HydragenCache(CompressedCache):
             raise ValueError("the model of the cache is gone")
         if not cache.get_seq_length():
             raise ValueError(f"from_cache takes a cache that has seen something, got an empty {type(cache).__name__}")
-        if any(isinstance(segment, RolledSlots) for layer in cache.layers for segment in segments_of(layer)):
+        if any(isinstance(segment, RerotatedSlots) for layer in cache.layers for segment in segments_of(layer)):
             raise ValueError(
-                f"a {type(cache).__name__} with rolled=True holds RolledSlots, keys that stand at no position of "
+                f"a {type(cache).__name__} with rolled=True holds RerotatedSlots, keys that stand at no position of "
                 "their own, and no sequence can go on from them; build it without rolled=True"
             )
         if cache.batch_size != 1 or cache.padding.visible is not None:
@@ -188,7 +188,7 @@ class HydragenCache(CompressedCache):
         rows = len(self.tree.leaves) or batch
         if batch % rows:
             raise ValueError(f"push needs tokens for each of {rows} rows, or several for each; got {batch} rows")
-        self._freeze()
+        self._suffix_to_node()
         pieces = [ids[shown.bool()] for ids, shown in zip(input_ids, mask, strict=True)]
         if any(len(piece) == 0 for piece in pieces):
             raise ValueError("push needs a token for every row")
@@ -221,7 +221,7 @@ class HydragenCache(CompressedCache):
         """
         if copies < 1:
             raise ValueError(f"fork needs at least one copy, got {copies}")
-        self._freeze()
+        self._suffix_to_node()
         other = self.clone()
         other.batch_repeat_interleave(copies)
         return other
@@ -295,9 +295,9 @@ class HydragenCache(CompressedCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row several times; what they then have in common becomes a node, where it is long enough."""
         if repeats > 1 and max(self.own_lengths(), default=0) >= self.min_tokens:
-            self._freeze()
+            self._suffix_to_node()
             # the rows go on as they were fed: their columns stay what they are
-            self.padding.laid_out = True
+            self.padding.columns_fixed = True
         super().batch_repeat_interleave(repeats)
         self.tree.repeat(repeats)
 
@@ -312,7 +312,7 @@ class HydragenCache(CompressedCache):
         seen = int(self.get_seq_length()) + tokens_to_remove
         visible, rows = self.padding.visible, len(self.tree.leaves)
         left = [seen] * rows if visible is None else visible[:, :seen].sum(-1).tolist()
-        ahead = [0] * rows if self.tree.ahead is None else self.tree.ahead.tolist()
+        ahead = [0] * rows if self.tree.overlap is None else self.tree.overlap.tolist()
         # a row may have fewer tokens of its own than the suffixes have columns
         in_nodes = any(stays < held - more for stays, held, more in zip(left, self.tree.lengths(), ahead, strict=True))
         if tokens_to_remove and self.tree.nodes and (in_nodes or -tokens_to_remove > self.layers[0].suffix_columns()):
@@ -327,18 +327,18 @@ class HydragenCache(CompressedCache):
         super().reset()
         self.tree.clear()
         self.donors = {}
-        self.padding.laid_out, self.padding.fed = True, None
+        self.padding.columns_fixed, self.padding.fed = True, None
 
     def _settings(self) -> dict[str, Any]:
         tree = self.tree
-        ahead = None if tree.ahead is None else tree.ahead.tolist()
+        ahead = None if tree.overlap is None else tree.overlap.tolist()
         nodes = {name: [node.parent, node.tokens, node.start] for name, node in tree.nodes.items()}
         return {
             "min_tokens": self.min_tokens,
             "donors": {
                 name: donor for name, donor in self.donors.items() if any(name in layer.coded for layer in self.layers)
             },
-            "tree": {"nodes": nodes, "leaves": tree.leaves, "ahead": ahead, "laid_out": self.padding.laid_out},
+            "tree": {"nodes": nodes, "leaves": tree.leaves, "ahead": ahead, "laid_out": self.padding.columns_fixed},
         }
 
     @classmethod
@@ -347,8 +347,8 @@ class HydragenCache(CompressedCache):
         tree = settings["tree"]
         cache.tree.nodes = {int(name): Node(*facts) for name, facts in tree["nodes"].items()}
         cache.tree.set_leaves(tree["leaves"])
-        cache.tree.ahead = None if tree["ahead"] is None else torch.tensor(tree["ahead"])
-        cache.padding.laid_out = tree["laid_out"]
+        cache.tree.overlap = None if tree["ahead"] is None else torch.tensor(tree["ahead"])
+        cache.padding.columns_fixed = tree["laid_out"]
         for name, donor in settings.get("donors", {}).items():
             cache.donors[int(name)] = donor
             other = _kind(donor["cache"])._rebuild(model, donor["settings"])
@@ -357,7 +357,7 @@ class HydragenCache(CompressedCache):
         return cache
 
     def _record(self) -> PaddingRecord:
-        return SharedRecord(self.tree)
+        return PrefixPadding(self.tree)
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         return SharedLayer(self.padding, window, index == 0, self.tree, self.min_tokens)
@@ -376,9 +376,9 @@ class HydragenCache(CompressedCache):
         rows = len(self.tree.leaves)
         if not rows:
             self.tree.set_leaves([ROOT] * batch)
-        elif batch > rows and batch % rows == 0 and not self.padding.laid_out:
+        elif batch > rows and batch % rows == 0 and not self.padding.columns_fixed:
             self.padding.undo = functools.partial(
-                self._put_back, list(self.tree.leaves), self.tree.ahead, self.padding.visible
+                self._put_back, list(self.tree.leaves), self.tree.overlap, self.padding.visible
             )
             self.tree.repeat(batch // rows)
             self.padding.repeat(batch // rows)
@@ -387,7 +387,7 @@ class HydragenCache(CompressedCache):
     def _put_back(self, leaves: list[int], ahead: Tensor | None, visible: Tensor | None) -> None:
         """The rows as they were before `_meet`."""
         self.tree.set_leaves(leaves)
-        self.tree.ahead, self.padding.visible = ahead, visible
+        self.tree.overlap, self.padding.visible = ahead, visible
         self._set_rows(len(leaves))
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
@@ -402,13 +402,13 @@ class HydragenCache(CompressedCache):
             ValueError: a prompt does not begin with what its row has seen; nothing has changed.
         """
         rows, (batch, width) = len(self.tree.leaves), input_ids.shape
-        if self.padding.laid_out or not self.tree.nodes:
+        if self.padding.columns_fixed or not self.tree.nodes:
             super().prompt_begins(input_ids, attention_mask)
-        if not rows or batch % rows or (self.padding.laid_out and batch != rows):
+        if not rows or batch % rows or (self.padding.columns_fixed and batch != rows):
             return
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         ids, mask = input_ids.cpu(), mask.cpu().bool()
-        if self.padding.laid_out:
+        if self.padding.columns_fixed:
             seen = int(self.get_seq_length())
             held = torch.ones(rows, seen, dtype=torch.bool) if self.padding.visible is None else self.padding.visible
             # compiled steps left no record; what they fed is visible
@@ -498,7 +498,7 @@ class HydragenCache(CompressedCache):
             self.tree.set_leaves([parents[index] for index in group])
             self._lay_out()
             self._feed([pieces[index] for index in group])
-            self._freeze()
+            self._suffix_to_node()
             for index, name in zip(group, self.tree.leaves, strict=True):
                 names[index] = name
         return names
@@ -507,7 +507,7 @@ class HydragenCache(CompressedCache):
         """Columns for what the rows hold, each padded on the left to the longest."""
         lengths = self.tree.lengths()
         seen = max(lengths)
-        self.padding.laid_out, self.padding.fed = False, None
+        self.padding.columns_fixed, self.padding.fed = False, None
         self.padding.visible = None
         if min(lengths) < seen:
             place = torch.arange(seen, device=self._device())
@@ -535,7 +535,7 @@ class HydragenCache(CompressedCache):
             **hf.cache_argument(decoder, self),
         )
 
-    def _freeze(self) -> None:
+    def _suffix_to_node(self) -> None:
         """Turns each row's suffix into a node."""
         counts = self.own_lengths()
         leaves = list(self.tree.leaves)
@@ -547,13 +547,13 @@ class HydragenCache(CompressedCache):
                 nodes.append((leaves[row], row, 0, count))
         if nodes:
             for layer in self.layers:
-                layer.move(Move(nodes, counts, counts, leaves))
+                layer.move(Promotion(nodes, counts, counts, leaves))
             self.tree.set_leaves(leaves)
-            self.padding.laid_out, self.padding.fed = False, None
+            self.padding.columns_fixed, self.padding.fed = False, None
 
     def _set_leaves(self, leaves: list[int]) -> None:
         self.tree.set_leaves(leaves)
-        self.tree.ahead = None
+        self.tree.overlap = None
         self._prune()
 
     def _prune(self) -> None:
@@ -569,15 +569,15 @@ class HydragenCache(CompressedCache):
         visible = torch.ones(len(shown), seen, dtype=torch.bool) if visible is None else visible
         self.padding.lay_ids([self.padding.row_ids(row, int(tokens)) for row, tokens in enumerate(shown)], visible)
         for layer in self.layers:
-            layer.thaw(self.padding.visible, shown, None)
-        self.tree.thaw()
-        self.padding.laid_out = True
+            layer.node_to_suffix(self.padding.visible, shown, None)
+        self.tree.node_to_suffix()
+        self.padding.columns_fixed = True
 
     def own_lengths(self) -> list[int]:
         """Tokens of each row that are its own and in no node."""
         seen = int(self.get_seq_length())
-        rows, ahead = len(self.tree.leaves), self.tree.ahead
-        if not self.padding.laid_out or not rows:
+        rows, ahead = len(self.tree.leaves), self.tree.overlap
+        if not self.padding.columns_fixed or not rows:
             return [0] * rows
         own = self.padding.shown(rows, seen).cpu() - torch.tensor(self.tree.lengths())
         return (own if ahead is None else own + ahead.cpu()).tolist()

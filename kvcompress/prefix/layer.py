@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompress.caches.dense import SLACK, DenseLayer
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.kernels.prefix import KeyBlocks, Sharing, bounded_attention, merge_blocks, prefix_attention
-from kvcompress.layer import Chunk, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.prefix.tree import ROOT, UNKNOWN, Tree, common_vectors, find_shared
 from kvcompress.storage.padding import PaddingRecord, warn_of_short_windows
 from kvcompress.storage.quantized_blocks import TailSegment
@@ -46,7 +46,7 @@ class NodeSegment(Segment):
 
 
 @dataclass(frozen=True)
-class Move:
+class Promotion:
     """Tokens of the suffix that become nodes.
 
     nodes: for each new node its name, a row that holds its tokens, and which of the row's tokens in the suffix, padding
@@ -60,7 +60,7 @@ class Move:
     leaves: list[int]
 
 
-class SharedRecord(PaddingRecord):
+class PrefixPadding(PaddingRecord):
     """The padding record of a cache whose rows hold nodes.
 
     Until a row has a suffix, the columns of what it holds are the caller's to lay out: its padding may come before
@@ -76,7 +76,7 @@ class SharedRecord(PaddingRecord):
         super().__init__()
         self.tree = tree
         self.layers: list[SharedLayer] = []
-        self.laid_out = True
+        self.columns_fixed = True
         self.fed: Tensor | None = None
         self.fed_from = 0
         self.forget()
@@ -90,7 +90,7 @@ class SharedRecord(PaddingRecord):
         self.ids: Tensor | None = None
         # takes back what was done to the rows, should the forward be refused
         self.undo: Callable[[], None] | None = None
-        self.thaws = False
+        self.needs_suffix = False
         self.position_ids: Tensor | None = None
         self.before: Tensor | None = None
         # tokens of each row's past as the forward's mask shows them
@@ -99,7 +99,7 @@ class SharedRecord(PaddingRecord):
         self._positions: Tensor | None = None
         self._queries = 0
         # what the first layer found to be shared, for the others to do as it does
-        self.found: Move | None = None
+        self.found: Promotion | None = None
 
     def settle(self, holds_suffix: bool) -> None:
         """After the last layer of a forward."""
@@ -107,7 +107,7 @@ class SharedRecord(PaddingRecord):
             self.tree.set_leaves(self.found.leaves)
             self._take(self.found.taken)
         # what was found in the rows stands where they were fed, even if it is all of them
-        self.laid_out = holds_suffix or self.found is not None
+        self.columns_fixed = holds_suffix or self.found is not None
         self.forget()
 
     def see(self, tokens: int) -> None:
@@ -127,7 +127,7 @@ class SharedRecord(PaddingRecord):
     def begins_again(self, mask: Tensor | None, queries: int, past: int) -> bool:
         """True where the rows are fed from their first tokens on, though the nodes hold some."""
         given = self.position_ids
-        if self.laid_out or not past or not self.tree.nodes or given is None or given.dim() != 2:
+        if self.columns_fixed or not past or not self.tree.nodes or given is None or given.dim() != 2:
             return False
         if given.shape[1] != queries or (mask is not None and mask.shape[1] != queries):
             return False
@@ -138,28 +138,28 @@ class SharedRecord(PaddingRecord):
         self, mask: Tensor | None, batch: int, past: int, queries: int, position_ids: Tensor | None = None
     ) -> None:
         # a row may be fed again what it holds, at the positions it had
-        if self.laid_out or not self.tree.nodes:
+        if self.columns_fixed or not self.tree.nodes:
             before = self.shown(batch, past)
-            super().read(mask, batch, past, queries, None if self.tree.ahead is not None else position_ids)
+            super().read(mask, batch, past, queries, None if self.tree.overlap is not None else position_ids)
             self.last_position = None
             self.before = before
             self._past = before if self.remap is None else (self.remap >= 0).sum(-1)
-            self.thaws = bool(self.tree.nodes) and self.remap is not None and self._hides_shared(self.remap)
+            self.needs_suffix = bool(self.tree.nodes) and self.remap is not None and self._hides_shared(self.remap)
             if self.remap is not None:
                 self._hide(self.remap, past)
-            if self.thaws:
+            if self.needs_suffix:
                 for layer in self.layers:
                     layer.check_thaw()
-                self.tree.ahead = None
+                self.tree.overlap = None
         else:
             self.fed = None
             self._lay_out(mask, batch, past, queries)
             self.before = self._past = self.shown(batch, past)
             self._append(None if mask is None else mask[:, -queries:], batch, past, queries)
-        self.laid_out = True
+        self.columns_fixed = True
         self.stored = self._fresh = None if mask is None else mask[:, -queries:]
         self._queries = queries
-        ahead = self.tree.ahead
+        ahead = self.tree.overlap
         if ahead is not None:
             fresh = ahead.new_ones(batch, queries, dtype=torch.bool) if self._fresh is None else self._fresh
             place = fresh.cumsum(-1)
@@ -168,7 +168,7 @@ class SharedRecord(PaddingRecord):
             self._check_fed_again(fresh & ~self.stored)
             self.again = True
             ahead = (ahead - place[:, -1]).clamp(min=0)
-            self.tree.ahead = ahead if bool(ahead.any()) else None
+            self.tree.overlap = ahead if bool(ahead.any()) else None
         if self.stored is not None and bool(self.stored.all()):
             self.stored = None
         self._note(batch, past, queries)
@@ -220,7 +220,7 @@ class SharedRecord(PaddingRecord):
     def _hide(self, remap: Tensor, past: int) -> None:
         assert self.visible is not None
         assert self.before is not None
-        if self.thaws:
+        if self.needs_suffix:
             stays = [remap[row, : int(tokens)].cpu() >= 0 for row, tokens in enumerate(self.before)]
             rows = [self.row_ids(row, len(kept))[kept] for row, kept in enumerate(stays)]
             self.lay_ids(rows, self.visible[:, :past])
@@ -276,7 +276,7 @@ class SharedRecord(PaddingRecord):
                 "attention_mask=cache.cover(mask)"
             )
         ahead = held.to(shown.device) - shown
-        self.tree.ahead = ahead if bool(ahead.any()) else None
+        self.tree.overlap = ahead if bool(ahead.any()) else None
         self.visible = None if told is None or bool(told.all()) else told.clone()
         self._check_positions(shown, None if mask is None else mask[:, -queries:], queries)
 
@@ -338,16 +338,16 @@ class SharedLayer(DenseLayer):
     """
 
     storage = SuffixSegment
-    padding: SharedRecord
+    padding: PrefixPadding
 
-    def __init__(self, padding: SharedRecord, window: int | None, leads: bool, tree: Tree, min_tokens: int) -> None:
+    def __init__(self, padding: PrefixPadding, window: int | None, is_first: bool, tree: Tree, min_tokens: int) -> None:
         """
         Args:
-            leads: first layer of the cache.
+            is_first: first layer of the cache.
             tree: of the whole cache.
             min_tokens: shared runs of fewer tokens stay in the suffixes.
         """
-        super().__init__(padding, window, leads)
+        super().__init__(padding, window, is_first)
         self.tree = tree
         self.min_tokens = min_tokens
         self.held: dict[int, list[Segment]] = {}
@@ -371,15 +371,15 @@ class SharedLayer(DenseLayer):
             self.dense.map_tensors(change)
 
     def attend(self, query: Tensor, visible: Tensor | None, **kwargs: Any) -> Tensor:
-        if not self.leads:
+        if not self.is_first:
             out = super().attend(query, visible, **kwargs)
         else:
             self.padding.position_ids = kwargs["position_ids"]
-            held = dict(vars(self.padding)), self.tree.ahead
+            held = dict(vars(self.padding)), self.tree.overlap
             seen = self._seen
             try:
-                assert self.in_hand is not None
-                if self.padding.begins_again(visible, self.in_hand[0].shape[2], seen):
+                assert self.pending_kv is not None
+                if self.padding.begins_again(visible, self.pending_kv[0].shape[2], seen):
                     self.padding.see(0)
                     self.padding.visible = None
                 out = super().attend(query, visible, **kwargs)
@@ -387,23 +387,23 @@ class SharedLayer(DenseLayer):
                 # refused before anything was stored: all is as it was
                 if self.forwards_begun == self.forwards_ended:
                     vars(self.padding).update(held[0])
-                    self.tree.ahead = held[1]
+                    self.tree.overlap = held[1]
                     self.padding.see(seen)
                     if self.padding.undo is not None:
                         self.padding.undo()
                     self.padding.forget()
-                    self.in_hand = None
+                    self.pending_kv = None
                 raise
-        if self.ends:
+        if self.is_last:
             self.padding.settle(self.dense is not None)
         return out
 
-    def _attend(self, chunk: Chunk) -> Tensor:
+    def _attend(self, chunk: AttentionInput) -> Tensor:
         stored = self.padding.stored
         own = replace(chunk, visible=None if stored is None else stored.to(chunk.key.device))
         out, lse = self._attend_dense(own)
         outs, lses = [out], [lse]
-        if self.leads and self._seen == 0 and not self.held and len(chunk.key) > 1:
+        if self.is_first and self._seen == 0 and not self.held and len(chunk.key) > 1:
             self.padding.found = self._find(own)
         if self.padding.found is not None:
             self.move(self.padding.found)
@@ -414,7 +414,7 @@ class SharedLayer(DenseLayer):
             outs, lses = with_sinks(outs, lses, chunk.sinks)
         return merge_states(outs, lses)[0] if len(outs) > 1 else outs[0]
 
-    def _find(self, chunk: Chunk) -> Move | None:
+    def _find(self, chunk: AttentionInput) -> Promotion | None:
         """What rows turn out to have in common: in the first layer a key says which token stands where."""
         rows = [key.transpose(0, 1).flatten(1) for key in chunk.key]
         if chunk.visible is not None:
@@ -431,9 +431,9 @@ class SharedLayer(DenseLayer):
             for row in shared.rows:
                 leaves[row], taken[row] = names[-1], shared.stop
         nodes = [(name, shared.rows[0], shared.start, shared.stop) for name, shared in zip(names, found, strict=True)]
-        return Move(nodes, taken, counts, leaves)
+        return Promotion(nodes, taken, counts, leaves)
 
-    def _attend_nodes(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _attend_nodes(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
         sharing = self.tree.sharing()
         options: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
         again, device = self.padding.again, chunk.query.device
@@ -492,7 +492,7 @@ class SharedLayer(DenseLayer):
             self._last = sharing, KeyBlocks(keys, values, starts), plain
         return self._last[1:]
 
-    def move(self, move: Move) -> None:
+    def move(self, move: Promotion) -> None:
         """Turns the beginnings of suffixes into nodes."""
         assert self.dense is not None
         keys, values, visible = self.dense.held()
@@ -561,12 +561,12 @@ class SharedLayer(DenseLayer):
     def _remap(self, remap: Tensor) -> None:
         visible = self.padding.visible
         assert visible is not None
-        if self.padding.thaws:
+        if self.padding.needs_suffix:
             assert self.padding.before is not None
             self.check_thaw()
-            self.thaw(visible[:, : remap.shape[1]], self.padding.before, remap)
-            if self.ends:
-                self.tree.thaw()
+            self.node_to_suffix(visible[:, : remap.shape[1]], self.padding.before, remap)
+            if self.is_last:
+                self.tree.node_to_suffix()
         elif self.dense is not None:
             self._hide(remap, torch.tensor(self.tree.lengths(), device=remap.device))
 
@@ -580,7 +580,7 @@ class SharedLayer(DenseLayer):
                         "nor forgotten by one sequence"
                     )
 
-    def thaw(self, visible: Tensor | None, before: Tensor, remap: Tensor | None) -> None:
+    def node_to_suffix(self, visible: Tensor | None, before: Tensor, remap: Tensor | None) -> None:
         """Gives each row its own copy of what it holds in nodes.
 
         Args:
@@ -647,7 +647,7 @@ class SharedLayer(DenseLayer):
             segments = [made[id(segments[0])]]
         else:
             self.coded[name] = other
-            for segment in getattr(other, "leader", other).segments():
+            for segment in getattr(other, "kv_source", other).segments():
                 if isinstance(segment, TailSegment):
                     # nothing more comes
                     segment.trim(0)
@@ -670,7 +670,7 @@ class SharedLayer(DenseLayer):
 
     def counters(self) -> dict[str, Tensor]:
         tensors = [tensor for each in self._last or () for tensor in each.tensors()]
-        if self.leads:
+        if self.is_first:
             tensors += self.tree.tensors() + ([] if self.padding.fed is None else [self.padding.fed])
         for other in self.coded.values():
             tensors += [*other.counters().values(), *other.statistics().values()]
@@ -693,7 +693,7 @@ class SharedLayer(DenseLayer):
                 if name in self.borrowed or any(x.nbytes < x.untyped_storage().nbytes() for x in parts.values()):
                     parts = {part: tensor.clone() for part, tensor in parts.items()}
             tensors |= {f"nodes.{name}.0.{part}": tensor for part, tensor in parts.items()}
-        if self.leads:
+        if self.is_first:
             fed = self.padding.fed
             facts["fed"] = None if fed is None else [self.padding.fed_from, fed.tolist()]
             nodes = self.tree.nodes.items()
@@ -730,7 +730,7 @@ class SharedLayer(DenseLayer):
 
 def segments_of(layer: CompressedLayer) -> list[Segment]:
     """What a layer attends to: its segments that hold something, or those of the layer that it follows."""
-    layer = getattr(layer, "leader", layer)
+    layer = getattr(layer, "kv_source", layer)
     return [one for one in layer.segments() if not isinstance(one, TailSegment) or any(one.held)]
 
 

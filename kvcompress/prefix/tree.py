@@ -34,13 +34,13 @@ class Node:
 class Tree:
     """The nodes by name, and for each row the node that it goes on from, or ROOT.
 
-    ahead: [rows] int64, how many tokens a row's path holds beyond the columns that the cache reports as seen: they
+    overlap: [rows] int64, how many tokens a row's path holds beyond the columns that the cache reports as seen: they
     come once more and are dropped. None where there are none.
     """
 
     nodes: dict[int, Node] = field(default_factory=dict)
     leaves: list[int] = field(default_factory=list)
-    ahead: Tensor | None = None
+    overlap: Tensor | None = None
     _sharing: Sharing | None = None
 
     def path(self, leaf: int) -> list[int]:
@@ -86,12 +86,12 @@ class Tree:
         if self.leaves:
             order = torch.arange(len(self.leaves))[rows.cpu()].tolist()
             self.set_leaves([self.leaves[row] for row in order])
-            self.ahead = None if self.ahead is None else self.ahead[rows.to(self.ahead.device)]
+            self.overlap = None if self.overlap is None else self.overlap[rows.to(self.overlap.device)]
 
     def repeat(self, repeats: int) -> None:
         """Each row several times."""
         self.set_leaves([leaf for leaf in self.leaves for _ in range(repeats)])
-        self.ahead = None if self.ahead is None else self.ahead.repeat_interleave(repeats, 0)
+        self.overlap = None if self.overlap is None else self.overlap.repeat_interleave(repeats, 0)
 
     def prune(self) -> list[int]:
         """Forgets the nodes that no row passes through; their names."""
@@ -103,20 +103,20 @@ class Tree:
             self._sharing = None
         return gone
 
-    def thaw(self) -> None:
+    def node_to_suffix(self) -> None:
         """Forgets all nodes; the rows stay."""
-        self.nodes, self.ahead = {}, None
+        self.nodes, self.overlap = {}, None
         self.set_leaves([ROOT] * len(self.leaves))
 
     def clear(self) -> None:
         """Back to no node and no row."""
-        self.thaw()
+        self.node_to_suffix()
         self.set_leaves([])
 
     def tensors(self) -> list[Tensor]:
         """What the tree itself takes."""
         own = [node.ids for node in self.nodes.values() if node.ids is not None]
-        own += [] if self.ahead is None else [self.ahead]
+        own += [] if self.overlap is None else [self.overlap]
         return own if self._sharing is None else own + self._sharing.tensors()
 
     def sharing(self) -> Sharing:

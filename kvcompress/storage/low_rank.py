@@ -25,7 +25,7 @@ from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.rebuild import rebuild_keys
 from kvcompress.kernels.selection import reuse_slots
 from kvcompress.policies.shadowkv import ShadowKV, fit_basis, gram, landmarks_of, measure, project
-from kvcompress.storage.offload import HostPages
+from kvcompress.storage.offload import OffloadedPages
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import EMPTY, Segment
 
@@ -76,7 +76,7 @@ class ShadowSegment(Segment):
 
     settings: ShadowKV
     rope: Rope | None
-    host: HostPages
+    host: OffloadedPages
     fetched: Tensor
 
     def __init__(
@@ -99,11 +99,11 @@ class ShadowSegment(Segment):
         self.limits = limits
         self.folded = torch.zeros(batch, dtype=torch.int64)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
-        self.equip(
-            settings, rope, HostPages(host, (kv_heads, settings.chunk, value.shape[-1]), value.dtype, key.device)
+        self.attach(
+            settings, rope, OffloadedPages(host, (kv_heads, settings.chunk, value.shape[-1]), value.dtype, key.device)
         )
 
-    def equip(self, settings: ShadowKV, rope: Rope | None, host: HostPages) -> None:
+    def attach(self, settings: ShadowKV, rope: Rope | None, host: OffloadedPages) -> None:
         """Gives the segment what is no tensor of its own."""
         self.settings, self.rope, self.host = settings, rope, host
         # (chunk, KV head) pairs whose values came from the host; a tensor, as to read one is to wait for the GPU
@@ -121,8 +121,8 @@ class ShadowSegment(Segment):
             # as files had it whose float16 coefficients were those of rows of length 1
             segment.basis, segment.coefficients = segment.basis * length, segment.coefficients / length
         page = (segment.keys.shape[1], settings.chunk, segment.values.shape[3])
-        pages = HostPages(host, page, segment.values.dtype, segment.keys.device)
-        segment.equip(settings, rope, pages)
+        pages = OffloadedPages(host, page, segment.values.dtype, segment.keys.device)
+        segment.attach(settings, rope, pages)
         parts: list[Tensor] = []
         while (name := _of_host(len(parts))) in tensors:
             parts.append(tensors[name])
@@ -576,7 +576,7 @@ class ShadowSegment(Segment):
             self.host.fetch(values, self.pages, held, is_new)
             return
         # the bus is slow: keys are rebuilt meanwhile
-        here, bus = torch.cuda.current_stream(keys.device), _bus(keys.device)
+        here, bus = torch.cuda.current_stream(keys.device), _copy_stream(keys.device)
         bus.wait_stream(here)
         with torch.cuda.stream(bus):
             self.host.fetch(values, self.pages, held, is_new)
@@ -600,7 +600,7 @@ class ShadowSegment(Segment):
 
 
 @functools.lru_cache
-def _bus(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that values cross over to a device on."""
     return torch.cuda.Stream(device)
 

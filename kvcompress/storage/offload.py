@@ -28,7 +28,7 @@ _SPARE = 8
 _PIECE = 2**24
 
 
-class HostPages:
+class OffloadedPages:
     """Pages of values off the device.
 
     slabs: each [pages, kv_heads, chunk, head_dim]. addresses: of the slabs' memory, int64 on the device.
@@ -191,13 +191,13 @@ class _Room:
     counted in whose room it took over.
     """
 
-    def __init__(self, owner: HostPages, written: int) -> None:
+    def __init__(self, owner: OffloadedPages, written: int) -> None:
         self.filled, self.written = 0, written
         self._owner = weakref.ref(owner)
         self._process = os.getpid()
         self._lock = threading.Lock()
 
-    def belongs_to(self, pages: HostPages) -> bool:
+    def belongs_to(self, pages: OffloadedPages) -> bool:
         """Whether these pages may write here; where the owner is gone, whoever asks first is the next."""
         if self._process != os.getpid():
             return False

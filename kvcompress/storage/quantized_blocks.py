@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import Coding, Packed, dequantise, quantise
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise
 from kvcompress.storage.padding import reordered
 from kvcompress.storage.segment import EMPTY, Segment
 
@@ -32,7 +32,7 @@ _SPARE = 64
 _SIDES = ("keys", "values")
 
 
-class PackedSegment(Segment):
+class QuantizedBlocks(Segment):
     """Blocks of tokens as codes, scales, outliers and low-rank factors; never touched again once written.
 
     keys, values: as kernels/quantise.py lays them out, [batch, kv_heads, blocks, ...]; of the factors, `right` is
@@ -42,12 +42,12 @@ class PackedSegment(Segment):
     blocks: blocks that each row holds; the others up to the longest row's are there, and empty.
     """
 
-    keys: Packed
-    values: Packed
+    keys: QuantizedTensor
+    values: QuantizedTensor
     positions: Tensor
     spans: Tensor | None
 
-    def __init__(self, codings: tuple[Coding, Coding], block: int) -> None:
+    def __init__(self, codings: tuple[QuantScheme, QuantScheme], block: int) -> None:
         """An empty segment; it takes shapes from what is appended first."""
         self.codings = codings
         self.block = block
@@ -76,7 +76,7 @@ class PackedSegment(Segment):
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         for side in _SIDES:
-            setattr(self, side, Packed(*(tensors.get(f"{side}.{name}") for name in Packed._fields)))  # type: ignore[arg-type]
+            setattr(self, side, QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields)))  # type: ignore[arg-type]
         self.positions, self.spans = tensors["positions"], tensors.get("spans")
 
     def trim(self) -> None:
@@ -230,7 +230,9 @@ class PackedSegment(Segment):
         sides = []
         for packed, coding in zip((self.keys, self.values), self.codings, strict=True):
             one: Any = [None if part is None else _taken(part, at, 2) for part in packed[:6]]
-            sides.append(reordered(dequantise(Packed._make([*one, packed.right]), coding, spans=spans)[:, :, 0], order))
+            sides.append(
+                reordered(dequantise(QuantizedTensor._make([*one, packed.right]), coding, spans=spans)[:, :, 0], order)
+            )
         # what follows a block that goes goes too, hidden tokens or not
         held = torch.tensor(self.blocks, device=at.device)
         self.keep([0] * len(places), torch.where(goes.any(1), at[:, 0], held).tolist())
@@ -394,7 +396,7 @@ class TailSegment(Segment):
             self.positions = self.positions.new_full((batch, tokens), EMPTY)
 
 
-def _encode(x: Tensor, coding: Coding, present: Tensor | None = None) -> Packed:
+def _encode(x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> QuantizedTensor:
     packed = quantise(x, coding)
     if not coding.rank:
         return packed
@@ -402,10 +404,10 @@ def _encode(x: Tensor, coding: Coding, present: Tensor | None = None) -> Packed:
     return packed._replace(left=left, right=right[:, :, None])
 
 
-def _side_by_side(rows: list[Packed], blocks: int) -> Packed:
+def _side_by_side(rows: list[QuantizedTensor], blocks: int) -> QuantizedTensor:
     """One batch of rows that were encoded alone, each as many blocks wide."""
     parts: dict[str, Any] = {}
-    for name in Packed._fields:
+    for name in QuantizedTensor._fields:
         tensors = [getattr(row, name) for row in rows]
         if tensors[0] is None:
             continue
@@ -416,7 +418,7 @@ def _side_by_side(rows: list[Packed], blocks: int) -> Packed:
         for row, tensor in enumerate(tensors):
             part[row, :, : tensor.shape[2]] = tensor[0]
         parts[name] = part
-    return Packed(**parts)
+    return QuantizedTensor(**parts)
 
 
 def _room_for(old: Tensor | None, like: Tensor, batch: int, dim: int, columns: int, fill: int) -> Tensor:

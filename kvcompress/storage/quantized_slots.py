@@ -23,7 +23,7 @@ from torch import Tensor
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import Coding, Packed, dequantise, pack_codes, quantise, unpack_codes
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, pack_codes, quantise, unpack_codes
 from kvcompress.storage.segment import EMPTY, SlotSegment
 
 # slots whose codes share bytes: few, as the slots are rounded up to it
@@ -35,7 +35,7 @@ _COMPONENTS = {"codes": "codes", "scales": "scales", "zeros": "scales", "centre"
 _LARGEST = torch.finfo(torch.float16).max
 
 
-class PackedSlots(SlotSegment):
+class QuantizedSlots(SlotSegment):
     """Slots that hold codes, scales and outliers in place of keys and values.
 
     packed: of keys, centred and divided by their spread, and of values, [batch, kv_heads, slots / BLOCK, ...] as
@@ -43,13 +43,13 @@ class PackedSlots(SlotSegment):
     [batch, kv_heads, head_dim] float16. positions, scores, spare: as in SlotSegment. coding: of both.
     """
 
-    packed: dict[str, Packed]
+    packed: dict[str, QuantizedTensor]
     centre: Tensor
     spread: Tensor
-    coding: Coding
+    coding: QuantScheme
     dtype: torch.dtype
 
-    def __init__(self, key: Tensor, value: Tensor, slots: int, coding: Coding) -> None:
+    def __init__(self, key: Tensor, value: Tensor, slots: int, coding: QuantScheme) -> None:
         """Empty slots, at least so many, for tokens like these, [batch, kv_heads, any, head_dim]."""
         batch, kv_heads = key.shape[:2]
         blocks = -(-slots // BLOCK)
@@ -79,7 +79,7 @@ class PackedSlots(SlotSegment):
         self._set({name: change(tensor) for name, tensor in self.tensors().items()})
 
     @classmethod
-    def restored(cls, tensors: dict[str, Tensor], coding: Coding, dtype: torch.dtype) -> "PackedSlots":
+    def restored(cls, tensors: dict[str, Tensor], coding: QuantScheme, dtype: torch.dtype) -> "QuantizedSlots":
         """Slots of these tensors, as `tensors()` gives them."""
         slots = cls.__new__(cls)
         slots.coding, slots.dtype = coding, dtype
@@ -95,7 +95,7 @@ class PackedSlots(SlotSegment):
             tensors = tensors | {"keys.centre": plain, "keys.spread": plain + 1}
         self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
         self.packed = {
-            side: Packed(*(tensors.get(f"{side}.{name}") for name in Packed._fields))  # type: ignore[arg-type]
+            side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
             for side in _SIDES
         }
 
@@ -106,7 +106,7 @@ class PackedSlots(SlotSegment):
     def grow(self, slots: int) -> None:
         more = -(-slots // BLOCK) - self.slots // BLOCK
         for side, packed in self.packed.items():
-            self.packed[side] = Packed(
+            self.packed[side] = QuantizedTensor(
                 *(None if part is None else torch.cat([part, part.new_zeros(_more(part, more))], 2) for part in packed)  # type: ignore[arg-type]
             )
         added = self.positions.new_full((*self.positions.shape[:2], more * BLOCK), EMPTY)
@@ -119,12 +119,12 @@ class PackedSlots(SlotSegment):
         empty = codes.new_empty(*codes.shape[:2], 0, codes.shape[-1], dtype=self.dtype)
         return empty, empty
 
-    def placed_keys(self) -> Tensor:
+    def rotated_keys(self) -> Tensor:
         key = dequantise(self.packed["keys"], self.coding).flatten(2, 3)
         return key.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
 
     def contents(self) -> tuple[Tensor, Tensor]:
-        return self.placed_keys(), dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
+        return self.rotated_keys(), dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
 
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
@@ -276,7 +276,7 @@ def _channels(key: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     over channels however many there are, as a channel may leave the range that the first tokens had.
 
     Args:
-        key, real: as in `PackedSlots._learn`.
+        key, real: as in `QuantizedSlots._learn`.
     """
     key, real = key.float(), real[..., None]
     high = key.masked_fill(~real, -torch.inf).amax(2)

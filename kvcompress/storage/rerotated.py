@@ -16,8 +16,8 @@ from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import SlotSegment
 
 
-class RolledSlots(SlotSegment):
-    """Slots with keys that are not rotated. What comes in is at its true position, and what `placed_keys` gives out
+class RerotatedSlots(SlotSegment):
+    """Slots with keys that are not rotated. What comes in is at its true position, and what `rotated_keys` gives out
     is at its index."""
 
     rope: Rope
@@ -29,7 +29,7 @@ class RolledSlots(SlotSegment):
         rolled.rope = rope
         return rolled
 
-    def placed_keys(self) -> Tensor:
+    def rotated_keys(self) -> Tensor:
         # few distinct angles: one table, and every slot takes its row
         cos, sin = self.rope.turns(torch.arange(self.slots, device=self.keys.device))
         index = self._indices()

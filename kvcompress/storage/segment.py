@@ -113,13 +113,13 @@ class SlotSegment(Segment):
             setattr(self, name, torch.cat([held, added], 2))
         torch.argmin(self.positions, -1, out=self.spare)
 
-    def placed_keys(self) -> Tensor:
+    def rotated_keys(self) -> Tensor:
         """The keys as queries meet them, rotated to where they stand, [batch, kv_heads, slots, head_dim]."""
         return self.keys
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """Keys, as queries meet them, and values, [batch, kv_heads, slots, head_dim]."""
-        return self.placed_keys(), self.values
+        return self.rotated_keys(), self.values
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield (*self.contents(), self.positions)
@@ -144,7 +144,7 @@ class SlotSegment(Segment):
         """Takes in one token and answers its query.
 
         Args:
-            query: [batch, heads, 1, head_dim], placed as `placed_keys` will be.
+            query: [batch, heads, 1, head_dim], placed as `rotated_keys` will be.
             key, value, positions: as `put` takes them.
             query_positions: [batch, 1] int32.
             sink_logits: [heads], as in decode_attention.
@@ -156,7 +156,7 @@ class SlotSegment(Segment):
         self.put(key, value, positions)
         return decode_attention(
             query,
-            self.placed_keys(),
+            self.rotated_keys(),
             self.values,
             self.positions,
             query_positions,
@@ -186,7 +186,7 @@ class SlotSegment(Segment):
     ) -> tuple[Tensor, Tensor]:
         return slot_attention(
             query,
-            self.placed_keys(),
+            self.rotated_keys(),
             self.values,
             self.positions,
             query_positions,
@@ -208,7 +208,7 @@ class SlotSegment(Segment):
         """Attention each slot received, [batch, kv_heads, slots] float32, given the queries' whole log-sum-exp."""
         return slot_column_sums(
             query,
-            self.placed_keys(),
+            self.rotated_keys(),
             self.positions,
             query_positions,
             lse,
@@ -230,7 +230,7 @@ class SlotSegment(Segment):
         """The most attention each slot received from one query and head, [batch, kv_heads, slots] float32."""
         return slot_column_maxima(
             query,
-            self.placed_keys(),
+            self.rotated_keys(),
             self.positions,
             query_positions,
             lse,

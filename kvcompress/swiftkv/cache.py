@@ -38,11 +38,11 @@ class FollowingLayer(CompressedLayer):
 
     queries_watched = 0
 
-    def __init__(self, leader: CompressedLayer) -> None:
-        super().__init__(leader.padding, leader.window)
-        self.leader = leader
-        leader.followers += 1
-        self.is_croppable = leader.is_croppable
+    def __init__(self, kv_source: CompressedLayer) -> None:
+        super().__init__(kv_source.padding, kv_source.window)
+        self.kv_source = kv_source
+        kv_source.kv_consumers += 1
+        self.is_croppable = kv_source.is_croppable
 
     def segments(self) -> list[Segment]:
         return []
@@ -51,8 +51,8 @@ class FollowingLayer(CompressedLayer):
         """Takes nothing in: the group's first layer has; the key finds its way back to `attend`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.in_hand = (key_states, value_states)
-        return hf.hand_over(key_states, self), value_states
+        self.pending_kv = (key_states, value_states)
+        return hf.tag_key(key_states, self), value_states
 
     def attend(
         self,
@@ -66,19 +66,19 @@ class FollowingLayer(CompressedLayer):
     ) -> Tensor:
         """As CompressedLayer.attend, over what the group's first layer attended to."""
         self.forwards_begun += 1
-        out = self.leader.attend_again(query, scale=scale, softcap=softcap, sinks=sinks)
-        self.in_hand = None
+        out = self.kv_source.attend_again(query, scale=scale, softcap=softcap, sinks=sinks)
+        self.pending_kv = None
         self.forwards_ended = self.forwards_begun
         return out
 
     def get_seq_length(self) -> int:
-        return self.leader.get_seq_length()
+        return self.kv_source.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.leader.get_mask_sizes(query_length)
+        return self.kv_source.get_mask_sizes(query_length)
 
     def tokens_kept(self) -> Tensor:
-        return self.leader.tokens_kept()
+        return self.kv_source.tokens_kept()
 
     def _crop(self, tokens: int) -> None:
         """The group's first layer does."""
@@ -87,9 +87,9 @@ class FollowingLayer(CompressedLayer):
         return {}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        if self.leader.kv_shape is not None:
-            self.kv_shape, self.is_initialized = self.leader.kv_shape, True
-            self.dtype, self.device = self.leader.dtype, self.leader.device
+        if self.kv_source.kv_shape is not None:
+            self.kv_shape, self.is_initialized = self.kv_source.kv_shape, True
+            self.dtype, self.device = self.kv_source.dtype, self.kv_source.device
 
 
 class SharedStorageCache(CompressedCache):

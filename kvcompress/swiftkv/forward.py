@@ -227,19 +227,19 @@ class SingleInput:
 
         device: the layer's, where the model is spread over several.
         """
-        leads = (attention.layer_idx - self.first) % self.share == 0
+        is_source = (attention.layer_idx - self.first) % self.share == 0
         recomputed = attention.recomputes
-        if leads or recomputed:
-            source = attention if leads else attention.leader()
+        if is_source or recomputed:
+            source = attention if is_source else attention.kv_source()
             made = self._bulk.get(source.layer_idx)
             self._leader = self._project(source, recomputed, device) if made is None else made
         assert self._leader is not None
         key, value = self._leader
-        if cache is None or (not leads and not isinstance(cache, CompressedCache)):
+        if cache is None or (not is_source and not isinstance(cache, CompressedCache)):
             # under a cache of transformers the group attends to what its first layer's entry gave
             return key.to(device), value.to(device)
         given = cache.update(key, value, attention.layer_idx)
-        if leads and not isinstance(cache, CompressedCache):
+        if is_source and not isinstance(cache, CompressedCache):
             self._leader = given
         return given
 
@@ -288,8 +288,8 @@ class SingleInputAttention(nn.Module):
         self._lead: tuple[SingleInputAttention, ...] = ()
         # Qwen3 norms queries and keys by head
         self.norms = hasattr(self, "q_norm")
-        leads = (layer_idx - config.num_key_value_layers) % config.key_value_group_size == 0
-        names = [*("qkv" if leads else "q")]
+        is_source = (layer_idx - config.num_key_value_layers) % config.key_value_group_size == 0
+        names = [*("qkv" if is_source else "q")]
         for name in names:
             projection: Any = getattr(self, f"{name}_proj")
             added = nn.Linear(projection.in_features, projection.out_features, bias=projection.bias is not None)
@@ -301,12 +301,12 @@ class SingleInputAttention(nn.Module):
             for name in ("q_proj", "k_proj", "v_proj", *(("q_norm", "k_norm") if self.norms else ())):
                 setattr(self, name, None)
 
-    def follow(self, leader: "SingleInputAttention") -> None:
+    def follow(self, kv_source: "SingleInputAttention") -> None:
         """Makes this the attention of a layer that attends to another's keys and values."""
         # in a tuple it is no submodule
-        self._lead = (leader,)
+        self._lead = (kv_source,)
 
-    def leader(self) -> "SingleInputAttention":
+    def kv_source(self) -> "SingleInputAttention":
         """The attention whose keys and values this one attends to."""
         return self._lead[0] if self._lead else self
 

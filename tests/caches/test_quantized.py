@@ -496,7 +496,7 @@ def test_values_have_a_bit_less_where_that_costs_least():
     assert [GEAR(bits=bits).codings(64, 0)[1].bits for bits in (2, 3, 8)] == [2, 2, 8]
     assert GEAR(bits=2, value_bits=8).codings(64, 0)[1].bits == 8
     with pytest.raises(ValueError, match="slots have keys and values of one size.*got 3"):
-        GEAR(value_bits=3).of_a_token(64)
+        GEAR(value_bits=3).per_token_scheme(64)
 
 
 def test_a_segment_that_let_go_of_every_block_takes_new_ones():

@@ -24,7 +24,7 @@ from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.policies.tova import TOVA
-from kvcompress.storage.rerotated import RolledSlots
+from kvcompress.storage.rerotated import RerotatedSlots
 from tests.contract.oracle import Decoded, Kept, Transcript, recording
 
 BUDGET = 8
@@ -107,13 +107,13 @@ def closed_up(cache: Any) -> Decoded:
         stored, positions = layer.slots, layer.slots.positions.long()
         places = kept.shape[-1]
         # rolled slots give their keys out for another query than the newest
-        contents = (stored.keys, stored.values) if isinstance(stored, RolledSlots) else stored.contents()
+        contents = (stored.keys, stored.values) if isinstance(stored, RerotatedSlots) else stored.contents()
         at = positions.masked_fill(positions < 0, places)[..., None].expand_as(contents[0])
         keys, values = (
             tensor.new_zeros(*tensor.shape[:2], places + 1, tensor.shape[3]).scatter_(2, at, tensor)[:, :, :places]
             for tensor in contents
         )
-        if isinstance(stored, RolledSlots):
+        if isinstance(stored, RerotatedSlots):
             newer = kept.flip(-1).cumsum(-1).flip(-1)
             keys = layer.rope.rotate(keys.float(), layer.lengths[:, None, None] - newer).to(keys.dtype)
         decoded.append((keys, values))
@@ -160,7 +160,7 @@ def attended(cache: Any) -> Kept:
     kept: Kept = []
     for layer in cache.layers:
         segment = getattr(layer, "segment", None)
-        reads_all = layer.in_hand is not None and layer.in_hand[0].shape[2] > SHADOW["select_queries"]
+        reads_all = layer.pending_kv is not None and layer.pending_kv[0].shape[2] > SHADOW["select_queries"]
         if segment is None or (reads_all and bool((segment.folded > 0).any())):
             kept.append(None)
             continue

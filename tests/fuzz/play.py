@@ -631,7 +631,7 @@ def _is_over(live: Live, row: int) -> bool:
 def _holds_nodes_only(live: Live) -> bool:
     """Whether no row has a token of its own: a forward may then bring several rows for each."""
     cache = live.cache
-    return isinstance(cache, HydragenCache) and bool(cache.tree.nodes) and not cache.padding.laid_out
+    return isinstance(cache, HydragenCache) and bool(cache.tree.nodes) and not cache.padding.columns_fixed
 
 
 def _rows(transcript: Transcript) -> list[list[int]]:

@@ -12,7 +12,7 @@ from kvcompress.kernels.decode_evict import decode_and_evict
 from kvcompress.kernels.evict import choose_victim
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import Coding, Packed, quantise
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, quantise
 from kvcompress.kernels.rebuild import rebuild_keys
 from kvcompress.kernels.selection import reuse_slots
 from tests.kernels.inputs import DEVICE, blocks, heads, packed_blocks, slot_positions
@@ -25,7 +25,7 @@ SCORES = torch.rand(2, 2, 9, device=DEVICE)
 LIMITS = torch.full((2,), 7, dtype=torch.int32, device=DEVICE)
 HELD = torch.rand(2, 2, 6, device=DEVICE).argsort(-1)
 
-CODING = Coding(2, 16, "channel", 1, 2)
+CODING = QuantScheme(2, 16, "channel", 1, 2)
 PACKED = packed_blocks(blocks(2, 2, 3, 16, 64), CODING)
 THERE = torch.arange(48, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
 
@@ -45,7 +45,7 @@ CALLS = {
     ),
     "packed_attention": (
         lambda q, p, a, *of: packed_attention(
-            q, Packed(*of), Packed(*of), CODING, CODING, p, a, scale=0.1, with_logits=True
+            q, QuantizedTensor(*of), QuantizedTensor(*of), CODING, CODING, p, a, scale=0.1, with_logits=True
         ),
         (STEP, THERE, AT[:, :1], *PACKED),
     ),

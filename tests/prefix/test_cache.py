@@ -517,7 +517,7 @@ def test_what_cannot_be_shared_is_refused():
     model = tiny()
     for cache, ids, message in (
         (DenseCache(model), prompt(5, 2), "one sequence"),
-        (H2OCache(model, budget=8, rolled=True), prompt(20), "RolledSlots"),
+        (H2OCache(model, budget=8, rolled=True), prompt(20), "RerotatedSlots"),
     ):
         feed(model, cache, ids)
         with pytest.raises(ValueError, match=message):
@@ -588,7 +588,7 @@ def test_crop_in_the_midst_of_what_is_fed_twice():
     ids, mask = left_padded(WHOLE)
     cache = HydragenCache.from_prefix(model, PREFIX)
     feed(model, cache, ids[:, 40:41], mask[:, :41])
-    assert cache.tree.ahead is not None
+    assert cache.tree.overlap is not None
     cache.crop(-2)
     logits = feed(model, cache, ids[:, 39:], mask)
     for row, whole in enumerate(WHOLE):

@@ -203,7 +203,7 @@ def test_rolled_slots_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="has seen something"):
         HydragenCache.from_cache(donor)
     feed(model, donor, PREFIX[None])
-    with pytest.raises(ValueError, match=r"rolled=True.*RolledSlots.*without rolled=True"):
+    with pytest.raises(ValueError, match=r"rolled=True.*RerotatedSlots.*without rolled=True"):
         HydragenCache.from_cache(donor)
     assert torch.isfinite(feed(model, donor, SUFFIX[:1])).all()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvcompress import ShadowKVCache
-from kvcompress.storage.offload import ADDRESSES, HostPages
+from kvcompress.storage.offload import ADDRESSES, OffloadedPages
 from tests.contract.drive import feed
 from tests.contract.models import DEVICE, prompt, tiny
 
@@ -16,7 +16,7 @@ PAGE = (2, 4, 8)
 
 
 def pages_in(folder=None):
-    return HostPages("pinned" if folder is None else f"mmap:{folder}", PAGE, torch.float32, torch.device(DEVICE))
+    return OffloadedPages("pinned" if folder is None else f"mmap:{folder}", PAGE, torch.float32, torch.device(DEVICE))
 
 
 def values(count, first=0):

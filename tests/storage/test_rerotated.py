@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress import EvictingCache, H2OCache, StreamingLLMCache
-from kvcompress.caches.evicting_layer import RolledLayer
+from kvcompress.caches.evicting_layer import RerotatedLayer
 from kvcompress.hf import cache_argument
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
@@ -170,7 +170,7 @@ def test_a_saved_cache_goes_on_where_it_was(tmp_path):
     more = prompt(6, batch=2, seed=3)
     expected = feed_all(model, cache, more, [4, 1, 1], shift=36)
     for other in (loaded, copied):
-        assert isinstance(other.layers[0], RolledLayer)
+        assert isinstance(other.layers[0], RerotatedLayer)
         torch.testing.assert_close(feed_all(model, other, more, [4, 1, 1], shift=36), expected)
 
 
@@ -179,8 +179,8 @@ def test_sliding_layers_keep_their_positions():
     cache = H2OCache(model, budget=10, rolled=True)
     expected = EvictingCache(model, policy=ExpectedAttention(sinks=1), budget=10, rolled=True)
     for made in (cache, expected):
-        assert [isinstance(layer, RolledLayer) for layer in made.layers] == [False, True, False]
-    assert not any(isinstance(layer, RolledLayer) for layer in H2OCache(model, budget=10).layers)
+        assert [isinstance(layer, RerotatedLayer) for layer in made.layers] == [False, True, False]
+    assert not any(isinstance(layer, RerotatedLayer) for layer in H2OCache(model, budget=10).layers)
 
 
 def test_a_model_whose_positions_cannot_roll_is_refused_by_name():

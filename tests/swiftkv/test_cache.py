@@ -35,7 +35,7 @@ class Seen:
     """A cache as the oracle reads it, where a following layer has what its leader has."""
 
     def __init__(self, cache):
-        self.layers = [getattr(layer, "leader", layer) for layer in cache.layers]
+        self.layers = [getattr(layer, "kv_source", layer) for layer in cache.layers]
 
 
 def sharing(name):
@@ -207,7 +207,7 @@ def test_a_saved_or_cloned_cache_goes_on_as_it_was(name, tmp_path):
     cloned = cache.clone()
     expected = [feed(model, cache, part) for part in prompt(6, 2, seed=4).split([4, 1, 1], 1)]
     for other in (loaded, cloned):
-        assert other.layers[FIRST + 1].leader is other.layers[FIRST]
+        assert other.layers[FIRST + 1].kv_source is other.layers[FIRST]
         again = [feed(model, other, part) for part in prompt(6, 2, seed=4).split([4, 1, 1], 1)]
         torch.testing.assert_close(again, expected)
     assert loaded.memory().total_bytes == cache.memory().total_bytes

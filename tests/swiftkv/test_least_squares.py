@@ -16,7 +16,7 @@ def rows(count=30, tokens=24):
 
 def seen(model, data):
     """The common norm's output and each later layer's teacher keys and values, all tokens in one matrix."""
-    heard = {}
+    captured = {}
     first = model.config.num_key_value_layers
     with torch.no_grad(), as_teacher(model):
         x, y = [], []
@@ -29,8 +29,8 @@ def seen(model, data):
                 at.append({kind: getattr(layer.self_attn, f"{kind}_proj")(own).double() for kind in "kv"})
             y.append(at)
     for kind in "kv":
-        heard[kind] = [torch.cat([at[index][kind] for at in y]) for index in range(len(y[0]))]
-    return torch.cat(x), heard
+        captured[kind] = [torch.cat([at[index][kind] for at in y]) for index in range(len(y[0]))]
+    return torch.cat(x), captured
 
 
 # README: the later keys and values first by least squares
