@@ -130,7 +130,7 @@ def test_a_triton_that_fails_to_load_is_as_good_as_none_and_the_error_says_why(r
 def test_another_package_of_that_name_is_not_triton(run, tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").touch()
-    passes(run("-c", "from kvcompress.kernels import runtime; assert not runtime.HAS_TRITON"))
+    passes(run("-c", "from kvcompress.kernels.common import runtime; assert not runtime.HAS_TRITON"))
 
 
 def test_the_interpreter_that_is_asked_for_and_not_there_is_an_error(run):
