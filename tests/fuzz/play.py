@@ -31,6 +31,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from kvcompress import EvictingCache, HydragenCache, ShadowKVCache
 from kvcompress.caches import dense
+from kvcompress.prefix import layer as prefix_layer
 from tests.contract.caches import LARGE, SHADOW, Entry, by_name, everything
 from tests.contract.drive import assert_same_state, feed, generate
 from tests.contract.models import DEVICE, END, PAD, VOCABULARY, left_padded, places, tiny
