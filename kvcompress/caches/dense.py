@@ -135,7 +135,7 @@ class DenseLayer(CompressedLayer):
 
     def check_crop(self, tokens: int) -> None:
         held = 0 if self.dense is None else self.dense.length
-        room = held if not self.dropped else held - ((self.window or 1) - 1)
+        room = held if not self.dropped else max(0, held - ((self.window or 1) - 1))
         if tokens > room:
             why = "older ones have left the window" if self.dropped else "no more were seen"
             raise ValueError(f"crop can take back {room} tokens here, got {tokens}: {why}")

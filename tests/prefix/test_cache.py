@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvcompress import DenseCache, H2OCache, HydragenCache
+from kvcompress import DenseCache, H2OCache, HydragenCache, dense, shared
 from kvcompress.hf import cache_argument
 from kvcompress.prefix.layer import NodeSegment
 from kvcompress.prefix.tree import ROOT, Shared, common_tokens, common_vectors, find_shared
@@ -691,3 +691,22 @@ def test_a_crop_reaches_the_shared_tokens_of_a_row_whose_own_are_few():
         cache.crop(-7)
         feed(model, cache, prompt(3, 3, seed=5), torch.cat([mask[:, :7], torch.ones_like(ids[:, :3])], 1))
     assert_equals_oracle(model, transcript)
+
+
+def test_a_crop_of_nothing_is_never_refused(monkeypatch):
+    """Where nodes hold what a window has let go of, the suffixes hold less than a window."""
+    monkeypatch.setattr(dense, "SLACK", 5)
+    monkeypatch.setattr(shared, "SLACK", 5)
+    model = tiny("qwen2_windows")
+    cache = HydragenCache(model, min_tokens=2)
+    feed(model, cache, prompt(30).expand(2, -1))
+    token = prompt(1, 2)
+    feed(model, cache, token)
+    layer = cache.layers[-1]
+    assert layer.dropped
+    assert layer.dense.length < layer.window - 1
+    as_it_was = cache.clone()
+    cache.crop(0)
+    torch.testing.assert_close(feed(model, cache, token), feed(model, as_it_was, token))
+    with pytest.raises(ValueError, match="can take back 0 tokens"):
+        layer.check_crop(layer.dense.length)
