@@ -373,13 +373,20 @@ class TailSegment(Segment):
         """Empties the rows that reach beyond their first `lengths` tokens.
 
         Returns:
-            What they held: keys and values [batch, kv_heads, room, head_dim], and how many of those tokens are a row's.
+            What they held of those: keys and values [batch, kv_heads, room, head_dim], a row's tokens in its first
+            places, and how many those are.
         """
-        counts = [length if length < held else 0 for length, held in zip(lengths, self.held, strict=True)]
-        gone = [held if length < held else 0 for length, held in zip(lengths, self.held, strict=True)]
-        if any(gone):
-            self.drop_last(gone)
-        return self.keys, self.values, counts
+        limit = torch.tensor(lengths, device=self.positions.device)[:, None]
+        goes = (self.positions >= limit).any(-1, keepdim=True)
+        if not bool(goes.any()):
+            return self.keys, self.values, [0] * len(lengths)
+        # tokens may have been hidden since
+        stays = goes & (self.positions != EMPTY) & (self.positions < limit)
+        order = stays.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
+        key, value = reordered(self.keys, order), reordered(self.values, order)
+        self.positions.masked_fill_(goes, EMPTY)
+        self.held = [0 if gone else held for gone, held in zip(goes[:, 0].tolist(), self.held, strict=True)]
+        return key, value, stays.sum(-1).tolist()
 
     def grow(self, room: int) -> None:
         """Makes room for so many tokens."""

@@ -603,3 +603,24 @@ def test_a_loaded_cache_packs_as_its_clone_does_after_drafts_were_taken_back(tmp
         ids = prompt(tokens, seed=tokens)
         assert torch.equal(feed(model, loaded, ids), feed(model, copy, ids))
     assert [layer.draft for layer in loaded.layers] == [layer.draft for layer in copy.layers]
+
+
+def test_drafts_are_taken_back_from_a_row_whose_first_tokens_were_hidden():
+    """What lies apart from the blocks counts by its places, of which hidden tokens have none."""
+    model = tiny()
+    cache, full = GEARCache(model, bits=8, buffer=8, group_size=8), DynamicCache(config=model.config)
+    ids, mask = prompt(50, 2), torch.ones(2, 50, dtype=torch.long)
+    for each in (cache, full):
+        feed(model, each, ids, mask)
+    assert cache.layers[0].first.held == [4, 4]
+    # of row 1 few tokens stay, of those apart the first alone
+    mask[1, 1:48] = 0
+    mask = torch.cat([mask, mask.new_ones(2, 3)], 1)
+    for each in (cache, full):
+        feed(model, each, prompt(3, 2, seed=7), mask)
+        each.crop(-1)
+    assert cache.layers[0].tokens_kept()[:, 0].tolist() == [52, 5]
+    assert cache.layers[0].first.positions.tolist() == [[0, 1, 2, 3], [0, -1, -1, -1]]
+    found, expected = (feed(model, each, prompt(1, 2, seed=8), mask) for each in (cache, full))
+    # in 8 bits
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.std()))
