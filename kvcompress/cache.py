@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
-from kvcompress.layer import CompressedLayer, ordinary_tensors
+from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
 from kvcompress.storage.durable import write_whole
 from kvcompress.storage.padding import PaddingRecord
@@ -196,7 +196,7 @@ class CompressedCache(hf.AttendingCache):
         self.padding.restore({})
         self.fillers = None
 
-    @ordinary_tensors()
+    @as_stored()
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly, in every layer or in none.
 
@@ -212,17 +212,17 @@ class CompressedCache(hf.AttendingCache):
         super().crop(tokens_to_remove)
         self.padding.crop(-tokens_to_remove)
 
-    @ordinary_tensors()
+    @as_stored()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.padding.map_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
-    @ordinary_tensors()
+    @as_stored()
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.padding.map_rows(lambda rows: rows[indices.to(rows.device)])
 
-    @ordinary_tensors()
+    @as_stored()
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.padding.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
@@ -231,7 +231,7 @@ class CompressedCache(hf.AttendingCache):
         """An independent copy: continuing one leaves the other as it is."""
         return copy.deepcopy(self)
 
-    @ordinary_tensors()
+    @as_stored()
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -288,7 +288,7 @@ class CompressedCache(hf.AttendingCache):
         return write_tensors(file, _FORMAT, facts, parts)
 
     @classmethod
-    @ordinary_tensors()
+    @as_stored()
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, *, host: str | None = None) -> Self:
         """A cache as `save` wrote it, for the model it was filled by, on the devices of the model's layers.
 

@@ -25,6 +25,21 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def as_stored() -> Iterator[None]:
+    """Where what a cache holds is changed: ordinary tensors, in their own dtypes, though autocast is on."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    accelerator = torch.accelerator.current_accelerator()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ordinary_tensors())
+        for kind in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 @torch.compiler.disable
 def _untraced(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """A call that torch.compile leaves out of its graph."""
@@ -146,7 +161,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         there, sinks = chunk.key.device, None if sinks is None else sinks.to(chunk.key.device)
         asked = query.to(there, chunk.key.dtype)
         asking = dataclasses.replace(chunk, query=asked, scale=scale, softcap=softcap, sinks=sinks)
-        with ordinary_tensors(), torch.autocast(there.type, enabled=False):
+        with as_stored():
             out = reread(asking).to(query.device, query.dtype)
             self._waiting -= 1
             if not self._waiting:
@@ -236,7 +251,7 @@ class CompressedLayer(hf.CacheLayerMixin):
                     self.attend, query, visible, scale=scale, softcap=softcap, sinks=sinks, position_ids=position_ids
                 )
             return self._attend_pending(query, visible, scale, softcap, sinks, position_ids)
-        with ordinary_tensors(), torch.autocast(query.device.type, enabled=False):
+        with as_stored():
             out = self._attend_pending(query.to(self.dtype), visible, scale, softcap, sinks, position_ids)
             return out.to(query.dtype)
 

@@ -21,7 +21,7 @@ from kvcompress.caches.budget import count_or_fraction
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
-from kvcompress.layer import CompressedLayer, ordinary_tensors
+from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.policies.allocation import Allocation, layer_budgets
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
@@ -105,7 +105,7 @@ class EvictingCache(CompressedCache):
             ranks=TPGroup.of(model),
         )
 
-    @ordinary_tensors()
+    @as_stored()
     def reserve(self) -> None:
         """Takes room for the whole budget, if it is a count: for steps that are compiled, whose tensors cannot grow.
 

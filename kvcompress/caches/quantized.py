@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.quantized_layer import QuantizedLayer
-from kvcompress.layer import CompressedLayer, ordinary_tensors
+from kvcompress.layer import CompressedLayer, as_stored
 from kvcompress.policies.gear import GEAR, Backbone, preset
 
 
@@ -83,7 +83,7 @@ class GEARCache(CompressedCache):
         """
         return GEARCache(model, **dataclasses.asdict(preset(name, **changes)))
 
-    @ordinary_tensors()
+    @as_stored()
     def fill(self, full: hf.Cache) -> Self:
         """Packs what a full cache holds, as though this one had been fed it at once: `GEARCache(model).fill(cache)`.
 

@@ -17,7 +17,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer, as_stored
 from kvcompress.policies.policy import SecondReading
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.segment import EMPTY, Segment, SlotSegment
@@ -115,6 +115,7 @@ class RereadLayer(EvictingLayer):
             torch.maximum(most, segment.column_maxima(chunk.query, places, lse, **how), out=most)
         return out
 
+    @as_stored()
     def finish(self) -> None:
         """Ends the forward: the policy chooses by what the second reading attended to."""
         waiting, self.waiting = self.waiting, None

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
-from kvcompress.layer import CompressedLayer, ordinary_tensors
+from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.prefix.layer import PrefixPadding, Promotion, SharedLayer, same_tokens, segments_of
 from kvcompress.prefix.tree import ROOT, Node, Shared, Tree, by_length, common_tokens, find_shared
 from kvcompress.storage.padding import PaddingRecord
@@ -196,7 +196,7 @@ class HydragenCache(CompressedCache):
         self._set_leaves(self._prefill(parents, pieces))
         self._lay_out()
 
-    @ordinary_tensors()
+    @as_stored()
     def pop(self) -> None:
         """Takes the newest level back, and all tokens that came after it.
 
@@ -291,7 +291,7 @@ class HydragenCache(CompressedCache):
         if set(self.tree.leaves) != before:
             self._prune()
 
-    @ordinary_tensors()
+    @as_stored()
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row several times; what they then have in common becomes a node, where it is long enough."""
         if repeats > 1 and max(self.own_lengths(), default=0) >= self.min_tokens:
@@ -301,7 +301,7 @@ class HydragenCache(CompressedCache):
         super().batch_repeat_interleave(repeats)
         self.tree.repeat(repeats)
 
-    @ordinary_tensors()
+    @as_stored()
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly; where suffixes are shorter, shared tokens become each row's own first.
 

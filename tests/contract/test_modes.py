@@ -8,8 +8,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
+from kvcompress import EvictingCache
 from kvcompress.hf import cache_argument
-from tests.contract.caches import every_cache, those
+from kvcompress.policies.gear import GEAR
+from kvcompress.policies.kvzip import KVzip
+from tests.contract.caches import ENTRIES, Entry, every_cache, slots, those
 from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, build, prompt, tiny
 
@@ -64,6 +67,15 @@ def forwards(model, cache, modes, first=0):
     return torch.stack(logits)
 
 
+KVZIP_IN_CODES = Entry(
+    "kvzip_packed",
+    lambda model: EvictingCache(
+        model, policy=KVzip(sinks=1, chunk=7, prompt=(5, 6)), budget=8, packed=GEAR(bits=4, group_size=8)
+    ),
+    kept=slots,
+)
+
+
 def autocast():
     return torch.autocast(DEVICE, torch.bfloat16)
 
@@ -92,6 +104,24 @@ def test_a_cache_that_lets_nothing_go_is_within_rounding_of_the_full_cache_under
     straight = forwards(model, DynamicCache(config=model.config), [contextlib.nullcontext() for _ in range(4)])
     rounding = (forwards(model, DynamicCache(config=model.config), modes) - straight).abs().max()
     assert (found - straight).abs().max() < 3 * rounding
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, KVZIP_IN_CODES], ids=lambda entry: entry.name)
+def test_what_changes_a_cache_works_under_autocast(entry):
+    """Autocast on a CPU joins no tensors of float16, which codes come with."""
+    model = tiny()
+    cache = entry.build(model)
+    with autocast(), torch.no_grad():
+        feed(model, cache, prompt(20, 2))
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([3, 1, 0, 2], device=DEVICE))
+        cache.batch_select_indices(torch.tensor([0, 2], device=DEVICE))
+        cache = cache.clone()
+        if hasattr(cache, "reserve"):
+            cache.reserve()
+        feed(model, cache, prompt(3, 2, seed=3))
+        cache.crop(-1 if entry.croppable else 0)
+        assert feed(model, cache, prompt(1, 2, seed=4)).isfinite().all()
 
 
 # README: a model that changes its dtype in between
