@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from kvcompress import DenseCache, H2OCache, HydragenCache, dense, shared
+from kvcompress import DenseCache, H2OCache, HydragenCache
+from kvcompress.caches import dense
 from kvcompress.hf import cache_argument
+from kvcompress.prefix import layer as prefix_layer
 from kvcompress.prefix.layer import NodeSegment
 from kvcompress.prefix.tree import ROOT, Shared, common_tokens, common_vectors, find_shared
 from tests.contract.caches import everything
@@ -696,7 +698,7 @@ def test_a_crop_reaches_the_shared_tokens_of_a_row_whose_own_are_few():
 def test_a_crop_of_nothing_is_never_refused(monkeypatch):
     """Where nodes hold what a window has let go of, the suffixes hold less than a window."""
     monkeypatch.setattr(dense, "SLACK", 5)
-    monkeypatch.setattr(shared, "SLACK", 5)
+    monkeypatch.setattr(prefix_layer, "SLACK", 5)
     model = tiny("qwen2_windows")
     cache = HydragenCache(model, min_tokens=2)
     feed(model, cache, prompt(30).expand(2, -1))
