@@ -12,6 +12,7 @@ import kvcompress.evals.provenance
 from kvcompress import DenseCache, check, hf
 from kvcompress.caches.dense import DenseLayer
 from kvcompress.caches.evicting_layer import EvictingLayer
+from kvcompress.caches.evicting_step import ChunkStep
 from kvcompress.cli import main
 from kvcompress.hf.small import described, small_config, small_model
 from kvcompress.loading import ModelUnavailableError
@@ -219,13 +220,13 @@ def test_a_cache_that_takes_padding_for_tokens_is_found(monkeypatch):
 
 
 def test_an_evicting_cache_that_keeps_one_token_less_is_found(monkeypatch):
-    def kept(self, scores, positions, in_order, real=EvictingLayer._kept):
-        chosen = real(self, scores, positions, in_order)
+    def kept(self, scores, positions, real=ChunkStep._kept):
+        chosen = real(self, scores, positions)
         # of each head its oldest
         first = chosen.to(torch.uint8).argmax(-1, keepdim=True)
         return chosen.scatter(-1, first, False)
 
-    monkeypatch.setattr(EvictingLayer, "_kept", kept)
+    monkeypatch.setattr(ChunkStep, "_kept", kept)
     assert "with a budget of 48" in fault("h2o")
 
 
@@ -238,24 +239,24 @@ def test_an_evicting_cache_that_mixes_up_values_is_found(monkeypatch):
 
 
 def test_an_evicting_cache_that_names_tokens_it_was_not_fed_is_found(monkeypatch):
-    def shift(layer, *args, **kwargs):
-        held = layer.slots.positions
+    def shift(step, *args, **kwargs):
+        held = step.slots.positions
         held.copy_(torch.where(held < 0, held, held + 3))
 
-    monkeypatch.setattr(EvictingLayer, "_extend", after(EvictingLayer._extend, shift))
+    monkeypatch.setattr(ChunkStep, "commit", after(ChunkStep.commit, shift))
     assert "holds a token at place" in fault("streaming")
 
 
 def test_an_evicting_cache_that_chooses_by_where_padding_stands_is_found(monkeypatch):
     """It attends rightly to what it keeps, and keeps other tokens than it would without the padding."""
 
-    def scores(self, *args, real=EvictingLayer._observe):
+    def scores(self, *args, real=ChunkStep._observe):
         attention = real(self, *args)
-        if self.padding.visible is None:
+        if self.layer.padding.visible is None:
             return attention
         return attention.flip(-1)
 
-    monkeypatch.setattr(EvictingLayer, "_observe", scores)
+    monkeypatch.setattr(ChunkStep, "_observe", scores)
     assert "padded batch, row" in fault("h2o")
 
 
@@ -305,15 +306,15 @@ def test_memory_that_is_not_told_is_found(monkeypatch):
 
 
 def test_slots_that_take_more_than_the_full_cache_are_found(monkeypatch):
-    def hoard(layer, *args, **kwargs):
-        layer.slots.hoard = torch.zeros(2**18)
+    def hoard(step, *args, **kwargs):
+        step.slots.hoard = torch.zeros(2**18)
 
     tensors = SlotSegment.tensors
 
     def told(self):
         return {**tensors(self), **({"keys_hoarded": self.hoard} if hasattr(self, "hoard") else {})}
 
-    monkeypatch.setattr(EvictingLayer, "_extend", after(EvictingLayer._extend, hoard))
+    monkeypatch.setattr(ChunkStep, "commit", after(ChunkStep.commit, hoard))
     monkeypatch.setattr(SlotSegment, "tensors", told)
     monkeypatch.setattr(EvictingLayer, "_pin", lambda self: None)
     assert "memory: slots take" in fault("h2o")

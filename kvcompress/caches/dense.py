@@ -8,12 +8,27 @@ from torch import Tensor
 from kvcompress.cache import CompressedCache
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer, ordinary_tensors
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.storage.segment import DenseSegment, Segment
 
 # tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
 SLACK = 256
+
+
+class DenseStep(ForwardStep):
+    """A forward whose tokens are stored already."""
+
+    def __init__(self, layer: "DenseLayer", x: AttentionInput) -> None:
+        super().__init__(x)
+        self.layer = layer
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        out, lse = self.layer._read(x)
+        return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
+
+    def commit(self) -> None:
+        self.layer._drop()
 
 
 class DenseLayer(CompressedLayer):
@@ -28,17 +43,9 @@ class DenseLayer(CompressedLayer):
     def segments(self) -> list[Segment]:
         return [] if self.dense is None else [self.dense]
 
-    def _attend(self, chunk: AttentionInput) -> Tensor:
-        self._store(chunk)
-        out = self._reread(chunk)
-        self._leave(chunk, self._reread, self._drop)
-        return out
-
-    def _reread(self, chunk: AttentionInput) -> Tensor:
-        out, lse = self._read(chunk)
-        if chunk.sinks is not None:
-            out, _ = merge_states(*with_sinks([out], [lse], chunk.sinks))
-        return out
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        self._store(x)
+        return DenseStep(self, x)
 
     def _attend_dense(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
         """Stores the chunk; its attention to what is stored here, and the log-sum-exp of that."""

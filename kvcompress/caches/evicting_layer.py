@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 
 from kvcompress import hf
+from kvcompress.caches.evicting_step import ChunkStep, DecodeStep, FusedDecodeStep
 from kvcompress.hf.tensor_parallel import TPGroup
-from kvcompress.kernels.attention import causal_attention
-from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.common.runtime import runs_triton
-from kvcompress.kernels.decode_evict import decode_and_evict
-from kvcompress.kernels.evict import choose_victim, ranked
-from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.gear import GEAR
-from kvcompress.policies.policy import Candidates, Policy
-from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
+from kvcompress.policies.policy import Policy
+from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.rerotated import RerotatedSlots
 from kvcompress.storage.rope import Rope
@@ -35,6 +31,7 @@ class EvictingLayer(CompressedLayer):
 
     is_compileable = True
     evicts = True
+    pads_first = True
     _reserves = False
     _told = False
 
@@ -167,183 +164,20 @@ class EvictingLayer(CompressedLayer):
                 stacklevel=2,
             )
 
-    def _attend(self, chunk: AttentionInput) -> Tensor:
-        if self.slots is not None and chunk.tokens == 1:
-            return self._decode(chunk)
-        if self.window is None or chunk.tokens == 1 or chunk.visible is None:
-            return self._extend(chunk)
-        order = pads_first(chunk.visible)
-        if order is None:
-            return self._extend(chunk)
-        own_order = pads_first(chunk.visible[:, -chunk.queries :])
-        query, key, value = (
-            reordered(chunk.query, own_order),
-            reordered(chunk.key, order),
-            reordered(chunk.value, order),
-        )
-        out = self._extend(
-            dataclasses.replace(chunk, query=query, key=key, value=value, visible=chunk.visible.gather(1, order))
-        )
-        return out if own_order is None else self._back(out, own_order)
-
-    # one token: it takes the spare slot, and the slots answer alone
-
-    def _decode(self, chunk: AttentionInput) -> Tensor:
-        slots = self.slots
-        assert slots is not None
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        if self.slots is None or x.tokens > 1:
+            return ChunkStep(self, x)
         self._make_room(1)
         if isinstance(self.budget, float):
-            self._follow_budget(self.lengths + (1 if chunk.visible is None else chunk.visible[:, 0].int()))
-        at = self.lengths
-        if chunk.visible is not None:
-            at = torch.where(chunk.visible[:, 0], at, EMPTY)
-        plain = self.rope is None and self.packed is None
-        if self.policy.memory is not None and plain and not self.kv_consumers and runs_triton(chunk.query):
-            return self._decode_at_once(chunk, slots, at)
-        # a copy: the lengths grow in place before the policy reads the positions
-        placed, query_positions = self._place(chunk, self.lengths[:, None].clone())
-        out, attention = slots.decode(
-            placed.query,
-            chunk.key,
-            chunk.value,
-            at,
-            query_positions,
-            scale=chunk.scale,
-            window=self.window,
-            softcap=chunk.softcap,
-            sink_logits=chunk.sinks,
-        )
-
-        def reread(chunk: AttentionInput) -> Tensor:
-            # the token lies in the slots already, and counts in none of the lengths yet
-            placed, query_positions = self._place(chunk, self.lengths[:, None])
-            how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
-            out, lse = slots.decode_again(placed.query, chunk.key, chunk.value, at, query_positions, **how)
-            return out if chunk.sinks is None else merge_states(*with_sinks([out], [lse], chunk.sinks))[0]
-
-        def settle() -> None:
-            self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
-            # a query that is padding gives out no attention
-            given = attention if chunk.visible is None else attention * chunk.visible[..., None]
-            self._score_step(slots, placed, query_positions, given)
-            self._evict_one(slots)
-
-        self._leave(chunk, reread, settle)
-        return out
-
-    def _decode_at_once(self, chunk: AttentionInput, slots: SlotSegment, at: Tensor) -> Tensor:
-        assert self.policy.memory is not None
-        out = decode_and_evict(
-            chunk.query,
-            chunk.key,
-            chunk.value,
-            slots.keys,
-            slots.values,
-            slots.positions,
-            slots.scores,
-            slots.spare,
-            at,
-            self.limits,
-            self.recents,
-            scale=chunk.scale,
-            sinks=self.policy.sinks,
-            window=self.window,
-            softcap=chunk.softcap,
-            memory=self.policy.memory,
-            sink_logits=chunk.sinks,
-        )
-        self.lengths.add_(1 if chunk.visible is None else chunk.visible[:, 0])
-        return out
+            self._follow_budget(self.lengths + (1 if x.visible is None else x.visible[:, 0].int()))
+        # scores that add up or fade, over plain slots, are one kernel; layers that share the tokens would ask after it
+        plain = self.rope is None and self.packed is None and not self.kv_consumers
+        at_once = self.policy.memory is not None and plain and runs_triton(x.query)
+        return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
     def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
         """The chunk as it meets the slots' `rotated_keys`, and its queries' positions then, [batch, queries]."""
         return chunk, query_positions
-
-    def _score_step(
-        self, slots: SlotSegment, chunk: AttentionInput, query_positions: Tensor, attention: Tensor
-    ) -> None:
-        positions, scores = slots.positions, slots.scores
-        spare = slots.spare[..., None]
-        if self.policy.static:
-            positions, scores = positions.gather(2, spare), scores.gather(2, spare)
-        candidates = Candidates(
-            positions,
-            scores,
-            None if self.policy.observes == 0 else attention,
-            chunk.query,
-            query_positions,
-            chunk.visible,
-            self.lengths,
-            lambda: [(chunk.key, chunk.value) if self.policy.static else slots.contents()],
-            chunk.scale,
-            self.state,
-            self.rope,
-            mean_over_ranks=self._mean_over_ranks,
-        )
-        scored = self.policy.score(candidates)
-        if self.policy.static:
-            slots.scores.scatter_(2, spare, scored)
-        else:
-            slots.scores.copy_(scored)
-
-    def _evict_one(self, slots: SlotSegment) -> None:
-        scores, sinks = slots.scores, self.policy.sinks
-        if self.window is not None:
-            # what has left the window goes first, sinks too
-            scores = scores.masked_fill(slots.positions < sinks, torch.inf)
-            out_of_window = slots.positions <= (self.lengths - self.window)[:, None, None]
-            scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
-        victims = choose_victim(scores, slots.positions, self.lengths - self.recents, sinks)
-        slots.free(victims, slots.kept() > self.limits[:, None])
-
-    # a chunk: attention to the slots and, causally, to itself; then slots and chunk compete
-
-    def _extend(self, chunk: AttentionInput) -> Tensor:
-        fresh = self.slots is None
-        slots = self._allocate(chunk)
-        how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
-        places = self._query_positions(chunk)
-
-        def read(chunk: AttentionInput) -> tuple[AttentionInput, Tensor, Tensor, Tensor]:
-            placed, query_positions = self._place(chunk, places[:, -chunk.queries :])
-            out, lse = causal_attention(placed.query, placed.key, chunk.value, visible=chunk.visible, **how)
-            outs, lses = [out], [lse]
-            if not fresh:
-                past_out, past_lse = slots.attend(placed.query, query_positions, **how)
-                outs, lses = [*outs, past_out], [*lses, past_lse]
-            if chunk.sinks is not None:
-                outs, lses = with_sinks(outs, lses, chunk.sinks)
-            if len(outs) > 1:
-                out, lse = merge_states(outs, lses)
-            return placed, query_positions, out, lse
-
-        placed, query_positions, out, lse = read(chunk)
-        attention = self._observe(placed, None if fresh else slots, query_positions, lse, how)
-
-        def settle(attention: Tensor | None = attention) -> None:
-            kept = self._choose(placed, slots, places, query_positions, attention, in_order=fresh)
-            slots.replace(chunk.key, chunk.value, *kept)
-            self._pin()
-
-        self._leave_chunk(chunk, lambda chunk: read(chunk)[2], settle, places, attention)
-        return out
-
-    def _leave_chunk(
-        self,
-        chunk: AttentionInput,
-        reread: Callable[[AttentionInput], Tensor],
-        settle: Callable[..., None],
-        places: Tensor,
-        attention: Tensor | None,
-    ) -> None:
-        """`_leave` after a chunk.
-
-        Args:
-            settle: takes the attention to judge by, where that is another.
-            places: of the chunk's tokens in their sequences, [batch, tokens] int32; of no meaning for padding.
-            attention: received by slots and chunk, [batch, kv_heads, slots + tokens] float32, or None.
-        """
-        self._leave(chunk, reread, settle)
 
     def _pin(self) -> None:
         """Tells the compiler that the layer's tensors stay where they are: else CUDA graphs refuse to write to them."""
@@ -351,97 +185,6 @@ class EvictingLayer(CompressedLayer):
         for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
             # unguarded: another cache of the same shapes records a graph, and compiles nothing
             torch._dynamo.mark_static_address(tensor, guard=False)
-
-    def _query_positions(self, chunk: AttentionInput) -> Tensor:
-        if chunk.visible is None:
-            places = torch.arange(chunk.tokens, dtype=torch.int32, device=chunk.key.device)[None]
-        else:
-            places = chunk.visible.cumsum(-1, dtype=torch.int32) - 1
-        return self.lengths[:, None] + places
-
-    def _observe(
-        self, chunk: AttentionInput, past: SlotSegment | None, query_positions: Tensor, lse: Tensor, how: dict[str, Any]
-    ) -> Tensor | None:
-        """Attention received from the queries the policy observes, [batch, kv_heads, slots + tokens] float32."""
-        last = self.policy.observes
-        if last == 0:
-            return None
-        first = 0
-        if chunk.visible is None:
-            first = 0 if last is None else max(0, chunk.queries - last)
-        else:
-            # of each sequence its last real queries; those before them, and padding, are left out
-            from_end = chunk.visible.flip(-1).cumsum(-1).flip(-1)
-            observed = chunk.visible if last is None else chunk.visible & (from_end <= last)
-            observed = observed[:, -chunk.queries :]
-            lse = lse.masked_fill(~observed[:, None], torch.inf)
-            if last is not None:
-                first = int(observed.any(0).to(torch.uint8).argmax())
-        query, lse = chunk.query[:, :, first:], lse[:, :, first:]
-        within = causal_column_sums(query, chunk.key, lse, visible=chunk.visible, **how)
-        if past is None:
-            assert self.slots is not None
-            return torch.cat([torch.zeros_like(self.slots.scores), within], -1)
-        return torch.cat([past.column_sums(query, query_positions[:, first:], lse, **how), within], -1)
-
-    def _choose(
-        self,
-        chunk: AttentionInput,
-        slots: SlotSegment,
-        places: Tensor,
-        query_positions: Tensor,
-        attention: Tensor | None,
-        *,
-        in_order: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `SlotSegment.replace` needs: the chunk's positions, and the scores and the fate of all candidates.
-
-        Args:
-            in_order: the candidates stand as in the text, as nothing was held before.
-        """
-        places = places if chunk.visible is None else places.masked_fill(~chunk.visible, EMPTY)
-        places = places[:, None].expand(-1, chunk.key.shape[1], -1)
-        self.lengths.add_(chunk.tokens if chunk.visible is None else chunk.visible.sum(-1))
-        if isinstance(self.budget, float):
-            self._follow_budget(self.lengths)
-        positions = torch.cat([slots.positions, places], -1)
-        scores = torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1)
-        # scores that never change are those of the tokens as they came, whatever packing made of them since
-        first = slots.slots if self.policy.static else 0
-        candidates = Candidates(
-            positions[..., first:],
-            scores[..., first:],
-            None if attention is None else attention[..., first:],
-            chunk.query,
-            query_positions,
-            chunk.visible,
-            self.lengths,
-            lambda: [(chunk.key, chunk.value)] if first else [slots.contents(), (chunk.key, chunk.value)],
-            chunk.scale,
-            self.state,
-            self.rope,
-            chunk.tokens,
-            self._mean_over_ranks,
-        )
-        scores = torch.cat([scores[..., :first], self.policy.score(candidates)], -1)
-        return places, scores, self._kept(scores, positions, in_order)
-
-    def _kept(self, scores: Tensor, positions: Tensor, in_order: bool) -> Tensor:
-        """Which candidates stay, [batch, kv_heads, candidates] bool: per sequence, as many as it may keep."""
-        lengths, recents = self.lengths[:, None, None], self.recents[:, None, None]
-        protected = (positions < self.policy.sinks) | (positions >= lengths - recents)
-        gone = positions == EMPTY
-        if self.window is not None:
-            gone = gone | (positions <= lengths - self.window)
-        worth = ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
-        # of equal scores the later token stays, whatever padding stands before it and whichever slot it has
-        if in_order:
-            backwards = torch.arange(worth.shape[-1] - 1, -1, -1, device=worth.device).expand_as(worth)
-        else:
-            backwards = positions.argsort(dim=-1, descending=True, stable=True)
-        order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
-        chosen = torch.arange(order.shape[-1], device=order.device) < self.limits[:, None, None]
-        return torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)) & ~gone
 
     def _allocate(self, chunk: AttentionInput) -> SlotSegment:
         if self.slots is None:

@@ -6,7 +6,6 @@ apart: its tokens that stay go to the tail as attention saw them, decoded, and a
 on forwards of twice as many tokens wait in the tail as well.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.gear import GEAR
-from kvcompress.storage.padding import PaddingRecord, pads_first, reordered, warn_of_short_windows
+from kvcompress.storage.padding import PaddingRecord, reordered, warn_of_short_windows
 from kvcompress.storage.quantized_blocks import QuantizedBlocks, TailSegment
 from kvcompress.storage.segment import EMPTY, Segment
 
@@ -26,10 +25,46 @@ from kvcompress.storage.segment import EMPTY, Segment
 DRAFT = 32
 
 
+class QuantizedStep(ForwardStep):
+    """A forward: what it brings is attended to as it came, and encoded when it ends; one token joins the tail at once.
+
+    real: tokens of each row that are no padding. query_positions: [batch, queries] int32.
+    """
+
+    def __init__(self, layer: "QuantizedLayer", x: AttentionInput) -> None:
+        super().__init__(x)
+        self.layer = layer
+        self.tail = layer._tail(x.key, x.value)
+        self.real = layer._real(x)
+        self.query_positions = layer._query_positions(x)[:, -x.queries :]
+        if x.tokens == 1:
+            self.tail.put(x.key, x.value, self.real, layer.lengths)
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        outs, lses = self.layer._past(x, self.query_positions)
+        if x.tokens > 1:
+            out, lse = causal_attention(
+                x.query, x.key, x.value, scale=x.scale, visible=x.visible, window=self.layer.window, softcap=x.softcap
+            )
+            outs, lses = [*outs, out], [*lses, lse]
+        if x.sinks is not None:
+            outs, lses = with_sinks(outs, lses, x.sinks)
+        return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
+
+    def commit(self) -> None:
+        layer, x, real = self.layer, self.input, self.real
+        layer.lengths = [length + fresh for length, fresh in zip(layer.lengths, real, strict=True)]
+        if x.tokens == 1:
+            layer._pack(self.tail.keys, self.tail.values, [0] * len(real), real, 1)
+        else:
+            layer._pack(*layer._behind_the_tail(x, real), real, x.tokens)
+
+
 class QuantizedLayer(CompressedLayer):
     """One layer's packed blocks, of prompts and of decoded tokens, and the tail before them."""
 
     is_croppable = True
+    pads_first = True
     queries_watched = 0
 
     def __init__(
@@ -81,57 +116,8 @@ class QuantizedLayer(CompressedLayer):
         self.lengths = []
         self.draft = DRAFT
 
-    def _attend(self, chunk: AttentionInput) -> Tensor:
-        order = None
-        if self.window is not None and chunk.tokens > 1 and chunk.visible is not None:
-            order = pads_first(chunk.visible)
-        if order is None:
-            return self._attend_in_order(chunk)
-        assert chunk.visible is not None
-        own_order = pads_first(chunk.visible[:, -chunk.queries :])
-        query, key, value = (
-            reordered(chunk.query, own_order),
-            reordered(chunk.key, order),
-            reordered(chunk.value, order),
-        )
-        visible = chunk.visible.gather(1, order)
-        out = self._attend_in_order(dataclasses.replace(chunk, query=query, key=key, value=value, visible=visible))
-        return out if own_order is None else self._back(out, own_order)
-
-    def _attend_in_order(self, chunk: AttentionInput) -> Tensor:
-        tail = self._tail(chunk.key, chunk.value)
-        real = self._real(chunk)
-        query_positions = self._query_positions(chunk)[:, -chunk.queries :]
-        if chunk.tokens == 1:
-            tail.put(chunk.key, chunk.value, real, self.lengths)
-
-        def reread(chunk: AttentionInput) -> Tensor:
-            outs, lses = self._past(chunk, query_positions)
-            if chunk.tokens > 1:
-                out, lse = causal_attention(
-                    chunk.query,
-                    chunk.key,
-                    chunk.value,
-                    scale=chunk.scale,
-                    visible=chunk.visible,
-                    window=self.window,
-                    softcap=chunk.softcap,
-                )
-                outs, lses = [*outs, out], [*lses, lse]
-            if chunk.sinks is not None:
-                outs, lses = with_sinks(outs, lses, chunk.sinks)
-            return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
-
-        def settle() -> None:
-            self.lengths = [length + fresh for length, fresh in zip(self.lengths, real, strict=True)]
-            if chunk.tokens == 1:
-                self._pack(tail.keys, tail.values, [0] * len(real), real, 1)
-            else:
-                self._pack(*self._behind_the_tail(chunk, real), real, chunk.tokens)
-
-        out = reread(chunk)
-        self._leave(chunk, reread, settle)
-        return out
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        return QuantizedStep(self, x)
 
     def _past(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Attention to each segment that holds something."""

@@ -4,7 +4,7 @@ The tokens of a forward stay whole until the model has read them again behind th
 cache that stores nothing. Each layer notes the most attention that its tokens receive; then the policy chooses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting_layer import EvictingLayer
+from kvcompress.caches.evicting_step import ChunkStep
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer, as_stored
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored
 from kvcompress.policies.policy import SecondReading
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.segment import EMPTY, Segment, SlotSegment
@@ -28,16 +29,14 @@ class _Waiting:
     """The tokens of a forward that have been read once.
 
     segment: all of them, whose scores are the most attention each has received. past: the same of the slots.
-    own: attention that slots and tokens received in the first reading. lengths: of the sequences, these included.
-    twice: which sequences are read again, [batch] bool. settle: ends the forward, given the attention to judge by.
+    lengths: of the sequences, these included. twice: which sequences are read again, [batch] bool. step: the forward.
     """
 
     segment: SlotSegment
     past: Tensor
-    own: Tensor
     lengths: Tensor
     twice: Tensor
-    settle: Callable[[Tensor], None]
+    step: ChunkStep
 
 
 class RereadLayer(EvictingLayer):
@@ -52,40 +51,34 @@ class RereadLayer(EvictingLayer):
         super().reset()
         self.waiting = None
 
-    def _attend(self, chunk: AttentionInput) -> Tensor:
+    def _begin(self, x: AttentionInput) -> ForwardStep:
         if self.waiting is not None:
             raise RuntimeError(
                 "tokens wait to be read again: the forward that fed them was compiled, ran without the model's hooks, "
                 "or was interrupted; call cache.reset()"
             )
-        return super()._attend(chunk)
+        return super()._begin(x)
 
-    def _leave_chunk(
-        self,
-        chunk: AttentionInput,
-        reread: Callable[[AttentionInput], Tensor],
-        settle: Callable[..., None],
-        places: Tensor,
-        attention: Tensor | None,
-    ) -> None:
-        assert self.slots is not None
-        assert attention is not None
-        batch, kv_heads, tokens = chunk.key.shape[:3]
-        if chunk.visible is None:
+    def _end(self, step: ForwardStep) -> None:
+        if not isinstance(step, ChunkStep):
+            step.commit()
+            return
+        x, places = step.input, step.places
+        batch, kv_heads, tokens = x.key.shape[:3]
+        if x.visible is None:
             fresh = torch.full((batch,), tokens, device=places.device)
         else:
-            fresh, places = chunk.visible.sum(-1), places.masked_fill(~chunk.visible, EMPTY)
+            fresh, places = x.visible.sum(-1), places.masked_fill(~x.visible, EMPTY)
         segment = SlotSegment.from_tensors(
             {
-                "keys": chunk.key,
-                "values": chunk.value,
+                "keys": x.key,
+                "values": x.value,
                 "positions": places.expand(batch, -1)[:, None].expand(-1, kv_heads, -1),
                 "scores": torch.zeros(batch, kv_heads, tokens, device=places.device),
             }
         )
-        past = torch.zeros_like(self.slots.scores)
         lengths = (self.lengths + fresh).to(torch.int32)
-        self.waiting = _Waiting(segment, past, attention, lengths, fresh > 1, settle)
+        self.waiting = _Waiting(segment, torch.zeros_like(step.slots.scores), lengths, fresh > 1, step)
 
     def observe(self, chunk: AttentionInput) -> Tensor:
         """The attention of tokens of the second reading, [batch, heads, queries, head_dim], and a note of what they
@@ -120,8 +113,9 @@ class RereadLayer(EvictingLayer):
         """Ends the forward: the policy chooses by what the second reading attended to."""
         waiting, self.waiting = self.waiting, None
         assert waiting is not None
-        most = torch.cat([waiting.past, waiting.segment.scores], -1)
-        waiting.settle(torch.where(waiting.twice[:, None, None], most, waiting.own))
+        own, most = waiting.step.attention, torch.cat([waiting.past, waiting.segment.scores], -1)
+        assert own is not None
+        waiting.step.commit(torch.where(waiting.twice[:, None, None], most, own))
 
 
 class _Witness(CompressedLayer):

@@ -6,7 +6,7 @@ cloning and saving one loop over them.
 """
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
 from kvcompress.kernels.decode import decode_attention
+from kvcompress.kernels.decode_evict import decode_and_evict
 
 EMPTY = -1
 
@@ -180,6 +181,26 @@ class SlotSegment(Segment):
     ) -> tuple[Tensor, Tensor]:
         """What another query of the token that `decode` has taken in sees, sinks apart, and its log-sum-exp."""
         return self.attend(query, query_positions, scale=scale, window=window, softcap=softcap)
+
+    def decode_and_evict(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        limits: Tensor,
+        recents: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Takes in one token, answers its query, scores every slot and frees the one that goes, by `decode_and_evict`.
+
+        Args:
+            query, key, value, positions: as in `decode`. limits, recents, options: as the op takes them.
+        """
+        return decode_and_evict(
+            query, key, value, self.keys, self.values, self.positions, self.scores, self.spare,
+            positions, limits, recents, **options,
+        )  # fmt: skip
 
     def attend(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None

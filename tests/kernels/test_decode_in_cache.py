@@ -10,6 +10,7 @@ from kvcompress.hf import cache_argument
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.snapkv import SnapKV
+from kvcompress.storage import segment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
@@ -32,8 +33,8 @@ def test_a_fused_step_equals_the_separate_operations(policy, monkeypatch):
         steps = []
         with monkeypatch.context() as patch:
             if fused:
-                plain = evicting_layer.decode_and_evict
-                patch.setattr(evicting_layer, "decode_and_evict", lambda *a, **k: steps.append(1) or plain(*a, **k))
+                plain = segment.decode_and_evict
+                patch.setattr(segment, "decode_and_evict", lambda *a, **k: steps.append(1) or plain(*a, **k))
             else:
                 patch.setattr(evicting_layer, "runs_triton", lambda tensor: False)
             cache = EvictingCache(model, policy=policy, budget=8)
