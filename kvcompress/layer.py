@@ -197,7 +197,8 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def tokens_kept(self) -> Tensor:
         """Tokens held per sequence and KV head, [batch, kv_heads] int64."""
-        raise NotImplementedError
+        first, *others = (segment.kept() for segment in self.segments())
+        return sum(others, start=first)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces each tensor that has the batch as its first dimension by `change(tensor)`."""

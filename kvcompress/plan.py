@@ -26,9 +26,11 @@ from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.shadowkv import ShadowKV
-from kvcompress.storage.low_rank import GROWTH
+from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
-from kvcompress.storage.quantized_slots import BLOCK as SLOTS_A_BLOCK
+from kvcompress.storage.quantized_blocks import QuantizedBlocks, TailSegment
+from kvcompress.storage.quantized_slots import QuantizedSlots
+from kvcompress.storage.segment import SlotSegment
 
 
 @dataclass(frozen=True)
@@ -156,49 +158,31 @@ def largest_batch(need: Need, batch: int, memory: int) -> int:
 
 
 def _slots(shape: Shape, budget: int, batch: int, item: int, packed: GEAR | None) -> int:
-    """Bytes of one layer: keys, values, positions and scores of its slots, which is spare, and what is counted."""
-    slots, held = budget + 1, (budget + 1) * 2 * shape.head_dim * item
-    if packed is not None:
-        blocks = -(-slots // SLOTS_A_BLOCK)
-        slots = blocks * SLOTS_A_BLOCK
-        held = (
-            blocks * 2 * packed.per_token_scheme(shape.head_dim).bytes(SLOTS_A_BLOCK, shape.head_dim)
-            + 4 * shape.head_dim
-        )
-    return batch * (shape.kv_heads * (held + slots * (4 + 4) + 8) + 3 * 4) + 8
+    """Bytes of one layer: its slots, which is spare, and what is counted of each sequence and of all."""
+    size, counters = (batch, shape.kv_heads, shape.head_dim), batch * 3 * 4 + 8
+    if packed is None:
+        return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
+    return QuantizedSlots.nbytes_for(*size, packed.per_token_scheme(shape.head_dim), budget + 1) + counters
 
 
 def _packed(shape: Shape, settings: GEAR, context: int, window: int | None, batch: int, item: int) -> int:
     """Bytes of one layer of GEAR after a prefill of the whole context: blocks of codes, and the tail."""
-    block, head_dim = settings.buffer, shape.head_dim
+    block, size = settings.buffer, (batch, shape.kv_heads, shape.head_dim)
     sinks = settings.sinks if window is None and context > DRAFT else 0
     full = max(0, context - sinks) // block if context > DRAFT else 0
     sinks = sinks if full else 0
     skipped = 0 if window is None else min(max(0, (context - window - DRAFT) // block), full)
-    blocks = full - skipped
-    a_block = sum(coding.bytes(block, head_dim) for coding in settings.codings(head_dim, settings.rank))
-    bases = 2 * 2 * head_dim * settings.rank if blocks else 0
-    positions = blocks * (4 * block + (4 if settings.rank else 0))
-    room = max(block, context - sinks - full * block)
-    tail = (room + sinks) * (2 * shape.kv_heads * head_dim * item + 4)
-    return batch * (shape.kv_heads * (blocks * a_block + bases) + positions + tail)
+    codings = settings.codings(shape.head_dim, settings.rank)
+    room = max(block, context - sinks - full * block) + sinks
+    return QuantizedBlocks.nbytes_for(*size, codings, block, full - skipped) + TailSegment.nbytes_for(*size, item, room)
 
 
 def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:
     """Bytes of one layer of ShadowKV on the device, after a prefill of the whole context."""
-    width, head_dim, chunk = shape.kv_heads * shape.head_dim, shape.head_dim, settings.chunk
-    rank, selected = settings.rank_of(width), max(1, budget // chunk)
-    folded, outliers, room = 0, 0, 0
-    if context > int(settings.dense_tokens(torch.tensor([selected]))):
-        folded, room = max(0, context // chunk - settings.local_chunks), GROWTH
-    selected, outliers = min(selected, folded), min(settings.outlier_chunks, folded)
-    slots = (selected + outliers - folded) * chunk + context + (room if folded else 0)
-    low_rank = item * rank * (folded * chunk + width)
-    a_chunk = shape.kv_heads * (head_dim * item + 1) + 8
-    a_head = slots * (2 * head_dim * item + 4) + 8 * selected + 12 * outliers
-    # counted: what the basis missed, limits, chunks and tokens; fetched bytes, addresses of slabs, frequencies
-    row = low_rank + folded * a_chunk + shape.kv_heads * a_head + 4 + 3 * 8
-    return batch * row + 8 + 8 * ADDRESSES + 4 * (head_dim // 2)
+    size, selected = (batch, shape.kv_heads, shape.head_dim), max(1, budget // settings.chunk)
+    # fetched bytes, addresses of slabs, frequencies
+    beside = 8 + 8 * ADDRESSES + 4 * (shape.head_dim // 2)
+    return ShadowSegment.nbytes_for(*size, item, settings, selected, context) + beside
 
 
 def _query_statistics(shape: Shape, batch: int, covariance: bool) -> int:

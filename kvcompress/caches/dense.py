@@ -132,14 +132,6 @@ class DenseLayer(CompressedLayer):
         if self.dropped and self.window is not None:
             warn_of_short_windows(self.window, (remap >= 0).sum(-1) - apart, stays.sum(-1))
 
-    def tokens_kept(self) -> Tensor:
-        assert self.dense is not None
-        assert self.kv_shape is not None
-        _, _, visible = self.dense.held()
-        batch, kv_heads, _ = self.kv_shape
-        kept = self.dense.keys.new_full((batch,), self.dense.length) if visible is None else visible.sum(-1)
-        return kept.long()[:, None].expand(batch, kv_heads)
-
     def check_crop(self, tokens: int) -> None:
         held = 0 if self.dense is None else self.dense.length
         room = held if not self.dropped else max(0, held - ((self.window or 1) - 1))
@@ -158,14 +150,12 @@ class DenseLayer(CompressedLayer):
         self.dropped = 0
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {} if self.dense is None else self.dense.tensors()
-        length = 0 if self.dense is None else self.dense.length
-        return tensors, {"seen": self._seen, "length": length, "dropped": self.dropped}
+        tensors, facts = ({}, {"length": 0}) if self.dense is None else self.dense.dump()
+        return tensors, {"seen": self._seen, "dropped": self.dropped} | facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if tensors:
-            self.dense = self.storage.from_tensors(tensors)
-            self.dense.length = facts["length"]
+            self.dense = self.storage.load(tensors, facts)
             self.lazy_initialization(self.dense.keys, self.dense.values)
         self._seen, self.dropped = facts["seen"], facts["dropped"]
 

@@ -285,7 +285,7 @@ class EvictingLayer(CompressedLayer):
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if tensors:
-            self.slots = self._restored_slots(tensors, facts)
+            self.slots = self._load_slots(tensors, facts)
             for name in _COUNTERS:
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
@@ -293,11 +293,11 @@ class EvictingLayer(CompressedLayer):
             self._host_seen = None
             self._pin()
 
-    def _restored_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
+    def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
         if self.packed is not None:
             coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
-            return QuantizedSlots.restored(tensors, coding, getattr(torch, facts["dtype"]))
-        return SlotSegment.from_tensors(tensors)
+            return QuantizedSlots.load(tensors, facts, coding=coding, dtype=getattr(torch, facts["dtype"]))
+        return SlotSegment.load(tensors, facts)
 
 
 class RerotatedLayer(EvictingLayer):
@@ -320,11 +320,8 @@ class RerotatedLayer(EvictingLayer):
         return dataclasses.replace(chunk, query=query, key=key), indices
 
     def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
-        return self._rolled(super()._new_slots(chunk, slots))
-
-    def _restored_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
-        return self._rolled(super()._restored_slots(tensors, facts))
-
-    def _rolled(self, slots: SlotSegment) -> SlotSegment:
         assert self.rope is not None
-        return RerotatedSlots.rolled(slots, self.rope)
+        return RerotatedSlots(chunk.key, chunk.value, slots, self.rope)
+
+    def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
+        return RerotatedSlots.load(tensors, facts, rope=self.rope)

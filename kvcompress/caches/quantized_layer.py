@@ -101,15 +101,6 @@ class QuantizedLayer(CompressedLayer):
         if self.lengths:
             self.lengths = change(torch.tensor(self.lengths)).tolist()
 
-    def tokens_kept(self) -> Tensor:
-        assert self.tail is not None
-        kept = (self.tail.positions != EMPTY).sum(-1)
-        if self.first is not None:
-            kept = kept + (self.first.positions != EMPTY).sum(-1)
-        for part in self._packed():
-            kept = kept + part.kept()
-        return kept[:, None].expand(-1, self.tail.keys.shape[1])
-
     def reset(self) -> None:
         super().reset()
         self.prompt = self.decoded = self.tail = self.first = None
@@ -379,31 +370,30 @@ class QuantizedLayer(CompressedLayer):
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.tail is None:
             return {}, {}
-        tensors = {f"tail.{name}": tensor for name, tensor in self.tail.tensors().items()}
-        for name, part in (("prompt", self.prompt), ("decoded", self.decoded)):
-            if part in self._packed() and (name == "prompt" or part is not self.prompt):
-                assert part is not None
-                tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors().items()}
-        facts = {"seen": self._seen, "lengths": self.lengths, "held": self.tail.held, "draft": self.draft}
-        if self.first is not None:
-            tensors |= {f"first.{name}": tensor for name, tensor in self.first.tensors().items()}
-            facts["first"] = self.first.held
-        return tensors, facts
+        named = [("tail", self.tail), ("first", self.first), ("prompt", self.prompt)]
+        if self.decoded is not self.prompt:
+            named.append(("decoded", self.decoded))
+        tensors: dict[str, Tensor] = {}
+        for name, part in named:
+            if part is not None and not (isinstance(part, QuantizedBlocks) and not part.blocks):
+                tensors |= {f"{name}.{key}": tensor for key, tensor in part.dump()[0].items()}
+        facts = {"seen": self._seen, "lengths": self.lengths, "draft": self.draft} | self.tail.dump()[1]
+        return tensors, facts | ({} if self.first is None else {"first": self.first.held})
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if not tensors:
             return
-        self.tail = TailSegment.from_tensors(_under("tail.", tensors))
-        self.tail.held = list(facts["held"])
+        self.tail = TailSegment.load(_under("tail.", tensors), facts)
         self.lengths, self._seen = list(facts["lengths"]), facts["seen"]
         self.draft = facts.get("draft", self.draft)
         if "first" in facts:
-            self.first = TailSegment.from_tensors(_under("first.", tensors))
-            self.first.held = list(facts["first"])
+            self.first = TailSegment.load(_under("first.", tensors), {"held": facts["first"]})
         self.lazy_initialization(self.tail.keys, self.tail.values)
         for name in ("prompt", "decoded"):
             if part := _under(f"{name}.", tensors):
-                self._target(self.tail.keys.shape[-1], name == "prompt").restore(part)
+                target = self._target(self.tail.keys.shape[-1], name == "prompt")
+                loaded = QuantizedBlocks.load(part, facts, codings=target.codings, block=target.block)
+                vars(target).update(vars(loaded))
 
 
 def _moved(positions: Tensor, remap: Tensor) -> Tensor:

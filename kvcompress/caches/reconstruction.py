@@ -69,7 +69,7 @@ class RereadLayer(EvictingLayer):
             fresh = torch.full((batch,), tokens, device=places.device)
         else:
             fresh, places = x.visible.sum(-1), places.masked_fill(~x.visible, EMPTY)
-        segment = SlotSegment.from_tensors(
+        segment = SlotSegment.load(
             {
                 "keys": x.key,
                 "values": x.value,

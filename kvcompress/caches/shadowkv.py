@@ -74,11 +74,6 @@ class ShadowLayer(CompressedLayer):
         counters = {"counters": self.segment.fetched, "page table": self.segment.host.addresses}
         return counters if self.rope is None else counters | {"inv_freq": self.rope.inv_freq}
 
-    def tokens_kept(self) -> Tensor:
-        assert self.segment is not None
-        assert self.kv_shape is not None
-        return self.segment.kept().to(self.device)[:, None].expand(-1, self.kv_shape[1])
-
     def fetched_bytes(self) -> int:
         if self.segment is None:
             return 0
@@ -187,16 +182,12 @@ class ShadowLayer(CompressedLayer):
         self.fetching_forwards = 0
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if self.segment is None:
-            return {}, {"seen": self._seen}
-        tensors = self.segment.tensors()
-        if self.segment.host.slabs:
-            tensors |= self.segment.saved_pages()
-        return tensors, {"seen": self._seen}
+        tensors, facts = ({}, {}) if self.segment is None else self.segment.dump()
+        return tensors, {"seen": self._seen} | facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if tensors:
-            self.segment = ShadowSegment.from_saved(tensors, self.settings, self.rope, self.host)
+            self.segment = ShadowSegment.load(tensors, facts, settings=self.settings, rope=self.rope, host=self.host)
             self.lazy_initialization(self.segment.keys, self.segment.values)
         self._seen = facts["seen"]
 

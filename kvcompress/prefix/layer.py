@@ -32,7 +32,7 @@ class NodeSegment(Segment):
     prefix_keys, prefix_values: [1, kv_heads, tokens, head_dim].
     """
 
-    state = ("prefix_keys", "prefix_values")
+    tensor_names = ("prefix_keys", "prefix_values")
 
     prefix_keys: Tensor
     prefix_values: Tensor
@@ -43,6 +43,9 @@ class NodeSegment(Segment):
     @property
     def tokens(self) -> int:
         return self.prefix_keys.shape[2]
+
+    def kept(self) -> Tensor:
+        return torch.full(self.prefix_keys.shape[:2], self.tokens, device=self.prefix_keys.device)
 
 
 @dataclass(frozen=True)
@@ -534,7 +537,7 @@ class SharedLayer(DenseLayer):
         """Makes a node of the first tokens of another, or of the same, where they lie."""
         node: Any = self.held[name][0]
         held = max(0, tokens - (self.tree.nodes[name].tokens - node.tokens))
-        self.held[into] = [NodeSegment(*(getattr(node, part)[:, :, :held] for part in NodeSegment.state))]
+        self.held[into] = [NodeSegment(*(getattr(node, part)[:, :, :held] for part in NodeSegment.tensor_names))]
         self._last = None
 
     def check_reach(self, leaf: int, position: int) -> None:
@@ -593,7 +596,7 @@ class SharedLayer(DenseLayer):
         batch, kv_heads, _ = self.kv_shape
         columns = int(self.get_seq_length())
         nodes: dict[int, Any] = {name: segments[0] for name, segments in self.held.items()}
-        like = [getattr(next(iter(nodes.values())), name) for name in NodeSegment.state]
+        like = [getattr(next(iter(nodes.values())), name) for name in NodeSegment.tensor_names]
         keys, values = (tensor.new_zeros(batch, kv_heads, columns, tensor.shape[-1]) for tensor in like)
         stored = torch.zeros(batch, columns, dtype=torch.bool, device=keys.device)
         for row, leaf in enumerate(self.tree.leaves):
@@ -658,10 +661,8 @@ class SharedLayer(DenseLayer):
     def tokens_kept(self) -> Tensor:
         assert self.kv_shape is not None
         batch, kv_heads, _ = self.kv_shape
-        own = torch.zeros(batch, kv_heads, dtype=torch.int64) if self.dense is None else super().tokens_kept().clone()
-        of_node = {
-            name: torch.tensor(sum(getattr(node, "tokens", 0) for node in held)) for name, held in self.held.items()
-        }
+        own = torch.zeros(batch, kv_heads, dtype=torch.int64) if self.dense is None else self.dense.kept().clone()
+        of_node = {name: segments[0].kept()[0] for name, segments in self.held.items() if name not in self.coded}
         of_node |= {name: other.tokens_kept()[0] for name, other in self.coded.items()}
         for row, leaf in enumerate(self.tree.leaves):
             for name in self.tree.path(leaf):
@@ -710,7 +711,7 @@ class SharedLayer(DenseLayer):
                 adopted[name].restore(parts, facts["coded"][key])
                 self.adopt(name, adopted[name])
             else:
-                self.held[name] = [NodeSegment.from_tensors(parts)]
+                self.held[name] = [NodeSegment.load(parts)]
                 self.dtype, self.device = parts["prefix_keys"].dtype, parts["prefix_keys"].device
                 self.is_initialized = True
         self.kv_shape = None if facts["kv_shape"] is None else tuple(facts["kv_shape"])

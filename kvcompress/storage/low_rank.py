@@ -13,7 +13,7 @@ and fetched.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -27,7 +27,7 @@ from kvcompress.kernels.selection import reuse_slots
 from kvcompress.policies.shadowkv import ShadowKV, fit_basis, gram, landmarks_of, measure, project
 from kvcompress.storage.offload import OffloadedPages
 from kvcompress.storage.rope import Rope
-from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
 
 # tokens whose keys are rebuilt, or freed of their rotation, at a time; of those that are folded an eighth, so that
 # what is computed in float32 stays little beside them, but enough to keep a GPU at work
@@ -52,7 +52,7 @@ class ShadowSegment(Segment):
     selects, chunks folded and tokens held.
     """
 
-    state = (
+    tensor_names = (
         "keys", "values", "positions", "held", "outliers", "cosines", "coefficients", "basis", "missed", "landmarks",
         "is_open", "pages", "hidden", "limits", "folded", "lengths",
     )  # fmt: skip
@@ -109,10 +109,14 @@ class ShadowSegment(Segment):
         # (chunk, KV head) pairs whose values came from the host; a tensor, as to read one is to wait for the GPU
         self.fetched = torch.zeros((), dtype=torch.int64, device=self.keys.device)
 
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.tensors() | (self._saved_pages() if self.host.slabs else {}), {}
+
     @classmethod
-    def from_saved(cls, tensors: dict[str, Tensor], settings: ShadowKV, rope: Rope | None, host: str) -> Self:
-        """A segment of what `tensors` and `saved_pages` gave."""
-        segment = cls.from_tensors(tensors)
+    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
+        """As Segment.load; built_with: settings, rope, and host, where values go now."""
+        settings, rope, host = (built_with[name] for name in ("settings", "rope", "host"))
+        segment = super().load(tensors)
         segment.limits, segment.folded, segment.lengths = (
             x.cpu() for x in (segment.limits, segment.folded, segment.lengths)
         )
@@ -129,7 +133,7 @@ class ShadowSegment(Segment):
         segment.pages = pages.append(sum(map(len, parts)), parts)[segment.pages] if parts else segment.pages
         return segment
 
-    def saved_pages(self) -> dict[str, Tensor]:
+    def _saved_pages(self) -> dict[str, Tensor]:
         """The host's values that are in use, [pages, kv_heads, chunk, head_dim] by name, and the table `pages` for
         them."""
         places = torch.zeros_like(self.pages)
@@ -156,8 +160,25 @@ class ShadowSegment(Segment):
         return self.lengths - self.folded * self.settings.chunk
 
     def kept(self) -> Tensor:
-        """Tokens held, [batch] int64 on the CPU."""
-        return self.lengths if self.hidden is None else self.lengths - self.hidden.sum(-1).cpu()
+        kept = self.lengths if self.hidden is None else self.lengths - self.hidden.sum(-1).cpu()
+        return kept.to(self.keys.device)[:, None].expand(-1, self.keys.shape[1])
+
+    @staticmethod
+    def nbytes_for(
+        batch: int, kv_heads: int, head_dim: int, itemsize: int, settings: ShadowKV, selected: int, tokens: int
+    ) -> int:
+        """Bytes on the device after a prefill of so many tokens, of which so many chunks are selected in each step."""
+        width, chunk = kv_heads * head_dim, settings.chunk
+        rank, folded, room = settings.rank_of(width), 0, 0
+        if tokens > int(settings.dense_tokens(torch.tensor([selected]))):
+            folded, room = max(0, tokens // chunk - settings.local_chunks), GROWTH
+        selected, outliers = min(selected, folded), min(settings.outlier_chunks, folded)
+        slots = (selected + outliers - folded) * chunk + tokens + (room if folded else 0)
+        low_rank = itemsize * rank * (folded * chunk + width)
+        a_chunk = kv_heads * (head_dim * itemsize + 1) + 8
+        a_head = slots * (2 * head_dim * itemsize + 4) + 8 * selected + 12 * outliers
+        # counted: what the basis missed, limits, chunks and tokens
+        return batch * (low_rank + folded * a_chunk + kv_heads * a_head + 4 + 3 * 8)
 
     # tokens come
 

@@ -4,8 +4,8 @@ Rows of a padded batch differ in length. A row's tokens are packed as if it were
 are its first block. Rows therefore hold different numbers of blocks; positions tell what is there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise
 from kvcompress.storage.padding import reordered
-from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
 
 _COMPONENTS = {
     "codes": "codes",
@@ -64,15 +64,17 @@ class QuantizedBlocks(Segment):
         return _COMPONENTS[part] if part else "positions"
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._set({name: change(tensor) for name, tensor in self.tensors().items()})
+        super().map_tensors(change)
         self.blocks = change(torch.tensor(self.blocks)).tolist()
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes on tensors as `tensors()` gave them."""
-        self._set(tensors)
-        held = (self.positions.unflatten(2, (-1, self.block)) != EMPTY).any(-1)[:, 0]  # [batch, blocks]
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
+        """As Segment.load; built_with: codings and block."""
+        segment = super().load(tensors, facts, **built_with)
+        held = (segment.positions.unflatten(2, (-1, segment.block)) != EMPTY).any(-1)[:, 0]  # [batch, blocks]
         number = torch.arange(1, held.shape[1] + 1, device=held.device)
-        self.blocks = (held * number).amax(-1).tolist() if held.shape[1] else [0] * held.shape[0]
+        segment.blocks = (held * number).amax(-1).tolist() if held.shape[1] else [0] * held.shape[0]
+        return segment
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         for side in _SIDES:
@@ -111,8 +113,16 @@ class QuantizedBlocks(Segment):
         return key, value
 
     def kept(self) -> Tensor:
-        """Tokens held, [batch] int64."""
-        return (self.positions[:, 0] != EMPTY).sum(-1)
+        return (self.positions != EMPTY).sum(-1).expand(-1, self.keys.codes.shape[1])
+
+    @staticmethod
+    def nbytes_for(
+        batch: int, kv_heads: int, head_dim: int, codings: tuple[QuantScheme, QuantScheme], block: int, blocks: int
+    ) -> int:
+        """Bytes of so many blocks that were encoded at once: codes, scales, outliers, factors, and positions."""
+        rank = codings[0].rank
+        a_head = blocks * sum(coding.bytes(block, head_dim) for coding in codings) + 2 * 2 * head_dim * rank
+        return batch * (kv_heads * a_head + blocks * (4 * block + (4 if rank else 0))) if blocks else 0
 
     def append(
         self,
@@ -272,7 +282,7 @@ class TailSegment(Segment):
     held: tokens of each row, in the first slots, in order.
     """
 
-    state = ("keys", "values", "positions")
+    tensor_names = ("keys", "values", "positions")
 
     keys: Tensor
     values: Tensor
@@ -290,6 +300,21 @@ class TailSegment(Segment):
     def component(self, name: str) -> str:
         return "tail"
 
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.tensors(), {"held": self.held}
+
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
+        return super().load(tensors, held=list(facts["held"]), **built_with)
+
+    def kept(self) -> Tensor:
+        return (self.positions != EMPTY).sum(-1)[:, None].expand(-1, self.keys.shape[1])
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, itemsize: int, room: int) -> int:
+        """Bytes of room for so many tokens."""
+        return batch * room * (2 * kv_heads * head_dim * itemsize + 4)
+
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_tensors(change)
         self.held = change(torch.tensor(self.held)).tolist()
@@ -301,7 +326,7 @@ class TailSegment(Segment):
     def trim(self, spare: int = _SPARE) -> None:
         room = max(self.held) + spare
         if room < self.room:
-            for name in self.state:
+            for name in self.tensor_names:
                 dim = 1 if name == "positions" else 2
                 tensor = getattr(self, name).narrow(dim, 0, room)
                 setattr(self, name, tensor.clone(memory_format=torch.contiguous_format))

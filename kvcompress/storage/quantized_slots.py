@@ -15,8 +15,6 @@ holds nothing, and keeps them. Channels that RoPE turns slowly, where models hav
 were; one that turns away from its centre is packed more coarsely, and no answer is wrong for it.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -75,17 +73,6 @@ class QuantizedSlots(SlotSegment):
         part = name.partition(".")[2]
         return _COMPONENTS.get(part, "outliers") if part else name
 
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._set({name: change(tensor) for name, tensor in self.tensors().items()})
-
-    @classmethod
-    def restored(cls, tensors: dict[str, Tensor], coding: QuantScheme, dtype: torch.dtype) -> "QuantizedSlots":
-        """Slots of these tensors, as `tensors()` gives them."""
-        slots = cls.__new__(cls)
-        slots.coding, slots.dtype = coding, dtype
-        slots._set(tensors)
-        return slots
-
     def _set(self, tensors: dict[str, Tensor]) -> None:
         self.positions, self.scores, self.spare = (tensors[name] for name in ("positions", "scores", "spare"))
         if "keys.centre" not in tensors:
@@ -98,6 +85,13 @@ class QuantizedSlots(SlotSegment):
             side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
             for side in _SIDES
         }
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int) -> int:  # type: ignore[override]
+        """Bytes of at least so many slots: codes, position and score of each; centre and spread; which is spare."""
+        blocks = -(-slots // BLOCK)
+        a_block = 2 * coding.bytes(BLOCK, head_dim) + BLOCK * (4 + 4)
+        return batch * kv_heads * (blocks * a_block + 2 * 2 * head_dim + 8)
 
     @property
     def slots(self) -> int:

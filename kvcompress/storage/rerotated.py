@@ -7,8 +7,6 @@ Indices are counted per head, which keep different tokens. A chunk still has its
 that, with the budget, stay within what the model knows.
 """
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -22,12 +20,10 @@ class RerotatedSlots(SlotSegment):
 
     rope: Rope
 
-    @classmethod
-    def rolled(cls, slots: SlotSegment, rope: Rope) -> Self:
-        """These slots, whose keys are not rotated, with the rotary embedding of their layer."""
-        rolled = cls.from_tensors(slots.tensors())
-        rolled.rope = rope
-        return rolled
+    def __init__(self, key: Tensor, value: Tensor, slots: int, rope: Rope) -> None:
+        """Empty slots for tokens like these, [batch, kv_heads, any, head_dim], turned by this rotary embedding."""
+        super().__init__(key, value, slots)
+        self.rope = rope
 
     def rotated_keys(self) -> Tensor:
         # few distinct angles: one table, and every slot takes its row

@@ -5,7 +5,8 @@ All tensors of a segment have the batch as their first dimension, which makes be
 cloning and saving one loop over them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,16 +18,17 @@ from kvcompress.kernels.decode import decode_attention
 from kvcompress.kernels.decode_evict import decode_and_evict
 
 EMPTY = -1
+NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Segment:
-    """A set of cached tokens. Subclasses name their tensors in `state` and answer `attend`."""
+    """A set of cached tokens. Subclasses name their tensors, and answer `attend` and `kept`."""
 
-    state: ClassVar[tuple[str, ...]]
+    tensor_names: ClassVar[tuple[str, ...]]
 
     def tensors(self) -> dict[str, Tensor]:
         """The segment's tensors by name, batch first."""
-        return {name: tensor for name in self.state if (tensor := getattr(self, name)) is not None}
+        return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name)) is not None}
 
     def component(self, name: str) -> str:
         """What a tensor's bytes are counted as."""
@@ -34,19 +36,37 @@ class Segment:
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces each tensor by `change(tensor)`."""
-        for name, tensor in self.tensors().items():
-            setattr(self, name, change(tensor))
+        self._set({name: change(tensor) for name, tensor in self.tensors().items()})
 
     def trim(self) -> None:
         """Gives back the room that no sequence needs any more, as others have left."""
 
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load` needs: tensors by name, and facts that JSON can carry."""
+        return self.tensors(), {}
+
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        """A segment of these tensors, as `tensors()` gives them."""
+    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
+        """A segment of what `dump` gave.
+
+        Args:
+            facts: those of `dump`; others are of no interest.
+            built_with: what a segment of this class takes from its layer, and no file holds.
+        """
         segment = cls.__new__(cls)
-        for name in cls.state:
-            setattr(segment, name, tensors.get(name))
+        for name, value in built_with.items():
+            setattr(segment, name, value)
+        segment._set(tensors)
         return segment
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        """Takes on tensors by name."""
+        for name in self.tensor_names:
+            setattr(self, name, tensors.get(name))
+
+    def kept(self) -> Tensor:
+        """Tokens held, padding not counted, [batch, kv_heads] int64."""
+        raise NotImplementedError
 
     def offloaded(self) -> dict[str, tuple[str, list[Tensor]]]:
         """What the segment keeps off the model's device on purpose: by name its tier ("host" or "disk") and tensors.
@@ -83,7 +103,7 @@ class SlotSegment(Segment):
     policy remembers of each token. spare: [batch, kv_heads] int64, the slot that the next token takes.
     """
 
-    state = ("keys", "values", "positions", "scores", "spare")
+    tensor_names = ("keys", "values", "positions", "scores", "spare")
 
     keys: Tensor
     values: Tensor
@@ -333,8 +353,12 @@ class SlotSegment(Segment):
             )
 
     def kept(self) -> Tensor:
-        """Tokens held, [batch, kv_heads] int64."""
         return (self.positions != EMPTY).sum(-1)
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, itemsize: int, slots: int) -> int:
+        """Bytes of so many slots: keys, values, position and score of each, and which is spare."""
+        return batch * kv_heads * (slots * (2 * head_dim * itemsize + 4 + 4) + 8)
 
 
 class DenseSegment(Segment):
@@ -344,7 +368,7 @@ class DenseSegment(Segment):
     nothing is padded. length: tokens held, at most `room`.
     """
 
-    state = ("keys", "values", "visible")
+    tensor_names = ("keys", "values", "visible")
     # room added at least when it runs out
     growth: ClassVar[int] = 256
 
@@ -358,6 +382,24 @@ class DenseSegment(Segment):
         self.keys, self.values = key[:, :, :0].clone(), value[:, :, :0].clone()
         self.visible = None
         self.length = 0
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.tensors(), {"length": self.length}
+
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
+        return super().load(tensors, length=facts["length"], **built_with)
+
+    def kept(self) -> Tensor:
+        batch, kv_heads = self.keys.shape[:2]
+        _, _, visible = self.held()
+        kept = self.keys.new_full((batch,), self.length) if visible is None else visible.sum(-1)
+        return kept.long()[:, None].expand(batch, kv_heads)
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, itemsize: int, tokens: int) -> int:
+        """Bytes of so many tokens without padding, and without room for more."""
+        return batch * kv_heads * tokens * 2 * head_dim * itemsize
 
     def append(self, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
         """Adds tokens [batch, kv_heads, tokens, head_dim]; visible [batch, tokens] bool marks padding by False."""

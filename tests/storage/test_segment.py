@@ -119,8 +119,8 @@ def test_slots_attend_as_the_tokens_they_hold_would(window):
 
 def test_a_segment_of_its_tensors_is_the_same_segment():
     segment, *_ = filled()
-    again = SlotSegment.from_tensors(segment.tensors())
-    assert set(again.tensors()) == set(SlotSegment.state)
+    again = SlotSegment.load(*segment.dump())
+    assert set(again.tensors()) == set(SlotSegment.tensor_names)
     assert all(again.tensors()[name] is tensor for name, tensor in segment.tensors().items())
     again.map_tensors(lambda tensor: tensor[1:])
     assert again.keys.shape[0] == 1
