@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.runtime import (
-    ALL_REGISTERS,
-    AotCase,
-    aot_case,
+    AOT_DTYPES,
+    AOT_HEAD_DIMS,
     autotune,
-    compilable,
     has_wgmma,
+    launch,
+    op,
     runs_triton,
+    shaped,
     tl,
     triton,
 )
-from kvcompress.kernels.common.split_attention import AOT_HEAD_DIMS, FEW_ROWS, aot_constants, aot_types, launch_split
+from kvcompress.kernels.common.split_attention import FEW_ROWS, launch_split
 from kvcompress.kernels.common.tile import (
     LOG2E,
     bound_logits,
@@ -39,7 +40,6 @@ from kvcompress.kernels.common.tile import (
     rows_aligned,
     store_tile,
     tile_widths,
-    triton_type,
     wide,
 )
 from kvcompress.kernels.merge import merge_states
@@ -48,6 +48,7 @@ from kvcompress.kernels.merge import merge_states
 _BLOCK_LOGITS = 2**19
 
 
+@op(fake=lambda query, value, **_: _heads_side_by_side(query, value))
 def causal_attention(
     query: Tensor,
     key: Tensor,
@@ -79,7 +80,13 @@ def causal_attention(
             f"causal_attention needs at most as many queries as tokens, got {query.shape[2]} and {key.shape[2]}"
         )
     window = None if window is None or window >= key.shape[2] else window
-    return _causal_attention(query, key, value, visible, scale, window, softcap)
+    if runs_triton(query) and query.numel():
+        out, lse = _launch_causal(query, key, value, visible, scale, window, softcap)
+    elif query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
+        out, lse = _causal_blocks(query, key, value, scale, visible, window, softcap)
+    else:
+        out, lse = _causal_flash(query, key, value, scale, visible)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 def causal_attention_reference(
@@ -100,6 +107,12 @@ def causal_attention_reference(
     return _softmax_reference(logits.masked_fill(~seen, -torch.inf), value, query)
 
 
+@op(
+    fake=lambda query, value, **_: (
+        query.new_empty(*query.shape[:-1], value.shape[-1]),
+        query.new_empty(query.shape[:-1], dtype=torch.float32),
+    )
+)
 def slot_attention(
     query: Tensor,
     key: Tensor,
@@ -129,7 +142,11 @@ def slot_attention(
         [batch, heads, queries].
     """
     _check(query, key, value)
-    return _slot_attention(query, key, value, positions, query_positions, scale, window, softcap)
+    if runs_triton(query) and query.numel():
+        return launch_split(query, key, value, None, positions, query_positions, scale, window, softcap)
+    if query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
+        return slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap)
+    return _slot_flash(query, key, value, positions, scale)
 
 
 def slot_attention_reference(
@@ -203,73 +220,11 @@ def slot_blocks(
         yield rows, logits.masked_fill_(~seen, -torch.inf)
 
 
-def _causal_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+def _heads_side_by_side(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the results of causal_attention, as torch's fused attention and what comes after it have it."""
     batch, heads, queries, _ = query.shape
-    # as torch's fused attention and the layers that come after it have it: a token's heads side by side
     out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
     return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
-
-
-@compilable(_causal_attention_fake)
-def _causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(query) and query.numel():
-        out, lse = _launch_causal(query, key, value, visible, scale, window, softcap)
-    elif query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        out, lse = _causal_blocks(query, key, value, scale, visible, window, softcap)
-    else:
-        out, lse = _causal_flash(query, key, value, scale, visible)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
-
-
-def _slot_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    return _empty_result(query, value)
-
-
-@compilable(_slot_attention_fake)
-def _slot_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(query) and query.numel():
-        return launch_split(query, key, value, None, positions, query_positions, scale, window, softcap)
-    if query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        return slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap)
-    return _slot_flash(query, key, value, positions, scale)
-
-
-def _empty_result(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 def _block(rows: int, queries: int, tokens: int, window: int | None = None) -> int:
@@ -425,7 +380,7 @@ def _launch_causal(
     kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     if queries * (heads // kv_heads) <= FEW_ROWS:
         return launch_split(query, key, value, visible, None, None, scale, window, softcap)[:2]
-    out, lse = _causal_attention_fake(query, key, value, visible, scale, window, softcap)
+    out, lse = _heads_side_by_side(query, value)
     query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     (dim, tail), (value_width, value_tail) = tile_widths(query.shape[-1]), tile_widths(value.shape[-1])
@@ -433,15 +388,14 @@ def _launch_causal(
     def grid(meta):
         return triton.cdiv(queries, meta["BLOCK_QUERIES"]), heads, batch
 
-    with torch.cuda.device_of(query):
-        _causal_kernel[grid](
-            query, key, value, visible, out, lse,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
-            GROUP=heads // kv_heads, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
-            VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
-            PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
-        )  # fmt: skip
+    launch(
+        _causal_kernel, grid, query, key, value, visible, out, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
+        GROUP=heads // kv_heads, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
+        VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
+        PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
+    )  # fmt: skip
     return out, lse
 
 
@@ -458,7 +412,7 @@ class _Config(NamedTuple):
 
     def triton(self) -> triton.Config:
         blocks = {"BLOCK_QUERIES": self.queries, "BLOCK_TOKENS": self.tokens}
-        return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages, **ALL_REGISTERS)
+        return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages)
 
 
 # by element size, then by head_dim at most: the largest tiles that spill nowhere (evals/bench/aot.py), and a smaller
@@ -606,22 +560,18 @@ def _causal_kernel(
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in AOT_HEAD_DIMS:
-        for dtype in (torch.bfloat16, torch.float32):
-            for plain in (True, False):
-                yield from _aot_causal(head_dim, dtype, plain)
-
-
-def _aot_causal(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotCase]:
-    for config in _causal_configs(sum(tile_widths(head_dim)), dtype.itemsize):
-        yield aot_case(
-            _causal_kernel,
-            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {'plain' if plain else 'pads window softcap'}, "
-            f"{config.queries}x{config.tokens}",
-            aot_types(dtype, dtype),
-            aot_constants(head_dim, plain) | ({"visible_ptr": None} if plain else {}) | config.triton().kwargs,
-            needs_wgmma=config.needs_wgmma,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        for dtype in AOT_DTYPES:
+            visible, positions = shaped(1, 900, dtype=torch.bool), shaped(1, 4, 900, dtype=torch.int32)
+            key = shaped(1, 4, 900, head_dim, dtype=dtype)
+            # rows of one tile of the split kernel, of its largest, and of causal tiles
+            for queries in (1, 16, 128):
+                query = shaped(1, 16, queries, head_dim, dtype=dtype)
+                causal_attention(query, key, key, scale=0.1)
+                causal_attention(query, key, key, scale=0.1, visible=visible, window=700, softcap=30.0)
+                if queries > 16:
+                    continue
+                at = shaped(1, queries, dtype=torch.int32)
+                slot_attention(query, key, key, positions, at, scale=0.1)
+                slot_attention(query, key, key, positions, at, scale=0.1, window=700, softcap=30.0)

@@ -9,13 +9,13 @@ Flops 4 * tokens * hidden * kv_heads * head_dim a layer. Bytes: x once a group o
 cache, the weights once a group of token blocks, keys and values once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
-from kvcompress.kernels.common.tile import MIN_SIDE, dot, triton_type, wide
+from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.tile import MIN_SIDE, dot, wide
 
 
 def bulk_key_values(
@@ -71,14 +71,13 @@ def bulk_key_values(
     sizes = _sizes(head_dim, x.element_size())
     rows = batch * tokens
     row_blocks = triton.cdiv(rows, sizes["BLOCK_ROWS"])
-    with torch.cuda.device_of(x):
-        _bulk_kv_kernel[(row_blocks * len(keys) * kv_heads * 2,)](
-            x, cos, sin, addresses, x.shape[-1], *keys[0].stride()[:3],
-            rows, tokens, kv_heads, len(keys), 0 if cos.shape[0] == 1 else tokens, epsilon,
-            HEAD_DIM=head_dim, HAS_KEY_BIAS=key_biases is not None, HAS_VALUE_BIAS=value_biases is not None,
-            HAS_NORM=norms is not None, **sizes,
-            num_warps=_WARPS, num_stages=_stages(x.element_size()), **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _bulk_kv_kernel, (row_blocks * len(keys) * kv_heads * 2,),
+        x, cos, sin, addresses, x.shape[-1], *keys[0].stride()[:3],
+        rows, tokens, kv_heads, len(keys), 0 if cos.shape[0] == 1 else tokens, epsilon,
+        HEAD_DIM=head_dim, HAS_KEY_BIAS=key_biases is not None, HAS_VALUE_BIAS=value_biases is not None,
+        HAS_NORM=norms is not None, **sizes, num_warps=_WARPS, num_stages=_stages(x.element_size()),
+    )  # fmt: skip
 
 
 def bulk_key_values_reference(
@@ -249,20 +248,14 @@ def _bulk_kv_kernel(
     tl.store(out_ptr + out[:, None] + HALF + dim[None, :], b.to(x_ptr.dtype.element_ty), mask=ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in (64, 80, 96, 128, 256):
-        for dtype in (torch.bfloat16, torch.float32):
-            for bias, norm in ((False, False), (True, False), (False, True)):
-                if (bias or norm) and (head_dim != 128 or dtype != torch.bfloat16):
-                    continue
-                types = {name: triton_type(dtype) for name in ("x_ptr", "cos_ptr", "sin_ptr")}
-                constants = {"HEAD_DIM": head_dim, "HAS_KEY_BIAS": bias, "HAS_VALUE_BIAS": bias, "HAS_NORM": norm}
-                extra = ", bias" if bias else ", norm" if norm else ""
-                yield aot_case(
-                    _bulk_kv_kernel,
-                    f"head_dim {head_dim}, {triton_type(dtype)[1:]}{extra}",
-                    types | {"addresses_ptr": "*i64", "epsilon": "fp32"},
-                    constants | _sizes(head_dim, dtype.itemsize),
-                    num_warps=_WARPS,
-                    num_stages=_stages(dtype.itemsize),
-                )
+        for dtype in AOT_DTYPES:
+            x, weight = shaped(2, 100, 2048, dtype=dtype), shaped(8 * head_dim, 2048, dtype=dtype)
+            turn, place = (shaped(*shape, head_dim, dtype=dtype) for shape in ((1, 100), (2, 8, 100)))
+            arguments = x, [weight] * 4, [weight] * 4, turn, turn, [place] * 4, [place] * 4
+            bulk_key_values(*arguments)
+            if (head_dim, dtype) == (128, torch.bfloat16):
+                biases = [shaped(8 * head_dim, dtype=dtype)] * 4
+                bulk_key_values(*arguments, key_biases=biases, value_biases=biases)
+                bulk_key_values(*arguments, norms=[shaped(head_dim, dtype=dtype)] * 4)

@@ -14,14 +14,15 @@ the scores and 4 * kv_heads for the positions, each * batch * slots. The same as
 launches and reads scores and positions four times.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, op, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import launch_split
-from kvcompress.kernels.common.tile import bound_logits, triton_type
+from kvcompress.kernels.common.tile import bound_logits
 from kvcompress.kernels.decode import (
     decode_attention,
     decode_attention_reference,
@@ -35,6 +36,10 @@ from kvcompress.kernels.evict import choose_victim, choose_victim_reference, fir
 EMPTY = -1
 
 
+@op(
+    fake=lambda query, value, **_: query.new_empty(*query.shape[:-1], value.shape[-1]),
+    mutates=("keys", "values", "positions", "scores", "spare"),
+)
 def decode_and_evict(
     query: Tensor,
     key: Tensor,
@@ -81,9 +86,14 @@ def decode_and_evict(
         )
     if not all(tensor.is_contiguous() for tensor in (positions, scores, spare)):
         raise ValueError("decode_and_evict writes to positions, scores and spare, which must be contiguous")
-    return _decode_and_evict(
+    if runs_triton(query):
+        return _launch(
+            query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
+            scale, sinks, window, softcap, memory, sink_logits,
+        )  # fmt: skip
+    return decode_then_evict(
         query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-        scale, sinks, window, softcap, memory, sink_logits,
+        scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory, sink_logits=sink_logits,
     )  # fmt: skip
 
 
@@ -165,7 +175,7 @@ def decode_then_evict(
     return out
 
 
-def _decode_and_evict_fake(
+def _launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -184,50 +194,13 @@ def _decode_and_evict_fake(
     memory: float,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-@compilable(_decode_and_evict_fake, mutates=("keys", "values", "positions", "scores", "spare"))
-def _decode_and_evict(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    spare: Tensor,
-    token_positions: Tensor,
-    limits: Tensor,
-    recents: Tensor,
-    scale: float,
-    sinks: int,
-    window: int | None,
-    softcap: float | None,
-    memory: float,
-    sink_logits: Tensor | None,
-) -> Tensor:
-    if not runs_triton(query):
-        return decode_then_evict(
-            query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-            scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory, sink_logits=sink_logits,
-        )  # fmt: skip
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = keys.shape[1:3]
     value_dim, group = values.shape[-1], heads // kv_heads
     logits = query.new_empty(batch, heads, slots, dtype=torch.float32)
+    at = token_positions[:, None]
     parts, lses = launch_split(
-        query,
-        keys,
-        values,
-        None,
-        positions,
-        token_positions[:, None],
-        scale,
-        window,
-        softcap,
-        logits=logits,
-        merge=False,
+        query, keys, values, None, positions, at, scale, window, softcap, logits=logits, merge=False
     )
     out = query.new_empty(batch, heads, 1, value_dim)
     chunk = triton.next_power_of_2(triton.cdiv(slots, triton.cdiv(slots, _CHUNK)))
@@ -235,22 +208,23 @@ def _decode_and_evict(
     # what each program found: a score; a position, a slot, an empty slot and how many tokens it counted
     least = scores.new_empty(batch * kv_heads, chunks)
     found = positions.new_empty(4, batch * kv_heads, chunks)
-    with torch.cuda.device_of(query):
-        _evict_kernel[(chunks, kv_heads, batch)](
-            query.contiguous(), key.contiguous(), value.contiguous(), keys, values, positions, scores, spare,
-            token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
-            parts, lses, sink_logits, logits, out, least, found,
-            *keys.stride()[:3], *values.stride()[:3],
-            batch, kv_heads, slots, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
-            GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, CHUNK=chunk, SETTLES=chunks == 1,
-            WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
-            BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, chunk), **ALL_REGISTERS,
+    launch(
+        _evict_kernel, (chunks, kv_heads, batch),
+        query.contiguous(), key.contiguous(), value.contiguous(), keys, values, positions, scores, spare,
+        token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
+        parts, lses, sink_logits, logits, out, least, found,
+        *keys.stride()[:3], *values.stride()[:3],
+        batch, kv_heads, slots, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
+        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, CHUNK=chunk, SETTLES=chunks == 1,
+        WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
+        BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, chunk),
+    )  # fmt: skip
+    if chunks > 1:
+        launch(
+            _settle_kernel, (kv_heads, batch),
+            positions, spare, token_positions.contiguous(), limits.contiguous(), least, found,
+            kv_heads, slots, chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks),
         )  # fmt: skip
-        if chunks > 1:
-            _settle_kernel[(kv_heads, batch)](
-                positions, spare, token_positions.contiguous(), limits.contiguous(), least, found,
-                kv_heads, slots, chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks), **ALL_REGISTERS,
-            )  # fmt: skip
     return out
 
 
@@ -409,49 +383,18 @@ def _settle_kernel(
         settle(positions_ptr, spare_ptr, owner, slots, token_position, limit, taken, slot, empty, kept)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
+    def call(group: int, head_dim: int, dtype: torch.dtype, slots: int, **settings: Any) -> None:
+        query, token = (shaped(1, heads, 1, head_dim, dtype=dtype) for heads in (2 * group, 2))
+        keys, scores = shaped(1, 2, slots, head_dim, dtype=dtype), shaped(1, 2, slots)
+        positions, spare = shaped(1, 2, slots, dtype=torch.int32), shaped(1, 2, dtype=torch.int64)
+        counts = [shaped(1, dtype=torch.int32)] * 3
+        decode_and_evict(query, token, token, keys, keys, positions, scores, spare, *counts, scale=0.1, **settings)
+
     for group in (1, 4, 64):
         for head_dim in (64, 256):
-            for dtype in (torch.bfloat16, torch.float32):
-                for plain in (True, False):
-                    yield aot_case(
-                        _evict_kernel,
-                        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, group {group}, {'plain' if plain else 'all'}",
-                        dict.fromkeys(
-                            (
-                                "query_ptr",
-                                "key_ptr",
-                                "value_ptr",
-                                "keys_ptr",
-                                "values_ptr",
-                                "out_ptr",
-                                "sink_logits_ptr",
-                            ),
-                            triton_type(dtype),
-                        )
-                        | dict.fromkeys(
-                            ("positions_ptr", "token_positions_ptr", "limits_ptr", "recents_ptr", "found_ptr"), "*i32"
-                        )
-                        | dict.fromkeys(("scores_ptr", "parts_ptr", "lses_ptr", "logits_ptr", "least_ptr"), "*fp32")
-                        | {"spare_ptr": "*i64", "scale": "fp32", "softcap": "fp32", "memory": "fp32"},
-                        {
-                            "GROUP": group,
-                            "HEAD_DIM": head_dim,
-                            "VALUE_DIM": head_dim,
-                            "CHUNK": _CHUNK,
-                            "SETTLES": plain,
-                            "WINDOWED": not plain,
-                            "SOFTCAPPED": not plain,
-                            "BLOCK_DIM": triton.next_power_of_2(head_dim),
-                            **finish_blocks(group, head_dim, _CHUNK),
-                        }
-                        | ({"sink_logits_ptr": None} if plain else {}),
-                    )
-    for chunks in (2, 32):
-        yield aot_case(
-            _settle_kernel,
-            f"{chunks} chunks",
-            dict.fromkeys(("positions_ptr", "token_positions_ptr", "limits_ptr", "found_ptr"), "*i32")
-            | {"spare_ptr": "*i64", "least_ptr": "*fp32"},
-            {"BLOCK_CHUNKS": chunks},
-        )
+            for dtype in AOT_DTYPES:
+                sink_logits = shaped(2 * group, dtype=dtype)
+                call(group, head_dim, dtype, _CHUNK)
+                call(group, head_dim, dtype, 2 * _CHUNK, window=700, softcap=30.0, sink_logits=sink_logits)
+    call(4, 64, torch.bfloat16, 32 * _CHUNK)

@@ -13,14 +13,12 @@ bound by bandwidth at 8 bits, by the decoding below. The bound on the speed-up o
 32 * block * head_dim / (8 * (both QuantScheme.bytes)), 6.4 at 2 bits and groups of 64.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.packed_pieces import attend_in_pieces, visible_tokens
 from kvcompress.kernels.common.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
-from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.runtime import INTERPRETED, launch, op, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import split_keys
 from kvcompress.kernels.common.tile import (
     LOG2E,
@@ -31,7 +29,6 @@ from kvcompress.kernels.common.tile import (
     rows_aligned,
     store_tile,
     tile_width,
-    triton_type,
     wide,
 )
 from kvcompress.kernels.merge import merge_stack
@@ -41,10 +38,12 @@ from kvcompress.kernels.quantise import (
     check_coding,
     coding_constants,
     dequantise,
+    empty_packed,
     stored_blocks,
 )
 
 
+@op(fake=lambda query, values, positions, with_logits, **_: _empty(query, values, positions, with_logits))
 def packed_attention(
     query: Tensor,
     keys: QuantizedTensor,
@@ -86,8 +85,13 @@ def packed_attention(
         ValueError: for shapes or codings that do not fit each other.
     """
     _check(query, keys, values, key_coding, value_coding, positions, spans, offsets, with_logits)
-    found = _packed_attention(
-        query, *_parts(keys, key_coding), *_parts(values, value_coding), positions, query_positions, spans,
+    width = tile_width(max(query.shape[-1], values.codes.shape[-1]))
+    # products of wide float32 rows would take more registers than a thread has
+    too_wide = not INTERPRETED and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
+    is_empty = not query.numel() or not positions.numel()
+    run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
+    found = run(
+        query, keys, key_coding, values, value_coding, positions, query_positions, spans,
         offsets, scale, window, softcap, with_logits,
     )  # fmt: skip
     return found if with_logits else found[:2]
@@ -170,67 +174,13 @@ def _check(
         raise ValueError(f"packed_attention reports the logits of one query, got query {list(query.shape)}")
 
 
-def _parts(packed: QuantizedTensor, coding: QuantScheme) -> tuple[list[Tensor], list[int]]:
-    """A packed tensor as an op's schema can say it: the tensors that are there, and the coding in numbers."""
-    outliers = 0 if packed.outlier_index is None else coding.outliers
-    rank = 0 if packed.left is None else packed.left.shape[-1]
-    settings = [coding.bits, coding.group, coding.axis == "channel", outliers, rank]
-    return [part for part in packed if part is not None], settings
-
-
-def _whole(parts: list[Tensor], settings: list[int]) -> tuple[QuantizedTensor, QuantScheme]:
-    bits, group, per_channel, outliers, rank = settings
-    coding = QuantScheme(bits, group, "channel" if per_channel else "token", outliers, rank)
-    sparse = parts[3:5] if outliers else [None, None]
-    return QuantizedTensor(*parts[:3], *sparse, *(parts[-2:] if rank else [])), coding
-
-
-def _packed_attention_fake(
-    query: Tensor,
-    keys: list[Tensor],
-    key_settings: list[int],
-    values: list[Tensor],
-    value_settings: list[int],
-    positions: Tensor,
-    query_positions: Tensor,
-    spans: Tensor | None,
-    offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    with_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, queries, _ = query.shape
-    logits = query.new_empty(batch, heads, positions.shape[-1] if with_logits else 0, dtype=torch.float32)
-    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    return query.new_empty(batch, heads, queries, values[0].shape[-1]), lse, logits
-
-
-@compilable(_packed_attention_fake)
-def _packed_attention(
-    query: Tensor,
-    keys: list[Tensor],
-    key_settings: list[int],
-    values: list[Tensor],
-    value_settings: list[int],
-    positions: Tensor,
-    query_positions: Tensor,
-    spans: Tensor | None,
-    offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    with_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    width = tile_width(max(query.shape[-1], values[0].shape[-1]))
-    # products of wide float32 rows would take more registers than a thread has
-    too_wide = query.is_cuda and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
-    is_empty = not query.numel() or not positions.numel()
-    run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
-    return run(
-        query, *_whole(keys, key_settings), *_whole(values, value_settings), positions, query_positions, spans,
-        offsets, scale, window, softcap, with_logits,
-    )  # fmt: skip
+def _empty(
+    query: Tensor, values: QuantizedTensor, positions: Tensor, with_logits: bool
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:-1], values.codes.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    logits = query.new_empty(*query.shape[:2], positions.shape[-1], dtype=torch.float32)
+    return (out, lse, logits) if with_logits else (out, lse)
 
 
 def _launch(
@@ -269,18 +219,18 @@ def _launch(
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if splits == 1 else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
     logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
-    with torch.cuda.device_of(query):
-        _packed_kernel[(batch * kv_heads * row_blocks * splits,)](
-            query, *keys[:6], key_right, *values[:6], value_right, positions, window_ends, spans,
-            offsets, out, lse, logits if with_logits else None,
-            *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
-            1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
-            positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
-            window or 0, scale, softcap or 0.0,
-            **_constants(keys, key_coding, values, value_coding, tile, head_dim, value_dim),
-            HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, WINDOWED=window is not None,
-            SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _packed_kernel, (batch * kv_heads * row_blocks * splits,),
+        query, *keys[:6], key_right, *values[:6], value_right, positions, window_ends, spans,
+        offsets, out, lse, logits if with_logits else None,
+        *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
+        1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
+        positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
+        window or 0, scale, softcap or 0.0,
+        **_constants(keys, key_coding, values, value_coding, tile, head_dim, value_dim),
+        HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, WINDOWED=window is not None,
+        SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     if splits > 1:
         out, lse = merge_stack(out, lse, query.dtype)
     return out, lse, logits
@@ -527,67 +477,43 @@ _AOT_CODINGS = [
 ]
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for dtype, head_dims in ((torch.bfloat16, (64, 80, 128, 256)), (torch.float32, (_WIDEST_FLOAT32,))):
         for head_dim in head_dims:
-            for rows in (MIN_SIDE, _MOST_ROWS):
-                # others only mask more, or have more rows
-                for coding in _AOT_CODINGS if head_dim != 80 and rows == MIN_SIDE else _AOT_CODINGS[:3]:
-                    yield _aot_case(head_dim, dtype, rows, *coding)
+            for coding in _AOT_CODINGS if head_dim != 80 else _AOT_CODINGS[:3]:
+                _aot_call(head_dim, dtype, 4, 1, *coding)
+            # many rows, of queries or of heads; other codings only mask more
+            for coding in _AOT_CODINGS[:3]:
+                _aot_call(head_dim, dtype, 4, 16, *coding)
+                _aot_call(head_dim, dtype, 64, 1, *coding)
 
 
-def _aot_case(
+def _aot_call(
     head_dim: int,
     dtype: torch.dtype,
-    rows: int,
+    group: int,
+    queries: int,
     key_bits: int,
     value_bits: int,
-    group: int,
+    size: int,
     outliers: int,
     rank: int,
     block: int,
-) -> AotCase:
-    width, plain, of_slots = tile_width(head_dim), not outliers, block == 32
-    block_rows, tile, warps, stages = _tiles(rows, block, [key_bits, value_bits], width, dtype.itemsize, outliers > 0)
-    types = {
-        "scale": "fp32",
-        "softcap": "fp32",
-        "query_ptr": triton_type(dtype),
-        "out_ptr": "*fp32",
-        "lse_ptr": "*fp32",
-    }
-    types |= {"positions_ptr": "*i32", "query_positions_ptr": "*i32", "spans_ptr": "*i32", "logits_ptr": "*fp32"}
-    types["offsets_ptr"] = "*fp32"
-    constants = {
-        "HEAD_DIM": head_dim,
-        "HEAD_ROOM": head_dim,
-        "DIM": width,
-        "VALUE_DIM": head_dim,
-        "VALUE_WIDTH": width,
-        "GROUP": 4,
-        "SPANNED": rank > 0,
-        "WINDOWED": not plain,
-        "SOFTCAPPED": not plain,
-        "BLOCK_ROWS": block_rows,
-        **tile.constants(),
-    }
-    absent = (["query_positions_ptr"] if plain else []) + (["logits_ptr"] if plain and not of_slots else [])
-    absent += [] if of_slots else ["offsets_ptr"]
-    for name, bits in (("key", key_bits), ("value", value_bits)):
-        pointers = {"codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "outliers": "*fp16", "index": "*u8"}
-        types |= {f"{name}_{part}_ptr": kind for part, kind in (pointers | {"left": "*fp16", "right": "*fp16"}).items()}
-        absent += [] if outliers else [f"{name}_outliers_ptr", f"{name}_index_ptr"]
-        absent += [] if rank else [f"{name}_left_ptr", f"{name}_right_ptr"]
-        per_channel = name == "key" and not of_slots
-        settings = {"BITS": bits, "GROUP": min(group, block if per_channel else width), "PER_CHANNEL": per_channel}
-        settings |= {"OUTLIERS": outliers, "RANK": rank}
-        constants |= {f"{name.upper()}_{setting}": value for setting, value in settings.items()}
-    return aot_case(
-        _packed_kernel,
-        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {block_rows}x{tile.tokens}, bits {key_bits} {value_bits}, "
-        f"group {group}, outliers {outliers}, rank {rank}, block {block}",
-        types,
-        constants | dict.fromkeys(absent if rank else [*absent, "spans_ptr"]),
-        num_warps=warps,
-        num_stages=stages,
+) -> None:
+    is_plain, of_slots, blocks = not outliers, block == 32, 1024 // block
+    query = shaped(1, 2 * group, queries, head_dim, dtype=dtype)
+    codings = (
+        QuantScheme(key_bits, size, "token" if of_slots else "channel", outliers, rank),
+        QuantScheme(value_bits, size, "token", outliers, rank),
     )
+    packed = [empty_packed(shaped(1, 2, blocks, block, head_dim), coding) for coding in codings]
+    if rank:
+        left, right = (shaped(1, 2, *shape, rank, dtype=torch.float16) for shape in ((blocks, block), (3, head_dim)))
+        packed = [each._replace(left=left, right=right) for each in packed]
+    packed_attention(
+        query, *packed, *codings, shaped(1, 2, 1024, dtype=torch.int32), shaped(1, queries, dtype=torch.int32),
+        spans=shaped(1, blocks, dtype=torch.int32) if rank else None,
+        offsets=shaped(1, 2 * group, queries) if of_slots else None, scale=0.1,
+        window=None if is_plain else 700, softcap=None if is_plain else 30.0,
+        with_logits=queries == 1 and (of_slots or not is_plain),
+    )  # fmt: skip

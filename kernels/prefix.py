@@ -13,14 +13,14 @@ their rows, batch * heads * queries * (2 * head_dim * element size + 4). Flops 4
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import cpu_flash, slot_attention, slot_attention_reference, slots_in_blocks
-from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton, tl, triton
+from kvcompress.kernels.common.runtime import AOT_DTYPES, has_wgmma, launch, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import split_keys
 from kvcompress.kernels.common.tile import (
     LOG2E,
@@ -31,7 +31,6 @@ from kvcompress.kernels.common.tile import (
     rows_aligned,
     store_tile,
     tile_width,
-    triton_type,
     wide,
 )
 from kvcompress.kernels.merge import merge_stack, merge_states
@@ -386,16 +385,16 @@ def _launch(
         lse.fill_(-torch.inf)
     reads_positions = query_positions is not None and (window is not None or causal)
     query_positions = query_positions.contiguous() if query_positions is not None and reads_positions else None
-    with torch.cuda.device_of(query):
-        _prefix_kernel[(len(tiles.facts) * splits * kv_heads,)](
-            query, facts, tiles.facts, tiles.members, query_positions, out, lse,
-            *query.stride()[:3],
-            batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, window or 0, scale, softcap or 0.0,
-            GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=dim,
-            VALUE_DIM=value_dim, VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=value_width,
-            WINDOWED=window is not None, CAUSAL=causal, SOFTCAPPED=softcap is not None,
-            BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _prefix_kernel, (len(tiles.facts) * splits * kv_heads,),
+        query, facts, tiles.facts, tiles.members, query_positions, out, lse,
+        *query.stride()[:3],
+        batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, window or 0, scale, softcap or 0.0,
+        GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=dim,
+        VALUE_DIM=value_dim, VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=value_width,
+        WINDOWED=window is not None, CAUSAL=causal, SOFTCAPPED=softcap is not None,
+        BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return (out, lse) if whole else merge_stack(out, lse, query.dtype)
 
 
@@ -542,50 +541,16 @@ def _prefix_kernel(
     tl.store(lse_ptr + part_row, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in (64, 80, 128, 256):
-        for dtype in (torch.bfloat16, torch.float32):
-            width = tile_width(head_dim)
-            for plain in (True, False):
-                sizes = {
-                    (*_blocks(rows, width, dtype.itemsize, wgmma, plain), wgmma)
-                    for rows in (1, 32, 64, _MANY_ROWS)
-                    for wgmma in (False, True)
-                }
-                for *blocks, needs_wgmma in sorted(sizes):
-                    if needs_wgmma and (*blocks, False) in sizes:
-                        continue
-                    block_rows, block_tokens, warps, stages = blocks
-                    name = f"{'plain' if plain else 'window causal softcap'}, {block_rows}x{block_tokens}"
-                    yield aot_case(
-                        _prefix_kernel,
-                        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}",
-                        {
-                            "query_ptr": triton_type(dtype),
-                            "blocks_ptr": "*i64",
-                            "tiles_ptr": "*i32",
-                            "members_ptr": "*i32",
-                            "query_positions_ptr": "*i32",
-                            "out_ptr": "*fp32",
-                            "lse_ptr": "*fp32",
-                            "scale": "fp32",
-                            "softcap": "fp32",
-                        },
-                        {
-                            "GROUP": 4,
-                            "HEAD_DIM": head_dim,
-                            "DIM": width,
-                            "VALUE_DIM": head_dim,
-                            "VALUE_ROOM": head_dim,
-                            "VALUE_WIDTH": width,
-                            "WINDOWED": not plain,
-                            "CAUSAL": not plain,
-                            "SOFTCAPPED": not plain,
-                            "BLOCK_ROWS": block_rows,
-                            "BLOCK_TOKENS": block_tokens,
-                        }
-                        | ({"query_positions_ptr": None} if plain else {}),
-                        needs_wgmma=needs_wgmma,
-                        num_warps=warps,
-                        num_stages=stages,
-                    )
+        for dtype in AOT_DTYPES:
+            key = shaped(8, 500, head_dim, dtype=dtype)
+            # four rows of each member
+            for batch in (1, 8, 16, _MANY_ROWS // 4):
+                query, at = shaped(batch, 32, 1, head_dim, dtype=dtype), shaped(batch, 1, dtype=torch.int32)
+                # two blocks that all see have results apart
+                blocks, sharing = KeyBlocks([key] * 2, [key] * 2), Sharing([range(batch)] * 2, batch)
+                prefix_attention(query, blocks, sharing, scale=0.1)
+                prefix_attention(
+                    query, blocks, sharing, scale=0.1, query_positions=at, window=300, softcap=30.0, causal=True
+                )

@@ -20,17 +20,18 @@ Bytes a block and head: block * head_dim * element size read, block * head_dim *
 outliers take (`QuantScheme.bytes`) written, in one pass; some 6 + 6 c operations a number: bound by bandwidth.
 """
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.packed_tile import planes_of
-from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.common.tile import tile_width, triton_type
+from kvcompress.kernels.common.runtime import launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.tile import tile_width
 
 _LARGEST = 65504.0
+
+Axis = Literal["channel", "token"]
 
 
 class QuantScheme(NamedTuple):
@@ -47,7 +48,7 @@ class QuantScheme(NamedTuple):
 
     bits: int
     group: int
-    axis: Literal["channel", "token"]
+    axis: Axis
     outliers: int = 0
     rank: int = 0
 
@@ -87,6 +88,7 @@ class QuantizedTensor(NamedTuple):
     right: Tensor | None = None
 
 
+@op(fake=lambda x, coding: empty_packed(x, coding))
 def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     """Packs whole blocks of keys or values. A group that holds a number that is not finite decodes to NaN.
 
@@ -101,7 +103,16 @@ def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
         ValueError: for a block, head_dim or coding that cannot be packed.
     """
     check_coding(coding, x.shape[-2], x.shape[-1])
-    return QuantizedTensor(*_quantise(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers))
+    packed = empty_packed(x, coding)
+    if runs_triton(x) and x.numel():
+        _launch(x, coding, packed)
+        return packed
+    # some blocks at a time: what the reference computes in float32 is a multiple of them
+    for piece in blocks_apart(x):
+        for part, some in zip(packed, quantise_reference(x[:, :, piece], coding), strict=True):
+            if part is not None and some is not None:
+                part[:, :, piece] = some
+    return packed
 
 
 def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
@@ -304,36 +315,18 @@ def _round_down(x: Tensor) -> Tensor:
     return torch.where(half.float() > x, below, half)
 
 
-def _quantise_fake(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
+def empty_packed(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
+    """Room for what `quantise` makes of these blocks."""
     batch, kv_heads, blocks, block, head_dim = x.shape
-    coding = QuantScheme(bits, group, "channel" if per_channel else "token", outliers)
     shape = (batch, kv_heads, blocks)
-    codes = x.new_empty(*shape, block * bits // 8, head_dim, dtype=torch.uint8)
-    parts = [codes, *(x.new_empty(*shape, *coding.groups(block, head_dim), dtype=torch.float16) for _ in range(2))]
-    if outliers:
-        sparse = (*shape, 2 * outliers, head_dim) if per_channel else (*shape, block, 2 * outliers)
-        parts += [x.new_empty(sparse, dtype=torch.float16), x.new_empty(sparse, dtype=torch.uint8)]
-    return parts
-
-
-@compilable(_quantise_fake)
-def _quantise(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
-    coding = QuantScheme(bits, group, "channel" if per_channel else "token", outliers)
-    if not runs_triton(x) or not x.numel():
-        return _in_pieces(x, coding)
-    parts = _quantise_fake(x, bits, group, per_channel, outliers)
-    _launch(x, coding, parts)
-    return parts
-
-
-def _in_pieces(x: Tensor, coding: QuantScheme) -> list[Tensor]:
-    """The reference, some blocks at a time: what it computes in float32 is a multiple of them."""
-    parts = _quantise_fake(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers)
-    for piece in blocks_apart(x):
-        found = [part for part in quantise_reference(x[:, :, piece], coding) if part is not None]
-        for part, some in zip(parts, found, strict=True):
-            part[:, :, piece] = some
-    return parts
+    codes = x.new_empty(*shape, block * coding.bits // 8, head_dim, dtype=torch.uint8)
+    scales, zeros = (x.new_empty(*shape, *coding.groups(block, head_dim), dtype=torch.float16) for _ in range(2))
+    if not coding.outliers:
+        return QuantizedTensor(codes, scales, zeros)
+    count = 2 * coding.outliers
+    sparse = (*shape, count, head_dim) if coding.axis == "channel" else (*shape, block, count)
+    values, index = (x.new_empty(sparse, dtype=dtype) for dtype in (torch.float16, torch.uint8))
+    return QuantizedTensor(codes, scales, zeros, values, index)
 
 
 def blocks_apart(x: Tensor) -> list[slice]:
@@ -347,16 +340,14 @@ def blocks_apart(x: Tensor) -> list[slice]:
 _PIECE = 2**16
 
 
-def _launch(x: Tensor, coding: QuantScheme, parts: list[Tensor]) -> None:
-    _, kv_heads, blocks, block, head_dim = x.shape
+def _launch(x: Tensor, coding: QuantScheme, packed: QuantizedTensor) -> None:
+    batch, kv_heads, blocks, block, head_dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    values, index = parts[3:] or (None, None)
     constants, programs, warps = _tiles(coding, block, head_dim)
-    with torch.cuda.device_of(x):
-        _quantise_kernel[(x.shape[0] * kv_heads * blocks * programs,)](
-            x, *parts[:3], values, index,
-            *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _quantise_kernel, (batch * kv_heads * blocks * programs,),
+        x, *packed[:5], *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps,
+    )  # fmt: skip
 
 
 def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:
@@ -525,8 +516,7 @@ def _quantise_kernel(
         tl.store(codes_ptr + row[:, None] * HEAD_DIM + dim[None, :], high_bits.to(tl.uint8), mask=dim_ok[None, :])
 
 
-def aot_cases() -> Iterator[AotCase]:
-    types = {"codes_ptr": "*u8", "scales_ptr": "*fp16", "zeros_ptr": "*fp16", "values_ptr": "*fp16", "index_ptr": "*u8"}
+def aot_calls() -> None:
     for head_dim, block, bits, group, outliers, dtype in (
         (64, 64, 2, 64, 1, torch.bfloat16),
         (80, 64, 4, 32, 0, torch.bfloat16),
@@ -538,14 +528,6 @@ def aot_cases() -> Iterator[AotCase]:
         (256, 256, 3, 128, 3, torch.float32),
         (64, 8, 3, 8, 1, torch.bfloat16),
     ):
-        axes: tuple[Literal["channel", "token"], ...] = ("channel", "token")
-        for axis in axes:
-            constants, _, warps = _tiles(QuantScheme(bits, group, axis, outliers), block, head_dim)
-            yield aot_case(
-                _quantise_kernel,
-                f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {bits} bits, block {block}, group {group}, "
-                f"{axis}, outliers {outliers}",
-                types | {"x_ptr": triton_type(dtype)},
-                constants | ({} if outliers else {"values_ptr": None, "index_ptr": None}),
-                num_warps=warps,
-            )
+        for axis in get_args(Axis):
+            x = shaped(2, 8, 5, block, head_dim, dtype=dtype)
+            quantise(x, QuantScheme(bits, group, axis, outliers))

@@ -12,15 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from kvcompress.evals.bench import gpu
 from kvcompress.evals.bench import kernels as bench
 from kvcompress.kernels import pages
 from kvcompress.kernels.common import runtime
 from kvcompress.kernels.missing_triton import MissingTriton
-from kvcompress.kernels.quantise import quantise
-from kvcompress.kernels.selection import reuse_slots
-from tests.kernels.test_runtime import CALLS, CODING
+from tests.kernels.test_runtime import CALLS, fresh, public, tensors
 from tests.test_layout import MAY_IMPORT, ROOT, imports, sources
 
 # also a plugin of pytest, that sees to it that Triton stayed hidden
@@ -90,7 +89,7 @@ def no_triton(monkeypatch):
 def test_triton_is_imported_in_one_file():
     files = [file for folder in MAY_IMPORT for file in sources(folder)]
     takers = [file for file in files if any(re.match(r"triton\b", name) for name in imports(file.read_text()))]
-    assert takers == [ROOT / "kernels" / "runtime.py"]
+    assert takers == [ROOT / "kernels" / "common" / "runtime.py"]
 
 
 def test_every_module_can_be_imported_without_triton(run):
@@ -200,21 +199,14 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-HELD, WANTED = (torch.stack([torch.randperm(9)[:5] for _ in range(4)]).view(2, 2, 5) for _ in range(2))
-OPS = CALLS | {
-    "reuse_slots": (lambda held, wanted: reuse_slots(held, wanted, 9), (HELD, WANTED)),
-    "quantise": (lambda x: quantise(x, CODING), (torch.randn(2, 2, 3, 16, 64),)),
-}
-
-
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore:kvcompress computes in PyTorch")
 def test_the_ops_give_on_a_gpu_without_triton_what_they_give_on_a_cpu(no_triton, name):
-    call, arguments = OPS[name]
-    on_cpu, on_gpu = ([argument.clone() for argument in arguments] for _ in range(2))
-    expected, found = call(*on_cpu), call(*(argument.as_subclass(OnGPU) for argument in on_gpu))
+    on_cpu, options = fresh(name)
+    on_gpu = tree_map_only(torch.Tensor, lambda tensor: tensor.clone().as_subclass(OnGPU), fresh(name))
+    expected, found = public(name)(*on_cpu, **options), public(name)(*on_gpu[0], **on_gpu[1])
     torch.testing.assert_close(_plain(found), _plain(expected))
-    torch.testing.assert_close(on_gpu, on_cpu)
+    torch.testing.assert_close(_plain(on_gpu[0]), _plain(on_cpu))
 
 
 @pytest.mark.filterwarnings("ignore:kvcompress computes in PyTorch")
@@ -222,16 +214,14 @@ def test_a_gpu_without_triton_collects_pages_on_the_host(no_triton, monkeypatch)
     values = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
     collected = []
     monkeypatch.setattr(pages, "fetch_pages_reference", lambda *arguments: collected.append(arguments))
-    pinned = SimpleNamespace(is_pinned=lambda: True)
+    pinned = SimpleNamespace(is_pinned=lambda: True, device=torch.device("cpu"))
     arguments = values, torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), [pinned]
     pages.fetch_pages(*arguments, torch.zeros(1))
     assert collected == [arguments]
 
 
 def _plain(result):
-    if isinstance(result, torch.Tensor):
-        return result.as_subclass(torch.Tensor)
-    return None if result is None else [_plain(part) for part in result]
+    return [tensor.as_subclass(torch.Tensor) for tensor in tensors(result)]
 
 
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton to compare with")

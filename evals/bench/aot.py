@@ -3,13 +3,15 @@
     python -m kvcompress.evals.bench.aot                              # everything, all cores
     python -m kvcompress.evals.bench.aot --only decode --target sm_90
 
-Each file in kernels/ lists its launches in `aot_cases()`. For each target the table gives the registers of a thread,
-the shared memory of a block, what spills, and an estimate of occupancy: the share of a multiprocessor's threads that
-can be resident at once, by registers, shared memory and block slots. Exits with 1 where a kernel spills registers to
-memory, needs more shared memory than the target gives one block, or does not compile.
+Each file in kernels/ calls its ops as models do in `aot_calls()`; what they launch is what is compiled, with the types
+and the alignment of the launch. For each target the table gives the registers of a thread, the shared memory of a
+block, what spills, and an estimate of occupancy: the share of a multiprocessor's threads that can be resident at once,
+by registers, shared memory and block slots. Exits with 1 where a kernel spills registers to memory, needs more shared
+memory than the target gives one block, or does not compile.
 """
 
 import argparse
+import functools
 import importlib
 import math
 import os
@@ -19,12 +21,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import kvcompress.kernels
-from kvcompress.kernels.common.runtime import HAS_TRITON, INTERPRETED, AotCase, triton
+from kvcompress.kernels.common.runtime import HAS_TRITON, INTERPRETED, Launch, recording, triton
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Target:
     threads: int
     blocks: int
     has_wgmma: bool
+
+    def of_triton(self) -> Any:
+        return triton.backends.compiler.GPUTarget(self.backend, self.architecture, self.warp_size)
 
 
 TARGETS = {
@@ -74,32 +80,116 @@ class Report:
         return f"needs {self.shared} bytes of shared memory, {limit} are there" if self.shared > limit else ""
 
 
-def modules() -> list[str]:
-    """The files of kernels/ that launch a kernel, as dotted names below it."""
+@dataclass(frozen=True)
+class Case:
+    """One way a kernel can be launched: constants are the compile-time arguments and the launch options."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    needs_wgmma: bool = False
+    label: str = ""
+
+    def specialised(self, target: Target) -> tuple[Any, dict[str, Any], dict, dict]:
+        """What a launch on the target finds out by looking: options, types, constants and alignment, for Triton.
+
+        `triton.JITFunction.run` does the same.
+        """
+        backend = triton.compiler.make_backend(target.of_triton())
+        # on CUDA every launch has this ceiling (kernels/common/runtime.py)
+        constants = self.constants | ({"maxnreg": 255} if target.backend == "cuda" else {})
+        bind = triton.runtime.jit.create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, kinds, options = bind(*self.arguments, **constants)
+        return self.kernel._pack_args(backend, constants, bound, kinds, options)
+
+    def facts(self) -> dict[str, Any]:
+        """What tells the case from others of its kernel: types, constants, options, what is absent, and alignment."""
+        _, signature, constants, alignment = self.specialised(TARGETS["sm_80"])
+        names = self.kernel.arg_names
+        fixed = {names[path[0]]: value for path, value in constants.items()}
+        types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        aligned = {names[path[0]]: str(facts) for path, facts in alignment.items() if names[path[0]] in types}
+        return (
+            {f"type of {name}": kind for name, kind in types.items()}
+            | {name.lower(): value for name, value in fixed.items() if value is not None}
+            | {name: value for name, value in self.constants.items() if name not in signature}
+            | {f"no {name.removesuffix('_ptr')}": True for name, value in fixed.items() if value is None}
+            | {f"alignment of {name}": facts for name, facts in aligned.items()}
+        )
+
+
+@functools.cache
+def all_cases() -> dict[str, list[Case]]:
+    """All launches, by the file in kernels/ that has the kernel, as a dotted name."""
     files = {
-        ".".join(file.relative_to(folder).with_suffix("").parts)
+        ".".join((kvcompress.kernels.__name__, *file.relative_to(folder).with_suffix("").parts))
         for folder in kvcompress.kernels.__path__
         for file in Path(folder).rglob("*.py")
     }
-    return sorted(name for name in files if hasattr(importlib.import_module(f"kvcompress.kernels.{name}"), "aot_cases"))
+    found: dict[tuple[Any, ...], tuple[Case, dict[str, Any]]] = {}
+    for has_wgmma in (False, True):
+        with recording(has_wgmma) as launches:
+            for module in map(importlib.import_module, sorted(files)):
+                if hasattr(module, "aot_calls"):
+                    module.aot_calls()
+            for case in [case for launch in launches for case in _configured(launch, has_wgmma)]:
+                facts = case.facts()
+                found.setdefault((case.kernel.__name__, *map(str, facts.items())), (case, facts))
+    by_kernel: dict[Any, list[tuple[Case, dict[str, Any]]]] = {}
+    for case, facts in found.values():
+        by_kernel.setdefault(case.kernel, []).append((case, facts))
+    by_file: dict[str, list[Case]] = {}
+    for kernel, of_kernel in by_kernel.items():
+        file = kernel.__module__.removeprefix(f"{kvcompress.kernels.__name__}.")
+        labels = _labels([facts for _, facts in of_kernel])
+        by_file.setdefault(file, []).extend(
+            replace(case, label=label) for (case, _), label in zip(of_kernel, labels, strict=True)
+        )
+    return dict(sorted(by_file.items()))
 
 
-def cases(module: str) -> list[AotCase]:
-    """All launches of one file's kernels."""
-    return list(importlib.import_module(f"kvcompress.kernels.{module}").aot_cases())
+def _configured(launch: Launch, needs_wgmma: bool) -> Iterator[Case]:
+    """The launch at each configuration that the autotuner would try."""
+    if not isinstance(launch.kernel, triton.runtime.Autotuner):
+        yield Case(*launch, needs_wgmma)
+        return
+    tuner = launch.kernel
+    tuner.nargs = dict(zip(tuner.arg_names, launch.arguments, strict=False))
+    for config in tuner.prune_configs(launch.constants):
+        yield Case(tuner.fn, launch.arguments, launch.constants | config.all_kwargs(), needs_wgmma)
+
+
+def _labels(cases: list[dict[str, Any]]) -> list[str]:
+    """In few words what tells each case of a kernel from the others: no fact that follows from those before it."""
+    names = list(dict.fromkeys(name for facts in cases for name in facts))
+    kept: list[str] = []
+    apart = 1
+    # what some of them lack says less than what all have
+    for name in sorted(names, key=lambda name: any(name not in facts for facts in cases)):
+        told = len({tuple(str(facts.get(each)) for each in (*kept, name)) for facts in cases})
+        if told > apart:
+            kept.append(name)
+            apart = told
+    return [", ".join(filter(None, (_fact(name, facts.get(name)) for name in kept))) for facts in cases]
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else ""
+    if name.startswith("type of "):
+        return f"{len(value)} {value[0][1:]}" if isinstance(value, tuple) else str(value).removeprefix("*")
+    return "" if value is None else f"{name} {value}"
 
 
 def compile_case(module: str, index: int, target: str) -> Report:
-    """Compiles one case for one target."""
-    case = cases(module)[index]
+    """Compiles one case of a file's kernels for one target."""
+    case = all_cases()[module][index]
     name = case.kernel.__name__
     gpu = TARGETS[target]
     try:
-        source = triton.compiler.ASTSource(case.kernel, case.signature, _constants(case), _alignment(case))
-        aim = triton.backends.compiler.GPUTarget(gpu.backend, gpu.architecture, gpu.warp_size)
-        # on CUDA every launch has this ceiling (kernels/common/runtime.py)
-        ceiling = {"maxnreg": 255} if gpu.backend == "cuda" else {}
-        compiled = triton.compile(source, target=aim, options=case.options | ceiling)
+        options, signature, constants, alignment = case.specialised(gpu)
+        source = triton.compiler.ASTSource(case.kernel, signature, constants, alignment)
+        compiled = triton.compile(source, target=gpu.of_triton(), options=options.__dict__)
         registers, spilled = _usage(compiled)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -120,33 +210,17 @@ def compile_all(jobs: list[tuple[str, int, str]], workers: int) -> Iterator[Repo
 
 def print_table(reports: Iterator[Report]) -> list[Report]:
     """Prints a row a report as they come, and returns those that fail."""
-    print(f"{'target':7} {'kernel':26} {'launch':62} {'regs':>5} {'shared':>7} {'spill':>6} {'occup.':>6}")
+    print(f"{'target':7} {'kernel':26} {'regs':>5} {'shared':>7} {'spill':>6} {'occup.':>6}  launch")
     failed = []
     for report in reports:
         print(
-            f"{report.target:7} {report.kernel:26} {report.label:62} {report.registers:5} {report.shared:7} "
-            f"{report.spilled:6} {report.occupancy:6.0%}  {report.fault}",
+            f"{report.target:7} {report.kernel:26} {report.registers:5} {report.shared:7} {report.spilled:6} "
+            f"{report.occupancy:6.0%}  {report.label}  {report.fault}",
             flush=True,
         )
         if report.fault:
             failed.append(report)
     return failed
-
-
-def _constants(case: AotCase) -> dict[tuple[int, ...], object]:
-    return {(case.kernel.arg_names.index(name),): value for name, value in case.constants.items()}
-
-
-def _alignment(case: AotCase) -> dict[tuple[int, ...], list]:
-    # what a launch finds out by looking: pointers and strides are multiples of 16, `rows_aligned` sees to it
-    attributes: dict[tuple[int, ...], list] = {}
-    for index, name in enumerate(case.kernel.arg_names):
-        kind = case.signature[name]
-        if isinstance(kind, tuple):
-            attributes.update({(index, part): [["tt.divisibility", 16]] for part in range(len(kind))})
-        elif kind.startswith("*") or name.endswith("_stride"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return attributes
 
 
 def _usage(compiled) -> tuple[int, int]:
@@ -177,19 +251,20 @@ def _occupancy(target: Target, registers: int, shared: int, warps: int) -> float
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=modules(), help="one file of kernels/")
-    parser.add_argument("--label", default="", help="only launches with this in their name")
-    parser.add_argument("--target", choices=TARGETS, help="one target")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(arguments)
     if not HAS_TRITON:
         parser.error("Triton cannot be imported here: there is nothing to compile with")
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
+    cases = all_cases()
+    parser.add_argument("--only", choices=cases, help="one file of kernels/")
+    parser.add_argument("--label", default="", help="only launches with this in their name")
+    parser.add_argument("--target", choices=TARGETS, help="one target")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
     jobs = [
         (module, index, target)
-        for module in ([options.only] if options.only else modules())
-        for index, case in enumerate(cases(module))
+        for module in ([options.only] if options.only else cases)
+        for index, case in enumerate(cases[module])
         if options.label in f"{case.kernel.__name__} {case.label}"
         for target in ([options.target] if options.target else TARGETS)
         if TARGETS[target].has_wgmma or not case.needs_wgmma

@@ -4,12 +4,10 @@ Each program reads one part of the keys and reports the output and log-sum-exp o
 parts together. Bytes: keys and values once for all query heads of a group; bound by bandwidth.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import ALL_REGISTERS, AotCase, aot_case, core_count, tl, triton
+from kvcompress.kernels.common.runtime import core_count, launch, tl, triton
 from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
@@ -19,8 +17,6 @@ from kvcompress.kernels.common.tile import (
     rows_aligned,
     store_tile,
     tile_width,
-    tile_widths,
-    triton_type,
     wide,
 )
 from kvcompress.kernels.merge import merge_stack
@@ -71,17 +67,17 @@ def launch_split(
     shape = (batch, heads, queries) if whole else (splits, batch, heads, queries)
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
-    with torch.cuda.device_of(query):
-        _split_kernel[(batch * kv_heads * row_blocks * splits,)](
-            query, key, value, visible, positions, query_positions, out, lse, logits,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            batch, kv_heads, queries, tokens, splits, split_tokens, window or 0, scale, softcap or 0.0,
-            GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
-            VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
-            PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
-            SOFTCAPPED=softcap is not None, WRITES_LOGITS=logits is not None,
-            BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _split_kernel, (batch * kv_heads * row_blocks * splits,),
+        query, key, value, visible, positions, query_positions, out, lse, logits,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        batch, kv_heads, queries, tokens, splits, split_tokens, window or 0, scale, softcap or 0.0,
+        GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
+        VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
+        PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
+        SOFTCAPPED=softcap is not None, WRITES_LOGITS=logits is not None,
+        BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return (out, lse) if whole or not merge else merge_stack(out, lse, query.dtype)
 
 
@@ -202,74 +198,3 @@ def _split_kernel(
     norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
-
-
-# every pair of a tile and a tail up to the widest; others only mask more
-AOT_HEAD_DIMS = (64, 80, 96, 128, 144, 192, 256)
-
-
-def aot_cases() -> Iterator[AotCase]:
-    for head_dim in AOT_HEAD_DIMS:
-        for dtype in (torch.bfloat16, torch.float32):
-            for plain in (True, False):
-                for slotted in (True, False):
-                    yield from _aot_split(head_dim, dtype, plain, slotted)
-
-
-def _aot_split(head_dim: int, dtype: torch.dtype, plain: bool, slotted: bool) -> Iterator[AotCase]:
-    present = {
-        "visible_ptr": not plain and not slotted,
-        "positions_ptr": slotted,
-        "query_positions_ptr": not plain and slotted,
-        "logits_ptr": slotted,
-    }
-    name = f"{'slots' if slotted else 'causal'}{'' if plain else ' all'}"
-    for rows in (MIN_SIDE, FEW_ROWS):
-        width = tile_width(head_dim)
-        block_rows, block_tokens, warps, stages = _split_blocks(rows, width, dtype.itemsize)
-        yield aot_case(
-            _split_kernel,
-            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}, {block_rows}x{block_tokens}",
-            aot_types(dtype, torch.float32),
-            {name: value for name, value in aot_constants(head_dim, plain).items() if not name.endswith("TAIL")}
-            | {"DIM": width, "VALUE_WIDTH": width}
-            | {pointer: None for pointer, is_present in present.items() if not is_present}
-            | {"PADDED": not plain and not slotted, "SLOTTED": slotted, "WRITES_LOGITS": slotted}
-            | {"BLOCK_ROWS": block_rows, "BLOCK_TOKENS": block_tokens},
-            num_warps=warps,
-            num_stages=stages,
-        )
-
-
-def aot_types(dtype: torch.dtype, out: torch.dtype) -> dict[str, str]:
-    pointer = triton_type(dtype)
-    return {
-        "query_ptr": pointer,
-        "key_ptr": pointer,
-        "value_ptr": pointer,
-        "visible_ptr": "*u8",
-        "positions_ptr": "*i32",
-        "query_positions_ptr": "*i32",
-        "out_ptr": triton_type(out),
-        "lse_ptr": "*fp32",
-        "logits_ptr": "*fp32",
-        "scale": "fp32",
-        "softcap": "fp32",
-    }
-
-
-def aot_constants(head_dim: int, plain: bool) -> dict[str, int | bool | None]:
-    width, tail = tile_widths(head_dim)
-    return {
-        "GROUP": 4,
-        "HEAD_DIM": head_dim,
-        "DIM": width,
-        "TAIL": tail,
-        "VALUE_DIM": head_dim,
-        "VALUE_ROOM": head_dim,
-        "VALUE_WIDTH": width,
-        "VALUE_TAIL": tail,
-        "PADDED": not plain,
-        "WINDOWED": not plain,
-        "SOFTCAPPED": not plain,
-    }

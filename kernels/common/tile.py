@@ -47,19 +47,6 @@ def rows_aligned(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def triton_type(dtype: torch.dtype) -> str:
-    """Triton's name of a pointer to this dtype."""
-    names = {
-        torch.float32: "fp32",
-        torch.bfloat16: "bf16",
-        torch.float16: "fp16",
-        torch.int32: "i32",
-        torch.int64: "i64",
-        torch.uint8: "u8",
-    }
-    return "*" + names[dtype]
-
-
 @triton.jit
 def wide(index):
     # an index in int64, before it meets a stride

@@ -1,11 +1,11 @@
-import ast
 import importlib
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+import torch
 
 from kvcompress.evals.bench import aot
-from kvcompress.kernels.common.runtime import INTERPRETED
+from kvcompress.kernels.common.runtime import INTERPRETED, Launch
 
 triton = pytest.importorskip("triton")
 
@@ -27,43 +27,51 @@ def launched_kernels():
     return found
 
 
+def every_case():
+    return [case for cases in aot.all_cases().values() for case in cases]
+
+
 def test_every_kernel_is_compiled_ahead_of_time():
-    assert launched_kernels() == {case.kernel.__name__ for module in aot.modules() for case in aot.cases(module)}
+    assert launched_kernels() == {case.kernel.__name__ for case in every_case()}
 
 
-def test_every_case_names_what_a_launch_names():
-    for module in aot.modules():
-        for case in aot.cases(module):
-            constants = {parameter.name for parameter in case.kernel.params if parameter.is_constexpr}
-            pointers = {name for name in case.kernel.arg_names if name.endswith(("_ptr", "_ptrs"))}
-            assert constants <= set(case.constants)
-            assert {name for name in case.constants if name not in constants} <= pointers
-            assert all(case.signature[name] != "i32" for name in pointers), case.label
+def test_a_kernel_lies_in_the_file_it_is_listed_under():
+    for module, cases in aot.all_cases().items():
+        assert {case.kernel.__module__ for case in cases} == {f"kvcompress.kernels.{module}"}
 
 
-def launches_without_the_ceiling(source):
-    """Lines that launch a kernel without the ceiling of registers with which it was compiled ahead of time."""
-    for node in ast.walk(ast.parse(source)):
-        launched = getattr(getattr(getattr(node, "func", None), "value", None), "id", "")
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and launched.endswith("_kernel"):
-            spread = {getattr(keyword.value, "id", None) for keyword in node.keywords if keyword.arg is None}
-            if "ALL_REGISTERS" not in spread:
-                yield node.lineno
+def test_every_label_tells_its_case_from_the_others():
+    names = [(case.kernel.__name__, case.label) for case in every_case()]
+    assert len(names) == len(set(names))
 
 
-def test_every_launch_has_the_ceiling_of_registers_it_was_compiled_with():
-    autotuned = {"_causal_kernel", "_column_sums_kernel"}
-    for folder in importlib.import_module("kvcompress.kernels").__path__:
-        for file in sorted(Path(folder).rglob("*.py")):
-            lines = file.read_text().splitlines()
-            bare = [lines[number - 1].strip() for number in launches_without_the_ceiling(file.read_text())]
-            assert {line.partition("[")[0] for line in bare} <= autotuned, file.name
+def test_a_case_has_the_types_and_the_alignment_of_its_launch():
+    kernel = importlib.import_module("kvcompress.kernels.evict")._choose_victim_kernel
+    scores, positions = torch.zeros(40), torch.zeros(40, dtype=torch.int32)
+    launch = Launch(kernel, (scores[1:], positions, positions, positions, 5, 0), {"BLOCK_SLOTS": 64})
+    (case,) = aot._configured(launch, False)
+    options, types, constants, alignment = case.specialised(aot.TARGETS["sm_90"])
+    assert types == {
+        "scores_ptr": "*fp32", "positions_ptr": "*i32", "recent_from_ptr": "*i32", "victims_ptr": "*i32",
+        "slots": "i32", "sinks": "i32", "BLOCK_SLOTS": "constexpr",
+    }  # fmt: skip
+    assert constants == {(6,): 64}
+    assert alignment[(0,)] == []
+    assert alignment[(1,)] == [["tt.divisibility", 16]]
+    assert options.maxnreg == 255
+
+
+def test_an_autotuned_launch_is_compiled_at_every_configuration_it_is_tried_at():
+    causal = [case for case in aot.all_cases()["attention"] if case.constants["HEAD_DIM"] == 128]
+    for wgmma, expected in ((False, {(64, 32), (128, 32)}), (True, {(128, 64)})):
+        found = [case.constants for case in causal if case.needs_wgmma is wgmma and case.arguments[0].itemsize == 2]
+        assert {(constants["BLOCK_QUERIES"], constants["BLOCK_TOKENS"]) for constants in found} == expected
 
 
 def first_cases():
     seen = set()
-    for module in aot.modules():
-        for index, case in enumerate(aot.cases(module)):
+    for module, cases in aot.all_cases().items():
+        for index, case in enumerate(cases):
             if case.kernel.__name__ not in seen:
                 seen.add(case.kernel.__name__)
                 yield module, index, case.kernel.__name__
@@ -86,8 +94,9 @@ def test_a_first_case_of_each_kernel_compiles_without_spilling(module, index, ta
 
 def test_what_spills_is_found(monkeypatch):
     # one warp cannot hold the accumulators of 64 queries of 128 dimensions
-    plain = next(case for case in aot.cases("attention") if "head_dim 128, bf16, plain" in case.label)
-    monkeypatch.setattr(aot, "cases", lambda module: [plain._replace(options={"num_warps": 1, "num_stages": 2})])
+    case = next(case for case in aot.all_cases()["attention"] if case.label.startswith("bf16, head_dim 128, block_q"))
+    slim = replace(case, constants=case.constants | {"num_warps": 1, "num_stages": 2})
+    monkeypatch.setattr(aot, "all_cases", lambda: {"attention": [slim]})
     report = aot.compile_case("attention", 0, "sm_80")
     assert report.spilled > 0
     assert report.fault == f"spills {report.spilled} bytes a thread"
