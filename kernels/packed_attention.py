@@ -501,17 +501,19 @@ def _aot_call(
     block: int,
 ) -> None:
     is_plain, of_slots, blocks = not outliers, block == 32, 1024 // block
+
+    def packed(coding: QuantScheme) -> QuantizedTensor:
+        parts = empty_packed(shaped(1, 2, blocks, block, head_dim), coding)
+        shapes = (blocks, block, rank), (3, head_dim, rank)
+        left, right = (shaped(1, 2, *shape, dtype=torch.float16) if rank else None for shape in shapes)
+        return parts._replace(left=left, right=right)
+
+    key_coding = QuantScheme(key_bits, size, "token" if of_slots else "channel", outliers, rank)
+    value_coding = QuantScheme(value_bits, size, "token", outliers, rank)
     query = shaped(1, 2 * group, queries, head_dim, dtype=dtype)
-    codings = (
-        QuantScheme(key_bits, size, "token" if of_slots else "channel", outliers, rank),
-        QuantScheme(value_bits, size, "token", outliers, rank),
-    )
-    packed = [empty_packed(shaped(1, 2, blocks, block, head_dim), coding) for coding in codings]
-    if rank:
-        left, right = (shaped(1, 2, *shape, rank, dtype=torch.float16) for shape in ((blocks, block), (3, head_dim)))
-        packed = [each._replace(left=left, right=right) for each in packed]
     packed_attention(
-        query, *packed, *codings, shaped(1, 2, 1024, dtype=torch.int32), shaped(1, queries, dtype=torch.int32),
+        query, packed(key_coding), packed(value_coding), key_coding, value_coding,
+        shaped(1, 2, 1024, dtype=torch.int32), shaped(1, queries, dtype=torch.int32),
         spans=shaped(1, blocks, dtype=torch.int32) if rank else None,
         offsets=shaped(1, 2 * group, queries) if of_slots else None, scale=0.1,
         window=None if is_plain else 700, softcap=None if is_plain else 30.0,
