@@ -95,12 +95,10 @@ class Case:
 
         `triton.JITFunction.run` does the same.
         """
-        backend = triton.compiler.make_backend(target.of_triton())
+        backend, bind = _binder(self.kernel, target)
         # on CUDA every launch has this ceiling (kernels/common/runtime.py)
         constants = self.constants | ({"maxnreg": 255} if target.backend == "cuda" else {})
-        bind = triton.runtime.jit.create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        bound, kinds, options = bind(*self.arguments, **constants)
-        return self.kernel._pack_args(backend, constants, bound, kinds, options)
+        return self.kernel._pack_args(backend, constants, *bind(*self.arguments, **constants))
 
     def facts(self) -> dict[str, Any]:
         """What tells the case from others of its kernel: types, constants, options, what is absent, and alignment."""
@@ -108,14 +106,21 @@ class Case:
         names = self.kernel.arg_names
         fixed = {names[path[0]]: value for path, value in constants.items()}
         types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
-        aligned = {names[path[0]]: str(facts) for path, facts in alignment.items() if names[path[0]] in types}
+        aligned = {(names[path[0]], *path[1:]): str(is_so) for path, is_so in alignment.items()}
         return (
             {f"type of {name}": kind for name, kind in types.items()}
             | {name.lower(): value for name, value in fixed.items() if value is not None}
             | {name: value for name, value in self.constants.items() if name not in signature}
             | {f"no {name.removesuffix('_ptr')}": True for name, value in fixed.items() if value is None}
-            | {f"alignment of {name}": facts for name, facts in aligned.items()}
+            | {f"alignment of {path}": is_so for path, is_so in aligned.items() if path[0] in types}
         )
+
+
+@functools.cache
+def _binder(kernel: Any, target: Target) -> tuple[Any, Any]:
+    """Triton's backend for a target, and what looks at the arguments of a launch for it."""
+    backend = triton.compiler.make_backend(target.of_triton())
+    return backend, triton.runtime.jit.create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 @functools.cache
@@ -126,7 +131,7 @@ def all_cases() -> dict[str, list[Case]]:
         for folder in kvcompress.kernels.__path__
         for file in Path(folder).rglob("*.py")
     }
-    found: dict[tuple[Any, ...], tuple[Case, dict[str, Any]]] = {}
+    cases: dict[Any, dict[str, tuple[Case, dict[str, Any]]]] = {}
     for has_wgmma in (False, True):
         with recording(has_wgmma) as launches:
             for module in map(importlib.import_module, sorted(files)):
@@ -134,16 +139,12 @@ def all_cases() -> dict[str, list[Case]]:
                     module.aot_calls()
             for case in [case for launch in launches for case in _configured(launch, has_wgmma)]:
                 facts = case.facts()
-                found.setdefault((case.kernel.__name__, *map(str, facts.items())), (case, facts))
-    by_kernel: dict[Any, list[tuple[Case, dict[str, Any]]]] = {}
-    for case, facts in found.values():
-        by_kernel.setdefault(case.kernel, []).append((case, facts))
+                cases.setdefault(case.kernel, {}).setdefault(str(facts), (case, facts))
     by_file: dict[str, list[Case]] = {}
-    for kernel, of_kernel in by_kernel.items():
-        file = kernel.__module__.removeprefix(f"{kvcompress.kernels.__name__}.")
-        labels = _labels([facts for _, facts in of_kernel])
-        by_file.setdefault(file, []).extend(
-            replace(case, label=label) for (case, _), label in zip(of_kernel, labels, strict=True)
+    for kernel, of_kernel in cases.items():
+        labels = _labels([facts for _, facts in of_kernel.values()])
+        by_file.setdefault(kernel.__module__.removeprefix(f"{kvcompress.kernels.__name__}."), []).extend(
+            replace(case, label=label) for (case, _), label in zip(of_kernel.values(), labels, strict=True)
         )
     return dict(sorted(by_file.items()))
 
@@ -164,8 +165,9 @@ def _labels(cases: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for facts in cases for name in facts))
     kept: list[str] = []
     apart = 1
-    # what some of them lack says less than what all have
-    for name in sorted(names, key=lambda name: any(name not in facts for facts in cases)):
+    # what all cases have says most; then what one lacks
+    in_all = {name for name in names if all(name in facts for facts in cases)}
+    for name in sorted(names, key=lambda name: (name not in in_all, not name.startswith("no "))):
         told = len({tuple(str(facts.get(each)) for each in (*kept, name)) for facts in cases})
         if told > apart:
             kept.append(name)
