@@ -13,7 +13,6 @@ attention; bytes (heads + kv_heads) * head_dim a token and the lse.
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import slots_seen
 from kvcompress.kernels.common.column_tiles import causal_tiles, slot_tiles
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
@@ -27,6 +26,7 @@ from kvcompress.kernels.common.runtime import (
     triton,
 )
 from kvcompress.kernels.common.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths
+from kvcompress.kernels.common.torch_attention import slots_seen
 
 
 @op(fake=lambda key, **_: key.new_empty(key.shape[:3], dtype=torch.float32))

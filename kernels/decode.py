@@ -14,7 +14,7 @@ own log-sum-exp.
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import slot_attention_reference, slots_seen
+from kvcompress.kernels.attention import slot_attention_reference
 from kvcompress.kernels.column_sums import slot_column_sums_reference
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
@@ -27,6 +27,7 @@ from kvcompress.kernels.common.runtime import (
     triton,
 )
 from kvcompress.kernels.common.split_attention import MOST_SPLITS, launch_split
+from kvcompress.kernels.common.torch_attention import slots_seen
 
 
 @op(

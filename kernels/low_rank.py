@@ -26,20 +26,19 @@ from kvcompress.kernels.common.packed_tile import (
     tile_start,
     tile_tokens,
 )
-from kvcompress.kernels.common.runtime import launch, runs_triton, shaped, tl, triton
-from kvcompress.kernels.common.split_attention import split_keys
-from kvcompress.kernels.common.tile import MIN_SIDE, dot, tile_width, wide
-from kvcompress.kernels.quantise import (
+from kvcompress.kernels.common.quantized import (
     Axis,
     QuantizedTensor,
     QuantScheme,
-    blocks_apart,
     check_coding,
     coding_constants,
-    dequantise,
     empty_packed,
     stored_blocks,
 )
+from kvcompress.kernels.common.runtime import launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import MIN_SIDE, dot, tile_width, wide
+from kvcompress.kernels.quantise import blocks_apart, dequantise
 
 
 def residual_factors(

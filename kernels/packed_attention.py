@@ -17,7 +17,24 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.packed_pieces import attend_in_pieces, visible_tokens
-from kvcompress.kernels.common.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
+from kvcompress.kernels.common.packed_tile import (
+    TileShape,
+    add_key_factors,
+    add_value_factors,
+    base_of,
+    load_decoded,
+    tile_shape,
+    tile_start,
+    tile_tokens,
+)
+from kvcompress.kernels.common.quantized import (
+    QuantizedTensor,
+    QuantScheme,
+    check_coding,
+    coding_constants,
+    empty_packed,
+    stored_blocks,
+)
 from kvcompress.kernels.common.runtime import INTERPRETED, launch, op, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import split_keys
 from kvcompress.kernels.common.tile import (
@@ -32,15 +49,7 @@ from kvcompress.kernels.common.tile import (
     wide,
 )
 from kvcompress.kernels.merge import merge_stack
-from kvcompress.kernels.quantise import (
-    QuantizedTensor,
-    QuantScheme,
-    check_coding,
-    coding_constants,
-    dequantise,
-    empty_packed,
-    stored_blocks,
-)
+from kvcompress.kernels.quantise import dequantise
 
 
 @op(fake=lambda query, values, positions, with_logits, **_: _empty(query, values, positions, with_logits))
@@ -134,16 +143,9 @@ def packed_attention_reference(
 
 
 def _check(
-    query: Tensor,
-    keys: QuantizedTensor,
-    values: QuantizedTensor,
-    key_coding: QuantScheme,
-    value_coding: QuantScheme,
-    positions: Tensor,
-    spans: Tensor | None,
-    offsets: Tensor | None,
-    with_logits: bool,
-) -> None:
+    query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, key_coding: QuantScheme, value_coding: QuantScheme,
+    positions: Tensor, spans: Tensor | None, offsets: Tensor | None, with_logits: bool,
+) -> None:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
     block, value_block = (
@@ -184,20 +186,10 @@ def _empty(
 
 
 def _launch(
-    query: Tensor,
-    keys: QuantizedTensor,
-    key_coding: QuantScheme,
-    values: QuantizedTensor,
-    value_coding: QuantScheme,
-    positions: Tensor,
-    query_positions: Tensor,
-    spans: Tensor | None,
-    offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    with_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, keys: QuantizedTensor, key_coding: QuantScheme, values: QuantizedTensor, value_coding: QuantScheme,
+    positions: Tensor, query_positions: Tensor, spans: Tensor | None, offsets: Tensor | None,
+    scale: float, window: int | None, softcap: float | None, with_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
@@ -237,14 +229,9 @@ def _launch(
 
 
 def _constants(
-    keys: QuantizedTensor,
-    key_coding: QuantScheme,
-    values: QuantizedTensor,
-    value_coding: QuantScheme,
-    tile: TileShape,
-    head_dim: int,
-    value_dim: int,
-) -> dict[str, int | bool]:
+    keys: QuantizedTensor, key_coding: QuantScheme, values: QuantizedTensor, value_coding: QuantScheme,
+    tile: TileShape, head_dim: int, value_dim: int,
+) -> dict[str, int | bool]:  # fmt: skip
     constants: dict[str, int | bool] = {"HEAD_DIM": head_dim, "DIM": tile_width(head_dim)}
     constants |= {"VALUE_DIM": value_dim, "VALUE_WIDTH": tile_width(value_dim), **tile.constants()}
     for name, packed, coding, dim in (("KEY", keys, key_coding, head_dim), ("VALUE", values, value_coding, value_dim)):
@@ -275,58 +262,6 @@ def _tiles(
     # to compare every number with the index of an outlier takes registers
     warps = 8 if has_outliers or width > 128 or element_size == 4 else 4
     return block_rows, tile_shape(block, bits, tokens), warps, 1 if element_size == 4 else 2
-
-
-@triton.jit
-def _base_of(spans_ptr, at, ok, SPANNED: tl.constexpr):
-    # which basis a block has
-    if SPANNED:
-        return tl.load(spans_ptr + at, mask=ok, other=0)
-    return 0
-
-
-@triton.jit
-def _load_basis(ptr, span, first, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr):
-    # directions first .. first + STEP of a basis, [DIM, STEP]
-    dim = tl.arange(0, DIM)
-    direction = first + tl.arange(0, STEP)
-    ok = (dim < HEAD_DIM)[:, None] & (direction < RANK)[None, :]
-    return tl.load(ptr + (span * HEAD_DIM + dim)[:, None] * RANK + direction[None, :], mask=ok, other=0.0)
-
-
-@triton.jit
-def _load_left(ptr, at, ok, first, RANK: tl.constexpr, STEP: tl.constexpr):
-    # of these tokens the shares of directions first .. first + STEP, [T, STEP]
-    direction = first + tl.arange(0, STEP)
-    return tl.load(
-        ptr + at[:, None] * RANK + direction[None, :], mask=ok[:, None] & (direction < RANK)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def _add_key_factors(
-    logits, query, left_ptr, right_ptr, at, ok, span, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
-):
-    # logits [R, T] + (query @ right) @ left^T of the tokens at these places
-    for first in tl.static_range(0, RANK, 16):
-        right = _load_basis(right_ptr, span, first, HEAD_DIM, DIM, RANK, 16).to(query.dtype)
-        left = _load_left(left_ptr, at, ok, first, RANK, 16).to(query.dtype)
-        seen = dot(query, right, tl.zeros([logits.shape[0], 16], tl.float32)).to(query.dtype)
-        logits = dot(seen, tl.trans(left), logits)
-    return logits
-
-
-@triton.jit
-def _add_value_factors(
-    out, weight, left_ptr, right_ptr, at, ok, span, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
-):
-    # out [R, DIM] + (weight @ left) @ right^T of the tokens at these places
-    for first in tl.static_range(0, RANK, 16):
-        left = _load_left(left_ptr, at, ok, first, RANK, 16).to(weight.dtype)
-        right = _load_basis(right_ptr, span, first, HEAD_DIM, DIM, RANK, 16).to(weight.dtype)
-        share = dot(weight, left, tl.zeros([out.shape[0], 16], tl.float32)).to(weight.dtype)
-        out = dot(share, tl.trans(right), out)
-    return out
 
 
 @triton.jit(do_not_specialize=[
@@ -407,11 +342,11 @@ def _packed_kernel(
         if KEY_RANK:
             left_at = (key_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
-                span = (batch * kv_heads + kv_head) * key_spans + _base_of(
+                span = (batch * kv_heads + kv_head) * key_spans + base_of(
                     spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
                 )
                 of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
-                logits = _add_key_factors(
+                logits = add_key_factors(
                     logits, query, key_left_ptr, key_right_ptr, left_at, of_block, span, KEY_RANK, HEAD_DIM, DIM
                 )
         if offsets_ptr is not None:
@@ -448,11 +383,11 @@ def _packed_kernel(
         if VALUE_RANK:
             left_at = (value_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
-                span = (batch * kv_heads + kv_head) * value_spans + _base_of(
+                span = (batch * kv_heads + kv_head) * value_spans + base_of(
                     spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
                 )
                 of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
-                out = _add_value_factors(
+                out = add_value_factors(
                     out, weight, value_left_ptr, value_right_ptr, left_at, of_block, span,
                     VALUE_RANK, VALUE_DIM, VALUE_WIDTH,
                 )  # fmt: skip
@@ -463,7 +398,7 @@ def _packed_kernel(
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
-# key bits, value bits, group, outliers, rank, block; those of slots (storage/quantized_slots.py) have one of 32 tokens
+# key bits, value bits, group, outliers, rank, block; slots (storage/quantized_slots.py) have blocks of 32 tokens
 _AOT_CODINGS = [
     (2, 2, 32, 2, 4, 64),
     (3, 3, 32, 1, 2, 64),
@@ -481,25 +416,15 @@ def aot_calls() -> None:
     for dtype, head_dims in ((torch.bfloat16, (64, 80, 128, 256)), (torch.float32, (_WIDEST_FLOAT32,))):
         for head_dim in head_dims:
             for coding in _AOT_CODINGS if head_dim != 80 else _AOT_CODINGS[:3]:
-                _aot_call(head_dim, dtype, 4, 1, *coding)
+                _aot_call(head_dim, dtype, 4, 1, coding)
             # many rows, of queries or of heads; other codings only mask more
             for coding in _AOT_CODINGS[:3]:
-                _aot_call(head_dim, dtype, 4, 16, *coding)
-                _aot_call(head_dim, dtype, 64, 1, *coding)
+                _aot_call(head_dim, dtype, 4, 16, coding)
+                _aot_call(head_dim, dtype, 64, 1, coding)
 
 
-def _aot_call(
-    head_dim: int,
-    dtype: torch.dtype,
-    group: int,
-    queries: int,
-    key_bits: int,
-    value_bits: int,
-    size: int,
-    outliers: int,
-    rank: int,
-    block: int,
-) -> None:
+def _aot_call(head_dim: int, dtype: torch.dtype, group: int, queries: int, coding: tuple[int, ...]) -> None:
+    key_bits, value_bits, size, outliers, rank, block = coding
     is_plain, of_slots, blocks = not outliers, block == 32, 1024 // block
 
     def packed(coding: QuantScheme) -> QuantizedTensor:

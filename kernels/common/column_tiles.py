@@ -7,7 +7,7 @@ and a sum or a maximum in place, in a buffer sized for the cache.
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import slots_seen
+from kvcompress.kernels.common.torch_attention import slots_seen
 
 # the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not
 _IGNORED = 1e4

@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, spread_groups, unpack_codes
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, spread_groups, unpack_codes
 
 # numbers that a piece decodes at once: 1 MB in float32, which a core's cache holds
 _PIECE = 2**18

@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: decoding a tile of packed blocks in registers.
+"""Device functions of packed blocks: decoding a tile in registers, and multiplying with its low-rank factors.
 
 A tile has the tokens of one or several whole blocks in their order, or a part of one block: of each of its PLANES
 planes (stretches of BLOCK / PLANES tokens, whose codes lie in the same rows) RUN tokens from the same offset on. Keys
@@ -8,6 +8,7 @@ and values that are packed at different bits have tiles of the same tokens when 
 from typing import NamedTuple
 
 from kvcompress.kernels.common.runtime import tl, triton
+from kvcompress.kernels.common.tile import dot
 
 
 class TileShape(NamedTuple):
@@ -160,3 +161,55 @@ def load_decoded(
                 value = tl.load(outlier_values_ptr + at + n, mask=ok, other=0.0).to(tl.float32)
                 tile += tl.where(dim[None, :] == index[:, None], value[:, None], 0.0)
     return tile  # [tokens, DIM]
+
+
+@triton.jit
+def base_of(spans_ptr, at, ok, SPANNED: tl.constexpr):
+    # which basis a block has
+    if SPANNED:
+        return tl.load(spans_ptr + at, mask=ok, other=0)
+    return 0
+
+
+@triton.jit
+def _load_basis(ptr, span, first, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr):
+    # directions first .. first + STEP of a basis, [DIM, STEP]
+    dim = tl.arange(0, DIM)
+    direction = first + tl.arange(0, STEP)
+    ok = (dim < HEAD_DIM)[:, None] & (direction < RANK)[None, :]
+    return tl.load(ptr + (span * HEAD_DIM + dim)[:, None] * RANK + direction[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def _load_left(ptr, at, ok, first, RANK: tl.constexpr, STEP: tl.constexpr):
+    # of these tokens the shares of directions first .. first + STEP, [T, STEP]
+    direction = first + tl.arange(0, STEP)
+    return tl.load(
+        ptr + at[:, None] * RANK + direction[None, :], mask=ok[:, None] & (direction < RANK)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def add_key_factors(
+    logits, query, left_ptr, right_ptr, at, ok, span, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
+    # logits [R, T] + (query @ right) @ left^T of the tokens at these places
+    for first in tl.static_range(0, RANK, 16):
+        right = _load_basis(right_ptr, span, first, HEAD_DIM, DIM, RANK, 16).to(query.dtype)
+        left = _load_left(left_ptr, at, ok, first, RANK, 16).to(query.dtype)
+        seen = dot(query, right, tl.zeros([logits.shape[0], 16], tl.float32)).to(query.dtype)
+        logits = dot(seen, tl.trans(left), logits)
+    return logits
+
+
+@triton.jit
+def add_value_factors(
+    out, weight, left_ptr, right_ptr, at, ok, span, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
+    # out [R, DIM] + (weight @ left) @ right^T of the tokens at these places
+    for first in tl.static_range(0, RANK, 16):
+        left = _load_left(left_ptr, at, ok, first, RANK, 16).to(weight.dtype)
+        right = _load_basis(right_ptr, span, first, HEAD_DIM, DIM, RANK, 16).to(weight.dtype)
+        share = dot(weight, left, tl.zeros([out.shape[0], 16], tl.float32)).to(weight.dtype)
+        out = dot(share, tl.trans(right), out)
+    return out
