@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from kvcompress.caches.shadowkv import ShadowKVCache as ShadowKVCache
     from kvcompress.hf import release as release
     from kvcompress.loading import load_model as load_model
+    from kvcompress.policies.chunkkv import ChunkKV as ChunkKV
+    from kvcompress.policies.expected_attention import ExpectedAttention as ExpectedAttention
+    from kvcompress.policies.gear import GEAR as GEAR
+    from kvcompress.policies.h2o import H2O as H2O
+    from kvcompress.policies.keydiff import KeyDiff as KeyDiff
+    from kvcompress.policies.knorm import Knorm as Knorm
+    from kvcompress.policies.kvzip import KVzip as KVzip
+    from kvcompress.policies.method import register as register
+    from kvcompress.policies.policy import Candidates as Candidates
+    from kvcompress.policies.policy import Policy as Policy
+    from kvcompress.policies.snapkv import SnapKV as SnapKV
+    from kvcompress.policies.streaming_llm import StreamingLLM as StreamingLLM
+    from kvcompress.policies.tova import TOVA as TOVA
     from kvcompress.prefix.cache import HydragenCache as HydragenCache
     from kvcompress.prefix.store import PrefixStore as PrefixStore
     from kvcompress.swiftkv.cache import AcrossKVCache as AcrossKVCache
@@ -27,14 +40,17 @@ if TYPE_CHECKING:
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
     "AcrossKVCache": "swiftkv.cache",
+    "Candidates": "policies.policy",
     "CompressedCache": "cache",
     "DenseCache": "caches.dense",
     "EvictingCache": "caches.evicting",
+    "GEAR": "policies.gear",
     "GEARCache": "caches.quantized",
     "H2OCache": "caches.evicting",
     "HydragenCache": "prefix.cache",
     "KIVICache": "caches.quantized",
     "KVzipCache": "caches.evicting",
+    "Policy": "policies.policy",
     "PrefixStore": "prefix.store",
     "ShadowKVCache": "caches.shadowkv",
     "SnapKVCache": "caches.evicting",
@@ -42,21 +58,33 @@ _HOMES = {
     "SwiftKVCache": "swiftkv.cache",
     "convert": "swiftkv.model",
     "load_model": "loading",
+    "register": "policies.method",
     "release": "hf",
 }
-__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name == "__all__":
+        return sorted([*_HOMES, *_policies()])
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # so begin the classes of policies, and no submodule
+    if name[:1].isupper() and name in (policies := _policies()):
+        return policies[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(["__version__", *_HOMES])
+    return sorted(["__version__", *_HOMES, *_policies()])
+
+
+def _policies() -> dict[str, type[Any]]:
+    """Every policy of this package by the name of its class."""
+    from kvcompress.policies.method import own_policies
+
+    return {kind.__name__: kind for kind in own_policies()}
 
 
 def _version() -> str:

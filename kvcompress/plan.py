@@ -2,8 +2,8 @@
 
     full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
     slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score; packed ones have codes,
-                   scales and outliers, and 4 x head_dim bytes a KV head for centre and spread of the keys' channels
-    expected     = also 4 x heads x (head_dim^2 + head_dim) a layer, its statistics of the queries
+                   scales and outliers, and 4 x head_dim bytes a KV head for centre and spread of the keys' channels;
+                   and what the policy says of its state (policies/policy.py)
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and a tail of one block as it came
     shadowkv     = on the device, and beside it the values of all tokens on the host: low-rank keys, landmarks, and the
                    selected, outlying and newest tokens (policies/shadowkv.py)
@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvcompress import hf, loading, registry
+from kvcompress.caches.budget import Budget
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.policies.gear import GEAR, preset
@@ -103,14 +104,12 @@ def make_plan(
         budget: tokens kept a KV head, or a fraction of the context.
 
     Raises:
-        ValueError: a size below 1, or an unknown method.
+        ValueError: a size below 1, an unknown method, or a cache of your own whose sizes are not known.
     """
     for size_name, size in (("context", context), ("batch", batch)):
         if size < 1:
             raise ValueError(f"{size_name} must be at least 1, got {size}")
-    if not (0.0 < budget <= 1.0 if isinstance(budget, float) else budget >= 1):
-        raise ValueError(f"budget must be a fraction in (0, 1] or a count of tokens, got {budget}")
-    kept = max(1, int(budget * context)) if isinstance(budget, float) else budget
+    Budget(budget)
     item = dtype.itemsize
     token = 2 * shape.kv_heads * shape.head_dim * item
     full = sum(batch * token * min(context, window or context) for window in shape.windows)
@@ -120,6 +119,7 @@ def make_plan(
     needs = []
     for spec in methods:
         method, settings = registry.parse(spec)
+        kept = Budget(settings.pop("budget", budget)).tokens(context)
         weights = shape.parameters * item
         if method.name in ("gear", "kivi"):
             named = settings.pop("preset", "default" if method.name == "gear" else method.name)
@@ -127,12 +127,12 @@ def make_plan(
             cache = sum(_packed(shape, codes, context, window, batch, item) for window in shape.windows)
             needs.append(Need(spec, None, weights, cache, full, activations + batch * context * token))
             continue
-        if not method.takes_budget:
+        if method.name in ("none", "hydragen"):
             # HydragenCache keeps the ids that it compares prompts with
             ids = 4 * batch * context if method.name == "hydragen" else 0
             needs.append(Need(spec, None, weights, full + ids, full, activations))
             continue
-        if method.reads_budget:
+        if method.name == "shadowkv":
             chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
             cache = sum(
                 batch * token * min(context, window) if window else _shadow(shape, chosen, kept, context, batch, item)
@@ -140,13 +140,13 @@ def make_plan(
             )
             needs.append(Need(spec, kept, weights, cache, full, activations + 2 * batch * context * token))
             continue
-        of_codes = {name: settings[name] for name in ("bits", "group_size", "outliers") if name in settings}
-        packed = GEAR(**of_codes) if of_codes else None
+        policy, of_cache = registry.policy_of(method, settings)
+        packed = of_cache.get("packed")
         cache = sum(_slots(shape, min(kept, window or kept), batch, item, packed) for window in shape.windows)
-        if method.name == "expected":
-            cache += len(shape.windows) * _query_statistics(shape, batch, settings.get("covariance", True))
+        frequencies = 4 * (shape.head_dim // 2) if policy.uses_rotary else 0
+        cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
         # a policy that reads a prompt twice has all of it at hand until then, in every layer
-        in_full = full if method.name == "kvzip" else batch * context * token
+        in_full = full if policy.rereads is not None else batch * context * token
         needs.append(Need(spec, kept, weights, cache, full, activations + in_full))
     return needs
 
@@ -183,12 +183,6 @@ def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: 
     # fetched bytes, addresses of slabs, frequencies
     beside = 8 + 8 * ADDRESSES + 4 * (shape.head_dim // 2)
     return ShadowSegment.nbytes_for(*size, item, settings, selected, context) + beside
-
-
-def _query_statistics(shape: Shape, batch: int, covariance: bool) -> int:
-    """Bytes of one layer's mean and covariance of the queries, float32, and of its rotary frequencies."""
-    a_head = shape.head_dim + (shape.head_dim**2 if covariance else 0)
-    return 4 * batch * (shape.heads * a_head + 1) + 4 * (shape.head_dim // 2)
 
 
 def _read_config(name: str | None) -> PreTrainedConfig:

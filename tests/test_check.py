@@ -106,12 +106,12 @@ def test_a_model_is_left_as_it_was():
 
 
 def test_what_a_cache_does_not_serve_is_refused_with_the_reason():
-    rows = outcomes(["h2o", "h2o:rolled=true", "swiftkv"], tiny("opt"))
+    rows = outcomes(["h2o", "h2o:rerotated=true", "swiftkv"], tiny("opt"))
     assert rows["h2o"][0] == "OK"
-    assert rows["h2o:rolled=true"] == (
+    assert rows["h2o:rerotated=true"] == (
         "REFUSED",
-        "rolled closes up rotary positions, and OPTForCausalLM has none; leave it off, and stay within the positions "
-        "the model knows",
+        "rerotated closes up rotary positions, and OPTForCausalLM has none; leave it off, and stay within the "
+        "positions the model knows",
     )
     assert rows["swiftkv"][0] == "REFUSED"
     assert "got OPTForCausalLM" in rows["swiftkv"][1]
@@ -262,7 +262,7 @@ def test_an_evicting_cache_that_chooses_by_where_padding_stands_is_found(monkeyp
 
 def test_rolled_keys_at_wrong_places_are_found(monkeypatch):
     monkeypatch.setattr(RerotatedSlots, "_indices", lambda self, real=RerotatedSlots._indices: real(self) // 2)
-    assert "budget 320, above the length" in fault("h2o:rolled=true")
+    assert "budget 320, above the length" in fault("h2o:rerotated=true")
 
 
 @pytest.mark.parametrize("cache", ["gear", "gear:bits=2", "gear:bits=8:rank=4", "kivi"])

@@ -131,16 +131,18 @@ PACKAGES = {
     "__main__": set(),
     "evals.outputs": {"hf"},
     "evals.provenance": set(),
-    "evals.sweep": {"evals.outputs", "evals.provenance", "hf", "kvcompress", "memory", "registry", "swiftkv"},
-    "evals.lm": {"evals.sweep", "hf", "kvcompress"},
+    "evals.sweep": {
+        *("caches", "evals.outputs", "evals.provenance", "hf", "kvcompress", "memory", "registry", "swiftkv"),
+    },
+    "evals.lm": {"evals.sweep", "hf", "kvcompress", "registry"},
     "evals.bench": {"evals.provenance", "evals.sweep", "hf", "kernels", "kvcompress", "policies", "registry"},
     "evals.studies": {"evals.provenance", "evals.sweep", "hf", "kvcompress", "registry", "swiftkv"},
     "evals.peers": {"evals.provenance", "evals.sweep", "loading"},
-    "cli": set(),
+    "cli": {"caches"},
 }
 # what is imported on first use instead, because it costs seconds or an extra, or would close a circle
 LATE = {
-    "kvcompress": {"cache", "caches", "hf", "loading", "prefix", "swiftkv"},
+    "kvcompress": {"cache", "caches", "hf", "loading", "policies", "prefix", "swiftkv"},
     "__main__": {"cli"},
     "cli": {
         *("check", "evals.lm", "evals.provenance", "evals.sweep", "hf", "kvcompress", "loading", "plan", "registry"),

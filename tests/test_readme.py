@@ -113,5 +113,5 @@ def test_the_policies_that_it_names_are_found_where_it_says():
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         (module,) = {words, words.replace("_", "")} & {file.stem for file in (ROOT / "policies").glob("*.py")}
         assert hasattr(importlib.import_module(f"kvcompress.policies.{module}"), name)
-    cache = EvictingCache(tiny(), policy=H2O(), budget=512, allocation="pyramid", rolled=True)
+    cache = EvictingCache(tiny(), policy=H2O(), budget=512, allocation="pyramid", rerotated=True)
     assert cache.allocation == "pyramid"

@@ -3,7 +3,7 @@
     python -m kvcompress.evals.bench.stream
 
 The text is read in chunks; a chunk attends to itself and to what the cache kept, and its loss is counted by where it
-stands. Methods are written as in the registry, `h2o:rolled=true:sinks=4`.
+stands. Methods are written as in the registry, `h2o:rerotated=true:sinks=4`.
 """
 
 import argparse
@@ -34,7 +34,9 @@ def chunk_losses(model: PreTrainedModel, ids: Tensor, method: str, budget: int, 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Perplexity along a text, past the length the model was trained for.")
     parser.add_argument("--model", help="hub id, folder or .gguf file; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--methods", default="h2o:sinks=4,h2o:sinks=4:rolled=true,streaming,streaming:rolled=true")
+    parser.add_argument(
+        "--methods", default="h2o:sinks=4,h2o:sinks=4:rerotated=true,streaming,streaming:rerotated=true"
+    )
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=13312)

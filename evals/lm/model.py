@@ -26,6 +26,7 @@ from kvcompress import load_model
 from kvcompress.evals.sweep.baselines import build, parse
 from kvcompress.evals.sweep.protocol import Measured, NotCompressedError, Reader
 from kvcompress.hf import cache_argument
+from kvcompress.registry import spelled
 
 # task files for data of one's own
 TASKS = Path(__file__).parent / "tasks"
@@ -63,7 +64,9 @@ class CompressedLM(HFLM):
         """
         # what stands for nothing on the harness's command line
         cache = cache or "none"
-        method, _ = parse(cache)
+        method, own = parse(cache)
+        if "budget" in own:
+            budget, cache = own.pop("budget"), spelled(method, own)
         if method.takes_budget and budget is None:
             raise ValueError(f"the cache {cache} needs a budget: tokens to keep, or a fraction of the context")
         if isinstance(hold_back, int) and hold_back < 1:

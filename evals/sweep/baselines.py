@@ -172,8 +172,13 @@ BASELINES: dict[str, Method] = {
 SHARING: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("swiftkv", "a converted model's groups of layers, each stored once", _sharing(SwiftKVCache), False),
-        Method("across", "groups of layers on one storage, on any model", _sharing(AcrossKVCache), False),
+        Method(
+            "swiftkv",
+            "a converted model's groups of layers, each stored once",
+            _sharing(SwiftKVCache),
+            takes_budget=False,
+        ),
+        Method("across", "groups of layers on one storage, on any model", _sharing(AcrossKVCache), takes_budget=False),
     )
 }
 METHODS: Mapping[str, Method] = ChainMap(SHARING, BASELINES, registry.METHODS)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress import registry
+from kvcompress.caches.budget import Budget
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.protocol import PROTOCOLS
 from kvcompress.evals.sweep.tasks import TASKS
@@ -63,10 +64,7 @@ class Settings:
             if length < 2:
                 raise ValueError(f"a length must be at least 2 tokens, got {length}")
         for budget in self.budgets:
-            if not (0.0 < budget <= 1.0 if isinstance(budget, float) else budget >= 1):
-                raise ValueError(
-                    f"a budget must be a fraction in (0, 1] such as 0.2, or a count of tokens such as 512; got {budget}"
-                )
+            Budget(budget)
         for method in self.methods:
             baselines.parse(method)
         for task in self.tasks:
@@ -104,7 +102,12 @@ class Point:
 
 def make_points(settings: Settings) -> list[Point]:
     """All points, those that share their prompts next to each other; ceiling and floor included."""
-    methods = list(dict.fromkeys([*map(baselines.canonical, settings.methods), registry.FLOOR]))
+    methods: dict[str, list[Any]] = {}
+    for spec in (*settings.methods, registry.FLOOR):
+        found, own = baselines.parse(spec)
+        # one that is asked for at a budget of its own is measured at that
+        budgets = [own.pop("budget")] if "budget" in own else list(settings.budgets) if found.takes_budget else [None]
+        methods.setdefault(registry.spelled(found, own), []).extend(budgets)
     points: list[Point] = []
     for task in dict.fromkeys(settings.tasks):
         protocols = tuple(dict.fromkeys(settings.protocols))
@@ -118,11 +121,9 @@ def make_points(settings: Settings) -> list[Point]:
         for length in lengths:
             for protocol in protocols:
                 points.append(Point(task, length, protocol, registry.FULL, None))
-                for method in methods:
-                    takes_budget = baselines.parse(method)[0].takes_budget
-                    budgets = list(dict.fromkeys(settings.budgets)) if takes_budget else [None]
+                for method, budgets in methods.items():
                     if method != registry.FULL:
-                        points += [Point(task, length, protocol, method, budget) for budget in budgets]
+                        points += [Point(task, length, protocol, method, budget) for budget in dict.fromkeys(budgets)]
     return points
 
 

@@ -64,7 +64,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "key" in row:
-                yield row
+                # as it was called before 0.2
+                yield row | {"method": row["method"].replace(":rolled=", ":rerotated=")} if "method" in row else row
 
 
 def held(measured: Sequence[Measured], budget: int | None) -> dict[str, Any]:

@@ -1,40 +1,72 @@
 """Caches of fixed capacity that keep, per sequence and KV head, the tokens a policy scores highest.
 
 Every forward ends with an eviction, in prefill and at every decode step: the tokens just fed join the slots, the
-policy scores them all, and what is over the budget goes. Kept tokens stay at their true positions, or, with `rolled`,
-move up (kvcompress/storage/rerotated.py). Attention of a forward is exact over what was kept before and all that it was
-fed, causally.
+policy scores them all, and what is over the budget goes. Kept tokens stay at their true positions, or, with
+`rerotated`, move up (kvcompress/storage/rerotated.py). Attention of a forward is exact over what was kept before and
+all that it was fed, causally.
 """
 
 import dataclasses
-import importlib
-import pkgutil
-from collections.abc import Sequence
-from typing import Any, Self
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress import hf, policies
+from kvcompress import hf
 from kvcompress.cache import CompressedCache
-from kvcompress.caches.budget import count_or_fraction
+from kvcompress.caches.budget import Allocation, Budget
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
-from kvcompress.policies.allocation import Allocation, layer_budgets
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
+from kvcompress.policies.method import import_policies
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.storage.rope import Rope
 
+Arguments = ParamSpec("Arguments")
+
+# parameters by their names before 0.2, in calls until 0.3 and in saved files for good
+_RENAMED = {"rolled": "rerotated"}
+
+
+def _takes_old_names(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """An `__init__` that warns of a parameter's old name, and takes it."""
+
+    @functools.wraps(init)
+    def renaming(*args: Arguments.args, **settings: Arguments.kwargs) -> None:
+        for old, new in _RENAMED.items():
+            if old in settings:
+                if new in settings:
+                    raise TypeError(f"{old} is the old name of {new}: pass {new} alone")
+                settings[new] = settings.pop(old)
+                warnings.warn(
+                    f"{old} is called {new} now, and goes in 0.3: write {new}={settings[new]!r}",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+        init(*args, **settings)
+
+    return renaming
+
 
 class EvictingCache(CompressedCache):
-    """Keeps a budget of tokens, chosen by a policy: `EvictingCache(model, policy=SnapKV(window=32), budget=512)`."""
+    """Keeps a budget of tokens, which a policy chooses.
 
+        cache = EvictingCache(model, policy=TOVA(), budget=512)
+        output = model.generate(**inputs, cache=cache)
+
+    The policies are TOVA, KeyDiff, Knorm, ChunkKV, ExpectedAttention, Random and others of `kvcompress`, or your own.
+    """
+
+    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -42,7 +74,7 @@ class EvictingCache(CompressedCache):
         policy: Policy,
         budget: int | float,
         allocation: Allocation = "uniform",
-        rolled: bool = False,
+        rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
         """
@@ -52,45 +84,52 @@ class EvictingCache(CompressedCache):
             budget: tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of the
                 real tokens seen so far, which grows with them. Room is taken as it is needed, up to the budget.
             allocation: how layers share the budget, "uniform" or "pyramid".
-            rolled: close up the positions of the tokens kept, to go on past the length the model was trained for.
-            packed: keep them in few bits, each token by itself: `GEAR(bits=4)` of kvcompress.policies.gear, whose rank
-                must be 0; None for as they come.
+            rerotated: close up the positions of the tokens kept, to go on past the length the model was trained for.
+            packed: keep them in few bits, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for as they
+                come.
 
         Raises:
             ValueError: the budget leaves no room for the tokens the policy always keeps, settings do not go together,
-                or the model is unsupported; with `rolled`, also a model without rotary embeddings, or whose
+                or the model is unsupported; with `rerotated`, also a model without rotary embeddings, or whose
                 frequencies change with the length.
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
         self.policy = policy
-        self.budget = _checked(budget, policy)
+        least = policy.least_budget()
+        explained = f"sinks + recent{' + 1 to choose' if policy.chooses else ''} = {least} tokens for {policy}"
+        self._budget = Budget(budget, least, explained)
         self.allocation: Allocation = allocation
-        self.rolled = rolled
+        self.rerotated = rerotated
         self.packed = packed
         if packed is not None:
             packed.per_token_scheme(hf.head_counts(hf.text_config(model))[2])
-            if rolled:
-                raise ValueError("rolled keeps keys without rotation, and cannot be combined with packed")
+            if rerotated:
+                raise ValueError("rerotated keeps keys without rotation, and cannot be combined with packed")
         super().__init__(model)
-        if policy.rereads is not None and rolled:
-            raise ValueError(f"rolled cannot be combined with {type(policy).__name__}, which reads tokens twice")
-        if rolled and not any(isinstance(layer, RerotatedLayer) or layer.is_sliding for layer in self.layers):
+        if policy.rereads is not None and rerotated:
+            raise ValueError(f"rerotated cannot be combined with {type(policy).__name__}, which reads tokens twice")
+        if rerotated and not any(isinstance(layer, RerotatedLayer) or layer.is_sliding for layer in self.layers):
             raise ValueError(
-                f"rolled closes up rotary positions, and {type(model).__name__} has none; leave it off, "
+                f"rerotated closes up rotary positions, and {type(model).__name__} has none; leave it off, "
                 "and stay within the positions the model knows"
             )
 
+    @property
+    def budget(self) -> int | float:
+        """Tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of those seen."""
+        return self._budget.amount
+
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        budget = layer_budgets(self.allocation, self.budget, layers, self.policy.least_budget())[index]
+        budget = self._budget.per_layer(self.allocation, layers)[index].amount
         rope = None
         model = self._model()
         assert model is not None
-        if self.policy.uses_rotary or (self.rolled and window is None):
+        if self.policy.uses_rotary or (self.rerotated and window is None):
             rope = Rope.of(model, index)
         kind = EvictingLayer
         # a sliding layer's distances never exceed its window, and a layer without positions has none to close up
-        if self.rolled and window is None and rope is not None:
+        if self.rerotated and window is None and rope is not None:
             kind = RerotatedLayer
         elif self.policy.rereads is not None:
             kind = RereadLayer
@@ -107,16 +146,12 @@ class EvictingCache(CompressedCache):
 
     @as_stored()
     def reserve(self) -> None:
-        """Takes room for the whole budget, if it is a count: for steps that are compiled, whose tensors cannot grow.
-
-        Where `generate` compiles decoding by itself, on a GPU, this is done in the prompt's forward.
-        """
+        """Takes room for a whole budget that is a count, for steps that you compile; `generate` does so by itself."""
         for layer in self.layers:
             if isinstance(layer, EvictingLayer):
                 layer.reserve()
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Raises ValueError where the policy is to read tokens again that are not given as such."""
         super().forward_begins(decoder, input_ids)
         if self.policy.rereads is not None and input_ids is None:
             raise ValueError(
@@ -125,7 +160,6 @@ class EvictingCache(CompressedCache):
 
     @ordinary_tensors()
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Reads the tokens of a forward again, where the policy asks for it."""
         super().forward_ended(decoder, input_ids)
         how = self.policy.rereads
         waiting = [layer for layer in self.layers if isinstance(layer, RereadLayer) and layer.waiting is not None]
@@ -138,15 +172,15 @@ class EvictingCache(CompressedCache):
             "policy": policy,
             "budget": self.budget,
             "allocation": self.allocation,
-            "rolled": self.rolled,
+            "rerotated": self.rerotated,
             "packed": None if self.packed is None else dataclasses.asdict(self.packed),
         }
 
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
+        settings = {_RENAMED.get(name, name): value for name, value in settings.items()}
         policy = dict(settings["policy"])
-        for module in pkgutil.iter_modules(policies.__path__):
-            importlib.import_module(f"{policies.__name__}.{module.name}")
+        import_policies()
         kinds = {kind.__name__: kind for kind in _subclasses(Policy)}
         name = policy.pop("name")
         if name not in kinds:
@@ -159,8 +193,13 @@ class EvictingCache(CompressedCache):
 
 
 class H2OCache(EvictingCache):
-    """Heavy hitters and recent tokens (arXiv:2306.14048): `H2OCache(model, budget=512)`."""
+    """Keeps heavy hitters and recent tokens (arXiv:2306.14048).
 
+    cache = H2OCache(model, budget=512)
+    output = model.generate(**inputs, cache=cache)
+    """
+
+    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -168,23 +207,28 @@ class H2OCache(EvictingCache):
         budget: int | float,
         recent: int | float = 0.5,
         sinks: int = 0,
-        rolled: bool = False,
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
         """
         Args:
-            model: the model the cache will be used with.
-            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             recent: newest tokens always kept: a count, or a fraction of the budget.
             sinks: first tokens always kept.
-            rolled, packed: as in EvictingCache.
+            model, budget, allocation, rerotated, packed: as in EvictingCache.
         """
-        super().__init__(model, policy=H2O(recent=recent, sinks=sinks), budget=budget, rolled=rolled, packed=packed)
+        policy = H2O(recent=recent, sinks=sinks)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
 
 
 class SnapKVCache(EvictingCache):
-    """What the last queries attend to (arXiv:2404.14469): `SnapKVCache(model, budget=512)`."""
+    """Keeps what the last queries attend to (arXiv:2404.14469).
 
+    cache = SnapKVCache(model, budget=512)
+    output = model.generate(**inputs, cache=cache)
+    """
+
+    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -192,27 +236,31 @@ class SnapKVCache(EvictingCache):
         budget: int | float,
         window: int = 32,
         kernel: int = 5,
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
         """
         Args:
-            model: the model the cache will be used with.
-            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             window: queries observed, and newest tokens always kept.
             kernel: neighbouring tokens pooled together, an odd number.
-            packed: as in EvictingCache.
+            model, budget, allocation, rerotated, packed: as in EvictingCache.
         """
         policy = SnapKV(window=window, recent=window, kernel=kernel)
-        super().__init__(model, policy=policy, budget=budget, packed=packed)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
 
 
 class KVzipCache(EvictingCache):
-    """What is needed to say the context again (arXiv:2505.23416): `KVzipCache(model, budget=512)`.
+    """Keeps what is needed to say the context again, for questions that nobody has asked yet (arXiv:2505.23416).
 
-    Every forward of several tokens is followed by a second one over the same tokens, and the choice serves questions
-    that nobody has asked yet. Until then what the forward was fed is held in full.
+        cache = KVzipCache(model, budget=512)
+        output = model.generate(**inputs, cache=cache)
+
+    Every forward of several tokens is followed by a second one over the same tokens. Until that ends, what the forward
+    was fed is held in full.
     """
 
+    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -222,49 +270,52 @@ class KVzipCache(EvictingCache):
         recent: int | float = 1,
         chunk: int = 2048,
         prompt: Sequence[int] = (),
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
         """
         Args:
             model: the model the cache will be used with; it must be given input_ids.
-            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             sinks: first tokens always kept.
             recent: newest tokens always kept: a count, or a fraction of the budget. What is decoded is scored by few
                 queries, what was read by many: for answers longer than a few sentences, tens of them.
             chunk: tokens read again at a time.
             prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
-            packed: as in EvictingCache.
+            budget, allocation, packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
         """
         policy = KVzip(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt))
-        super().__init__(model, policy=policy, budget=budget, packed=packed)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
 
 
 class StreamingLLMCache(EvictingCache):
-    """Sinks and a recent window (arXiv:2309.17453): `StreamingLLMCache(model, budget=512)`.
+    """Keeps the first tokens and the newest (arXiv:2309.17453).
 
-    The paper counts positions within the cache, which `rolled=True` does; without it tokens keep their true
+        cache = StreamingLLMCache(model, budget=512, rerotated=True)
+        output = model.generate(**inputs, cache=cache)
+
+    The paper counts positions within the cache, which `rerotated=True` does; without it tokens keep their true
     positions, which serves up to the length the model was trained for.
     """
 
-    def __init__(self, model: PreTrainedModel, *, budget: int | float, sinks: int = 4, rolled: bool = False) -> None:
+    @_takes_old_names
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        sinks: int = 4,
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
+        packed: GEAR | None = None,
+    ) -> None:
         """
         Args:
-            model: the model the cache will be used with.
-            budget: tokens kept: a count, or a fraction of those seen so far.
             sinks: first tokens kept; the rest of the budget is the window.
-            rolled: as in EvictingCache.
+            model, budget, allocation, rerotated, packed: as in EvictingCache.
         """
-        super().__init__(model, policy=StreamingLLM(sinks=sinks), budget=budget, rolled=rolled)
-
-
-def _checked(budget: int | float, policy: Policy) -> int | float:
-    budget = count_or_fraction(budget, "budget", "a count of tokens", "the tokens seen")
-    if isinstance(budget, int) and budget < policy.least_budget():
-        raise ValueError(
-            f"budget must be at least sinks + recent{' + 1 to choose' if policy.chooses else ''} = "
-            f"{policy.least_budget()} tokens for {policy}, got {budget}"
-        )
-    return budget
+        policy = StreamingLLM(sinks=sinks)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
 
 
 def _subclasses(kind: type[Policy]) -> set[type[Policy]]:

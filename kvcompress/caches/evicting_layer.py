@@ -172,7 +172,7 @@ class EvictingLayer(CompressedLayer):
             self._follow_budget(self.lengths + (1 if x.visible is None else x.visible[:, 0].int()))
         # scores that add up or fade, over plain slots, are one kernel; layers that share the tokens would ask after it
         plain = self.rope is None and self.packed is None and not self.kv_consumers
-        at_once = self.policy.memory is not None and plain and runs_triton(x.query)
+        at_once = self.policy.decay is not None and plain and runs_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
     def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:

@@ -116,7 +116,7 @@ class FusedDecodeStep(EvictingStep):
             layer.limits,
             layer.recents,
             sinks=layer.policy.sinks,
-            memory=layer.policy.memory,
+            memory=layer.policy.decay,
             sink_logits=x.sinks,
             **self._options(x),
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.cache import CompressedCache
-from kvcompress.caches.budget import count_or_fraction
+from kvcompress.caches.budget import Budget
 from kvcompress.caches.dense import DenseLayer
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.attention import causal_attention
@@ -228,7 +228,7 @@ class ShadowKVCache(CompressedCache):
         self.settings = ShadowKV(
             rank, chunk, outlier_chunks, local_chunks, fold, dense_below, select_queries, drift, group
         )
-        self.budget = _checked(budget, chunk)
+        self.budget = Budget(budget, chunk, f"one chunk = {chunk} tokens", "the first forward").amount
         self.host = check_host(host)
         super().__init__(model)
 
@@ -245,10 +245,3 @@ class ShadowKVCache(CompressedCache):
 
     def _settings(self) -> dict[str, Any]:
         return {"budget": self.budget, "host": self.host, **dataclasses.asdict(self.settings)}
-
-
-def _checked(budget: int | float, chunk: int) -> int | float:
-    budget = count_or_fraction(budget, "budget", "a count of tokens", "the first forward")
-    if isinstance(budget, int) and budget < chunk:
-        raise ValueError(f"budget must be at least one chunk = {chunk} tokens, got {budget}")
-    return budget

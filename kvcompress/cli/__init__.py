@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# what a sweep measures unless told; not the methods that read little of all they keep, or that pay off in batches
-_METHODS = "h2o,snapkv,chunkkv,kvzip,tova,streaming,keydiff,knorm,expected,gear,kivi"
+# what a sweep measures unless told: registry.USUAL
+_METHODS = "usual"
 _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
 _TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
 
@@ -196,7 +196,9 @@ def sweep(
         values[name] = tuple(kinds.get(name, str)(part) for part in parts(values[name]))
 
     from kvcompress.evals.sweep.points import Settings
+    from kvcompress.registry import expanded
 
+    values["methods"] = expanded(values["methods"])
     with user_errors():
         settings = Settings(
             **values, seed=seed, hold_back=hold_back, batch=batch, text=text, num_fewshot=num_fewshot, limit=limit,
@@ -307,11 +309,12 @@ def plan(
     from rich.table import Table
 
     from kvcompress.plan import largest_batch, make_plan, read_shape
+    from kvcompress.registry import expanded
 
     with user_errors():
         kind = as_dtype(dtype)
         shape = read_shape(model)
-        needs = make_plan(shape, names, context, batch, tokens_kept, kind)
+        needs = make_plan(shape, expanded(names), context, batch, tokens_kept, kind)
     table = Table(
         title=f"{shape.name}: {shape.parameters / 1e9:.2f} G parameters, {dtype}; {context} tokens x batch {batch}"
     )

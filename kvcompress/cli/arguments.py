@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kvcompress.caches.budget import Budget
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -83,20 +85,9 @@ def count(text: str) -> int:
 def as_budget(text: str) -> int | float:
     """A count of tokens where it is written as an integer, else a fraction."""
     try:
-        budget = int(text)
-    except ValueError:
-        try:
-            fraction = float(text)
-        except ValueError:
-            fraction = -1.0
-        if not 0.0 < fraction <= 1.0:
-            raise UsageError(
-                f"a budget must be a fraction in (0, 1] such as 0.2, or a count of tokens such as 512; got {text!r}"
-            ) from None
-        return fraction
-    if budget < 1:
-        raise UsageError(f"a budget must be at least 1 token, got {text}")
-    return budget
+        return Budget.parse(text).amount
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def as_object(option: str, text: str) -> dict[str, Any]:

@@ -153,8 +153,8 @@ class HydragenCache(CompressedCache):
             raise ValueError(f"from_cache takes a cache that has seen something, got an empty {type(cache).__name__}")
         if any(isinstance(segment, RerotatedSlots) for layer in cache.layers for segment in segments_of(layer)):
             raise ValueError(
-                f"a {type(cache).__name__} with rolled=True holds RerotatedSlots, keys that stand at no position of "
-                "their own, and no sequence can go on from them; build it without rolled=True"
+                f"a {type(cache).__name__} with rerotated=True holds RerotatedSlots, keys that stand at no position of "
+                "their own, and no sequence can go on from them; build it without rerotated=True"
             )
         if cache.batch_size != 1 or cache.padding.visible is not None:
             raise ValueError(

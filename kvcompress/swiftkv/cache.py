@@ -120,11 +120,11 @@ class SharedStorageCache(CompressedCache):
                 )
         self.first, self.share = first, share
         stored = storage(model)
-        if not isinstance(stored, _STORAGES) or getattr(stored, "rolled", False):
-            rolled = " with rolled=True" if getattr(stored, "rolled", False) else ""
+        if not isinstance(stored, _STORAGES) or getattr(stored, "rerotated", False):
+            rerotated = " with rerotated=True" if getattr(stored, "rerotated", False) else ""
             raise ValueError(
                 f"layers can share the storage of {', '.join(kind.__name__ for kind in _STORAGES)}; "
-                f"got {type(stored).__name__}{rolled}"
+                f"got {type(stored).__name__}{rerotated}"
             )
         if isinstance(stored, EvictingCache) and stored.policy.rereads is not None:
             raise ValueError(

@@ -249,7 +249,10 @@ def test_other_caches_of_the_same_model_are_read_once():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: EvictingCache(model, policy=KVzip(), budget=20, rolled=True), "rolled cannot be combined with"),
+        (
+            lambda model: EvictingCache(model, policy=KVzip(), budget=20, rerotated=True),
+            "rerotated cannot be combined with",
+        ),
         (lambda model: EvictingCache(model, policy=KVzip(), budget=3), "at least sinks \\+ recent \\+ 1 to choose = 6"),
         (
             lambda model: SharedStorageCache(

@@ -723,7 +723,7 @@ def test_float16_coefficients_for_rows_of_length_one_are_read_as_they_were_meant
     ("settings", "kind", "message"),
     [
         ({"budget": 7}, ValueError, "budget must be at least one chunk = 8 tokens, got 7"),
-        ({"budget": 1.5}, ValueError, r"fraction of the first forward must be in \(0, 1\], got 1.5"),
+        ({"budget": 1.5}, ValueError, r"fraction of the first forward in \(0, 1\] \(float\), got 1.5"),
         ({"budget": "all"}, TypeError, "count of tokens .* or a fraction .*'all'"),
         ({"host": "gpu"}, ValueError, "host must be 'pinned', or 'mmap:' and an existing folder .*'gpu'"),
         ({"host": "mmap:/no/such/folder"}, ValueError, "existing folder"),

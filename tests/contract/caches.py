@@ -11,24 +11,30 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, HydragenCache, ShadowKVCache
+from kvcompress import (
+    GEAR,
+    H2O,
+    DenseCache,
+    EvictingCache,
+    GEARCache,
+    H2OCache,
+    HydragenCache,
+    Policy,
+    ShadowKVCache,
+    registry,
+)  # fmt: skip
 from kvcompress.hf import head_counts
-from kvcompress.policies.chunkkv import ChunkKV
-from kvcompress.policies.expected_attention import ExpectedAttention
-from kvcompress.policies.gear import GEAR
-from kvcompress.policies.h2o import H2O
-from kvcompress.policies.keydiff import KeyDiff
-from kvcompress.policies.knorm import Knorm
-from kvcompress.policies.kvzip import KVzip
-from kvcompress.policies.policy import Policy
-from kvcompress.policies.snapkv import SnapKV
-from kvcompress.policies.streaming_llm import StreamingLLM
-from kvcompress.policies.tova import TOVA
 from kvcompress.storage.rerotated import RerotatedSlots
 from tests.contract.oracle import Decoded, Kept, Transcript, recording
 
 BUDGET = 8
 LARGE = 10_000
+# every policy that is registered, with settings for few tokens
+POLICIES: dict[str, Policy] = {
+    name: method.kind(**{setting: values[0] for setting, values in method.tried.items()})
+    for name, method in registry.METHODS.items()
+    if method.kind is not None and issubclass(method.kind, Policy)
+}
 # sequences stay dense up to 16 tokens, and fold four chunks of the 20 that most tests feed
 SHADOW: dict[str, Any] = {
     "budget": 4, "rank": 12, "chunk": 2, "outlier_chunks": 2, "local_chunks": 4, "fold": 12, "select_queries": 6,
@@ -226,12 +232,12 @@ def _evicting(
     name: str,
     policy: Policy,
     budget: int | float = BUDGET,
-    rolled: bool = False,
+    rerotated: bool = False,
     packed: GEAR | None = None,
     **promises: Any,
 ) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
-        return EvictingCache(model, policy=policy, budget=budget, rolled=rolled, packed=packed)
+        return EvictingCache(model, policy=policy, budget=budget, rerotated=rerotated, packed=packed)
 
     def limit(layer: int, tokens: int) -> int:
         return budget if isinstance(budget, int) else max(policy.least_budget(), int(budget * tokens))
@@ -285,21 +291,14 @@ ENTRIES = [
         roomy=lambda model: EvictingCache(model, policy=H2O(), budget=LARGE, allocation="pyramid"),
         budget=_pyramid,
     ),
-    _evicting("snapkv", SnapKV(window=3, recent=3, kernel=3)),
-    _evicting("chunkkv", ChunkKV(window=3, recent=3, chunk=4)),
-    _evicting("kvzip", KVzip(sinks=1, chunk=7, prompt=(5, 6))),
-    _evicting("tova", TOVA()),
-    _evicting("streaming", StreamingLLM(sinks=2)),
-    _evicting("keydiff", KeyDiff()),
-    _evicting("knorm", Knorm()),
-    _evicting("expected", ExpectedAttention()),
+    *(_evicting(name, policy) for name, policy in POLICIES.items() if name != "h2o"),
     _packing("gear", bits=2, rank=3, rank_decode=2, outliers=0.1),
     _packing("gear_whole", bits=4, rank=2, rank_decode=2, outliers=0.05, backbone="whole"),
     _packing("kivi", bits=3, outliers=0.0),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
     dataclasses.replace(_shadow("shadowkv_whole", {"exact": True}), make=_whole),
     _evicting("h2o_packed", H2O(sinks=1), packed=GEAR(bits=3, group_size=8), decoded=closed_up, dtype=torch.float64),
-    _evicting("h2o_rolled", H2O(), rolled=True, decoded=closed_up, refuses=("opt",)),
+    _evicting("h2o_rolled", H2O(), rerotated=True, decoded=closed_up, refuses=("opt",)),
 ]
 
 by_name = {entry.name: entry for entry in ENTRIES}

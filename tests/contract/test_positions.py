@@ -74,7 +74,7 @@ def test_positions_may_leave_gaps(entry):
 
 
 UNROTATING = {
-    "rolled": lambda model: H2OCache(model, budget=10, rolled=True),
+    "rolled": lambda model: H2OCache(model, budget=10, rerotated=True),
     "expected": lambda model: EvictingCache(model, policy=ExpectedAttention(), budget=10),
     "shadowkv": lambda model: ShadowKVCache(model, budget=8),
 }

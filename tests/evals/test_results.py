@@ -192,7 +192,7 @@ def test_the_flops_of_a_prompt_that_skips_half_of_smollm2(smollm2):
 
 # README: | `ShadowKVCache(budget=128)`, needle at 2k, question not foreseen |
 # README: | the same, decode step at 8k, budget 512 |
-# README: | H2O with `rolled=True`, text of 13k tokens |
+# README: | H2O with `rerotated=True`, text of 13k tokens |
 @pytest.mark.parametrize(
     ("beginning", "told", "on_the_page"),
     [
@@ -204,11 +204,11 @@ def test_the_flops_of_a_prompt_that_skips_half_of_smollm2(smollm2):
         ("| `ShadowKVCache(budget=128)`", "H2O with as many tokens 1 of 8", "what ShadowKV reads, answers 1 of 8"),
         ("| the same, decode step at 8k", "1.83x faster", "161 ms, DynamicCache's 295 ms: **1.83x**"),
         (
-            "| H2O with `rolled=True`",
+            "| H2O with `rerotated=True`",
             "perplexity 13.0",
-            "| `H2OCache(sinks=4, rolled=True)` | 11.4 | 11.7 | 9.1 | 13.0 |",
+            "| `H2OCache(sinks=4, rerotated=True)` | 11.4 | 11.7 | 9.1 | 13.0 |",
         ),
-        ("| H2O with `rolled=True`", "21.7 without", "| `H2OCache(sinks=4)` | 11.5 | 11.7 | 9.5 | 21.7 |"),
+        ("| H2O with `rerotated=True`", "21.7 without", "| `H2OCache(sinks=4)` | 11.5 | 11.7 | 9.5 | 21.7 |"),
     ],
 )
 def test_figures_without_rows_are_on_the_page_with_their_command(beginning, told, on_the_page):

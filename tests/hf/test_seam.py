@@ -161,7 +161,7 @@ CACHES = {
     "dense": DenseCache,
     "h2o": lambda model: H2OCache(model, budget=LARGE),
     "gear": GEARCache,
-    "rolled": lambda model: H2OCache(model, budget=LARGE, rolled=True),
+    "rolled": lambda model: H2OCache(model, budget=LARGE, rerotated=True),
     "expected": lambda model: EvictingCache(model, policy=ExpectedAttention(), budget=LARGE),
     "kvzip": lambda model: KVzipCache(model, budget=LARGE),
     "shadowkv": ShadowKVCache,

@@ -519,7 +519,7 @@ def test_what_cannot_be_shared_is_refused():
     model = tiny()
     for cache, ids, message in (
         (DenseCache(model), prompt(5, 2), "one sequence"),
-        (H2OCache(model, budget=8, rolled=True), prompt(20), "RerotatedSlots"),
+        (H2OCache(model, budget=8, rerotated=True), prompt(20), "RerotatedSlots"),
     ):
         feed(model, cache, ids)
         with pytest.raises(ValueError, match=message):

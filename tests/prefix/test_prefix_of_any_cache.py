@@ -199,11 +199,11 @@ def test_the_cache_of_a_swiftkv_model_is_a_prefix():
 # README: any other cache but a rolled one
 def test_rolled_slots_are_refused_before_anything_runs():
     model = tiny()
-    donor = EvictingCache(model, policy=H2O(), budget=16, rolled=True)
+    donor = EvictingCache(model, policy=H2O(), budget=16, rerotated=True)
     with pytest.raises(ValueError, match="has seen something"):
         HydragenCache.from_cache(donor)
     feed(model, donor, PREFIX[None])
-    with pytest.raises(ValueError, match=r"rolled=True.*RerotatedSlots.*without rolled=True"):
+    with pytest.raises(ValueError, match=r"rerotated=True.*RerotatedSlots.*without rerotated=True"):
         HydragenCache.from_cache(donor)
     assert torch.isfinite(feed(model, donor, SUFFIX[:1])).all()
 

@@ -40,7 +40,7 @@ PIECES = [14, *[1] * 10, 5, *[1] * 7]
 def test_while_nothing_is_evicted_it_changes_nothing(family):
     model, ids = tiny(family), prompt(36, batch=2)
     plain = feed_all(model, H2OCache(model, budget=64), ids, PIECES)
-    rolled = feed_all(model, H2OCache(model, budget=64, rolled=True), ids, PIECES)
+    rolled = feed_all(model, H2OCache(model, budget=64, rerotated=True), ids, PIECES)
     torch.testing.assert_close(rolled, plain, atol=2e-5, rtol=1e-4)
 
 
@@ -48,7 +48,7 @@ def test_while_nothing_is_evicted_it_changes_nothing(family):
 def test_moving_all_positions_by_a_constant_changes_nothing(policy):
     model, ids = tiny("llama"), prompt(36, batch=2)
     here, there = (
-        feed_all(model, EvictingCache(model, policy=policy, budget=10, rolled=True), ids, PIECES, shift)
+        feed_all(model, EvictingCache(model, policy=policy, budget=10, rerotated=True), ids, PIECES, shift)
         for shift in (0, 100)
     )
     torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-4)
@@ -56,7 +56,7 @@ def test_moving_all_positions_by_a_constant_changes_nothing(policy):
 
 def test_moving_the_positions_in_store_changes_nothing():
     model, ids = tiny("llama"), prompt(36, batch=2)
-    cache = H2OCache(model, budget=10, rolled=True)
+    cache = H2OCache(model, budget=10, rerotated=True)
     feed_all(model, cache, ids, PIECES)
     moved = cache.clone()
     for layer in moved.layers:
@@ -69,13 +69,13 @@ def test_moving_the_positions_in_store_changes_nothing():
     torch.testing.assert_close(feed_all(model, moved, more, [3, 1, 1], shift=1036), expected, atol=1e-4, rtol=1e-4)
 
 
-# README: `rolled=True` re-rotates kept keys to their place in the cache
+# README: `rerotated=True` re-rotates kept keys to their place in the cache
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3"])
 def test_keys_stand_at_their_index_and_queries_behind_them(family):
     # against keys and queries before rotation, rotated by the model's own function
     model, ids = tiny(family), prompt(36)
     heads, kv_heads = 4, 4 if family == "gpt_neox" else 2
-    cache = H2OCache(model, budget=10, rolled=True)
+    cache = H2OCache(model, budget=10, rerotated=True)
     steps = record(cache)
     seen, handles = [], []
     for layer in model.base_model.layers:
@@ -135,7 +135,7 @@ def test_far_past_the_trained_length_it_sees_what_a_short_text_would_show(family
     # with one layer, what a step says follows from the tokens kept alone: here 2 sinks and the 13 before the newest
     model = build(family, num_hidden_layers=1, max_position_embeddings=32)
     ids = prompt(400)
-    cache = StreamingLLMCache(model, budget=16, sinks=2, rolled=True)
+    cache = StreamingLLMCache(model, budget=16, sinks=2, rerotated=True)
     long = feed_all(model, cache, ids, [16] * 20 + [1] * 80)
     for end in (340, 371, 400):
         # a step attends to a whole budget and to its own token
@@ -153,16 +153,16 @@ def test_a_row_of_a_padded_batch_is_treated_as_if_alone():
     more = prompt(12, batch=2, seed=9)
     ids, mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
     pieces = [*[1] * 6, 4, 1, 1]
-    together = feed_all(model, H2OCache(model, budget=10, rolled=True), ids, [21, *pieces], mask=mask)
+    together = feed_all(model, H2OCache(model, budget=10, rerotated=True), ids, [21, *pieces], mask=mask)
     for index, row in enumerate(rows):
         own = torch.cat([row, more[index]])[None]
-        alone = feed_all(model, H2OCache(model, budget=10, rolled=True), own, [len(row), *pieces])
+        alone = feed_all(model, H2OCache(model, budget=10, rerotated=True), own, [len(row), *pieces])
         torch.testing.assert_close(together[index, 21 - len(row) :], alone[0], atol=5e-5, rtol=1e-4)
 
 
 def test_a_saved_cache_goes_on_where_it_was(tmp_path):
     model, ids = tiny("llama"), prompt(36, batch=2)
-    cache = H2OCache(model, budget=10, rolled=True)
+    cache = H2OCache(model, budget=10, rerotated=True)
     feed_all(model, cache, ids, PIECES)
     cache.save(tmp_path / "cache.safetensors")
     loaded = H2OCache.load(tmp_path / "cache.safetensors", model)
@@ -176,26 +176,26 @@ def test_a_saved_cache_goes_on_where_it_was(tmp_path):
 
 def test_sliding_layers_keep_their_positions():
     model = tiny("gemma3")
-    cache = H2OCache(model, budget=10, rolled=True)
-    expected = EvictingCache(model, policy=ExpectedAttention(sinks=1), budget=10, rolled=True)
+    cache = H2OCache(model, budget=10, rerotated=True)
+    expected = EvictingCache(model, policy=ExpectedAttention(sinks=1), budget=10, rerotated=True)
     for made in (cache, expected):
         assert [isinstance(layer, RerotatedLayer) for layer in made.layers] == [False, True, False]
     assert not any(isinstance(layer, RerotatedLayer) for layer in H2OCache(model, budget=10).layers)
 
 
 def test_a_model_whose_positions_cannot_roll_is_refused_by_name():
-    with pytest.raises(ValueError, match="rolled closes up rotary positions, and OPTForCausalLM has none"):
-        H2OCache(tiny("opt"), budget=10, rolled=True)
+    with pytest.raises(ValueError, match="rerotated closes up rotary positions, and OPTForCausalLM has none"):
+        H2OCache(tiny("opt"), budget=10, rerotated=True)
     dynamic = build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ValueError, match="RoPE of type 'dynamic', whose frequencies change"):
-        H2OCache(dynamic, budget=10, rolled=True)
+        H2OCache(dynamic, budget=10, rerotated=True)
     # and served where positions do not roll
     H2OCache(dynamic, budget=10)
 
 
 def test_generate_runs_past_the_trained_length():
     model = build("llama", max_position_embeddings=32)
-    cache = H2OCache(model, budget=12, rolled=True)
+    cache = H2OCache(model, budget=12, rerotated=True)
     out = model.generate(
         prompt(10), **cache_argument(model, cache), max_new_tokens=60, do_sample=False, disable_compile=True
     )

@@ -267,8 +267,8 @@ def test_what_cannot_be_shared_is_refused_by_name():
     model = converted("llama", 2)
     with pytest.raises(ValueError, match="DenseCache, EvictingCache, GEARCache; got HydragenCache"):
         SwiftKVCache(model, storage=HydragenCache)
-    with pytest.raises(ValueError, match="got EvictingCache with rolled=True"):
-        SwiftKVCache(model, storage=lambda m: EvictingCache(m, policy=H2O(), budget=8, rolled=True))
+    with pytest.raises(ValueError, match="got EvictingCache with rerotated=True"):
+        SwiftKVCache(model, storage=lambda m: EvictingCache(m, policy=H2O(), budget=8, rerotated=True))
     plain = build("llama", num_hidden_layers=5)
     with (
         pytest.warns(UserWarning, match="diagnostic"),

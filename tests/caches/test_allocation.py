@@ -1,6 +1,10 @@
 import pytest
 
-from kvcompress.policies.allocation import layer_budgets
+from kvcompress.caches.budget import Budget
+
+
+def layer_budgets(allocation, budget, layers, least=1):
+    return [each.amount for each in Budget(budget, least).per_layer(allocation, layers)]
 
 
 @pytest.mark.parametrize("budget", [40, 0.3])
