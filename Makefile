@@ -28,7 +28,7 @@ ON_NEWEST = OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(ACROSS)
 # the torch that is there, as a requirement: what is installed after it must suit it, and may not replace it
 torch_of = "torch==$$($(1) -c 'from importlib.metadata import version; print(version("torch"))')"
 
-.PHONY: demo test test-slow test-5.17 test-newest contract-newest newest constraints fuzz soak kill-test gpu lint format clean
+.PHONY: readme demo test test-slow test-5.17 test-newest contract-newest newest constraints fuzz soak kill-test gpu lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -77,6 +77,10 @@ kill-test: $(READY)
 # tests and measurements on the GPU of this machine, under ten minutes
 gpu: $(READY)
 	$(RUN) -m kvcompress.evals.bench.gpu --out results/gpu
+
+# README's table of methods, from what they register
+readme: $(READY)
+	$(RUN) -m tests.test_readme
 
 lint: $(READY)
 	$(RUN) -m ruff format --check .

@@ -132,16 +132,6 @@ def policy_of(method: Listed, settings: Mapping[str, Any]) -> tuple[Policy, dict
         return method.kind(**own), of_cache
 
 
-def table() -> str:
-    """The methods of this package as README shows them, a row of Markdown each."""
-    rows = [
-        f"| `{each.name}` | `{each.label}` | {each.about} | {each.costs} | {each.paper} |".replace("|  |", "| |")
-        for each in METHODS.values()
-        if each.kind is not None and each.kind.__module__.partition(".")[0] == "kvcompress"
-    ]
-    return "\n".join(["| name | class | keeps | costs | paper |", "|---|---|---|---|---|", *rows])
-
-
 def _buildable(method: Listed) -> Method:
     kind = method.kind
     assert kind is not None
@@ -253,15 +243,15 @@ def _list_all() -> dict[str, Listed]:
         usual=False,
         reads_budget=True,
     )(ShadowKVCache)
-    packing: dict[str, Any] = {"costs": "packing once, unpacking where attention reads", "takes_budget": False}
     for method in (
         Method(
             "gear", "every token: keys in 4 bits, values in 3; or 2, 3, 8 bits, outliers, low rank", _gear("default"),
-            paper="2403.05527", kind=GEARCache, label="GEARCache", **packing,
+            costs="packing once, unpacking where attention reads", paper="2403.05527",
+            kind=GEARCache, label="GEARCache", takes_budget=False,
         ),
         Method(
             "kivi", "every token, 2-bit codes", _gear("kivi"),
-            paper="2402.02750", kind=KIVICache, label="KIVICache", **packing,
+            costs="as `gear`", paper="2402.02750", kind=KIVICache, label="KIVICache", takes_budget=False,
         ),
     ):  # fmt: skip
         LISTED[method.name] = method

@@ -5,14 +5,13 @@ proves. A sentence is proved if such a comment quotes it, or stands in `UNPROVED
 """
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 
-from kvcompress import EvictingCache
-from kvcompress.policies.h2o import H2O
+import kvcompress
+from kvcompress import GEAR, KVzipCache, SnapKVCache, StreamingLLMCache, registry
 from tests.contract.models import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -104,14 +103,45 @@ def test_what_a_page_links_to_is_there(page):
     assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
 
 
-# README: Every policy has a module of its own
-# README: What the short names do not take, `EvictingCache(model, policy=H2O(), budget=512)` does
-def test_the_policies_that_it_names_are_found_where_it_says():
-    named = {*re.findall(r"policy=(\w+)\(", README), *re.findall(r"packed=(\w+)\(", README)}
-    assert {"H2O", "TOVA", "GEAR"} <= named
-    for name in named - {"ValueNorm"}:
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-        (module,) = {words, words.replace("_", "")} & {file.stem for file in (ROOT / "policies").glob("*.py")}
-        assert hasattr(importlib.import_module(f"kvcompress.policies.{module}"), name)
-    cache = EvictingCache(tiny(), policy=H2O(), budget=512, allocation="pyramid", rerotated=True)
-    assert cache.allocation == "pyramid"
+def table(page):
+    """The page's table of methods as it should be, and as it is; rows of what is no method of its own stay."""
+    is_now = page[page.index("| name | class |") :].partition("\n\n")[0].split("\n")
+    rows = [
+        f"| `{each.name}` | `{each.label}` | {each.about} | {each.costs} | {each.paper} |".replace("|  |", "| |")
+        for each in registry.METHODS.values()
+    ]
+    others = [line for line in is_now[2:] if line.split("`")[1] not in registry.METHODS]
+    return [*is_now[:2], *rows, *others], is_now
+
+
+def test_its_table_of_methods_is_what_they_say_of_themselves():
+    expected, found = table(README)
+    assert found == expected, "`make readme` writes it"
+
+
+# README: Caches and policies are imported from `kvcompress`
+def test_what_it_names_is_imported_from_kvcompress():
+    classes = re.findall(r"`(?:\w+ = )?(\w+(?:Cache|Store))\b", README)
+    named = {*re.findall(r"(?:policy|packed)=(\w+)\(", README), *classes} - {
+        "ValueNorm",
+        "DynamicCache",
+        "QuantizedCache",
+    }
+    assert {"TOVA", "Random", "GEAR", "H2OCache", "PrefixStore"} <= named
+    assert all(hasattr(kvcompress, name) for name in named)
+    assert named <= set(dir(kvcompress))
+
+
+# README: Each takes three more settings
+# README: `packed=GEAR(bits=4)` keeps them in codes
+@pytest.mark.parametrize("kind", [SnapKVCache, StreamingLLMCache])
+def test_short_names_take_what_evicting_cache_takes(kind):
+    cache = kind(tiny(), budget=512, allocation="pyramid", packed=GEAR(bits=4))
+    assert (cache.allocation, cache.packed) == ("pyramid", GEAR(bits=4))
+    assert kind(tiny(), budget=512, rerotated=True).rerotated
+    assert KVzipCache(tiny(), budget=512, allocation="pyramid").allocation == "pyramid"
+
+
+if __name__ == "__main__":
+    expected, found = table(README)
+    (ROOT / "README.md").write_text(README.replace("\n".join(found), "\n".join(expected)), "utf-8")

@@ -612,7 +612,7 @@ def spaces(cache):
     return [layer.segment.basis.clone() for layer in cache.layers]
 
 
-# README: one factorisation a prompt
+# README: one factorisation per prompt
 def test_new_keys_go_into_the_old_space_while_it_holds_them_and_a_new_one_when_not():
     model = tiny()
     lenient, strict = small(model, drift=1e6), small(model, drift=1.0)

@@ -33,7 +33,7 @@ def summed(made, row, head, queries):
     return total
 
 
-# README: column sums of attention in prefill, one add a slot in decode
+# README: column sums of attention in prefill, one add per slot in decode
 @forwards
 def test_h2o_adds_up_attention(queries, padded):
     made = scene(H2O(), queries, padded=padded)

@@ -93,7 +93,7 @@ def test_rows_of_ragged_suffixes_equal_singles(family, layout):
         assert_rows_equal_singles(model, cache, rows, more, mask)
 
 
-# README: one more attention and a merge a level; exact | 2402.05099 |
+# README: one more attention and a merge per level; exact | 2402.05099 |
 @pytest.mark.parametrize("way", ["given", "found", "prefix and suffixes"])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
 def test_generation_is_that_of_the_full_cache(way, settings, run_through):
