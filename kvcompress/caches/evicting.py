@@ -166,6 +166,9 @@ class EvictingCache(CompressedCache):
         if waiting and how is not None and input_ids is not None:
             read_again(decoder, waiting, input_ids, self.padding, int(self.get_seq_length()), how)
 
+    def _shown(self) -> dict[str, Any]:
+        return {"policy": self.policy, **super()._shown(), "packed": self.packed}
+
     def _settings(self) -> dict[str, Any]:
         policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}
         return {
@@ -195,8 +198,12 @@ class EvictingCache(CompressedCache):
 class H2OCache(EvictingCache):
     """Keeps heavy hitters and recent tokens (arXiv:2306.14048).
 
-    cache = H2OCache(model, budget=512)
-    output = model.generate(**inputs, cache=cache)
+        model, tokenizer = kvcompress.load_model()
+        inputs = tokenizer("Why is the sky blue?", return_tensors="pt")
+        cache = kvcompress.H2OCache(model, budget=512)
+        output = model.generate(**inputs, cache=cache)
+
+    Half of the budget is for the newest tokens, unless `recent` says otherwise.
     """
 
     @_takes_old_names
@@ -213,9 +220,11 @@ class H2OCache(EvictingCache):
     ) -> None:
         """
         Args:
+            model: the model the cache will be used with.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             recent: newest tokens always kept: a count, or a fraction of the budget.
             sinks: first tokens always kept.
-            model, budget, allocation, rerotated, packed: as in EvictingCache.
+            allocation, rerotated, packed: as in EvictingCache.
         """
         policy = H2O(recent=recent, sinks=sinks)
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
@@ -224,8 +233,10 @@ class H2OCache(EvictingCache):
 class SnapKVCache(EvictingCache):
     """Keeps what the last queries attend to (arXiv:2404.14469).
 
-    cache = SnapKVCache(model, budget=512)
-    output = model.generate(**inputs, cache=cache)
+        cache = SnapKVCache(model, budget=512)
+        output = model.generate(**inputs, cache=cache)
+
+    The last `window` tokens are observed, and kept themselves.
     """
 
     @_takes_old_names
@@ -242,9 +253,11 @@ class SnapKVCache(EvictingCache):
     ) -> None:
         """
         Args:
+            model: the model the cache will be used with.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             window: queries observed, and newest tokens always kept.
             kernel: neighbouring tokens pooled together, an odd number.
-            model, budget, allocation, rerotated, packed: as in EvictingCache.
+            allocation, rerotated, packed: as in EvictingCache.
         """
         policy = SnapKV(window=window, recent=window, kernel=kernel)
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
@@ -277,12 +290,13 @@ class KVzipCache(EvictingCache):
         """
         Args:
             model: the model the cache will be used with; it must be given input_ids.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             sinks: first tokens always kept.
             recent: newest tokens always kept: a count, or a fraction of the budget. What is decoded is scored by few
                 queries, what was read by many: for answers longer than a few sentences, tens of them.
             chunk: tokens read again at a time.
             prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
-            budget, allocation, packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
+            allocation, packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
         """
         policy = KVzip(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt))
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
@@ -311,8 +325,10 @@ class StreamingLLMCache(EvictingCache):
     ) -> None:
         """
         Args:
+            model: the model the cache will be used with.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             sinks: first tokens kept; the rest of the budget is the window.
-            model, budget, allocation, rerotated, packed: as in EvictingCache.
+            allocation, rerotated, packed: as in EvictingCache.
         """
         policy = StreamingLLM(sinks=sinks)
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kvcompress import cli, registry
+from kvcompress import H2O, EvictingCache, cli, registry
 from kvcompress.cli import main
 
 SMALL = ["--tasks", "passkey", "--lengths", "700", "--samples", "1", "--budgets", "0.2", "--methods", "h2o"]
@@ -57,7 +57,7 @@ def rows(tmp_path):
         (["nonsense"], "No such command 'nonsense'"),
         (["sweep", "--samples", "many"], "Invalid value for '--samples'"),
         (["sweep", "--samples", "0"], "samples must be at least 1, got 0"),
-        (["sweep", "--methods", "h2o,h3o"], "unknown method 'h3o'; known: none, h2o, snapkv"),
+        (["sweep", "--methods", "h2o,h3o"], "unknown method 'h3o'; known: none, random, h2o, streaming"),
         (["sweep", "--methods", "h2o:sinks"], "settings are written h2o:setting=value"),
         (["sweep", "--methods", ","], "methods must name at least one"),
         (["sweep", "--tasks", "haystack"], "unknown task 'haystack'; known: needle, "),
@@ -75,7 +75,7 @@ def rows(tmp_path):
         (["sweep", "--device", "toaster"], "device must be one that torch knows"),
         (["generate"], "Missing argument 'prompt'"),
         (["generate", " "], "the prompt is empty"),
-        (["generate", "hi", "--cache", "h3o"], "unknown method 'h3o'; known: none, h2o"),
+        (["generate", "hi", "--cache", "h3o"], "unknown method 'h3o'; known: none, random, h2o"),
         (["generate", "hi", "--budget", "none"], "budget must be a count of tokens"),
         (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["generate", "hi", "--temperature", "-1"], "--temperature must be 0 or more"),
@@ -227,7 +227,7 @@ def test_a_sweep_that_is_done_measures_nothing_again(sweep, tmp_path, capsys):
 
 def test_a_failing_method_is_reported_and_the_status_is_1(sweep, tmp_path, capsys, monkeypatch):
     def broken(model, budget, settings):
-        cache = registry.EvictingCache(model, policy=registry.H2O(), budget=budget)
+        cache = EvictingCache(model, policy=H2O(), budget=budget)
         monkeypatch.setattr(cache, "update", lambda *_: 1 / 0)
         return cache
 
