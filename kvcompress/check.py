@@ -44,7 +44,7 @@ from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.hf import judge, small
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.prefix.store import PrefixStore
-from kvcompress.registry import Method
+from kvcompress.registry import Listed, Method
 from kvcompress.swiftkv.cache import AcrossKVCache, SwiftKVCache
 from kvcompress.swiftkv.model import SwiftKVModel, convert, first_later
 
@@ -140,7 +140,7 @@ def check(
     return rows
 
 
-def known_caches() -> dict[str, Method]:
+def known_caches() -> dict[str, Listed]:
     """The registry's methods, and those that only a check builds."""
     more = (
         Method(

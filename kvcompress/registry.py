@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedModel
 
@@ -178,7 +178,7 @@ def _of_class(module: str, name: str) -> Listed:
     return _described(where, kind) if listed is None else dataclasses.replace(listed, name=where)
 
 
-def _is_method(found: Any) -> bool:
+def _is_method(found: Any) -> TypeGuard[type[Any]]:
     return isinstance(found, type) and issubclass(found, Policy | CompressedCache)
 
 

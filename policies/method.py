@@ -77,9 +77,9 @@ def register(name: str, about: str, **facts: Any) -> Callable[[Kind], Kind]:
 def describe(name: str, about: str, kind: type[Any], **facts: Any) -> Listed:
     """A class under a name; unless `facts` say so, its label and whether it takes a budget follow from the class."""
     is_policy = issubclass(kind, Policy)
-    label = f"EvictingCache(policy={kind.__name__}())" if is_policy else kind.__name__
-    takes_budget = is_policy or "budget" in inspect.signature(kind).parameters
-    return Listed(name, about, kind=kind, **{"label": label, "takes_budget": takes_budget} | facts)
+    facts.setdefault("label", f"EvictingCache(policy={kind.__name__}())" if is_policy else kind.__name__)
+    facts.setdefault("takes_budget", is_policy or "budget" in inspect.signature(kind).parameters)
+    return Listed(name, about, kind=kind, **facts)
 
 
 def import_policies() -> None:

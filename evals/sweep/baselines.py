@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
 from kvcompress import AcrossKVCache, GEARCache, SwiftKVCache, registry
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
-from kvcompress.registry import Method
+from kvcompress.registry import Listed, Method
 from kvcompress.swiftkv.cache import SharedStorageCache
 
 _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
@@ -160,7 +160,7 @@ def _fp8(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) 
     return MeasuredQuantizedCache("fp8", model.config, **settings)
 
 
-BASELINES: dict[str, Method] = {
+BASELINES: dict[str, Listed] = {
     method.name: method
     for method in (
         Method("dynamic", "transformers' DynamicCache", _dynamic, takes_budget=False),
@@ -169,7 +169,7 @@ BASELINES: dict[str, Method] = {
         Method("fp8", "transformers' QuantizedCache, 8-bit floats", _fp8, takes_budget=False),
     )
 }
-SHARING: dict[str, Method] = {
+SHARING: dict[str, Listed] = {
     method.name: method
     for method in (
         Method(
@@ -181,7 +181,7 @@ SHARING: dict[str, Method] = {
         Method("across", "groups of layers on one storage, on any model", _sharing(AcrossKVCache), takes_budget=False),
     )
 }
-METHODS: Mapping[str, Method] = ChainMap(SHARING, BASELINES, registry.METHODS)
+METHODS: Mapping[str, Listed] = ChainMap(SHARING, BASELINES, registry.METHODS)
 
 parse = functools.partial(registry.parse, methods=METHODS)
 canonical = functools.partial(registry.canonical, methods=METHODS)
