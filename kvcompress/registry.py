@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import Budget
 from kvcompress.caches.dense import DenseCache
-from kvcompress.caches.evicting import EvictingCache
+from kvcompress.caches.evicting import RENAMED, EvictingCache
 from kvcompress.caches.quantized import GEARCache, KIVICache
 from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.policies.gear import GEAR
@@ -35,8 +35,6 @@ FLOOR = "streaming"
 # stands for every method whose `usual` is true
 USUAL = "usual"
 GROUP = "kvcompress.methods"
-# settings by their names before 0.2
-_RENAMED = {"rolled": "rerotated"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def parse(spec: str, methods: Mapping[str, Listed] | None = None) -> tuple[Metho
         if not (setting and equals and value):
             raise ValueError(f"a method's settings are written {method.name}:setting=value, got {spec!r}")
         is_budget = method.takes_budget and setting == "budget"
-        settings[_RENAMED.get(setting, setting)] = Budget.parse(value).amount if is_budget else _value(value)
+        settings[RENAMED.get(setting, setting)] = Budget.parse(value).amount if is_budget else _value(value)
     return method if isinstance(method, Method) else _buildable(method), settings
 
 

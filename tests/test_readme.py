@@ -109,6 +109,7 @@ def table(page):
     rows = [
         f"| `{each.name}` | `{each.label}` | {each.about} | {each.costs} | {each.paper} |".replace("|  |", "| |")
         for each in registry.METHODS.values()
+        if each.kind.__module__.startswith("kvcompress.")
     ]
     others = [line for line in is_now[2:] if line.split("`")[1] not in registry.METHODS]
     return [*is_now[:2], *rows, *others], is_now

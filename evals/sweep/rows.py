@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvcompress.caches.evicting import RENAMED
 from kvcompress.evals.sweep.protocol import Measured
 
 
@@ -64,8 +65,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "key" in row:
-                # as it was called before 0.2
-                yield row | {"method": row["method"].replace(":rolled=", ":rerotated=")} if "method" in row else row
+                for old, new in RENAMED.items() if "method" in row else ():
+                    row["method"] = row["method"].replace(f":{old}=", f":{new}=")
+                yield row
 
 
 def held(measured: Sequence[Measured], budget: int | None) -> dict[str, Any]:

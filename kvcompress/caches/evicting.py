@@ -33,8 +33,8 @@ from kvcompress.storage.rope import Rope
 
 Arguments = ParamSpec("Arguments")
 
-# parameters by their names before 0.2, in calls until 0.3 and in saved files for good
-_RENAMED = {"rolled": "rerotated"}
+# parameters by their names before 0.2: in calls until 0.3; in saved files, specs and recorded rows for good
+RENAMED = {"rolled": "rerotated"}
 
 
 def _takes_old_names(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
@@ -42,7 +42,7 @@ def _takes_old_names(init: Callable[Arguments, None]) -> Callable[Arguments, Non
 
     @functools.wraps(init)
     def renaming(*args: Arguments.args, **settings: Arguments.kwargs) -> None:
-        for old, new in _RENAMED.items():
+        for old, new in RENAMED.items():
             if old in settings:
                 if new in settings:
                     raise TypeError(f"{old} is the old name of {new}: pass {new} alone")
@@ -181,7 +181,7 @@ class EvictingCache(CompressedCache):
 
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
-        settings = {_RENAMED.get(name, name): value for name, value in settings.items()}
+        settings = {RENAMED.get(name, name): value for name, value in settings.items()}
         policy = dict(settings["policy"])
         import_policies()
         kinds = {kind.__name__: kind for kind in _subclasses(Policy)}
