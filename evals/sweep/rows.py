@@ -65,8 +65,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "key" in row:
-                for old, new in RENAMED.items() if "method" in row else ():
-                    row["method"] = row["method"].replace(f":{old}=", f":{new}=")
+                for old, new in RENAMED.items():
+                    if "method" in row:
+                        row["method"] = row["method"].replace(f":{old}=", f":{new}=")
                 yield row
 
 
