@@ -479,7 +479,7 @@ def test_rows_that_leave_keep_what_clones_share():
 
 # README: KIVI and ShadowKV take back drafts of any length
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("drafts", [3, 33, 300])
+@pytest.mark.parametrize("drafts", [3, 33, pytest.param(300, marks=pytest.mark.slow)])
 def test_drafts_of_any_length_are_taken_back(family, drafts):
     """Also those that come with the prompt, as generate feeds the first of them; and by sliding layers."""
     model = tiny(family, vocab_size=14)

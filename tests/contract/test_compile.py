@@ -49,7 +49,7 @@ def test_the_promise_is_what_transformers_reads(entry):
 
 
 # README: Fixed-capacity caches decode under `torch.compile(fullgraph=True)` as one graph
-@caches("h2o", "h2o_packed", "snapkv", "tova", "streaming")
+@caches("h2o", "h2o_packed", "snapkv")
 @pytest.mark.parametrize("family", ["llama"])
 def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, family):
     check(entry, family)

@@ -37,6 +37,7 @@ def test_the_model_finds_a_needle_that_its_conversion_does_not(smollm2):
     assert needles(convert(model), tokenizer, 200, 1) == 0
 
 
+@pytest.mark.slow
 def test_tasks_are_those_of_the_data_given(smollm2, tmp_path):
     pytest.importorskip("lm_eval")
     _, tokenizer = smollm2
