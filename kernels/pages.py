@@ -53,7 +53,11 @@ def fetch_pages_reference(values: Tensor, pages: Tensor, held: Tensor, is_new: T
     row, head, slots = new_first(is_new)
     numbers = pages[row, held[row, head, slots].clamp(min=0)]
     found = collect_pages(numbers.cpu(), head.cpu(), slabs).to(values.device)
-    values.unflatten(2, (-1, slabs[0].shape[2]))[row, head, slots] = found
+    buffer, wanted = values.unflatten(2, (-1, slabs[0].shape[2])), is_new[row, head, slots]
+    if not bool(wanted.all()):
+        # the page that stands for none is another sequence's, and may hold NaN
+        found = torch.where(wanted[..., None, None], found, buffer[row, head, slots])
+    buffer[row, head, slots] = found
 
 
 def collect_pages(pages: Tensor, heads: Tensor, slabs: list[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
 from kvcompress.storage.quantized_blocks import QuantizedBlocks, TailSegment
 from kvcompress.storage.quantized_slots import QuantizedSlots
-from kvcompress.storage.segment import SlotSegment
+from kvcompress.storage.slots import SlotSegment
 
 
 @dataclass(frozen=True)

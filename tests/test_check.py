@@ -16,11 +16,12 @@ from kvcompress.caches.evicting_step import ChunkStep
 from kvcompress.cli import main
 from kvcompress.hf.small import described, small_config, small_model
 from kvcompress.loading import ModelUnavailableError
+from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.rerotated import RerotatedSlots
-from kvcompress.storage.segment import DenseSegment, SlotSegment
+from kvcompress.storage.slots import SlotSegment
 from kvcompress.swiftkv.cache import FollowingLayer
 from tests.cli.test_cli import folder  # noqa: F401
 

@@ -9,8 +9,9 @@ from kvcompress.cache import CompressedCache
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
+from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
-from kvcompress.storage.segment import DenseSegment, Segment
+from kvcompress.storage.segment import Segment
 
 # tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
 SLACK = 256

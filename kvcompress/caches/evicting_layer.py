@@ -19,7 +19,8 @@ from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.rerotated import RerotatedSlots
 from kvcompress.storage.rope import Rope
-from kvcompress.storage.segment import EMPTY, Segment, SlotSegment
+from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.slots import SlotSegment
 
 _COUNTERS = ("lengths", "limits", "recents", "seen")
 # slots added at a time, and the share of those there

@@ -11,7 +11,8 @@ from kvcompress.kernels.evict import choose_victim, ranked
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
-from kvcompress.storage.segment import EMPTY, SlotSegment
+from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.slots import SlotSegment
 
 if TYPE_CHECKING:
     from kvcompress.caches.evicting_layer import EvictingLayer

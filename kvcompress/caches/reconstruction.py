@@ -21,7 +21,8 @@ from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored
 from kvcompress.policies.policy import SecondReading
 from kvcompress.storage.padding import PaddingRecord
-from kvcompress.storage.segment import EMPTY, Segment, SlotSegment
+from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.slots import SlotSegment
 
 
 @dataclass

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
-from kvcompress.prefix.layer import PrefixPadding, Promotion, SharedLayer, same_tokens, segments_of
+from kvcompress.prefix.layer import SharedLayer, segments_of
+from kvcompress.prefix.padding import PrefixPadding, Promotion, same_tokens
 from kvcompress.prefix.tree import ROOT, Node, Shared, Tree, by_length, common_tokens, find_shared
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.rerotated import RerotatedSlots

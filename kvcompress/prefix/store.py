@@ -1,17 +1,13 @@
 """Prefixes kept from call to call, found by their tokens: a service runs each document through the model once."""
 
-import dataclasses
-import hashlib
-import json
 import os
-import re
 import threading
 import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Self, SupportsIndex
+from typing import NoReturn, Self, SupportsIndex
 
 import torch
 from filelock import FileLock
@@ -21,17 +17,11 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import warn_of_unchecked
 from kvcompress.prefix.cache import MIN_TOKENS, HydragenCache
+from kvcompress.prefix.store_folder import FILE, FIRST_FILE, INDEX, LOCK, STEM, FolderIndex, tokens_of, write_prefix
 from kvcompress.prefix.tree import UNKNOWN, leading
-from kvcompress.storage.durable import PARTIAL, write_whole
+from kvcompress.storage.durable import PARTIAL
 from kvcompress.storage.tensor_file import DamagedFileError, TensorFile
 
-_INDEX = "prefixes.json"
-_FORMAT = "kvcompress-prefixes-2"
-_LOCK = "prefixes.lock"
-_STEM = "prefix"
-# a prefix by the digest of all that it holds, its tokens included; and as names were before
-_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")
-_FIRST_FILE = re.compile(r"prefix-[0-9]+\.safetensors")
 # times that a folder is read again because somebody changed it meanwhile
 _READINGS = 20
 
@@ -237,27 +227,27 @@ class PrefixStore:
             entries = list(self._entries.values())
             known = self._files.setdefault(folder.resolve(), set())
         # nobody else writes here until it is let go, as the end of a process does too
-        with FileLock(folder / _LOCK):
-            index = _Index.read(folder)
+        with FileLock(folder / LOCK):
+            index = FolderIndex.read(folder)
             if index is not None and index.fingerprint is not None:
                 index.fingerprint.check(fingerprint, f"the prefix store in {folder}")
             others = [] if index is None else [name for name in index.files if name not in known]
-            if any(_FIRST_FILE.fullmatch(name) for name in others):
+            if any(FIRST_FILE.fullmatch(name) for name in others):
                 raise ValueError(
                     f"{folder} holds prefixes saved by an earlier kvcompress, which this store has not loaded: save to "
                     "another folder, or go on from PrefixStore.load(folder, model)"
                 )
-            for left in folder.glob(f"{_STEM}-*{PARTIAL}"):
+            for left in folder.glob(f"{STEM}-*{PARTIAL}"):
                 left.unlink(missing_ok=True)
             mine = []
             for entry in entries:
-                if entry.file is None or not _FILE.fullmatch(entry.file) or not (folder / entry.file).exists():
-                    entry.file = _write(folder, entry, fingerprint)
+                if entry.file is None or not FILE.fullmatch(entry.file) or not (folder / entry.file).exists():
+                    entry.file = write_prefix(folder, entry.tokens, entry.cache, fingerprint)
                 mine.append(entry.file)
             files = [name for name in others if name not in mine] + mine
-            _Index(files, self.min_tokens, fingerprint).write(folder)
+            FolderIndex(files, self.min_tokens, fingerprint).write(folder)
             for path in folder.glob("*.safetensors"):
-                if path.name not in files and (_FILE.fullmatch(path.name) or _FIRST_FILE.fullmatch(path.name)):
+                if path.name not in files and (FILE.fullmatch(path.name) or FIRST_FILE.fullmatch(path.name)):
                     path.unlink(missing_ok=True)
         with self._lock:
             self._files[folder.resolve()] = set(mine)
@@ -278,9 +268,9 @@ class PrefixStore:
         read: dict[str, tuple[Tensor, HydragenCache] | None] = {}
         before: list[str] | None = None
         for _ in range(_READINGS):
-            index = _Index.read(folder)
+            index = FolderIndex.read(folder)
             if index is None:
-                raise ValueError(f"{folder} is no saved PrefixStore: it has no {_INDEX}")
+                raise ValueError(f"{folder} is no saved PrefixStore: it has no {INDEX}")
             if index.fingerprint is not None:
                 index.fingerprint.check(fingerprint, f"the prefix store in {folder}")
             store = cls(model, max_bytes, min_tokens=index.min_tokens)
@@ -308,7 +298,7 @@ class PrefixStore:
     def _fill(
         self,
         folder: Path,
-        index: "_Index",
+        index: "FolderIndex",
         fingerprint: hf.Fingerprint,
         read: dict[str, tuple[Tensor, HydragenCache] | None],
     ) -> tuple[bool, list[str]]:
@@ -327,7 +317,7 @@ class PrefixStore:
                         if room is not None and file.nbytes > room:
                             fits = False
                             continue
-                        read[name] = _tokens_of(file, index), HydragenCache._from_file(file, self.model, fingerprint)
+                        read[name] = tokens_of(file, index), HydragenCache._from_file(file, self.model, fingerprint)
             except FileNotFoundError:
                 gone.append(name)
             except DamagedFileError as error:
@@ -386,96 +376,12 @@ class PrefixStore:
         return ids.detach().reshape(-1).cpu().long().clone()
 
 
-@dataclass(frozen=True)
-class _Index:
-    """What a folder says of itself, in one small file, which is written last.
-
-    files: the least recently used first. fingerprint: None where the folder does not say. tokens: of each file, where
-    the index has them and not the files.
-    """
-
-    files: list[str]
-    min_tokens: int
-    fingerprint: hf.Fingerprint | None
-    tokens: dict[str, list[int]] | None = None
-
-    @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """The index of a folder; None where there is none.
-
-        Raises:
-            ValueError: it names something else than prefixes of this folder.
-        """
-        try:
-            text = (folder / _INDEX).read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
-            told: Any = json.loads(text)
-            if isinstance(told, dict) and "format" not in told and "sum" not in told:
-                index = cls(list(told), MIN_TOKENS, None, told)
-            else:
-                if told["format"] != _FORMAT or told["sum"] != _sum(told):
-                    raise ValueError
-                index = cls(told["files"], told["min_tokens"], hf.Fingerprint(**told["fingerprint"]))
-        except (ValueError, KeyError, TypeError):
-            # each file says by itself what it holds
-            files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-            warnings.warn(
-                f"{folder / _INDEX} is damaged; the prefixes are taken from the files beside it", stacklevel=3
-            )
-            return cls([path.name for path in files if _FILE.fullmatch(path.name)], MIN_TOKENS, None)
-        known = _FILE if index.tokens is None else _FIRST_FILE
-        for name in index.files:
-            if not known.fullmatch(name):
-                raise ValueError(f"{folder / _INDEX} names {name!r}, which no PrefixStore wrote; nothing is loaded")
-        return index
-
-    def write(self, folder: Path) -> None:
-        assert self.fingerprint is not None
-        told: dict[str, Any] = {
-            "format": _FORMAT,
-            "fingerprint": dataclasses.asdict(self.fingerprint),
-            "min_tokens": self.min_tokens,
-            "files": self.files,
-        }
-
-        def write(file: BinaryIO) -> str:
-            file.write(json.dumps(told | {"sum": _sum(told)}, sort_keys=True).encode() + b"\n")
-            return _INDEX
-
-        write_whole(folder, _STEM, write)
-
-
 def _as_ids(input_ids: Tensor | Sequence[int]) -> Tensor:
     ids = torch.as_tensor(input_ids)
     # an empty list is of floats
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise ValueError(f"expected token ids, integers from 0 on, got {ids.dtype}")
     return ids
-
-
-def _sum(told: dict[str, Any]) -> str:
-    facts = {name: value for name, value in told.items() if name != "sum"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _write(folder: Path, entry: _Entry, fingerprint: hf.Fingerprint) -> str:
-    """Writes a prefix to a folder; its name there."""
-
-    def write(file: BinaryIO) -> str:
-        return entry.cache._to_file(file, fingerprint, {"tokens": entry.tokens}) + ".safetensors"
-
-    return write_whole(folder, _STEM, write).name
-
-
-def _tokens_of(file: TensorFile, index: _Index) -> Tensor:
-    """The tokens [tokens] of a prefix's file."""
-    if index.tokens is not None:
-        return torch.tensor(index.tokens[file.path.name])
-    if file.digest != file.path.stem:
-        raise file.damaged("it is named after another content")
-    return file.tensor("tokens")
 
 
 def _leave_a_token(cache: HydragenCache, prompts: Tensor | None) -> HydragenCache:

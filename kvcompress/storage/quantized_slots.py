@@ -22,7 +22,8 @@ from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, pack_codes, quantise, unpack_codes
-from kvcompress.storage.segment import EMPTY, SlotSegment
+from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.slots import SlotSegment
 
 # slots whose codes share bytes: few, as the slots are rounded up to it
 BLOCK = 32

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.storage.rope import Rope
-from kvcompress.storage.segment import SlotSegment
+from kvcompress.storage.slots import SlotSegment
 
 
 class RerotatedSlots(SlotSegment):

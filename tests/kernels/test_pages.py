@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvcompress.kernels.pages import SLAB, fetch_pages, fetch_pages_reference
-from tests.kernels.inputs import DEVICE, DTYPES, needs_triton
+from tests.kernels.inputs import DEVICE, DTYPES
 
 SLOTS = 9
 
@@ -41,7 +41,6 @@ def test_values_that_are_fetched_are_those_of_the_page_bit_for_bit(chunk, head_d
     assert buffer[:, :, SLOTS * chunk :].isnan().all()
 
 
-@needs_triton
 def test_slots_that_are_not_new_are_not_written():
     buffer, *arguments = scene(8, 64, [30])
     fetch(buffer, *arguments)

@@ -7,7 +7,7 @@ from kvcompress import DenseCache, H2OCache, HydragenCache
 from kvcompress.caches import dense
 from kvcompress.hf import cache_argument
 from kvcompress.prefix import layer as prefix_layer
-from kvcompress.prefix.layer import NodeSegment
+from kvcompress.prefix.segments import NodeSegment
 from kvcompress.prefix.tree import ROOT, Shared, common_tokens, common_vectors, find_shared
 from tests.contract.caches import everything
 from tests.contract.drive import feed, full, generate

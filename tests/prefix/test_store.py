@@ -461,7 +461,7 @@ def test_a_list_that_names_other_files_is_refused(name, form, tmp_path):
     else:
         stored(model, DOCUMENT).save(folder)
         told = json.loads((folder / "prefixes.json").read_text()) | {"files": [name]}
-        (folder / "prefixes.json").write_text(json.dumps(told | {"sum": kvcompress.prefix.store._sum(told)}))
+        (folder / "prefixes.json").write_text(json.dumps(told | {"sum": kvcompress.prefix.store_folder._sum(told)}))
     with pytest.raises(ValueError, match=rf"names '{name}', which no PrefixStore wrote"):
         PrefixStore.load(folder, model)
 

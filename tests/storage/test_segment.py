@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kvcompress.kernels.attention import causal_attention_reference, slot_attention_reference
-from kvcompress.storage.segment import EMPTY, DenseSegment, SlotSegment
+from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.slots import SlotSegment
 
 HOW = {"scale": 0.3, "window": None, "softcap": None}
 
