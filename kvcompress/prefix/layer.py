@@ -119,7 +119,11 @@ class SharedLayer(DenseLayer):
             names.append(self.tree.add(ROOT if shared.parent == ROOT else names[shared.parent], shared.tokens, ids))
             for row in shared.rows:
                 leaves[row], taken[row] = names[-1], shared.stop
-        nodes = [(name, shared.rows[0], shared.start, shared.stop) for name, shared in zip(names, found, strict=True)]
+        # of a window, the row that goes least far beyond a node holds most of it: all that any row will look at
+        nodes = [
+            (name, min(shared.rows, key=counts.__getitem__), shared.start, shared.stop)
+            for name, shared in zip(names, found, strict=True)
+        ]
         return Promotion(nodes, taken, counts, leaves)
 
     def _attend_nodes(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
