@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, runs_triton, shaped, tl, triton
-from kvcompress.kernels.rebuild import new_first
 
 SLAB = 2**32
 
@@ -50,14 +49,10 @@ def fetch_pages(
 
 def fetch_pages_reference(values: Tensor, pages: Tensor, held: Tensor, is_new: Tensor, slabs: list[Tensor]) -> None:
     """What fetch_pages means, in plain PyTorch: the oracle of its test, and its path on a CPU and from files."""
-    row, head, slots = new_first(is_new)
-    numbers = pages[row, held[row, head, slots].clamp(min=0)]
+    row, head, slots = is_new.nonzero(as_tuple=True)
+    numbers = pages[row, held[row, head, slots]]
     found = collect_pages(numbers.cpu(), head.cpu(), slabs).to(values.device)
-    buffer, wanted = values.unflatten(2, (-1, slabs[0].shape[2])), is_new[row, head, slots]
-    if not bool(wanted.all()):
-        # the page that stands for none is another sequence's, and may hold NaN
-        found = torch.where(wanted[..., None, None], found, buffer[row, head, slots])
-    buffer[row, head, slots] = found
+    values.unflatten(2, (-1, slabs[0].shape[2]))[row, head, slots] = found
 
 
 def collect_pages(pages: Tensor, heads: Tensor, slabs: list[Tensor]) -> Tensor:

@@ -227,12 +227,11 @@ class QuantizedLayer(CompressedLayer):
         if self.first is None:
             self.first = TailSegment(key, value, self.sinks)
         rows = [row for row, sinks in enumerate(apart) if sinks]
-        which = torch.tensor(rows, device=key.device)[:, None]
-        at = torch.tensor([begins[row] for row in rows], device=key.device)[:, None]
-        at = at + torch.arange(self.sinks, device=key.device)
-        self.first.keys[which[:, 0]] = key[which, :, at].transpose(1, 2)
-        self.first.values[which[:, 0]] = value[which, :, at].transpose(1, 2)
-        self.first.positions[which[:, 0]] = torch.arange(self.sinks, dtype=torch.int32, device=key.device)
+        which, begin = (torch.tensor(each, device=key.device) for each in (rows, [begins[row] for row in rows]))
+        place = torch.arange(self.sinks, dtype=torch.int32, device=key.device)
+        for held, x in ((self.first.keys, key), (self.first.values, value)):
+            held[which] = x[which[:, None], :, begin[:, None] + place].transpose(1, 2)
+        self.first.positions[which] = place
         self.first.held = [sinks or held for sinks, held in zip(apart, self.first.held, strict=True)]
 
     def _append(

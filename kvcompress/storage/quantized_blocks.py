@@ -439,17 +439,10 @@ def _encode(x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> Qu
 def _side_by_side(rows: list[QuantizedTensor], blocks: int) -> QuantizedTensor:
     """One batch of rows that were encoded alone, each as many blocks wide."""
     parts: dict[str, Any] = {}
-    for name in QuantizedTensor._fields:
-        tensors = [getattr(row, name) for row in rows]
-        if tensors[0] is None:
-            continue
-        if name == "right":
-            parts[name] = torch.cat(tensors)
-            continue
-        part = tensors[0].new_zeros(len(rows), tensors[0].shape[1], blocks, *tensors[0].shape[3:])
-        for row, tensor in enumerate(tensors):
-            part[row, :, : tensor.shape[2]] = tensor[0]
-        parts[name] = part
+    for name, tensors in zip(QuantizedTensor._fields, zip(*rows, strict=True), strict=True):
+        if tensors[0] is not None:
+            wide = tensors if name == "right" else [_room_for(each, each, 1, 2, blocks, 0) for each in tensors]
+            parts[name] = torch.cat(list(wide))
     return QuantizedTensor(**parts)
 
 
