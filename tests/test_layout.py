@@ -131,13 +131,17 @@ PACKAGES = {
     "__main__": set(),
     "evals.outputs": {"hf"},
     "evals.provenance": set(),
+    "evals.timing": set(),
     "evals.sweep": {
         *("caches", "evals.outputs", "evals.provenance", "hf", "kvcompress", "memory", "registry", "swiftkv"),
     },
     "evals.lm": {"evals.sweep", "hf", "kvcompress", "registry"},
-    "evals.bench": {"evals.provenance", "evals.sweep", "hf", "kernels", "kvcompress", "policies", "registry"},
-    "evals.studies": {"evals.provenance", "evals.sweep", "hf", "kvcompress", "registry", "swiftkv"},
-    "evals.peers": {"evals.provenance", "evals.sweep", "loading"},
+    "evals.tasks": {"evals.sweep"},
+    "evals.bench": {
+        *("evals.provenance", "evals.sweep", "evals.timing", "hf", "kernels", "kvcompress", "policies", "registry"),
+    },
+    "evals.studies": {"evals.provenance", "evals.sweep", "evals.timing", "hf", "kvcompress", "registry", "swiftkv"},
+    "evals.peers": {"evals.provenance", "evals.sweep", "evals.tasks", "hf", "loading", "registry"},
     "cli": {"caches"},
 }
 # what is imported on first use instead, because it costs seconds or an extra, or would close a circle
@@ -145,11 +149,11 @@ LATE = {
     "kvcompress": {"cache", "caches", "hf", "loading", "policies", "prefix", "swiftkv"},
     "__main__": {"cli"},
     "cli": {
-        *("check", "evals.lm", "evals.provenance", "evals.sweep", "hf", "kvcompress", "loading", "plan", "registry"),
-        "swiftkv",
+        *("check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress", "loading", "plan"),
+        *("registry", "swiftkv"),
     },
-    "evals.sweep": {"evals.lm"},
-    "evals.peers": {"hf"},
+    "evals.tasks": {"evals.lm"},
+    "evals.studies": {"evals.lm"},
 }
 
 

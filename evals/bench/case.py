@@ -1,10 +1,14 @@
-"""What a row of kvcompress.evals.bench.kernels measures."""
+"""What a row of kvcompress bench kernels measures."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-Call = Callable[[], Any]
+import torch
+from torch import Tensor
+
+from kvcompress.evals.timing import Call
 
 
 class Shape(NamedTuple):
@@ -22,7 +26,7 @@ class Shape(NamedTuple):
 
 @dataclass
 class Case:
-    """What a row measures: the same result by several ways."""
+    """What a row measures: the same result by several ways. variants: how, by name; oracle: the one that is right."""
 
     kernel: str
     shape: Shape
@@ -32,3 +36,28 @@ class Case:
     flops: int = 0
     # what of the result is compared
     compared: Callable[[Any], Any] = field(default=lambda result: result)
+
+
+# the cases of a shape, in this type, on this device
+MakeCases = Callable[[Shape, torch.dtype, torch.device], Iterator[Case]]
+
+
+def beside_reference(
+    kernel: str, shape: Shape, op: Callable[..., Any], reference: Callable[..., Any], *given: Any, **settings: Any
+) -> Case:
+    """An op beside its reference on the same arguments. settings: the case's (bytes, flops, compared) and the op's."""
+    of_case = {name: settings.pop(name) for name in ("bytes", "flops", "compared") if name in settings}
+    variants = {
+        "ours": functools.partial(op, *given, **settings),
+        "reference": functools.partial(reference, *given, **settings),
+    }
+    return Case(kernel, shape, variants, "reference", **of_case)
+
+
+def make_random(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """Random numbers of a shape."""
+    return functools.partial(_random, dtype=dtype, device=device)
+
+
+def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, device=device)

@@ -20,7 +20,8 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 from kvcompress import CompressedCache, H2OCache, HydragenCache, ShadowKVCache
-from kvcompress.evals.bench import kernels as bench
+from kvcompress.evals.timing import Clock, spread
+from kvcompress.evals.timing import limits as measure_limits
 from kvcompress.hf import cache_argument, cache_name, sizes
 
 Step = Callable[[Tensor, Tensor, Cache], Tensor]
@@ -89,7 +90,7 @@ class EndToEndCases:
             cases = list({(case.kind, case.cache.split()[0]): case for case in reversed(cases)}.values())[::-1]
         self.cases = {str(case): case for case in cases}
         self.model = _model(tiny, self.device, self.dtype)
-        self.limits = limits or bench.limits(bench.Clock(self.device), self.dtype)
+        self.limits = limits or measure_limits(Clock(self.device), self.dtype)
         self.prefilled: dict[tuple[str, int], Cache] = {}
 
     def names(self) -> Iterable[str]:
@@ -132,7 +133,7 @@ class EndToEndCases:
         weights = sum(weight.numel() for name, weight in self.model.named_parameters() if "layers." in name)
         flops = 2 * weights * case.tokens + 2 * of.layers * of.hidden * case.tokens**2
         return {
-            "seconds": bench.spread(taken),
+            "seconds": spread(taken),
             "limit_seconds": flops / (self.limits["TFLOP/s"] * 1e12),
             "peak_bytes_over_model": peak,
             "cache_bytes": held,
@@ -179,7 +180,7 @@ class EndToEndCases:
                 step(token, position, cache)
                 position.add_(1)
 
-        seconds = bench.spread([self._timed(steps) / block for _ in range(3 if self.tiny else 7)])
+        seconds = spread([self._timed(steps) / block for _ in range(3 if self.tiny else 7)])
         held = _bytes(cache)
         # of the embedding a step reads one row
         weights = sum(_size(weight) for name, weight in self.model.named_parameters() if "embed_tokens" not in name)
@@ -281,7 +282,7 @@ class EndToEndCases:
         cache = self._copied(case, batch)
         token, position = self._next(case, batch)
         step = self._step(False)
-        seconds = bench.spread([self._timed(lambda: step(token, position, cache)) for _ in range(4)][1:])
+        seconds = spread([self._timed(lambda: step(token, position, cache)) for _ in range(4)][1:])
         return {
             "seconds": seconds, "tokens_per_second": batch / seconds["median"],
             "cache_bytes": _bytes(cache), **_off_device(cache),

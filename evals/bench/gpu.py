@@ -1,7 +1,7 @@
-"""All that needs a GPU, in one call under ten minutes: python -m kvcompress.evals.bench.gpu --out DIR
+"""All that needs a GPU, in one call under ten minutes: kvcompress bench gpu --out DIR
 
     tests      the kernels' tests, compiled by Triton in place of its interpreter, and a part of the contract
-    kernels    the rows of kvcompress.evals.bench.kernels, beside what the device copies and multiplies
+    kernels    the rows of kvcompress bench kernels, beside what the device copies and multiplies
     endtoend   a model of Llama-3.1-8B's shape: DynamicCache beside H2OCache, eager and compiled
     report     plots, and a table in Markdown
 
@@ -9,27 +9,32 @@ Runs from a plain checkout, downloads nothing. Each step has a process and a sha
 every result to DIR/results.json as soon as it has it: one that fails, hangs or takes the device down with it loses
 what it was at, is started again behind that, and the others go on. Exits with 1 where anything failed.
 `--tiny` runs all of it on a CPU in a minute, to test this script; its numbers mean nothing.
+
+A lent GPU often comes with torch and transformers alone. Therefore this file is also a program of its own, `python -m
+kvcompress.evals.bench.gpu`, which imports nothing of the command line's packages, and starts each step that way.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+from xml.etree import ElementTree
 
 import torch
 
 from kvcompress.evals.bench import kernels as bench
 from kvcompress.evals.provenance import provenance
+from kvcompress.evals.timing import Clock, limits
 from kvcompress.kernels.common.runtime import HAS_TRITON
 
 # seconds each step may take; what a step leaves over is the next one's
@@ -41,10 +46,8 @@ _RESTARTS = 3
 _CONTRACT = "llama and (h2o or dense) or two_hundred or stay_where or count_right"
 # pytest's arguments, and seconds
 _SUITES = {"kernels": (["tests/kernels"], 65), "contract": (["tests/contract", "-k", _CONTRACT], 50)}
-_OUTCOME = re.compile(
-    r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) (\S+::.*?)\s*$|^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b"
-)
-_MESSAGE = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?) - (.*)$")
+# seconds of these in which pytest, told to stop, ends its processes and writes what has run
+_GRACE = 12
 _DIED = {"error": "the process died here"}
 _CUT = {"left_out": "cut off at the end of its time"}
 
@@ -76,13 +79,13 @@ class Results:
 
 
 class KernelCases:
-    """The rows of kvcompress.evals.bench.kernels."""
+    """The rows of kvcompress bench kernels."""
 
     def __init__(self, results: Results, tiny: bool) -> None:
         self.device = torch.device("cpu" if tiny else "cuda")
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.tiny = tiny
-        self.clock = bench.Clock(self.device)
+        self.clock = Clock(self.device)
         self.limits = results.of("kernels").get("limits", {}).get("limits")
         self.shapes = {
             f"{group} {shape}": (build, shape)
@@ -97,7 +100,7 @@ class KernelCases:
 
     def measure(self, name: str) -> dict[str, Any]:
         if name == "limits" or self.limits is None:
-            self.limits = bench.limits(self.clock, self.dtype)
+            self.limits = limits(self.clock, self.dtype)
         if name == "limits":
             print(", ".join(f"{value:.4g} {unit}" for unit, value in self.limits.items()))
             return {"limits": self.limits}
@@ -138,30 +141,44 @@ class SuiteCases:
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow"]
         if len(self.tests) > 1 and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
-        counts: dict[str, int] = {}
-        failed: dict[str, str] = {}
-        with subprocess.Popen(
-            [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as tests:
-            stopper = threading.Timer(limit, tests.kill)
-            stopper.start()
-            assert tests.stdout is not None
-            for line in tests.stdout:
-                print(line, end="", flush=True)
-                if outcome := _OUTCOME.search(line):
-                    kind, which = outcome[1] or outcome[4], outcome[2] or outcome[3]
-                    counts[kind.lower()] = counts.get(kind.lower(), 0) + 1
-                    if kind in ("FAILED", "ERROR"):
-                        failed[which] = ""
-                elif message := _MESSAGE.search(line):
-                    failed[message[1]] = message[2]
-            stopper.cancel()
-        row: dict[str, Any] = {"counts": counts, "failed": failed}
-        if tests.returncode == -9:
-            row["left_out"] = f"stopped after {limit} s"
-        elif tests.returncode > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            row: dict[str, Any] = {}
+            with subprocess.Popen([*command, f"--junitxml={report}", *arguments], env=environment) as tests:
+                try:
+                    tests.wait(limit - _GRACE)
+                except subprocess.TimeoutExpired:
+                    row["left_out"] = f"stopped after {limit - _GRACE} s"
+                    _stop(tests)
+            if not report.exists():
+                return row | {"error": f"pytest ended with {tests.returncode} and without a report"}
+            row |= read_outcomes(report)
+        if tests.returncode > 1 and not row.get("left_out"):
             row["error"] = f"pytest ended with {tests.returncode}"
-        return row | ({"error": f"{len(failed)} failed"} if failed else {})
+        return row | ({"error": f"{len(row['failed'])} failed"} if row["failed"] else {})
+
+
+def _stop(tests: subprocess.Popen[bytes]) -> None:
+    """Interrupts pytest, which then reports what has run, and ends it where it hangs."""
+    tests.send_signal(signal.SIGINT)
+    try:
+        tests.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        tests.kill()
+
+
+def read_outcomes(report: Path) -> dict[str, Any]:
+    """How many tests of a report in JUnit's XML passed, failed, were skipped or met an error, and what failed why."""
+    counts: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    # a test that was interrupted has no name
+    for case in ElementTree.parse(report).iterfind(".//testcase[@name]"):
+        outcomes = [part for part in case if part.tag in ("failure", "error", "skipped")]
+        kind = {"failure": "failed"}.get(outcomes[0].tag, outcomes[0].tag) if outcomes else "passed"
+        counts[kind] = counts.get(kind, 0) + 1
+        if kind in ("failed", "error"):
+            failed[f"{case.get('classname')}::{case.get('name')}"] = (outcomes[0].get("message") or "").split("\n")[0]
+    return {"counts": counts, "failed": failed}
 
 
 def cases_of(step: str, results: Results, tiny: bool) -> Cases:
@@ -243,42 +260,62 @@ def drive(steps: list[str], folder: Path, seconds: float, tiny: bool) -> None:
                 Results(folder).record(step, "start", {"error": f"ended with {status} before its first case"})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/gpu")), help="folder")
-    parser.add_argument("--only", choices=STEPS, action="append", help="run this step; may be given again")
-    parser.add_argument("--seconds", type=float, default=565, help="time for everything")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to test this script")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("torch finds no GPU here; --tiny runs the script on a CPU")
-    if not options.tiny and not HAS_TRITON:
-        parser.error("Triton cannot be imported here, and this is about its kernels")
-    if options.step:
-        return run_step(options.step, options.out, options.seconds, options.tiny)
+def run(
+    out: Annotated[Path | None, "folder; default: $OUT, or results/gpu"] = None,
+    only: Annotated[list[str] | None, f"run this step of {', '.join(STEPS)}; may be given again"] = None,
+    seconds: Annotated[float, "time for everything"] = 565,
+    tiny: Annotated[bool, "a tiny model on the CPU, to test this script"] = False,
+) -> int:
+    """All that needs a GPU: tests, kernels, a model end to end, and a report. 1 where anything failed.
 
-    (options.out / "results.json").unlink(missing_ok=True)
-    (options.out / "log.txt").unlink(missing_ok=True)
-    results = Results(options.out)
-    results.all["provenance"] = provenance("cpu" if options.tiny else "cuda")
-    results.record("settings", "arguments", {key: str(value) for key, value in vars(options).items()})
-    steps = options.only or list(STEPS)
-    drive([step for step in steps if step != "report"], options.out, options.seconds - STEPS["report"], options.tiny)
+    Raises:
+        ValueError: there is no GPU, or no such step.
+    """
+    if unknown := set(only or ()) - set(STEPS):
+        raise ValueError(f"a step must be one of {', '.join(STEPS)}, got {', '.join(unknown)}")
+    if not tiny and not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU here; --tiny runs the script on a CPU")
+    if not tiny and not HAS_TRITON:
+        raise ValueError("Triton cannot be imported here, and this is about its kernels")
+    out = out or Path(os.environ.get("OUT", "results/gpu"))
+    settings = {"out": str(out), "only": str(only), "seconds": str(seconds), "tiny": str(tiny)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)
+    (out / "log.txt").unlink(missing_ok=True)
+    results = Results(out)
+    results.all["provenance"] = provenance("cpu" if tiny else "cuda")
+    results.record("settings", "arguments", settings)
+    drive([step for step in only or STEPS if step != "report"], out, seconds - STEPS["report"], tiny)
 
-    results = Results(options.out)
+    results = Results(out)
     from kvcompress.evals.bench import gpu_report
 
     try:
-        gpu_report.plot(results.all, options.out)
+        gpu_report.plot(results.all, out)
     except Exception as error:
         results.record("report", "plots", {"error": one_line(error)})
     errors = gpu_report.errors(results.all)
     text = gpu_report.summary(results.all)
-    (options.out / "summary.md").write_text(text)
+    (out / "summary.md").write_text(text)
     print(text)
     return 1 if errors else 0
+
+
+def main() -> int:
+    """The program of its own, and that of each step."""
+    parser = argparse.ArgumentParser(description=run.__doc__, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=STEPS, action="append")
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--step", choices=STEPS, help="in this process, as a part of such a run")
+    options = vars(parser.parse_args())
+    if step := options.pop("step", None):
+        return run_step(step, options["out"], options["seconds"], options.get("tiny", False))
+    try:
+        return run(**options)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plots and a summary in Markdown of what kvcompress.evals.bench.gpu measured."""
+"""Plots and a summary in Markdown of what kvcompress bench gpu measured."""
 
 import importlib.util
 from pathlib import Path

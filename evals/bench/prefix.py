@@ -1,4 +1,4 @@
-"""Rows of the benchmark for attention of many rows to a prefix that they share."""
+"""Rows of kvcompress bench kernels for attention of many rows to a prefix that they share."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvcompress.evals.bench.case import Call, Case, Shape
+from kvcompress.evals.bench.case import Case, Shape, make_random
+from kvcompress.evals.timing import Call
 from kvcompress.kernels.prefix import KeyBlocks, Sharing, prefix_attention, prefix_attention_reference
 
 # rows that decode over one prefix; Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
@@ -23,8 +24,9 @@ def prefix_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     and with the prefix expanded to every row; and a tree of two levels over the same number of tokens."""
     batch, heads, kv_heads, tokens, head_dim = shape
     scale = head_dim**-0.5
-    query = torch.randn(batch, heads, 1, head_dim, dtype=dtype, device=device)
-    key, value = (torch.randn(kv_heads, tokens, head_dim, dtype=dtype, device=device) for _ in range(2))
+    random = make_random(dtype, device)
+    query = random(batch, heads, 1, head_dim)
+    key, value = (random(kv_heads, tokens, head_dim) for _ in range(2))
     flat, together = KeyBlocks([key], [value]), Sharing([range(batch)], batch)
     # the first half for all, and halves of the second for half of the rows each
     cuts = [slice(0, tokens // 2), slice(tokens // 2, 3 * tokens // 4), slice(3 * tokens // 4, tokens)]

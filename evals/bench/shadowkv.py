@@ -1,4 +1,4 @@
-"""Rows of kvcompress.evals.bench.kernels for ShadowKV: a decode step at a context of `tokens`, with the paper's sizes.
+"""Rows of kvcompress bench kernels for ShadowKV: a decode step at a context of `tokens`, with the paper's sizes.
 
 Chunks of 8, 2048 tokens selected (or a quarter of the context) of which 60 % were there before, rank 15.6 % of
 kv_heads * head_dim. What fetch_pages moves crosses the bus, so that beside the device's own bandwidth it looks slow:
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.evals.bench.case import Call, Case, Shape
+from kvcompress.evals.bench.case import Case, Shape, beside_reference, make_random
+from kvcompress.evals.timing import Call
 from kvcompress.kernels.chunk_scores import chunk_scores, chunk_scores_reference
 from kvcompress.kernels.pages import fetch_pages, fetch_pages_reference
 from kvcompress.kernels.rebuild import rebuild_keys, rebuild_keys_reference
@@ -31,39 +32,23 @@ def shadow_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     batch, heads, kv_heads, tokens, head_dim = shape
     chunks, size = tokens // _CHUNK, dtype.itemsize
     slots = max(1, min(2048, tokens // 4) // _CHUNK)
-    scale = head_dim**-0.5
 
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, device=device, dtype=dtype)
-
+    random = make_random(dtype, device)
     query, landmarks = random(batch, heads, 1, head_dim), random(batch, kv_heads, chunks, head_dim)
     is_open = torch.rand(batch, kv_heads, chunks, device=device) < 0.99
-    yield Case(
-        "chunk_scores",
-        shape,
-        {
-            "ours": lambda: chunk_scores(query, landmarks, is_open, scale=scale),
-            "reference": lambda: chunk_scores_reference(query, landmarks, is_open, scale=scale),
-        },
-        "reference",
+    yield beside_reference(
+        "chunk_scores", shape, chunk_scores, chunk_scores_reference, query, landmarks, is_open, scale=head_dim**-0.5,
         bytes=landmarks.numel() * size + 8 * batch * heads * chunks,
         # in 16 bits the reference rounds its logits: shares of a few percent
         compared=lambda scores: scores.exp(),
-    )
+    )  # fmt: skip
 
     order = torch.rand(batch, kv_heads, chunks, device=device).argsort(-1)
     held = order[..., :slots].contiguous()
     moved = max(1, round((1 - _HIT_RATE) * slots))
     wanted = torch.cat([held[..., moved:], order[..., slots : slots + moved]], -1)[..., :slots].contiguous()
-    yield Case(
-        "reuse_slots",
-        shape,
-        {
-            "ours": lambda: reuse_slots(held, wanted, chunks),
-            "reference": lambda: reuse_slots_reference(held, wanted, chunks),
-        },
-        "reference",
-        bytes=25 * held.numel(),
+    yield beside_reference(
+        "reuse_slots", shape, reuse_slots, reuse_slots_reference, held, wanted, chunks, bytes=25 * held.numel()
     )
 
     now, is_new = reuse_slots_reference(held, wanted, chunks)

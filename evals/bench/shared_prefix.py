@@ -1,4 +1,4 @@
-"""Many prompts with one beginning: HydragenCache beside DynamicCache, python -m kvcompress.evals.bench.shared_prefix
+"""Many prompts with one beginning: HydragenCache beside DynamicCache, kvcompress bench shared-prefix
 
 Time to first token: the whole prompts through DynamicCache in one forward; for HydragenCache finding the prefix,
 running it once, and feeding what differs. Decode: both caches hold the same prompts, and their steps take turns.
@@ -9,28 +9,25 @@ compared. Beside the ratios stand what arithmetic and bytes allow at best.
 tokens in every row (DenseCache), by length and batch. From this comes HydragenCache's default of min_tokens.
 """
 
-import argparse
-import functools
-import json
-import pydoc_data.topics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvcompress import DenseCache, HydragenCache, load_model
-from kvcompress.evals.bench.speed import spread, timed
-from kvcompress.evals.provenance import provenance
+from kvcompress.evals.bench.speed import decode_times
+from kvcompress.evals.provenance import provenance, write_results
+from kvcompress.evals.sweep.samples import read_text
+from kvcompress.evals.timing import timed
 from kvcompress.hf import cache_argument
 
 
 def prompts(tokenizer: Any, prefix: int, suffix: int, batch: int) -> Tensor:
     """Questions about one document, [batch, prefix + suffix] token ids."""
-    topics = pydoc_data.topics.topics
-    document = tokenizer("\n".join(topics[name] for name in sorted(topics)), return_tensors="pt").input_ids[0]
+    document = tokenizer(read_text(), return_tensors="pt").input_ids[0]
     generator = torch.Generator().manual_seed(0)
     # their words do not matter, but that they differ
     questions = document[torch.randint(prefix, len(document), (batch, suffix), generator=generator)]
@@ -65,18 +62,10 @@ def first_tokens(model: PreTrainedModel, ids: Tensor) -> tuple[dict[str, Any], H
     }, kept[0]
 
 
-@torch.no_grad()
-def decode(model: PreTrainedModel, caches: dict[str, Cache], batch: int, steps: int) -> dict[str, dict[str, float]]:
+def step_times(model: PreTrainedModel, caches: dict[str, Cache], batch: int, steps: int) -> dict[str, dict[str, float]]:
     """Seconds of a step of each cache; they take turns."""
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
-    seconds: dict[str, list[float]] = {name: [] for name in caches}
-    for step in range(steps + 1):
-        for name, cache in caches.items():
-            forward = functools.partial(model, token, **cache_argument(model, cache), logits_to_keep=1)
-            took = timed(forward, model.device)
-            if step:
-                seconds[name].append(took)
-    return {name: spread(times) for name, times in seconds.items()}
+    return decode_times(model, caches, token, steps, warm_up=1)
 
 
 @torch.no_grad()
@@ -104,7 +93,7 @@ def compare(
     caches: dict[str, Cache] = {"hydragen": hydragen}
     caches["dynamic"] = repeated(model, DynamicCache(config=model.config), ids, prefix)
     begun = {name: held_bytes(cache) for name, cache in caches.items()}
-    seconds = decode(model, caches, batch, steps)
+    seconds = step_times(model, caches, batch, steps)
     del caches["dynamic"]
     token = ids[:, :1]
     with torch.no_grad():
@@ -138,7 +127,9 @@ def compare(
     }
 
 
-def switch(model: PreTrainedModel, tokenizer: Any, lengths: list[int], batches: list[int], steps: int) -> list[dict]:
+def find_switch(
+    model: PreTrainedModel, tokenizer: Any, lengths: list[int], batches: list[int], steps: int
+) -> list[dict]:
     """Where a node pays: seconds of a decode step with the prefix in a node over those with it in every row."""
     rows = []
     for batch in batches:
@@ -148,49 +139,43 @@ def switch(model: PreTrainedModel, tokenizer: Any, lengths: list[int], batches: 
             with torch.no_grad():
                 model(ids[:, length:], **cache_argument(model, node), logits_to_keep=1)
             caches: dict[str, Cache] = {"node": node, "rows": repeated(model, DenseCache(model), ids, length)}
-            seconds = decode(model, caches, batch, steps)
+            seconds = step_times(model, caches, batch, steps)
             ratio = seconds["node"]["median"] / seconds["rows"]["median"]
             rows.append({"batch": batch, "prefix": length, "seconds": seconds, "node_over_rows": ratio})
             print(f"batch {batch:4}, prefix {length:5}: a step with a node takes {ratio:.2f}x", flush=True)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Prompts with one beginning: HydragenCache beside DynamicCache.")
-    parser.add_argument("--model", help="hub id, folder or .gguf file; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--prefix", type=int, default=2048)
-    parser.add_argument("--suffix", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--steps", type=int, default=7, help="decode steps measured of each cache")
-    parser.add_argument("--decode", action="store_true", help="measure decode steps only, which take a minute")
-    parser.add_argument("--switch", action="store_true", help="measure where a node pays instead")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    model, tokenizer = load_model(options.model)
-    results: dict[str, Any] = {"settings": vars(options) | {"out": str(options.out)}, **provenance()}
+def main(
+    model: Annotated[str | None, "hub id, folder or .gguf file; default: SmolLM2-135M-Instruct"] = None,
+    prefix: int = 2048,
+    suffix: int = 16,
+    batch: int = 32,
+    new: Annotated[int, "tokens of an answer"] = 32,
+    steps: Annotated[int, "decode steps measured of each cache"] = 7,
+    decode: Annotated[bool, "measure decode steps only, which take a minute"] = False,
+    switch: Annotated[bool, "measure where a node pays instead"] = False,
+    out: Annotated[Path | None, "JSON file for the results"] = None,
+) -> None:
+    """Prompts with one beginning: HydragenCache beside DynamicCache."""
+    results: dict[str, Any] = {"settings": dict(locals()), **provenance()}
+    loaded, tokenizer = load_model(model)
     began = time.perf_counter()
-    if options.switch:
-        results["switch"] = switch(model, tokenizer, [16, 32, 64, 128, 256], [1, 2, 8, 32], options.steps)
-    elif options.decode:
-        ids = prompts(tokenizer, options.prefix, options.suffix, options.batch).to(model.device)
-        builders: dict[str, Cache] = {"hydragen": HydragenCache(model), "dynamic": DynamicCache(config=model.config)}
-        filled = {name: repeated(model, cache, ids, options.prefix) for name, cache in builders.items()}
-        results["decode_seconds"] = decode(model, filled, options.batch, options.steps)
+    if switch:
+        results["switch"] = find_switch(loaded, tokenizer, [16, 32, 64, 128, 256], [1, 2, 8, 32], steps)
+    elif decode:
+        ids = prompts(tokenizer, prefix, suffix, batch).to(loaded.device)
+        builders: dict[str, Cache] = {"hydragen": HydragenCache(loaded), "dynamic": DynamicCache(config=loaded.config)}
+        filled = {name: repeated(loaded, cache, ids, prefix) for name, cache in builders.items()}
+        results["decode_seconds"] = step_times(loaded, filled, batch, steps)
         medians = {name: times["median"] for name, times in results["decode_seconds"].items()}
         print(f"a step: {medians}, {medians['dynamic'] / medians['hydragen']:.1f}x")
     else:
-        row = compare(model, tokenizer, options.prefix, options.suffix, options.batch, options.steps, options.new)
+        row = compare(loaded, tokenizer, prefix, suffix, batch, steps, new)
         results["row"] = row
         for name, ratio in row["ratios"].items():
             bound = f"   (at most {row['bounds'][name]:.1f})" if name in row["bounds"] else ""
             print(f"{name:12} {ratio:6.1f}x{bound}")
-        print(json.dumps({name: row[name] for name in ("first_token", "tokens_per_second", "bytes_after_answer")}))
+        print({name: row[name] for name in ("first_token", "tokens_per_second", "bytes_after_answer")})
     results["took_seconds"] = time.perf_counter() - began
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    write_results(results, out)

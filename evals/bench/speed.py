@@ -1,4 +1,4 @@
-"""Speed of a cache beside transformers' DynamicCache, both sides in one run: python -m kvcompress.evals.bench.speed
+"""Speed of a cache beside transformers' DynamicCache, both sides in one run: kvcompress bench speed
 
 Decode: both caches hold the same context, and their steps take turns. A DynamicCache that saw only `budget` tokens
 shows what a cache of that size can reach at best. Prefill: the same prompt through both caches, taking turns.
@@ -7,45 +7,25 @@ Peak memory: prefill of growing prompts, each in a process of its own.
 Ratios are of medians of one run; times on a shared machine are not comparable between runs.
 """
 
-import argparse
 import functools
-import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvcompress import load_model
-from kvcompress.evals.provenance import provenance
+from kvcompress.evals.provenance import provenance, write_results
 from kvcompress.evals.sweep.baselines import build
+from kvcompress.evals.timing import spread, take_turns, timed
 from kvcompress.hf import cache_argument, sizes
 
 Builder = Callable[[], Cache]
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile; of one measurement, that."""
-    if len(seconds) == 1:
-        seconds = 2 * seconds
-    cuts = statistics.quantiles(seconds, n=5, method="inclusive")
-    return {"median": statistics.median(seconds), "p20": cuts[0], "p80": cuts[3]}
-
-
-def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, device work included."""
-    _wait(device)
-    start = time.perf_counter()
-    step()
-    _wait(device)
-    return time.perf_counter() - start
 
 
 def filled(model: PreTrainedModel, build_cache: Builder, prompt: Tensor, batch: int) -> Cache:
@@ -59,19 +39,14 @@ def filled(model: PreTrainedModel, build_cache: Builder, prompt: Tensor, batch: 
 
 @torch.no_grad()
 def decode_times(
-    model: PreTrainedModel, builders: dict[str, tuple[Builder, Tensor]], batch: int, steps: int
+    model: PreTrainedModel, caches: dict[str, Cache], token: Tensor, steps: int, warm_up: int = 2
 ) -> dict[str, dict[str, float]]:
-    """Seconds of a decode step for each cache, given with the prompt it is filled with; the caches take turns."""
-    caches = {name: filled(model, build_cache, prompt, batch) for name, (build_cache, prompt) in builders.items()}
-    token = next(iter(builders.values()))[1][:, :1].expand(batch, 1)
-    seconds: dict[str, list[float]] = {name: [] for name in caches}
-    for step in range(steps + 2):
-        for name, cache in caches.items():
-            forward = functools.partial(model, token, **cache_argument(model, cache), logits_to_keep=1)
-            took = timed(forward, model.device)
-            if step >= 2:
-                seconds[name].append(took)
-    return {name: spread(times) for name, times in seconds.items()}
+    """Seconds of a decode step of each cache, which is fed token [batch, 1]; the caches take turns."""
+    calls = {
+        name: functools.partial(model, token, **cache_argument(model, cache), logits_to_keep=1)
+        for name, cache in caches.items()
+    }
+    return {name: spread(times) for name, times in take_turns(calls, model.device, steps, warm_up).items()}
 
 
 @torch.no_grad()
@@ -82,9 +57,9 @@ def prefill_times(
     seconds: dict[str, list[float]] = {name: [] for name in builders}
     for repeat in range(repeats + 1):
         for name, build_cache in builders.items():
-            cache = build_cache()
-            forward = functools.partial(model, prompt, **cache_argument(model, cache), logits_to_keep=1)
-            took = timed(forward, model.device)
+            # a cache is built outside of what is timed
+            given = cache_argument(model, build_cache())
+            took = timed(functools.partial(model, prompt, **given, logits_to_keep=1), model.device)
             if repeat:
                 seconds[name].append(took)
     return {name: spread(times) for name, times in seconds.items()}
@@ -92,7 +67,7 @@ def prefill_times(
 
 def prefill_peak(method: str, budget: int, tokens: int, model_name: str | None) -> int:
     """Bytes by which the peak resident memory of a fresh process grows in a prefill of `tokens` tokens."""
-    command = [sys.executable, "-m", "kvcompress.evals.bench.speed", "--peak-of", method, "--budget", str(budget)]
+    command = [sys.executable, "-m", "kvcompress", "bench", "speed", "--peak-of", method, "--budget", str(budget)]
     command += ["--context", str(tokens)] + (["--model", model_name] if model_name else [])
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout.strip().splitlines()[-1])
@@ -114,75 +89,61 @@ def _builder(model: PreTrainedModel, method: str, budget: int) -> Builder:
     return lambda: build(method, model, budget)
 
 
-def _prompt(model: PreTrainedModel, tokens: int, batch: int = 1) -> Tensor:
+def _prompt(model: PreTrainedModel, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, sizes(model.config).vocabulary, (batch, tokens), generator=generator).to(model.device)
+    return torch.randint(0, sizes(model.config).vocabulary, (1, tokens), generator=generator).to(model.device)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _print_rows(rows: dict[str, dict[str, float]], tokens: int) -> None:
+    base = rows["DynamicCache"]["median"]
+    for name, times in rows.items():
+        print(
+            f"  {name:<28} {times['median'] * 1e3:>9.1f} ms [{times['p20'] * 1e3:.1f}, {times['p80'] * 1e3:.1f}] "
+            f"{tokens / times['median']:>9.1f} tokens/s   {base / times['median']:.2f}x"
+        )
 
 
-def _row(name: str, times: dict[str, float], base: dict[str, float], tokens: int) -> str:
-    rate = tokens / times["median"]
-    return (
-        f"  {name:<28} {times['median'] * 1e3:>9.1f} ms [{times['p20'] * 1e3:.1f}, {times['p80'] * 1e3:.1f}] "
-        f"{rate:>9.1f} tokens/s   {base['median'] / times['median']:.2f}x"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Decode and prefill speed beside transformers' DynamicCache.")
-    parser.add_argument("--model", help="hub id, folder or .gguf file; default: SmolLM2-135M-Instruct")
-    parser.add_argument(
-        "--methods", default="h2o", help="comma-separated names of caches; quanto:bits=4 for transformers' own"
-    )
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=8, help="sequences in the decode measurement")
-    parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--repeats", type=int, default=3, help="prefills of each cache")
-    parser.add_argument("--memory", default="", help="comma-separated prompt lengths for the peak memory of a prefill")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak_of:
-        _print_peak(options.peak_of, options.budget, options.context, options.model)
+def main(
+    model: Annotated[str | None, "hub id, folder or .gguf file; default: SmolLM2-135M-Instruct"] = None,
+    methods: Annotated[str, "names of caches, by commas; quanto:bits=4 for transformers' own"] = "h2o",
+    context: int = 4096,
+    batch: Annotated[int, "sequences in the decode measurement"] = 8,
+    budget: int = 512,
+    steps: int = 15,
+    repeats: Annotated[int, "prefills of each cache"] = 3,
+    memory: Annotated[str, "prompt lengths for the peak memory of a prefill, by commas"] = "",
+    out: Annotated[Path | None, "JSON file for the results"] = None,
+    peak_of: Annotated[str | None, "only this: by how many bytes a prefill through this cache grows the peak"] = None,
+) -> None:
+    """Decode and prefill speed beside transformers' DynamicCache."""
+    settings = dict(locals())
+    if peak_of:
+        _print_peak(peak_of, budget, context, model)
         return
+    loaded, _ = load_model(model)
+    names = methods.split(",")
+    prompt = _prompt(loaded, context)
+    results: dict[str, Any] = {"settings": settings, **provenance()}
 
-    model, _ = load_model(options.model)
-    methods = options.methods.split(",")
-    prompt = _prompt(model, options.context)
-    results: dict[str, Any] = {"settings": vars(options) | {"out": str(options.out)}, **provenance()}
+    dynamic = _builder(loaded, "dynamic", 0)
+    builders = {"DynamicCache": dynamic, **{name: _builder(loaded, name, budget) for name in names}}
+    with torch.no_grad():
+        caches = {name: filled(loaded, build_cache, prompt, batch) for name, build_cache in builders.items()}
+        caches[f"DynamicCache, {budget} tokens only"] = filled(loaded, dynamic, prompt[:, :budget], batch)
+    results["decode"] = decode_times(loaded, caches, prompt[:, :1].expand(batch, 1), steps)
+    del caches
+    print(f"decode step, context {context}, batch {batch}, budget {budget}")
+    _print_rows(results["decode"], batch)
 
-    dynamic = _builder(model, "dynamic", 0)
-    caches = {"DynamicCache": (dynamic, prompt)}
-    caches |= {method: (_builder(model, method, options.budget), prompt) for method in methods}
-    caches[f"DynamicCache, {options.budget} tokens only"] = (dynamic, prompt[:, : options.budget])
-    results["decode"] = decode_times(model, caches, options.batch, options.steps)
-    print(f"decode step, context {options.context}, batch {options.batch}, budget {options.budget}")
-    for name, times in results["decode"].items():
-        print(_row(name, times, results["decode"]["DynamicCache"], options.batch))
+    results["prefill"] = prefill_times(loaded, builders, prompt, repeats)
+    print(f"prefill, {context} tokens, batch 1")
+    _print_rows(results["prefill"], context)
 
-    builders = {name: build_cache for name, (build_cache, _) in list(caches.items())[:-1]}
-    results["prefill"] = prefill_times(model, builders, prompt, options.repeats)
-    print(f"prefill, {options.context} tokens, batch 1")
-    for name, times in results["prefill"].items():
-        print(_row(name, times, results["prefill"]["DynamicCache"], options.context))
-
-    for length in [int(length) for length in options.memory.split(",") if length]:
-        row = {name: prefill_peak(name, options.budget, length, options.model) for name in ("dynamic", *methods)}
+    for length in [int(length) for length in memory.split(",") if length]:
+        row = {name: prefill_peak(name, budget, length, model) for name in ("dynamic", *names)}
         results.setdefault("prefill_peak_bytes", {})[length] = row
         print(
             f"prefill of {length}: peak memory grows by",
             {name: f"{size / 2**20:.0f} MiB" for name, size in row.items()},
         )
-
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    write_results(results, out)

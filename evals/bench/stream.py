@@ -1,27 +1,25 @@
-"""Perplexity of a text longer than the model was trained for, in constant memory.
-
-    python -m kvcompress.evals.bench.stream
+"""Perplexity of a text longer than the model was trained for, in constant memory: kvcompress bench stream
 
 The text is read in chunks; a chunk attends to itself and to what the cache kept, and its loss is counted by where it
 stands. Methods are written as in the registry, `h2o:rerotated=true:sinks=4`.
 """
 
-import argparse
-import pydoc_data.topics
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import load_model
+from kvcompress.evals.sweep.samples import read_text
 from kvcompress.hf import cache_argument, sizes
 from kvcompress.registry import build
 
 
 @torch.no_grad()
 def chunk_losses(model: PreTrainedModel, ids: Tensor, method: str, budget: int, chunk: int) -> list[float]:
-    """Mean cross entropy of each chunk of ids [1, tokens], in nats a token; a chunk's last token is not scored."""
+    """Mean cross entropy of each chunk of ids [1, tokens], in nats per token; a chunk's last token is not scored."""
     cache = build(method, model, budget)
     losses = []
     for start in range(0, ids.shape[1], chunk):
@@ -31,29 +29,20 @@ def chunk_losses(model: PreTrainedModel, ids: Tensor, method: str, budget: int, 
     return losses
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Perplexity along a text, past the length the model was trained for.")
-    parser.add_argument("--model", help="hub id, folder or .gguf file; default: SmolLM2-135M-Instruct")
-    parser.add_argument(
-        "--methods", default="h2o:sinks=4,h2o:sinks=4:rerotated=true,streaming,streaming:rerotated=true"
-    )
-    parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=13312)
-    parser.add_argument("--text", type=Path, help="UTF-8 file; default: Python's own documentation")
-    parser.add_argument("--sections", type=int, default=4, help="equal parts of the text, a perplexity each")
-    options = parser.parse_args(arguments)
-
-    model, tokenizer = load_model(options.model)
-    topics = pydoc_data.topics.topics
-    text = options.text.read_text("utf-8") if options.text else "\n\n".join(topics[name] for name in sorted(topics))
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : options.tokens]
-    print(f"{ids.shape[1]} tokens; the model was trained on {sizes(model.config).longest}")
-    for method in options.methods.split(","):
-        losses = torch.tensor(chunk_losses(model, ids, method, options.budget, options.chunk))
-        parts = losses.tensor_split(min(options.sections, len(losses)))
+def main(
+    model: Annotated[str | None, "hub id, folder or .gguf file; default: SmolLM2-135M-Instruct"] = None,
+    methods: Annotated[str, "by commas"] = "h2o:sinks=4,h2o:sinks=4:rerotated=true,streaming,streaming:rerotated=true",
+    budget: int = 512,
+    chunk: int = 512,
+    tokens: int = 13312,
+    text: Annotated[Path | None, "UTF-8 file; default: Python's own documentation"] = None,
+    sections: Annotated[int, "equal parts of the text, a perplexity each"] = 4,
+) -> None:
+    """Perplexity along a text, past the length the model was trained for."""
+    loaded, tokenizer = load_model(model)
+    ids = tokenizer(read_text(text), return_tensors="pt").input_ids[:, :tokens]
+    print(f"{ids.shape[1]} tokens; the model was trained on {sizes(loaded.config).longest}")
+    for method in methods.split(","):
+        losses = torch.tensor(chunk_losses(loaded, ids, method, budget, chunk))
+        parts = losses.tensor_split(min(sections, len(losses)))
         print(f"{method:<28}", *(f"{part.mean().exp().item():8.2f}" for part in parts), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Rows of kvcompress.evals.bench.kernels for SwiftKV: keys and values of all later layers, from one layer's input.
+"""Rows of kvcompress bench kernels for SwiftKV: keys and values of all later layers, from one layer's input.
 
 Half of the model's layers, its hidden size that of its query heads. Flops are those of the products. Bytes are x, the
 weights, keys and values once each: what an ideal cache between programs would leave.
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.evals.bench.case import Call, Case, Shape
+from kvcompress.evals.bench.case import Case, Shape, make_random
+from kvcompress.evals.timing import Call
 from kvcompress.kernels.bulk_kv import bulk_key_values, bulk_key_values_reference
 
 # Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
@@ -23,10 +24,7 @@ def swiftkv_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ite
     """All later layers at once, beside a product a layer."""
     batch, heads, kv_heads, tokens, head_dim = shape
     hidden, layers = heads * head_dim, 16 if device.type == "cuda" else 15
-
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, device=device, dtype=dtype)
-
+    random = make_random(dtype, device)
     x = random(batch, tokens, hidden)
     weights = [[random(kv_heads * head_dim, hidden) / hidden**0.5 for _ in range(layers)] for _ in range(2)]
     inv_freq = 1.0 / 500000 ** (torch.arange(head_dim // 2, device=device) * 2 / head_dim)

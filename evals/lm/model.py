@@ -11,11 +11,9 @@ predecessors left. With `cache=none` all scores are those of the harness's own `
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
@@ -27,9 +25,6 @@ from kvcompress.evals.sweep.baselines import build, parse
 from kvcompress.evals.sweep.protocol import Measured, NotCompressedError, Reader
 from kvcompress.hf import cache_argument
 from kvcompress.registry import spelled
-
-# task files for data of one's own
-TASKS = Path(__file__).parent / "tasks"
 
 Request = tuple[Any, list[int], list[int]]
 
@@ -56,7 +51,7 @@ class CompressedLM(HFLM):
             hold_back: what of a context is read after compression: a number of tokens, at least 1, or a text such as
                 "Question:", from whose last occurrence on the context is held back. The method is then blind to it
                 (question-agnostic); with 1 it sees the question (question-aware).
-            chunk: tokens read a forward once the cache has compressed.
+            chunk: tokens read per forward once the cache has compressed.
             settings: of the harness's `hf` model: batch_size, device, dtype, max_length, ...
 
         Raises:
@@ -99,16 +94,11 @@ class CompressedLM(HFLM):
 
     def held(self) -> dict[str, float]:
         """Bytes held for a sequence, of how many for the full cache, and tokens, means over all contexts read."""
-        sequences = sum(part.sequences for part in self.measured)
-        if not sequences:
+        if not self.measured:
             return {}
-
-        def mean(name: str) -> float:
-            return sum(getattr(part, name) * part.sequences for part in self.measured) / sequences
-
-        names = ("bytes_held", "full_bytes", "tokens_seen", "tokens_kept")
-        means = {name: mean(name) for name in names}
-        return {"contexts": sequences, **means, "ratio": means["bytes_held"] / means["full_bytes"]}
+        mean = Measured.mean(self.measured)
+        names = ("bytes_held", "full_bytes", "tokens_seen", "tokens_kept", "ratio")
+        return {"contexts": mean.sequences, **{name: getattr(mean, name) for name in names}}
 
     def _new_cache(self, longest: int, has_context: bool = True) -> Any:
         """An empty cache for texts of up to `longest` tokens, of which some are read before it compresses, or none."""
@@ -280,14 +270,6 @@ class CompressedLM(HFLM):
         if rows != list(range(len(reader.mask))):
             fork.cache.batch_select_indices(index)
         return fork
-
-
-def run_harness(arguments: list[str]) -> None:
-    """`lm_eval run --model kvcompress` with these arguments, and the task files of this folder beside its own."""
-    if "--include_path" not in arguments:
-        arguments = [*arguments, "--include_path", str(TASKS)]
-    harness = HarnessCLI()
-    harness.execute(harness._parser.parse_args(["run", "--model", "kvcompress", *arguments]))
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,31 +1,31 @@
-"""What packed keys and values cost in quality at their measured bits: python -m kvcompress.evals.studies.bits
+"""What packed keys and values cost in quality at their measured bits: kvcompress study bits
 
     KL = mean over scored tokens of sum_v p_full(v) (log p_full(v) - log p(v))
 
 The context of each window of text is read once, by a full cache, and packed by every setting (`GEARCache.fill`); what
-follows is read through the packed cache, `chunk` tokens a forward, and compared with the full cache's own
+follows is read through the packed cache, `chunk` tokens per forward, and compared with the full cache's own
 continuation. Bits count all that the cache keeps of the packed tokens (codes, scales, outliers, factors, positions)
 for each number of their keys and values; the tail, whose tokens are not packed, is counted in `all bits` only.
 
 Beside them, where they are installed: transformers' own QuantizedCache (optimum-quanto, hqq) at the same context.
 """
 
-import argparse
-import json
 import math
-import pydoc_data.topics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress import GEARCache, load_model
-from kvcompress.evals.provenance import provenance
+from kvcompress.evals.provenance import provenance, write_results
+from kvcompress.evals.sweep.agreement import distances, make_windows
 from kvcompress.evals.sweep.baselines import BASELINES, build, installed
+from kvcompress.evals.sweep.rows import mean_of
+from kvcompress.evals.sweep.samples import read_text
 from kvcompress.hf import cache_argument
 from kvcompress.registry import parse
 
@@ -111,34 +111,27 @@ class Study:
             return self._compare(setting, bits, all_bits, cache)
 
     def _compare(self, setting: str, bits: float | None, all_bits: float, cache: Any) -> Row:
-        sums = torch.zeros(4, len(self.names), dtype=torch.float64)
+        sums = torch.zeros(4, len(self.names), dtype=torch.float64, device=self.rows.device)
         first = self.context
         for expected, found in zip(self.expected, self._continue(cache), strict=True):
-            targets = self.rows[:, first + 1 : first + 1 + found.shape[1], None]
+            sums += distances(found, expected, self.rows[:, first + 1 : first + 1 + found.shape[1]])
             first += found.shape[1]
-            kl = (expected.exp() * (expected - found)).sum(-1)
-            top1 = expected.argmax(-1) == found.argmax(-1)
-            losses = [-scores.gather(-1, targets)[..., 0] for scores in (found, expected)]
-            sums += torch.stack([part.double().sum(-1).cpu() for part in (kl, top1, *losses)])
-        means = sums / (first - self.context)
+        top1, kl, loss, full_loss = (sums / (first - self.context)).tolist()
 
-        def perplexity(values: Tensor) -> dict[str, float]:
-            texts = {
-                name: [v for n, v in zip(self.names, values.tolist(), strict=True) if n == name] for name in self.names
+        def perplexity(losses: list[float]) -> dict[str, float]:
+            return {
+                name: math.exp(mean_of([loss for own, loss in zip(self.names, losses, strict=True) if own == name]))
+                for name in self.names
             }
-            return {name: math.exp(sum(values) / len(values)) for name, values in texts.items()}
 
-        return Row(
-            setting, bits, all_bits, means[0].mean().item(), means[1].mean().item(),
-            perplexity(means[2]), perplexity(means[3]),
-        )  # fmt: skip
+        return Row(setting, bits, all_bits, mean_of(kl), mean_of(top1), perplexity(loss), perplexity(full_loss))
 
     def _continue(self, cache: Any) -> Iterator[Tensor]:
-        """Log-probabilities of what follows, [windows, chunk, vocabulary] at a time."""
+        """Logits of what follows, [windows, chunk, vocabulary] at a time."""
         for first in range(self.context, self.rows.shape[1] - 1, self.chunk):
             piece = self.rows[:, first : min(first + self.chunk, self.rows.shape[1] - 1)]
             with torch.inference_mode():
-                yield self.model(piece, **cache_argument(self.model, cache)).logits.float().log_softmax(-1)
+                yield self.model(piece, **cache_argument(self.model, cache)).logits
 
     def _filled(self, cache: Any) -> Any:
         for index, (key, value) in enumerate(self.held):
@@ -146,54 +139,31 @@ class Study:
         return cache
 
 
-def _windows(encode: Callable[[str], list[int]], text: str, width: int, count: int) -> list[list[int]]:
-    ids = encode(text)
-    if len(ids) < width * count:
-        raise SystemExit(f"a text must hold {count} windows of {width} tokens, got {len(ids)} tokens")
-    step = (len(ids) - width) // max(1, count - 1)
-    return [ids[step * index : step * index + width] for index in range(count)]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Quality of packed caches at their measured bits.")
-    parser.add_argument("--model", help="hub id, folder or .gguf file; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--settings", help="by commas, as in the registry, such as gear:bits=3:group_size=32")
-    parser.add_argument("--text", type=Path, action="append", help="UTF-8 file, more than once for more texts")
-    parser.add_argument("--context", type=int, default=1536, help="tokens that are packed")
-    parser.add_argument("--scored", type=int, default=256, help="tokens read after them")
-    parser.add_argument("--chunk", type=int, default=64, help="of them a forward; generation has 1")
-    parser.add_argument("--windows", type=int, default=2, help="of each text")
-    parser.add_argument("--out", type=Path, help="JSON")
-    options = parser.parse_args(arguments)
-
-    model, tokenizer = load_model(options.model)
-    texts = {path.stem: path.read_text("utf-8") for path in options.text or ()}
-    if not texts:
-        topics = pydoc_data.topics.topics
-        texts = {"python's documentation": "\n\n".join(topics[name] for name in sorted(topics))}
-    width = options.context + options.scored + 1
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    windows = {name: _windows(encode, text, width, options.windows) for name, text in texts.items()}
-    study = Study(model, windows, options.context, options.chunk)
-    settings = options.settings.split(",") if options.settings else SETTINGS
-    if not options.settings:
-        settings = settings + [peer for peer in PEERS if installed(peer.partition(":")[0])]
+def main(
+    model: Annotated[str | None, "hub id, folder or .gguf file; default: SmolLM2-135M-Instruct"] = None,
+    settings: Annotated[str | None, "by commas, as in the registry, such as gear:bits=3:group_size=32"] = None,
+    text: Annotated[list[Path] | None, "UTF-8 file, more than once for more texts"] = None,
+    context: Annotated[int, "tokens that are packed"] = 1536,
+    scored: Annotated[int, "tokens read after them"] = 256,
+    chunk: Annotated[int, "of them per forward; generation has 1"] = 64,
+    windows: Annotated[int, "of each text"] = 2,
+    out: Annotated[Path | None, "JSON"] = None,
+) -> None:
+    """Quality of packed caches at their measured bits."""
+    options = {name: str(value) for name, value in locals().items()}
+    loaded, tokenizer = load_model(model)
+    texts = {path.stem: read_text(path) for path in text or ()} or {"python's documentation": read_text()}
+    encoded = {name: tokenizer.encode(words, add_special_tokens=False) for name, words in texts.items()}
+    # the last token is only a target
+    cut = {name: make_windows(ids, context, scored + 1, windows) for name, ids in encoded.items()}
+    study = Study(loaded, cut, context, chunk)
+    peers = [peer for peer in PEERS if installed(peer.partition(":")[0])]
     rows = []
     print(f"{'setting':52} {'bits':>6} {'all':>6} {'KL':>8} {'top-1':>6}  perplexity against the full cache")
-    for setting in settings:
+    for setting in settings.split(",") if settings else SETTINGS + peers:
         row = study.measure(setting)
-        rows.append(row)
+        rows.append(asdict(row))
         bits = "" if row.bits is None else f"{row.bits:.2f}"
         losses = ", ".join(f"{name} {loss:+.1%}" for name, loss in row.losses.items())
         print(f"{setting:52} {bits:>6} {row.all_bits:6.2f} {row.kl:8.4f} {row.top1:6.3f}  {losses}", flush=True)
-    if options.out is not None:
-        facts = {name: str(value) for name, value in vars(options).items()}
-        found = {"settings": facts, **provenance(model.device), "rows": [asdict(row) for row in rows]}
-        options.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    write_results({"settings": options, **provenance(loaded.device), "rows": rows}, out)

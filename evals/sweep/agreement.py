@@ -4,7 +4,7 @@
 
 The context is read, the cache compresses, and the tokens that follow are scored through what is left, while the full
 cache reads the same beside it. The context's last token is held back, so that no scored logit is uncompressed.
-What follows is read `chunk` tokens a forward: a chunk's tokens see one another in full, and the cache evicts after
+What follows is read `chunk` tokens per forward: a chunk's tokens see one another in full, and the cache evicts after
 each. 1 is what generation does; more is faster and kinder to the method. Logits live for one chunk only.
 """
 
@@ -23,7 +23,7 @@ from kvcompress.evals.sweep.protocol import MakeCache, Measured, Reader, prove_c
 
 @dataclass(frozen=True)
 class Agreement:
-    """Means over the scored tokens, one entry a window of text; of attention_error a list, a layer each."""
+    """Means over the scored tokens, one entry per window of text; of attention_error a list, a layer each."""
 
     top1: list[float]
     kl: list[float]
@@ -70,7 +70,7 @@ class FullReference:
         """Scores the continuations through a new cache.
 
         Args:
-            chunk: tokens a forward.
+            chunk: tokens per forward.
             must_keep_at_most: as in `answer`.
         """
         if chunk < 1:
@@ -99,7 +99,7 @@ class FullReference:
             with AttentionOutputs(self.model) as outputs:
                 logits, found = reader.read(following, last - first), outputs.take()
                 full_logits, expected = full.read(following, last - first), outputs.take()
-            sums += _distances(logits, full_logits, targets)
+            sums += distances(logits, full_logits, targets)
             part = relative_errors(found, expected)
             errors = part if errors is None else errors + part
         assert errors is not None
@@ -107,7 +107,7 @@ class FullReference:
         return Agreement(top1, kl, loss, full_loss, (errors.T / scored).tolist()), measured
 
 
-def _distances(logits: Tensor, full_logits: Tensor, targets: Tensor) -> Tensor:
+def distances(logits: Tensor, full_logits: Tensor, targets: Tensor) -> Tensor:
     """Sums over the tokens of agreement, KL, loss and the full cache's loss, [4, batch].
 
     Both logits are [batch, tokens, vocabulary].

@@ -1,7 +1,9 @@
 """What a sweep is to measure: its settings, and the points that they span."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,9 +12,9 @@ from kvcompress import registry
 from kvcompress.caches.budget import Budget
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.protocol import PROTOCOLS
-from kvcompress.evals.sweep.tasks import TASKS
+from kvcompress.evals.sweep.samples import read_text
 
-TEXT = "text"
+# the protocol of tasks that have no question
 CONTINUATION = "continuation"
 
 
@@ -21,10 +23,10 @@ class Settings:
     """What to sweep.
 
     methods: specs of the registry. budgets: tokens (int), or fractions of the length (float; 1.0 keeps everything).
-    tasks: of TASKS, "text", or any other name of lm-eval's. lengths: context tokens. samples: prompts, or windows of
-        text, a point; neither concerns lm-eval's tasks.
+    tasks: names that evals/tasks.py knows. lengths: context tokens. samples: prompts, or windows of text, per point;
+        neither concerns lm-eval's tasks.
     hold_back: tokens of the question read after compression, question-aware. batch: sequences at a time.
-    text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read a forward, on text.
+    text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read per forward, on text.
     num_fewshot, limit, metadata: of lm-eval's tasks, as its own command takes them.
     question: the text that a question of theirs begins with; None for the last example of a few-shot context.
     """
@@ -67,9 +69,11 @@ class Settings:
             Budget(budget)
         for method in self.methods:
             baselines.parse(method)
-        for task in self.tasks:
-            if is_of_harness(task):
-                _harness(task).check_name(task, self)
+
+    @cached_property
+    def text_hash(self) -> str:
+        """What tells one text from another."""
+        return hashlib.sha256(read_text(self.text).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -85,46 +89,40 @@ class Point:
     method: str
     budget: int | float | None
 
+    @property
+    def context(self) -> int:
+        """The length, of a task that has one."""
+        assert self.length is not None
+        return self.length
+
     def budget_tokens(self, capacity: int) -> int | None:
         """The budget in tokens; a fraction of 1.0 is all that a sequence may grow to, `capacity`."""
         if self.budget is None or isinstance(self.budget, int):
             return self.budget
-        assert self.length is not None
-        return capacity if self.budget == 1.0 else max(1, round(self.budget * self.length))
+        return capacity if self.budget == 1.0 else max(1, round(self.budget * self.context))
 
     @property
     def title(self) -> str:
         """For people."""
-        budget = "" if self.budget is None else f" {self.budget}"
-        length = "" if self.length is None else f" {self.length}"
-        return f"{self.task}{length} {self.protocol}: {self.method}{budget}"
+        words = (self.task, self.length, f"{self.protocol},", self.method, self.budget)
+        return " ".join(str(word) for word in words if word is not None)
 
 
-def make_points(settings: Settings) -> list[Point]:
-    """All points, those that share their prompts next to each other; ceiling and floor included."""
-    methods: dict[str, list[Any]] = {}
+def make_points(task: str, lengths: Iterable[int | None], protocols: Iterable[str], settings: Settings) -> list[Point]:
+    """A task's points, those that share their prompts next to each other; ceiling and floor included."""
+    methods: dict[str, list[int | float | None]] = {registry.FULL: [None]}
     for spec in (*settings.methods, registry.FLOOR):
         found, own = baselines.parse(spec)
         # one that is asked for at a budget of its own is measured at that
         budgets = [own.pop("budget")] if "budget" in own else list(settings.budgets) if found.takes_budget else [None]
         methods.setdefault(registry.spelled(found, own), []).extend(budgets)
-    points: list[Point] = []
-    for task in dict.fromkeys(settings.tasks):
-        protocols = tuple(dict.fromkeys(settings.protocols))
-        lengths: tuple[int | None, ...] = tuple(dict.fromkeys(settings.lengths))
-        if task == TEXT:
-            protocols = (CONTINUATION,)
-        elif is_of_harness(task):
-            lengths = (None,)
-            if _harness(task).is_rolling(task, settings):
-                protocols = (CONTINUATION,)
-        for length in lengths:
-            for protocol in protocols:
-                points.append(Point(task, length, protocol, registry.FULL, None))
-                for method, budgets in methods.items():
-                    if method != registry.FULL:
-                        points += [Point(task, length, protocol, method, budget) for budget in dict.fromkeys(budgets)]
-    return points
+    return [
+        Point(task, length, protocol, method, budget)
+        for length in dict.fromkeys(lengths)
+        for protocol in dict.fromkeys(protocols)
+        for method, budgets in methods.items()
+        for budget in dict.fromkeys(budgets)
+    ]
 
 
 def check_budgets(model: PreTrainedModel, points: Iterable[Point]) -> None:
@@ -140,20 +138,3 @@ def check_budgets(model: PreTrainedModel, points: Iterable[Point]) -> None:
         except ValueError as error:
             asked_for = "" if budget is None else f" at a budget of {budget}{' tokens' * isinstance(budget, int)}"
             raise ValueError(f"{method}{asked_for}: {error}") from None
-
-
-def is_of_harness(task: str) -> bool:
-    """True for a task that lm-eval has to know."""
-    return task != TEXT and task not in TASKS
-
-
-def _harness(task: str) -> Any:
-    """lm-eval's side of a sweep, which is imported for its tasks alone."""
-    try:
-        from kvcompress.evals.lm import points as lm_points
-    except ImportError as error:
-        raise ValueError(
-            f"unknown task {task!r}; known: {', '.join((*TASKS, TEXT))}, and with pip install 'kvcompress[eval]' "
-            f"those of lm-eval ({error})"
-        ) from error
-    return lm_points

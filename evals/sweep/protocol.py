@@ -11,7 +11,7 @@ Memory is measured between the two. The tokens of the second forward see one ano
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.evals.sweep.tasks import Prompt
+from kvcompress.evals.sweep.samples import Prompt
 from kvcompress.hf import cache_argument
 
-PROTOCOLS = ("question-agnostic", "question-aware")
+AGNOSTIC, AWARE = PROTOCOLS = ("question-agnostic", "question-aware")
 
 # builds an empty cache: any cache of transformers' that has kvcompress's memory()
 MakeCache = Callable[[], Any]
@@ -63,6 +63,27 @@ class Measured:
     def ratio(self) -> float:
         """Bytes held over those of the full cache."""
         return self.bytes_held / self.full_bytes
+
+    @classmethod
+    def mean(cls, parts: Sequence["Measured"]) -> "Measured":
+        """What several batches held for one sequence, each counted by its sequences."""
+        count = sum(part.sequences for part in parts)
+
+        def mean(values: Iterable[float]) -> float:
+            return sum(value * part.sequences for value, part in zip(values, parts, strict=True)) / count
+
+        components = dict.fromkeys(name for part in parts for name in part.by_component)
+        return cls(
+            sequences=count,
+            by_component={name: mean(part.by_component.get(name, 0.0) for part in parts) for name in components},
+            least_kept=min(part.least_kept for part in parts),
+            most_kept=max(part.most_kept for part in parts),
+            **{name: mean(getattr(part, name) for part in parts) for name in _MEANS},
+        )
+
+
+# of what a cache held, what is averaged over batches as it is
+_MEANS = ("bytes_held", "full_bytes", "tokens_seen", "tokens_kept", "host_bytes", "fetched_bytes")
 
 
 class Reader:
@@ -119,9 +140,9 @@ def split(prompt: Prompt, protocol: str, hold_back: int = 1) -> tuple[tuple[int,
     Raises:
         ValueError: an unknown protocol, or a hold-back that leaves nothing to read either before or after.
     """
-    if protocol == "question-agnostic":
+    if protocol == AGNOSTIC:
         return prompt.context, prompt.question
-    if protocol != "question-aware":
+    if protocol != AWARE:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     if not 1 <= hold_back <= len(prompt.question):
         raise ValueError(

@@ -6,8 +6,8 @@ Tables and plot mark the Pareto front; a table for each plot says how far a meth
 import base64
 import csv
 import html
-import os
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from kvcompress import registry
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.compare import Row, over_floor, pareto_front
+from kvcompress.evals.sweep.points import Point
 from kvcompress.evals.sweep.rows import read_rows
 
 _COLUMNS = [
@@ -31,6 +32,9 @@ _COLUMNS = [
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#a5732a")
 _MARKERS = "osD^vPX*"
 _FLOOR_COLOR = "#666666"
+_CEILING: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": ":", "zorder": 1}
+_BARS = {"markerfacecolor": "none", "linewidth": 1.4, "elinewidth": 0.8, "capsize": 2, "alpha": 0.9}
+_RING = {"s": 190, "facecolors": "none", "edgecolors": "black", "linewidths": 1.1, "zorder": 4}
 # what rows of text have beside their score; less is better
 _PROXIES = {"kl": "KL from the full cache, nats", "attention_error": "relative error of attention's outputs"}
 _ORDER = tuple(baselines.METHODS)
@@ -120,7 +124,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     first = rows[0]
     figure.suptitle(
         f"{Path(first['model']).name}, {first['dtype']}: quality against measured cache memory "
-        f"({_samples(rows)} samples a point, bars are standard errors)",
+        f"({_samples(rows)} samples per point, bars are standard errors)",
         fontsize=11,
     )
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=9)
@@ -131,67 +135,56 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[str, Any]) -> None:
-    mebibyte = 1024.0**2
     for method in methods:
         rows = sorted((row for row in panel.rows if row["method"] == method), key=lambda row: row["bytes"])
-        if not rows:
-            continue
-        sizes = [row["bytes"] / mebibyte for row in rows]
-        values = [row[panel.value] for row in rows]
-        errors = [row[panel.error] or 0.0 for row in rows]
-        if method == registry.FULL:
+        if rows and method == registry.FULL:
             # what is next to nothing has no place on a logarithmic axis
             if panel.value == "score":
-                place.axhline(values[0], color="black", linewidth=0.9, linestyle=":", zorder=1)
-            line = place.axvline(sizes[0], color="black", linewidth=0.9, linestyle=":", zorder=1)
-            handles.setdefault("full cache (ceiling)", line)
-            continue
-        floor = method == registry.FLOOR
-        color, marker = _style(method, methods)
-        bars = place.errorbar(
-            sizes,
-            values,
-            yerr=errors,
-            color=color,
-            marker=marker,
-            # hollow and of falling size: of methods at one place all can be seen
-            markersize=11 - 7 * methods.index(method) / len(methods),
-            markerfacecolor="none",
-            linewidth=1.4,
-            elinewidth=0.8,
-            capsize=2,
-            linestyle="--" if floor else "-",
-            alpha=0.9,
-            zorder=2 if floor else 3,
-        )
-        handles.setdefault(f"{method} (floor)" if floor else method, bars)
+                place.axhline(rows[0][panel.value], **_CEILING)
+            handles.setdefault("full cache (ceiling)", place.axvline(_mebibytes(rows)[0], **_CEILING))
+        elif rows:
+            floor = method == registry.FLOOR
+            color, marker = _style(method, methods)
+            bars = place.errorbar(
+                _mebibytes(rows),
+                [row[panel.value] for row in rows],
+                yerr=[row[panel.error] or 0.0 for row in rows],
+                color=color,
+                marker=marker,
+                # hollow and of falling size: of methods at one place all can be seen
+                markersize=11 - 7 * methods.index(method) / len(methods),
+                linestyle="--" if floor else "-",
+                zorder=2 if floor else 3,
+                **_BARS,
+            )
+            handles.setdefault(f"{method} (floor)" if floor else method, bars)
     front = pareto_front(panel.rows, panel.value, panel.rises)
     if front:
-        ring = place.scatter(
-            [row["bytes"] / mebibyte for row in front],
-            [row[panel.value] for row in front],
-            s=190,
-            facecolors="none",
-            edgecolors="black",
-            linewidths=1.1,
-            zorder=4,
-        )
+        ring = place.scatter(_mebibytes(front), [row[panel.value] for row in front], **_RING)
         handles.setdefault("Pareto front", ring)
     place.set_title(panel.title, fontsize=10)
-    place.set_xlabel("cache, MiB a sequence (measured)", fontsize=9)
+    _scale_axes(place, panel)
+
+
+def _scale_axes(place: Any, panel: Panel) -> None:
+    place.set_xlabel("cache, MiB per sequence (measured)", fontsize=9)
     place.set_ylabel(panel.label, fontsize=9)
     place.set_xscale("log")
-    _plain_ticks(place.xaxis, [row["bytes"] / mebibyte for row in panel.rows])
-    if panel.rises and all(0 <= row[panel.value] <= 1 for row in panel.rows):
+    _plain_ticks(place.xaxis, _mebibytes(panel.rows))
+    values = [row[panel.value] for row in panel.rows]
+    if panel.rises and all(0 <= value <= 1 for value in values):
         place.set_ylim(-0.05, 1.05)
-    elif not panel.rises and any(row[panel.value] > 0 for row in panel.rows):
+    elif not panel.rises and any(value > 0 for value in values):
         place.set_yscale("log")
-        values = [row[panel.value] for row in panel.rows if row[panel.value] > 0]
         # exact caches would stretch the axis down to the rounding of float32
-        place.set_ylim(bottom=max(min(values) / 1.5, max(values) * 1e-4))
+        place.set_ylim(bottom=max(min(value for value in values if value > 0) / 1.5, max(values) * 1e-4))
     place.grid(True, color="#dddddd", linewidth=0.6)
     place.set_axisbelow(True)
     place.tick_params(labelsize=8)
+
+
+def _mebibytes(rows: Sequence[Row]) -> list[float]:
+    return [row["bytes"] / 1024**2 for row in rows]
 
 
 def _plain_ticks(axis: Any, sizes: Sequence[float]) -> None:
@@ -237,24 +230,15 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
     tables = []
     for (title, protocol), members in groups.items():
         done = [row for row in members if row["status"] == "ok"]
-        rises = all(row.get("higher_is_better", True) for row in done)
-        front = [id(row) for row in pareto_front(done, rises=rises)]
-        budgets = list(dict.fromkeys(row["budget"] for row in members if row["method"] != registry.FULL))
-        metric = next((row["metric"] for row in members if row["status"] == "ok"), "score")
+        front = {id(row) for row in pareto_front(done, rises=all(row.get("higher_is_better", True) for row in done))}
+        metric = done[0]["metric"] if done else "score"
         if any("kl" in row for row in members):
             metric += " / KL"
-        lines = []
-        for method in sorted({row["method"] for row in members}, key=_rank):
-            own = {row["budget"]: row for row in members if row["method"] == method}
-            if method == registry.FULL:
-                cell = _cell(own[None])
-                lines.append(("full cache (ceiling)", *(cell for _ in budgets)))
-            else:
-                name = f"{method} (floor)" if method == registry.FLOOR else method
-                cells = [own.get(budget) for budget in budgets]
-                lines.append((name, *("" if row is None else _cell(row) + " *" * (id(row) in front) for row in cells)))
-        heads = tuple(map(_head, budgets))
-        tables.append(Table(f"{title}, {protocol}: {metric}", heads, tuple(lines)))
+
+        def cell(row: Row | None, front: set[int] = front) -> str:
+            return "" if row is None else _cell(row) + " *" * (id(row) in front)
+
+        tables.append(_table(f"{title}, {protocol}: {metric}", members, cell))
     return tables
 
 
@@ -262,24 +246,29 @@ def make_comparisons(rows: Sequence[Row]) -> list[Table]:
     """How far each method is above sinks + recent tokens of equal bytes, a table for each plot."""
     tables = []
     for panel in (panel for line in make_panels(rows) for panel in line):
-        budgets = list(dict.fromkeys(row["budget"] for row in panel.rows if row["method"] != registry.FULL))
-        lines = []
-        for method in sorted({row["method"] for row in panel.rows} - {registry.FULL, registry.FLOOR}, key=_rank):
-            own = {row["budget"]: row for row in panel.rows if row["method"] == method}
-            cells = []
-            for budget in budgets:
-                over = (
-                    over_floor(own[budget], panel.rows, panel.value, panel.error, panel.rises)
-                    if budget in own
-                    else None
-                )
-                cells.append("" if over is None else f"{over[0]:+.3f} ±{over[1]:.3f}")
-            lines.append((method, *cells))
-        title = panel.title.replace("\n", ", ")
-        if lines:
-            heads = tuple(map(_head, budgets))
-            tables.append(Table(f"{title}: {panel.label}, gained over the floor at equal bytes", heads, tuple(lines)))
+
+        def cell(row: Row | None, panel: Panel = panel) -> str:
+            over = row and over_floor(row, panel.rows, panel.value, panel.error, panel.rises)
+            return f"{over[0]:+.3f} ±{over[1]:.3f}" if over else ""
+
+        title = f"{panel.title}: {panel.label}, gained over the floor at equal bytes".replace("\n", ", ")
+        table = _table(title, panel.rows, cell, (registry.FULL, registry.FLOOR))
+        if table.lines:
+            tables.append(table)
     return tables
+
+
+def _table(title: str, rows: Sequence[Row], cell: Callable[[Row | None], str], but: Sequence[str] = ()) -> Table:
+    """A line for each method but some, a column for each budget; cell gets the row, None where there is none."""
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["method"] != registry.FULL))
+    names = {registry.FULL: "full cache (ceiling)", registry.FLOOR: f"{registry.FLOOR} (floor)"}
+    lines = []
+    for method in sorted({row["method"] for row in rows}.difference(but), key=_rank):
+        own = {row["budget"]: row for row in rows if row["method"] == method}
+        # the full cache has one row, which stands at every budget
+        found = [own[None] if method == registry.FULL else own.get(budget) for budget in budgets]
+        lines.append((names.get(method, method), *map(cell, found)))
+    return Table(title, tuple(map(_head, budgets)), tuple(lines))
 
 
 def _head(budget: int | float | None) -> str:
@@ -305,54 +294,59 @@ def _samples(rows: Sequence[Row]) -> str:
     return " to ".join(dict.fromkeys(map(str, counts[:1] + counts[-1:])))
 
 
+_PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>kvcompress sweep</title><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}
+table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}
+</style><body><h1>kvcompress sweep: $model</h1>
+$picture
+<p>Each cell: score ± standard error, and the bytes the cache held for a sequence when the question came (all live
+storages). The context is compressed before the question is read (question-agnostic), or after all but its last tokens
+(question-aware); every answer token comes through the compressed cache. The full cache is the ceiling, sinks and recent
+tokens are the floor. * is on the Pareto front: no other is as good in fewer bytes, or better in as few. What a method
+gains over the floor is measured at its own bytes, between the floor's points on a straight line that ends in the full
+cache; more than 0 is better.</p>
+$tables
+$failed
+<h2>How it was measured</h2>$facts</body></html>
+""")
+
+
+def _html_table(lines: Iterable[Iterable[str]], heads: Iterable[str] = ()) -> str:
+    """A table of cells, which are escaped."""
+    rows = [("th", heads), *(("td", line) for line in lines)]
+    cells = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for tag, line in rows)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells if line)}</table>"
+
+
 def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
     """A page of HTML with the plot inside, the tables, what failed and how it was measured."""
     first, newest = rows[0], max(rows, key=lambda row: row["provenance"]["time"])["provenance"]
-    parts = [f"<h1>kvcompress sweep: {html.escape(Path(first['model']).name)}</h1>"]
-    if plot is not None:
-        picture = base64.b64encode(plot.read_bytes()).decode()
-        parts.append(f'<img alt="quality against measured bytes" src="data:image/png;base64,{picture}">')
-    parts.append(
-        "<p>Each cell: score ± standard error, and the bytes the cache held for a sequence when the question came "
-        "(all live storages). The context is compressed before the question is read (question-agnostic), or after all "
-        "but its last tokens (question-aware); every answer token comes through the compressed cache. The full cache "
-        "is the ceiling, sinks and recent tokens are the floor. * is on the Pareto front: no other is as good in fewer "
-        "bytes, or better in as few. What a method gains over the floor is measured at its own bytes, between the "
-        "floor's points on a straight line that ends in the full cache; more than 0 is better.</p>"
-    )
-    for table in make_tables(rows) + make_comparisons(rows):
-        heads = "".join(f"<th>{html.escape(head)}</th>" for head in ("method", *table.budgets))
-        lines = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines
-        )
-        parts.append(f"<h2>{html.escape(table.title)}</h2><table><tr>{heads}</tr>{lines}</table>")
-    failed = [row for row in rows if row["status"] != "ok"]
-    if failed:
-        items = "".join(
-            f"<li>{html.escape(describe(row))}: {html.escape(row['error'].splitlines()[0])}</li>" for row in failed
-        )
-        parts.append(f"<h2>Failed</h2><ul>{items}</ul>")
+    tables = [
+        f"<h2>{html.escape(table.title)}</h2>{_html_table(table.lines, ('method', *table.budgets))}"
+        for table in make_tables(rows) + make_comparisons(rows)
+    ]
+    failed = [(describe(row), row["error"].splitlines()[0]) for row in rows if row["status"] != "ok"]
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items() if version)
     facts = {
         "command": "; ".join(dict.fromkeys(row["provenance"]["command"] for row in rows)),
-        "commit": newest["commit"],
+        "commit": str(newest["commit"]),
         "machine": f"{newest['machine']}, {newest['threads']} threads",
         "versions": f"{versions}, Python {newest['python']}",
         "model": f"{first['model']}, {first['dtype']} on {first['device']}",
-        "samples, seed": f"{_samples(rows)} a point, seed {first['seed']}",
+        "samples, seed": f"{_samples(rows)} per point, seed {first['seed']}",
         "time": f"{newest['time']}; {sum(row['seconds'] for row in rows):.0f} s for all points",
     }
-    lines = "".join(f"<tr><td>{name}</td><td>{html.escape(str(fact))}</td></tr>" for name, fact in facts.items())
-    parts.append(f"<h2>How it was measured</h2><table>{lines}</table>")
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>kvcompress sweep</title><style>'
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
-        "</style><body>" + "\n".join(parts) + "</body></html>\n"
+    picture = f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}" if plot else ""
+    page = _PAGE.substitute(
+        model=html.escape(Path(first["model"]).name),
+        picture=f'<img alt="quality against measured bytes" src="{picture}">' if plot else "",
+        tables="\n".join(tables),
+        failed=f"<h2>Failed</h2>{_html_table(failed)}" if failed else "",
+        facts=_html_table(facts.items()),
     )
     partial = path.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def subject(row: Row) -> str:
@@ -364,9 +358,7 @@ def subject(row: Row) -> str:
 
 def describe(row: Row) -> str:
     """Which point a row is."""
-    budget = "" if row["budget"] is None else f" {row['budget']}"
-    length = "" if row["length"] is None else f" {row['length']}"
-    return f"{row['task']}{length} {row['protocol']}, {row['method']}{budget}"
+    return Point(*(row[name] for name in ("task", "length", "protocol", "method", "budget"))).title
 
 
 def collect(folders: Sequence[Path]) -> list[Row]:

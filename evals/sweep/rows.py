@@ -5,7 +5,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,29 +72,22 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def held(measured: Sequence[Measured], budget: int | None) -> dict[str, Any]:
-    """Memory for one sequence, averaged over batches by their sizes."""
-    weights = [held.sequences for held in measured]
-
-    def mean(values: Iterable[float]) -> float:
-        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
-
-    names = dict.fromkeys(name for held in measured for name in held.by_component)
-    held_bytes, full_bytes = mean(m.bytes_held for m in measured), mean(m.full_bytes for m in measured)
-    device_bytes = mean(m.device_bytes for m in measured)
+    """What a row has of the memory for one sequence."""
+    mean = Measured.mean(measured)
     return {
         "budget_tokens": budget,
-        "bytes": round(held_bytes),
-        "full_bytes": round(full_bytes),
-        "ratio": round(held_bytes / full_bytes, 5),
-        "device_bytes": round(device_bytes),
-        "host_bytes": round(held_bytes) - round(device_bytes),
-        "fetched_bytes": round(mean(m.fetched_bytes for m in measured)),
-        "by_component": {name: round(mean(m.by_component.get(name, 0.0) for m in measured)) for name in names},
-        "tokens_seen": round(mean(m.tokens_seen for m in measured), 2),
-        "tokens_kept": round(mean(m.tokens_kept for m in measured), 2),
-        "least_kept": min(m.least_kept for m in measured),
-        "most_kept": max(m.most_kept for m in measured),
-        "compressed": device_bytes < full_bytes,
+        "bytes": round(mean.bytes_held),
+        "full_bytes": round(mean.full_bytes),
+        "ratio": round(mean.ratio, 5),
+        "device_bytes": round(mean.device_bytes),
+        "host_bytes": round(mean.bytes_held) - round(mean.device_bytes),
+        "fetched_bytes": round(mean.fetched_bytes),
+        "by_component": {name: round(size) for name, size in mean.by_component.items()},
+        "tokens_seen": round(mean.tokens_seen, 2),
+        "tokens_kept": round(mean.tokens_kept, 2),
+        "least_kept": mean.least_kept,
+        "most_kept": mean.most_kept,
+        "compressed": mean.device_bytes < mean.full_bytes,
     }
 
 

@@ -1,4 +1,4 @@
-"""What the commands of kvcompress/cli/__init__.py read from a user, and how a mistake is told."""
+"""What the commands read from a user, and how a mistake is told."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,17 @@ from kvcompress.caches.budget import Budget
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+# what is measured unless told: registry.USUAL
+METHODS = "usual"
+# in a help text, until it is asked for: registry.METHODS, which takes seconds to import
+KNOWN = "{methods}"
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else a GPU where there is one.")]
+CacheOption = Annotated[str, typer.Option(help=f"With settings as in h2o:sinks=4:bits=4. Of {KNOWN}.")]
 
 
 class UsageError(Exception):

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from kvcompress import H2O, EvictingCache, cli, registry
-from kvcompress.cli import main
+from kvcompress import H2O, EvictingCache, registry
+from kvcompress.cli import main, sweeps
 
 SMALL = ["--tasks", "passkey", "--lengths", "700", "--samples", "1", "--budgets", "0.2", "--methods", "h2o"]
 
@@ -133,7 +133,7 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch, tmp_path):
     def broken(*arguments):
         raise ValueError("ours")
 
-    monkeypatch.setattr(cli, "run_sweep", broken)
+    monkeypatch.setattr(sweeps, "run_sweep", broken)
     with pytest.raises(ValueError, match="ours"):
         main(["sweep", "--out", str(tmp_path)])
 
@@ -276,7 +276,7 @@ def test_an_interruption_says_how_to_go_on(sweep, capsys, monkeypatch):
 
 def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(cli, "run_sweep", lambda settings, *_: seen.append(settings) or 0)
+    monkeypatch.setattr(sweeps, "run_sweep", lambda settings, *_: seen.append(settings) or 0)
     assert main(["sweep", "--quick", "--samples", "3", "--out", str(tmp_path)]) == 0
     assert main(["sweep", "--out", str(tmp_path)]) == 0
     quick, usual = seen

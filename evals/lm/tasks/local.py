@@ -7,7 +7,7 @@ Rows of a choice are {query, choices, gold}, of WinoGrande {context_options, con
 continuation}, of GSM8K {question, answer}; wikitext-2 is its plain text, an article a document. For the same tasks from
 the hub, use the harness's own (piqa, arc_easy, ...): `kvcompress eval` runs any of its tasks.
 
-`local_needle` and its like need no data: they are made here (evals/sweep/tasks.py), of a length and number given as
+`local_needle` and its like need no data: they are made here (evals/sweep/samples.py), of a length and number given as
 `--metadata '{"length": 2048, "samples": 20}'`; their question begins with a line of its own.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 
 from kvcompress import load_model
-from kvcompress.evals.sweep.tasks import make_samples
+from kvcompress.evals.sweep.samples import make_samples
 
 Splits = dict[str, datasets.Dataset]
 

@@ -3,7 +3,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from kvcompress.cli import main
 from kvcompress.evals.bench import gpu, gpu_report
 
 
@@ -74,16 +76,67 @@ def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch):
     assert "Left out for time: kernels: good" in gpu_report.summary({"provenance": source} | results)
 
 
-@pytest.mark.parametrize(
-    ("line", "kind", "test"),
-    [
-        ("tests/test_tile.py::test_a[64-x y] PASSED    [ 50%]", "PASSED", "tests/test_tile.py::test_a[64-x y]"),
-        ("[gw0] [ 50%] FAILED tests/test_tile.py::test_a[64] ", "FAILED", "tests/test_tile.py::test_a[64]"),
-        ("FAILED tests/kernels/test_tile.py::test_a - assert 1 == 2", None, None),
-        ("[gw3] Python 3.12", None, None),
-    ],
-)  # fmt: skip
-def test_outcomes_are_read_from_what_pytest_prints(line, kind, test):
-    outcome = gpu._OUTCOME.search(line)
-    found = (outcome[1] or outcome[4], outcome[2] or outcome[3]) if outcome else (None, None)
-    assert found == (kind, test)
+TESTS = """
+import pytest
+
+def test_right(): pass
+@pytest.mark.parametrize("n", [1, 2])
+def test_wrong(n): assert n == 3, "not <three>"
+@pytest.mark.skip
+def test_skipped(): pass
+@pytest.fixture
+def broken(): raise OSError("no disk")
+def test_without_its_fixture(broken): pass
+def test_slow():
+    import time
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    cases = gpu.SuiteCases(gpu.Results(tmp_path), True)
+
+    def measure(limit, *arguments):
+        cases.tests = {"some": ([str(tmp_path), "-c", "/dev/null", "--rootdir", str(tmp_path), *arguments], limit)}
+        return cases.measure("some")
+
+    return measure
+
+
+def test_outcomes_are_those_of_the_report_that_pytest_writes(suite):
+    row = suite(60, "-k", "not slow")
+    assert row["counts"] == {"passed": 1, "failed": 2, "skipped": 1, "error": 1}
+    assert list(row["failed"]) == [
+        f"test_some::test_{name}" for name in ("wrong[1]", "wrong[2]", "without_its_fixture")
+    ]
+    assert row["failed"]["test_some::test_wrong[1]"].startswith("AssertionError: not <three>")
+    assert row["error"] == "3 failed"
+
+
+@pytest.mark.slow
+def test_what_ran_before_the_end_of_the_time_is_told(suite, monkeypatch):
+    monkeypatch.setattr(gpu, "_GRACE", 5)
+    row = suite(25, "-k", "right or slow")
+    assert row["left_out"] == "stopped after 20 s"
+    assert row["counts"]["passed"] == 1
+    assert "error" not in row
+
+
+def test_the_program_needs_nothing_of_the_command_line():
+    code = (
+        "import sys\nfor name in ('typer', 'rich', 'datasets', 'lm_eval', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.argv = ['gpu', '--help']\nimport kvcompress.evals.bench.endtoend\n"
+        "from kvcompress.evals.bench import gpu\ngpu.main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "--tiny" in ran.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_a_line(capsys):
+    assert main(["bench", "gpu"]) == 2
+    assert "torch finds no GPU here; --tiny runs the script on a CPU" in capsys.readouterr().err

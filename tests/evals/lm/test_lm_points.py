@@ -13,9 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from kvcompress import cli
-from kvcompress.evals.lm.model import TASKS
-from kvcompress.evals.sweep.points import Settings, make_points
+from kvcompress.evals.lm.harness import TASKS
+from kvcompress.evals.sweep.points import Settings
 from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.tasks import make_tasks
 
 WORDS = ["red", "green", "blue", "black", "white", "amber", "coral", "ivory"]
 
@@ -58,7 +59,12 @@ def settings(data):
 
 @pytest.fixture
 def sweep(settings, model, tokenizer, tmp_path):
-    return lambda **change: Sweep(settings(**change), model, tokenizer, tmp_path)
+
+    def make(**change):
+        asked = settings(**change)
+        return Sweep(asked, make_tasks(asked), model, tokenizer, tmp_path)
+
+    return make
 
 
 # README: `kvcompress sweep --tasks needle,text,local_piqa --num-fewshot 5
@@ -157,22 +163,22 @@ def test_contexts_of_which_nothing_is_left_to_compress_are_a_failure(sweep):
 )
 def test_mistakes_are_named(settings, change, message):
     with pytest.raises(ValueError, match=message):
-        make_points(settings(**change))
+        [task.points() for task in make_tasks(settings(**change)).values()]
 
 
 def test_a_group_and_a_name_nobody_knows_are_refused(settings):
     with pytest.raises(ValueError, match="unknown task 'needles'; known: needle, .*text, local_arc_challenge, .*own"):
-        settings(tasks=("needles",))
+        make_tasks(settings(tasks=("needles",)))
     with pytest.raises(ValueError, match="ai2_arc is a group of lm-eval's tasks; name those of its members"):
-        settings(tasks=("ai2_arc",))
+        make_tasks(settings(tasks=("ai2_arc",)))
 
 
 @pytest.mark.parametrize(("tasks", "imported"), [('"passkey", "text"', False), ('"local_piqa",', True)])
 def test_the_harness_is_imported_for_its_tasks_alone(tasks, imported):
     code = (
         "import sys, kvcompress.cli, kvcompress.evals.sweep.sweep, kvcompress.evals.sweep.report\n"
-        "from kvcompress.evals.sweep.points import Settings, make_points\n"
-        f"Settings(('h2o',), (0.2,), ({tasks}), (700,), 1)\n"
+        "from kvcompress.evals.sweep.points import Settings\nfrom kvcompress.evals.tasks import make_tasks\n"
+        f"make_tasks(Settings(('h2o',), (0.2,), ({tasks}), (700,), 1))\n"
         "print('lm_eval' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ pytest.importorskip("lm_eval")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from kvcompress.evals.lm import harness
 from kvcompress.evals.lm import model as lm
 from kvcompress.evals.lm.tasks import local
 
@@ -53,7 +54,7 @@ def run(folder, data):
 
     def run(*tasks, shots=0, **metadata):
         manager = TaskManager(
-            include_path=str(lm.TASKS),
+            include_path=str(harness.TASKS),
             include_defaults=False,
             metadata={"data": str(data), "pretrained": str(folder), **metadata},
         )
@@ -69,7 +70,7 @@ def prompts(found, task):
 
 
 def test_every_task_file_is_tested_here():
-    tasks = {path.stem for path in lm.TASKS.glob("*.yaml")}
+    tasks = {path.stem for path in harness.TASKS.glob("*.yaml")}
     assert tasks == {*local._FILES, "needle", "kv", "variables"}
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from kvcompress import convert
+from kvcompress import cli, convert
 from kvcompress.evals.studies import swiftkv
-from kvcompress.evals.studies.swiftkv import counted_flops, main, prefill_seconds, projection_flops
+from kvcompress.evals.studies.swiftkv import counted_flops, prefill_seconds, projection_flops
 from tests.contract.models import build, prompt
 
 
@@ -28,7 +28,8 @@ def test_models_take_turns():
 
 @pytest.mark.slow
 def test_it_prints_what_it_measures(capsys):
-    main(["--tokens", "64", "--repeats", "1", "--text-tokens", "128", "--window", "64", "--device", "cpu"])
+    sizes = ["--tokens", "64", "--text-tokens", "128", "--window", "64"]
+    assert cli.main(["study", "swiftkv", "--repeats", "1", *sizes, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     for part in ("flops ratio", "time ratio", "perplexity", "converted, not trained"):
         assert part in printed
@@ -45,12 +46,25 @@ def test_rows_of_an_earlier_call_stay_and_folders_are_measured_again(smollm2, tm
     measure = swiftkv.measure
     monkeypatch.setattr(swiftkv, "measure", lambda name, *rest: measured.append(name) or measure(name, *rest))
     text, out, trained = (str(tmp_path / name) for name in ("text.txt", "out.json", "trained"))
-    command = ["--model", str(tmp_path / "base"), "--tokens", "0", "--window", "32", "--device", "cpu", "--out", out]
+    command = [
+        "study",
+        "swiftkv",
+        "--model",
+        str(tmp_path / "base"),
+        "--tokens",
+        "0",
+        "--window",
+        "32",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
     command += ["--text", text, "--fit", text, "--fit-tokens", "128"]
-    main(command)
+    assert cli.main(command) == 0
     names = ["base", "converted, not trained", "converted, fitted"]
     assert measured == names
-    main([*command, "--distilled", trained])
+    assert cli.main([*command, "--distilled", trained]) == 0
     assert measured == [*names, trained]
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert list(rows) == measured
@@ -58,5 +72,5 @@ def test_rows_of_an_earlier_call_stay_and_folders_are_measured_again(smollm2, tm
     assert rows[trained]["perplexity"] == pytest.approx(rows[names[1]]["perplexity"], rel=1e-5)
     assert rows[names[2]]["perplexity"] != pytest.approx(rows[names[1]]["perplexity"], rel=1e-5)
     assert "recovered" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="rows of other settings"):
-        main([*command, "--text-tokens", "64"])
+    assert cli.main([*command, "--text-tokens", "64"]) == 2
+    assert "rows of other settings" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.points import Settings
 from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.tasks import make_tasks
 from kvcompress.hf import cache_argument
 from tests.contract.models import prompt, tiny
 
@@ -151,7 +152,7 @@ def test_what_is_not_installed_is_known_as_such(monkeypatch):
 
 def test_they_are_methods_of_a_sweep(model, tokenizer, tmp_path):
     settings = Settings(("dynamic",), (0.5,), ("passkey",), (700,), 2, protocols=("question-aware",))
-    full, dynamic, _ = Sweep(settings, model, tokenizer, tmp_path).run()
+    full, dynamic, _ = Sweep(settings, make_tasks(settings), model, tokenizer, tmp_path).run()
     assert dynamic["status"] == "ok"
     assert dynamic["predictions"] == full["predictions"]
     assert dynamic["bytes"] == dynamic["by_component"]["keys"] * 2 > 0.99 * dynamic["full_bytes"]

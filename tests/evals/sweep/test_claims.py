@@ -17,6 +17,7 @@ from kvcompress.evals.sweep.claims import Claims
 from kvcompress.evals.sweep.points import Settings
 from kvcompress.evals.sweep.rows import read_rows
 from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.tasks import make_tasks
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = Settings(("h2o", "knorm"), (0.1, 0.5), ("passkey",), (600,), 1, protocols=("question-agnostic",))
@@ -66,8 +67,9 @@ def together(model, tokenizer, tmp_path, monkeypatch):
         returned = {}
 
         def work(rank):
-            settings = Sweep(SETTINGS, model, tokenizer, tmp_path, build=build, rank=rank, processes=processes)
-            returned[rank] = settings.run()
+            tasks = make_tasks(SETTINGS)
+            sweep = Sweep(SETTINGS, tasks, model, tokenizer, tmp_path, build=build, rank=rank, processes=processes)
+            returned[rank] = sweep.run()
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(processes)]
         for thread in threads:

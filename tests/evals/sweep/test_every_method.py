@@ -9,8 +9,9 @@ pytest.importorskip("lm_eval")
 
 from kvcompress import convert
 from kvcompress.evals.sweep import baselines
-from kvcompress.evals.sweep.points import Settings, check_budgets, make_points
+from kvcompress.evals.sweep.points import Settings, check_budgets
 from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.tasks import make_tasks
 from kvcompress.hf import cache_argument
 from tests.contract.models import tiny
 
@@ -54,7 +55,7 @@ def test_it_works_in_a_sweep(spec, model, tokenizer, data, out):
         (spec,), (0.5,), ("passkey", "text", "local_piqa"), (600,), 2, protocols=("question-agnostic",),
         continuation=6, chunk=3, num_fewshot=5, limit=2, metadata=data, batch=2,
     )  # fmt: skip
-    work = Sweep(settings, model, tokenizer, out)
+    work = Sweep(settings, make_tasks(settings), model, tokenizer, out)
     try:
         check_budgets(model, work.points)
     except ValueError as error:
@@ -82,7 +83,7 @@ def test_it_works_in_a_sweep(spec, model, tokenizer, data, out):
 def test_swiftkv_is_refused_for_a_model_that_was_not_converted(model):
     settings = Settings(("swiftkv",), (0.5,), ("passkey",), (600,), 1)
     with pytest.raises(ValueError, match=r"swiftkv: SwiftKVCache serves converted models, got LlamaForCausalLM"):
-        check_budgets(model, make_points(settings))
+        check_budgets(model, make_tasks(settings)["passkey"].points())
 
 
 @torch.no_grad()

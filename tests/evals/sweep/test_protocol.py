@@ -3,7 +3,7 @@ import torch
 
 from kvcompress import DenseCache, H2OCache, StreamingLLMCache
 from kvcompress.evals.sweep.protocol import PROTOCOLS, NotCompressedError, Reader, answer, split
-from kvcompress.evals.sweep.tasks import Prompt
+from kvcompress.evals.sweep.samples import Prompt
 
 NEW = 12
 

@@ -5,13 +5,14 @@ import sys
 import pytest
 
 from kvcompress import DenseCache, registry
-from kvcompress.evals.sweep import sweep as sweeps
+from kvcompress.evals.sweep import synthetic
 from kvcompress.evals.sweep.first_forward import FirstForward
-from kvcompress.evals.sweep.points import Point, Settings, check_budgets, make_points
+from kvcompress.evals.sweep.points import Point, Settings, check_budgets
 from kvcompress.evals.sweep.protocol import answer
 from kvcompress.evals.sweep.rows import Results
+from kvcompress.evals.sweep.samples import make_prompt, make_samples
 from kvcompress.evals.sweep.sweep import Sweep
-from kvcompress.evals.sweep.tasks import make_prompt, make_samples
+from kvcompress.evals.tasks import make_tasks
 
 
 def settings(**change):
@@ -26,10 +27,15 @@ def settings(**change):
     return Settings(**(small | change))
 
 
+def make_points(settings):
+    return [point for task in make_tasks(settings).values() for point in task.points()]
+
+
 @pytest.fixture
 def sweep(model, tokenizer, tmp_path):
     def make(build=registry.build, **change):
-        return Sweep(settings(**change), model, tokenizer, tmp_path, build=build)
+        asked = settings(**change)
+        return Sweep(asked, make_tasks(asked), model, tokenizer, tmp_path, build=build)
 
     return make
 
@@ -228,12 +234,11 @@ def test_tasks_that_cannot_be_made_are_refused_before_anything_runs(sweep, chang
 
 
 def test_without_the_harness_a_task_of_its_own_is_an_unknown_task(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kvcompress.evals.lm.points", None)
-    monkeypatch.delattr("kvcompress.evals.lm.points", raising=False)
+    monkeypatch.setitem(sys.modules, "kvcompress.evals.lm.task", None)
     with pytest.raises(
         ValueError, match=r"unknown task 'arc_easy'; known: needle, .* pip install 'kvcompress\[eval\]'"
     ):
-        settings(tasks=("arc_easy",))
+        make_tasks(settings(tasks=("arc_easy",)))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +267,7 @@ def test_evicting_caches_share_one_first_forward_and_its_rows_are_those_of_their
     shared = sweep(**change).run()
     # two prompts, two protocols, three methods at two budgets
     assert len(recorded) == 24
-    monkeypatch.setattr(sweeps, "_MOST_RECORDED", 0)
+    monkeypatch.setattr(synthetic, "_MOST_RECORDED", 0)
     (tmp_path / "results.jsonl").unlink()
     alone = sweep(**change).run()
     assert len(recorded) == 24

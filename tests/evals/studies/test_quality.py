@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress import convert
-from kvcompress.evals.sweep.quality import Exam, Quality, measure, needles, perplexity, tasks
+from kvcompress.evals.studies.quality import Exam, Quality, measure, needles, perplexity, tasks
 from tests.contract.models import build, prompt
 
 

@@ -1,9 +1,10 @@
 """What a model knows, in one row: perplexity of texts, needles found, tasks of lm-eval; all with the full cache.
 
-Perplexity is read in windows, one by one. Needles are those of kvcompress/evals/tasks.py, answered greedily. Tasks go
-through evals/lm/model.py, few-shot, with the harness's own scores.
+Perplexity is read in windows, one by one. Needles are those of evals/sweep/samples.py, answered greedily. Tasks go
+through evals/lm/harness.py, few-shot, with the harness's own scores.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from kvcompress import DenseCache
 from kvcompress.evals.sweep.protocol import answer
-from kvcompress.evals.sweep.tasks import make_prompt, make_samples, score
+from kvcompress.evals.sweep.rows import standard_error
+from kvcompress.evals.sweep.samples import make_prompt, make_samples, score
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Quality:
     perplexity: dict[str, float]
     needles: dict[str, float]
     accuracy: dict[str, float]
-    errors: dict[str, float]
+    errors: dict[str, float | None]
 
     def recovered(self, base: "Quality", worst: "Quality") -> dict[str, tuple[float, float]]:
         """Of what each text's perplexity, and its log, lost from `base` to `worst`: the shares that are back."""
@@ -93,22 +95,15 @@ def needles(model: Any, tokenizer: Any, length: int, samples: int) -> float:
     return found / samples
 
 
-def tasks(model: Any, tokenizer: Any, exam: Exam) -> tuple[dict[str, float], dict[str, float]]:
-    """Accuracy on each task, and its standard error."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+def tasks(model: Any, tokenizer: Any, exam: Exam) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Accuracy on each task, and its standard error, None for a single question."""
+    from kvcompress.evals.lm.harness import evaluate
+    from kvcompress.evals.lm.model import CompressedLM
 
-    from kvcompress.evals.lm.model import TASKS, CompressedLM
-
-    manager = TaskManager(include_path=str(TASKS), metadata={"data": exam.data})
-    found = simple_evaluate(
-        model=CompressedLM(model, tokenizer=tokenizer, device=str(model.device), batch_size=1),
-        tasks=list(exam.tasks),
-        task_manager=manager,
-        num_fewshot=exam.shots,
-        limit=exam.limit,
-        log_samples=False,
-    )["results"]
-    return tuple(  # type: ignore[return-value]
-        {task: float(found[task][f"{metric},none"]) for task in exam.tasks} for metric in ("acc", "acc_stderr")
+    lm = CompressedLM(model, tokenizer=tokenizer, device=str(model.device), batch_size=1)
+    data = json.dumps({"data": exam.data})
+    found = {task: evaluate(lm, task, data, exam.shots, exam.limit) for task in exam.tasks}
+    return (
+        {task: scored.score for task, scored in found.items()},
+        {task: standard_error(scored.scores) for task, scored in found.items()},
     )

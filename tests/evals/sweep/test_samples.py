@@ -1,11 +1,11 @@
 import pytest
 
-from kvcompress.evals.sweep.tasks import TASKS, make_prompt, make_samples, prose, read_text, score
+from kvcompress.evals.sweep.samples import RECIPES, make_prompt, make_samples, prose, read_text, score
 
 LENGTH = 1500
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RECIPES)
 def test_a_sample_depends_on_its_seed_alone(task, tokenizer):
     first = make_samples(task, tokenizer, LENGTH, 3, seed=1)
     assert first == make_samples(task, tokenizer, LENGTH, 3, seed=1)
@@ -15,7 +15,7 @@ def test_a_sample_depends_on_its_seed_alone(task, tokenizer):
 
 
 @pytest.mark.parametrize("length", [1500, 4000])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RECIPES)
 def test_contexts_fill_the_length_and_never_exceed_it(task, length, tokenizer):
     for sample in make_samples(task, tokenizer, length, 4):
         tokens = len(make_prompt(tokenizer, sample).context)
@@ -23,7 +23,7 @@ def test_contexts_fill_the_length_and_never_exceed_it(task, length, tokenizer):
         assert length - 450 < tokens <= length
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RECIPES)
 def test_every_answer_is_in_the_context_and_not_in_the_question(task, tokenizer):
     for sample in make_samples(task, tokenizer, LENGTH, 4):
         assert all(answer in sample.context for answer in sample.answers)

@@ -59,7 +59,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Task:
+class Recipe:
     """A kind of sample. build takes a source of randomness, a depth for the answer and the text of the essay."""
 
     about: str
@@ -75,21 +75,21 @@ def make_samples(
     Single answers stand at depths spread evenly over the samples.
 
     Args:
-        task: one of TASKS.
+        task: one of RECIPES.
         text: a file for the essay haystack; by default Python's own manual.
 
     Raises:
         ValueError: an unknown task, or a length that cannot hold it.
     """
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if task not in RECIPES:
+        raise ValueError(f"task must be one of {', '.join(RECIPES)}, got {task!r}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    source = read_text(text) if TASKS[task].reads_text else ""
+    source = read_text(text) if RECIPES[task].reads_text else ""
     made = []
     for index in range(samples):
         random = Random(f"{seed}/{task}/{length}/{index}")
-        sizing = TASKS[task].build(random, (index + 0.5) / samples, source)
+        sizing = RECIPES[task].build(random, (index + 0.5) / samples, source)
         made.append(_fit(task, tokenizer, length, sizing))
     return made
 
@@ -321,13 +321,13 @@ _GRAMMAR = tuple(
     )
 )
 
-TASKS: dict[str, Task] = {
-    "needle": Task("one magic number in repeated noise (RULER niah_single_1)", _needle(_noise, "\n")),
-    "needle_sentences": Task("one magic number among made-up sentences", _needle(_sentences, " ")),
-    "needle_essay": Task("one magic number in prose (RULER niah_single_2)", _needle(_essay, " "), reads_text=True),
-    "multikey": Task("one of four magic numbers in prose (niah_multikey_1)", _needle(_essay, " ", keys=4), True),
-    "multivalue": Task("the four magic numbers of one name in prose", _needle(_essay, " ", values=4), True),
-    "kv": Task("the value of one key in a JSON object", _key_value),
-    "variables": Task("the variables of a chain of assignments in noise (RULER vt)", _variables),
-    "passkey": Task("a pass key in repeated noise", _passkey),
+RECIPES: dict[str, Recipe] = {
+    "needle": Recipe("one magic number in repeated noise (RULER niah_single_1)", _needle(_noise, "\n")),
+    "needle_sentences": Recipe("one magic number among made-up sentences", _needle(_sentences, " ")),
+    "needle_essay": Recipe("one magic number in prose (RULER niah_single_2)", _needle(_essay, " "), reads_text=True),
+    "multikey": Recipe("one of four magic numbers in prose (niah_multikey_1)", _needle(_essay, " ", keys=4), True),
+    "multivalue": Recipe("the four magic numbers of one name in prose", _needle(_essay, " ", values=4), True),
+    "kv": Recipe("the value of one key in a JSON object", _key_value),
+    "variables": Recipe("the variables of a chain of assignments in noise (RULER vt)", _variables),
+    "passkey": Recipe("a pass key in repeated noise", _passkey),
 }
