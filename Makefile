@@ -74,7 +74,8 @@ KILLS ?= 1000
 kill-test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m tests.kills --kills $(KILLS) --seed $(SEED)
 
-# tests and measurements on the GPU of this machine, under ten minutes
+# tests and measurements on the GPU of this machine, under ten minutes; not by `kvcompress bench gpu`, as with RUN the
+# machine may have no typer
 gpu: $(READY)
 	$(RUN) -m kvcompress.evals.bench.gpu --out results/gpu
 

@@ -266,11 +266,7 @@ def run(
     seconds: Annotated[float, "time for everything"] = 565,
     tiny: Annotated[bool, "a tiny model on the CPU, to test this script"] = False,
 ) -> int:
-    """All that needs a GPU: tests, kernels, a model end to end, and a report. 1 where anything failed.
-
-    Raises:
-        ValueError: there is no GPU, or no such step.
-    """
+    """All that needs a GPU: tests, kernels, a model end to end, and a report. The status is 1 where anything failed."""
     if unknown := set(only or ()) - set(STEPS):
         raise ValueError(f"a step must be one of {', '.join(STEPS)}, got {', '.join(unknown)}")
     if not tiny and not torch.cuda.is_available():

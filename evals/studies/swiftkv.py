@@ -3,7 +3,7 @@
     flops of the projections, a prompt of S tokens, one position's logits:
         2 S first (q + k + v + o + mlp) + 2 S (layers - first) / share (k + v) + 2 (layers - first) (q + o + mlp)
 
-Base and converted model take turns in one run, and the ratio is that of the medians. Quality (evals/studies/quality.py)
+Base and converted model take turns in one run, and the ratio is that of the medians. Quality (quality.py)
 is that of the base model, the conversion as it begins, the conversion fitted to texts by least squares, and each
 distilled folder that is named; with it stands how much of the perplexity that the conversion lost is back.
 """

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcompress.cli import checks, distillation, generation, measurements, plans, sweeps
-from kvcompress.cli.arguments import KNOWN, UsageError
+from kvcompress.cli.arguments import KNOWN, UsageError, with_options
 
 app = typer.Typer(
     name="kvcompress",
@@ -19,12 +19,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for function in (sweeps.sweep, sweeps.report):
-    app.command()(function)
 # what else is asked for is the harness's
-app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sweeps.evaluate)
-for function in (generation.generate, plans.plan, checks.check, distillation.distill):
-    app.command()(function)
+_OF_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("eval", context_settings=_OF_EVAL)(with_options(sweeps.evaluate))
+for function in (sweeps.sweep, sweeps.report, generation.generate, plans.plan, checks.check, distillation.distill):
+    app.command()(with_options(function))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,13 +1,14 @@
 """What the commands read from a user, and how a mistake is told."""
 
 import contextlib
+import inspect
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -22,11 +23,31 @@ METHODS = "usual"
 # in a help text, until it is asked for: registry.METHODS, which takes seconds to import
 KNOWN = "{methods}"
 
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; else a GPU where there is one.")]
-CacheOption = Annotated[str, typer.Option(help=f"With settings as in h2o:sinks=4:bits=4. Of {KNOWN}.")]
+ModelOption = Annotated[str | None, "Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct."]
+DeviceOption = Annotated[str | None, "cpu, cuda, cuda:1, ...; else a GPU where there is one."]
+CacheOption = Annotated[str, f"With settings as in h2o:sinks=4:bits=4. Of {KNOWN}."]
+
+
+def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as typer takes it, whose parameters say in words what they are: `Annotated[int, "decode steps"]`."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=_option(parameter.name, hints[parameter.name]))
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+    vars(function)["__signature__"] = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
+def _option(name: str, hint: Any) -> Any:
+    """An option of a parameter's type, with its words as help; an argument, or the context, as it is."""
+    kind, words = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+    if kind is typer.Context or not isinstance(words, str | None):
+        return hint
+    # a flag is set, and not set to no
+    names = [f"--{name.replace('_', '-')}"] if kind is bool else []
+    return Annotated[kind, typer.Option(*names, help=words)]
 
 
 class UsageError(Exception):

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from kvcompress.cli.arguments import KNOWN, DeviceOption, UsageError, load, parts, user_errors
 
 if TYPE_CHECKING:
@@ -13,21 +11,15 @@ if TYPE_CHECKING:
 def check(
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", help="Hub id, local folder, .gguf file or model type (qwen3); else SmolLM2, or a Llama."
-        ),
+        "Hub id, local folder, .gguf file or model type (qwen3); else SmolLM2, or a Llama.",
     ] = None,
     caches: Annotated[
         str | None,
-        typer.Option(
-            help=f"By commas, with settings as in h2o:bits=4. Of {KNOWN}, across, swiftkv, prefix; else all of them."
-        ),
+        f"By commas, with settings as in h2o:bits=4. Of {KNOWN}, across, swiftkv, prefix; else all of them.",
     ] = None,
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Check the model itself, and not a tiny random one of its architecture.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="With the traceback of each refusal and fault.")] = False,
-    dtype: Annotated[str, typer.Option(help="With --weights: float32, bfloat16, float16 or auto.")] = "float32",
+    weights: Annotated[bool, "Check the model itself, and not a tiny random one of its architecture."] = False,
+    verbose: Annotated[bool, "With the traceback of each refusal and fault."] = False,
+    dtype: Annotated[str, "With --weights: float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
 ) -> int:
     """Tell whether kvcompress works here, with this model: every cache against the model run without one.

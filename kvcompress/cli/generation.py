@@ -31,12 +31,12 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
     model: ModelOption = None,
     cache: CacheOption = "h2o",
-    budget: Annotated[str, typer.Option(help="Tokens kept (512), or a fraction of those seen (0.2).")] = "512",
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    budget: Annotated[str, "Tokens kept (512), or a fraction of those seen (0.2)."] = "512",
+    max_new_tokens: Annotated[int, "At most so many."] = 256,
+    temperature: Annotated[float, "0 is greedy."] = 0.0,
+    raw: Annotated[bool, "Continue the prompt, without the chat template."] = False,
+    seed: Annotated[int, "Of sampling."] = 0,
+    dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
 ) -> None:
     """Answer a prompt through a cache, and show its memory and speed."""

@@ -1,19 +1,17 @@
 """The commands `bench NAME`, `study NAME` and `peers NAME`: functions of evals, whose parameters are their options.
 
-A function says in words what a parameter is, `Annotated[int, "decode steps"]`, and needs no typer: some run on a GPU
-where there is little else. Its docstring is the command's help.
+Its docstring is the command's help. The functions need no typer: some run on a GPU where there is little else.
 """
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
-from kvcompress.cli.arguments import user_errors
+from kvcompress.cli.arguments import user_errors, with_options
 
 # of each group what it does, and of each of its commands module, function and what it does: known without the import of
 # the module, which takes seconds
@@ -66,14 +64,14 @@ def make_groups(arguments: Sequence[str]) -> dict[str, Any]:
     """The groups of commands; the command that the arguments name comes with its options."""
     groups = {}
     for group, (about, commands) in GROUPS.items():
-        app = typer.Typer(help=about, no_args_is_help=True)
+        app = typer.Typer(name=group, help=about, no_args_is_help=True, add_completion=False)
         for name, (module, function, line) in commands.items():
             if [group, name] == list(arguments[:2]):
                 measure = getattr(importlib.import_module(f"kvcompress.evals.{module}"), function)
                 _add(app, name, measure)
             else:
                 app.command(name, help=line)(lambda: None)
-        groups[group] = typer.main.get_command(app)
+        groups[group] = typer.main.get_group(app)
     return groups
 
 
@@ -94,17 +92,4 @@ def _add(app: typer.Typer, name: str, measure: Callable[..., Any]) -> None:
         with user_errors():
             return measure(**values) or 0
 
-    parameters = inspect.signature(measure).parameters.values()
-    hints = get_type_hints(measure, include_extras=True)
-    shown = [parameter.replace(annotation=_option(parameter.name, hints[parameter.name])) for parameter in parameters]
-    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-    app.command(name, cls=_RepeatsOptions)(command)
-
-
-def _option(name: str, hint: Any) -> Any:
-    """An option of a parameter's type, with its words as help."""
-    kind, words = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
-    # a flag is set, and not set to no
-    names = [f"--{name.replace('_', '-')}"] if kind is bool else []
-    return Annotated[kind, typer.Option(*names, help=words)]
+    app.command(name, cls=_RepeatsOptions)(with_options(command))

@@ -3,8 +3,6 @@
 import math
 from typing import Annotated
 
-import typer
-
 from kvcompress.cli.arguments import (
     KNOWN,
     METHODS,
@@ -19,13 +17,13 @@ from kvcompress.cli.arguments import (
 
 
 def plan(
-    context: Annotated[int, typer.Option(help="Tokens a sequence will have in the end.")],
+    context: Annotated[int, "Tokens a sequence will have in the end."],
     model: ModelOption = None,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
-    budget: Annotated[str, typer.Option(help="Tokens kept (2048), or a fraction of the context (0.2).")] = "0.2",
-    methods: Annotated[str, typer.Option(help=f"By commas. Of {KNOWN}.")] = f"none,{METHODS}",
-    gpu_memory: Annotated[float, typer.Option(help="Of the GPU, in GiB.")] = 80.0,
-    dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16, float16.")] = "bfloat16",
+    batch: Annotated[int, "Sequences at a time."] = 1,
+    budget: Annotated[str, "Tokens kept (2048), or a fraction of the context (0.2)."] = "0.2",
+    methods: Annotated[str, f"By commas. Of {KNOWN}."] = f"none,{METHODS}",
+    gpu_memory: Annotated[float, "Of the GPU, in GiB."] = 80.0,
+    dtype: Annotated[str, "Of weights and cache: float32, bfloat16, float16."] = "bfloat16",
 ) -> None:
     """Tell, without loading weights, what each cache would need and which fits."""
     tokens_kept = as_budget(budget)

@@ -50,33 +50,29 @@ _QUICK: dict[str, Any] = {
 def sweep(
     context: typer.Context,
     model: ModelOption = None,
-    methods: Annotated[
-        str, typer.Option(help=f"By commas; with settings as in h2o:sinks=4:bits=4. Of {KNOWN}.")
-    ] = METHODS,
-    budgets: Annotated[str, typer.Option(help="Fractions of the length (0.2), or tokens (512).")] = _BUDGETS,
-    tasks: Annotated[str, typer.Option(help="By commas; any other name is that of a task of lm-eval's.")] = _TASKS,
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024",
-    samples: Annotated[int, typer.Option(help="Prompts, or windows of text, per point.")] = 20,
-    protocols: Annotated[str, typer.Option(help="By commas.")] = "question-agnostic,question-aware",
-    out: Annotated[Path, typer.Option(help="Folder for rows, table, plot and page.")] = Path("sweep"),
-    quick: Annotated[bool, typer.Option("--quick", help="Some minutes on two cores; what else is set counts.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder already has.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
-    hold_back: Annotated[int, typer.Option(help="Question-aware: question tokens read after compression.")] = 1,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
-    text: Annotated[str | None, typer.Option(help="UTF-8 file for the task text and for essays.")] = None,
-    continuation: Annotated[int, typer.Option(help="Task text: tokens scored after each context.")] = 64,
-    chunk: Annotated[int, typer.Option(help="Task text: tokens read per forward; generation reads 1.")] = 1,
-    num_fewshot: Annotated[int | None, typer.Option(help="lm-eval's tasks: examples in a context.")] = None,
-    limit: Annotated[int | None, typer.Option(help="lm-eval's tasks: documents per point.")] = None,
-    metadata: Annotated[str, typer.Option(help='lm-eval\'s tasks: as JSON, {"data": "/folder"}.')] = "{}",
+    methods: Annotated[str, f"By commas; with settings as in h2o:sinks=4:bits=4. Of {KNOWN}."] = METHODS,
+    budgets: Annotated[str, "Fractions of the length (0.2), or tokens (512)."] = _BUDGETS,
+    tasks: Annotated[str, "By commas; any other name is that of a task of lm-eval's."] = _TASKS,
+    lengths: Annotated[str, "Context lengths in tokens."] = "1024",
+    samples: Annotated[int, "Prompts, or windows of text, per point."] = 20,
+    protocols: Annotated[str, "By commas."] = "question-agnostic,question-aware",
+    out: Annotated[Path, "Folder for rows, table, plot and page."] = Path("sweep"),
+    quick: Annotated[bool, "Some minutes on two cores; what else is set counts."] = False,
+    fresh: Annotated[bool, "Measure again what the folder already has."] = False,
+    seed: Annotated[int, "Of the tasks."] = 0,
+    hold_back: Annotated[int, "Question-aware: question tokens read after compression."] = 1,
+    batch: Annotated[int, "Sequences at a time."] = 4,
+    text: Annotated[str | None, "UTF-8 file for the task text and for essays."] = None,
+    continuation: Annotated[int, "Task text: tokens scored after each context."] = 64,
+    chunk: Annotated[int, "Task text: tokens read per forward; generation reads 1."] = 1,
+    num_fewshot: Annotated[int | None, "lm-eval's tasks: examples in a context."] = None,
+    limit: Annotated[int | None, "lm-eval's tasks: documents per point."] = None,
+    metadata: Annotated[str, 'lm-eval\'s tasks: as JSON, {"data": "/folder"}.'] = "{}",
     question: Annotated[
         str | None,
-        typer.Option(
-            help="lm-eval's tasks, question-agnostic: how a question begins, such as Question:; else the last example."
-        ),
+        "lm-eval's tasks, question-agnostic: how a question begins, such as Question:; else the last example.",
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
 ) -> int:
     """Measure accuracy against memory: every method, at every budget, on every task.
@@ -108,7 +104,7 @@ def sweep(
 
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Of sweeps.")],
-    out: Annotated[Path, typer.Option(help="Folder for table, plot and page.")] = Path("report"),
+    out: Annotated[Path, "Folder for table, plot and page."] = Path("report"),
 ) -> int:
     """Put the rows of several sweeps into one table, plot and page."""
     check_extra("eval", "matplotlib")
@@ -124,11 +120,11 @@ def evaluate(
     context: typer.Context,
     model: ModelOption = None,
     cache: CacheOption = "none",
-    budget: Annotated[str | None, typer.Option(help="Tokens kept (512), or a fraction of the context (0.2).")] = None,
+    budget: Annotated[str | None, "Tokens kept (512), or a fraction of the context (0.2)."] = None,
     hold_back: Annotated[
-        str, typer.Option(help="Read after compression: last tokens of a context, or all from a text such as Question:")
+        str, "Read after compression: last tokens of a context, or all from a text such as Question:"
     ] = "1",
-    chunk: Annotated[int, typer.Option(help="Tokens read per forward after compression.")] = 64,
+    chunk: Annotated[int, "Tokens read per forward after compression."] = 64,
 ) -> int:
     """Run lm-eval's tasks through a cache. All other flags are those of `lm-eval run`: --tasks, --num_fewshot, ...
 
