@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 from kvcompress import CompressedCache, H2OCache, HydragenCache, ShadowKVCache
-from kvcompress.evals.timing import Clock, spread
+from kvcompress.evals.timing import Clock, spread, wait
 from kvcompress.evals.timing import limits as measure_limits
 from kvcompress.hf import cache_argument, cache_name, sizes
 
@@ -90,6 +90,7 @@ class EndToEndCases:
             cases = list({(case.kind, case.cache.split()[0]): case for case in reversed(cases)}.values())[::-1]
         self.cases = {str(case): case for case in cases}
         self.model = _model(tiny, self.device, self.dtype)
+        self.clock = Clock(self.device, cold=False)
         self.limits = limits or measure_limits(Clock(self.device), self.dtype)
         self.prefilled: dict[tuple[str, int], Cache] = {}
 
@@ -122,13 +123,10 @@ class EndToEndCases:
         for _ in range(3):
             before = self._peak(reset=True)
             cache = self._build(case)
-            taken.append(
-                self._timed(
-                    functools.partial(self.model, prompt, **cache_argument(self.model, cache), logits_to_keep=1)
-                )
-            )
+            given = cache_argument(self.model, cache)
+            taken.append(self.clock.seconds(functools.partial(self.model, prompt, **given, logits_to_keep=1)))
             peak, held = max(peak, self._peak() - before), _bytes(cache)
-            del cache
+            del cache, given
         of = sizes(self.model.config)
         weights = sum(weight.numel() for name, weight in self.model.named_parameters() if "layers." in name)
         flops = 2 * weights * case.tokens + 2 * of.layers * of.hidden * case.tokens**2
@@ -171,7 +169,7 @@ class EndToEndCases:
         for _ in range(4 if compiled else 2):
             step(token, position, cache)
             position.add_(1)
-        self._wait()
+        wait(self.device)
         row["warm_up_seconds"] = time.perf_counter() - began
         block = 2 if self.tiny else 8
 
@@ -180,7 +178,7 @@ class EndToEndCases:
                 step(token, position, cache)
                 position.add_(1)
 
-        seconds = spread([self._timed(steps) / block for _ in range(3 if self.tiny else 7)])
+        seconds = spread([self.clock.seconds(steps) / block for _ in range(3 if self.tiny else 7)])
         held = _bytes(cache)
         # of the embedding a step reads one row
         weights = sum(_size(weight) for name, weight in self.model.named_parameters() if "embed_tokens" not in name)
@@ -282,7 +280,7 @@ class EndToEndCases:
         cache = self._copied(case, batch)
         token, position = self._next(case, batch)
         step = self._step(False)
-        seconds = spread([self._timed(lambda: step(token, position, cache)) for _ in range(4)][1:])
+        seconds = spread([self.clock.seconds(lambda: step(token, position, cache)) for _ in range(4)][1:])
         return {
             "seconds": seconds, "tokens_per_second": batch / seconds["median"],
             "cache_bytes": _bytes(cache), **_off_device(cache),
@@ -311,7 +309,9 @@ class EndToEndCases:
         how = {"max_new_tokens": fresh, "min_new_tokens": fresh, "do_sample": False, "pad_token_id": 0, **settings}
         generate: Any = self.model.generate
         mask = torch.ones_like(prompt)
-        return self._timed(lambda: generate(prompt, attention_mask=mask, **cache_argument(self.model, cache), **how))
+        return self.clock.seconds(
+            lambda: generate(prompt, attention_mask=mask, **cache_argument(self.model, cache), **how)
+        )
 
     # means
 
@@ -330,20 +330,6 @@ class EndToEndCases:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(1, sizes(self.model.config).vocabulary, (1, count), generator=generator).to(self.device)
 
-    def _timed(self, call: Callable[[], Any]) -> float:
-        """Seconds of a call, device work included."""
-        self._wait()
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
     def _launches(self, call: Callable[[], Any]) -> dict[str, int]:
         """What one step launches: kernels one by one, and whole CUDA graphs."""
         if self.device.type != "cuda":
@@ -355,10 +341,6 @@ class EndToEndCases:
         calls = {event.key: event.count for event in profile.key_averages()}
         kernels = sum(calls.get(name, 0) for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx"))
         return {"kernels": kernels + calls.get("cuLaunchKernel", 0), "graphs": calls.get("cudaGraphLaunch", 0)}
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _peak(self, reset: bool = False) -> int:
         if self.device.type != "cuda":

@@ -9,12 +9,16 @@ Row = dict[str, Any]
 
 def errors(results: dict[str, Any]) -> dict[str, str]:
     """What failed, by step and case."""
+    return _of_all(results, "error")
+
+
+def _of_all(results: dict[str, Any], what: str) -> dict[str, str]:
     return {
-        f"{step}: {name}": row["error"]
+        f"{step}: {name}": row[what]
         for step, rows in results.items()
         if isinstance(rows, dict)
         for name, row in rows.items()
-        if isinstance(row, dict) and "error" in row
+        if isinstance(row, dict) and what in row
     }
 
 
@@ -22,30 +26,31 @@ def summary(results: dict[str, Any]) -> str:
     """What was found, in few lines: a tool may show no more than the end of what is printed."""
     source = results["provenance"]
     limits = results.get("kernels", {}).get("limits", {}).get("limits", {})
+    endtoend = results.get("endtoend", {})
     parts = [
         "# GPU run",
         f"{source['machine']}, commit {source['commit']}, {source['versions']}, {source['time']}",
         "Measured limits: " + (", ".join(f"{value:.4g} {unit}" for unit, value in limits.items()) or "none"),
         *_tests(results.get("tests", {})),
         *_kernels(results.get("kernels", {})),
-        *_prefill(results.get("endtoend", {})),
-        *_decode(results.get("endtoend", {})),
-        *_largest(results.get("endtoend", {})),
-        *_generate(results.get("endtoend", {})),
+        *_prefill(endtoend),
+        *_decode(endtoend),
+        *_largest(endtoend),
+        *_generate(endtoend),
     ]
     failed = errors(results)
     parts += ["", "## Failed" if failed else "Nothing failed."]
     parts += [f"- {name}: {error[:300]}" for name, error in failed.items()]
-    left = [
-        f"{step}: {name}"
-        for step, rows in results.items()
-        if isinstance(rows, dict)
-        for name, row in rows.items()
-        if isinstance(row, dict) and "left_out" in row
-    ]
+    left = _of_all(results, "left_out")
     if left:
         parts += ["", "Left out for time: " + "; ".join(left)]
     return "\n".join(parts) + "\n"
+
+
+def _section(title: str, lines: list[str], heads: str = "") -> list[str]:
+    """A section of Markdown, a table where there are heads; nothing where there are no lines."""
+    table = [f"| {heads} |", "|---" * (heads.count("|") + 1) + "|"] if heads else []
+    return ["", f"## {title}", *table, *lines] if lines else []
 
 
 def _tests(rows: dict[str, Row]) -> list[str]:
@@ -53,7 +58,7 @@ def _tests(rows: dict[str, Row]) -> list[str]:
     for name, row in rows.items():
         lines.append(f"- tests/{name}: {row.get('counts', row.get('error'))} {row.get('left_out', '')}")
         lines += [f"  - {which}: {message[:150]}" for which, message in list(row.get("failed", {}).items())[:12]]
-    return ["", "## Tests", *lines] if lines else []
+    return _section("Tests", lines)
 
 
 def _kernels(rows: dict[str, Row]) -> list[str]:
@@ -72,8 +77,7 @@ def _kernels(rows: dict[str, Row]) -> list[str]:
             + (f"| {ours['median'] / best_time:.2f}x {best} |" if best_time else "| |")
             + ("" if row["agrees"] else " DISAGREES")
         )
-    head = ["| kernel | batch x tokens | us | achieved | of limit | time, to |", "|---|---|---|---|---|---|"]
-    return ["", "## Kernels", *head, *lines] if lines else []
+    return _section("Kernels", lines, "kernel | batch x tokens | us | achieved | of limit | time, to")
 
 
 def _measured(rows: dict[str, Row], *kinds: str) -> list[Row]:
@@ -81,10 +85,7 @@ def _measured(rows: dict[str, Row], *kinds: str) -> list[Row]:
 
 
 def _prefill(rows: dict[str, Row]) -> list[str]:
-    head = [
-        "| prompt | cache | s to first token | to dynamic | limit s | peak over the model | cache |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = "prompt | cache | s to first token | to dynamic | limit s | peak over the model | cache"
     lines = []
     measured = _measured(rows, "prefill")
     for row in measured:
@@ -94,14 +95,13 @@ def _prefill(rows: dict[str, Row]) -> list[str]:
             f"| {row['tokens']} | {row['cache']} | {_spread(row['seconds'], 1)} | {ratio} "
             f"| {row['limit_seconds']:.3g} | {_gib(row['peak_bytes_over_model'])} | {_gib(row['cache_bytes'])} |"
         )
-    return ["", "## Time to first token, batch 1", *head, *lines] if lines else []
+    return _section("Time to first token, batch 1", lines, heads)
 
 
 def _decode(rows: dict[str, Row]) -> list[str]:
-    head = [
-        "| context | batch | cache | ms a step | limit ms | tokens/s | to dynamic | cache | peak | launches | graphs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = (
+        "context | batch | cache | ms per step | limit ms | tokens/s | to dynamic | cache | peak | launches | graphs"
+    )
     lines = []
     measured = _measured(rows, "decode", "compiled")
     for row in sorted(measured, key=lambda row: (-row["tokens"], -row["batch"], row["cache"], row["kind"])):
@@ -120,7 +120,7 @@ def _decode(rows: dict[str, Row]) -> list[str]:
             lines.append(
                 f"| {row['tokens']} | {row['batch']} | {row['cache']} | does not fit: {_gib(row['needs_bytes'])} |"
             )
-    return ["", "## Decoding", *head, *lines] if lines else []
+    return _section("Decoding", lines, heads)
 
 
 def _dynamic(rows: dict[str, Row], row: Row) -> Row | None:
@@ -142,7 +142,7 @@ def _largest(rows: dict[str, Row]) -> list[str]:
         f"{row['tokens_per_second']:.4g} tokens/s"
         for row in _measured(rows, "largest batch")
     ]
-    return ["", "## Largest batch", *lines] if lines else []
+    return _section("Largest batch", lines)
 
 
 def _generate(rows: dict[str, Row]) -> list[str]:
@@ -156,7 +156,7 @@ def _generate(rows: dict[str, Row]) -> list[str]:
                 f"after one call {row['graphs_after_first_call']}, after all {row['graphs']}"
                 f"; prompt and 8 steps launch {row['launches']}"
             )
-    return ["", "## model.generate", *lines] if lines else []
+    return _section("model.generate", lines)
 
 
 def plot(results: dict[str, Any], folder: Path) -> None:

@@ -124,7 +124,7 @@ def main(
     attempts: Annotated[int | None, "calls of each variant"] = None,
     json: Annotated[Path | None, "where to write the rows"] = None,
 ) -> int:
-    """Speed of the kernels beside their references and the best alternatives. The status is 1 where a result is wrong."""
+    """Speed of the kernels beside their references and the best alternatives; status 1 where a result is wrong."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     for name, value, known in (("only", only, CASES), ("dtype", dtype, kinds)):
         if value is not None and value not in known:

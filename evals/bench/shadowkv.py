@@ -57,22 +57,21 @@ def shadow_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     coefficients, basis = random(batch, chunks * _CHUNK, rank), random(batch, rank, kv_heads * head_dim) / rank**0.5
     inv_freq = 1.0 / 500000 ** (torch.arange(head_dim // 2, device=device) * 2 / head_dim)
 
-    def rebuilding(rebuild: Callable[..., None]) -> Call:
-        keys = random(batch, kv_heads, slots * _CHUNK, head_dim)
+    def writing(write: Callable[[Tensor], None]) -> Call:
+        buffer = random(batch, kv_heads, slots * _CHUNK, head_dim)
 
         def call() -> Tensor:
-            rebuild(keys, coefficients, basis, now, is_new, inv_freq)
-            return _of_new(keys, is_new)
+            write(buffer)
+            return _of_new(buffer, is_new)
 
         return call
 
-    yield Case(
-        "rebuild_keys",
-        shape,
-        {"ours": rebuilding(rebuild_keys), "reference": rebuilding(rebuild_keys_reference)},
-        "reference",
-        bytes=new_tokens * (rank + head_dim) * size,
-    )
+    given = (coefficients, basis, now, is_new, inv_freq)
+    rebuilding: dict[str, Call] = {
+        "ours": writing(lambda keys: rebuild_keys(keys, *given)),
+        "reference": writing(lambda keys: rebuild_keys_reference(keys, *given)),
+    }
+    yield Case("rebuild_keys", shape, rebuilding, "reference", bytes=new_tokens * (rank + head_dim) * size)
 
     # as many pages as the context has, whatever the batch: sequences share them, and the bus is crossed all the same
     slab = torch.randn(chunks, kv_heads, _CHUNK, head_dim).to(dtype)
@@ -80,22 +79,11 @@ def shadow_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     pages = torch.arange(chunks, device=device).expand(batch, -1).contiguous()
     addresses = torch.tensor([slab.data_ptr()], device=device)
 
-    def fetching(fetch: Callable[..., None], *where: Tensor) -> Call:
-        values = random(batch, kv_heads, slots * _CHUNK, head_dim)
-
-        def call() -> Tensor:
-            fetch(values, pages, now, is_new, [slab], *where)
-            return _of_new(values, is_new)
-
-        return call
-
-    yield Case(
-        "fetch_pages",
-        shape,
-        {"ours": fetching(fetch_pages, addresses), "one copy": fetching(fetch_pages_reference)},
-        "one copy",
-        bytes=new_tokens * head_dim * size,
-    )
+    fetching: dict[str, Call] = {
+        "ours": writing(lambda values: fetch_pages(values, pages, now, is_new, [slab], addresses)),
+        "one copy": writing(lambda values: fetch_pages_reference(values, pages, now, is_new, [slab])),
+    }
+    yield Case("fetch_pages", shape, fetching, "one copy", bytes=new_tokens * head_dim * size)
 
 
 def _of_new(buffer: Tensor, is_new: Tensor) -> Tensor:

@@ -75,18 +75,7 @@ def _rows(name: str) -> Callable[..., Splits]:
 
 
 piqa, arc_easy, arc_challenge, openbookqa, copa, boolq, winogrande, lambada, gsm8k = (
-    _rows(name)
-    for name in (
-        "piqa",
-        "arc_easy",
-        "arc_challenge",
-        "openbookqa",
-        "copa",
-        "boolq",
-        "winogrande",
-        "lambada",
-        "gsm8k",
-    )
+    _rows(name) for name in _FILES if name != "wikitext"
 )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvcompress import DenseCache, H2OCache, StreamingLLMCache
-from kvcompress.evals.sweep.protocol import PROTOCOLS, NotCompressedError, Reader, answer, split
+from kvcompress.evals.sweep.protocol import PROTOCOLS, Measured, NotCompressedError, Reader, answer, split
 from kvcompress.evals.sweep.samples import Prompt
 
 NEW = 12
@@ -113,6 +113,15 @@ def test_memory_is_measured_when_the_question_comes(model):
     assert agnostic.full_bytes == 2 * 2 * 2 * 16 * 4 * 60
     assert agnostic.most_kept == aware.most_kept == 20
     assert agnostic.bytes_held == sum(agnostic.by_component.values()) < agnostic.full_bytes
+
+
+def test_batches_count_by_their_sequences():
+    one = Measured(1, 100.0, 400.0, {"keys": 100.0}, 10.0, 2.0, 1, 3, host_bytes=40.0)
+    other = Measured(3, 300.0, 800.0, {"keys": 200.0, "codes": 100.0}, 20.0, 4.0, 2, 9)
+    mean = Measured.mean([one, other])
+    assert (mean.sequences, mean.bytes_held, mean.full_bytes, mean.host_bytes) == (4, 250.0, 700.0, 10.0)
+    assert mean.by_component == {"keys": 175.0, "codes": 75.0}
+    assert (mean.tokens_seen, mean.tokens_kept, mean.least_kept, mean.most_kept) == (17.5, 3.5, 1, 9)
 
 
 def test_a_cache_that_does_not_compress_is_found_out(model):
