@@ -47,7 +47,7 @@ def beside_reference(
 ) -> Case:
     """An op beside its reference on the same arguments. settings: the case's (bytes, flops, compared) and the op's."""
     of_case = {name: settings.pop(name) for name in ("bytes", "flops", "compared") if name in settings}
-    variants = {
+    variants: dict[str, Call] = {
         "ours": functools.partial(op, *given, **settings),
         "reference": functools.partial(reference, *given, **settings),
     }

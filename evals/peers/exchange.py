@@ -165,7 +165,8 @@ def rows(
 ) -> None:
     """Score a peer's answers, as rows of a sweep."""
     fields = json.loads((prompts / "settings.json").read_text())
-    settings = Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    settings = Settings(**values)
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out)
     for row in read_rows(_sweep(settings, model, out), answers):
