@@ -85,8 +85,8 @@ def test_every_dependency_has_a_lower_bound_and_an_upper_one(extra):
 def test_make_installs_what_the_constraints_name():
     lines = [line for line in makefile() if re.search(r"-m pip (--python \S+ )?install", line)]
     free = ("install $(TORCH)", "install '$(TRITON)'", "install transformers==5.17.0 ", "--upgrade")
-    assert len([line for line in lines if "install -c constraints.txt " in line]) == 3
-    assert len([line for line in lines if not any(words in line for words in free)]) == 3
+    assert len([line for line in lines if "install -c constraints.txt " in line]) == 4
+    assert len([line for line in lines if not any(words in line for words in free)]) == 4
     # with a torch that is there, nothing may put another in its place
     for line in lines:
         assert ("$(call torch_of," in line) == ("'.[" in line), line
@@ -122,9 +122,10 @@ def test_the_command_line_is_no_dependency_of_the_caches():
 
 
 # README: | `dev` | tests and checks |
-@pytest.mark.parametrize("extra", ["cli", "model", "distill", "eval", "triton", "dev"])
+# README: | `docs` | the site: `make docs` |
+@pytest.mark.parametrize("extra", ["cli", "model", "distill", "eval", "triton", "docs", "dev"])
 def test_readme_names_the_extra(extra):
-    assert set(EXTRAS) == {"cli", "model", "distill", "eval", "triton", "dev"}
+    assert set(EXTRAS) == {"cli", "model", "distill", "eval", "triton", "docs", "dev"}
     section = (ROOT / "README.md").read_text().partition("## Install and run")[2].partition("\n## ")[0]
     assert f"`{extra}`" in section
 

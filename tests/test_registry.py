@@ -143,7 +143,7 @@ def test_a_module_that_lacks_another_says_which(mine):
         registry.parse("my_policies:Oldest")
 
 
-# README: There a class of your own is `my_policies:MyPolicy`
+# docs: There a class of your own is `my_policies:MyPolicy`
 def test_a_class_of_ones_own_is_a_method_by_where_it_is(model, mine):
     cache = registry.build("my_policies:Oldest:bias=1:recent=3:bits=4", model, 8)
     assert (type(cache.policy).__name__, cache.policy.bias, cache.policy.recent, cache.packed.bits) == (
@@ -194,7 +194,7 @@ def test_a_name_belongs_to_one_class(listed):
         register("my:h2o", "anything")
 
 
-# README: Packages name theirs in the entry point group `kvcompress.methods`
+# docs: Packages name theirs in the entry point group `kvcompress.methods`
 def test_methods_of_installed_packages_are_listed_by_their_entry_points(model, mine, monkeypatch, listed):
     values = {"oldest": "my_policies:Oldest", "broken": "nowhere:Mine", "number": "my_policies:number"}
     points = [EntryPoint(name, value, registry.GROUP) for name, value in (values | {"module": "my_policies"}).items()]

@@ -280,7 +280,8 @@ def test_a_fraction_is_taken_of_each_sequences_real_tokens():
         assert layer.tokens_kept().tolist() == [[2, 2], [6, 6]]
 
 
-# README: A fraction as budget is of the tokens seen so far, so that chunks and long answers keep their share
+# README: A budget given as a fraction is taken of the tokens seen so far
+# docs: A fraction is taken of the tokens seen so far, so that chunks and long answers keep their share
 def test_a_fraction_follows_the_tokens_seen_in_chunks_and_in_decoding():
     model = tiny("llama")
     ids = prompt(230)
@@ -299,7 +300,7 @@ def test_a_fraction_follows_the_tokens_seen_in_chunks_and_in_decoding():
     assert all(kept.tolist() == [[46, 46]] for kept in cache.memory().tokens_kept)
 
 
-# README: a fraction raised with a warning
+# docs: a fraction that does is raised, with a warning
 @pytest.mark.parametrize(
     "make", [SnapKVCache, H2OCache, lambda model, budget: H2OCache(model, budget=budget, recent=32)]
 )
@@ -335,7 +336,7 @@ def test_room_is_taken_as_it_is_needed(budget):
 
 
 # README: A compiled decode step takes no more room
-# README: by hand call `cache.reserve()` first
+# docs: by hand call `cache.reserve()` first
 def test_a_compiled_step_without_room_says_what_to_call():
     model = tiny("llama")
     cache = H2OCache(model, budget=100)

@@ -39,7 +39,7 @@ def held(cache, row=0):
 
 
 # README: | `KVzipCache` | what is looked up to say the context again: for questions not asked yet | a second prefill |
-# README: has the model read what it was fed once more, behind itself, and keeps what that looked up most
+# docs: has the model read its input a second time, behind the first, and keeps what the second reading looks up most
 @pytest.mark.parametrize("prompt_ids", [(), (7, 8, 9)], ids=["bare", "prompt"])
 @pytest.mark.parametrize("chunk", [2048, TOKENS, 7])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
@@ -130,7 +130,7 @@ def test_what_was_let_go_is_freed():
     assert caches[0].memory().total_bytes == caches[1].memory().total_bytes
 
 
-# README: A prompt takes two prefills and is held in full until the second ends; `prefill_chunk_size` bounds that
+# docs: A prompt takes two prefills and is held in full until the second ends; `prefill_chunk_size` bounds that
 @pytest.mark.parametrize(("chunk", "most"), [(None, 300), (50, BUDGET + 50)])
 def test_a_prompt_is_held_in_full_until_it_is_read_again_and_a_piece_of_it_where_it_comes_in_pieces(
     chunk, most, monkeypatch
@@ -173,7 +173,7 @@ def test_a_prompt_may_reach_the_end_of_a_table_of_positions():
     assert torch.isfinite(feed(model, cache, prompt(1, seed=2))).all()
 
 
-# README: It needs `input_ids`
+# docs: It needs `input_ids`
 def test_embeddings_are_refused_before_anything_is_stored():
     model = tiny()
     cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)

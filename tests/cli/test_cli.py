@@ -203,7 +203,7 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert made.stderr.startswith("kvcompress: ")
 
 
-# README: plots quality against bytes with the Pareto front
+# docs: plots quality against bytes, with the Pareto front
 def test_a_sweep_prints_its_table_and_writes_its_files(sweep, tmp_path, capsys):
     assert sweep() == 0
     out = capsys.readouterr().out
@@ -243,7 +243,7 @@ def test_a_failing_method_is_reported_and_the_status_is_1(sweep, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
 
 
-# README: `kvcompress report` joins sweeps
+# docs: `kvcompress report` joins sweeps
 def test_sweeps_are_reported_together(sweep, tmp_path, capsys):
     sweep()
     capsys.readouterr()

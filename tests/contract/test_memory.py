@@ -168,7 +168,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-# README: Nothing of size queries x keys is ever built, in prefill neither
+# README: Nothing of size queries x keys is ever built, not even in prefill
 @every_cache
 @families("llama", slow=("gemma2",))
 def test_nothing_of_size_queries_times_keys_is_built(entry, family):

@@ -124,7 +124,7 @@ def test_what_changes_a_cache_works_under_autocast(entry):
         assert feed(model, cache, prompt(1, 2, seed=4)).isfinite().all()
 
 
-# README: a model that changes its dtype in between
+# README: a model that changes its dtype between calls
 @every_cache
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_model_of_another_dtype_goes_on_with_a_filled_cache_in_the_caches_dtype(entry, saved, tmp_path):

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from kvcompress.evals.studies.swiftkv import projection_flops
-from tests.test_readme import ROOT, SENTENCES
+from tests.test_readme import MARKS, ROOT, SENTENCES
 
 RESULTS = ROOT / "evals" / "results"
 PAGE = (RESULTS / "README.md").read_text("utf-8")
@@ -14,8 +14,8 @@ FILES = [*sorted(RESULTS.glob("*.json")), *sorted(RESULTS.glob("*/results.jsonl"
 
 
 def said(beginning):
-    """The sentence or table row of README that begins so."""
-    (found,) = [sentence for sentence in SENTENCES if sentence.startswith(beginning)]
+    """The sentence or table row of README, or of a guide, that begins so."""
+    (found,) = [sentence for pages in MARKS.values() for sentence in pages if sentence.startswith(beginning)]
     return found
 
 
@@ -66,14 +66,14 @@ def test_the_speed_of_h2o():
 
 
 # README: | `HydragenCache`, 32 prompts sharing 2k tokens |
-# README: Hydragen costs a step 4 to 14 % where little is shared
+# README: Hydragen adds 4 to 14 % to a step where little is shared
 def test_the_speed_of_hydragen():
     step = {name: spread["median"] for name, spread in of("shared_prefix_decode")["decode_seconds"].items()}
     fewer = of("shared_prefix")["row"]["ratios"]["bytes"]
     words = f"{step['dynamic'] / step['hydragen']:.1f}x a decode step, {fewer:.0f}x fewer bytes"
     assert words in said("| `HydragenCache`, 32 prompts")
     little = [case["node_over_rows"] - 1 for case in of("shared_prefix_switch")["switch"] if case["batch"] <= 2]
-    assert f"a step {100 * min(little):.0f} to {100 * max(little):.0f} %" in said("Hydragen costs")
+    assert f"adds {100 * min(little):.0f} to {100 * max(little):.0f} % to a step" in said("Hydragen adds")
 
 
 # README: | `GEARCache()`, decode step at 4k, batch 8 (batch 1) |
@@ -182,7 +182,7 @@ def test_what_training_brings_back_of_swiftkv():
     assert "287k tokens in 46 minutes" in PAGE
 
 
-# README: With half of SmolLM2 skipped, a prompt of 4k tokens costs
+# docs: With half of SmolLM2 skipped, a prompt of 4k tokens costs
 def test_the_flops_of_a_prompt_that_skips_half_of_smollm2(smollm2):
     config = smollm2[0].config
     half = config.num_hidden_layers // 2
@@ -216,7 +216,7 @@ def test_figures_without_rows_are_on_the_page_with_their_command(beginning, told
     assert on_the_page in PAGE
 
 
-# README: Where they lose: H2O and SnapKV evict a needle nobody asked about yet
+# README: Where they lose: H2O and SnapKV evict a needle nobody has asked about yet
 def test_where_evicting_caches_lose():
     needles = {"task": "needle", "length": 512, "protocol": "question-agnostic"}
     for missed in ("h2o", "snapkv"):

@@ -171,7 +171,7 @@ every_cache = pytest.mark.parametrize("name", CACHES)
 every_spelling = pytest.mark.parametrize("spelling", ["cache", "past_key_values", "kv_store"])
 
 
-# README: transformers calls the argument `cache` since 5.24, before that `past_key_values`
+# README: transformers has called this argument `cache` since release 5.24; before, it was `past_key_values`
 @every_cache
 @every_spelling
 def test_a_forward_takes_a_cache_whatever_the_argument_is_called(name, spelling):
@@ -189,7 +189,7 @@ def test_a_forward_takes_a_cache_whatever_the_argument_is_called(name, spelling)
             torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=1e-4)
 
 
-# README: both names work on every release from 5.17 on
+# README: both names work with every release from 5.17 on
 @every_cache
 @every_spelling
 @pytest.mark.parametrize("given", ["cache", "past_key_values"])
@@ -382,8 +382,8 @@ def test_a_newer_transformers_than_was_tested_is_told_once(monkeypatch, installe
 # what passes on
 
 
-# README: `kvcompress.release(model)` takes it all back
-# README: building a cache selects kvcompress's attention in that one model and watches its forwards by hooks
+# README: `kvcompress.release(model)` undoes it all
+# README: building a cache selects kvcompress's attention in that one model and watches its forwards through hooks
 def test_release_makes_the_model_what_it_was():
     model = build("llama")
     ids, before = prompt(20), set(vars(model))
@@ -404,7 +404,7 @@ def test_release_makes_the_model_what_it_was():
     assert model.config._attn_implementation == "eager"
 
 
-# README: Continuous batching has the attention that the model had before
+# README: Continuous batching keeps the attention that the model had before
 def test_continuous_batching_has_the_attention_that_the_model_had_before(monkeypatch):
     model = build("llama")
     used = []

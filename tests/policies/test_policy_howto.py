@@ -1,24 +1,23 @@
-"""Adding a policy, as the README shows it: a frozen dataclass and one method."""
+"""Adding a policy, as a guide shows it: a frozen dataclass and one method."""
 
-from dataclasses import dataclass
+import re
 
 import torch
-from torch import Tensor
 
 from kvcompress import EvictingCache
-from kvcompress.policies.policy import Candidates, Policy
 from tests.contract.drive import feed
 from tests.contract.models import prompt, tiny
-from tests.test_readme import README
+from tests.test_readme import ROOT
 
 
-# README: A policy of your own is a score:
-def test_readmes_policy_decides_what_a_cache_keeps_and_is_found_again_in_a_file(tmp_path):
-    (snippet,) = [block for block in README.split("```")[1::2] if "(Policy)" in block]
+# README: A policy of your own is a score
+# docs: A policy is a score
+def test_the_guides_policy_decides_what_a_cache_keeps_and_is_found_again_in_a_file(tmp_path):
+    guide = (ROOT / "docs/guides/choosing.md").read_text("utf-8")
+    (snippet,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "(Policy)" in block]
     model, ids = tiny("llama"), prompt(20, batch=2)
-    names = {"__name__": __name__, "model": model, "dataclass": dataclass, "Policy": Policy, "Candidates": Candidates}
-    names |= {"EvictingCache": EvictingCache, "Tensor": Tensor}
-    exec(snippet.removeprefix("python"), names)
+    names = {"__name__": __name__, "EvictingCache": EvictingCache, "model": model, "inputs": {"input_ids": ids}}
+    exec(snippet, names)
     assert isinstance(names["cache"], EvictingCache)
     policy = type(names["cache"].policy)(recent=2)
 

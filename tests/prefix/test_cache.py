@@ -239,7 +239,7 @@ ROWS = [1, 2, 4, 3, 4, 1]
 PATHS = [[A, B], [A, C], [D], [A, B, E], [D], [A, B]]
 
 
-# README: `from_prefix`, `from_tree`
+# docs: `from_prefix`, `from_tree`
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt"])
 def test_an_irregular_tree_equals_dense(family, run_through):
     """Invariant 4: depth 3, two roots, paths of different lengths, rows of a node apart from each other."""
@@ -274,7 +274,7 @@ def test_nodes_that_no_row_passes_through_are_freed():
     assert cache.memory().total_bytes == sum(storages(cache).values())
 
 
-# README: `push`, `pop` and `fork` say it by hand
+# docs: `push`, `pop` and `fork` you say by hand what is shared
 def test_levels_are_pushed_and_popped(run_through):
     model = tiny()
     tokens = run_through(model)
@@ -312,7 +312,7 @@ def test_what_was_pushed_is_attended_to():
     assert_rows_equal_singles(model, cache, rows, token, cache.cover(torch.ones_like(token)))
 
 
-# README: `fork` say it by hand
+# docs: `fork` you say by hand what is shared
 def test_a_fork_shares_everything_and_goes_its_own_way():
     model = tiny()
     ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
@@ -431,7 +431,7 @@ def test_an_odd_row_does_not_cost_the_others_their_prefix(run_through):
     assert len(cache.tree.nodes) == 2
 
 
-# README: finds the tree that a batch of prompts shares, runs each part once and reports it as seen
+# docs: finds the tree that a batch of prompts shares, runs each part once and reports it as seen
 def test_a_tree_is_found_and_every_node_runs_once(run_through):
     model = tiny()
     counted = run_through(model)
@@ -442,7 +442,7 @@ def test_a_tree_is_found_and_every_node_runs_once(run_through):
     assert built + fed <= 40 + 31 + 37 + sum(len(suffix) for suffix in SUFFIXES[:3]) * 2 + 6 * 12
 
 
-# README: Samples and beams share their prompt
+# docs: Samples and beams share their prompt
 @pytest.mark.parametrize("settings", [{"num_return_sequences": 3, "num_beams": 3}, {"num_beams": 2}])
 def test_copies_share_the_whole_prompt(settings, run_through):
     model = tiny()
@@ -456,7 +456,7 @@ def test_copies_share_the_whole_prompt(settings, run_through):
     assert torch.equal(generate(model, cache, ids, mask, **settings), wanted)
 
 
-# README: Samples and beams share their prompt
+# docs: Samples and beams share their prompt
 def test_a_single_prompt_is_shared_by_its_samples(run_through):
     model = tiny()
     wanted = full(model, prompt(20), num_beams=4)

@@ -67,7 +67,7 @@ def step(model, cache, ids):
     return feed(model, cache, ids, covered(cache, ids))
 
 
-# README: `from_cache` takes any other cache but a rolled one as prefix, its slots, codes or chunks as they are
+# docs: `from_cache` takes any other cache but a rerotated one as prefix, its slots, codes or chunks as they are
 @pytest.mark.filterwarnings("ignore:AcrossKVCache")
 @every_donor
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
@@ -196,7 +196,7 @@ def test_the_cache_of_a_swiftkv_model_is_a_prefix():
     assert torch.equal(generate(model, HydragenCache.from_cache(donor), ids), full(model, ids))
 
 
-# README: any other cache but a rolled one
+# docs: any other cache but a rerotated one
 def test_rolled_slots_are_refused_before_anything_runs():
     model = tiny()
     donor = EvictingCache(model, policy=H2O(), budget=16, rerotated=True)

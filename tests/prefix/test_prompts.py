@@ -161,7 +161,7 @@ def refused(model, cache, ids, mask=None, message="does not go on", **settings):
     assert (cache.get_seq_length(), cache.batch_size, cache.tree.lengths(), cache.memory().total_bytes) == before
 
 
-# README: It remembers what it was fed and refuses prompts that begin otherwise
+# docs: It remembers what it was fed and refuses prompts that begin otherwise
 @pytest.mark.parametrize(
     "settings",
     [{}, {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}],
@@ -234,7 +234,7 @@ def test_a_second_turn_must_go_on_with_the_first(way, tmp_path):
     assert torch.equal(generate(model, cache, ids, mask), wanted)
 
 
-# README: `clone()` it before each call
+# docs: `clone()` it before each call
 @pytest.mark.parametrize("make", [DenseCache, HydragenCache, lambda model: H2OCache(model, budget=16)])
 def test_a_second_call_with_the_same_prompt_says_to_clone(make):
     model = tiny()
@@ -265,7 +265,7 @@ def test_what_is_known_of_a_row_can_be_asked():
 # drafts
 
 
-# README: need one that keeps every token: Dense, Hydragen
+# README: need a cache that keeps every token: Dense, Hydragen
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
 @pytest.mark.parametrize("length", [46, 40, 33])

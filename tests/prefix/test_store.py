@@ -29,7 +29,8 @@ def check(model, cache, prefix):
     assert torch.equal(generate(model, cache, ids), full(model, ids))
 
 
-# README: keeps documents from call to call
+# README: `PrefixStore` keeps the documents of `HydragenCache` from call to call
+# docs: keeps documents from call to call
 def test_a_document_is_run_once(run_through):  # noqa: F811
     model = tiny()
     counted = run_through(model)
@@ -44,7 +45,7 @@ def test_a_document_is_run_once(run_through):  # noqa: F811
     assert store.nbytes() == 60 * TOKEN
 
 
-# README: and runs what is not stored yet
+# docs: and runs what is not stored yet
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_the_longest_beginning_is_taken_and_the_rest_run(family, run_through):  # noqa: F811
     model = tiny(family)
@@ -212,7 +213,7 @@ def test_after_prompts_that_are_stored_whole_a_level_follows_the_last_token():
     check(model, cache, torch.cat([DOCUMENT, prompt(6, seed=4)[0]]))
 
 
-# README: `store.prefix(ids)` takes a document, or a batch of prompts that begin with one
+# docs: `store.prefix(ids)` takes a document, or a batch of prompts that begin with one
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_prompts_of_one_document_share_it(family, run_through):  # noqa: F811
     model = tiny(family)
@@ -302,7 +303,7 @@ def prefixes(folder):
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
-# README: and processes the folder that `store.save(folder)` writes
+# docs: and processes the folder that `store.save(folder)` writes
 def test_stores_of_several_processes_add_up_in_one_folder(tmp_path):
     model = tiny()
     first, second, third = documents(3)
@@ -516,7 +517,7 @@ def test_the_bytes_of_a_storage_are_looked_at_once_an_entry(monkeypatch):
     assert len(looked) == before <= 80 * 2
 
 
-# README: threads may share a store
+# docs: Threads may share a store
 def test_threads_share_a_store():
     model = tiny()
     store = PrefixStore(model, max_bytes=33 * 3 * TOKEN)

@@ -32,7 +32,7 @@ def saved(path, model=None, cache=None):
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 
 
-# README: A file knows its model and its bytes: another model's is refused
+# docs: A file knows its model and its bytes: another model's is refused
 @pytest.mark.parametrize(
     ("family", "changes", "differ"),
     [
@@ -154,7 +154,7 @@ def test_a_file_of_the_first_format_is_loaded_with_a_warning(kind, tmp_path):
     assert torch.equal(feed(model, loaded, token, mask), feed(model, again, token, mask))
 
 
-# README: and so is a damaged one
+# docs: and so is a damaged one
 def test_every_flipped_bit_is_an_error(tmp_path):
     path = tmp_path / "cache"
     saved(path)
@@ -240,7 +240,7 @@ CACHES = {
 }
 
 
-# README: `pickle` and `torch.save` say so
+# docs: `pickle` and `torch.save` refuse, and name `save`
 @pytest.mark.parametrize("name", CACHES)
 def test_a_cache_is_saved_and_not_pickled_and_can_be_copied(name, tmp_path):
     model = tiny()

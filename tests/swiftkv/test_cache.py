@@ -73,7 +73,7 @@ def twice(entry, family, share, asked):
     return counted.columns
 
 
-# README: run the later layers, under any cache
+# docs: run the later layers, under any cache
 @every_cache
 def test_every_cache_serves_a_converted_model(entry):
     for asked in ("all", "last"):

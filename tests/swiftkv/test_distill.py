@@ -87,7 +87,7 @@ def test_the_losses_are_those_of_two_whole_forwards_and_early_layers_run_once(fa
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
 
 
-# README: trains what is new
+# docs: `kvcompress distill` trains what the conversion added
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_only_what_was_added_trains_and_the_loss_falls(checkpointing, tmp_path):
     model = student(2, first=2)
@@ -343,7 +343,7 @@ def test_a_line_ends_where_json_lines_say_and_a_byte_order_mark_is_no_text(tmp_p
     assert tokenizer.decode(row.ids) == "\n\n".join(texts)
 
 
-# README: `kvcompress distill text.txt chat.jsonl
+# docs: It reads text files, and `.jsonl` files with a text or a chat per line
 def test_text_and_jsonl_are_read_and_anything_else_is_refused(smollm2, tmp_path):
     _, tokenizer = smollm2
     text, lines, wrong = (tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl"))
@@ -394,7 +394,7 @@ distill(model, rows(), Distillation(**{**SMALL, "batch": 1}), Path(sys.argv[1]))
 """
 
 
-# README: (also under `accelerate launch -m`)
+# docs: alone or under `accelerate launch -m`
 def test_two_processes_under_accelerate_launch_train_as_one_with_twice_the_rows(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [
@@ -416,7 +416,7 @@ def test_two_processes_under_accelerate_launch_train_as_one_with_twice_the_rows(
         assert line["tokens"] == wanted["tokens"]
 
 
-# README: `kvcompress distill text.txt chat.jsonl --fit-tokens 32768` trains what is new
+# docs: The folder it writes loads like any model: `load_model("swiftkv")`
 def test_the_command_line_leaves_a_model_that_loads(smollm2, tmp_path, capsys):
     _, tokenizer = smollm2
     build("llama", num_hidden_layers=4, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")

@@ -33,7 +33,7 @@ def seen(model, data):
     return torch.cat(x), captured
 
 
-# README: the later keys and values first by least squares
+# docs: With `--fit-tokens` it first fits the later keys and values by least squares
 @pytest.mark.parametrize(("family", "share"), [("llama", 1), ("qwen2", 1), ("qwen3", 3), ("mistral", 3)])
 def test_the_fit_is_the_least_squares_solution_of_the_groups_mean(family, share):
     model = convert(build(family, num_hidden_layers=4), 1, share)

@@ -15,7 +15,7 @@ from kvcompress.hf import cache_argument
 from kvcompress.swiftkv import forward as single_input
 from kvcompress.swiftkv.model import as_teacher, convert, trained_parameters
 from tests.contract.models import DEVICE, build, left_padded, places, prompt
-from tests.test_readme import README
+from tests.test_readme import ROOT
 
 LAYERS, FIRST = 5, 1
 SERVED = ["llama", "mistral", "qwen2", "qwen2_windows", "qwen3"]
@@ -92,8 +92,8 @@ def test_the_teacher_is_the_unconverted_model_to_the_bit(family, share):
         assert torch.equal(model(ids, attention_mask=mask).logits, expected)
 
 
-# README: in prefill only the positions whose logits are asked for run the later layers
-# README: with the numbers of running them all
+# docs: in prefill only the positions whose logits are asked for run the later layers
+# docs: with the same numbers as if all positions did
 @every_family
 @every_share
 def test_the_fast_path_gives_the_logits_of_the_slow_path(family, share):
@@ -226,7 +226,7 @@ def test_a_row_padded_at_its_end_gives_the_logits_of_its_last_real_token(family)
                 assert counted.columns[-1] == [2]
 
 
-# README: without the flag it begins as the paper does
+# docs: without the flag it begins as the paper does
 @every_family
 def test_one_layer_begins_with_its_own_weights_and_a_group_with_the_mean(family):
     model = build(family, num_hidden_layers=LAYERS)
@@ -295,7 +295,7 @@ def test_a_saved_model_loads_as_it_was(family, share, tmp_path):
             assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-# README: Published SwiftKV checkpoints load by `from_pretrained` where `kvcompress.swiftkv.model` is imported
+# docs: Published SwiftKV checkpoints load by `from_pretrained` where `kvcompress.swiftkv.model` is imported
 @pytest.mark.parametrize(("family", "share"), [("llama", 1), ("llama", 2), ("qwen2", 1), ("qwen3", 2)])
 def test_a_checkpoint_in_the_published_layout_loads(family, share, tmp_path):
     model = converted(family, share)
@@ -333,14 +333,15 @@ def test_a_checkpoint_in_the_published_layout_loads(family, share, tmp_path):
 TEACHER = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
 
-# README: `convert(model, skip_from=0.5, share=3)` makes
-def test_readmes_conversion_is_one_of_the_default_model(smollm2):
-    (settings,) = re.findall(r"`convert\(model, skip_from=([0-9.]+), share=([0-9]+)\)`", README)
+# docs: `convert(model, skip_from=0.5, share=3)` makes
+def test_the_guides_conversion_is_one_of_the_default_model(smollm2):
+    guide = (ROOT / "docs/guides/swiftkv.md").read_text("utf-8")
+    (settings,) = re.findall(r"`convert\(model, skip_from=([0-9.]+), share=([0-9]+)\)`", guide)
     model = convert(smollm2[0], float(settings[0]), int(settings[1]))
     assert (model.config.num_key_value_layers, model.config.num_hidden_layers) == (15, 30)
 
 
-# README: makes a SwiftKV model of a Llama, Mistral, Qwen2 or Qwen3
+# docs: makes a SwiftKV model of a Llama, Mistral, Qwen2 or Qwen3
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt_neox", "opt", "mixtral"])
 def test_other_families_are_refused_by_name(family):
     model = build(family)

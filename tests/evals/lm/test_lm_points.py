@@ -67,7 +67,7 @@ def sweep(settings, model, tokenizer, tmp_path):
     return make
 
 
-# README: `kvcompress sweep --tasks needle,text,local_piqa --num-fewshot 5
+# docs: `kvcompress sweep` runs its own tasks and those of lm-eval
 def test_a_sweep_measures_them_beside_its_own(sweep, model, tokenizer, data):
     rows = sweep(tasks=("passkey", "local_piqa"), protocols=("question-aware",)).run()
     assert [row["status"] for row in rows] == ["ok"] * 6

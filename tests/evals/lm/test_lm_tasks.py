@@ -74,7 +74,7 @@ def test_every_task_file_is_tested_here():
     assert tasks == {*local._FILES, "needle", "kv", "variables"}
 
 
-# README: Without a network: `--tasks local_piqa --metadata
+# docs: Without a network, `--tasks local_piqa --metadata
 @pytest.mark.parametrize("task", ["piqa", "arc_easy", "arc_challenge", "boolq", "openbookqa", "copa", "winogrande"])
 def test_choices_are_asked_with_examples_before_them(run, task):
     name = f"local_{task}"

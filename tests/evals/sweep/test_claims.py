@@ -131,7 +131,7 @@ def launched(folder, out):
     )  # fmt: skip
 
 
-# README: `accelerate launch -m kvcompress sweep ...` shares the points of one folder among processes
+# docs: `accelerate launch -m kvcompress sweep ...` shares the points of one folder among processes
 @pytest.mark.slow
 def test_under_accelerate_launch_a_killed_run_goes_on_with_what_is_missing(folder, tmp_path):
     pytest.importorskip("accelerate")

@@ -117,7 +117,7 @@ def test_a_budget_in_tokens_is_told_from_a_fraction(budget):
     assert table.budgets == (("64 tokens",) if budget == 64 else ("50%",))
 
 
-# README: what each gains over sinks + recent at equal bytes
+# docs: what each method gains over sinks + recent at equal bytes
 def test_each_method_is_held_against_the_floor_at_equal_bytes():
     tables = report.make_comparisons([*rows(), row("knorm", 0.5) | FAILED])
     assert [table.title for table in tables] == [
