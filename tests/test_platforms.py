@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
+from kvcompress import cli
 from kvcompress.evals.bench import gpu
 from kvcompress.evals.bench import kernels as bench
 from kvcompress.kernels import pages
@@ -167,13 +168,23 @@ aot.main([])
     assert "Triton cannot be imported here: there is nothing to compile with" in done.stderr
 
 
-@pytest.mark.parametrize(("script", "arguments"), [(bench, ["--device", "cuda"]), (gpu, [])], ids=["bench", "gpu"])
-def test_what_measures_kernels_on_a_gpu_refuses_without_triton(script, arguments, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(script, "HAS_TRITON", False)
+@pytest.mark.parametrize(
+    ("module", "command"), [(bench, ["kernels", "--device", "cuda"]), (gpu, ["gpu"])], ids=["kernels", "gpu"]
+)
+def test_what_measures_kernels_on_a_gpu_refuses_without_triton(module, command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(module, "HAS_TRITON", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("OUT", str(tmp_path))
+    assert cli.main(["bench", *command]) == 2
+    assert "Triton cannot be imported here" in capsys.readouterr().err
+
+
+def test_the_gpu_script_of_its_own_refuses_without_triton(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "HAS_TRITON", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
-        script.main(arguments)
+        gpu.main()
     assert "Triton cannot be imported here" in capsys.readouterr().err
 
 
