@@ -51,8 +51,8 @@ def distill(
     from kvcompress.swiftkv.data import read_rows
     from kvcompress.swiftkv.model import SwiftKVModel, convert
 
-    # every setting is an option of the same name
-    values = {setting.name: context.params[setting.name] for setting in dataclasses.fields(distillation.Distillation)}
+    names = {setting.name for setting in dataclasses.fields(distillation.Distillation)}
+    values = {name: value for name, value in context.params.items() if name in names}
     with user_errors():
         settings = distillation.Distillation(**values)
     # each process then moves it to the device that is its own

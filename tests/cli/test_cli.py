@@ -1,12 +1,15 @@
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import typer
 
 from kvcompress import H2O, EvictingCache, registry
-from kvcompress.cli import main, sweeps
+from kvcompress.cli import app, main, sweeps
+from kvcompress.swiftkv.distill import Distillation
 
 SMALL = ["--tasks", "passkey", "--lengths", "700", "--samples", "1", "--budgets", "0.2", "--methods", "h2o"]
 
@@ -297,6 +300,14 @@ def test_generate_prints_answer_speed_and_memory(cache, folder, capsys):
     assert "tokens/s" in out
     assert "of the full cache's" in out
     assert cache.lower().partition(":")[0] in out
+
+
+def test_the_options_of_distill_are_its_settings_and_those_of_the_model():
+    options = {option.name for option in typer.main.get_command(app).commands["distill"].params}
+    settings = {setting.name for setting in dataclasses.fields(Distillation)}
+    assert options - settings == {"data", "model", "out", "skip_from", "share", "dtype"}
+    # what the paper gives no reason to change
+    assert settings - options == {"temperature", "betas", "warmup"}
 
 
 def test_plan_tells_what_fits(folder, capsys, monkeypatch):

@@ -44,7 +44,7 @@ NAMES = {
     "num_kv_shared_layers", "prepare_inputs_for_generation", "register_forward_hook", "register_forward_pre_hook",
     "rope_parameters", "sliding_window", "vocab_size",
 }  # fmt: skip
-MODEL_CLASSES = {"swiftkv.py", "single_input.py"}
+MODEL_CLASSES = {ROOT / "kvcompress" / "swiftkv" / name for name in ("model.py", "forward.py")}
 # written down under transformers' own names, or running where kvcompress is not installed
 APART = {"kvpress_answers.py"}
 OLDER = {"past_key_values", "past_key_value", "layer_past"}
@@ -61,7 +61,7 @@ def found(source: str, path: Path, addressed: bool = True) -> set[str]:
             wrong.add(repr(node.value))
         elif isinstance(node, ast.Call) and addressed and MODELS.search(ast.unparse(node.func)):
             wrong.update("cache= to a model" for keyword in node.keywords if keyword.arg == "cache")
-        elif isinstance(node, ast.Attribute) and node.attr in NAMES and path.name not in MODEL_CLASSES:
+        elif isinstance(node, ast.Attribute) and node.attr in NAMES and path not in MODEL_CLASSES:
             wrong.add(f".{node.attr}")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
             wrong.add(f"from {node.module}")

@@ -346,7 +346,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
     model = tiny()
     first, second, third = documents(3)
     stored(model, first, second).save(tmp_path)
-    whole = kvcompress.prefix.store.write_whole
+    whole = kvcompress.prefix.store_folder.write_whole
 
     for files in range(3):
         left = files
@@ -359,7 +359,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return whole(*arguments)
 
-        monkeypatch.setattr(kvcompress.prefix.store, "write_whole", interrupted)
+        monkeypatch.setattr(kvcompress.prefix.store_folder, "write_whole", interrupted)
         with pytest.raises(KeyboardInterrupt):
             stored(model, second, third).save(tmp_path)
         monkeypatch.undo()

@@ -354,7 +354,7 @@ def test_other_families_are_refused_by_name(family):
     [
         ({"skip_from": 0}, ValueError, "a layer from 1 to 5, got 0"),
         ({"skip_from": 6}, ValueError, "a layer from 1 to 5, got 6"),
-        ({"skip_from": 0.0}, ValueError, r"in \(0, 1\], got 0.0"),
+        ({"skip_from": 0.0}, ValueError, r"in \(0, 1\] \(float\), got 0.0"),
         ({"skip_from": True}, TypeError, "skip_from must be"),
         ({"skip_from": 2, "share": 2}, ValueError, "share must divide the 3 later layers .*, got 2"),
         ({"skip_from": 1, "share": 0}, ValueError, "share must divide"),
