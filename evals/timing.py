@@ -48,27 +48,50 @@ def take_turns(
 class Clock:
     """Times calls on a device by its own events.
 
-    cold: overwrite the L2 cache of a GPU before each call.
+    cold: fill the L2 cache of a GPU with other data before each call.
     """
 
     def __init__(self, device: torch.device, cold: bool = True) -> None:
         self.device = device
         # twice the L2 cache of the largest GPU
         size = 2**28 if cold and device.type == "cuda" else 0
-        self.flushed = torch.empty(size, dtype=torch.int8, device=device)
+        self.flushed = torch.zeros(size // 4, dtype=torch.float32, device=device)
 
     def seconds(self, call: Call) -> float:
         """Seconds of one call, device work included."""
         if self.device.type != "cuda":
             return timed(call, self.device)
-        # also keeps the device busy while the host launches, so that launches of the host are not what is timed
-        self.flushed.zero_()
+        # read, not written: dirty lines would be written back on the next call's time. It also keeps the device busy
+        # while the host launches, so that launches of the host are not what is timed
+        self.flushed.sum()
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         call()
         after.record()
         torch.cuda.synchronize(self.device)
         return before.elapsed_time(after) / 1e3
+
+    def host_seconds(self, call: Call) -> float:
+        """Seconds until the host is done with launching a call; the median of five."""
+        taken = []
+        for _ in range(5):
+            torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+        torch.cuda.synchronize(self.device)
+        return statistics.median(taken)
+
+    def captured(self, call: Call) -> Call | None:
+        """The replay of a CUDA graph of the call, which has run before; None where it asks the device for something."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError:
+            torch.cuda.synchronize(self.device)
+            return None
+        return graph.replay
 
     def turns(self, calls: Mapping[str, Call], attempts: int) -> dict[str, dict[str, float]]:
         """Spread of each call's seconds; the calls take turns."""
@@ -86,7 +109,8 @@ def limits(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     """GB/s of a copy (bytes read and written) and TFLOP/s of a matrix product, the best of several."""
     device = clock.device
     big = device.type == "cuda"
-    source = torch.zeros(2**30 if big else 2**26, dtype=torch.int8, device=device)
+    # random: zeros draw less power, and are copied and multiplied faster
+    source = torch.randint(-128, 128, (2**30 if big else 2**26,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     side = 8192 if big else 1024
     matrix = torch.randn(side, side, dtype=dtype, device=device)

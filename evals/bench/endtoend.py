@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
-from kvcompress import CompressedCache, H2OCache, HydragenCache, ShadowKVCache
+from kvcompress import CompressedCache, GEARCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.evals.timing import Clock, spread, wait
 from kvcompress.evals.timing import limits as measure_limits
 from kvcompress.hf import cache_argument, cache_name, sizes
@@ -31,8 +31,8 @@ Step = Callable[[Tensor, Tensor, Cache], Tensor]
 class Case:
     """What to measure: a prefill, steps of decoding (eager or compiled), the largest batch, or a whole `generate`.
 
-    cache: "dynamic", "static", "hydragen" (the rows share the context), "h2o" with its share of the context, or
-        "shadowkv" with the tokens it selects.
+    cache: "dynamic", "static", "hydragen" (the rows share the context), "h2o" with its share of the context,
+        "shadowkv" with the tokens it selects, or "gear" with its bits.
     """
 
     kind: str
@@ -58,6 +58,7 @@ def _cases(far: int, long: int, short: int, batches: tuple[int, int, int], selec
         *(Case("largest batch", cache, far) for cache in ("dynamic", shadow)),
         *(Case("prefill", cache, far) for cache in ("dynamic", shadow)),
         *(Case(kind, shadow, long, many) for kind in ("decode", "prefill")),
+        *(Case("decode", f"gear {bits}", long, many) for bits in (4, 2)),
         *(Case("decode", cache, long, batch) for batch in (some, one) for cache in caches[:2]),
         Case("compiled", h2o, long, one),
         # rows that share the context: one reads it for all, the other as often as there are rows that fit
@@ -120,7 +121,8 @@ class EndToEndCases:
         prompt = self._tokens(case.tokens)
         self._first(case)
         taken, peak, held = [], 0, 0
-        for _ in range(3):
+        # minutes of device time are few
+        for _ in range(1 if case.tokens > 65536 else 3):
             before = self._peak(reset=True)
             cache = self._build(case)
             given = cache_argument(self.model, cache)
@@ -189,7 +191,7 @@ class EndToEndCases:
             "cache_bytes": held,
             **_off_device(cache),
             "peak_bytes": self._peak(),
-            "graph_launches": self._launches(lambda: step(token, position, cache)),
+            **self._profile(lambda: step(token, position, cache)),
         }
         if compiled:
             row["graphs"] = _graphs()
@@ -302,7 +304,7 @@ class EndToEndCases:
         start = self._generated(case, prompt, 1)
         whole = [self._generated(case, prompt, fresh) for _ in range(2)]
         row["graphs"] = _graphs()
-        row["launches"] = self._launches(lambda: self._generated(case, prompt, 9))
+        row |= self._profile(lambda: self._generated(case, prompt, 9))
         row["decode_tokens_per_second"] = case.batch * (fresh - 1) / (min(whole) - start)
         if case.cache != "dynamic":
             eager = self._generated(case, prompt, fresh, disable_compile=True)
@@ -329,23 +331,37 @@ class EndToEndCases:
         if name == "shadowkv":
             # the official code's share of outliers
             return ShadowKVCache(self.model, budget=int(size), outlier_chunks=max(2, int(size) // 1024 * 24))
+        if name == "gear":
+            return GEARCache(self.model, bits=int(size))
         return H2OCache(self.model, budget=float(size.rstrip("%")) / 100)
 
     def _tokens(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(1, sizes(self.model.config).vocabulary, (1, count), generator=generator).to(self.device)
 
-    def _launches(self, call: Callable[[], Any]) -> dict[str, int]:
-        """What one step launches: kernels one by one, and whole CUDA graphs."""
+    def _profile(self, call: Callable[[], Any]) -> dict[str, Any]:
+        """What one call launches, kernels one by one and whole CUDA graphs; and what the device spends longest on, by
+        kernel: how many launches, and microseconds of all of them."""
         if self.device.type != "cuda":
-            return {}
+            return {"launches": {}}
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             call()
             torch.cuda.synchronize()
-        calls = {event.key: event.count for event in profile.key_averages()}
-        kernels = sum(calls.get(name, 0) for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx"))
-        return {"kernels": kernels + calls.get("cuLaunchKernel", 0), "graphs": calls.get("cudaGraphLaunch", 0)}
+        events = profile.key_averages()
+        calls = {event.key: event.count for event in events}
+        kernels = sum(
+            calls.get(name, 0)
+            for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cuLaunchKernel")
+        )
+        on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        on_device.sort(key=lambda event: -event.self_device_time_total)
+        return {
+            "launches": {"kernels": kernels, "graphs": calls.get("cudaGraphLaunch", 0)},
+            "device_microseconds": {
+                event.key[:60]: [event.count, round(event.self_device_time_total, 1)] for event in on_device[:12]
+            },
+        }
 
     def _peak(self, reset: bool = False) -> int:
         if self.device.type != "cuda":

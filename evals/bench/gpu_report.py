@@ -35,6 +35,7 @@ def summary(results: dict[str, Any]) -> str:
         *_kernels(results.get("kernels", {})),
         *_prefill(endtoend),
         *_decode(endtoend),
+        *_device_times(endtoend),
         *_largest(endtoend),
         *_generate(endtoend),
     ]
@@ -75,9 +76,11 @@ def _kernels(rows: dict[str, Row]) -> list[str]:
             f"({ours['p20'] * 1e6:.0f} to {ours['p80'] * 1e6:.0f}) | {row['achieved']['ours']:.4g} {row['unit']} "
             f"| {row['achieved']['ours'] / row['limit']:.0%} "
             + (f"| {ours['median'] / best_time:.2f}x {best} |" if best_time else "| |")
-            + ("" if row["agrees"] else " DISAGREES")
+            + (f" {row['host_seconds']['ours'] * 1e6:.0f} |" if row["host_seconds"] else " |")
+            + (" no graph" if "ours" in row["uncaptured"] else "")
+            + {True: "", False: " DISAGREES", None: " not compared"}[row["agrees"]]
         )
-    return _section("Kernels", lines, "kernel | batch x tokens | us | achieved | of limit | time, to")
+    return _section("Kernels", lines, "kernel | batch x tokens | us | achieved | of limit | time, to | host us")
 
 
 def _measured(rows: dict[str, Row], *kinds: str) -> list[Row]:
@@ -112,7 +115,7 @@ def _decode(rows: dict[str, Row]) -> list[str]:
         lines.append(
             f"| {row['tokens']} | {row['batch']} | {row['cache']}{' compiled' * (row['kind'] == 'compiled')} "
             f"| {_spread(row['seconds'], 1e3)} | {row['limit_seconds'] * 1e3:.3g} | {row['tokens_per_second']:.4g} "
-            f"| {ratio}{note} | {_gib(row['cache_bytes'])} | {_gib(row['peak_bytes'])} | {row['graph_launches'] or ''} "
+            f"| {ratio}{note} | {_gib(row['cache_bytes'])} | {_gib(row['peak_bytes'])} | {row['launches'] or ''} "
             f"| {row.get('graphs', '')}{off} |"
         )
     for row in rows.values():
@@ -121,6 +124,15 @@ def _decode(rows: dict[str, Row]) -> list[str]:
                 f"| {row['tokens']} | {row['batch']} | {row['cache']} | does not fit: {_gib(row['needs_bytes'])} |"
             )
     return _section("Decoding", lines, heads)
+
+
+def _device_times(rows: dict[str, Row]) -> list[str]:
+    lines = [
+        f"- {name}: " + ", ".join(f"{kernel} {count} x {us / count:.1f}" for kernel, (count, us) in top.items())
+        for name, row in rows.items()
+        if (top := dict(list(row.get("device_microseconds", {}).items())[:6]))
+    ]
+    return _section("What a step's time goes to: launches x us each", lines)
 
 
 def _dynamic(rows: dict[str, Row], row: Row) -> Row | None:
