@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.runtime import AOT_DTYPES, has_wgmma, launch, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.tile import MIN_SIDE, dot, wide
 
 
@@ -68,15 +68,16 @@ def bulk_key_values(
         absent if norms is None else [norm.data_ptr() for norm in norms],
     ]
     addresses = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64).to(x.device, non_blocking=True)
-    sizes = _sizes(head_dim, x.element_size())
+    sizes, options = _sizes(head_dim, x.element_size(), has_wgmma(x.device))
+    aligned = 16 if not any(address % 16 for column in columns for address in column) else x.element_size()
     rows = batch * tokens
-    row_blocks = triton.cdiv(rows, sizes["BLOCK_ROWS"])
+    blocks = triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(kv_heads, sizes["HEADS"])
     launch(
-        _bulk_kv_kernel, (row_blocks * len(keys) * kv_heads * 2,),
+        _bulk_kv_kernel, (blocks * len(keys),),
         x, cos, sin, addresses, x.shape[-1], *keys[0].stride()[:3],
         rows, tokens, kv_heads, len(keys), 0 if cos.shape[0] == 1 else tokens, epsilon,
         HEAD_DIM=head_dim, HAS_KEY_BIAS=key_biases is not None, HAS_VALUE_BIAS=value_biases is not None,
-        HAS_NORM=norms is not None, **sizes, num_warps=_WARPS, num_stages=_stages(x.element_size()),
+        HAS_NORM=norms is not None, ALIGNED=aligned, **sizes, **options,
     )  # fmt: skip
 
 
@@ -138,30 +139,20 @@ def _check(
         )
 
 
-_WARPS = 8
-
-
-def _stages(element_size: int) -> int:
-    return 3 if element_size == 2 else 2
-
-
-def _sizes(head_dim: int, element_size: int) -> dict[str, int]:
-    """Sides of a program's tiles; float32 is multiplied without matrix units, by operands in registers."""
-    half = head_dim // 2
-    side = max(MIN_SIDE, triton.next_power_of_2(half))
-    # the epilogue holds both halves, their turns and where they go
-    return {
-        "BLOCK_ROWS": (4096 // side if side <= 64 else 16) if element_size == 2 else (32 if side <= 64 else 16),
-        "BLOCK_HIDDEN": (64 if side <= 64 else 32) if element_size == 2 else 16,
-        "SIDE": side,
-        "GROUP": 8,
-    }
-
-
-@triton.jit
-def _pointer(addresses_ptr, layer, COLUMN: tl.constexpr, like_ptr):
-    # the address in a column of the layer's line, as a pointer to what like_ptr points to
-    return tl.load(addresses_ptr + layer * 7 + COLUMN).to(like_ptr.dtype)
+def _sizes(head_dim: int, element_size: int, wgmma: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Sides of a program's tiles, and its launch options; float32 is multiplied without matrix units, by operands in
+    registers."""
+    side = max(MIN_SIDE, triton.next_power_of_2(head_dim // 2))
+    if element_size == 2:
+        # 256 columns at least, 64 of each half of keys and of values: a step's product outlasts its way from the L2
+        # cache
+        width = max(64, side)
+        rows, hidden, stages = (8192 // width, 64, 4) if wgmma else (4096 // width, 32, 3)
+        stages -= width > 64
+    else:
+        width, rows, hidden, stages = side, 16, 16, 2
+    sizes = {"BLOCK_ROWS": rows, "BLOCK_HIDDEN": hidden, "SIDE": side, "HEADS": width // side, "GROUP": 16}
+    return sizes, {"num_warps": 8, "num_stages": stages}
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "kv_heads", "layers", "turn_tokens"])
@@ -173,79 +164,92 @@ def _bulk_kv_kernel(
     HAS_KEY_BIAS: tl.constexpr,
     HAS_VALUE_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     SIDE: tl.constexpr,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    # one program owns some tokens of one head of one layer's keys, or values. GROUP blocks of tokens go through all
-    # heads together: x stays in the L2 cache, and the weights are read once a group
+    # one program owns some tokens of some heads of one layer's keys and values: one product of x for both, no branch
+    # between them. GROUP blocks of tokens go through all heads together: x stays in the L2 cache, and the weights are
+    # read once a group
     HALF: tl.constexpr = HEAD_DIM // 2
-    columns = layers * kv_heads * 2
+    WIDTH: tl.constexpr = HEADS * SIDE
+    head_blocks = tl.cdiv(kv_heads, HEADS)
+    columns = layers * head_blocks
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     group = tl.program_id(0) // (GROUP * columns)
     members = tl.minimum(row_blocks - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * columns)
     block = group * GROUP + within % members
     column = within // members
-    is_key = column % 2 == 0
-    head = (column // 2) % kv_heads
-    layer = column // (2 * kv_heads)
+    layer = column // head_blocks
+    first_head = column % head_blocks * HEADS
+    addresses_ptr += layer * 7
 
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_ok = row < rows
-    dim = tl.arange(0, SIDE)
-    dim_ok = dim < HALF
-    if is_key:
-        weight_ptr = _pointer(addresses_ptr, layer, 0, x_ptr)
-        out_ptr = _pointer(addresses_ptr, layer, 4, x_ptr)
-    else:
-        weight_ptr = _pointer(addresses_ptr, layer, 1, x_ptr)
-        out_ptr = _pointer(addresses_ptr, layer, 5, x_ptr)
-    weight_ptr = tl.multiple_of(weight_ptr, 16)
-    weight_row = wide(head * HEAD_DIM) + dim
-    x_row = wide(row) * hidden_stride
-    a = tl.zeros([BLOCK_ROWS, SIDE], tl.float32)
-    b = tl.zeros([BLOCK_ROWS, SIDE], tl.float32)
+    # a tile's columns: both halves of the heads' keys, then both halves of their values
+    place = tl.arange(0, 4 * WIDTH)
+    head, dim = first_head + place % WIDTH // SIDE, place % SIDE
+    weight_ok = (head < kv_heads) & (dim < HALF)
+    weight_row = wide(head) * HEAD_DIM + place // WIDTH % 2 * HALF + dim
+    # addresses of memory of each column's own, whose alignment the launch has seen
+    weight_ptr = tl.load(addresses_ptr + place // (2 * WIDTH)).to(x_ptr.dtype)
+    weight_ptr = tl.multiple_of(weight_ptr, [ALIGNED]) + weight_row * hidden_stride
+    x_ptrs = x_ptr + wide(row) * hidden_stride
+    made = tl.zeros([BLOCK_ROWS, 4 * WIDTH], tl.float32)
     for start in range(0, hidden_stride, BLOCK_HIDDEN):
         k = start + tl.arange(0, BLOCK_HIDDEN)
         k_ok = k < hidden_stride
-        left = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
-        ok = k_ok[:, None] & dim_ok[None, :]
-        right = tl.load(weight_ptr + (weight_row * hidden_stride)[None, :] + k[:, None], mask=ok, other=0.0)
-        a = dot(left, right, a)
-        right = tl.load(weight_ptr + ((weight_row + HALF) * hidden_stride)[None, :] + k[:, None], mask=ok, other=0.0)
-        b = dot(left, right, b)
+        left = tl.load(x_ptrs[:, None] + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        right = tl.load(weight_ptr[None, :] + k[:, None], mask=k_ok[:, None] & weight_ok[None, :], other=0.0)
+        made = dot(left, right, made)
 
-    if HAS_KEY_BIAS:
-        if is_key:
-            bias_ptr = _pointer(addresses_ptr, layer, 2, x_ptr) + head * HEAD_DIM + dim
-            a += tl.load(bias_ptr, mask=dim_ok, other=0.0).to(tl.float32)[None, :]
-            b += tl.load(bias_ptr + HALF, mask=dim_ok, other=0.0).to(tl.float32)[None, :]
-    if HAS_VALUE_BIAS:
-        if not is_key:
-            bias_ptr = _pointer(addresses_ptr, layer, 3, x_ptr) + head * HEAD_DIM + dim
-            a += tl.load(bias_ptr, mask=dim_ok, other=0.0).to(tl.float32)[None, :]
-            b += tl.load(bias_ptr + HALF, mask=dim_ok, other=0.0).to(tl.float32)[None, :]
     token = row % tokens
     sequence = row // tokens
-    if is_key:
-        if HAS_NORM:
-            norm_ptr = _pointer(addresses_ptr, layer, 6, x_ptr) + dim
-            spread = tl.rsqrt(tl.sum(a * a + b * b, 1) / HEAD_DIM + epsilon)[:, None]
-            a = a * spread * tl.load(norm_ptr, mask=dim_ok, other=0.0).to(tl.float32)[None, :]
-            b = b * spread * tl.load(norm_ptr + HALF, mask=dim_ok, other=0.0).to(tl.float32)[None, :]
-        turn = (wide(sequence) * turn_tokens + token)[:, None] * HEAD_DIM + dim[None, :]
-        ok = row_ok[:, None] & dim_ok[None, :]
-        cos = tl.load(cos_ptr + turn, mask=ok, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + turn, mask=ok, other=0.0).to(tl.float32)
-        turned = a * cos - b * sin
-        b = b * cos + a * sin
-        a = turned
-    out = wide(sequence) * batch_stride + wide(head) * head_stride + wide(token) * token_stride
-    ok = row_ok[:, None] & dim_ok[None, :]
-    tl.store(out_ptr + out[:, None] + dim[None, :], a.to(x_ptr.dtype.element_ty), mask=ok)
-    tl.store(out_ptr + out[:, None] + HALF + dim[None, :], b.to(x_ptr.dtype.element_ty), mask=ok)
+    place = tl.arange(0, WIDTH)
+    head, dim = first_head + place // SIDE, place % SIDE
+    place_ok = (head < kv_heads) & (dim < HALF)
+    ok = row_ok[:, None] & place_ok[None, :]
+    out = wide(sequence) * batch_stride + wide(token) * token_stride
+    out = out[:, None] + (wide(head) * head_stride + dim)[None, :]
+    keys, values = _halves(made, BLOCK_ROWS, 2 * WIDTH)
+
+    a, b = _halves(values, BLOCK_ROWS, WIDTH)
+    if HAS_VALUE_BIAS:
+        bias_ptr = tl.load(addresses_ptr + 3).to(x_ptr.dtype) + head * HEAD_DIM + dim
+        a += tl.load(bias_ptr, mask=place_ok, other=0.0).to(tl.float32)[None, :]
+        b += tl.load(bias_ptr + HALF, mask=place_ok, other=0.0).to(tl.float32)[None, :]
+    out_ptr = tl.multiple_of(tl.load(addresses_ptr + 5).to(x_ptr.dtype), ALIGNED)
+    tl.store(out_ptr + out, a.to(x_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + out + HALF, b.to(x_ptr.dtype.element_ty), mask=ok)
+
+    a, b = _halves(keys, BLOCK_ROWS, WIDTH)
+    if HAS_KEY_BIAS:
+        bias_ptr = tl.load(addresses_ptr + 2).to(x_ptr.dtype) + head * HEAD_DIM + dim
+        a += tl.load(bias_ptr, mask=place_ok, other=0.0).to(tl.float32)[None, :]
+        b += tl.load(bias_ptr + HALF, mask=place_ok, other=0.0).to(tl.float32)[None, :]
+    if HAS_NORM:
+        norm_ptr = tl.load(addresses_ptr + 6).to(x_ptr.dtype) + dim
+        square = tl.sum(tl.reshape(a * a + b * b, [BLOCK_ROWS, HEADS, SIDE]), 2) / HEAD_DIM
+        spread = tl.rsqrt(square + epsilon)[:, :, None].broadcast_to(BLOCK_ROWS, HEADS, SIDE)
+        spread = tl.reshape(spread, [BLOCK_ROWS, WIDTH])
+        a = a * spread * tl.load(norm_ptr, mask=place_ok, other=0.0).to(tl.float32)[None, :]
+        b = b * spread * tl.load(norm_ptr + HALF, mask=place_ok, other=0.0).to(tl.float32)[None, :]
+    turn = (wide(sequence) * turn_tokens + token)[:, None] * HEAD_DIM + dim[None, :]
+    cos = tl.load(cos_ptr + turn, mask=ok, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turn, mask=ok, other=0.0).to(tl.float32)
+    out_ptr = tl.multiple_of(tl.load(addresses_ptr + 4).to(x_ptr.dtype), ALIGNED)
+    tl.store(out_ptr + out, (a * cos - b * sin).to(x_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + out + HALF, (b * cos + a * sin).to(x_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    # the first and the last columns of a tile, which each thread has of its rows
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, WIDTH]), (0, 2, 1)))
 
 
 def aot_calls() -> None:
