@@ -10,7 +10,8 @@ Bytes over the bus: new slots * chunk * head_dim * element size. PCIe bounds it:
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.runtime import AOT_DTYPES, core_count, launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.tile import wide
 
 SLAB = 2**32
 
@@ -37,13 +38,15 @@ def fetch_pages(
     if not by_address or not runs_triton(values):
         fetch_pages_reference(values, pages, held, is_new, slabs)
         return
-    batch, kv_heads, slots = held.shape
-    size = slabs[0].shape[2] * slabs[0].shape[3]
+    kv_heads, slots = held.shape[1:]
+    chunk_stride, size = slabs[0].shape[2] * slabs[0].shape[3], values.element_size()
+    aligned = 16 if not any(slab.data_ptr() % 16 for slab in slabs) else size
+    programs = min(triton.cdiv(held.numel(), _SLOTS), _PROGRAMS * core_count(values.device))
     launch(
-        _fetch_pages_kernel, (slots, kv_heads, batch),
+        _fetch_pages_kernel, (programs,),
         values, pages, held.contiguous(), is_new.contiguous().view(torch.uint8), addresses,
-        values.stride(0), values.stride(1), pages.stride(0), slots, size,
-        BLOCK=_BLOCK,
+        values.stride(0), values.stride(1), pages.stride(0), chunk_stride, held.numel(), kv_heads, slots,
+        ALIGNED=aligned, SLOTS=_SLOTS, BLOCK=_BLOCK // size,
     )  # fmt: skip
 
 
@@ -67,32 +70,44 @@ def collect_pages(pages: Tensor, heads: Tensor, slabs: list[Tensor]) -> Tensor:
     return out
 
 
-_BLOCK = 1024
+# slots that a program reads at a time, and bytes of each
+_SLOTS, _BLOCK = 8, 2048
+# programs a multiprocessor: enough reads under way to fill the bus, and room for others beside them
+_PROGRAMS = 2
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["count", "kv_heads", "slots"])
 def _fetch_pages_kernel(
     values_ptr, pages_ptr, held_ptr, new_ptr, addresses_ptr,
-    value_batch_stride, value_head_stride, pages_stride,
-    slots, size,
+    value_batch_stride, value_head_stride, pages_stride, chunk_stride,
+    count, kv_heads, slots,
+    ALIGNED: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # one program owns one slot of one KV head; where it is not new it has nothing to do
-    batch = tl.program_id(2).to(tl.int64)
-    kv_heads = tl.num_programs(1)
-    kv_head = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0).to(tl.int64)
-    at = (batch * kv_heads + kv_head) * slots + slot
-    if tl.load(new_ptr + at) != 0:
-        page = tl.load(pages_ptr + batch * pages_stride + tl.load(held_ptr + at))
-        slab = tl.load(addresses_ptr + (page >> 32))
-        source_ptr = slab.to(tl.pointer_type(values_ptr.dtype.element_ty), bitcast=True)
-        source_ptr += ((page & 4294967295) * kv_heads + kv_head) * size
-        values_ptr += batch * value_batch_stride + kv_head * value_head_stride + slot * size
-        for start in range(0, size, BLOCK):
-            element = start + tl.arange(0, BLOCK)
-            ok = element < size
-            tl.store(values_ptr + element, tl.load(source_ptr + element, mask=ok), mask=ok)
+    # programs take turns at some slots of all rows and KV heads; where none is new there is nothing to do. Chunks lie
+    # chunk_stride apart, in pages and in slots
+    for first in range(tl.program_id(0) * SLOTS, count, tl.num_programs(0) * SLOTS):
+        at = first + tl.arange(0, SLOTS)
+        is_new = tl.load(new_ptr + at, mask=at < count, other=0) != 0
+        if tl.sum(is_new.to(tl.int32), 0) > 0:
+            slot = at % slots
+            kv_head = at // slots % kv_heads
+            batch = wide(at // slots // kv_heads)
+            chunk = tl.load(held_ptr + at, mask=is_new, other=0)
+            page = tl.load(pages_ptr + batch * pages_stride + chunk, mask=is_new, other=0)
+            slab = tl.load(addresses_ptr + (page >> 32), mask=is_new, other=0)
+            # what is read from memory comes without the alignment that the launch has seen
+            source_ptr = slab.to(tl.pointer_type(values_ptr.dtype.element_ty), bitcast=True)
+            source_ptr = tl.multiple_of(source_ptr, [ALIGNED])
+            source_ptr += ((page & 4294967295) * kv_heads + kv_head) * chunk_stride
+            to_ptr = values_ptr + batch * value_batch_stride + wide(kv_head) * value_head_stride
+            to_ptr += wide(slot) * chunk_stride
+            for start in range(0, chunk_stride, BLOCK):
+                element = start + tl.arange(0, BLOCK)
+                ok = is_new[:, None] & (element < chunk_stride)[None, :]
+                found = tl.load(source_ptr[:, None] + element[None, :], mask=ok)
+                tl.store(to_ptr[:, None] + element[None, :], found, mask=ok)
 
 
 def aot_calls() -> None:
