@@ -83,7 +83,20 @@ class Clock:
         return statistics.median(taken)
 
     def captured(self, call: Call) -> Call | None:
-        """The replay of a CUDA graph of the call, which has run before; None where it asks the device for something."""
+        """The replay of a CUDA graph of the call, which has run before; None where the call waits for the device."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize(self.device)
+        # a capture that fails leaves the generator it took along as it was: let it be another than the inputs'
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        ours = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(generator.clone_state())
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -91,6 +104,8 @@ class Clock:
         except RuntimeError:
             torch.cuda.synchronize(self.device)
             return None
+        finally:
+            generator.graphsafe_set_state(ours)
         return graph.replay
 
     def turns(self, calls: Mapping[str, Call], attempts: int) -> dict[str, dict[str, float]]:

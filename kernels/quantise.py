@@ -181,6 +181,8 @@ def _launch(x: Tensor, coding: QuantScheme, packed: QuantizedTensor) -> None:
     launch(
         _quantise_kernel, (batch * kv_heads * blocks * programs,),
         x, *packed[:5], *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps,
+        # rounded after each operation, as on a CPU: the same codes everywhere
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

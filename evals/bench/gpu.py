@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,13 +215,18 @@ def broken() -> bool:
     return False
 
 
-def run_step(step: str, folder: Path, seconds: float, tiny: bool) -> int:
-    """Measures the cases that are not done yet, in this process; 3 where it must be started again."""
+def run_step(step: str, folder: Path, seconds: float, tiny: bool, wanted: str = "") -> int:
+    """Measures the cases that are not done yet, in this process; 3 where it must be started again.
+
+    Args:
+        wanted: a regular expression that their names match.
+    """
     deadline = time.monotonic() + seconds
     results = Results(folder)
     cases = cases_of(step, results, tiny)
     for name in cases.names():
-        if name in results.of(step):
+        # what the limits are is needed for every row
+        if name in results.of(step) or (name != "limits" and not re.search(wanted, name)):
             continue
         if time.monotonic() > deadline:
             results.record(step, name, {"left_out": "no time left"})
@@ -240,7 +246,7 @@ def run_step(step: str, folder: Path, seconds: float, tiny: bool) -> int:
     return 0
 
 
-def drive(steps: list[str], folder: Path, seconds: float, tiny: bool) -> None:
+def drive(steps: list[str], folder: Path, seconds: float, tiny: bool, wanted: str = "") -> None:
     """Runs the steps, each in processes of its own."""
     end = time.monotonic() + seconds
     for index, step in enumerate(steps):
@@ -252,7 +258,7 @@ def drive(steps: list[str], folder: Path, seconds: float, tiny: bool) -> None:
             if left < 1:
                 break
             command = [sys.executable, "-m", "kvcompress.evals.bench.gpu", "--step", step, "--out", str(folder)]
-            command += ["--seconds", str(left), *(["--tiny"] if tiny else [])]
+            command += ["--seconds", str(left), "--cases", wanted, *(["--tiny"] if tiny else [])]
             print(f"{step}: at most {left:.0f} s", flush=True)
             with (folder / "log.txt").open("a") as log:
                 try:
@@ -272,6 +278,7 @@ def drive(steps: list[str], folder: Path, seconds: float, tiny: bool) -> None:
 def run(
     out: Annotated[Path | None, "folder; default: $OUT, or results/gpu"] = None,
     only: Annotated[list[str] | None, f"run this step of {', '.join(STEPS)}; may be given again"] = None,
+    cases: Annotated[str, "only cases whose names this regular expression finds"] = "",
     seconds: Annotated[float, "time for everything"] = 565,
     tiny: Annotated[bool, "a tiny model on the CPU, to test this script"] = False,
 ) -> int:
@@ -283,14 +290,14 @@ def run(
     if not tiny and not HAS_TRITON:
         raise ValueError("Triton cannot be imported here, and this is about its kernels")
     out = out or Path(os.environ.get("OUT", "results/gpu"))
-    settings = {"out": str(out), "only": str(only), "seconds": str(seconds), "tiny": str(tiny)}
+    settings = {"out": str(out), "only": str(only), "cases": cases, "seconds": str(seconds), "tiny": str(tiny)}
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)
     (out / "log.txt").unlink(missing_ok=True)
     results = Results(out)
     results.all["provenance"] = provenance("cpu" if tiny else "cuda")
     results.record("settings", "arguments", settings)
-    drive([step for step in only or STEPS if step != "report"], out, seconds - STEPS["report"], tiny)
+    drive([step for step in only or STEPS if step != "report"], out, seconds - STEPS["report"], tiny, cases)
 
     results = Results(out)
     from kvcompress.evals.bench import gpu_report
@@ -311,12 +318,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=run.__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=STEPS, action="append")
+    parser.add_argument("--cases")
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--step", choices=STEPS, help="in this process, as a part of such a run")
     options = vars(parser.parse_args())
     if step := options.pop("step", None):
-        return run_step(step, options["out"], options["seconds"], options.get("tiny", False))
+        return run_step(step, options["out"], options["seconds"], options.get("tiny", False), options.get("cases", ""))
     try:
         return run(**options)
     except ValueError as error:

@@ -122,7 +122,7 @@ class EvictingLayer(CompressedLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if torch.compiler.is_compiling():
-            return hf.TokensSeen(query_length), 0
+            return hf.ONE_TOKEN, 0
         return super().get_mask_sizes(query_length)
 
     def _count(self, tokens: int) -> None:

@@ -15,6 +15,7 @@ is found by its type, and where a model was given one that its layers do not fin
 """
 
 from kvcompress.hf.attention import IMPLEMENTATION as IMPLEMENTATION
+from kvcompress.hf.attention import ONE_TOKEN as ONE_TOKEN
 from kvcompress.hf.attention import Attends as Attends
 from kvcompress.hf.attention import TokensSeen as TokensSeen
 from kvcompress.hf.attention import attention_name as attention_name

@@ -56,6 +56,10 @@ class TokensSeen(int):
     """A number of tokens, from a kvcompress cache: how the mask function knows whom it works for."""
 
 
+# what a compiled step feeds: torch 2.11 cannot trace the making of one
+ONE_TOKEN = TokensSeen(1)
+
+
 def tag_key(key: Tensor, layer: Attends) -> Tensor:
     """The key tensor with the handle by which the attention function finds the layer."""
     # a view of its own: the caller's tensor stays free of the handle
