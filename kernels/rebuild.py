@@ -103,7 +103,7 @@ def new_first(is_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row.expand_as(slots), head.expand_as(slots), slots
 
 
-_STAGES = 2
+_STAGES = 4
 
 
 def _sizes(chunk: int, head_dim: int, pairs: int, element_size: int) -> dict[str, int]:
@@ -149,33 +149,34 @@ def _cos_sin(angle):
 
 @triton.jit
 def _low_rank(
-    coefficients_ptr, token, token_ok, basis_ptr, basis_stride, column, column_ok, rank,
+    coefficients_ptr, token, token_ok, basis_ptr, basis_stride, column, column_ok, rank_stride,
     TOKENS: tl.constexpr,
     SIDE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    # some columns of coefficients @ basis for these tokens, float32
+    # some columns of coefficients @ basis for these tokens, float32. What is left of a token's rank goes from turn to
+    # turn: a mask out of bytes in the loop would have the compiler lay bfloat16 out as if it were bytes
+    r = tl.arange(0, BLOCK_RANK)
+    rest = tl.where(token_ok, rank_stride, 0)
+    left_ptr = (coefficients_ptr + token * rank_stride)[:, None] + r[None, :]
+    right_ptr = basis_ptr + (wide(r) * basis_stride)[:, None] + column[None, :]
     out = tl.zeros([TOKENS, SIDE], tl.float32)
-    for start in range(0, rank, BLOCK_RANK):
-        r = start + tl.arange(0, BLOCK_RANK)
-        r_ok = r < rank
-        left = tl.load(
-            coefficients_ptr + token[:, None] * rank + r[None, :], mask=token_ok[:, None] & r_ok[None, :], other=0.0
-        )
-        right = tl.load(
-            basis_ptr + r.to(tl.int64)[:, None] * basis_stride + column[None, :],
-            mask=r_ok[:, None] & column_ok[None, :],
-            other=0.0,
-        )
+    for start in range(0, rank_stride, BLOCK_RANK):
+        r_ok = r < rank_stride - start
+        left = tl.load(left_ptr, mask=r[None, :] < rest[:, None], other=0.0)
+        right = tl.load(right_ptr, mask=r_ok[:, None] & column_ok[None, :], other=0.0)
         out = dot(left, right, out)
+        rest -= BLOCK_RANK
+        left_ptr += BLOCK_RANK
+        right_ptr += BLOCK_RANK * basis_stride
     return out
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "rank"])
+@triton.jit(do_not_specialize=["slots", "tokens"])
 def _rebuild_keys_kernel(
     keys_ptr, coefficients_ptr, basis_ptr, held_ptr, new_ptr, inv_freq_ptr,
     key_batch_stride, key_head_stride, key_stride,
-    slots, tokens, rank, scaling,
+    slots, tokens, rank_stride, scaling,
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -201,44 +202,37 @@ def _rebuild_keys_kernel(
         place = tl.load(held_ptr + at, mask=ok, other=0) * CHUNK + within  # [TOKENS] int64
         token = batch * tokens + place
         basis_stride = kv_heads * HEAD_DIM
-        basis_ptr += batch * rank * basis_stride + kv_head * HEAD_DIM
+        basis_ptr += batch * rank_stride * basis_stride + kv_head * HEAD_DIM
         keys_ptr += batch * key_batch_stride + kv_head * key_head_stride
         out = (slot * CHUNK + within).to(tl.int64) * key_stride
         if PAIRS > 0:
+            # both of all pairs in one product
+            both = tl.arange(0, 2 * PAIRS_SIDE)
             pair = tl.arange(0, PAIRS_SIDE)
             pair_ok = pair < PAIRS
             if INTERLEAVED:
-                first = 2 * pair
-                second = first + 1
+                column, column_ok = both, both < 2 * PAIRS
+                first, second = 2 * pair, 2 * pair + 1
             else:
-                first = pair
-                second = pair + PAIRS
-            a = _low_rank(
+                column, column_ok = both // PAIRS_SIDE * PAIRS + both % PAIRS_SIDE, both % PAIRS_SIDE < PAIRS
+                first, second = pair, pair + PAIRS
+            turned = _low_rank(
                 coefficients_ptr,
                 token,
                 ok,
                 basis_ptr,
                 basis_stride,
-                first,
-                pair_ok,
-                rank,
+                column,
+                column_ok,
+                rank_stride,
                 TOKENS,
-                PAIRS_SIDE,
+                2 * PAIRS_SIDE,
                 BLOCK_RANK,
             )
-            b = _low_rank(
-                coefficients_ptr,
-                token,
-                ok,
-                basis_ptr,
-                basis_stride,
-                second,
-                pair_ok,
-                rank,
-                TOKENS,
-                PAIRS_SIDE,
-                BLOCK_RANK,
-            )
+            if INTERLEAVED:
+                a, b = tl.split(tl.reshape(turned, [TOKENS, PAIRS_SIDE, 2]))
+            else:
+                a, b = tl.split(tl.permute(tl.reshape(turned, [TOKENS, 2, PAIRS_SIDE]), (0, 2, 1)))
             angle = place.to(tl.float32)[:, None] * tl.load(inv_freq_ptr + pair, mask=pair_ok, other=0.0)[None, :]
             cos, sin = _cos_sin(angle)
             cos, sin = cos * scaling, sin * scaling
@@ -257,7 +251,7 @@ def _rebuild_keys_kernel(
                 basis_stride,
                 column,
                 column_ok,
-                rank,
+                rank_stride,
                 TOKENS,
                 REST_SIDE,
                 BLOCK_RANK,
