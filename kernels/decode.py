@@ -135,7 +135,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     batch, heads = query.shape[:2]
     kv_heads, slots = key.shape[1:3]
-    logits = query.new_empty(batch, heads, slots, dtype=torch.float32)
+    logits = query.new_empty(batch, kv_heads, slots, heads // kv_heads, dtype=torch.float32)
     parts, lses = launch_split(
         query, key, value, None, positions, query_positions, scale, window, softcap, logits=logits, merge=False
     )
@@ -151,7 +151,7 @@ def _launch(
 
 
 # slots a program of the second launch turns into probabilities
-_CHUNK = 1024
+_CHUNK = 512
 
 
 def finish_blocks(group: int, value_dim: int, chunk: int) -> dict[str, int]:
@@ -161,7 +161,7 @@ def finish_blocks(group: int, value_dim: int, chunk: int) -> dict[str, int]:
         "BLOCK_GROUP": block_group,
         "BLOCK_VALUE": triton.next_power_of_2(value_dim),
         "BLOCK_SPLITS": max(1, min(MOST_SPLITS, 2048 // block_group)),
-        "BLOCK_SLOTS": min(chunk, 1024, 4096 // block_group),
+        "BLOCK_SLOTS": min(chunk, 512, 2048 // block_group),
     }
 
 
@@ -208,25 +208,33 @@ def merge_head(
         part = split.to(tl.int64) * rows + row
         of_part = tl.load(lses_ptr + part, mask=split < splits, other=float("-inf"))
         weight = tl.exp(of_part - shift)
-        ok = (of_part != float("-inf"))[:, None] & (dim < VALUE_DIM)[None, :]
-        merged += weight[:, None] * tl.load(parts_ptr + part[:, None] * VALUE_DIM + dim[None, :], mask=ok, other=0.0)
+        ok = (split < splits)[:, None] & (dim < VALUE_DIM)[None, :]
+        out = tl.load(parts_ptr + part[:, None] * VALUE_DIM + dim[None, :], mask=ok, other=0.0)
+        # an empty part may hold anything; a mask of the load would wait for the log-sum-exps
+        merged += tl.where((of_part != float("-inf"))[:, None], weight[:, None] * out, 0.0)
     return tl.sum(merged, 0)  # [V]
 
 
 @triton.jit
-def group_probabilities(
-    logits_ptr, first_row, slot, slots, lse,
+def load_logits(
+    logits_ptr, slots,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    # exp(logit - lse) [rows, slots] of these slots, summed over the rows of a group
-    head = tl.arange(0, BLOCK_GROUP)
-    ok = (head < GROUP)[:, None] & (slot < slots)[None, :]
-    offset = (first_row + head)[:, None] * slots + slot[None, :]
-    logits = tl.load(logits_ptr + offset, mask=ok, other=float("-inf"))  # [G, S]
+    # the logits [slots, rows of a group] of as many slots as there are, -inf beyond; a thread reads a slot's at once
+    head = tl.arange(0, BLOCK_GROUP)  # [G]
+    slot = tl.arange(0, BLOCK_SLOTS)  # [S]
+    ok = (slot < slots)[:, None] & (head < GROUP)[None, :]
+    return tl.load(logits_ptr + slot[:, None] * GROUP + head[None, :], mask=ok, other=float("-inf"))  # [S, G]
+
+
+@triton.jit
+def group_probabilities(logits, lse):
+    # exp(logit - lse), summed over the rows of a group
     shift = tl.where(lse == float("-inf"), 0.0, lse)
     # what a head does not see gets nothing, be its log-sum-exp NaN
-    return tl.sum(tl.where(logits == float("-inf"), 0.0, tl.exp(logits - shift[:, None])), 0)  # [S]
+    return tl.sum(tl.where(logits == float("-inf"), 0.0, tl.exp(logits - shift[None, :])), 1)  # [S]
 
 
 @triton.jit(do_not_specialize=["batch_size", "slots", "splits"])
@@ -260,9 +268,10 @@ def _finish_kernel(
 
     first_slot = tl.program_id(0) * CHUNK
     for start in range(first_slot, tl.minimum(first_slot + CHUNK, slots), BLOCK_SLOTS):
-        slot = start + tl.arange(0, BLOCK_SLOTS)
-        sums = group_probabilities(logits_ptr, first_row, slot, slots, lse, GROUP, BLOCK_GROUP)
-        tl.store(probabilities_ptr + owner * slots + slot, sums, mask=slot < slots)
+        first = owner * slots + start
+        logits = load_logits(logits_ptr + first * GROUP, slots - start, GROUP, BLOCK_GROUP, BLOCK_SLOTS)
+        slot = tl.arange(0, BLOCK_SLOTS)
+        tl.store(probabilities_ptr + first + slot, group_probabilities(logits, lse), mask=slot < slots - start)
 
 
 def aot_calls() -> None:

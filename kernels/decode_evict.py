@@ -7,7 +7,7 @@
 The first launch is that of `decode_attention`: the splits' outputs, their log-sum-exps, and the logits of the old
 slots. The second adds the new token's own logit, which it computes itself, so that the token need not be stored
 before it is attended to. It merges the splits, turns logits into probabilities, adds them to the scores and finds the
-victim on the way. Above `_CHUNK` slots several programs share a head, and a third launch compares their candidates.
+victim on the way. Several programs share a head; the last of them to end compares their candidates.
 
 Bytes 2 * batch * kv_heads * slots * head_dim * element size for K and V; 8 * heads for the logits, 8 * kv_heads for
 the scores and 4 * kv_heads for the positions, each * batch * slots. The same as separate operations costs ten
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.runtime import AOT_DTYPES, core_count, launch, op, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import launch_split
-from kvcompress.kernels.common.tile import bound_logits
+from kvcompress.kernels.common.tile import bound_logits, wide
 from kvcompress.kernels.decode import (
     decode_attention,
     decode_attention_reference,
     finish_blocks,
     group_lse,
     group_probabilities,
+    load_logits,
     merge_head,
 )
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, rank, worse
@@ -197,13 +198,14 @@ def _launch(
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = keys.shape[1:3]
     value_dim, group = values.shape[-1], heads // kv_heads
-    logits = query.new_empty(batch, heads, slots, dtype=torch.float32)
-    at = token_positions[:, None]
+    logits = query.new_empty(batch, kv_heads, slots, group, dtype=torch.float32)
+    tickets = positions.new_empty(batch, kv_heads)
     parts, lses = launch_split(
-        query, keys, values, None, positions, at, scale, window, softcap, logits=logits, merge=False
-    )
+        query, keys, values, None, positions, token_positions[:, None], scale, window, softcap,
+        logits=logits, tickets=tickets, merge=False,
+    )  # fmt: skip
     out = query.new_empty(batch, heads, 1, value_dim)
-    chunk = triton.next_power_of_2(triton.cdiv(slots, triton.cdiv(slots, _CHUNK)))
+    chunk = _chunk(batch * kv_heads, slots, query.device)
     chunks = triton.cdiv(slots, chunk)
     # what each program found: a score; a position, a slot, an empty slot and how many tokens it counted
     least = scores.new_empty(batch * kv_heads, chunks)
@@ -212,61 +214,60 @@ def _launch(
         _evict_kernel, (chunks, kv_heads, batch),
         query.contiguous(), key.contiguous(), value.contiguous(), keys, values, positions, scores, spare,
         token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
-        parts, lses, sink_logits, logits, out, least, found,
+        parts, lses, sink_logits, logits, out, least, found, tickets,
         *keys.stride()[:3], *values.stride()[:3],
-        batch, kv_heads, slots, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
-        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, CHUNK=chunk, SETTLES=chunks == 1,
-        WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
-        BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, chunk),
+        batch, kv_heads, slots, chunk, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
+        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        WINDOWED=window is not None, SOFTCAPPED=softcap is not None, BLOCK_CHUNKS=_MOST_CHUNKS,
+        BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, _CHUNK),
     )  # fmt: skip
-    if chunks > 1:
-        launch(
-            _settle_kernel, (kv_heads, batch),
-            positions, spare, token_positions.contiguous(), limits.contiguous(), least, found,
-            kv_heads, slots, chunks, BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-        )  # fmt: skip
     return out
 
 
-# slots that one program of the second launch takes: fewer would want a third launch more often
-_CHUNK = 4096
+# slots of a program of the second launch, or a multiple; how many programs a multiprocessor holds, a head is shared by
+_CHUNK = 512
+_PROGRAMS_PER_CORE = 4
+_MOST_CHUNKS = 128
+
+
+def _chunk(owners: int, slots: int, device: torch.device) -> int:
+    """How many slots each program takes: as few as fill the GPU once, for each repeats what a head needs once."""
+    programs = max(1, min(_PROGRAMS_PER_CORE * core_count(device) // owners, _MOST_CHUNKS))
+    return triton.cdiv(triton.cdiv(slots, programs), _CHUNK) * _CHUNK
 
 
 @triton.jit
-def settle(
-    positions_ptr, spare_ptr, owner, slots, token_position, limit, taken, victim, empty, kept,
-):  # fmt: skip
+def settle(positions_ptr, spare_ptr, slots, token_position, limit, taken, victim, empty, kept):
     # the new token's slot is occupied and, over the limit, the victim's is freed; the two may be one
     over = kept > limit
-    tl.store(positions_ptr + owner * slots + taken, tl.where(over & (victim == taken), -1, token_position))
-    tl.store(positions_ptr + owner * slots + victim, -1, mask=over & (victim != taken))
+    tl.store(positions_ptr + taken, tl.where(over & (victim == taken), -1, token_position))
+    tl.store(positions_ptr + victim, -1, mask=over & (victim != taken))
     # the free slot of the lowest index; no slot is free only if the limit is not below the slots
     free = tl.minimum(empty, tl.where(over, victim, 2147483647))
-    tl.store(spare_ptr + owner, free.to(tl.int64), mask=free < slots)
+    tl.store(spare_ptr, free.to(tl.int64), mask=free < slots)
 
 
-@triton.jit(do_not_specialize=["batch_size", "slots", "splits", "window", "sinks"])
+@triton.jit(do_not_specialize=["batch_size", "slots", "chunk", "splits", "window", "sinks"])
 def _evict_kernel(
     query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr, scores_ptr, spare_ptr,
     token_positions_ptr, limits_ptr, recents_ptr,
-    parts_ptr, lses_ptr, sink_logits_ptr, logits_ptr, out_ptr, least_ptr, found_ptr,
+    parts_ptr, lses_ptr, sink_logits_ptr, logits_ptr, out_ptr, least_ptr, found_ptr, tickets_ptr,
     keys_batch_stride, keys_head_stride, keys_stride,
     values_batch_stride, values_head_stride, values_stride,
-    batch_size, kv_heads, slots, splits, window, sinks, scale, softcap, memory,
+    batch_size, kv_heads, slots, chunk, splits, window, sinks, scale, softcap, memory,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SETTLES: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    # one program owns CHUNK slots of one KV head and a share of its group's outputs; the first stores the new token
+    # one program owns `chunk` slots of one KV head and a share of its group's outputs; the first stores the new token
     batch = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1)
     owner = batch * kv_heads + kv_head
@@ -279,6 +280,20 @@ def _evict_kernel(
     head_ok = head < GROUP
     dim = tl.arange(0, BLOCK_DIM)  # [D]
     value_dim = tl.arange(0, BLOCK_VALUE)  # [V]
+    column = tl.arange(0, BLOCK_SLOTS)  # [S]
+
+    # loaded a block ahead, so that nobody waits
+    first_slot = tl.program_id(0) * chunk
+    last_slot = tl.minimum(first_slot + chunk, slots)
+    logits_ptr += owner * slots * GROUP
+    positions_ptr += owner * slots
+    scores_ptr += owner * slots
+    logits = load_logits(
+        logits_ptr + wide(first_slot) * GROUP, last_slot - first_slot, GROUP, BLOCK_GROUP, BLOCK_SLOTS
+    )  # [S, G]
+    position = tl.load(positions_ptr + first_slot + column, mask=column < last_slot - first_slot, other=2147483647)
+    old_score = tl.load(scores_ptr + first_slot + column, mask=column < last_slot - first_slot, other=0.0)
+    recent_from = token_position + 1 - tl.load(recents_ptr + batch)
 
     # the new token's own logit: it is in none of the splits, as its slot was empty
     key = tl.load(key_ptr + owner * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
@@ -317,19 +332,15 @@ def _evict_kernel(
     victim = tl.full([BLOCK_SLOTS], 2147483647, tl.int32)
     empty = tl.full([BLOCK_SLOTS], 2147483647, tl.int32)
     kept = tl.zeros([BLOCK_SLOTS], tl.int32)
-    recent_from = token_position + 1 - tl.load(recents_ptr + batch)
-    first_slot = tl.program_id(0) * CHUNK
-    for start in range(first_slot, tl.minimum(first_slot + CHUNK, slots), BLOCK_SLOTS):
-        slot = start + tl.arange(0, BLOCK_SLOTS)  # [S]
-        slot_ok = slot < slots
+    for start in range(first_slot, last_slot, BLOCK_SLOTS):
+        slot = start + column
+        slot_ok = slot < last_slot
         is_own = slot == taken
-        position = tl.load(positions_ptr + owner * slots + slot, mask=slot_ok, other=2147483647)
         position = tl.where(is_own, token_position, position)
-        score = group_probabilities(logits_ptr, first_row, slot, slots, lse, GROUP, BLOCK_GROUP)
-        score += memory * tl.load(scores_ptr + owner * slots + slot, mask=slot_ok, other=0.0)
+        score = memory * old_score + group_probabilities(logits, lse)
         score = tl.where(is_own, tl.sum(own, 0), score)
         if real:
-            tl.store(scores_ptr + owner * slots + slot, score, mask=slot_ok)
+            tl.store(scores_ptr + start + column, score, mask=slot_ok)
 
         stays = (position < sinks) | (position >= recent_from)
         ranked = tl.where(stays | (position < 0), float("inf"), rank(score))
@@ -340,61 +351,50 @@ def _evict_kernel(
         empty = tl.minimum(empty, tl.where(position < 0, slot, 2147483647))
         kept += (slot_ok & (position >= 0)).to(tl.int32)
 
+        ahead = start + BLOCK_SLOTS
+        logits = load_logits(logits_ptr + wide(ahead) * GROUP, last_slot - ahead, GROUP, BLOCK_GROUP, BLOCK_SLOTS)
+        position = tl.load(positions_ptr + ahead + column, mask=column < last_slot - ahead, other=2147483647)
+        old_score = tl.load(scores_ptr + ahead + column, mask=column < last_slot - ahead, other=0.0)
+
     score, position, slot = first_to_go(least, lowest, victim)
-    first_empty = tl.min(empty, 0)
-    count = tl.sum(kept, 0)
-    if SETTLES:
-        if real:
-            limit = tl.load(limits_ptr + batch)
-            settle(positions_ptr, spare_ptr, owner, slots, token_position, limit, taken, slot, first_empty, count)
-    else:
-        place = owner * tl.num_programs(0) + tl.program_id(0)
-        field = batch_size.to(tl.int64) * kv_heads * tl.num_programs(0)
-        tl.store(least_ptr + place, score)
-        tl.store(found_ptr + place, position)
-        tl.store(found_ptr + field + place, slot)
-        tl.store(found_ptr + 2 * field + place, first_empty)
-        tl.store(found_ptr + 3 * field + place, count)
-
-
-@triton.jit(do_not_specialize=["slots", "chunks"])
-def _settle_kernel(
-    positions_ptr, spare_ptr, token_positions_ptr, limits_ptr, least_ptr, found_ptr,
-    kv_heads, slots, chunks,
-    BLOCK_CHUNKS: tl.constexpr,
-):  # fmt: skip
-    # one program owns one KV head of one sequence and compares what the programs of _evict_kernel found
-    batch = tl.program_id(1).to(tl.int64)
-    owner = batch * kv_heads + tl.program_id(0)
-    field = tl.num_programs(1).to(tl.int64) * kv_heads * chunks
-    chunk = tl.arange(0, BLOCK_CHUNKS)
-    ok = chunk < chunks
-    place = owner * chunks + chunk
-    least = tl.load(least_ptr + place, mask=ok, other=float("inf"))
-    lowest = tl.load(found_ptr + place, mask=ok, other=2147483647)
-    victim = tl.load(found_ptr + field + place, mask=ok, other=2147483647)
-    empty = tl.min(tl.load(found_ptr + 2 * field + place, mask=ok, other=2147483647), 0)
-    kept = tl.sum(tl.load(found_ptr + 3 * field + place, mask=ok, other=0), 0)
-    _, _, slot = first_to_go(least, lowest, victim)
-    token_position = tl.load(token_positions_ptr + batch)
-    if token_position >= 0:
-        taken = tl.load(spare_ptr + owner).to(tl.int32)
-        limit = tl.load(limits_ptr + batch)
-        settle(positions_ptr, spare_ptr, owner, slots, token_position, limit, taken, slot, empty, kept)
+    chunks = tl.num_programs(0)
+    field = batch_size.to(tl.int64) * kv_heads * chunks
+    place = owner * chunks + tl.program_id(0)
+    tl.store(least_ptr + place, score)
+    tl.store(found_ptr + place, position)
+    tl.store(found_ptr + field + place, slot)
+    tl.store(found_ptr + 2 * field + place, tl.min(empty, 0))
+    tl.store(found_ptr + 3 * field + place, tl.sum(kept, 0))
+    # whoever draws the last ticket sees what all others of this head have stored, and none of them still reads
+    tl.debug_barrier()
+    ticket = tl.atomic_add(tickets_ptr + owner, 1, sem="acq_rel")
+    if (ticket == chunks - 1) & real:
+        tl.debug_barrier()
+        other = tl.arange(0, BLOCK_CHUNKS)
+        other_ok = other < chunks
+        base = owner * chunks
+        their_score = tl.load(least_ptr + base + other, mask=other_ok, other=float("inf"))
+        their_position = tl.load(found_ptr + base + other, mask=other_ok, other=2147483647)
+        their_slot = tl.load(found_ptr + field + base + other, mask=other_ok, other=2147483647)
+        their_empty = tl.load(found_ptr + 2 * field + base + other, mask=other_ok, other=2147483647)
+        their_count = tl.load(found_ptr + 3 * field + base + other, mask=other_ok, other=0)
+        _, _, going = first_to_go(their_score, their_position, their_slot)
+        settle(
+            positions_ptr, spare_ptr + owner, slots, token_position, tl.load(limits_ptr + batch), taken, going,
+            tl.min(their_empty, 0), tl.sum(their_count, 0),
+        )  # fmt: skip
 
 
 def aot_calls() -> None:
-    def call(group: int, head_dim: int, dtype: torch.dtype, slots: int, **settings: Any) -> None:
+    def call(group: int, head_dim: int, dtype: torch.dtype, **settings: Any) -> None:
         query, token = (shaped(1, heads, 1, head_dim, dtype=dtype) for heads in (2 * group, 2))
-        keys, scores = shaped(1, 2, slots, head_dim, dtype=dtype), shaped(1, 2, slots)
-        positions, spare = shaped(1, 2, slots, dtype=torch.int32), shaped(1, 2, dtype=torch.int64)
+        keys, scores = shaped(1, 2, 900, head_dim, dtype=dtype), shaped(1, 2, 900)
+        positions, spare = shaped(1, 2, 900, dtype=torch.int32), shaped(1, 2, dtype=torch.int64)
         counts = [shaped(1, dtype=torch.int32)] * 3
         decode_and_evict(query, token, token, keys, keys, positions, scores, spare, *counts, scale=0.1, **settings)
 
     for group in (1, 4, 64):
-        for head_dim in (64, 256):
+        for head_dim in (64, 128, 256):
             for dtype in AOT_DTYPES:
-                sink_logits = shaped(2 * group, dtype=dtype)
-                call(group, head_dim, dtype, _CHUNK)
-                call(group, head_dim, dtype, 2 * _CHUNK, window=700, softcap=30.0, sink_logits=sink_logits)
-    call(4, 64, torch.bfloat16, 32 * _CHUNK)
+                call(group, head_dim, dtype)
+                call(group, head_dim, dtype, window=700, softcap=30.0, sink_logits=shaped(2 * group, dtype=dtype))

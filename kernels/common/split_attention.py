@@ -4,10 +4,13 @@ Each program reads one part of the keys and reports the output and log-sum-exp o
 parts together. Bytes: keys and values once for all query heads of a group; bound by bandwidth.
 """
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import core_count, launch, tl, triton
+from kvcompress.kernels.common.runtime import core_count, has_wgmma, launch, tl, triton
 from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
@@ -27,6 +30,8 @@ _PROGRAMS_PER_CORE = 4
 # keys below which a part does not repay its share of the merge
 _LEAST_SPLIT = 256
 MOST_SPLITS = 64
+# tiles that take as long as what a program does before and after its own
+_STARTING = 2
 
 
 def launch_split(
@@ -40,13 +45,15 @@ def launch_split(
     window: int | None,
     softcap: float | None,
     logits: Tensor | None = None,
+    tickets: Tensor | None = None,
     merge: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention of few queries, split over the keys so that few heads fill a GPU.
 
     Args:
         positions, query_positions: as in slot_attention; None: a causal chunk, as in causal_attention.
-        logits: [batch, heads, tokens] float32 to write the logits to, -inf where unseen; for one query.
+        logits: [batch, kv_heads, tokens, group] float32 to write the logits to, -inf where unseen; for one query.
+        tickets: [batch, kv_heads] int32, set to 0 for the launch that follows.
         merge: False leaves the parts apart, float32 with the split as a first dimension.
     """
     batch, heads, queries, _ = query.shape
@@ -59,17 +66,18 @@ def launch_split(
     # bound by bandwidth: columns that are only masked cost nothing, tails would cost registers
     dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
     block_rows, block_tokens, warps, stages = _split_blocks(
-        queries * group, max(dim, value_width), query.element_size()
+        queries * group, max(dim, value_width), query.element_size(), has_wgmma(query.device)
     )
     row_blocks = triton.cdiv(queries * group, block_rows)
-    splits, split_tokens = split_keys(batch * kv_heads * row_blocks, tokens, block_tokens, query.device)
+    resident = max(1, 8 // warps) * core_count(query.device)
+    splits, split_tokens = _parts(batch * kv_heads * row_blocks, tokens, block_tokens, resident)
     whole = splits == 1 and merge
     shape = (batch, heads, queries) if whole else (splits, batch, heads, queries)
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
     launch(
         _split_kernel, (batch * kv_heads * row_blocks * splits,),
-        query, key, value, visible, positions, query_positions, out, lse, logits,
+        query, key, value, visible, positions, query_positions, out, lse, logits, tickets,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         batch, kv_heads, queries, tokens, splits, split_tokens, window or 0, scale, softcap or 0.0,
         GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
@@ -89,8 +97,24 @@ def split_keys(programs: int, tokens: int, block: int, device: torch.device) -> 
     return max(1, triton.cdiv(tokens, part)), part
 
 
-def _split_blocks(rows: int, width: int, element_size: int) -> tuple[int, int, int, int]:
-    """Rows and tokens a tile, warps and pipeline stages of the split kernel."""
+@functools.lru_cache(1024)
+def _parts(programs: int, tokens: int, block: int, resident: int) -> tuple[int, int]:
+    """As split_keys, where a GPU holds `resident` programs at once: rounds of them times a part's tiles are least."""
+    # triton.cdiv takes microseconds
+    tiles = max(1, -(-tokens // block))
+    found, least = (1, tiles), math.inf
+    for wanted in range(1, min(tiles, MOST_SPLITS) + 1):
+        part = -(-tiles // wanted)
+        splits = -(-tiles // part)
+        cost = -(-programs * splits // resident) * (part + _STARTING)
+        # more parts are more to merge
+        if cost < 0.95 * least:
+            found, least = (splits, part), cost
+    return found[0], found[1] * block
+
+
+def _split_blocks(rows: int, width: int, element_size: int, deep: bool) -> tuple[int, int, int, int]:
+    """Rows and tokens a tile, warps and stages of the split kernel; deep: with shared memory for Hopper's."""
     block_rows = min(FEW_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
         if width <= 64:
@@ -100,12 +124,14 @@ def _split_blocks(rows: int, width: int, element_size: int) -> tuple[int, int, i
         return min(block_rows, 32), 32, 8, 2
     if block_rows > MIN_SIDE and width > 64:
         return block_rows, 32, 4, 3
-    return block_rows, 64, 4, 3 if width <= 64 else 2
+    # of 4 stages 3 are buffers: the next tiles come while one is multiplied, and two programs still share a core
+    return block_rows, 64, 4, 3 if width <= 64 else 4 if deep else 2
 
 
 @triton.jit(do_not_specialize=["batch_size", "queries", "tokens", "splits", "split_tokens", "window"])
 def _split_kernel(
     query_ptr, key_ptr, value_ptr, visible_ptr, positions_ptr, query_positions_ptr, out_ptr, lse_ptr, logits_ptr,
+    tickets_ptr,
     query_batch_stride, query_head_stride, query_stride,
     key_batch_stride, key_head_stride, key_stride,
     value_batch_stride, value_head_stride, value_stride,
@@ -148,6 +174,9 @@ def _split_kernel(
     else:
         position = tokens - queries + index
 
+    if tickets_ptr is not None:
+        tl.store(tickets_ptr + owner, 0)
+
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
@@ -175,10 +204,9 @@ def _split_kernel(
         logits = tl.where(seen, logits, float("-inf"))
         if WRITES_LOGITS:
             # one query: a row is a head
-            logits_offset = (batch * kv_heads * GROUP + head) * tokens
-            tl.store(
-                logits_ptr + logits_offset[:, None] + token[None, :], logits, mask=row_ok[:, None] & token_ok[None, :]
-            )
+            logits_tile_ptr = logits_ptr + (positions_base + start) * GROUP
+            logits_offset = column[None, :] * GROUP + row[:, None]
+            tl.store(logits_tile_ptr + logits_offset, logits, mask=row_ok[:, None] & token_ok[None, :])
 
         logits *= LOG2E
         risen = tl.maximum(peak, tl.max(logits, 1))
