@@ -131,27 +131,27 @@ def _launch(
         "ONE_QUERY": queries == 1,
         "BLOCK_ROWS": _ROWS,
         "BLOCK_CHUNKS": block,
-        "num_stages": _STAGES,
     }
     strides = (*query.stride()[:3], *landmarks.stride()[:3])
     launch(
         _landmark_lse_kernel, (splits * row_blocks, kv_heads, batch),
         query, landmarks, is_open, lses, logits, *strides,
-        queries, chunks, splits, split_chunks, scale, softcap or 0.0, **shared,
+        queries, chunks, splits, split_chunks, scale, softcap or 0.0, num_stages=_PREFETCHING, **shared,
     )  # fmt: skip
     launch(
         _chunk_scores_kernel, (triton.cdiv(chunks, block), kv_heads, batch),
         query, landmarks, is_open, visible, lses.logsumexp(0), logits, scores, *strides,
         queries, chunks, scale, softcap or 0.0,
         PADDED=visible is not None, TAKES_MAX=group == "max", FACTOR=kv_heads / heads if group == "mean" else 1.0,
-        **shared,
+        num_stages=_STAGES, **shared,
     )  # fmt: skip
     return scores
 
 
 # rows (query heads times queries) of a tile
 _ROWS = MIN_SIDE
-_STAGES = 2
+# the first kernel reads all landmarks, three tiles ahead; in the second the queries of a loop are few
+_PREFETCHING, _STAGES = 4, 2
 
 
 def _block(head_dim: int, element_size: int) -> int:
