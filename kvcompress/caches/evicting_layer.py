@@ -71,6 +71,8 @@ class EvictingLayer(CompressedLayer):
         self.seen: Tensor
         # the value of `seen` where it is known: to read a tensor is to wait for the GPU
         self._host_seen: int | None = None
+        # whether the slots hold the whole budget, where it is a number of tokens
+        self._holds_budget = False
 
     @property
     def queries_watched(self) -> int | None:  # type: ignore[override]
@@ -183,6 +185,8 @@ class EvictingLayer(CompressedLayer):
     def _pin(self) -> None:
         """Tells the compiler that the layer's tensors stay where they are: else CUDA graphs refuse to write to them."""
         assert self.slots is not None
+        # asked here: torch 2.11 fails at comparing with a budget that differs from that of the cache compiled before
+        self._holds_budget = not isinstance(self.budget, int) or self.slots.slots > self._limit(0)
         for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
             # unguarded: another cache of the same shapes records a graph, and compiles nothing
             torch._dynamo.mark_static_address(tensor, guard=False)
@@ -230,7 +234,7 @@ class EvictingLayer(CompressedLayer):
         slots = self.slots
         assert slots is not None
         if torch.compiler.is_compiling():
-            if isinstance(self.budget, int) and slots.slots <= self._limit(0):
+            if not self._holds_budget:
                 raise RuntimeError(
                     f"a compiled step cannot take more room, and there is room for {slots.slots - 1} of the budget of "
                     f"{self._limit(0)} tokens: call cache.reserve() before it is compiled"

@@ -138,6 +138,20 @@ def check(entry, family):
     assert torch.equal(feed_on(model, cache, mask), feed_on(model, straight, mask))
 
 
+def test_caches_of_other_budgets_are_compiled_for_one_after_the_other():
+    model = tiny()
+    ids = prompt(20, 2)
+    token, position = ids[:, -1:], torch.full((2, 1), 20, device=DEVICE)
+    compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
+    for budget in (8, 10, 12):
+        cache, straight = H2OCache(model, budget=budget), H2OCache(model, budget=budget)
+        for each in (cache, straight):
+            feed(model, each, ids)
+        steps = (compiled, cache), (step_function(model), straight)
+        assert torch.equal(*(decode(step, each, token, position, 4) for step, each in steps))
+        assert cache.layers[0].slots.kept().max() == budget
+
+
 def addresses(cache):
     return [
         {name: tensor.data_ptr() for name, tensor in group.items()}
