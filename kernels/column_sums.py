@@ -10,6 +10,8 @@ queries x tokens matrix never exists. Flops 2 * batch * heads * (query, key) pai
 attention; bytes (heads + kv_heads) * head_dim a token and the lse.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from kvcompress.kernels.common.runtime import (
     tl,
     triton,
 )
-from kvcompress.kernels.common.tile import LOG2E, bound_logits, dot, load_tile, rows_aligned, tile_widths
+from kvcompress.kernels.common.tile import LOG2E, MIN_SIDE, bound_logits, dot, load_tile, rows_aligned, tile_widths, wide
 from kvcompress.kernels.common.torch_attention import slots_seen
 
 
@@ -217,7 +219,12 @@ def _launch(
     """positions and query_positions as in slot_column_sums; None: a causal chunk, as in causal_column_sums."""
     batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
-    query, key, lse = rows_aligned(query), rows_aligned(key), lse.contiguous()
+    query, key = rows_aligned(query), rows_aligned(key)
+    group = heads // kv_heads
+    inner = _heads_at_once(group)
+    # as the rows run, and in base 2: both once here and not for each block of tokens
+    by_row = lse.detach().reshape(batch, -1, inner, queries).mT
+    lse = torch.mul(by_row, math.log2(math.e), out=lse.new_empty(by_row.shape))
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     positions = None if positions is None else positions.contiguous()
     query_positions = None if window is None or query_positions is None else query_positions.contiguous()
@@ -233,11 +240,16 @@ def _launch(
             _column_sums_kernel, grid, query, key, lse, visible, positions, query_positions, sums,
             *query.stride()[:3], *key.stride()[:3],
             kv_heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
-            GROUP=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
+            GROUP=group, INNER=inner, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
             PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
             SOFTCAPPED=softcap is not None, TAKES_MAX=takes_max,
         )  # fmt: skip
     return sums
+
+
+def _heads_at_once(group: int) -> int:
+    """How many of a group's heads one tile mixes: a power of two, so that no tile ends within a query."""
+    return min(group & -group, MIN_SIDE)
 
 
 # queries from which on the kernel is tuned anew
@@ -284,6 +296,7 @@ def _column_sums_kernel(
     kv_heads, queries, tokens, window, scale, softcap,
     long,  # only a key of the autotuner: whether the queries are many
     GROUP: tl.constexpr,
+    INNER: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     TAIL: tl.constexpr,
@@ -296,7 +309,8 @@ def _column_sums_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     # one program owns BLOCK_TOKENS tokens of one KV head and runs over all rows that see them, in order, so that
-    # the sums are deterministic; a row is one (query, head of the group)
+    # the sums are deterministic; a row is one (query, head of INNER heads);
+    # lse is in base 2, [batch, kv_heads, GROUP / INNER, queries, INNER]
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_token = tl.program_id(0) * BLOCK_TOKENS
@@ -316,69 +330,79 @@ def _column_sums_kernel(
     else:
         token_position = token
 
-    # rows start .. full_start are at the diagonal, rows full_start .. full_stop see all of these tokens and need no
-    # mask, rows full_stop .. stop are at the edge of the window
+    # queries start .. full_start are at the diagonal, full_start .. full_stop see all of these tokens and need no
+    # mask, full_stop .. stop are at the edge of the window
     past = tokens - queries
+    step: tl.constexpr = BLOCK_ROWS // INNER
     start = 0
     full_start = 0
-    full_stop = queries * GROUP
-    stop = queries * GROUP
+    full_stop = queries
+    stop = queries
     if SLOTTED:
         if WINDOWED:
             full_stop = 0
     else:
-        start = tl.maximum(first_token - past, 0) * GROUP
-        full_start = start + tl.cdiv(tl.maximum(last_token - past, 0) * GROUP - start, BLOCK_ROWS) * BLOCK_ROWS
+        start = tl.maximum(first_token - past, 0)
+        full_start = start + tl.cdiv(tl.maximum(last_token - past, 0) - start, step) * step
         full_stop = tl.maximum(full_stop, full_start)
         if WINDOWED:
-            stop = tl.minimum(last_token - past + window, queries) * GROUP
-            within = tl.maximum(first_token - past + window, 0) * GROUP
-            full_stop = full_start + tl.maximum(tl.minimum(within, stop) - full_start, 0) // BLOCK_ROWS * BLOCK_ROWS
+            stop = tl.minimum(last_token - past + window, queries)
+            within = tl.maximum(first_token - past + window, 0)
+            full_stop = full_start + tl.maximum(tl.minimum(within, stop) - full_start, 0) // step * step
 
+    row = tl.arange(0, BLOCK_ROWS)  # [R]
+    query_offset = (row % INNER).to(tl.int64) * query_head_stride + (row // INNER).to(tl.int64) * query_stride
+    if not SOFTCAPPED:
+        # to base 2 along with the lse: one multiplication and addition for a logit
+        scale *= LOG2E
     sums = tl.zeros([BLOCK_TOKENS], tl.float32)
-    # slots without a window are all of the second kind
-    for part in tl.static_range(1 if SLOTTED and not WINDOWED else 0, 2 if SLOTTED and not WINDOWED else 3):
-        if part == 0:
-            from_row = start
-            to_row = full_start
-        elif part == 1:
-            from_row = full_start
-            to_row = full_stop
-        else:
-            from_row = full_stop
-            to_row = stop
-        for block in range(from_row, to_row, BLOCK_ROWS):
-            row = block + tl.arange(0, BLOCK_ROWS)  # [R]
-            row_ok = row < queries * GROUP
-            index = (row // GROUP).to(tl.int64)
-            head = (row % GROUP).to(tl.int64)
-            query_offset = head * query_head_stride + index * query_stride
-            query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
-            logits = dot(key, tl.trans(query), tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32))  # [T, R]
-            if TAIL:
-                query_tail = load_tile(query_ptr, query_offset, row_ok, DIM, TAIL, HEAD_DIM)
-                logits = dot(key_tail, tl.trans(query_tail), logits)
-            lse = tl.load(lse_ptr + head * queries + index, mask=row_ok, other=float("inf"))
-            # a row that is not there, one left out and one that saw nothing count for exp2(-inf) = 0
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)
-            logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
-            probability = tl.exp2((logits - lse[None, :]) * LOG2E)
-            if part != 1:
-                if SLOTTED:
-                    position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)
-                    seen = token_position[:, None] > position[None, :] - window
-                else:
-                    position = past + index
-                    seen = token_position[:, None] <= position[None, :]
-                    if WINDOWED:
-                        seen = seen & (token_position[:, None] > position[None, :] - window)
-                probability = tl.where(seen, probability, 0.0)
-            if TAKES_MAX:
-                # tl.max knows of no NaN
-                unknown = tl.sum(tl.where(probability == probability, 0.0, probability), 1)
-                sums = tl.maximum(sums, tl.max(probability, 1) + unknown, tl.PropagateNan.ALL)
+    for _ in range(GROUP // INNER):
+        # slots without a window are all of the second kind
+        for part in tl.static_range(1 if SLOTTED and not WINDOWED else 0, 2 if SLOTTED and not WINDOWED else 3):
+            if part == 0:
+                from_query = start
+                to_query = full_start
+            elif part == 1:
+                from_query = full_start
+                to_query = full_stop
             else:
-                sums += tl.sum(probability, 1)
+                from_query = full_stop
+                to_query = stop
+            for first in range(from_query, to_query, step):
+                index = first + row // INNER
+                row_ok = index < queries
+                tile_ptr = query_ptr + wide(first) * query_stride
+                query = load_tile(tile_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
+                logits = dot(key, tl.trans(query), tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32))  # [T, R]
+                if TAIL:
+                    query_tail = load_tile(tile_ptr, query_offset, row_ok, DIM, TAIL, HEAD_DIM)
+                    logits = dot(key_tail, tl.trans(query_tail), logits)
+                lse = tl.load(lse_ptr + wide(first) * INNER + row, mask=row_ok, other=float("inf"))
+                # a row that is not there, one left out and one that saw nothing count for exp2(-inf) = 0
+                lse = tl.where(lse == float("-inf"), float("inf"), lse)
+                logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
+                if SOFTCAPPED:
+                    logits *= LOG2E
+                probability = tl.exp2(logits - lse[None, :])
+                if part != 1:
+                    if SLOTTED:
+                        position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)
+                        seen = token_position[:, None] > position[None, :] - window
+                    else:
+                        position = past + index
+                        seen = token_position[:, None] <= position[None, :]
+                        if WINDOWED:
+                            seen = seen & (token_position[:, None] > position[None, :] - window)
+                    probability = tl.where(seen, probability, 0.0)
+                if TAKES_MAX:
+                    # tl.max knows of no NaN
+                    unknown = tl.sum(tl.where(probability == probability, 0.0, probability), 1)
+                    sums = tl.maximum(sums, tl.max(probability, 1) + unknown, tl.PropagateNan.ALL)
+                else:
+                    sums += tl.sum(probability, 1)
+
+        query_ptr += INNER * query_head_stride
+        lse_ptr += INNER * queries
 
     if SLOTTED:
         sums = tl.where(token_position >= 0, sums, 0.0)
