@@ -214,6 +214,9 @@ def _launch_causal(
     kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     if queries * (heads // kv_heads) <= FEW_ROWS:
         return launch_split(query, key, value, visible, None, None, scale, window, softcap)[:2]
+    if scale <= 0:
+        # the kernel takes the maximum before it scales
+        query, scale = query * scale, 1.0
     out, lse = _heads_side_by_side(query, value)
     query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
@@ -243,6 +246,7 @@ class _Config(NamedTuple):
     warps: int
     stages: int
     needs_wgmma: bool = False
+    only_plain: bool = False  # spills with padding, a window and a softcap
 
     def triton(self) -> triton.Config:
         blocks = {"BLOCK_QUERIES": self.queries, "BLOCK_TOKENS": self.tokens}
@@ -253,7 +257,12 @@ class _Config(NamedTuple):
 _CAUSAL_CONFIGS = {
     2: {
         64: [_Config(64, 32, 4, 3), _Config(128, 64, 8, 3)],
-        128: [_Config(64, 32, 8, 3), _Config(128, 32, 8, 2), _Config(128, 64, 8, 3, needs_wgmma=True)],
+        128: [
+            _Config(64, 32, 8, 3),
+            _Config(128, 32, 8, 2),
+            _Config(128, 64, 8, 3, needs_wgmma=True),
+            _Config(64, 64, 4, 3, needs_wgmma=True, only_plain=True),
+        ],
         256: [_Config(64, 16, 8, 2), _Config(128, 32, 8, 2, needs_wgmma=True)],
     },
     4: {
@@ -271,16 +280,17 @@ def _causal_configs(width: int, element_size: int) -> list[_Config]:
 def _prune_causal(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
     width = max(constants["DIM"] + constants["TAIL"], constants["VALUE_WIDTH"] + constants["VALUE_TAIL"])
     query = arguments["query_ptr"]
+    plain = not any(constants[name] for name in ("PADDED", "WINDOWED", "SOFTCAPPED"))
     return [
         config.triton()
         for config in _causal_configs(width, query.element_size())
-        if has_wgmma(query.device) or not config.needs_wgmma
+        if (has_wgmma(query.device) or not config.needs_wgmma) and (plain or not config.only_plain)
     ]
 
 
 @autotune(
     [config.triton() for sizes in _CAUSAL_CONFIGS.values() for configs in sizes.values() for config in configs],
-    key=["long", "HEAD_DIM", "VALUE_DIM", "WINDOWED"],
+    key=["long", "HEAD_DIM", "VALUE_DIM", "PADDED", "WINDOWED", "SOFTCAPPED"],
     prune=_prune_causal,
 )
 @triton.jit(do_not_specialize=["queries", "tokens", "window", "long"])
@@ -331,6 +341,8 @@ def _causal_kernel(
         low = 0
         full_low = 0
 
+    # base 2 inside: exp2 is one instruction, and a factor that is met there alone costs none
+    to_base_2 = LOG2E if SOFTCAPPED else scale * LOG2E
     peak = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     out = tl.zeros([BLOCK_QUERIES, VALUE_WIDTH], tl.float32)
@@ -358,8 +370,8 @@ def _causal_kernel(
             if TAIL:
                 key_tail = load_tile(tile_ptr, key_offset, token_ok, DIM, TAIL, HEAD_DIM)
                 logits = dot(query_tail, tl.trans(key_tail), logits)
-            # base 2 inside: exp2 is one instruction
-            logits = bound_logits(logits, scale, softcap, SOFTCAPPED) * LOG2E
+            if SOFTCAPPED:
+                logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
             if part != 1:
                 seen = (token[None, :] <= position[:, None]) & token_ok[None, :]
                 if WINDOWED:
@@ -369,11 +381,11 @@ def _causal_kernel(
                 visible = tl.load(visible_ptr + batch * tokens + token, mask=token_ok, other=0)
                 logits = tl.where((visible != 0)[None, :], logits, float("-inf"))
 
-            risen = tl.maximum(peak, tl.max(logits, 1))
+            risen = tl.maximum(peak, tl.max(logits, 1) * to_base_2)
             # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
             shift = tl.where(risen == float("-inf"), 0.0, risen)
             fade = tl.exp2(peak - shift)
-            weight = tl.exp2(logits - shift[:, None])  # [Q, T]
+            weight = tl.exp2(logits * to_base_2 - shift[:, None])  # [Q, T]
             peak = risen
             total = total * fade + tl.sum(weight, 1)
             value_offset = column * value_stride

@@ -27,7 +27,16 @@ from kvcompress.kernels.common.runtime import (
     tl,
     triton,
 )
-from kvcompress.kernels.common.tile import LOG2E, MIN_SIDE, bound_logits, dot, load_tile, rows_aligned, tile_widths, wide
+from kvcompress.kernels.common.tile import (
+    LOG2E,
+    MIN_SIDE,
+    bound_logits,
+    dot,
+    load_tile,
+    rows_aligned,
+    tile_widths,
+    wide,
+)
 from kvcompress.kernels.common.torch_attention import slots_seen
 
 
