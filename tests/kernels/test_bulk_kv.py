@@ -85,6 +85,17 @@ def test_it_agrees_with_the_reference_in_every_dtype(dtype):
             torch.testing.assert_close(one, torch.stack(other), **limits)
 
 
+def test_weights_that_begin_anywhere_give_the_same():
+    # views of one buffer, as of weights that are sharded flat: 16 bytes at a time would be a fault on a GPU
+    _, (x, *weights, cos, sin, keys, values), _ = scene(*CASES[1], dtype=torch.bfloat16)
+    bulk_key_values(x, *weights, cos, sin, keys, values)
+    wanted = [torch.stack(side).clone() for side in (keys, values)]
+    moved = [[torch.nn.functional.pad(w.flatten(), (1, 0))[1:].view_as(w) for w in side] for side in weights]
+    bulk_key_values(x, *moved, cos, sin, keys, values)
+    for side, places in zip(wanted, (keys, values), strict=True):
+        assert torch.equal(torch.stack(places), side)
+
+
 def test_layers_that_differ_are_refused():
     _, arguments, _ = scene(*CASES[1])
     x, key_weights, *rest = arguments
