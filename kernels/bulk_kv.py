@@ -68,8 +68,10 @@ def bulk_key_values(
         absent if norms is None else [norm.data_ptr() for norm in norms],
     ]
     addresses = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64).to(x.device, non_blocking=True)
-    sizes, options = _sizes(head_dim, x.element_size(), has_wgmma(x.device))
     aligned = 16 if not any(address % 16 for column in columns for address in column) else x.element_size()
+    # what is loaded number by number needs registers that the larger tiles do not leave
+    larger = has_wgmma(x.device) and aligned == 16 and x.shape[-1] % 16 == 0
+    sizes, options = _sizes(head_dim, x.element_size(), larger)
     rows = batch * tokens
     blocks = triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(kv_heads, sizes["HEADS"])
     launch(
@@ -139,7 +141,7 @@ def _check(
         )
 
 
-def _sizes(head_dim: int, element_size: int, wgmma: bool) -> tuple[dict[str, int], dict[str, int]]:
+def _sizes(head_dim: int, element_size: int, larger: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Sides of a program's tiles, and its launch options; float32 is multiplied without matrix units, by operands in
     registers."""
     side = max(MIN_SIDE, triton.next_power_of_2(head_dim // 2))
@@ -147,7 +149,7 @@ def _sizes(head_dim: int, element_size: int, wgmma: bool) -> tuple[dict[str, int
         # 256 columns at least, 64 of each half of keys and of values: a step's product outlasts its way from the L2
         # cache
         width = max(64, side)
-        rows, hidden, stages = (8192 // width, 64, 4) if wgmma else (4096 // width, 32, 3)
+        rows, hidden, stages = (8192 // width, 64, 4) if larger else (4096 // width, 32, 3)
         stages -= width > 64
     else:
         width, rows, hidden, stages = side, 16, 16, 2
@@ -259,6 +261,10 @@ def aot_calls() -> None:
             turn, place = (shaped(*shape, head_dim, dtype=dtype) for shape in ((1, 100), (2, 8, 100)))
             arguments = x, [weight] * 4, [weight] * 4, turn, turn, [place] * 4, [place] * 4
             bulk_key_values(*arguments)
+            if head_dim == 96:
+                # what begins at no multiple of 16 bytes
+                weights = [shaped(weight.numel() + 1, dtype=dtype)[1:].view_as(weight)] * 4
+                bulk_key_values(x, weights, weights, *arguments[3:])
             if (head_dim, dtype) == (128, torch.bfloat16):
                 biases = [shaped(8 * head_dim, dtype=dtype)] * 4
                 bulk_key_values(*arguments, key_biases=biases, value_biases=biases)
