@@ -86,7 +86,8 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     low, high = (bound.clamp(-_LARGEST, _LARGEST).masked_fill(empty, 0.0) for bound in (low, high))
     zeros = _round_down(low)
     levels = 2**coding.bits - 1
-    scales = -_round_down(-((high - zeros.float()) / levels))
+    # by a tensor: divided by a number, CUDA multiplies by its inverse, which rounds otherwise
+    scales = -_round_down(-((high - zeros.float()) / torch.full_like(high, levels)))
     steps = scales.float()
     inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
     spread = spread_groups(torch.stack([zeros.float(), steps, inverse]), coding, x)

@@ -134,8 +134,13 @@ def _agree(result: Any, expected: Any, dtype: torch.dtype) -> bool:
     if isinstance(expected, tuple):
         # an alternative that computes less is compared in what it computes
         return all(_agree(*pair, dtype) for pair in zip(result, expected, strict=False) if None not in pair)
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    return torch.allclose(result.float(), expected.float(), rtol=tolerance, atol=tolerance)
+    if not expected.is_floating_point():
+        # one of two that score alike may be taken for the other
+        return result.shape == expected.shape and bool((result == expected).float().mean() > 0.99)
+    # by the norm: of attention to many tokens every number is small
+    error = torch.linalg.vector_norm(result.double() - expected.double())
+    size = torch.linalg.vector_norm(expected.double())
+    return bool(error <= (1e-4 if dtype == torch.float32 else 3e-2) * size)
 
 
 def main(

@@ -317,10 +317,12 @@ class HydragenCache(CompressedCache):
         # a row may have fewer tokens of its own than the suffixes have columns
         in_nodes = any(stays < held - more for stays, held, more in zip(left, self.tree.lengths(), ahead, strict=True))
         if tokens_to_remove and self.tree.nodes and (in_nodes or -tokens_to_remove > self.layers[0].suffix_columns()):
+            before = self.padding.shown(rows, int(self.get_seq_length())).tolist()
             for layer in self.layers:
                 layer.check_thaw()
-                for leaf, tokens in zip(self.tree.leaves, left, strict=True):
+                for row, (leaf, tokens) in enumerate(zip(self.tree.leaves, left, strict=True)):
                     layer.check_reach(leaf, tokens)
+                    layer.check_own_reach(row, tokens, before[row])
             self._thaw()
         super().crop(tokens_to_remove)
 

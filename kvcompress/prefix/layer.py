@@ -243,6 +243,23 @@ class SharedLayer(DenseLayer):
                     "use attention_mask=cache.cover(mask)"
                 )
 
+    def check_own_reach(self, row: int, position: int, before: int) -> None:
+        """Raises ValueError where a token at this place of a row would see what has left the window of its own tokens.
+
+        Args:
+            before: tokens of the row until now.
+        """
+        if self.window is None or self.dense is None:
+            return
+        _, _, visible = self.dense.held()
+        own_from = before - (self.dense.length if visible is None else int(visible[row].sum()))
+        reaches = max(self.tree.length(self.tree.leaves[row]), position - self.window + 1)
+        if reaches < min(position, own_from):
+            raise ValueError(
+                f"token {position} of row {row} is fed again, and of what its window of {self.window} sees, tokens "
+                f"{reaches} to {min(position, own_from) - 1} are gone; take back no more than {SLACK} tokens"
+            )
+
     def prune(self, names: list[int]) -> None:
         """Lets nodes go."""
         for name in names:

@@ -181,8 +181,10 @@ def test_nothing_of_size_queries_times_keys_is_built(entry, family):
     ids = prompt(LONG).repeat(1, tokens // LONG)
     if DEVICE == "cuda":
         # the autotuner of the kernels overwrites the L2 cache between two trials
+        tuned = cache.clone()
         with torch.no_grad():
-            model(ids, **cache_argument(model, entry.build(model)), logits_to_keep=1)
+            for _ in range(2):
+                model(ids, **cache_argument(model, tuned), logits_to_keep=1)
     with Largest() as largest, torch.no_grad():
         for _ in range(2):
             model(ids, **cache_argument(model, cache), logits_to_keep=1)

@@ -682,6 +682,22 @@ def test_a_crop_into_shared_tokens_whose_window_is_gone_is_refused():
     )
 
 
+def test_a_crop_to_own_tokens_that_have_left_the_window_is_refused(monkeypatch):
+    """The shared tokens are there, and those between them and what the window holds are not."""
+    monkeypatch.setattr(dense, "SLACK", 5)
+    model = tiny("mistral", sliding_window=3)
+    cache = HydragenCache.from_prefix(model, prompt(5)[0])
+    feed(model, cache, prompt(13, 2))
+    kept, step = cache.clone(), prompt(3, 2, seed=5)
+    with pytest.raises(ValueError, match="of what its window of 3 sees, tokens 7 to 8 are gone"):
+        cache.crop(-9)
+    assert torch.equal(feed(model, cache, step), feed(model, kept.clone(), step))
+    # back in the shared tokens alone, nothing is missing
+    kept.crop(-13)
+    whole = feed(model, HydragenCache(model), torch.cat([prompt(5).expand(2, -1), step], 1))
+    torch.testing.assert_close(feed(model, kept, step)[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_crop_reaches_the_shared_tokens_of_a_row_whose_own_are_few():
     model = tiny()
     cache = HydragenCache(model, min_tokens=4)
