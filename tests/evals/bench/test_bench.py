@@ -44,13 +44,31 @@ def test_a_wrong_result_is_said_and_is_the_exit_status(capsys):
     assert not row({"ours": lambda: (one, two), "reference": lambda: (one, one)}, bytes=1).agrees
 
 
-def test_a_variant_that_runs_out_of_memory_leaves_the_row(capsys):
-    def too_large():
-        raise torch.OutOfMemoryError
+def test_results_agree_by_their_norm_and_indices_by_their_number():
+    small = torch.full((1000,), 1e-6)
+    assert row({"ours": lambda: small + 1e-11, "reference": lambda: small}, bytes=1).agrees
+    assert not row({"ours": lambda: 1.01 * small, "reference": lambda: small}, bytes=1).agrees
+    indices = torch.arange(1000)
+    for first, agrees in ((5, True), (20, False)):
+        turned = {"ours": lambda first=first: torch.cat([indices[:first].flip(0), indices[first:]])}
+        assert row(turned | {"reference": lambda: indices}, bytes=1).agrees is agrees
 
+
+def too_large():
+    raise torch.OutOfMemoryError
+
+
+def test_a_variant_that_runs_out_of_memory_leaves_the_row():
     found = row({"ours": lambda: torch.ones(1), "reference": too_large}, oracle="ours", bytes=1)
     assert found.seconds.keys() == {"ours"}
     assert found.agrees
+
+
+def test_where_the_oracle_runs_out_of_memory_the_row_says_that_nothing_was_compared(capsys):
+    found = row({"ours": lambda: torch.ones(1), "reference": too_large}, bytes=1)
+    assert found.agrees is None
+    bench.print_row(found)
+    assert "NOT COMPARED" in capsys.readouterr().out
 
 
 def test_what_bounds_a_kernel_is_its_unit():

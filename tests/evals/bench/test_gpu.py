@@ -67,6 +67,17 @@ def test_a_step_started_again_goes_on_behind_what_it_died_at(tmp_path, monkeypat
     assert rows["good"] == {"error": "the process died here"}
 
 
+class Rows(Fails):
+    def names(self):
+        return ["limits", "decode 1", "merge 1"]
+
+
+def test_only_the_cases_asked_for_are_measured_and_the_limits_they_need(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "cases_of", lambda step, results, tiny: Rows())
+    gpu.run_step("kernels", tmp_path, 100, True, "^dec")
+    assert list(gpu.Results(tmp_path).of("kernels")) == ["limits", "decode 1"]
+
+
 def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "cases_of", lambda step, results, tiny: Fails())
     gpu.run_step("kernels", tmp_path, -1, True)
