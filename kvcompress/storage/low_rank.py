@@ -468,11 +468,7 @@ class ShadowSegment(Segment):
         self._place()
 
     def trim(self) -> None:
-        most, chunk, first = int(self.folded.max()), self.settings.chunk, self.exact_from
-        for name, dim, size in self._folded_sizes(most):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.shape[dim] > size:
-                setattr(self, name, tensor.narrow(dim, 0, size).clone(memory_format=torch.contiguous_format))
+        chunk, first = self.settings.chunk, self.exact_from
         held = min(self.held.shape[2], int(torch.minimum(self.limits, self.folded).max()))
         outliers = int((self.outliers != EMPTY).sum(-1).amax()) if self.outliers.numel() else 0
         if (held + outliers) * chunk + int(self.tails().max()) + GROWTH < self.keys.shape[2]:
@@ -483,6 +479,11 @@ class ShadowSegment(Segment):
                 self.held = torch.full_like(self.held[..., :held], EMPTY)
             self.outliers, self.cosines = self.outliers[..., :outliers].clone(), self.cosines[..., :outliers].clone()
             self._lay_out(held, exact, newest, torch.zeros_like(self.lengths))
+        # chunks to choose from for every place that stays
+        for name, dim, size in self._folded_sizes(max(int(self.folded.max()), self.held.shape[2])):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape[dim] > size:
+                setattr(self, name, tensor.narrow(dim, 0, size).clone(memory_format=torch.contiguous_format))
         is_used = self._is_folded()
         self.pages[is_used] = self.host.keep(self.pages[is_used])
 

@@ -433,6 +433,23 @@ def test_rows_that_leave_give_their_room_back(host, tmp_path):
         assert report.device_bytes - padding <= expected.device_bytes
 
 
+def test_a_row_that_stays_has_chunks_for_every_place_that_stays():
+    """Where little would be given back, the places of selected chunks stay, though fewer chunks are left."""
+    model = tiny()
+    ids, mask = left_padded([prompt(39)[0], prompt(33, seed=2)[0]])
+    cache, alone = (small(model, budget=200, dense_below=0, fold=12, local_chunks=4) for _ in range(2))
+    for start, stop in ((0, 15), *((place, place + 1) for place in range(15, 39))):
+        feed(model, cache, ids[:, start:stop], mask[:, :stop])
+        feed(model, alone, ids[1:, max(6, start) : stop])
+    places = cache.layers[0].segment.held.shape[2]
+    cache.batch_select_indices(torch.tensor([1], device=DEVICE))
+    segment = cache.layers[0].segment
+    assert int(segment.folded.max()) < segment.held.shape[2] == places
+    token = prompt(1, seed=3)
+    left = feed(model, cache, token, torch.cat([mask[1:], mask[1:, -1:]], 1))
+    torch.testing.assert_close(left, feed(model, alone, token), rtol=1e-5, atol=1e-5)
+
+
 # docs: Pages of beams that died stay on the host until rows leave the cache, or it is reset, or saved and loaded
 @pytest.mark.parametrize("way", ["rows leave", "saved and loaded", "reset"])
 def test_pages_of_beams_that_died_stay_for_a_while(way, tmp_path):
