@@ -728,3 +728,19 @@ def test_a_crop_of_nothing_is_never_refused(monkeypatch):
     torch.testing.assert_close(feed(model, cache, token), feed(model, as_it_was, token))
     with pytest.raises(ValueError, match="can take back 0 tokens"):
         layer.check_crop(layer.dense.length)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_prompt_that_is_all_prefix_keeps_its_window_beside_a_longer_one(monkeypatch, first):
+    """What a sliding layer has of a node is what the row has that goes least far beyond it."""
+    monkeypatch.setattr(dense, "SLACK", 5)
+    monkeypatch.setattr(prefix_layer, "SLACK", 5)
+    model = tiny("qwen2_windows")
+    long = prompt(40)[0]
+    ids, mask = left_padded([long, long[:17]] if first == 0 else [long[:17], long])
+    cache, full = HydragenCache(model, min_tokens=3), DenseCache(model)
+    for each in (cache, full):
+        feed(model, each, ids, mask)
+    assert cache.tree.nodes
+    mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+    torch.testing.assert_close(*(feed(model, each, prompt(1, 2, seed=4), mask) for each in (cache, full)))
