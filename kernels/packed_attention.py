@@ -199,7 +199,7 @@ def _launch(
     keys, key_batch_blocks, key_head_blocks = stored_blocks(keys)
     values, value_batch_blocks, value_head_blocks = stored_blocks(values)
     key_right, value_right = (None if right is None else right.contiguous() for right in (keys.right, values.right))
-    dim, value_width = tile_width(head_dim), tile_width(value_dim)
+    dim, value_width = _key_width(head_dim, query.element_size()), tile_width(value_dim)
     block_rows, tile, warps, stages = _tiles(
         queries * group, tokens // blocks, [key_coding.bits, value_coding.bits], max(dim, value_width),
         query.element_size(), keys.outlier_index is not None or values.outlier_index is not None,
@@ -219,7 +219,7 @@ def _launch(
         1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
         positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
         window or 0, scale, softcap or 0.0,
-        **_constants(keys, key_coding, values, value_coding, tile, head_dim, value_dim),
+        **_constants(keys, key_coding, values, value_coding, tile, head_dim, dim, value_dim),
         HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, WINDOWED=window is not None,
         SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -230,21 +230,30 @@ def _launch(
 
 def _constants(
     keys: QuantizedTensor, key_coding: QuantScheme, values: QuantizedTensor, value_coding: QuantScheme,
-    tile: TileShape, head_dim: int, value_dim: int,
+    tile: TileShape, head_dim: int, dim: int, value_dim: int,
 ) -> dict[str, int | bool]:  # fmt: skip
-    constants: dict[str, int | bool] = {"HEAD_DIM": head_dim, "DIM": tile_width(head_dim)}
+    constants: dict[str, int | bool] = {"HEAD_DIM": head_dim, "DIM": dim}
     constants |= {"VALUE_DIM": value_dim, "VALUE_WIDTH": tile_width(value_dim), **tile.constants()}
-    for name, packed, coding, dim in (("KEY", keys, key_coding, head_dim), ("VALUE", values, value_coding, value_dim)):
-        of_coding = coding_constants(coding, packed, tile.block, dim)
+    for name, packed, coding, size in (("KEY", keys, key_coding, head_dim), ("VALUE", values, value_coding, value_dim)):
+        of_coding = coding_constants(coding, packed, tile.block, size)
         constants |= {f"{name}_{setting}": value for setting, value in of_coding.items()}
         constants[f"{name}_RANK"] = 0 if packed.left is None else packed.left.shape[-1]
     return constants
 
 
+# numbers that a 16-bit product sums over at least. Where codes come out of joins, Triton 3.6 has each of 4 lanes hold 8
+# numbers of a sum, as if they were read at 4 bits; of a sum of 16 it then takes half twice and leaves half out. Triton
+# 3.9 does not
+_LEAST_SUM = 32
 # the widest tile of float32 queries; wider ones take the PyTorch path on a GPU
 _WIDEST_FLOAT32 = 64
 # as many rows (queries times group) as one tile takes
 _MOST_ROWS = 64
+
+
+def _key_width(head_dim: int, element_size: int) -> int:
+    """Columns of a tile of keys; a tile of values sums over its tokens, 32 or more in 16 bits (`_tiles`)."""
+    return max(tile_width(head_dim), _LEAST_SUM if element_size < 4 else MIN_SIDE)
 
 
 def _tiles(
