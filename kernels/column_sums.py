@@ -10,8 +10,6 @@ queries x tokens matrix never exists. Flops 2 * batch * heads * (query, key) pai
 attention; bytes (heads + kv_heads) * head_dim a token and the lse.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -233,7 +231,7 @@ def _launch(
     inner = _heads_at_once(group)
     # as the rows run, and in base 2: both once here and not for each block of tokens
     by_row = lse.detach().reshape(batch, -1, inner, queries).mT
-    lse = torch.mul(by_row, math.log2(math.e), out=lse.new_empty(by_row.shape))
+    lse = torch.mul(by_row, LOG2E.value, out=lse.new_empty(by_row.shape))
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     positions = None if positions is None else positions.contiguous()
     query_positions = None if window is None or query_positions is None else query_positions.contiguous()
