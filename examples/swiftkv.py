@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 
 from kvcompress import SwiftKVCache, convert, load_model
-from kvcompress.distill import Distillation, distill
-from kvcompress.distill_rows import read_rows
+from kvcompress.swiftkv.data import read_rows
+from kvcompress.swiftkv.distill import Distillation, distill
 
 
 def main(steps: int = 20, length: int = 256, new_tokens: int = 32) -> SwiftKVCache:

@@ -12,27 +12,25 @@ once a query block (causal) or once (slots, decode).
 All log-sum-exps are natural logarithms in float32; a query that sees no key has lse = -inf and out = 0.
 """
 
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.merge import merge_states
-from kvcompress.kernels.runtime import (
-    ALL_REGISTERS,
-    AotCase,
-    aot_case,
+from kvcompress.kernels.common.runtime import (
+    AOT_DTYPES,
+    AOT_HEAD_DIMS,
     autotune,
-    compilable,
     has_wgmma,
+    launch,
+    op,
     runs_triton,
+    shaped,
     tl,
     triton,
 )
-from kvcompress.kernels.split_attention import AOT_HEAD_DIMS, FEW_ROWS, aot_constants, aot_types, launch_split
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.common.split_attention import FEW_ROWS, launch_split
+from kvcompress.kernels.common.tile import (
     LOG2E,
     bound_logits,
     dot,
@@ -40,14 +38,21 @@ from kvcompress.kernels.tile import (
     rows_aligned,
     store_tile,
     tile_widths,
-    triton_type,
     wide,
 )
+from kvcompress.kernels.common.torch_attention import (
+    causal_flash,
+    causal_in_blocks,
+    causal_mask,
+    query_logits,
+    slot_flash,
+    slots_in_blocks,
+    slots_seen,
+    softmax_values,
+)
 
-# logits a block of the CPU path may hold: 2 MB in float32, about one core's share of the cache
-_BLOCK_LOGITS = 2**19
 
-
+@op(fake=lambda query, value, **_: _heads_side_by_side(query, value))
 def causal_attention(
     query: Tensor,
     key: Tensor,
@@ -79,7 +84,13 @@ def causal_attention(
             f"causal_attention needs at most as many queries as tokens, got {query.shape[2]} and {key.shape[2]}"
         )
     window = None if window is None or window >= key.shape[2] else window
-    return _causal_attention(query, key, value, visible, scale, window, softcap)
+    if runs_triton(query) and query.numel():
+        out, lse = _launch_causal(query, key, value, visible, scale, window, softcap)
+    elif query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
+        out, lse = causal_in_blocks(query, key, value, scale, visible, window, softcap)
+    else:
+        out, lse = causal_flash(query, key, value, scale, visible)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 def causal_attention_reference(
@@ -93,13 +104,19 @@ def causal_attention_reference(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What causal_attention means, in plain PyTorch."""
-    logits = _logits(query, key, scale, softcap)
-    seen = _causal_mask(query.shape[2], key.shape[2], 0, key.shape[2], window, query.device)
+    logits = query_logits(query, key, scale, softcap)
+    seen = causal_mask(query.shape[2], key.shape[2], 0, key.shape[2], window, query.device)
     if visible is not None:
         seen = seen & visible[:, None, None, None, :]
     return _softmax_reference(logits.masked_fill(~seen, -torch.inf), value, query)
 
 
+@op(
+    fake=lambda query, value, **_: (
+        query.new_empty(*query.shape[:-1], value.shape[-1]),
+        query.new_empty(query.shape[:-1], dtype=torch.float32),
+    )
+)
 def slot_attention(
     query: Tensor,
     key: Tensor,
@@ -129,7 +146,11 @@ def slot_attention(
         [batch, heads, queries].
     """
     _check(query, key, value)
-    return _slot_attention(query, key, value, positions, query_positions, scale, window, softcap)
+    if runs_triton(query) and query.numel():
+        return launch_split(query, key, value, None, positions, query_positions, scale, window, softcap)
+    if query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
+        return slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap)
+    return slot_flash(query, key, value, positions, scale)
 
 
 def slot_attention_reference(
@@ -144,142 +165,16 @@ def slot_attention_reference(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What slot_attention means, in plain PyTorch."""
-    logits = _logits(query, key, scale, softcap)
+    logits = query_logits(query, key, scale, softcap)
     seen = slots_seen(positions, query_positions, window)[:, :, None]
     return _softmax_reference(logits.masked_fill(~seen, -torch.inf), value, query)
 
 
-def slots_seen(positions: Tensor, query_positions: Tensor, window: int | None, causal: bool = False) -> Tensor:
-    """Which slots a query sees, [batch, kv_heads, queries or 1, slots]; one row for all queries where nothing but
-    whether a slot is taken counts. causal: none behind the query."""
-    seen, places = (positions >= 0)[:, :, None, :], query_positions[:, None, :, None]
-    if window is not None:
-        seen = seen & (positions[:, :, None, :] > places - window)
-    return seen & (positions[:, :, None, :] <= places) if causal else seen
-
-
-def causal_blocks(
-    query: Tensor, key: Tensor, scale: float, visible: Tensor | None, window: int | None, softcap: float | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Masked logits of a causal chunk, a block of queries at a time.
-
-    Yields:
-        The block's queries, the tokens they may see, and the logits, -inf where unseen,
-        [batch, kv_heads, group, block, tokens of the block] in float32.
-    """
+def _heads_side_by_side(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the results of causal_attention, as torch's fused attention and what comes after it have it."""
     batch, heads, queries, _ = query.shape
-    tokens = key.shape[2]
-    block = _block(batch * heads, queries, tokens, window)
-    for start in range(0, queries, block):
-        stop = min(start + block, queries)
-        first = tokens - queries + start
-        low = 0 if window is None else max(0, first - window + 1)
-        rows, columns = slice(start, stop), slice(low, first + stop - start)
-        logits = _logits(query[:, :, rows], key[:, :, columns], scale, softcap)
-        seen = _causal_mask(stop - start, columns.stop - low, 0, columns.stop - low, window, query.device)
-        if visible is not None:
-            seen = seen & visible[:, None, None, None, columns]
-        yield rows, columns, logits.masked_fill_(~seen, -torch.inf)
-
-
-def slot_blocks(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    causal: bool = False,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Masked logits over slots, a block of queries at a time: the queries and
-    [batch, kv_heads, group, block, slots] in float32."""
-    batch, heads, queries, _ = query.shape
-    block = _block(batch * heads, queries, key.shape[2])
-    for start in range(0, queries, block):
-        rows = slice(start, min(start + block, queries))
-        logits = _logits(query[:, :, rows], key, scale, softcap)
-        seen = slots_seen(positions, query_positions[:, rows], window, causal)[:, :, None]
-        yield rows, logits.masked_fill_(~seen, -torch.inf)
-
-
-def _causal_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _ = query.shape
-    # as torch's fused attention and the layers that come after it have it: a token's heads side by side
     out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
     return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
-
-
-@compilable(_causal_attention_fake)
-def _causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(query) and query.numel():
-        out, lse = _launch_causal(query, key, value, visible, scale, window, softcap)
-    elif query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        out, lse = _causal_blocks(query, key, value, scale, visible, window, softcap)
-    else:
-        out, lse = _causal_flash(query, key, value, scale, visible)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
-
-
-def _slot_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    return _empty_result(query, value)
-
-
-@compilable(_slot_attention_fake)
-def _slot_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(query) and query.numel():
-        return launch_split(query, key, value, None, positions, query_positions, scale, window, softcap)
-    if query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        return slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap)
-    return _slot_flash(query, key, value, positions, scale)
-
-
-def _empty_result(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-
-def _block(rows: int, queries: int, tokens: int, window: int | None = None) -> int:
-    """Queries of a block, which sees all tokens, or its own and those of a window before them."""
-    logits = _BLOCK_LOGITS // max(1, rows)
-    most = logits // max(1, tokens)
-    if window is not None:
-        # block * (block + window) = logits
-        most = max(most, (math.isqrt(window**2 + 4 * logits) - window) // 2)
-    return min(queries, max(16, most))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -296,115 +191,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _logits(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """[batch, kv_heads, group, queries, tokens], float32."""
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, tokens = key.shape[1], key.shape[2]
-    rows = query.float().reshape(batch, kv_heads, -1, head_dim)
-    logits = (rows @ key.float().mT).mul_(scale).view(batch, kv_heads, heads // kv_heads, queries, tokens)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-
-def _causal_mask(queries: int, tokens: int, low: int, high: int, window: int | None, device: torch.device) -> Tensor:
-    token = torch.arange(low, high, device=device)
-    query = torch.arange(tokens - queries, tokens, device=device)[:, None]
-    seen = token <= query
-    return seen if window is None else seen & (token > query - window)
-
-
 def _softmax_reference(logits: Tensor, value: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = _softmax(logits, value)
+    out, lse = softmax_values(logits, value)
     return out.reshape(*query.shape[:-1], -1).to(query.dtype), lse.reshape(query.shape[:-1])
-
-
-def _softmax(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Of masked logits, the output [batch, kv_heads, group, queries, value_dim] and lse, the same less value_dim."""
-    lse = logits.logsumexp(-1)
-    # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
-    weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    return weights @ value.float()[:, :, None], lse
-
-
-def cpu_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    causal: bool = False,
-    bias: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """torch's fused attention on a CPU, and its log-sum-exp; heads a multiple of kv_heads.
-
-    Args:
-        seen: [batch, heads or 1, queries or 1] bool, False for a query that sees nothing. None: all see something.
-    """
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=bias, scale=scale
-    )
-    lse = lse.float()
-    # a query that sees nothing is reported with 0 and 0
-    if seen is not None:
-        out, lse = out.masked_fill(~seen[..., None], 0.0), lse.masked_fill(~seen, -torch.inf)
-    unsure = lse == 0
-    if bool(unsure.any()):
-        # and so is one whose few logits are all NaN: what multiplies with 0 to something else is not finite
-        of_keys = (key * 0).sum((2, 3)).repeat_interleave(query.shape[1] // key.shape[1], 1)
-        lost = torch.where(unsure, (query * 0).sum(-1) + of_keys[..., None], 0.0)
-        out, lse = out + lost[..., None], lse + lost
-    return out, lse
-
-
-def _causal_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None):
-    queries, tokens = query.shape[2], key.shape[2]
-    past = tokens - queries
-    bias = None
-    if visible is not None:
-        bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, -torch.inf)[:, None, None, :]
-        bias = bias.expand(-1, 1, queries, -1)
-    own, earlier = slice(past, None), slice(None, past)
-
-    def attend(tokens: slice, causal: bool, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        of_these = None if bias is None else bias[..., tokens]
-        return cpu_flash(query, key[:, :, tokens], value[:, :, tokens], scale, causal, of_these, seen)
-
-    out, lse = attend(own, True, None if visible is None else (visible[:, own].cumsum(-1) > 0)[:, None])
-    if past:
-        past_out, past_lse = attend(
-            earlier, False, None if visible is None else visible[:, earlier].any(-1)[:, None, None]
-        )
-        out, lse = merge_states([past_out, out], [past_lse, lse])
-    return out, lse
-
-
-def _slot_flash(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, head_dim = query.shape
-    kv_heads = key.shape[1]
-    # the heads of a group become more queries of their kv head: keys are read once a group
-    rows = query.reshape(batch, kv_heads, -1, head_dim)
-    bias = torch.zeros_like(positions, dtype=query.dtype).masked_fill_(positions < 0, -torch.inf)[:, :, None, :]
-    seen = (positions >= 0).any(-1)[..., None]
-    out, lse = cpu_flash(rows, key, value, scale, False, bias.expand(-1, -1, rows.shape[2], -1), seen)
-    return out.reshape(*query.shape[:-1], -1), lse.reshape(batch, heads, queries)
-
-
-def _causal_blocks(query, key, value, scale, visible, window, softcap):
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    for rows, columns, logits in causal_blocks(query, key, scale, visible, window, softcap):
-        block_out, block_lse = _softmax(logits, value[:, :, columns])
-        out[:, :, rows], lse[:, :, rows] = block_out.flatten(1, 2), block_lse.flatten(1, 2)
-    return out, lse
-
-
-def slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap, causal=False):
-    """slot_attention in PyTorch, a block of queries at a time. causal: as in slots_seen."""
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    for rows, logits in slot_blocks(query, key, positions, query_positions, scale, window, softcap, causal):
-        block_out, block_lse = _softmax(logits, value)
-        out[:, :, rows], lse[:, :, rows] = block_out.flatten(1, 2), block_lse.flatten(1, 2)
-    return out, lse
 
 
 def _launch_causal(
@@ -428,7 +217,7 @@ def _launch_causal(
     if scale <= 0:
         # the kernel takes the maximum before it scales
         query, scale = query * scale, 1.0
-    out, lse = _causal_attention_fake(query, key, value, visible, scale, window, softcap)
+    out, lse = _heads_side_by_side(query, value)
     query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     (dim, tail), (value_width, value_tail) = tile_widths(query.shape[-1]), tile_widths(value.shape[-1])
@@ -436,15 +225,14 @@ def _launch_causal(
     def grid(meta):
         return triton.cdiv(queries, meta["BLOCK_QUERIES"]), heads, batch
 
-    with torch.cuda.device_of(query):
-        _causal_kernel[grid](
-            query, key, value, visible, out, lse,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
-            GROUP=heads // kv_heads, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
-            VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
-            PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
-        )  # fmt: skip
+    launch(
+        _causal_kernel, grid, query, key, value, visible, out, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
+        GROUP=heads // kv_heads, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
+        VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
+        PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
+    )  # fmt: skip
     return out, lse
 
 
@@ -462,10 +250,10 @@ class _Config(NamedTuple):
 
     def triton(self) -> triton.Config:
         blocks = {"BLOCK_QUERIES": self.queries, "BLOCK_TOKENS": self.tokens}
-        return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages, **ALL_REGISTERS)
+        return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages)
 
 
-# by element size, then by head_dim at most: the largest tiles that spill on no target (evals/aot.py), and a smaller one
+# by element size, then by head_dim at most: the largest tiles that spill nowhere (evals/bench/aot.py), and a smaller
 _CAUSAL_CONFIGS = {
     2: {
         64: [_Config(64, 32, 4, 3), _Config(128, 64, 8, 3)],
@@ -618,24 +406,18 @@ def _causal_kernel(
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in AOT_HEAD_DIMS:
-        for dtype in (torch.bfloat16, torch.float32):
-            for plain in (True, False):
-                yield from _aot_causal(head_dim, dtype, plain)
-
-
-def _aot_causal(head_dim: int, dtype: torch.dtype, plain: bool) -> Iterator[AotCase]:
-    for config in _causal_configs(sum(tile_widths(head_dim)), dtype.itemsize):
-        if config.only_plain and not plain:
-            continue
-        yield aot_case(
-            _causal_kernel,
-            f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {'plain' if plain else 'pads window softcap'}, "
-            f"{config.queries}x{config.tokens}",
-            aot_types(dtype, dtype),
-            aot_constants(head_dim, plain) | ({"visible_ptr": None} if plain else {}) | config.triton().kwargs,
-            needs_wgmma=config.needs_wgmma,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        for dtype in AOT_DTYPES:
+            visible, positions = shaped(1, 900, dtype=torch.bool), shaped(1, 4, 900, dtype=torch.int32)
+            key = shaped(1, 4, 900, head_dim, dtype=dtype)
+            # rows of one tile of the split kernel, of its largest, and of causal tiles
+            for queries in (1, 16, 128):
+                query = shaped(1, 16, queries, head_dim, dtype=dtype)
+                causal_attention(query, key, key, scale=0.1)
+                causal_attention(query, key, key, scale=0.1, visible=visible, window=700, softcap=30.0)
+                if queries > 16:
+                    continue
+                at = shaped(1, queries, dtype=torch.int32)
+                slot_attention(query, key, key, positions, at, scale=0.1)
+                slot_attention(query, key, key, positions, at, scale=0.1, window=700, softcap=30.0)

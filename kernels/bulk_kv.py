@@ -9,13 +9,13 @@ Flops 4 * tokens * hidden * kv_heads * head_dim a layer. Bytes: x once a group o
 cache, the weights once a group of token blocks, keys and values once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton, tl, triton
-from kvcompress.kernels.tile import MIN_SIDE, dot, triton_type, wide
+from kvcompress.kernels.common.runtime import AOT_DTYPES, has_wgmma, launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.tile import MIN_SIDE, dot, wide
 
 
 def bulk_key_values(
@@ -74,13 +74,13 @@ def bulk_key_values(
     sizes, options = _sizes(head_dim, x.element_size(), larger)
     rows = batch * tokens
     blocks = triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(kv_heads, sizes["HEADS"])
-    with torch.cuda.device_of(x):
-        _bulk_kv_kernel[(blocks * len(keys),)](
-            x, cos, sin, addresses, x.shape[-1], *keys[0].stride()[:3],
-            rows, tokens, kv_heads, len(keys), 0 if cos.shape[0] == 1 else tokens, epsilon,
-            HEAD_DIM=head_dim, HAS_KEY_BIAS=key_biases is not None, HAS_VALUE_BIAS=value_biases is not None,
-            HAS_NORM=norms is not None, ALIGNED=aligned, **sizes, **options, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _bulk_kv_kernel, (blocks * len(keys),),
+        x, cos, sin, addresses, x.shape[-1], *keys[0].stride()[:3],
+        rows, tokens, kv_heads, len(keys), 0 if cos.shape[0] == 1 else tokens, epsilon,
+        HEAD_DIM=head_dim, HAS_KEY_BIAS=key_biases is not None, HAS_VALUE_BIAS=value_biases is not None,
+        HAS_NORM=norms is not None, ALIGNED=aligned, **sizes, **options,
+    )  # fmt: skip
 
 
 def bulk_key_values_reference(
@@ -254,23 +254,18 @@ def _halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, WIDTH]), (0, 2, 1)))
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in (64, 80, 96, 128, 256):
-        for dtype, wgmma in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
-            for bias, norm in ((False, False), (True, False), (False, True)):
-                if (bias or norm) and (head_dim != 128 or dtype != torch.bfloat16):
-                    continue
-                aligned = dtype.itemsize if head_dim == 96 and not wgmma else 16
-                types = {name: triton_type(dtype) for name in ("x_ptr", "cos_ptr", "sin_ptr")}
-                constants = {"HEAD_DIM": head_dim, "HAS_KEY_BIAS": bias, "HAS_VALUE_BIAS": bias, "HAS_NORM": norm}
-                sizes, options = _sizes(head_dim, dtype.itemsize, wgmma)
-                extra = ", bias" if bias else ", norm" if norm else ""
-                extra += ("" if aligned == 16 else ", unaligned") + (", wgmma" if wgmma else "")
-                yield aot_case(
-                    _bulk_kv_kernel,
-                    f"head_dim {head_dim}, {triton_type(dtype)[1:]}{extra}",
-                    types | {"addresses_ptr": "*i64", "epsilon": "fp32"},
-                    constants | {"ALIGNED": aligned} | sizes,
-                    needs_wgmma=wgmma,
-                    **options,
-                )
+        for dtype in AOT_DTYPES:
+            x, weight = shaped(2, 100, 2048, dtype=dtype), shaped(8 * head_dim, 2048, dtype=dtype)
+            turn, place = (shaped(*shape, head_dim, dtype=dtype) for shape in ((1, 100), (2, 8, 100)))
+            arguments = x, [weight] * 4, [weight] * 4, turn, turn, [place] * 4, [place] * 4
+            bulk_key_values(*arguments)
+            if head_dim == 96:
+                # what begins at no multiple of 16 bytes
+                weights = [shaped(weight.numel() + 1, dtype=dtype)[1:].view_as(weight)] * 4
+                bulk_key_values(x, weights, weights, *arguments[3:])
+            if (head_dim, dtype) == (128, torch.bfloat16):
+                biases = [shaped(8 * head_dim, dtype=dtype)] * 4
+                bulk_key_values(*arguments, key_biases=biases, value_biases=biases)
+                bulk_key_values(*arguments, norms=[shaped(head_dim, dtype=dtype)] * 4)

@@ -11,15 +11,14 @@ query head for their logits; twice for several queries, whose logits are not kep
 chunks * head_dim, twice for several queries: bound by bandwidth, 1 / (2 * chunk) of what dense decoding reads.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import split_keys
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
     bound_logits,
@@ -27,13 +26,13 @@ from kvcompress.kernels.tile import (
     load_tile,
     rows_aligned,
     tile_width,
-    triton_type,
     wide,
 )
 
 Group = Literal["max", "mean", "sum"]
 
 
+@op(fake=lambda landmarks, **_: landmarks.new_empty(landmarks.shape[:3], dtype=torch.float32))
 def chunk_scores(
     query: Tensor,
     landmarks: Tensor,
@@ -71,7 +70,9 @@ def chunk_scores(
             "and is_open [batch, kv_heads, chunks] with heads a multiple of kv_heads; got "
             f"{list(query.shape)}, {list(landmarks.shape)} and {list(is_open.shape)}"
         )
-    return _chunk_scores(query, landmarks, is_open, visible, scale, softcap, group)
+    if not runs_triton(query) or not query.numel() or not is_open.numel():
+        return chunk_scores_reference(query, landmarks, is_open, visible, scale=scale, softcap=softcap, group=group)
+    return _launch(query, landmarks, is_open, visible, scale, softcap, group)
 
 
 def chunk_scores_reference(
@@ -102,32 +103,15 @@ def chunk_scores_reference(
     return scores.masked_fill(~is_open, -torch.inf)
 
 
-def _chunk_scores_fake(
+def _launch(
     query: Tensor,
     landmarks: Tensor,
     is_open: Tensor,
     visible: Tensor | None,
     scale: float,
     softcap: float | None,
-    group: str,
+    group: Group,
 ) -> Tensor:
-    return landmarks.new_empty(landmarks.shape[:3], dtype=torch.float32)
-
-
-@compilable(_chunk_scores_fake)
-def _chunk_scores(
-    query: Tensor,
-    landmarks: Tensor,
-    is_open: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    group: str,
-) -> Tensor:
-    if not runs_triton(query) or not query.numel() or not is_open.numel():
-        return chunk_scores_reference(
-            query, landmarks, is_open, visible, scale=scale, softcap=softcap, group=group  # type: ignore[arg-type]
-        )  # fmt: skip
     batch, heads, queries, _ = query.shape
     kv_heads, chunks = landmarks.shape[1:3]
     query, landmarks = rows_aligned(query), rows_aligned(landmarks)
@@ -138,7 +122,7 @@ def _chunk_scores(
     splits, split_chunks = split_keys(batch * kv_heads * row_blocks, chunks, block, query.device)
     lses = query.new_empty(splits, batch, heads, queries, dtype=torch.float32)
     logits = query.new_empty(batch, heads, chunks, dtype=torch.float32) if queries == 1 else None
-    scores = _chunk_scores_fake(query, landmarks, is_open, visible, scale, softcap, group)
+    scores = query.new_empty(batch, kv_heads, chunks, dtype=torch.float32)
     shared = {
         "GROUP": heads // kv_heads,
         "HEAD_DIM": query.shape[-1],
@@ -149,18 +133,18 @@ def _chunk_scores(
         "BLOCK_CHUNKS": block,
     }
     strides = (*query.stride()[:3], *landmarks.stride()[:3])
-    with torch.cuda.device_of(query):
-        _landmark_lse_kernel[(splits * row_blocks, kv_heads, batch)](
-            query, landmarks, is_open, lses, logits, *strides,
-            queries, chunks, splits, split_chunks, scale, softcap or 0.0,
-            num_stages=_PREFETCHING, **shared, **ALL_REGISTERS,
-        )  # fmt: skip
-        _chunk_scores_kernel[(triton.cdiv(chunks, block), kv_heads, batch)](
-            query, landmarks, is_open, visible, lses.logsumexp(0), logits, scores, *strides,
-            queries, chunks, scale, softcap or 0.0,
-            PADDED=visible is not None, TAKES_MAX=group == "max", FACTOR=kv_heads / heads if group == "mean" else 1.0,
-            num_stages=_STAGES, **shared, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _landmark_lse_kernel, (splits * row_blocks, kv_heads, batch),
+        query, landmarks, is_open, lses, logits, *strides,
+        queries, chunks, splits, split_chunks, scale, softcap or 0.0, num_stages=_PREFETCHING, **shared,
+    )  # fmt: skip
+    launch(
+        _chunk_scores_kernel, (triton.cdiv(chunks, block), kv_heads, batch),
+        query, landmarks, is_open, visible, lses.logsumexp(0), logits, scores, *strides,
+        queries, chunks, scale, softcap or 0.0,
+        PADDED=visible is not None, TAKES_MAX=group == "max", FACTOR=kv_heads / heads if group == "mean" else 1.0,
+        num_stages=_STAGES, **shared,
+    )  # fmt: skip
     return scores
 
 
@@ -285,24 +269,11 @@ def _chunk_scores_kernel(
     tl.store(scores_ptr + owner + chunk, tl.where(is_open, scores * FACTOR, float("-inf")), mask=chunk_ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in (64, 80, 128, 256):
-        for dtype in (torch.bfloat16, torch.float32):
-            for one in (True, False):
-                label = f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {'one query' if one else 'queries'}"
-                pointer = triton_type(dtype)
-                types = {"query_ptr": pointer, "landmarks_ptr": pointer, "scale": "fp32", "softcap": "fp32"}
-                types |= {"open_ptr": "*u8", "visible_ptr": "*u8"}
-                types |= dict.fromkeys(("lse_ptr", "lses_ptr", "logits_ptr", "scores_ptr"), "*fp32")
-                constants = {
-                    "GROUP": 4,
-                    "HEAD_DIM": head_dim,
-                    "DIM": tile_width(head_dim),
-                    "SOFTCAPPED": not one,
-                    "ONE_QUERY": one,
-                    "BLOCK_ROWS": _ROWS,
-                    "BLOCK_CHUNKS": _block(head_dim, dtype.itemsize),
-                } | ({} if one else {"logits_ptr": None})
-                yield aot_case(_landmark_lse_kernel, label, types, constants, num_stages=_PREFETCHING)
-                more = {"PADDED": not one, "TAKES_MAX": one, "FACTOR": 1.0} | ({"visible_ptr": None} if one else {})
-                yield aot_case(_chunk_scores_kernel, label, types, constants | more, num_stages=_STAGES)
+        for dtype in AOT_DTYPES:
+            query, queries = (shaped(2, 32, count, head_dim, dtype=dtype) for count in (1, 7))
+            landmarks, is_open = shaped(2, 8, 500, head_dim, dtype=dtype), shaped(2, 8, 500)
+            visible = shaped(2, 7, dtype=torch.bool)
+            chunk_scores(query, landmarks, is_open.bool(), scale=0.1)
+            chunk_scores(queries, landmarks, is_open.bool(), visible, scale=0.1, softcap=30.0, group="sum")

@@ -10,16 +10,22 @@ queries x tokens matrix never exists. Flops 2 * batch * heads * (query, key) pai
 attention; bytes (heads + kv_heads) * head_dim a token and the lse.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import slots_seen
-from kvcompress.kernels.column_tiles import causal_tiles, slot_tiles
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, autotune, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import AOT_HEAD_DIMS
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.common.column_tiles import causal_tiles, slot_tiles
+from kvcompress.kernels.common.runtime import (
+    AOT_DTYPES,
+    AOT_HEAD_DIMS,
+    autotune,
+    launch,
+    op,
+    runs_triton,
+    shaped,
+    tl,
+    triton,
+)
+from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
     bound_logits,
@@ -27,11 +33,12 @@ from kvcompress.kernels.tile import (
     load_tile,
     rows_aligned,
     tile_widths,
-    triton_type,
     wide,
 )
+from kvcompress.kernels.common.torch_attention import slots_seen
 
 
+@op(fake=lambda key, **_: key.new_empty(key.shape[:3], dtype=torch.float32))
 def causal_column_sums(
     query: Tensor,
     key: Tensor,
@@ -55,7 +62,9 @@ def causal_column_sums(
         [batch, kv_heads, tokens] float32; 0 for a token nobody sees.
     """
     window = None if window is None or window >= key.shape[2] else window
-    return _causal_column_sums(query, key, lse, visible, scale, window, softcap)
+    if runs_triton(query) and query.numel():
+        return _launch(query, key, lse, visible, None, None, scale, window, softcap)
+    return causal_tiles(query, key, lse, scale, visible, window, softcap)
 
 
 def causal_column_sums_reference(
@@ -85,6 +94,7 @@ def causal_column_sums_reference(
     return probabilities.sum(2).unflatten(1, (-1, group)).sum(2)
 
 
+@op(fake=lambda key, **_: key.new_empty(key.shape[:3], dtype=torch.float32))
 def slot_column_sums(
     query: Tensor,
     key: Tensor,
@@ -111,6 +121,7 @@ def slot_column_sums(
     return _slot_columns(query, key, positions, query_positions, lse, scale, window, softcap, False)
 
 
+@op(fake=lambda key, **_: key.new_empty(key.shape[:3], dtype=torch.float32))
 def slot_column_maxima(
     query: Tensor,
     key: Tensor,
@@ -184,48 +195,6 @@ def _slot_probabilities(
     return torch.where(seen, (logits - lse[..., None]).exp(), 0.0).unflatten(1, (-1, group))
 
 
-def _causal_column_sums_fake(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    return key.new_empty(key.shape[:3], dtype=torch.float32)
-
-
-@compilable(_causal_column_sums_fake)
-def _causal_column_sums(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    if runs_triton(query) and query.numel():
-        return _launch(query, key, lse, visible, None, None, scale, window, softcap)
-    return causal_tiles(query, key, lse, scale, visible, window, softcap)
-
-
-def _slot_columns_fake(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    lse: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    takes_max: bool,
-) -> Tensor:
-    return key.new_empty(key.shape[:3], dtype=torch.float32)
-
-
-@compilable(_slot_columns_fake)
 def _slot_columns(
     query: Tensor,
     key: Tensor,
@@ -274,15 +243,14 @@ def _launch(
         return triton.cdiv(tokens, meta["BLOCK_TOKENS"]), kv_heads, batch
 
     if tokens:
-        with torch.cuda.device_of(query):
-            _column_sums_kernel[grid](
-                query, key, lse, visible, positions, query_positions, sums,
-                *query.stride()[:3], *key.stride()[:3],
-                kv_heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
-                GROUP=group, INNER=inner, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
-                PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
-                SOFTCAPPED=softcap is not None, TAKES_MAX=takes_max,
-            )  # fmt: skip
+        launch(
+            _column_sums_kernel, grid, query, key, lse, visible, positions, query_positions, sums,
+            *query.stride()[:3], *key.stride()[:3],
+            kv_heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
+            GROUP=group, INNER=inner, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
+            PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
+            SOFTCAPPED=softcap is not None, TAKES_MAX=takes_max,
+        )  # fmt: skip
     return sums
 
 
@@ -297,7 +265,7 @@ _LONG = 512
 
 def _config(tokens: int, rows: int, warps: int, stages: int) -> triton.Config:
     blocks = {"BLOCK_TOKENS": tokens, "BLOCK_ROWS": rows}
-    return triton.Config(blocks, num_warps=warps, num_stages=stages, **ALL_REGISTERS)
+    return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
 # by element size, then by head_dim at most
@@ -451,47 +419,14 @@ def _column_sums_kernel(
     tl.store(sums_ptr + sums_offset, sums, mask=token_ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in AOT_HEAD_DIMS:
-        width, tail = tile_widths(head_dim)
-        for dtype in (torch.bfloat16, torch.float32):
-            for name in ("causal", "slots", "slots maxima", "pads window softcap", "slots window softcap"):
-                slotted, rich = name.startswith("slots"), name.endswith("softcap")
-                for config in _configs(width + tail, dtype.itemsize):
-                    present = {
-                        "positions_ptr": slotted,
-                        "query_positions_ptr": slotted and rich,
-                        "visible_ptr": rich and not slotted,
-                    }
-                    yield aot_case(
-                        _column_sums_kernel,
-                        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}, "
-                        f"{config.kwargs['BLOCK_TOKENS']}x{config.kwargs['BLOCK_ROWS']}",
-                        {
-                            "query_ptr": triton_type(dtype),
-                            "key_ptr": triton_type(dtype),
-                            "lse_ptr": "*fp32",
-                            "visible_ptr": "*u8",
-                            "positions_ptr": "*i32",
-                            "query_positions_ptr": "*i32",
-                            "sums_ptr": "*fp32",
-                            "scale": "fp32",
-                            "softcap": "fp32",
-                        },
-                        {
-                            **{pointer: None for pointer, is_present in present.items() if not is_present},
-                            "GROUP": 4,
-                            "INNER": 4,
-                            "HEAD_DIM": head_dim,
-                            "DIM": width,
-                            "TAIL": tail,
-                            "PADDED": rich and not slotted,
-                            "SLOTTED": slotted,
-                            "WINDOWED": rich,
-                            "SOFTCAPPED": rich,
-                            "TAKES_MAX": name.endswith("maxima"),
-                            **config.kwargs,
-                        },
-                        num_warps=config.num_warps,
-                        num_stages=config.num_stages,
-                    )
+        for dtype in AOT_DTYPES:
+            query, key = (shaped(2, heads, 128, head_dim, dtype=dtype) for heads in (32, 8))
+            positions, at = shaped(2, 8, 128, dtype=torch.int32), shaped(2, 128, dtype=torch.int32)
+            lse, visible = shaped(2, 32, 128), shaped(2, 128, dtype=torch.bool)
+            causal_column_sums(query, key, lse, scale=0.1)
+            causal_column_sums(query, key, lse, scale=0.1, visible=visible, window=64, softcap=30.0)
+            slot_column_sums(query, key, positions, at, lse, scale=0.1)
+            slot_column_sums(query, key, positions, at, lse, scale=0.1, window=64, softcap=30.0)
+            slot_column_maxima(query, key, positions, at, lse, scale=0.1)

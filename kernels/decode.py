@@ -11,19 +11,31 @@ where a second reading of K would be 50 %. Summing over the group before storing
 own log-sum-exp.
 """
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import slot_attention_reference, slots_seen
+from kvcompress.kernels.attention import slot_attention_reference
 from kvcompress.kernels.column_sums import slot_column_sums_reference
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import MOST_SPLITS, launch_split
-from kvcompress.kernels.tile import triton_type
+from kvcompress.kernels.common.runtime import (
+    AOT_DTYPES,
+    AOT_HEAD_DIMS,
+    launch,
+    op,
+    runs_triton,
+    shaped,
+    tl,
+    triton,
+)
+from kvcompress.kernels.common.split_attention import MOST_SPLITS, launch_split
+from kvcompress.kernels.common.torch_attention import slots_seen
 
 
+@op(
+    fake=lambda query, key, value, **_: (
+        query.new_empty(*query.shape[:-1], value.shape[-1]),
+        key.new_empty(key.shape[:3], dtype=torch.float32),
+    )
+)
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -53,7 +65,8 @@ def decode_attention(
     """
     if query.shape[2] != 1:
         raise ValueError(f"decode_attention takes one query a sequence, got query {list(query.shape)}")
-    return _decode_attention(query, key, value, positions, query_positions, scale, window, softcap, sink_logits)
+    run = _launch if runs_triton(query) and query.numel() else _decode_in_pytorch
+    return run(query, key, value, positions, query_positions, scale, window, softcap, sink_logits)
 
 
 def decode_attention_reference(
@@ -79,7 +92,7 @@ def decode_attention_reference(
     return out, slot_column_sums_reference(*arguments, lse, scale=scale, window=window, softcap=softcap)
 
 
-def _decode_attention_fake(
+def _decode_in_pytorch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -90,23 +103,6 @@ def _decode_attention_fake(
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), key.new_empty(key.shape[:3], dtype=torch.float32)
-
-
-@compilable(_decode_attention_fake)
-def _decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(query) and query.numel():
-        return _launch(query, key, value, positions, query_positions, scale, window, softcap, sink_logits)
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     # logits of 16 bits are off by as much as they are large, and may leave the range
@@ -146,12 +142,11 @@ def _launch(
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     probabilities = key.new_empty(key.shape[:3], dtype=torch.float32)
     value_dim, group = value.shape[-1], heads // kv_heads
-    with torch.cuda.device_of(query):
-        _finish_kernel[(triton.cdiv(slots, _CHUNK), kv_heads, batch)](
-            parts, lses, sink_logits, logits, out, probabilities,
-            batch, kv_heads, slots, len(parts),
-            GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim, _CHUNK), **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _finish_kernel, (triton.cdiv(slots, _CHUNK), kv_heads, batch),
+        parts, lses, sink_logits, logits, out, probabilities, batch, kv_heads, slots, len(parts),
+        GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim, _CHUNK),
+    )  # fmt: skip
     return out, probabilities
 
 
@@ -279,26 +274,12 @@ def _finish_kernel(
         tl.store(probabilities_ptr + first + slot, group_probabilities(logits, lse), mask=slot < slots - start)
 
 
-def aot_cases() -> Iterator[AotCase]:
-    for group in (1, 4, 64):
-        for value_dim in (64, 256):
-            for dtype, has_sinks in itertools.product((torch.bfloat16, torch.float32), (False, True)):
-                yield aot_case(
-                    _finish_kernel,
-                    f"value_dim {value_dim}, {triton_type(dtype)[1:]}, group {group}{', sinks' if has_sinks else ''}",
-                    {
-                        "parts_ptr": "*fp32",
-                        "lses_ptr": "*fp32",
-                        "sink_logits_ptr": triton_type(dtype),
-                        "logits_ptr": "*fp32",
-                        "out_ptr": triton_type(dtype),
-                        "probabilities_ptr": "*fp32",
-                    },
-                    {
-                        "GROUP": group,
-                        "VALUE_DIM": value_dim,
-                        "CHUNK": _CHUNK,
-                        **finish_blocks(group, value_dim, _CHUNK),
-                    }
-                    | ({} if has_sinks else {"sink_logits_ptr": None}),
-                )
+def aot_calls() -> None:
+    for head_dim in AOT_HEAD_DIMS:
+        for dtype in AOT_DTYPES:
+            key, positions = shaped(1, 2, 900, head_dim, dtype=dtype), shaped(1, 2, 900, dtype=torch.int32)
+            at = shaped(1, 1, dtype=torch.int32)
+            for group in (1, 4, 64) if head_dim in (64, 256) else (4, 64):
+                query, sinks = shaped(1, 2 * group, 1, head_dim, dtype=dtype), shaped(2 * group, dtype=dtype)
+                decode_attention(query, key, key, positions, at, scale=0.1)
+                decode_attention(query, key, key, positions, at, scale=0.1, window=700, softcap=30.0, sink_logits=sinks)

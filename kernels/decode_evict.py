@@ -14,11 +14,15 @@ the scores and 4 * kv_heads for the positions, each * batch * slots. The same as
 launches and reads scores and positions four times.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.runtime import AOT_DTYPES, core_count, launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.split_attention import launch_split
+from kvcompress.kernels.common.tile import bound_logits, wide
 from kvcompress.kernels.decode import (
     decode_attention,
     decode_attention_reference,
@@ -29,13 +33,14 @@ from kvcompress.kernels.decode import (
     merge_head,
 )
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference, first_to_go, rank, worse
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, core_count, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import launch_split
-from kvcompress.kernels.tile import bound_logits, triton_type, wide
 
 EMPTY = -1
 
 
+@op(
+    fake=lambda query, value, **_: query.new_empty(*query.shape[:-1], value.shape[-1]),
+    mutates=("keys", "values", "positions", "scores", "spare"),
+)
 def decode_and_evict(
     query: Tensor,
     key: Tensor,
@@ -82,9 +87,14 @@ def decode_and_evict(
         )
     if not all(tensor.is_contiguous() for tensor in (positions, scores, spare)):
         raise ValueError("decode_and_evict writes to positions, scores and spare, which must be contiguous")
-    return _decode_and_evict(
+    if runs_triton(query):
+        return _launch(
+            query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
+            scale, sinks, window, softcap, memory, sink_logits,
+        )  # fmt: skip
+    return decode_then_evict(
         query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-        scale, sinks, window, softcap, memory, sink_logits,
+        scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory, sink_logits=sink_logits,
     )  # fmt: skip
 
 
@@ -166,7 +176,7 @@ def decode_then_evict(
     return out
 
 
-def _decode_and_evict_fake(
+def _launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -185,70 +195,32 @@ def _decode_and_evict_fake(
     memory: float,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-@compilable(_decode_and_evict_fake, mutates=("keys", "values", "positions", "scores", "spare"))
-def _decode_and_evict(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    spare: Tensor,
-    token_positions: Tensor,
-    limits: Tensor,
-    recents: Tensor,
-    scale: float,
-    sinks: int,
-    window: int | None,
-    softcap: float | None,
-    memory: float,
-    sink_logits: Tensor | None,
-) -> Tensor:
-    if not runs_triton(query):
-        return decode_then_evict(
-            query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-            scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory, sink_logits=sink_logits,
-        )  # fmt: skip
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = keys.shape[1:3]
     value_dim, group = values.shape[-1], heads // kv_heads
     logits = query.new_empty(batch, kv_heads, slots, group, dtype=torch.float32)
     tickets = positions.new_empty(batch, kv_heads)
     parts, lses = launch_split(
-        query,
-        keys,
-        values,
-        None,
-        positions,
-        token_positions[:, None],
-        scale,
-        window,
-        softcap,
-        logits=logits,
-        tickets=tickets,
-        merge=False,
-    )
+        query, keys, values, None, positions, token_positions[:, None], scale, window, softcap,
+        logits=logits, tickets=tickets, merge=False,
+    )  # fmt: skip
     out = query.new_empty(batch, heads, 1, value_dim)
     chunk = _chunk(batch * kv_heads, slots, query.device)
     chunks = triton.cdiv(slots, chunk)
     # what each program found: a score; a position, a slot, an empty slot and how many tokens it counted
     least = scores.new_empty(batch * kv_heads, chunks)
     found = positions.new_empty(4, batch * kv_heads, chunks)
-    with torch.cuda.device_of(query):
-        _evict_kernel[(chunks, kv_heads, batch)](
-            query.contiguous(), key.contiguous(), value.contiguous(), keys, values, positions, scores, spare,
-            token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
-            parts, lses, sink_logits, logits, out, least, found, tickets,
-            *keys.stride()[:3], *values.stride()[:3],
-            batch, kv_heads, slots, chunk, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
-            GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
-            WINDOWED=window is not None, SOFTCAPPED=softcap is not None, BLOCK_CHUNKS=_MOST_CHUNKS,
-            BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, _CHUNK), **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _evict_kernel, (chunks, kv_heads, batch),
+        query.contiguous(), key.contiguous(), value.contiguous(), keys, values, positions, scores, spare,
+        token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
+        parts, lses, sink_logits, logits, out, least, found, tickets,
+        *keys.stride()[:3], *values.stride()[:3],
+        batch, kv_heads, slots, chunk, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
+        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        WINDOWED=window is not None, SOFTCAPPED=softcap is not None, BLOCK_CHUNKS=_MOST_CHUNKS,
+        BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, _CHUNK),
+    )  # fmt: skip
     return out
 
 
@@ -413,48 +385,16 @@ def _evict_kernel(
         )  # fmt: skip
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
+    def call(group: int, head_dim: int, dtype: torch.dtype, **settings: Any) -> None:
+        query, token = (shaped(1, heads, 1, head_dim, dtype=dtype) for heads in (2 * group, 2))
+        keys, scores = shaped(1, 2, 900, head_dim, dtype=dtype), shaped(1, 2, 900)
+        positions, spare = shaped(1, 2, 900, dtype=torch.int32), shaped(1, 2, dtype=torch.int64)
+        counts = [shaped(1, dtype=torch.int32)] * 3
+        decode_and_evict(query, token, token, keys, keys, positions, scores, spare, *counts, scale=0.1, **settings)
+
     for group in (1, 4, 64):
-        for head_dim in (64, 256):
-            for dtype in (torch.bfloat16, torch.float32):
-                for plain in (True, False):
-                    yield aot_case(
-                        _evict_kernel,
-                        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, group {group}, {'plain' if plain else 'all'}",
-                        dict.fromkeys(
-                            (
-                                "query_ptr",
-                                "key_ptr",
-                                "value_ptr",
-                                "keys_ptr",
-                                "values_ptr",
-                                "out_ptr",
-                                "sink_logits_ptr",
-                            ),
-                            triton_type(dtype),
-                        )
-                        | dict.fromkeys(
-                            (
-                                "positions_ptr",
-                                "token_positions_ptr",
-                                "limits_ptr",
-                                "recents_ptr",
-                                "found_ptr",
-                                "tickets_ptr",
-                            ),
-                            "*i32",
-                        )
-                        | dict.fromkeys(("scores_ptr", "parts_ptr", "lses_ptr", "logits_ptr", "least_ptr"), "*fp32")
-                        | {"spare_ptr": "*i64", "scale": "fp32", "softcap": "fp32", "memory": "fp32"},
-                        {
-                            "GROUP": group,
-                            "HEAD_DIM": head_dim,
-                            "VALUE_DIM": head_dim,
-                            "WINDOWED": not plain,
-                            "SOFTCAPPED": not plain,
-                            "BLOCK_CHUNKS": _MOST_CHUNKS,
-                            "BLOCK_DIM": triton.next_power_of_2(head_dim),
-                            **finish_blocks(group, head_dim, _CHUNK),
-                        }
-                        | ({"sink_logits_ptr": None} if plain else {}),
-                    )
+        for head_dim in (64, 128, 256):
+            for dtype in AOT_DTYPES:
+                call(group, head_dim, dtype)
+                call(group, head_dim, dtype, window=700, softcap=30.0, sink_logits=shaped(2 * group, dtype=dtype))

@@ -4,14 +4,13 @@ Eviction frees the victim's slot and the next token overwrites it: 2 * batch * k
 a step, where compacting the cache would move every slot. Choosing reads 8 * batch * kv_heads * slots bytes.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.runtime import launch, op, runs_triton, shaped, tl, triton
 
 
+@op(fake=lambda scores, **_: scores.new_empty(scores.shape[:2], dtype=torch.int64))
 def choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int = 0) -> Tensor:
     """The occupied slot of least score outside the recent window and the sinks.
 
@@ -25,7 +24,16 @@ def choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks:
         Slot indices, [batch, kv_heads] int64. Of equal scores the lowest position goes. Where nothing may go,
         some protected or empty slot: the caller evicts only when a sequence is over its budget.
     """
-    return _choose_victim(scores, positions, recent_from, sinks)
+    if not runs_triton(scores) or not scores.numel():
+        return choose_victim_reference(scores, positions, recent_from, sinks)
+    batch, kv_heads, slots = scores.shape
+    victims = scores.new_empty(batch, kv_heads, dtype=torch.int64)
+    launch(
+        _choose_victim_kernel, (kv_heads, batch),
+        scores.contiguous(), positions.contiguous(), recent_from.contiguous(), victims, slots, sinks,
+        BLOCK_SLOTS=_BLOCK_SLOTS,
+    )  # fmt: skip
+    return victims
 
 
 def choose_victim_reference(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int = 0) -> Tensor:
@@ -40,24 +48,6 @@ def choose_victim_reference(scores: Tensor, positions: Tensor, recent_from: Tens
 def ranked(scores: Tensor) -> Tensor:
     """Scores that can be compared: NaN becomes the largest number, so that it stands behind what is protected."""
     return scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).max)
-
-
-def _choose_victim_fake(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int) -> Tensor:
-    return scores.new_empty(scores.shape[:2], dtype=torch.int64)
-
-
-@compilable(_choose_victim_fake)
-def _choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks: int) -> Tensor:
-    if not runs_triton(scores) or not scores.numel():
-        return choose_victim_reference(scores, positions, recent_from, sinks)
-    batch, kv_heads, slots = scores.shape
-    victims = scores.new_empty(batch, kv_heads, dtype=torch.int64)
-    with torch.cuda.device_of(scores):
-        _choose_victim_kernel[(kv_heads, batch)](
-            scores.contiguous(), positions.contiguous(), recent_from.contiguous(), victims,
-            slots, sinks, BLOCK_SLOTS=_BLOCK_SLOTS, **ALL_REGISTERS,
-        )  # fmt: skip
-    return victims
 
 
 _BLOCK_SLOTS = 1024
@@ -109,6 +99,6 @@ def _choose_victim_kernel(
     tl.store(victims_ptr + owner, slot.to(tl.int64))
 
 
-def aot_cases() -> Iterator[AotCase]:
-    types = {"scores_ptr": "*fp32", "positions_ptr": "*i32", "recent_from_ptr": "*i32", "victims_ptr": "*i64"}
-    yield aot_case(_choose_victim_kernel, "any", types, {"BLOCK_SLOTS": _BLOCK_SLOTS})
+def aot_calls() -> None:
+    positions, recent_from = shaped(2, 8, 1024, dtype=torch.int32), shaped(2, dtype=torch.int32)
+    choose_victim(shaped(2, 8, 1024), positions, recent_from, 4)

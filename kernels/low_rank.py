@@ -14,36 +14,37 @@ Bytes: x and its packed form are read loops + 1 times, left is written once. Flo
 tokens * head_dim * rank and loops + 1 decodings.
 """
 
-from collections.abc import Iterator
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.packed_tile import (
+from kvcompress.kernels.common.packed_tile import (
     TileShape,
     load_decoded,
     tile_shape,
     tile_start,
     tile_tokens,
 )
-from kvcompress.kernels.quantise import (
-    Coding,
-    Packed,
-    blocks_apart,
+from kvcompress.kernels.common.quantized import (
+    Axis,
+    QuantizedTensor,
+    QuantScheme,
     check_coding,
     coding_constants,
-    dequantise,
+    empty_packed,
     stored_blocks,
 )
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import split_keys
-from kvcompress.kernels.tile import MIN_SIDE, dot, tile_width, triton_type, wide
+from kvcompress.kernels.common.runtime import launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import MIN_SIDE, dot, tile_width, wide
+from kvcompress.kernels.quantise import blocks_apart, dequantise
 
 
 def residual_factors(
     x: Tensor,
-    packed: Packed,
-    coding: Coding,
+    packed: QuantizedTensor,
+    coding: QuantScheme,
     rank: int,
     present: Tensor | None = None,
     *,
@@ -94,8 +95,8 @@ def residual_factors(
 
 def residual_factors_reference(
     x: Tensor,
-    packed: Packed,
-    coding: Coding,
+    packed: QuantizedTensor,
+    coding: QuantScheme,
     rank: int,
     present: Tensor | None = None,
     *,
@@ -120,17 +121,23 @@ def first_basis(head_dim: int, rank: int, device: torch.device) -> Tensor:
     return torch.rand(head_dim, rank, generator=generator).to(device)
 
 
-def _residual(x: Tensor, packed: Packed, coding: Coding, present: Tensor | None, blocks: slice) -> Tensor:
+def _residual(x: Tensor, packed: QuantizedTensor, coding: QuantScheme, present: Tensor | None, blocks: slice) -> Tensor:
     """[batch, kv_heads, tokens, head_dim] of these blocks."""
     parts = (None if part is None else part[:, :, blocks] for part in packed[:5])
-    residual = x[:, :, blocks].float() - dequantise(Packed(*parts), coding)  # type: ignore[arg-type]
+    residual = x[:, :, blocks].float() - dequantise(QuantizedTensor(*parts), coding)  # type: ignore[arg-type]
     if present is not None:
         residual.masked_fill_(~present[:, None, blocks, None, None], 0.0)
     return residual.flatten(2, 3)
 
 
 def _launch(
-    x: Tensor, packed: Packed, coding: Coding, rank: int, present: Tensor | None, loops: int, dtype: torch.dtype
+    x: Tensor,
+    packed: QuantizedTensor,
+    coding: QuantScheme,
+    rank: int,
+    present: Tensor | None,
+    loops: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, blocks, block, head_dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -146,27 +153,27 @@ def _launch(
     basis = first_basis(head_dim, rank, x.device).expand(batch, kv_heads, -1, -1).contiguous()
 
     def each_tile(basis: Tensor, writes_left: bool) -> None:
-        _residual_kernel[(owners * rank_parts * splits,)](
+        launch(
+            _residual_kernel, (owners * rank_parts * splits,),
             x, *packed[:5], present, basis, left if writes_left else None, None if writes_left else grown,
             *x.stride()[:4], batch_blocks, head_blocks, owners, kv_heads, blocks, rank, rank_parts, splits,
             split_tokens // tile.tokens, tile.count(blocks),
             **coding_constants(coding, packed, block, head_dim), **tile.constants(), HEAD_DIM=head_dim, DIM=width,
-            RANK_STEP=_STEP, MASKED=present is not None, num_warps=_warps(width), num_stages=1, **ALL_REGISTERS,
+            RANK_STEP=_STEP, MASKED=present is not None, num_warps=_warps(width), num_stages=1,
         )  # fmt: skip
 
-    with torch.cuda.device_of(x):
-        for _ in range(loops):
-            each_tile(basis, False)
-            if rank_parts > 1:
-                basis = torch.linalg.qr(grown.sum(0)).Q.contiguous()
-            else:
-                _orthonormal_kernel[(owners,)](
-                    grown, basis, owners, rank, splits,
-                    HEAD_DIM=head_dim, DIM=width, RANK=_STEP, num_warps=4, **ALL_REGISTERS,
-                )  # fmt: skip
-        # the error is that of a projection on what is stored
-        right = basis.view(batch, kv_heads, head_dim, rank).to(dtype)
-        each_tile(right.float(), True)
+    for _ in range(loops):
+        each_tile(basis, False)
+        if rank_parts > 1:
+            basis = torch.linalg.qr(grown.sum(0)).Q.contiguous()
+        else:
+            launch(
+                _orthonormal_kernel, (owners,), grown, basis, owners, rank, splits,
+                HEAD_DIM=head_dim, DIM=width, RANK=_STEP, num_warps=4,
+            )  # fmt: skip
+    # the error is that of a projection on what is stored
+    right = basis.view(batch, kv_heads, head_dim, rank).to(dtype)
+    each_tile(right.float(), True)
     return left, right
 
 
@@ -279,7 +286,7 @@ def _orthonormal_kernel(
     tl.store(basis_ptr + at, basis, mask=ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim, block, bits, group, outliers, dtype in (
         (64, 64, 2, 64, 1, torch.bfloat16),
         (80, 64, 3, 32, 1, torch.float32),
@@ -289,46 +296,6 @@ def aot_cases() -> Iterator[AotCase]:
         (256, 64, 2, 64, 3, torch.bfloat16),
         (256, 128, 3, 32, 3, torch.float32),
     ):
-        width = tile_width(head_dim)
-        for per_channel in (True, False):
-            for writes_left in (True, False):
-                absent = ["grown_ptr" if writes_left else "left_ptr"]
-                absent += [] if outliers else ["outlier_values_ptr", "outlier_index_ptr"]
-                yield aot_case(
-                    _residual_kernel,
-                    f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {bits} bits, block {block}, group {group}, "
-                    f"{'channel' if per_channel else 'token'}, {'left' if writes_left else 'grown'}",
-                    {
-                        "x_ptr": triton_type(dtype),
-                        "codes_ptr": "*u8",
-                        "scales_ptr": "*fp16",
-                        "zeros_ptr": "*fp16",
-                        "outlier_values_ptr": "*fp16",
-                        "outlier_index_ptr": "*u8",
-                        "present_ptr": "*u8",
-                        "basis_ptr": "*fp32",
-                        "left_ptr": "*fp16",
-                        "grown_ptr": "*fp32",
-                    },
-                    {
-                        "BITS": bits,
-                        "GROUP": min(group, block if per_channel else width),
-                        "PER_CHANNEL": per_channel,
-                        "OUTLIERS": outliers,
-                        **_tile(block, bits, width).constants(),
-                        "HEAD_DIM": head_dim,
-                        "DIM": width,
-                        "RANK_STEP": _STEP,
-                        "MASKED": True,
-                        **dict.fromkeys(absent),
-                    },
-                    num_warps=_warps(width),
-                    num_stages=1,
-                )
-        yield aot_case(
-            _orthonormal_kernel,
-            f"head_dim {head_dim}",
-            {"grown_ptr": "*fp32", "basis_ptr": "*fp32"},
-            {"HEAD_DIM": head_dim, "DIM": width, "RANK": _STEP},
-            num_warps=4,
-        )
+        for axis in get_args(Axis):
+            x, coding = shaped(2, 8, 5, block, head_dim, dtype=dtype), QuantScheme(bits, group, axis, outliers)
+            residual_factors(x, empty_packed(x, coding), coding, 4, shaped(2, 5, dtype=torch.bool))

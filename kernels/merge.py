@@ -12,14 +12,13 @@ Bytes: every state is read once and the result written once, (states + 1) * batc
 All log-sum-exps here are natural logarithms in float32.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, op, runs_triton, shaped, tl, triton
 
 
+@op(fake=lambda outs, lses: (outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)))
 def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Merges attention states over disjoint keys into the state over their union.
 
@@ -44,7 +43,26 @@ def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor
             f"of one size, as many of each and at least one; got outs {[list(out.shape) for out in outs]}, "
             f"lses {[list(lse.shape) for lse in lses]}"
         )
-    return _merge_states(list(outs), list(lses))
+    if not runs_triton(outs[0]):
+        return merge_states_reference(outs, lses)
+    outs, lses = [out.contiguous() for out in outs], [lse.contiguous() for lse in lses]
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    head_dim = out.shape[-1]
+    if out.numel():
+        block_dim = triton.next_power_of_2(head_dim)
+        block_rows = max(1, _TILE // block_dim)
+        launch(
+            _merge_states_kernel, (triton.cdiv(lse.numel(), block_rows),),
+            tuple(outs), tuple(lses), out, lse, lse.numel(),
+            HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim,
+        )  # fmt: skip
+    return out, lse
+
+
+def with_sinks(outs: list[Tensor], lses: list[Tensor], sinks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Partial attentions with one more, that of learned sink logits [heads], which carry weight and no value."""
+    lse = sinks.float()[None, :, None].expand_as(lses[0])
+    return [*outs, outs[0].new_zeros(()).expand_as(outs[0])], [*lses, lse]
 
 
 def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -62,30 +80,6 @@ def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
     return merged.to(outs[0].dtype), lse
 
 
-def _merge_states_fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(outs[0], memory_format=torch.contiguous_format), torch.empty_like(
-        lses[0], memory_format=torch.contiguous_format
-    )
-
-
-@compilable(_merge_states_fake)
-def _merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    if not runs_triton(outs[0]):
-        return merge_states_reference(outs, lses)
-    outs, lses = [out.contiguous() for out in outs], [lse.contiguous() for lse in lses]
-    out, lse = _merge_states_fake(outs, lses)
-    rows, head_dim = lse.numel(), out.shape[-1]
-    if out.numel():
-        block_dim = triton.next_power_of_2(head_dim)
-        block_rows = max(1, _TILE // block_dim)
-        with torch.cuda.device_of(out):
-            _merge_states_kernel[(triton.cdiv(rows, block_rows),)](
-                tuple(outs), tuple(lses), out, lse, rows,
-                HEAD_DIM=head_dim, STATES=len(outs), BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, **ALL_REGISTERS,
-            )  # fmt: skip
-    return out, lse
-
-
 def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """merge_states of the parts that a kernel's splits left.
 
@@ -97,11 +91,10 @@ def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     parts, *shape, head_dim = outs.shape
     out = outs.new_empty(*shape, head_dim, dtype=dtype)
     lse = lses.new_empty(shape)
-    with torch.cuda.device_of(outs):
-        _merge_stack_kernel[(lse.numel(),)](
-            outs, lses, out, lse, lse.numel(), parts,
-            HEAD_DIM=head_dim, BLOCK_PARTS=_BLOCK_PARTS, BLOCK_DIM=triton.next_power_of_2(head_dim), **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _merge_stack_kernel, (lse.numel(),), outs, lses, out, lse, lse.numel(), parts,
+        HEAD_DIM=head_dim, BLOCK_PARTS=_BLOCK_PARTS, BLOCK_DIM=triton.next_power_of_2(head_dim),
+    )  # fmt: skip
     return out, lse
 
 
@@ -183,21 +176,10 @@ def _merge_stack_kernel(
     tl.store(lse_ptr + row, shift + tl.log(whole))
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in (64, 80, 256):
-        for dtype in ("*fp32", "*bf16"):
-            constants = {"HEAD_DIM": head_dim, "BLOCK_DIM": triton.next_power_of_2(head_dim)}
-            types = {"out_ptr": dtype, "lse_ptr": "*fp32"}
-            for states in (2, 5):
-                yield aot_case(
-                    _merge_states_kernel,
-                    f"head_dim {head_dim}, {dtype[1:]}, {states} states",
-                    types | {"out_ptrs": (dtype,) * states, "lse_ptrs": ("*fp32",) * states},
-                    constants | {"STATES": states, "BLOCK_ROWS": max(1, _TILE // constants["BLOCK_DIM"])},
-                )
-            yield aot_case(
-                _merge_stack_kernel,
-                f"head_dim {head_dim}, {dtype[1:]}",
-                types | {"outs_ptr": "*fp32", "lses_ptr": "*fp32"},
-                constants | {"BLOCK_PARTS": _BLOCK_PARTS},
-            )
+        for dtype in AOT_DTYPES:
+            out, lse = shaped(2, 32, 7, head_dim, dtype=dtype), shaped(2, 32, 7)
+            merge_states([out] * 2, [lse] * 2)
+            merge_states([out] * 5, [lse] * 5)
+            merge_stack(shaped(3, 2, 32, 7, head_dim), shaped(3, 2, 32, 7), dtype)

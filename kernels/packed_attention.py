@@ -7,31 +7,37 @@ low-rank factors; kernels/quantise.py says how they are stored)
 
 so that the low-rank terms cost rank, not head_dim, operations a token, and nothing of full size is ever built.
 
-Bytes: batch * kv_heads * blocks * (Coding.bytes of keys + that of values), each read once for all query heads of a
+Bytes: batch * kv_heads * blocks * (QuantScheme.bytes of keys + that of values), each read once for all query heads of a
 group. Flops 4 * batch * heads * queries * tokens * (head_dim + rank), and some 5 operations to decode a number:
 bound by bandwidth at 8 bits, by the decoding below. The bound on the speed-up over 16-bit keys and values is
-32 * block * head_dim / (8 * (both Coding.bytes)), 6.4 at 2 bits and groups of 64.
+32 * block * head_dim / (8 * (both QuantScheme.bytes)), 6.4 at 2 bits and groups of 64.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.merge import merge_stack
-from kvcompress.kernels.packed_pieces import attend_in_pieces, visible_tokens
-from kvcompress.kernels.packed_tile import TileShape, load_decoded, tile_shape, tile_start, tile_tokens
-from kvcompress.kernels.quantise import (
-    Coding,
-    Packed,
+from kvcompress.kernels.common.packed_pieces import attend_in_pieces, visible_tokens
+from kvcompress.kernels.common.packed_tile import (
+    TileShape,
+    add_key_factors,
+    add_value_factors,
+    base_of,
+    load_decoded,
+    tile_shape,
+    tile_start,
+    tile_tokens,
+)
+from kvcompress.kernels.common.quantized import (
+    QuantizedTensor,
+    QuantScheme,
     check_coding,
     coding_constants,
-    dequantise,
+    empty_packed,
     stored_blocks,
 )
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import split_keys
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.common.runtime import INTERPRETED, launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
     bound_logits,
@@ -40,17 +46,19 @@ from kvcompress.kernels.tile import (
     rows_aligned,
     store_tile,
     tile_width,
-    triton_type,
     wide,
 )
+from kvcompress.kernels.merge import merge_stack
+from kvcompress.kernels.quantise import dequantise
 
 
+@op(fake=lambda query, values, positions, with_logits, **_: _empty(query, values, positions, with_logits))
 def packed_attention(
     query: Tensor,
-    keys: Packed,
-    values: Packed,
-    key_coding: Coding,
-    value_coding: Coding,
+    keys: QuantizedTensor,
+    values: QuantizedTensor,
+    key_coding: QuantScheme,
+    value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
     *,
@@ -69,7 +77,7 @@ def packed_attention(
         key_coding, value_coding: how they are packed.
         positions: [batch, 1 or kv_heads, blocks * block] int32, the position of each token; -1: nothing there.
         query_positions: [batch, queries] int32; read only where there is a window.
-        spans: [batch, blocks] int32, which basis (`Packed.right`) a block has. None: all have the first.
+        spans: [batch, blocks] int32, which basis (`QuantizedTensor.right`) a block has. None: all have the first.
         offsets: [batch, heads, queries] float32, added to a query's q.k with every token: what the part of the keys
             comes to that all of them share and none has packed. None: nothing.
         scale: factor of q.k.
@@ -86,8 +94,13 @@ def packed_attention(
         ValueError: for shapes or codings that do not fit each other.
     """
     _check(query, keys, values, key_coding, value_coding, positions, spans, offsets, with_logits)
-    found = _packed_attention(
-        query, *_parts(keys, key_coding), *_parts(values, value_coding), positions, query_positions, spans,
+    width = tile_width(max(query.shape[-1], values.codes.shape[-1]))
+    # products of wide float32 rows would take more registers than a thread has
+    too_wide = not INTERPRETED and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
+    is_empty = not query.numel() or not positions.numel()
+    run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
+    found = run(
+        query, keys, key_coding, values, value_coding, positions, query_positions, spans,
         offsets, scale, window, softcap, with_logits,
     )  # fmt: skip
     return found if with_logits else found[:2]
@@ -95,10 +108,10 @@ def packed_attention(
 
 def packed_attention_reference(
     query: Tensor,
-    keys: Packed,
-    values: Packed,
-    key_coding: Coding,
-    value_coding: Coding,
+    keys: QuantizedTensor,
+    values: QuantizedTensor,
+    key_coding: QuantScheme,
+    value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
     *,
@@ -130,16 +143,9 @@ def packed_attention_reference(
 
 
 def _check(
-    query: Tensor,
-    keys: Packed,
-    values: Packed,
-    key_coding: Coding,
-    value_coding: Coding,
-    positions: Tensor,
-    spans: Tensor | None,
-    offsets: Tensor | None,
-    with_logits: bool,
-) -> None:
+    query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, key_coding: QuantScheme, value_coding: QuantScheme,
+    positions: Tensor, spans: Tensor | None, offsets: Tensor | None, with_logits: bool,
+) -> None:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
     block, value_block = (
@@ -170,84 +176,20 @@ def _check(
         raise ValueError(f"packed_attention reports the logits of one query, got query {list(query.shape)}")
 
 
-def _parts(packed: Packed, coding: Coding) -> tuple[list[Tensor], list[int]]:
-    """A packed tensor as an op's schema can say it: the tensors that are there, and the coding in numbers."""
-    outliers = 0 if packed.outlier_index is None else coding.outliers
-    rank = 0 if packed.left is None else packed.left.shape[-1]
-    settings = [coding.bits, coding.group, coding.axis == "channel", outliers, rank]
-    return [part for part in packed if part is not None], settings
-
-
-def _whole(parts: list[Tensor], settings: list[int]) -> tuple[Packed, Coding]:
-    bits, group, per_channel, outliers, rank = settings
-    coding = Coding(bits, group, "channel" if per_channel else "token", outliers, rank)
-    sparse = parts[3:5] if outliers else [None, None]
-    return Packed(*parts[:3], *sparse, *(parts[-2:] if rank else [])), coding
-
-
-def _packed_attention_fake(
-    query: Tensor,
-    keys: list[Tensor],
-    key_settings: list[int],
-    values: list[Tensor],
-    value_settings: list[int],
-    positions: Tensor,
-    query_positions: Tensor,
-    spans: Tensor | None,
-    offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    with_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, queries, _ = query.shape
-    logits = query.new_empty(batch, heads, positions.shape[-1] if with_logits else 0, dtype=torch.float32)
-    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    return query.new_empty(batch, heads, queries, values[0].shape[-1]), lse, logits
-
-
-@compilable(_packed_attention_fake)
-def _packed_attention(
-    query: Tensor,
-    keys: list[Tensor],
-    key_settings: list[int],
-    values: list[Tensor],
-    value_settings: list[int],
-    positions: Tensor,
-    query_positions: Tensor,
-    spans: Tensor | None,
-    offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    with_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    width = tile_width(max(query.shape[-1], values[0].shape[-1]))
-    # products of wide float32 rows would take more registers than a thread has
-    too_wide = query.is_cuda and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
-    is_empty = not query.numel() or not positions.numel()
-    run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
-    return run(
-        query, *_whole(keys, key_settings), *_whole(values, value_settings), positions, query_positions, spans,
-        offsets, scale, window, softcap, with_logits,
-    )  # fmt: skip
+def _empty(
+    query: Tensor, values: QuantizedTensor, positions: Tensor, with_logits: bool
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:-1], values.codes.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    logits = query.new_empty(*query.shape[:2], positions.shape[-1], dtype=torch.float32)
+    return (out, lse, logits) if with_logits else (out, lse)
 
 
 def _launch(
-    query: Tensor,
-    keys: Packed,
-    key_coding: Coding,
-    values: Packed,
-    value_coding: Coding,
-    positions: Tensor,
-    query_positions: Tensor,
-    spans: Tensor | None,
-    offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    with_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, keys: QuantizedTensor, key_coding: QuantScheme, values: QuantizedTensor, value_coding: QuantScheme,
+    positions: Tensor, query_positions: Tensor, spans: Tensor | None, offsets: Tensor | None,
+    scale: float, window: int | None, softcap: float | None, with_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
@@ -269,33 +211,27 @@ def _launch(
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if splits == 1 else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
     logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
-    with torch.cuda.device_of(query):
-        _packed_kernel[(batch * kv_heads * row_blocks * splits,)](
-            query, *keys[:6], key_right, *values[:6], value_right, positions, window_ends, spans,
-            offsets, out, lse, logits if with_logits else None,
-            *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
-            1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
-            positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
-            window or 0, scale, softcap or 0.0,
-            **_constants(keys, key_coding, values, value_coding, tile, head_dim, dim, value_dim),
-            HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, WINDOWED=window is not None,
-            SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _packed_kernel, (batch * kv_heads * row_blocks * splits,),
+        query, *keys[:6], key_right, *values[:6], value_right, positions, window_ends, spans,
+        offsets, out, lse, logits if with_logits else None,
+        *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
+        1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
+        positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
+        window or 0, scale, softcap or 0.0,
+        **_constants(keys, key_coding, values, value_coding, tile, head_dim, dim, value_dim),
+        HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, WINDOWED=window is not None,
+        SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     if splits > 1:
         out, lse = merge_stack(out, lse, query.dtype)
     return out, lse, logits
 
 
 def _constants(
-    keys: Packed,
-    key_coding: Coding,
-    values: Packed,
-    value_coding: Coding,
-    tile: TileShape,
-    head_dim: int,
-    dim: int,
-    value_dim: int,
-) -> dict[str, int | bool]:
+    keys: QuantizedTensor, key_coding: QuantScheme, values: QuantizedTensor, value_coding: QuantScheme,
+    tile: TileShape, head_dim: int, dim: int, value_dim: int,
+) -> dict[str, int | bool]:  # fmt: skip
     constants: dict[str, int | bool] = {"HEAD_DIM": head_dim, "DIM": dim}
     constants |= {"VALUE_DIM": value_dim, "VALUE_WIDTH": tile_width(value_dim), **tile.constants()}
     for name, packed, coding, size in (("KEY", keys, key_coding, head_dim), ("VALUE", values, value_coding, value_dim)):
@@ -335,58 +271,6 @@ def _tiles(
     # to compare every number with the index of an outlier takes registers
     warps = 8 if has_outliers or width > 128 or element_size == 4 else 4
     return block_rows, tile_shape(block, bits, tokens), warps, 1 if element_size == 4 else 2
-
-
-@triton.jit
-def _base_of(spans_ptr, at, ok, SPANNED: tl.constexpr):
-    # which basis a block has
-    if SPANNED:
-        return tl.load(spans_ptr + at, mask=ok, other=0)
-    return 0
-
-
-@triton.jit
-def _load_basis(ptr, span, first, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr):
-    # directions first .. first + STEP of a basis, [DIM, STEP]
-    dim = tl.arange(0, DIM)
-    direction = first + tl.arange(0, STEP)
-    ok = (dim < HEAD_DIM)[:, None] & (direction < RANK)[None, :]
-    return tl.load(ptr + (span * HEAD_DIM + dim)[:, None] * RANK + direction[None, :], mask=ok, other=0.0)
-
-
-@triton.jit
-def _load_left(ptr, at, ok, first, RANK: tl.constexpr, STEP: tl.constexpr):
-    # of these tokens the shares of directions first .. first + STEP, [T, STEP]
-    direction = first + tl.arange(0, STEP)
-    return tl.load(
-        ptr + at[:, None] * RANK + direction[None, :], mask=ok[:, None] & (direction < RANK)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def _add_key_factors(
-    logits, query, left_ptr, right_ptr, at, ok, span, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
-):
-    # logits [R, T] + (query @ right) @ left^T of the tokens at these places
-    for first in tl.static_range(0, RANK, 16):
-        right = _load_basis(right_ptr, span, first, HEAD_DIM, DIM, RANK, 16).to(query.dtype)
-        left = _load_left(left_ptr, at, ok, first, RANK, 16).to(query.dtype)
-        seen = dot(query, right, tl.zeros([logits.shape[0], 16], tl.float32)).to(query.dtype)
-        logits = dot(seen, tl.trans(left), logits)
-    return logits
-
-
-@triton.jit
-def _add_value_factors(
-    out, weight, left_ptr, right_ptr, at, ok, span, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
-):
-    # out [R, DIM] + (weight @ left) @ right^T of the tokens at these places
-    for first in tl.static_range(0, RANK, 16):
-        left = _load_left(left_ptr, at, ok, first, RANK, 16).to(weight.dtype)
-        right = _load_basis(right_ptr, span, first, HEAD_DIM, DIM, RANK, 16).to(weight.dtype)
-        share = dot(weight, left, tl.zeros([out.shape[0], 16], tl.float32)).to(weight.dtype)
-        out = dot(share, tl.trans(right), out)
-    return out
 
 
 @triton.jit(do_not_specialize=[
@@ -467,11 +351,11 @@ def _packed_kernel(
         if KEY_RANK:
             left_at = (key_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
-                span = (batch * kv_heads + kv_head) * key_spans + _base_of(
+                span = (batch * kv_heads + kv_head) * key_spans + base_of(
                     spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
                 )
                 of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
-                logits = _add_key_factors(
+                logits = add_key_factors(
                     logits, query, key_left_ptr, key_right_ptr, left_at, of_block, span, KEY_RANK, HEAD_DIM, DIM
                 )
         if offsets_ptr is not None:
@@ -508,11 +392,11 @@ def _packed_kernel(
         if VALUE_RANK:
             left_at = (value_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
-                span = (batch * kv_heads + kv_head) * value_spans + _base_of(
+                span = (batch * kv_heads + kv_head) * value_spans + base_of(
                     spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
                 )
                 of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
-                out = _add_value_factors(
+                out = add_value_factors(
                     out, weight, value_left_ptr, value_right_ptr, left_at, of_block, span,
                     VALUE_RANK, VALUE_DIM, VALUE_WIDTH,
                 )  # fmt: skip
@@ -523,7 +407,7 @@ def _packed_kernel(
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
-# key bits, value bits, group, outliers, rank, block; those of slots (kvcompress/packed_slots.py) have one of 32 tokens
+# key bits, value bits, group, outliers, rank, block; slots (storage/quantized_slots.py) have blocks of 32 tokens
 _AOT_CODINGS = [
     (2, 2, 32, 2, 4, 64),
     (3, 3, 32, 1, 2, 64),
@@ -537,68 +421,35 @@ _AOT_CODINGS = [
 ]
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for dtype, head_dims in ((torch.bfloat16, (64, 80, 128, 256)), (torch.float32, (_WIDEST_FLOAT32,))):
         for head_dim in head_dims:
-            for rows in (MIN_SIDE, _MOST_ROWS):
-                # others only mask more, or have more rows
-                for coding in _AOT_CODINGS if head_dim != 80 and rows == MIN_SIDE else _AOT_CODINGS[:3]:
-                    yield _aot_case(head_dim, dtype, rows, *coding)
+            for coding in _AOT_CODINGS if head_dim != 80 else _AOT_CODINGS[:3]:
+                _aot_call(head_dim, dtype, 4, 1, coding)
+            # many rows, of queries or of heads; other codings only mask more
+            for coding in _AOT_CODINGS[:3]:
+                _aot_call(head_dim, dtype, 4, 16, coding)
+                _aot_call(head_dim, dtype, 64, 1, coding)
 
 
-def _aot_case(
-    head_dim: int,
-    dtype: torch.dtype,
-    rows: int,
-    key_bits: int,
-    value_bits: int,
-    group: int,
-    outliers: int,
-    rank: int,
-    block: int,
-) -> AotCase:
-    width, plain, of_slots = tile_width(head_dim), not outliers, block == 32
-    key_width = _key_width(head_dim, dtype.itemsize)
-    block_rows, tile, warps, stages = _tiles(rows, block, [key_bits, value_bits], width, dtype.itemsize, outliers > 0)
-    types = {
-        "scale": "fp32",
-        "softcap": "fp32",
-        "query_ptr": triton_type(dtype),
-        "out_ptr": "*fp32",
-        "lse_ptr": "*fp32",
-    }
-    types |= {"positions_ptr": "*i32", "query_positions_ptr": "*i32", "spans_ptr": "*i32", "logits_ptr": "*fp32"}
-    types["offsets_ptr"] = "*fp32"
-    constants = {
-        "HEAD_DIM": head_dim,
-        "HEAD_ROOM": head_dim,
-        "DIM": key_width,
-        "VALUE_DIM": head_dim,
-        "VALUE_WIDTH": width,
-        "GROUP": 4,
-        "SPANNED": rank > 0,
-        "WINDOWED": not plain,
-        "SOFTCAPPED": not plain,
-        "BLOCK_ROWS": block_rows,
-        **tile.constants(),
-    }
-    absent = (["query_positions_ptr"] if plain else []) + (["logits_ptr"] if plain and not of_slots else [])
-    absent += [] if of_slots else ["offsets_ptr"]
-    for name, bits in (("key", key_bits), ("value", value_bits)):
-        pointers = {"codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "outliers": "*fp16", "index": "*u8"}
-        types |= {f"{name}_{part}_ptr": kind for part, kind in (pointers | {"left": "*fp16", "right": "*fp16"}).items()}
-        absent += [] if outliers else [f"{name}_outliers_ptr", f"{name}_index_ptr"]
-        absent += [] if rank else [f"{name}_left_ptr", f"{name}_right_ptr"]
-        per_channel = name == "key" and not of_slots
-        settings = {"BITS": bits, "GROUP": min(group, block if per_channel else width), "PER_CHANNEL": per_channel}
-        settings |= {"OUTLIERS": outliers, "RANK": rank}
-        constants |= {f"{name.upper()}_{setting}": value for setting, value in settings.items()}
-    return aot_case(
-        _packed_kernel,
-        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {block_rows}x{tile.tokens}, bits {key_bits} {value_bits}, "
-        f"group {group}, outliers {outliers}, rank {rank}, block {block}",
-        types,
-        constants | dict.fromkeys(absent if rank else [*absent, "spans_ptr"]),
-        num_warps=warps,
-        num_stages=stages,
-    )
+def _aot_call(head_dim: int, dtype: torch.dtype, group: int, queries: int, coding: tuple[int, ...]) -> None:
+    key_bits, value_bits, size, outliers, rank, block = coding
+    is_plain, of_slots, blocks = not outliers, block == 32, 1024 // block
+
+    def packed(coding: QuantScheme) -> QuantizedTensor:
+        parts = empty_packed(shaped(1, 2, blocks, block, head_dim), coding)
+        shapes = (blocks, block, rank), (3, head_dim, rank)
+        left, right = (shaped(1, 2, *shape, dtype=torch.float16) if rank else None for shape in shapes)
+        return parts._replace(left=left, right=right)
+
+    key_coding = QuantScheme(key_bits, size, "token" if of_slots else "channel", outliers, rank)
+    value_coding = QuantScheme(value_bits, size, "token", outliers, rank)
+    query = shaped(1, 2 * group, queries, head_dim, dtype=dtype)
+    packed_attention(
+        query, packed(key_coding), packed(value_coding), key_coding, value_coding,
+        shaped(1, 2, 1024, dtype=torch.int32), shaped(1, queries, dtype=torch.int32),
+        spans=shaped(1, blocks, dtype=torch.int32) if rank else None,
+        offsets=shaped(1, 2 * group, queries) if of_slots else None, scale=0.1,
+        window=None if is_plain else 700, softcap=None if is_plain else 30.0,
+        with_logits=queries == 1 and (of_slots or not is_plain),
+    )  # fmt: skip

@@ -7,13 +7,11 @@ in one launch that waits for nobody. From other memory (a file) the pages are co
 Bytes over the bus: new slots * chunk * head_dim * element size. PCIe bounds it: 63 GB/s at best for generation 5.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, core_count, runs_triton, tl, triton
-from kvcompress.kernels.tile import triton_type, wide
+from kvcompress.kernels.common.runtime import AOT_DTYPES, core_count, launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.tile import wide
 
 SLAB = 2**32
 
@@ -36,7 +34,7 @@ def fetch_pages(
     """
     if not held.numel() or not slabs:
         return
-    by_address = values.device.type == "cpu" or all(slab.is_pinned() for slab in slabs)
+    by_address = slabs[0].device == values.device or all(slab.is_pinned() for slab in slabs)
     if not by_address or not runs_triton(values):
         fetch_pages_reference(values, pages, held, is_new, slabs)
         return
@@ -44,12 +42,12 @@ def fetch_pages(
     chunk_stride, size = slabs[0].shape[2] * slabs[0].shape[3], values.element_size()
     aligned = 16 if not any(slab.data_ptr() % 16 for slab in slabs) else size
     programs = min(triton.cdiv(held.numel(), _SLOTS), _PROGRAMS * core_count(values.device))
-    with torch.cuda.device_of(values):
-        _fetch_pages_kernel[(programs,)](
-            values, pages, held.contiguous(), is_new.contiguous().view(torch.uint8), addresses,
-            values.stride(0), values.stride(1), pages.stride(0), chunk_stride, held.numel(), kv_heads, slots,
-            ALIGNED=aligned, SLOTS=_SLOTS, BLOCK=_BLOCK // size, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _fetch_pages_kernel, (programs,),
+        values, pages, held.contiguous(), is_new.contiguous().view(torch.uint8), addresses,
+        values.stride(0), values.stride(1), pages.stride(0), chunk_stride, held.numel(), kv_heads, slots,
+        ALIGNED=aligned, SLOTS=_SLOTS, BLOCK=_BLOCK // size,
+    )  # fmt: skip
 
 
 def fetch_pages_reference(values: Tensor, pages: Tensor, held: Tensor, is_new: Tensor, slabs: list[Tensor]) -> None:
@@ -112,12 +110,9 @@ def _fetch_pages_kernel(
                 tl.store(to_ptr[:, None] + element[None, :], found, mask=ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
-    types = dict.fromkeys(("pages_ptr", "held_ptr", "addresses_ptr"), "*i64") | {"new_ptr": "*u8"}
-    for dtype in (torch.bfloat16, torch.float32):
-        yield aot_case(
-            _fetch_pages_kernel,
-            triton_type(dtype)[1:],
-            types | {"values_ptr": triton_type(dtype)},
-            {"ALIGNED": 16, "SLOTS": _SLOTS, "BLOCK": _BLOCK // dtype.itemsize},
-        )
+def aot_calls() -> None:
+    for dtype in AOT_DTYPES:
+        values, slab = shaped(2, 8, 256, 64, dtype=dtype), shaped(100, 8, 8, 64, dtype=dtype)
+        pages, held = shaped(2, 100, dtype=torch.int64), shaped(2, 8, 32, dtype=torch.int64)
+        is_new = shaped(2, 8, 32, dtype=torch.bool)
+        fetch_pages(values, pages, held, is_new, [slab], shaped(1, dtype=torch.int64))

@@ -12,18 +12,14 @@ their rows, batch * heads * queries * (2 * head_dim * element size + 4). Flops 4
 200 rows * group on (H200), by bandwidth below.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import cpu_flash, slot_attention, slot_attention_reference, slots_in_blocks
-from kvcompress.kernels.merge import merge_stack, merge_states
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, has_wgmma, runs_triton, tl, triton
-from kvcompress.kernels.split_attention import split_keys
-from kvcompress.kernels.tile import (
+from kvcompress.kernels.attention import slot_attention, slot_attention_reference
+from kvcompress.kernels.common.runtime import AOT_DTYPES, has_wgmma, launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
+from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
     bound_logits,
@@ -32,138 +28,12 @@ from kvcompress.kernels.tile import (
     rows_aligned,
     store_tile,
     tile_width,
-    triton_type,
     wide,
 )
+from kvcompress.kernels.common.torch_attention import cpu_flash, slots_in_blocks
+from kvcompress.kernels.merge import merge_stack, merge_states
 
 EMPTY = -1
-
-
-class KeyBlocks:
-    """Blocks of keys and values, each a tensor of its own; what a kernel must know of them is made once.
-
-    keys: [kv_heads, tokens, head_dim] each. values: [kv_heads, tokens, value_dim] each. starts: the position of each
-    block's first token, read only where positions are.
-    """
-
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], starts: Sequence[int] | None = None) -> None:
-        self.keys, self.values = list(keys), list(values)
-        self.starts = [0] * len(self.keys) if starts is None else list(starts)
-        if not len(self.keys) == len(self.values) == len(self.starts):
-            raise ValueError(
-                f"{len(self.keys)} keys need as many values and starts, got {len(self.values)} and {len(self.starts)}"
-            )
-        for key, value in zip(self.keys, self.values, strict=True):
-            if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
-                raise ValueError(
-                    "blocks are keys [kv_heads, tokens, head_dim] and values [kv_heads, tokens, value_dim]; got "
-                    f"{list(key.shape)} and {list(value.shape)}"
-                )
-
-    @functools.cached_property
-    def laid_out(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Keys and values with rows that kernels load 16 bytes at a time, and a row of facts of each block:
-        [blocks, 6] int64, the two addresses, elements from one head to the next in both, tokens and start."""
-        keys, values = ([_packed_rows(tensor) for tensor in tensors] for tensors in (self.keys, self.values))
-        facts = [
-            [key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0), key.shape[1], start]
-            for key, value, start in zip(keys, values, self.starts, strict=True)
-        ]
-        return keys, values, torch.tensor(facts, dtype=torch.int64).to(keys[0].device)
-
-    def tensors(self) -> list[Tensor]:
-        """What was made for kernels and is not the blocks themselves."""
-        if "laid_out" not in self.__dict__:
-            return []
-        keys, values, facts = self.laid_out
-        given = {tensor.data_ptr() for tensor in (*self.keys, *self.values)}
-        return [facts, *(tensor for tensor in (*keys, *values) if tensor.data_ptr() not in given)]
-
-
-def _packed_rows(tensor: Tensor) -> Tensor:
-    """The tensor [kv_heads, tokens, dim] with aligned rows, one behind the other within a head."""
-    tensor = rows_aligned(tensor)
-    return tensor if tensor.stride(1) == tensor.shape[-1] else tensor.contiguous()
-
-
-class Tiles(NamedTuple):
-    """Who computes what: facts [tiles, 5] int32 (block, its first row in the tile, rows of the block, its first
-    member, level) and members [sum of members] int32, the batch rows of all blocks one after the other. A row is
-    one (member, query, head of a group). whole: every batch row is in every level."""
-
-    facts: Tensor
-    members: Tensor
-    whole: bool
-
-
-class Sharing:
-    """Which rows of a batch see which block.
-
-    rows: for each block its rows, ascending; none for a block that waits. batch: rows in all; one may see no block.
-    """
-
-    def __init__(self, rows: Sequence[Sequence[int]], batch: int) -> None:
-        self.rows = [list(block) for block in rows]
-        self.batch = batch
-        if any(not 0 <= row < batch for block in self.rows for row in block):
-            raise ValueError(f"the rows of a block lie between 0 and {batch - 1}, got {self.rows}")
-
-    @functools.cached_property
-    def levels(self) -> list[int]:
-        """For each block the part of the result it goes to: no two blocks of a part share a row."""
-        used = [0] * self.batch
-        levels = []
-        for block in self.rows:
-            level = max((used[row] for row in block), default=-1)
-            for row in block:
-                used[row] = level + 1
-            levels.append(level)
-        return levels
-
-    @functools.cached_property
-    def parts(self) -> int:
-        """Parts a result has: the most blocks that one row sees."""
-        return max(self.levels, default=-1) + 1
-
-    def pick(self, block: int, device: torch.device) -> slice | Tensor:
-        """What selects a block's rows from the batch: a slice where they stand side by side."""
-        key = (block, device)
-        if key not in self._picks:
-            rows = self.rows[block]
-            side_by_side = rows == list(range(rows[0], rows[0] + len(rows)))
-            self._picks[key] = slice(rows[0], rows[-1] + 1) if side_by_side else torch.tensor(rows, device=device)
-        return self._picks[key]
-
-    def tensors(self) -> list[Tensor]:
-        """What was made of the rows for devices."""
-        tables = [table for tiles in self._tiles.values() for table in tiles[:2]]
-        return tables + [pick for pick in self._picks.values() if isinstance(pick, Tensor)]
-
-    def tiles(self, each: int, block_rows: int, device: torch.device) -> Tiles:
-        """Tiles of at most `block_rows` rows of one block; each: rows of a member, queries times group."""
-        key = (each, block_rows, device)
-        if key not in self._tiles:
-            facts: list[list[int]] = []
-            members: list[int] = []
-            for block, rows in enumerate(self.rows):
-                for first in range(0, len(rows) * each, block_rows):
-                    facts.append([block, first, len(rows) * each, len(members), self.levels[block]])
-                members += rows
-            whole = len(members) == self.parts * self.batch
-            self._tiles[key] = Tiles(
-                torch.tensor(facts, dtype=torch.int32).to(device),
-                torch.tensor(members, dtype=torch.int32).to(device),
-                whole,
-            )
-        return self._tiles[key]
-
-    @functools.cached_property
-    def _tiles(self) -> dict[tuple[int, int, torch.device], Tiles]:
-        return {}
-
-    @functools.cached_property
-    def _picks(self) -> dict[tuple[int, torch.device], slice | Tensor]:
-        return {}
 
 
 def prefix_attention(
@@ -386,16 +256,16 @@ def _launch(
         lse.fill_(-torch.inf)
     reads_positions = query_positions is not None and (window is not None or causal)
     query_positions = query_positions.contiguous() if query_positions is not None and reads_positions else None
-    with torch.cuda.device_of(query):
-        _prefix_kernel[(len(tiles.facts) * splits * kv_heads,)](
-            query, facts, tiles.facts, tiles.members, query_positions, out, lse,
-            *query.stride()[:3],
-            batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, window or 0, scale, softcap or 0.0,
-            GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=dim,
-            VALUE_DIM=value_dim, VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=value_width,
-            WINDOWED=window is not None, CAUSAL=causal, SOFTCAPPED=softcap is not None,
-            BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages, **ALL_REGISTERS,
-        )  # fmt: skip
+    launch(
+        _prefix_kernel, (len(tiles.facts) * splits * kv_heads,),
+        query, facts, tiles.facts, tiles.members, query_positions, out, lse,
+        *query.stride()[:3],
+        batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, window or 0, scale, softcap or 0.0,
+        GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=dim,
+        VALUE_DIM=value_dim, VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=value_width,
+        WINDOWED=window is not None, CAUSAL=causal, SOFTCAPPED=softcap is not None,
+        BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return (out, lse) if whole else merge_stack(out, lse, query.dtype)
 
 
@@ -542,50 +412,16 @@ def _prefix_kernel(
     tl.store(lse_ptr + part_row, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim in (64, 80, 128, 256):
-        for dtype in (torch.bfloat16, torch.float32):
-            width = tile_width(head_dim)
-            for plain in (True, False):
-                sizes = {
-                    (*_blocks(rows, width, dtype.itemsize, wgmma, plain), wgmma)
-                    for rows in (1, 32, 64, _MANY_ROWS)
-                    for wgmma in (False, True)
-                }
-                for *blocks, needs_wgmma in sorted(sizes):
-                    if needs_wgmma and (*blocks, False) in sizes:
-                        continue
-                    block_rows, block_tokens, warps, stages = blocks
-                    name = f"{'plain' if plain else 'window causal softcap'}, {block_rows}x{block_tokens}"
-                    yield aot_case(
-                        _prefix_kernel,
-                        f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {name}",
-                        {
-                            "query_ptr": triton_type(dtype),
-                            "blocks_ptr": "*i64",
-                            "tiles_ptr": "*i32",
-                            "members_ptr": "*i32",
-                            "query_positions_ptr": "*i32",
-                            "out_ptr": "*fp32",
-                            "lse_ptr": "*fp32",
-                            "scale": "fp32",
-                            "softcap": "fp32",
-                        },
-                        {
-                            "GROUP": 4,
-                            "HEAD_DIM": head_dim,
-                            "DIM": width,
-                            "VALUE_DIM": head_dim,
-                            "VALUE_ROOM": head_dim,
-                            "VALUE_WIDTH": width,
-                            "WINDOWED": not plain,
-                            "CAUSAL": not plain,
-                            "SOFTCAPPED": not plain,
-                            "BLOCK_ROWS": block_rows,
-                            "BLOCK_TOKENS": block_tokens,
-                        }
-                        | ({"query_positions_ptr": None} if plain else {}),
-                        needs_wgmma=needs_wgmma,
-                        num_warps=warps,
-                        num_stages=stages,
-                    )
+        for dtype in AOT_DTYPES:
+            key = shaped(8, 500, head_dim, dtype=dtype)
+            # four rows of each member
+            for batch in (1, 8, 16, _MANY_ROWS // 4):
+                query, at = shaped(batch, 32, 1, head_dim, dtype=dtype), shaped(batch, 1, dtype=torch.int32)
+                # two blocks that all see have results apart
+                blocks, sharing = KeyBlocks([key] * 2, [key] * 2), Sharing([range(batch)] * 2, batch)
+                prefix_attention(query, blocks, sharing, scale=0.1)
+                prefix_attention(
+                    query, blocks, sharing, scale=0.1, query_positions=at, window=300, softcap=30.0, causal=True
+                )

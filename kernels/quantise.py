@@ -17,77 +17,33 @@ of the range of a group of the rest; the outliers of a value are chosen within e
 so that heads stay independent.
 
 Bytes a block and head: block * head_dim * element size read, block * head_dim * bits / 8 and what scales, zeros and
-outliers take (`Coding.bytes`) written, in one pass; some 6 + 6 c operations a number: bound by bandwidth.
+outliers take (`QuantScheme.bytes`) written, in one pass; some 6 + 6 c operations a number: bound by bandwidth.
 """
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.packed_tile import planes_of
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.tile import tile_width, triton_type
+from kvcompress.kernels.common.packed_tile import planes_of
+from kvcompress.kernels.common.quantized import (
+    Axis,
+    QuantizedTensor,
+    QuantScheme,
+    check_coding,
+    empty_packed,
+    pack_codes,
+    spread_groups,
+    unpack_codes,
+)
+from kvcompress.kernels.common.runtime import launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.tile import tile_width
 
 _LARGEST = 65504.0
 
 
-class Coding(NamedTuple):
-    """How one tensor is packed.
-
-    Attributes:
-        bits: of a code: 2, 3, 4 or 8.
-        group: numbers that share a scale and a zero, a power of two from 8 on; no more than the vector has are used.
-        axis: "channel": a group is `group` consecutive tokens of a channel (keys); "token": `group` consecutive
-            channels of a token (values).
-        outliers: numbers that leave each vector at either end.
-        rank: of the low-rank factors.
-    """
-
-    bits: int
-    group: int
-    axis: Literal["channel", "token"]
-    outliers: int = 0
-    rank: int = 0
-
-    def groups(self, block: int, head_dim: int) -> tuple[int, int]:
-        """The last two sizes of scales and zeros."""
-        if self.axis == "channel":
-            return block // min(self.group, block), head_dim
-        return block, -(-head_dim // self.group)
-
-    def bytes(self, block: int, head_dim: int) -> int:
-        """Bytes of one packed block of one KV head, its basis `right` apart, which many blocks may share."""
-        groups, vectors = self.groups(block, head_dim), head_dim if self.axis == "channel" else block
-        codes = block * self.bits // 8 * head_dim
-        return codes + 4 * groups[0] * groups[1] + 6 * self.outliers * vectors + 2 * block * self.rank
-
-
-class Packed(NamedTuple):
-    """Blocks of tokens as `quantise` packs them; every block is independent of the others.
-
-    Attributes:
-        codes: [batch, kv_heads, blocks, block * bits / 8, head_dim] uint8, see `pack_codes`.
-        scales, zeros: float16, [batch, kv_heads, blocks, block / group, head_dim] (axis "channel") or
-            [batch, kv_heads, blocks, block, ceil(head_dim / group)] (axis "token").
-        outlier_values: float16, [batch, kv_heads, blocks, 2 * outliers, head_dim] or
-            [batch, kv_heads, blocks, block, 2 * outliers]: what to add to the decoded number. None: no outliers.
-        outlier_index: uint8, of the same shape: the token within the block, or the channel.
-        left: float16 [batch, kv_heads, blocks, block, rank]. None: no low-rank term.
-        right: float16 [batch, kv_heads, spans, head_dim, rank]: left @ right^T is added; blocks share a basis.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    outlier_values: Tensor | None = None
-    outlier_index: Tensor | None = None
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-
-def quantise(x: Tensor, coding: Coding) -> Packed:
+@op(fake=lambda x, coding: empty_packed(x, coding))
+def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     """Packs whole blocks of keys or values. A group that holds a number that is not finite decodes to NaN.
 
     Args:
@@ -101,10 +57,19 @@ def quantise(x: Tensor, coding: Coding) -> Packed:
         ValueError: for a block, head_dim or coding that cannot be packed.
     """
     check_coding(coding, x.shape[-2], x.shape[-1])
-    return Packed(*_quantise(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers))
+    packed = empty_packed(x, coding)
+    if runs_triton(x) and x.numel():
+        _launch(x, coding, packed)
+        return packed
+    # some blocks at a time: what the reference computes in float32 is a multiple of them
+    for piece in blocks_apart(x):
+        for part, some in zip(packed, quantise_reference(x[:, :, piece], coding), strict=True):
+            if part is not None and some is not None:
+                part[:, :, piece] = some
+    return packed
 
 
-def quantise_reference(x: Tensor, coding: Coding) -> Packed:
+def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     """What quantise means, in plain PyTorch: the oracle of its test and its path on a CPU."""
     # what is not finite has no place in an order: it makes its group NaN, and is 0 in all else
     unknown = x.float() - x.float()
@@ -133,11 +98,11 @@ def quantise_reference(x: Tensor, coding: Coding) -> Packed:
         rest = x - (spread[0] + spread[1] * codes)
         values = rest.gather(dim, index).clamp_(-_LARGEST, _LARGEST).half()
         index = index.to(torch.uint8)
-    return Packed(pack_codes(codes.to(torch.uint8), coding.bits), scales, zeros, values, index)
+    return QuantizedTensor(pack_codes(codes.to(torch.uint8), coding.bits), scales, zeros, values, index)
 
 
 def dequantise(
-    packed: Packed, coding: Coding, dtype: torch.dtype = torch.float32, spans: Tensor | None = None
+    packed: QuantizedTensor, coding: QuantScheme, dtype: torch.dtype = torch.float32, spans: Tensor | None = None
 ) -> Tensor:
     """The tensor that packed blocks stand for, sparse and low-rank terms included, in plain PyTorch.
 
@@ -165,103 +130,6 @@ def dequantise(
     return x.to(dtype)
 
 
-def stored_blocks(packed: Packed) -> tuple[Packed, int, int]:
-    """The packed tensors as kernels address them: a block is contiguous, and the one behind it lies behind it.
-
-    Returns:
-        The tensors, and how many blocks lie between rows and between heads. Slices of a larger storage are taken as
-        they are, tensors laid out otherwise are copied; the factor `right` is passed through.
-    """
-    parts = [part for part in packed[:6] if part is not None]
-    strides = {(part.stride(0) / part[0, 0, 0].numel(), part.stride(1) / part[0, 0, 0].numel()) for part in parts}
-    if len(strides) == 1 and all(part[0, 0].is_contiguous() for part in parts):
-        (steps,) = strides
-        return packed, int(steps[0]), int(steps[1])
-    copied = (None if part is None else part.contiguous() for part in packed)
-    return Packed(*copied), packed.codes.shape[1] * packed.codes.shape[2], packed.codes.shape[2]  # type: ignore[arg-type]
-
-
-def coding_constants(coding: Coding, packed: Packed, block: int, head_dim: int) -> dict[str, int | bool]:
-    """The compile-time arguments of a kernel that decodes."""
-    per_channel = coding.axis == "channel"
-    return {
-        "BITS": coding.bits,
-        "GROUP": min(coding.group, block if per_channel else tile_width(head_dim)),
-        "PER_CHANNEL": per_channel,
-        "OUTLIERS": 0 if packed.outlier_index is None else coding.outliers,
-    }
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes along the tokens of a block, without interleaving.
-
-    With rows = block * bits / 8 for 2, 4 and 8 bits, bits j * bits and on of row r hold the code of token r + j * rows.
-    Codes of 3 bits are two such planes one below the other: their low 2 bits, then their high bit.
-
-    Args:
-        codes: [..., block, head_dim] uint8, below 2^bits.
-
-    Returns:
-        [..., block * bits / 8, head_dim] uint8.
-    """
-    if bits == 3:
-        return torch.cat([_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)], -2)
-    return _pack_plane(codes, bits)
-
-
-def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """The codes of `pack_codes`, [..., block, head_dim] uint8."""
-    if bits == 3:
-        rows = packed.shape[-2] // 3
-        low, high = _unpack_plane(packed[..., : 2 * rows, :], 2), _unpack_plane(packed[..., 2 * rows :, :], 1)
-        return low.bitwise_or_(high.bitwise_left_shift_(2))
-    return _unpack_plane(packed, bits)
-
-
-def check_coding(coding: Coding, block: int, head_dim: int) -> None:
-    """Raises ValueError where such a block cannot be packed."""
-    if coding.bits not in (2, 3, 4, 8):
-        raise ValueError(f"codes have 2, 3, 4 or 8 bits, got {coding.bits}")
-    if coding.axis not in ("channel", "token"):
-        raise ValueError(f'axis must be "channel" or "token", got {coding.axis!r}')
-    if not 8 <= block <= 256 or block & (block - 1):
-        raise ValueError(f"a block has a power of two of tokens, 8 to 256, got {block}")
-    if coding.group < 8 or coding.group & (coding.group - 1):
-        raise ValueError(f"group must be a power of two from 8 on, got {coding.group}")
-    if not 1 <= head_dim <= 256:
-        raise ValueError(
-            f"head_dim must be 1 to 256 to be packed, as the index of an outlier is a byte, got {head_dim}; use a "
-            "cache that keeps keys and values as they come"
-        )
-    length = block if coding.axis == "channel" else head_dim
-    if not 0 <= 2 * coding.outliers <= length:
-        raise ValueError(
-            f"outliers leave a vector of {length} at both ends, at most {length // 2}, got {coding.outliers}"
-        )
-
-
-def _pack_plane(codes: Tensor, bits: int) -> Tensor:
-    per = 8 // bits
-    planes = codes.unflatten(-2, (per, -1))
-    packed = planes[..., 0, :, :].clone(memory_format=torch.contiguous_format)
-    for j in range(1, per):
-        packed |= planes[..., j, :, :] << (j * bits)
-    return packed
-
-
-def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
-    if bits == 8:
-        return packed
-    flat = packed.flatten(-2)
-    mask, words = 2**bits - 1, flat
-    if not any(size % 8 for size in (flat.shape[-1], flat.storage_offset(), *flat.stride()[:-1])):
-        # eight bytes at a time: what a shift brings over from the byte above, the mask removes
-        mask, words = mask * 0x0101010101010101, flat.view(torch.int64)
-    shifts = torch.arange(0, 8, bits, dtype=words.dtype, device=words.device)
-    codes = (words[..., None, :] >> shifts[:, None]).bitwise_and_(mask).view(torch.uint8)
-    return codes.view(*packed.shape[:-2], 8 // bits * packed.shape[-2], packed.shape[-1])
-
-
 def _outlier_index(x: Tensor, outliers: int, dim: int) -> Tensor:
     """Of each vector the `outliers` largest, then the smallest; the first of equals, and none twice."""
     rest, found = x.clone(), []
@@ -276,7 +144,7 @@ def _outlier_index(x: Tensor, outliers: int, dim: int) -> Tensor:
     return torch.cat(found, dim)
 
 
-def _group(x: Tensor, coding: Coding, fill: float) -> Tensor:
+def _group(x: Tensor, coding: QuantScheme, fill: float) -> Tensor:
     """[..., block, head_dim] with the numbers of a group as the last dimension, behind those of scales and zeros."""
     block, head_dim = x.shape[-2:]
     if coding.axis == "channel":
@@ -287,15 +155,6 @@ def _group(x: Tensor, coding: Coding, fill: float) -> Tensor:
     return x.unflatten(-1, (-1, coding.group))
 
 
-def spread_groups(groups: Tensor, coding: Coding, x: Tensor) -> Tensor:
-    """What a group has, [..., groups], for each of its numbers, broadcastable to x."""
-    block, head_dim = x.shape[-2:]
-    if coding.axis == "channel":
-        group = min(coding.group, block)
-        return groups if group == block else groups.repeat_interleave(group, -2)
-    return groups if groups.shape[-1] == 1 else groups.repeat_interleave(coding.group, -1)[..., :head_dim]
-
-
 def _round_down(x: Tensor) -> Tensor:
     """float32 as float16, never above it."""
     half = x.half()
@@ -303,38 +162,6 @@ def _round_down(x: Tensor) -> Tensor:
     bits = half.view(torch.int16)
     below = torch.where(half > 0, bits - 1, torch.where(half == 0, -0x7FFF, bits + 1)).view(torch.float16)
     return torch.where(half.float() > x, below, half)
-
-
-def _quantise_fake(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
-    batch, kv_heads, blocks, block, head_dim = x.shape
-    coding = Coding(bits, group, "channel" if per_channel else "token", outliers)
-    shape = (batch, kv_heads, blocks)
-    codes = x.new_empty(*shape, block * bits // 8, head_dim, dtype=torch.uint8)
-    parts = [codes, *(x.new_empty(*shape, *coding.groups(block, head_dim), dtype=torch.float16) for _ in range(2))]
-    if outliers:
-        sparse = (*shape, 2 * outliers, head_dim) if per_channel else (*shape, block, 2 * outliers)
-        parts += [x.new_empty(sparse, dtype=torch.float16), x.new_empty(sparse, dtype=torch.uint8)]
-    return parts
-
-
-@compilable(_quantise_fake)
-def _quantise(x: Tensor, bits: int, group: int, per_channel: bool, outliers: int) -> list[Tensor]:
-    coding = Coding(bits, group, "channel" if per_channel else "token", outliers)
-    if not runs_triton(x) or not x.numel():
-        return _in_pieces(x, coding)
-    parts = _quantise_fake(x, bits, group, per_channel, outliers)
-    _launch(x, coding, parts)
-    return parts
-
-
-def _in_pieces(x: Tensor, coding: Coding) -> list[Tensor]:
-    """The reference, some blocks at a time: what it computes in float32 is a multiple of them."""
-    parts = _quantise_fake(x, coding.bits, coding.group, coding.axis == "channel", coding.outliers)
-    for piece in blocks_apart(x):
-        found = [part for part in quantise_reference(x[:, :, piece], coding) if part is not None]
-        for part, some in zip(parts, found, strict=True):
-            part[:, :, piece] = some
-    return parts
 
 
 def blocks_apart(x: Tensor) -> list[slice]:
@@ -348,20 +175,19 @@ def blocks_apart(x: Tensor) -> list[slice]:
 _PIECE = 2**16
 
 
-def _launch(x: Tensor, coding: Coding, parts: list[Tensor]) -> None:
-    _, kv_heads, blocks, block, head_dim = x.shape
+def _launch(x: Tensor, coding: QuantScheme, packed: QuantizedTensor) -> None:
+    batch, kv_heads, blocks, block, head_dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    values, index = parts[3:] or (None, None)
     constants, programs, warps = _tiles(coding, block, head_dim)
-    with torch.cuda.device_of(x):
-        _quantise_kernel[(x.shape[0] * kv_heads * blocks * programs,)](
-            x, *parts[:3], values, index,
-            *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps, **ALL_REGISTERS,
-            **_UNFUSED,
-        )  # fmt: skip
+    launch(
+        _quantise_kernel, (batch * kv_heads * blocks * programs,),
+        x, *packed[:5], *x.stride()[:4], kv_heads, blocks, **constants, num_warps=warps,
+        # rounded after each operation, as on a CPU: the same codes everywhere
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
-def _tiles(coding: Coding, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:
+def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:
     """The compile-time arguments, the programs of a block, and warps."""
     per_channel = coding.axis == "channel"
     planes = 8 if coding.bits == 3 else planes_of(coding.bits)
@@ -389,8 +215,6 @@ def _tiles(coding: Coding, block: int, head_dim: int) -> tuple[dict[str, int | b
 
 # numbers of a program's tile
 _TILE = 4096
-# rounded after each operation, as on a CPU: the same codes everywhere
-_UNFUSED = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -529,8 +353,7 @@ def _quantise_kernel(
         tl.store(codes_ptr + row[:, None] * HEAD_DIM + dim[None, :], high_bits.to(tl.uint8), mask=dim_ok[None, :])
 
 
-def aot_cases() -> Iterator[AotCase]:
-    types = {"codes_ptr": "*u8", "scales_ptr": "*fp16", "zeros_ptr": "*fp16", "values_ptr": "*fp16", "index_ptr": "*u8"}
+def aot_calls() -> None:
     for head_dim, block, bits, group, outliers, dtype in (
         (64, 64, 2, 64, 1, torch.bfloat16),
         (80, 64, 4, 32, 0, torch.bfloat16),
@@ -542,15 +365,6 @@ def aot_cases() -> Iterator[AotCase]:
         (256, 256, 3, 128, 3, torch.float32),
         (64, 8, 3, 8, 1, torch.bfloat16),
     ):
-        axes: tuple[Literal["channel", "token"], ...] = ("channel", "token")
-        for axis in axes:
-            constants, _, warps = _tiles(Coding(bits, group, axis, outliers), block, head_dim)
-            yield aot_case(
-                _quantise_kernel,
-                f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {bits} bits, block {block}, group {group}, "
-                f"{axis}, outliers {outliers}",
-                types | {"x_ptr": triton_type(dtype)},
-                constants | ({} if outliers else {"values_ptr": None, "index_ptr": None}),
-                num_warps=warps,
-                **_UNFUSED,
-            )
+        for axis in get_args(Axis):
+            x = shaped(2, 8, 5, block, head_dim, dtype=dtype)
+            quantise(x, QuantScheme(bits, group, axis, outliers))

@@ -2,22 +2,21 @@
 
     keys[slot] = RoPE(coefficients[chunk of the slot] @ basis of the KV head, place of the token)
 
-The rotation is the one of kvcompress/rope.py: pairs half of rotary_dim apart or side by side, angle place * inv_freq,
+The rotation is that of storage/rope.py: pairs half of rotary_dim apart or side by side, angle place * inv_freq,
 length times scaling.
 
 Bytes for each token and KV head rebuilt: rank + head_dim elements, and the basis once a program, which the L2 cache
 holds; flops 2 * rank * head_dim. Reading the key itself would take head_dim: this saves memory, not bandwidth.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
-from kvcompress.kernels.tile import MIN_SIDE, dot, triton_type, wide
+from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.tile import MIN_SIDE, dot, wide
 
 
+@op(fake=lambda **_: None, mutates=("keys",))
 def rebuild_keys(
     keys: Tensor,
     coefficients: Tensor,
@@ -49,7 +48,20 @@ def rebuild_keys(
             "keys must be [batch, kv_heads, slots * chunk, head_dim] for held [batch, kv_heads, slots], got "
             f"{list(keys.shape)} and {list(held.shape)}"
         )
-    _rebuild_keys(keys, coefficients, basis, held, is_new, inv_freq, scaling, interleaved)
+    if not runs_triton(keys) or not held.numel():
+        rebuild_keys_reference(keys, coefficients, basis, held, is_new, inv_freq, scaling, interleaved)
+        return
+    batch, kv_heads, slots = held.shape
+    chunk, head_dim, rank = keys.shape[2] // slots, keys.shape[3], basis.shape[1]
+    sizes = _sizes(chunk, head_dim, 0 if inv_freq is None else inv_freq.shape[0], keys.element_size())
+    launch(
+        _rebuild_keys_kernel, (triton.cdiv(slots, sizes["SLOTS"]), kv_heads, batch),
+        keys, coefficients.contiguous(), basis.contiguous(), held.contiguous(),
+        is_new.contiguous().view(torch.uint8), inv_freq,
+        *keys.stride()[:3], slots, coefficients.shape[1], rank, scaling,
+        CHUNK=chunk, HEAD_DIM=head_dim, INTERLEAVED=interleaved, **sizes,
+        num_warps=_warps(head_dim, keys.element_size()), num_stages=_STAGES,
+    )  # fmt: skip
 
 
 def rebuild_keys_reference(
@@ -89,46 +101,6 @@ def new_first(is_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     row = torch.arange(batch, device=is_new.device)[:, None, None]
     head = torch.arange(kv_heads, device=is_new.device)[:, None]
     return row.expand_as(slots), head.expand_as(slots), slots
-
-
-def _rebuild_keys_fake(
-    keys: Tensor,
-    coefficients: Tensor,
-    basis: Tensor,
-    held: Tensor,
-    is_new: Tensor,
-    inv_freq: Tensor | None,
-    scaling: float,
-    interleaved: bool,
-) -> None:
-    return None
-
-
-@compilable(_rebuild_keys_fake, mutates=("keys",))
-def _rebuild_keys(
-    keys: Tensor,
-    coefficients: Tensor,
-    basis: Tensor,
-    held: Tensor,
-    is_new: Tensor,
-    inv_freq: Tensor | None,
-    scaling: float,
-    interleaved: bool,
-) -> None:
-    if not runs_triton(keys) or not held.numel():
-        rebuild_keys_reference(keys, coefficients, basis, held, is_new, inv_freq, scaling, interleaved)
-        return
-    batch, kv_heads, slots = held.shape
-    chunk, head_dim, rank = keys.shape[2] // slots, keys.shape[3], basis.shape[1]
-    sizes = _sizes(chunk, head_dim, 0 if inv_freq is None else inv_freq.shape[0], keys.element_size())
-    with torch.cuda.device_of(keys):
-        _rebuild_keys_kernel[(triton.cdiv(slots, sizes["SLOTS"]), kv_heads, batch)](
-            keys, coefficients.contiguous(), basis.contiguous(), held.contiguous(),
-            is_new.contiguous().view(torch.uint8), inv_freq,
-            *keys.stride()[:3], slots, coefficients.shape[1], rank, scaling,
-            CHUNK=chunk, HEAD_DIM=head_dim, INTERLEAVED=interleaved, **sizes,
-            num_warps=_warps(head_dim, keys.element_size()), num_stages=_STAGES, **ALL_REGISTERS,
-        )  # fmt: skip
 
 
 _STAGES = 4
@@ -288,18 +260,10 @@ def _rebuild_keys_kernel(
             tl.store(keys_ptr + out[:, None] + column[None, :], rest.to(keys_ptr.dtype.element_ty), mask=store)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_calls() -> None:
     for head_dim, pairs in ((64, 32), (80, 40), (80, 10), (128, 64), (128, 0), (256, 128)):
-        for dtype in (torch.bfloat16, torch.float32):
-            types = {name: triton_type(dtype) for name in ("keys_ptr", "coefficients_ptr", "basis_ptr")}
-            types |= {"held_ptr": "*i64", "new_ptr": "*u8", "inv_freq_ptr": "*fp32", "scaling": "fp32"}
-            constants = {"CHUNK": 8, "HEAD_DIM": head_dim, "INTERLEAVED": False}
-            constants |= _sizes(8, head_dim, pairs, dtype.itemsize)
-            yield aot_case(
-                _rebuild_keys_kernel,
-                f"head_dim {head_dim}, {triton_type(dtype)[1:]}, {2 * pairs} turn",
-                types,
-                constants | ({} if pairs else {"inv_freq_ptr": None}),
-                num_warps=_warps(head_dim, dtype.itemsize),
-                num_stages=_STAGES,
-            )
+        for dtype in AOT_DTYPES:
+            shapes = (2, 8, 256, head_dim), (2, 1000, 160), (2, 160, 8 * head_dim)
+            keys, coefficients, basis = (shaped(*shape, dtype=dtype) for shape in shapes)
+            held, is_new = (shaped(2, 8, 32, dtype=kind) for kind in (torch.int64, torch.bool))
+            rebuild_keys(keys, coefficients, basis, held, is_new, shaped(pairs) if pairs else None)

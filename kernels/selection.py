@@ -4,14 +4,13 @@ A chunk that was selected before and is again stays in its slot; one that is new
 selected. Bytes 25 * batch * kv_heads * slots; slots^2 comparisons a KV head, a few microseconds whatever the batch.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.runtime import ALL_REGISTERS, AotCase, aot_case, compilable, runs_triton, tl, triton
+from kvcompress.kernels.common.runtime import launch, op, runs_triton, shaped, tl, triton
 
 
+@op(fake=lambda held, **_: (held.new_empty(held.shape), held.new_empty(held.shape, dtype=torch.bool)))
 def reuse_slots(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
     """Gives every wanted chunk a slot: the one it has, or one whose chunk is no longer wanted.
 
@@ -24,7 +23,17 @@ def reuse_slots(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tens
         The chunk each slot has now, [batch, kv_heads, slots] int64, and which of them are new there, bool. The i-th new
         chunk takes the i-th free slot.
     """
-    return _reuse_slots(held, wanted, chunks)
+    batch, kv_heads, slots = held.shape
+    # beyond, a program's row of slots would not fit its registers
+    if not runs_triton(held) or not held.numel() or slots > _MOST_SLOTS:
+        return reuse_slots_reference(held, wanted, chunks)
+    now, is_new = held.new_empty(held.shape), held.new_empty(held.shape, dtype=torch.bool)
+    launch(
+        _reuse_slots_kernel, (kv_heads, batch),
+        held.contiguous(), wanted.contiguous(), now, is_new.view(torch.uint8), slots,
+        **_sides(slots), num_warps=_warps(slots),
+    )  # fmt: skip
+    return now, is_new
 
 
 def reuse_slots_reference(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
@@ -41,25 +50,6 @@ def reuse_slots_reference(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Te
     remaining = held.masked_fill(~stays, -1)
     now = remaining.scatter(2, slots, torch.where(is_new, wanted.gather(2, order), remaining.gather(2, slots)))
     return now, torch.zeros_like(stays).scatter(2, slots, is_new)
-
-
-def _reuse_slots_fake(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(held), torch.empty_like(held, dtype=torch.bool)
-
-
-@compilable(_reuse_slots_fake)
-def _reuse_slots(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, slots = held.shape
-    # beyond, a program's row of slots would not fit its registers
-    if not runs_triton(held) or not held.numel() or slots > _MOST_SLOTS:
-        return reuse_slots_reference(held, wanted, chunks)
-    now, is_new = held.new_empty(held.shape), held.new_empty(held.shape, dtype=torch.bool)
-    with torch.cuda.device_of(held):
-        _reuse_slots_kernel[(kv_heads, batch)](
-            held.contiguous(), wanted.contiguous(), now, is_new.view(torch.uint8),
-            slots, **_sides(slots), num_warps=_warps(slots), **ALL_REGISTERS,
-        )  # fmt: skip
-    return now, is_new
 
 
 _MOST_SLOTS = 2048
@@ -112,7 +102,7 @@ def _reuse_slots_kernel(
     tl.store(new_ptr + owner + slot, is_new.to(tl.uint8), mask=slot_ok)
 
 
-def aot_cases() -> Iterator[AotCase]:
-    types = {"held_ptr": "*i64", "wanted_ptr": "*i64", "now_ptr": "*i64", "new_ptr": "*u8"}
+def aot_calls() -> None:
     for slots in (16, 256, _MOST_SLOTS):
-        yield aot_case(_reuse_slots_kernel, f"{slots} slots", types, _sides(slots), num_warps=_warps(slots))
+        held = shaped(2, 8, slots, dtype=torch.int64)
+        reuse_slots(held, held, 2 * slots)

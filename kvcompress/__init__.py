@@ -4,59 +4,87 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvcompress.across import AcrossKVCache as AcrossKVCache
-    from kvcompress.across import SwiftKVCache as SwiftKVCache
     from kvcompress.cache import CompressedCache as CompressedCache
-    from kvcompress.dense import DenseCache as DenseCache
-    from kvcompress.evicting import EvictingCache as EvictingCache
-    from kvcompress.evicting import H2OCache as H2OCache
-    from kvcompress.evicting import KVzipCache as KVzipCache
-    from kvcompress.evicting import SnapKVCache as SnapKVCache
-    from kvcompress.evicting import StreamingLLMCache as StreamingLLMCache
-    from kvcompress.gear import GEARCache as GEARCache
-    from kvcompress.gear import KIVICache as KIVICache
+    from kvcompress.caches.dense import DenseCache as DenseCache
+    from kvcompress.caches.evicting import EvictingCache as EvictingCache
+    from kvcompress.caches.evicting import H2OCache as H2OCache
+    from kvcompress.caches.evicting import KVzipCache as KVzipCache
+    from kvcompress.caches.evicting import SnapKVCache as SnapKVCache
+    from kvcompress.caches.evicting import StreamingLLMCache as StreamingLLMCache
+    from kvcompress.caches.quantized import GEARCache as GEARCache
+    from kvcompress.caches.quantized import KIVICache as KIVICache
+    from kvcompress.caches.shadowkv import ShadowKVCache as ShadowKVCache
     from kvcompress.hf import release as release
-    from kvcompress.hydragen import HydragenCache as HydragenCache
     from kvcompress.loading import load_model as load_model
-    from kvcompress.prefix_store import PrefixStore as PrefixStore
-    from kvcompress.shadowkv import ShadowKVCache as ShadowKVCache
-    from kvcompress.swiftkv import convert as convert
+    from kvcompress.policies.chunkkv import ChunkKV as ChunkKV
+    from kvcompress.policies.expected_attention import ExpectedAttention as ExpectedAttention
+    from kvcompress.policies.gear import GEAR as GEAR
+    from kvcompress.policies.h2o import H2O as H2O
+    from kvcompress.policies.keydiff import KeyDiff as KeyDiff
+    from kvcompress.policies.knorm import Knorm as Knorm
+    from kvcompress.policies.kvzip import KVzip as KVzip
+    from kvcompress.policies.method import register as register
+    from kvcompress.policies.policy import Candidates as Candidates
+    from kvcompress.policies.policy import Policy as Policy
+    from kvcompress.policies.snapkv import SnapKV as SnapKV
+    from kvcompress.policies.streaming_llm import StreamingLLM as StreamingLLM
+    from kvcompress.policies.tova import TOVA as TOVA
+    from kvcompress.prefix.cache import HydragenCache as HydragenCache
+    from kvcompress.prefix.store import PrefixStore as PrefixStore
+    from kvcompress.swiftkv.cache import AcrossKVCache as AcrossKVCache
+    from kvcompress.swiftkv.cache import SwiftKVCache as SwiftKVCache
+    from kvcompress.swiftkv.model import convert as convert
 
     __version__: str
 
 # found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
-    "AcrossKVCache": "across",
+    "AcrossKVCache": "swiftkv.cache",
+    "Candidates": "policies.policy",
     "CompressedCache": "cache",
-    "DenseCache": "dense",
-    "EvictingCache": "evicting",
-    "GEARCache": "gear",
-    "H2OCache": "evicting",
-    "HydragenCache": "hydragen",
-    "KIVICache": "gear",
-    "KVzipCache": "evicting",
-    "PrefixStore": "prefix_store",
-    "ShadowKVCache": "shadowkv",
-    "SnapKVCache": "evicting",
-    "StreamingLLMCache": "evicting",
-    "SwiftKVCache": "across",
-    "convert": "swiftkv",
+    "DenseCache": "caches.dense",
+    "EvictingCache": "caches.evicting",
+    "GEAR": "policies.gear",
+    "GEARCache": "caches.quantized",
+    "H2OCache": "caches.evicting",
+    "HydragenCache": "prefix.cache",
+    "KIVICache": "caches.quantized",
+    "KVzipCache": "caches.evicting",
+    "Policy": "policies.policy",
+    "PrefixStore": "prefix.store",
+    "ShadowKVCache": "caches.shadowkv",
+    "SnapKVCache": "caches.evicting",
+    "StreamingLLMCache": "caches.evicting",
+    "SwiftKVCache": "swiftkv.cache",
+    "convert": "swiftkv.model",
     "load_model": "loading",
+    "register": "policies.method",
     "release": "hf",
 }
-__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name == "__all__":
+        return sorted([*_HOMES, *_policies()])
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # so begin the classes of policies, and no submodule
+    if name[:1].isupper() and name in (policies := _policies()):
+        return policies[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(["__version__", *_HOMES])
+    return sorted(["__version__", *_HOMES, *_policies()])
+
+
+def _policies() -> dict[str, type[Any]]:
+    """Every policy of this package by the name of its class."""
+    from kvcompress.policies.method import own_policies
+
+    return {kind.__name__: kind for kind in own_policies()}
 
 
 def _version() -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import html
 import json
 import os
 import warnings
@@ -15,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
-from kvcompress.durable import write_whole
 from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
-from kvcompress.padding import PaddingRecord
-from kvcompress.tensor_file import TensorFile, write_tensors
+from kvcompress.storage.durable import write_whole
+from kvcompress.storage.padding import PaddingRecord
+from kvcompress.storage.tensor_file import TensorFile, write_tensors
 
 _FORMAT = "kvcompress-cache-2"
 # without fingerprint and checksums
@@ -30,9 +31,10 @@ class CompressedCache(hf.AttendingCache):
     """A transformers Cache whose layers attend by themselves.
 
     Building one selects kvcompress's attention function in the model, which passes on every call that does not
-    come through a kvcompress cache; `kvcompress.release(model)` undoes it. Subclasses build their layers in `_layer`.
+    come through a kvcompress cache; `kvcompress.release(model)` undoes it.
     """
 
+    # subclasses build their layers in `_layer`
     layers: list[CompressedLayer]  # type: ignore[assignment]
     # the decoder whose forward was the last
     _filled_by: weakref.ref[Any] | None = None
@@ -52,8 +54,23 @@ class CompressedCache(hf.AttendingCache):
         self._model = weakref.ref(model)
         self.padding = self._record()
         super().__init__(layers=[self._layer(index, window, len(windows)) for index, window in enumerate(windows)])
-        self.layers[-1].ends = True
+        self.layers[-1].is_last = True
         self.padding.needs_even_positions = any(getattr(layer, "rope", None) is not None for layer in self.layers)
+
+    def __repr__(self) -> str:
+        """What it was built with, for which model, and what it holds."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
+        model = self._model()
+        owner = "a model that is gone" if model is None else type(model).__name__
+        rows = "empty" if self.batch_size < 0 else f"batch {self.batch_size}, {self.memory()}"
+        return f"{type(self).__name__}({settings})\nfor {owner}, {len(self.layers)} layers: {rows}"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+    def _shown(self) -> dict[str, Any]:
+        """The settings that `repr` names."""
+        return {name: value for name, value in self._settings().items() if not isinstance(value, dict)}
 
     def _record(self) -> PaddingRecord:
         return PaddingRecord()
@@ -64,6 +81,7 @@ class CompressedCache(hf.AttendingCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention: hands a layer the keys and values of its new tokens."""
         if not torch.compiler.is_compiling():
             self._check_attention(layer_idx)
             if layer_idx == 0 and self.layers[0].forwards_begun != self.layers[-1].forwards_ended:
@@ -71,17 +89,13 @@ class CompressedCache(hf.AttendingCache):
                     "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
                 )
         # before the first layer comes the last one of the forward before; compiled steps look at this alone
-        if (behind := self.layers[layer_idx - 1]).in_hand is not None and behind is not self.layers[layer_idx]:
+        if (behind := self.layers[layer_idx - 1]).pending_kv is not None and behind is not self.layers[layer_idx]:
             raise RuntimeError(self._without_attention((layer_idx or len(self.layers)) - 1))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @ordinary_tensors()
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Notes which rows have ended: what `generate` feeds them while others go on must not evict a token.
-
-        Raises:
-            ValueError: it is the forward of another model than the one that filled the cache.
-        """
+        """Called by hooks before a forward: notes ended rows, refuses (ValueError) a model that did not fill it."""
         model = self._model()
         filled_by = None if self._filled_by is None else self._filled_by()
         if filled_by is None and model is not None:
@@ -97,15 +111,13 @@ class CompressedCache(hf.AttendingCache):
             self.padding.note_fed(input_ids, *(self.fillers or hf.filler_tokens(model)))
 
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """
-        Raises:
-            RuntimeError: the forward did not come back to the layers through the attention function.
-        """
+        """Called by hooks after a forward; RuntimeError: layers did not attend through the attention function."""
         for index, layer in enumerate(self.layers):
-            if layer.in_hand is not None:
+            if layer.pending_kv is not None:
                 raise RuntimeError(self._without_attention(index))
 
     def is_traceable(self, tokens: int) -> bool:
+        """Whether torch.compile can take a forward of so many tokens into one graph."""
         return all(layer.is_traceable(tokens) for layer in self.layers)
 
     def _check_attention(self, layer_idx: int) -> None:
@@ -126,10 +138,7 @@ class CompressedCache(hf.AttendingCache):
         )
 
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """
-        Raises:
-            ValueError: nothing would be left of the prompts to feed, or a row has padding behind its last token.
-        """
+        """Called by generate; ValueError: no token of the prompts is left to feed, or a row is padded on the right."""
         if attention_mask is not None and attention_mask.dim() == 2:
             behind = (attention_mask[:, -1] == 0) & (attention_mask != 0).any(1)
             if bool(behind.any()):
@@ -146,7 +155,7 @@ class CompressedCache(hf.AttendingCache):
             )
 
     def queries_watched(self, first: int) -> int | None:
-        """How many of a forward's last queries the layers from `first` on must be given; None for all."""
+        """Called by SwiftKV models: how many last queries the layers from `first` on must be given; None for all."""
         watched = [layer.queries_watched for layer in self.layers[first:]]
         return None if None in watched else max((count for count in watched if count is not None), default=0)
 

@@ -36,17 +36,17 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from kvcompress import hf, loading, plan, registry
-from kvcompress.across import AcrossKVCache, SwiftKVCache
 from kvcompress.cache import CompressedCache
-from kvcompress.evicting import EvictingCache
-from kvcompress.evicting_layer import EvictingLayer
-from kvcompress.gear import GEARCache
+from kvcompress.caches.evicting import EvictingCache
+from kvcompress.caches.evicting_layer import EvictingLayer
+from kvcompress.caches.quantized import GEARCache
+from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.hf import judge, small
 from kvcompress.loading import ModelUnavailableError
-from kvcompress.prefix_store import PrefixStore
-from kvcompress.registry import Method
-from kvcompress.shadowkv import ShadowKVCache
-from kvcompress.swiftkv import SwiftKVModel, convert, first_later
+from kvcompress.prefix.store import PrefixStore
+from kvcompress.registry import Listed, Method
+from kvcompress.swiftkv.cache import AcrossKVCache, SwiftKVCache
+from kvcompress.swiftkv.model import SwiftKVModel, convert, first_later
 
 FULL = "DynamicCache"
 # tokens that evicting caches keep; more than all that is fed
@@ -122,6 +122,8 @@ def check(
     """
     specs = list(default_caches() if caches is None else caches)
     asked = [(spec, *registry.parse(spec, known_caches())) for spec in specs]
+    if own := [spec for spec, _, settings in asked if "budget" in settings]:
+        raise ValueError(f"a check gives caches its own budgets: leave budget= out of {', '.join(own)}")
     attention = hf.attention_name(model)
     subject = _Subject(model)
     rows: list[Checked] = []
@@ -138,19 +140,21 @@ def check(
     return rows
 
 
-def known_caches() -> dict[str, Method]:
+def known_caches() -> dict[str, Listed]:
     """The registry's methods, and those that only a check builds."""
     more = (
-        Method("across", "layers that share storage, on a model that was not trained for it", _across, False),
-        Method("swiftkv", "the cache of a converted model", _swiftkv, False),
-        Method("prefix", "a document kept by a PrefixStore", _prefix, False),
+        Method(
+            "across", "layers that share storage, on a model that was not trained for it", _across, takes_budget=False
+        ),
+        Method("swiftkv", "the cache of a converted model", _swiftkv, takes_budget=False),
+        Method("prefix", "a document kept by a PrefixStore", _prefix, takes_budget=False),
     )
     return {**registry.METHODS, **{method.name: method for method in more}}
 
 
 def default_caches() -> list[str]:
     """Every cache, and those settings that run other code."""
-    return [*registry.METHODS, "h2o:rolled=true", "h2o:bits=4", "across", "swiftkv", "prefix"]
+    return [*registry.METHODS, "h2o:rerotated=true", "h2o:bits=4", "across", "swiftkv", "prefix"]
 
 
 def _across(model: PreTrainedModel, budget: int | float, settings: dict[str, Any]) -> CompressedCache:
@@ -394,7 +398,7 @@ class _Inspection:
                 raise _Fault("logits that are not finite numbers")
             if isinstance(cache, EvictingCache):
                 self._count(cache, follower, place, pads)
-            if isinstance(cache, EvictingCache) and not (cache.rolled or cache.packed):
+            if isinstance(cache, EvictingCache) and not (cache.rerotated or cache.packed):
                 masked = subject.without_cache(row, follower.allowed(place, pads, len(row)))
                 self._compare(got, masked, prompt)
             elif isinstance(cache, EvictingCache | GEARCache | ShadowKVCache):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcompress import hf
-from kvcompress.padding import PaddingRecord, reordered
-from kvcompress.segments import Segment
+from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
+from kvcompress.storage.segment import Segment
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def _untraced(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Ten
 
 
 @dataclass(frozen=True)
-class Chunk:
+class AttentionInput:
     """The tokens of one forward in one layer.
 
     query: [batch, heads, queries, head_dim], of the last of the tokens, in most models all of them.
@@ -73,40 +73,65 @@ class Chunk:
         return self.query.shape[2]
 
 
-class CompressedLayer(hf.CacheLayerMixin):
-    """One layer's storage. `update` takes the new tokens in hand, `attend` stores them and answers the query.
+class ForwardStep:
+    """What a forward is to one layer: its queries attend, those of layers that share the tokens too, then it commits.
 
-    Subclasses define `_attend` and `segments`, and the sizes that follow from how they store.
+    input: the tokens, as the layer stores them.
+    """
+
+    def __init__(self, x: AttentionInput) -> None:
+        self.input = x
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        """Attention to all that is held and to the step's tokens, [batch, heads, queries, head_dim].
+
+        Args:
+            x: the step's tokens, perhaps with other queries. Until `commit`, one answer is as good as another.
+        """
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        """Ends the forward: stores what is to stay, encodes it, or lets tokens go."""
+        raise NotImplementedError
+
+
+class CompressedLayer(hf.CacheLayerMixin):
+    """One layer's storage. `update` takes the new tokens in, `attend` stores them and answers the query.
+
+    Subclasses define `_begin`, or all of `_attend`, and `segments`, and the sizes that follow from how they store.
     """
 
     supports_early_init = False
     # how many of a forward's last queries it must be given, where a model does not run them all; None for all
     queries_watched: int | None = None
     # last layer of the cache
-    ends = False
+    is_last = False
     # what it is fed makes it let go of other tokens
     evicts = False
+    # whether a window is counted in columns: padding is then put before all tokens of a forward
+    pads_first = False
     # forwards that read what is offloaded
     fetching_forwards = 0
     # transformers' name; generate takes it back where it records for itself
     record_past = False
 
-    def __init__(self, padding: PaddingRecord, window: int | None = None, leads: bool = False) -> None:
+    def __init__(self, padding: PaddingRecord, window: int | None = None, is_first: bool = False) -> None:
         """
         Args:
             padding: the cache's record of padding.
             window: sliding window in tokens, None for full attention.
-            leads: first layer of the cache: it reads the mask for all.
+            is_first: first layer of the cache: it reads the mask for all.
         """
         super().__init__()
         self.padding = padding
         self.window = window
-        self.leads = leads
+        self.is_first = is_first
         self.is_sliding = window is not None
-        self.in_hand: tuple[Tensor, Tensor] | None = None
-        # layers that attend to what this one holds
-        self.followers = 0
-        self._left: tuple[Chunk, Callable[[Chunk], Tensor], Callable[[], None]] | None = None
+        self.pending_kv: tuple[Tensor, Tensor] | None = None
+        # layers that attend to what this one holds; the forward at hand, until they have, and how many have not
+        self.kv_consumers = 0
+        self._step: ForwardStep | None = None
+        self._query_order: Tensor | None = None
         self._waiting = 0
         # forwards that came this far: where layers differ, one was interrupted. Compiled ones are not counted
         self.forwards_begun = self.forwards_ended = 0
@@ -117,54 +142,53 @@ class CompressedLayer(hf.CacheLayerMixin):
         """What the layer holds."""
         raise NotImplementedError
 
-    def _attend(self, chunk: Chunk) -> Tensor:
-        """Stores the chunk; its attention to all that is held and to itself, [batch, heads, queries, head_dim].
-
-        Where layers may follow this one, what changes the tokens held goes through `_leave`.
-        """
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        """The step of a forward, before any query has attended."""
         raise NotImplementedError
 
-    def _leave(self, chunk: Chunk, reread: Callable[[Chunk], Tensor], settle: Callable[[], None]) -> None:
-        """Ends a forward, once every layer that follows this one has attended too.
+    def _end(self, step: ForwardStep) -> None:
+        """After every query of a forward has attended."""
+        step.commit()
 
-        Args:
-            reread: the attention of a chunk of the same tokens with other queries, before `settle`.
-            settle: lets tokens go, or packs them.
-        """
-        if self.followers:
-            self._left, self._waiting = (chunk, reread, settle), self.followers
+    def _attend(self, x: AttentionInput) -> Tensor:
+        """Stores the tokens; what they attend to, held or their own, [batch, heads, queries, head_dim]."""
+        x, order = self._with_pads_first(x)
+        step = self._begin(x)
+        out = _restore_query_order(step.attend(x), order)
+        if self.kv_consumers:
+            self._step, self._query_order, self._waiting = step, order, self.kv_consumers
         else:
-            settle()
+            self._end(step)
+        return out
 
-    def _back(self, out: Tensor, order: Tensor) -> Tensor:
-        """An output whose queries stood in another order, as it was; queries of following layers go the same ways."""
-        back = order.argsort(-1)
-        if self._left is not None:
-            chunk, reread, settle = self._left
-
-            def there_and_back(chunk: Chunk) -> Tensor:
-                return reordered(reread(dataclasses.replace(chunk, query=reordered(chunk.query, order))), back)
-
-            self._left = chunk, there_and_back, settle
-        return reordered(out, back)
+    def _with_pads_first(self, x: AttentionInput) -> tuple[AttentionInput, Tensor | None]:
+        """A forward's tokens with padding before all others, and the order of its queries, None as they were."""
+        if not self.pads_first or self.window is None or x.tokens == 1 or x.visible is None:
+            return x, None
+        order = pads_first(x.visible)
+        if order is None:
+            return x, None
+        own = pads_first(x.visible[:, -x.queries :])
+        query, key, value = reordered(x.query, own), reordered(x.key, order), reordered(x.value, order)
+        return dataclasses.replace(x, query=query, key=key, value=value, visible=x.visible.gather(1, order)), own
 
     def attend_again(self, query: Tensor, *, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-        """A following layer's attention to what this one attended to in the same forward, as `attend` gives it."""
-        if self._left is None:
+        """A consuming layer's attention to what this one attended to in the same forward, as `attend` gives it."""
+        step, order = self._step, self._query_order
+        if step is None:
             raise RuntimeError(
                 "a layer that follows another was run without it: the layers of a group run in order, once a forward"
             )
-        chunk, reread, settle = self._left
         # a model spread over devices may part a group
-        there, sinks = chunk.key.device, None if sinks is None else sinks.to(chunk.key.device)
-        asked = query.to(there, chunk.key.dtype)
-        asking = dataclasses.replace(chunk, query=asked, scale=scale, softcap=softcap, sinks=sinks)
+        there, sinks = step.input.key.device, None if sinks is None else sinks.to(step.input.key.device)
+        asked = reordered(query.to(there, step.input.key.dtype), order)
+        asking = dataclasses.replace(step.input, query=asked, scale=scale, softcap=softcap, sinks=sinks)
         with as_stored():
-            out = reread(asking).to(query.device, query.dtype)
+            out = _restore_query_order(step.attend(asking), order).to(query.device, query.dtype)
             self._waiting -= 1
             if not self._waiting:
-                self._left = None
-                settle()
+                self._step = self._query_order = None
+                self._end(step)
         return out
 
     def _remap(self, remap: Tensor) -> None:
@@ -173,7 +197,8 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def tokens_kept(self) -> Tensor:
         """Tokens held per sequence and KV head, [batch, kv_heads] int64."""
-        raise NotImplementedError
+        first, *others = (segment.kept() for segment in self.segments())
+        return sum(others, start=first)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces each tensor that has the batch as its first dimension by `change(tensor)`."""
@@ -219,8 +244,8 @@ class CompressedLayer(hf.CacheLayerMixin):
                 f"got keys of shape {list(key_states.shape)}; use one cache a batch, or cache.reset()"
             )
         # a cache keeps the dtype that it was filled in
-        self.in_hand = (key_states.detach().to(self.dtype), value_states.detach().to(self.dtype))
-        return hf.hand_over(key_states, self), value_states
+        self.pending_kv = (key_states.detach().to(self.dtype), value_states.detach().to(self.dtype))
+        return hf.tag_key(key_states, self), value_states
 
     def attend(
         self,
@@ -238,26 +263,26 @@ class CompressedLayer(hf.CacheLayerMixin):
             query: [batch, heads, queries, head_dim], of the last of those tokens.
             visible: [batch, tokens seen or tokens taken in] bool padding mask, or None.
         """
-        if self.in_hand is None:
+        if self.pending_kv is None:
             raise RuntimeError(
                 "a layer attends twice to what it handed to its cache once, which kvcompress does not serve; run the "
                 "model without this cache"
             )
         if torch.compiler.is_compiling():
-            if not self.is_traceable(self.in_hand[0].shape[2]):
+            if not self.is_traceable(self.pending_kv[0].shape[2]):
                 return _untraced(
                     self.attend, query, visible, scale=scale, softcap=softcap, sinks=sinks, position_ids=position_ids
                 )
-            return self._attend_in_hand(query, visible, scale, softcap, sinks, position_ids)
+            return self._attend_pending(query, visible, scale, softcap, sinks, position_ids)
         with as_stored():
-            out = self._attend_in_hand(query.to(self.dtype), visible, scale, softcap, sinks, position_ids)
+            out = self._attend_pending(query.to(self.dtype), visible, scale, softcap, sinks, position_ids)
             return out.to(query.dtype)
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can take a forward of so many tokens into its graph."""
         return False
 
-    def _attend_in_hand(
+    def _attend_pending(
         self,
         query: Tensor,
         visible: Tensor | None,
@@ -266,22 +291,22 @@ class CompressedLayer(hf.CacheLayerMixin):
         sinks: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
-        assert self.in_hand is not None
-        key, value = self.in_hand
+        assert self.pending_kv is not None
+        key, value = self.pending_kv
         tokens = key.shape[2]
         if not torch.compiler.is_compiling():
-            if self.leads:
+            if self.is_first:
                 self.padding.read(visible, key.shape[0], int(self.get_seq_length()), tokens, position_ids)
             if self.padding.remap is not None:
                 self._remap(self.padding.remap.to(key.device))
             self.forwards_begun += 1
         fresh = self.padding.fresh_of(visible, tokens)
-        out = self._attend(Chunk(query, key, value, fresh, scale, softcap, sinks))
-        self.in_hand = None
+        out = self._attend(AttentionInput(query, key, value, fresh, scale, softcap, sinks))
+        self.pending_kv = None
         self._count(tokens)
         if not torch.compiler.is_compiling():
             self.forwards_ended = self.forwards_begun
-            if self.ends:
+            if self.is_last:
                 self.padding.remap = self.padding.before = self.padding.ended = None
         return out
 
@@ -300,7 +325,7 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything, settings aside, and frees the memory."""
-        self.in_hand = self._left = None
+        self.pending_kv = self._step = self._query_order = None
         self.record_past = False
         self.forwards_begun = self.forwards_ended = 0
         self.is_initialized = False
@@ -350,3 +375,8 @@ class CompressedLayer(hf.CacheLayerMixin):
             self.map_tensors(lambda tensor: tensor[rows.to(tensor.device)])
             batch = int(rows.sum()) if rows.dtype == torch.bool else len(rows)
             self.kv_shape = (batch, *self.kv_shape[1:])
+
+
+def _restore_query_order(out: Tensor, order: Tensor | None) -> Tensor:
+    """An output whose queries stood in another order, [batch, queries], as they were."""
+    return out if order is None else reordered(out, order.argsort(-1))

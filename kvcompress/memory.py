@@ -1,12 +1,13 @@
 """What a cache holds, in bytes of live storage."""
 
+import html
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryReport:
     """Bytes of one cache.
 
@@ -71,7 +72,10 @@ class MemoryReport:
         """Bytes on the device over the bytes of the full cache; 0 for an empty cache."""
         return self.device_bytes / self.full_bytes if self.full_bytes else 0.0
 
-    def __str__(self) -> str:
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+    def __repr__(self) -> str:
         kept = [layer.float().mean().item() for layer in self.tokens_kept]
         span = f"{min(kept):.0f} to {max(kept):.0f}" if kept else "0"
         share = (

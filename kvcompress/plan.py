@@ -2,8 +2,8 @@
 
     full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
     slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score; packed ones have codes,
-                   scales and outliers, and 4 x head_dim bytes a KV head for centre and spread of the keys' channels
-    expected     = also 4 x heads x (head_dim^2 + head_dim) a layer, its statistics of the queries
+                   scales and outliers, and 4 x head_dim bytes a KV head for centre and spread of the keys' channels;
+                   and what the policy says of its state (policies/policy.py)
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and a tail of one block as it came
     shadowkv     = on the device, and beside it the values of all tokens on the host: low-rank keys, landmarks, and the
                    selected, outlying and newest tokens (policies/shadowkv.py)
@@ -22,13 +22,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvcompress import hf, loading, registry
-from kvcompress.gear_layer import DRAFT
-from kvcompress.hosted import ADDRESSES
+from kvcompress.caches.budget import Budget
+from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.loading import ModelUnavailableError
-from kvcompress.packed_slots import BLOCK as SLOTS_A_BLOCK
 from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.shadowkv import ShadowKV
-from kvcompress.shadow_segment import GROWTH
+from kvcompress.storage.low_rank import ShadowSegment
+from kvcompress.storage.offload import ADDRESSES
+from kvcompress.storage.quantized_blocks import QuantizedBlocks, TailSegment
+from kvcompress.storage.quantized_slots import QuantizedSlots
+from kvcompress.storage.slots import SlotSegment
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,12 @@ def make_plan(
         budget: tokens kept a KV head, or a fraction of the context.
 
     Raises:
-        ValueError: a size below 1, or an unknown method.
+        ValueError: a size below 1, an unknown method, or a cache of your own whose sizes are not known.
     """
     for size_name, size in (("context", context), ("batch", batch)):
         if size < 1:
             raise ValueError(f"{size_name} must be at least 1, got {size}")
-    if not (0.0 < budget <= 1.0 if isinstance(budget, float) else budget >= 1):
-        raise ValueError(f"budget must be a fraction in (0, 1] or a count of tokens, got {budget}")
-    kept = max(1, int(budget * context)) if isinstance(budget, float) else budget
+    Budget(budget)
     item = dtype.itemsize
     token = 2 * shape.kv_heads * shape.head_dim * item
     full = sum(batch * token * min(context, window or context) for window in shape.windows)
@@ -118,6 +119,7 @@ def make_plan(
     needs = []
     for spec in methods:
         method, settings = registry.parse(spec)
+        kept = Budget(settings.pop("budget", budget)).tokens(context)
         weights = shape.parameters * item
         if method.name in ("gear", "kivi"):
             named = settings.pop("preset", "default" if method.name == "gear" else method.name)
@@ -125,12 +127,12 @@ def make_plan(
             cache = sum(_packed(shape, codes, context, window, batch, item) for window in shape.windows)
             needs.append(Need(spec, None, weights, cache, full, activations + batch * context * token))
             continue
-        if not method.takes_budget:
+        if method.name in ("none", "hydragen"):
             # HydragenCache keeps the ids that it compares prompts with
             ids = 4 * batch * context if method.name == "hydragen" else 0
             needs.append(Need(spec, None, weights, full + ids, full, activations))
             continue
-        if method.reads_budget:
+        if method.name == "shadowkv":
             chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
             cache = sum(
                 batch * token * min(context, window) if window else _shadow(shape, chosen, kept, context, batch, item)
@@ -138,13 +140,13 @@ def make_plan(
             )
             needs.append(Need(spec, kept, weights, cache, full, activations + 2 * batch * context * token))
             continue
-        of_codes = {name: settings[name] for name in ("bits", "group_size", "outliers") if name in settings}
-        packed = GEAR(**of_codes) if of_codes else None
+        policy, of_cache = registry.policy_of(method, settings)
+        packed = of_cache.get("packed")
         cache = sum(_slots(shape, min(kept, window or kept), batch, item, packed) for window in shape.windows)
-        if method.name == "expected":
-            cache += len(shape.windows) * _query_statistics(shape, batch, settings.get("covariance", True))
+        frequencies = 4 * (shape.head_dim // 2) if policy.uses_rotary else 0
+        cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
         # a policy that reads a prompt twice has all of it at hand until then, in every layer
-        in_full = full if method.name == "kvzip" else batch * context * token
+        in_full = full if policy.rereads is not None else batch * context * token
         needs.append(Need(spec, kept, weights, cache, full, activations + in_full))
     return needs
 
@@ -156,52 +158,31 @@ def largest_batch(need: Need, batch: int, memory: int) -> int:
 
 
 def _slots(shape: Shape, budget: int, batch: int, item: int, packed: GEAR | None) -> int:
-    """Bytes of one layer: keys, values, positions and scores of its slots, which is spare, and what is counted."""
-    slots, held = budget + 1, (budget + 1) * 2 * shape.head_dim * item
-    if packed is not None:
-        blocks = -(-slots // SLOTS_A_BLOCK)
-        slots = blocks * SLOTS_A_BLOCK
-        held = blocks * 2 * packed.of_a_token(shape.head_dim).bytes(SLOTS_A_BLOCK, shape.head_dim) + 4 * shape.head_dim
-    return batch * (shape.kv_heads * (held + slots * (4 + 4) + 8) + 3 * 4) + 8
+    """Bytes of one layer: its slots, which is spare, and what is counted of each sequence and of all."""
+    size, counters = (batch, shape.kv_heads, shape.head_dim), batch * 3 * 4 + 8
+    if packed is None:
+        return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
+    return QuantizedSlots.nbytes_for(*size, packed.per_token_scheme(shape.head_dim), budget + 1) + counters
 
 
 def _packed(shape: Shape, settings: GEAR, context: int, window: int | None, batch: int, item: int) -> int:
     """Bytes of one layer of GEAR after a prefill of the whole context: blocks of codes, and the tail."""
-    block, head_dim = settings.buffer, shape.head_dim
+    block, size = settings.buffer, (batch, shape.kv_heads, shape.head_dim)
     sinks = settings.sinks if window is None and context > DRAFT else 0
     full = max(0, context - sinks) // block if context > DRAFT else 0
     sinks = sinks if full else 0
     skipped = 0 if window is None else min(max(0, (context - window - DRAFT) // block), full)
-    blocks = full - skipped
-    a_block = sum(coding.bytes(block, head_dim) for coding in settings.codings(head_dim, settings.rank))
-    bases = 2 * 2 * head_dim * settings.rank if blocks else 0
-    positions = blocks * (4 * block + (4 if settings.rank else 0))
-    room = max(block, context - sinks - full * block)
-    tail = (room + sinks) * (2 * shape.kv_heads * head_dim * item + 4)
-    return batch * (shape.kv_heads * (blocks * a_block + bases) + positions + tail)
+    codings = settings.codings(shape.head_dim, settings.rank)
+    room = max(block, context - sinks - full * block) + sinks
+    return QuantizedBlocks.nbytes_for(*size, codings, block, full - skipped) + TailSegment.nbytes_for(*size, item, room)
 
 
 def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:
     """Bytes of one layer of ShadowKV on the device, after a prefill of the whole context."""
-    width, head_dim, chunk = shape.kv_heads * shape.head_dim, shape.head_dim, settings.chunk
-    rank, selected = settings.rank_of(width), max(1, budget // chunk)
-    folded, outliers, room = 0, 0, 0
-    if context > int(settings.dense_tokens(torch.tensor([selected]))):
-        folded, room = max(0, context // chunk - settings.local_chunks), GROWTH
-    selected, outliers = min(selected, folded), min(settings.outlier_chunks, folded)
-    slots = (selected + outliers - folded) * chunk + context + (room if folded else 0)
-    low_rank = item * rank * (folded * chunk + width)
-    a_chunk = shape.kv_heads * (head_dim * item + 1) + 8
-    a_head = slots * (2 * head_dim * item + 4) + 8 * selected + 12 * outliers
-    # counted: what the basis missed, limits, chunks and tokens; fetched bytes, addresses of slabs, frequencies
-    row = low_rank + folded * a_chunk + shape.kv_heads * a_head + 4 + 3 * 8
-    return batch * row + 8 + 8 * ADDRESSES + 4 * (head_dim // 2)
-
-
-def _query_statistics(shape: Shape, batch: int, covariance: bool) -> int:
-    """Bytes of one layer's mean and covariance of the queries, float32, and of its rotary frequencies."""
-    a_head = shape.head_dim + (shape.head_dim**2 if covariance else 0)
-    return 4 * batch * (shape.heads * a_head + 1) + 4 * (shape.head_dim // 2)
+    size, selected = (batch, shape.kv_heads, shape.head_dim), max(1, budget // settings.chunk)
+    # fetched bytes, addresses of slabs, frequencies
+    beside = 8 + 8 * ADDRESSES + 4 * (shape.head_dim // 2)
+    return ShadowSegment.nbytes_for(*size, item, settings, selected, context) + beside
 
 
 def _read_config(name: str | None) -> PreTrainedConfig:

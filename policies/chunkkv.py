@@ -17,10 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates
 from kvcompress.policies.snapkv import ObservationWindow
 
 
+@register(
+    "chunkkv",
+    "chunks of text, all but the last one whole, by SnapKV's sums",
+    costs="sums of the last 32 queries",
+    paper="2502.00299",
+    tried={"window": (3, 1, 8), "recent": (3,), "chunk": (4, 1, 3, 10)},
+)
 @dataclass(frozen=True, kw_only=True)
 class ChunkKV(ObservationWindow):
     """The paper's chunks of 10 tokens.

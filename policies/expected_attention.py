@@ -20,9 +20,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy
 
 
+@register(
+    "expected",
+    "what future queries should attend to",
+    costs="query statistics",
+    paper="2510.00636",
+    aliases=("expected_attention",),
+)
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Policy):
     """The authors' defaults.
@@ -51,6 +59,10 @@ class ExpectedAttention(Policy):
     @property
     def queries_needed(self) -> int | None:
         return None
+
+    def state_bytes(self, heads: int, head_dim: int) -> int:
+        # float32, and a count
+        return 4 * (heads * (head_dim + head_dim**2 * self.covariance) + 1)
 
     def score(self, candidates: Candidates) -> Tensor:
         self._learn(candidates)

@@ -15,8 +15,8 @@ more: 2 % of the 64 channels of a value, or of the 64 tokens of a block's channe
 backbone KCVT, one group of keys along the whole sequence, is not offered: tokens are packed as they come. "whole" is
 as near as blocks get, and the same as "kivi" where group_size is both buffer and head_dim.
 
-The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; python -m kvcompress.evals.bits): plain
-codes, keys of 4 bits and values of 3, and the first 4 tokens as they are. There neither rank 4 nor 2 % of outliers
+The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; evals/studies/bits.py): plain codes,
+keys of 4 bits and values of 3, and the first 4 tokens as they are. There neither rank 4 nor 2 % of outliers
 repays its bits. PRESETS has the papers' settings.
 """
 
@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvcompress.kernels.quantise import Coding, check_coding
+from kvcompress.kernels.quantise import QuantScheme, check_coding
 
 Backbone = Literal["kivi", "whole"]
 
@@ -85,7 +85,7 @@ class GEAR:
                 f"rank must be at most buffer = {self.buffer}, got rank {self.rank}, rank_decode {self.rank_decode}"
             )
 
-    def codings(self, head_dim: int, rank: int) -> tuple[Coding, Coding]:
+    def codings(self, head_dim: int, rank: int) -> tuple[QuantScheme, QuantScheme]:
         """How keys and values of this head_dim are encoded.
 
         Raises:
@@ -96,14 +96,14 @@ class GEAR:
         key_group = self.group_size if self.backbone == "kivi" else self.buffer
         value_bits = self.value_bits or _FEWER.get(self.bits, self.bits)
         found = (
-            Coding(self.bits, key_group, "channel", self._a_side(self.buffer), rank),
-            Coding(value_bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim), rank),
+            QuantScheme(self.bits, key_group, "channel", self._a_side(self.buffer), rank),
+            QuantScheme(value_bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim), rank),
         )
         for coding in found:
             check_coding(coding, self.buffer, head_dim)
         return found
 
-    def of_a_token(self, head_dim: int) -> Coding:
+    def per_token_scheme(self, head_dim: int) -> QuantScheme:
         """How keys, and values, are encoded where every token is packed by itself. Sinks are the policy's there.
 
         Raises:
@@ -116,7 +116,7 @@ class GEAR:
             )
         if self.value_bits not in (None, self.bits):
             raise ValueError(f"slots have keys and values of one size: value_bits must be None, got {self.value_bits}")
-        coding = Coding(self.bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim))
+        coding = QuantScheme(self.bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim))
         check_coding(coding, self.buffer, head_dim)
         return coding
 

@@ -11,9 +11,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy
 
 
+@register(
+    "h2o",
+    "heavy hitters + recent",
+    costs="column sums of attention in prefill, one add per slot in decode",
+    paper="2306.14048",
+    label="H2OCache",
+)
 @dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
     """Half of the budget for the newest tokens, half for the heavy hitters, as in the paper."""
@@ -25,7 +33,7 @@ class H2O(Policy):
         return None
 
     @property
-    def memory(self) -> float | None:
+    def decay(self) -> float | None:
         return 1.0
 
     def score(self, candidates: Candidates) -> Tensor:

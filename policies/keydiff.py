@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy
 
 
+@register("keydiff", "keys least like the others", costs="one pass over the kept keys", paper="2504.15364")
 @dataclass(frozen=True, kw_only=True)
 class KeyDiff(Policy):
     """No settings of its own; needs no queries, so it works the same in prefill and while decoding."""

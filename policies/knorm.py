@@ -10,9 +10,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy
 
 
+@register("knorm", "keys of small norm", costs="nothing", paper="2406.11430")
 @dataclass(frozen=True, kw_only=True)
 class Knorm(Policy):
     """No settings of its own; a token's score never changes.

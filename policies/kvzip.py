@@ -17,9 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy, SecondReading
 
 
+@register(
+    "kvzip",
+    "what is looked up to say the context again: for questions not asked yet",
+    costs="a second prefill",
+    paper="2505.23416",
+    label="KVzipCache",
+    tried={"sinks": (1,), "chunk": (7, 1, 3, 10, 100), "prompt": ((5, 6), ())},
+)
 @dataclass(frozen=True, kw_only=True)
 class KVzip(Policy):
     """The paper's chunks of 2048 tokens, without its prompt.
@@ -53,5 +62,5 @@ class KVzip(Policy):
         assert attention is not None
         mean = attention * (candidates.positions.shape[1] / candidates.query.shape[1])
         if visible is None:
-            return torch.maximum(candidates.scores, attention if candidates.queries > 1 else mean)
+            return torch.maximum(candidates.scores, attention if candidates.tokens_fed > 1 else mean)
         return torch.maximum(candidates.scores, torch.where(visible.sum(-1)[:, None, None] > 1, attention, mean))

@@ -6,6 +6,7 @@ rest those that score highest, up to its budget. One policy object can serve man
 sequence (scores, `Candidates.state`) belongs to the cache.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
@@ -70,9 +71,15 @@ class Candidates:
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     @property
-    def queries(self) -> int:
+    def tokens_fed(self) -> int:
         """Tokens fed by the forward that just ended; 1 while decoding."""
         return self.query.shape[2] if self.fed is None else self.fed
+
+    @property
+    def queries(self) -> int:
+        """Deprecated: `tokens_fed`."""
+        warnings.warn("Candidates.queries is called tokens_fed now, and goes in 0.3", FutureWarning, stacklevel=2)
+        return self.tokens_fed
 
     @property
     def keys(self) -> Tensor:
@@ -111,6 +118,12 @@ class Policy:
     # wants `Candidates.rotary`; a model whose rotary embedding cannot be taken back is then refused
     uses_rotary: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        if "memory" in vars(cls):
+            warnings.warn(
+                f"Policy.memory is called decay now: rename it in {cls.__name__}", FutureWarning, stacklevel=2
+            )
+
     def __post_init__(self) -> None:
         if isinstance(self.recent, float):
             if not 0.0 < self.recent <= 1.0:
@@ -140,10 +153,14 @@ class Policy:
         return None
 
     @property
-    def memory(self) -> float | None:
-        """Where decoding scores by `memory * score + attention`, that factor: one kernel then does a whole step.
+    def decay(self) -> float | None:
+        """Where decoding scores by `decay * score + attention`, that factor: one kernel then does a whole step.
         None: scores come from `score` alone. What both say must agree."""
         return None
+
+    def state_bytes(self, heads: int, head_dim: int) -> int:
+        """Bytes of `Candidates.state` per sequence and layer, for what plans before anything runs."""
+        return 0
 
     def score(self, candidates: Candidates) -> Tensor:
         """How much each candidate is worth keeping.

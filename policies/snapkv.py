@@ -6,7 +6,7 @@ The window's own tokens are kept whatever they score, and lend nothing to their 
 
 The paper compresses once, after the prompt. Here eviction goes on while decoding, so the observation window slides:
 a forward of n < window queries adds its attention and what was observed before fades,
-`score = (1 - n / window) * score + attention`, whose memory is `window` queries. Without that, what is generated could
+`score = (1 - n / window) * score + attention`, which remembers `window` queries. Without that, what is generated could
 never be judged against the prompt. The attention of a single query is not pooled.
 """
 
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy
 
 
@@ -39,17 +40,17 @@ class ObservationWindow(Policy):
         return self.window
 
     @property
-    def memory(self) -> float | None:
+    def decay(self) -> float | None:
         return 1.0 - 1.0 / self.window
 
     def score(self, candidates: Candidates) -> Tensor:
         attention, visible = candidates.attention, candidates.visible
         assert attention is not None
         if visible is None:
-            fade = max(0.0, 1.0 - candidates.queries / self.window)
-            return fade * candidates.scores + (self._pool(candidates) if candidates.queries > 1 else attention)
+            fade = max(0.0, 1.0 - candidates.tokens_fed / self.window)
+            return fade * candidates.scores + (self._pool(candidates) if candidates.tokens_fed > 1 else attention)
         fresh = visible.sum(-1)[:, None, None]
-        if candidates.queries > 1:
+        if candidates.tokens_fed > 1:
             attention = torch.where(fresh > 1, self._pool(candidates), attention)
         return (1.0 - fresh / self.window).clamp(min=0.0) * candidates.scores + attention
 
@@ -58,6 +59,14 @@ class ObservationWindow(Policy):
         raise NotImplementedError
 
 
+@register(
+    "snapkv",
+    "what the last queries attend to, pooled",
+    costs="sums of the last 32 queries",
+    paper="2404.14469",
+    label="SnapKVCache",
+    tried={"window": (3, 1, 8), "recent": (3,), "kernel": (3, 1, 5), "pooling": ("avg", "max")},
+)
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(ObservationWindow):
     """The defaults of the official code: 32 queries observed and kept, pooling over 5 tokens by average.

@@ -5,9 +5,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy
 
 
+@register(
+    "streaming",
+    "sinks + recent",
+    costs="nothing: the floor",
+    paper="2309.17453",
+    label="StreamingLLMCache",
+    aliases=("streaming_llm",),
+    tried={"sinks": (2,)},
+)
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Policy):
     """The paper's four sinks; all the rest of the budget is the recent window."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy
 
 
+@register("tova", "what the newest query attends to", costs="sums of one query", paper="2401.06104")
 @dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
     """The paper's form: no window but the newest token."""

@@ -10,18 +10,20 @@ from transformers.cache_utils import Cache
 
 import kvcompress.evals.provenance
 from kvcompress import DenseCache, check, hf
-from kvcompress.across import FollowingLayer
+from kvcompress.caches.dense import DenseLayer
+from kvcompress.caches.evicting_layer import EvictingLayer
+from kvcompress.caches.evicting_step import ChunkStep
 from kvcompress.cli import main
-from kvcompress.dense import DenseLayer
-from kvcompress.evicting_layer import EvictingLayer
 from kvcompress.hf.small import described, small_config, small_model
 from kvcompress.loading import ModelUnavailableError
-from kvcompress.packed import PackedSegment
-from kvcompress.packed_slots import PackedSlots
-from kvcompress.rolled import RolledSlots
-from kvcompress.segments import DenseSegment, SlotSegment
-from kvcompress.shadow_segment import ShadowSegment
-from tests.test_cli import folder  # noqa: F401
+from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.low_rank import ShadowSegment
+from kvcompress.storage.quantized_blocks import QuantizedBlocks
+from kvcompress.storage.quantized_slots import QuantizedSlots
+from kvcompress.storage.rerotated import RerotatedSlots
+from kvcompress.storage.slots import SlotSegment
+from kvcompress.swiftkv.cache import FollowingLayer
+from tests.cli.test_cli import folder  # noqa: F401
 
 FEW = ["none", "h2o", "gear", "shadowkv"]
 MORE = ["mistral", "qwen2", "gemma2", "phi3", "opt", "mixtral", "gpt_oss", "smollm3", "olmo2", "granite", "cohere2"]
@@ -105,12 +107,12 @@ def test_a_model_is_left_as_it_was():
 
 
 def test_what_a_cache_does_not_serve_is_refused_with_the_reason():
-    rows = outcomes(["h2o", "h2o:rolled=true", "swiftkv"], tiny("opt"))
+    rows = outcomes(["h2o", "h2o:rerotated=true", "swiftkv"], tiny("opt"))
     assert rows["h2o"][0] == "OK"
-    assert rows["h2o:rolled=true"] == (
+    assert rows["h2o:rerotated=true"] == (
         "REFUSED",
-        "rolled closes up rotary positions, and OPTForCausalLM has none; leave it off, and stay within the positions "
-        "the model knows",
+        "rerotated closes up rotary positions, and OPTForCausalLM has none; leave it off, and stay within the "
+        "positions the model knows",
     )
     assert rows["swiftkv"][0] == "REFUSED"
     assert "got OPTForCausalLM" in rows["swiftkv"][1]
@@ -219,13 +221,13 @@ def test_a_cache_that_takes_padding_for_tokens_is_found(monkeypatch):
 
 
 def test_an_evicting_cache_that_keeps_one_token_less_is_found(monkeypatch):
-    def kept(self, scores, positions, in_order, real=EvictingLayer._kept):
-        chosen = real(self, scores, positions, in_order)
+    def kept(self, scores, positions, real=ChunkStep._kept):
+        chosen = real(self, scores, positions)
         # of each head its oldest
         first = chosen.to(torch.uint8).argmax(-1, keepdim=True)
         return chosen.scatter(-1, first, False)
 
-    monkeypatch.setattr(EvictingLayer, "_kept", kept)
+    monkeypatch.setattr(ChunkStep, "_kept", kept)
     assert "with a budget of 48" in fault("h2o")
 
 
@@ -238,55 +240,55 @@ def test_an_evicting_cache_that_mixes_up_values_is_found(monkeypatch):
 
 
 def test_an_evicting_cache_that_names_tokens_it_was_not_fed_is_found(monkeypatch):
-    def shift(layer, *args, **kwargs):
-        held = layer.slots.positions
+    def shift(step, *args, **kwargs):
+        held = step.slots.positions
         held.copy_(torch.where(held < 0, held, held + 3))
 
-    monkeypatch.setattr(EvictingLayer, "_extend", after(EvictingLayer._extend, shift))
+    monkeypatch.setattr(ChunkStep, "commit", after(ChunkStep.commit, shift))
     assert "holds a token at place" in fault("streaming")
 
 
 def test_an_evicting_cache_that_chooses_by_where_padding_stands_is_found(monkeypatch):
     """It attends rightly to what it keeps, and keeps other tokens than it would without the padding."""
 
-    def scores(self, *args, real=EvictingLayer._observe):
+    def scores(self, *args, real=ChunkStep._observe):
         attention = real(self, *args)
-        if self.padding.visible is None:
+        if self.layer.padding.visible is None:
             return attention
         return attention.flip(-1)
 
-    monkeypatch.setattr(EvictingLayer, "_observe", scores)
+    monkeypatch.setattr(ChunkStep, "_observe", scores)
     assert "padded batch, row" in fault("h2o")
 
 
 def test_rolled_keys_at_wrong_places_are_found(monkeypatch):
-    monkeypatch.setattr(RolledSlots, "_indices", lambda self, real=RolledSlots._indices: real(self) // 2)
-    assert "budget 320, above the length" in fault("h2o:rolled=true")
+    monkeypatch.setattr(RerotatedSlots, "_indices", lambda self, real=RerotatedSlots._indices: real(self) // 2)
+    assert "budget 320, above the length" in fault("h2o:rerotated=true")
 
 
 @pytest.mark.parametrize("cache", ["gear", "gear:bits=2", "gear:bits=8:rank=4", "kivi"])
 def test_codes_that_stand_for_other_numbers_are_found(monkeypatch, cache):
-    def append(self, key, value, *args, real=PackedSegment.append, **kwargs):
+    def append(self, key, value, *args, real=QuantizedBlocks.append, **kwargs):
         return real(self, key.roll(1, -2), value, *args, **kwargs)
 
-    monkeypatch.setattr(PackedSegment, "append", append)
+    monkeypatch.setattr(QuantizedBlocks, "append", append)
     assert "keys of layer 0 are missed by" in fault(cache)
 
 
 @pytest.mark.parametrize("cache", ["gear", "kivi"])
 def test_codes_that_are_read_wrongly_are_found(monkeypatch, cache):
-    def attend(self, query, *args, real=PackedSegment.attend, **kwargs):
+    def attend(self, query, *args, real=QuantizedBlocks.attend, **kwargs):
         return real(self, query * 1.3, *args, **kwargs)
 
-    monkeypatch.setattr(PackedSegment, "attend", attend)
+    monkeypatch.setattr(QuantizedBlocks, "attend", attend)
     assert "8 bits: codes of 8 bits lose" in fault(cache)
 
 
 def test_packed_slots_that_are_read_wrongly_are_found(monkeypatch):
-    def attend(self, query, *args, real=PackedSlots._attend, **kwargs):
+    def attend(self, query, *args, real=QuantizedSlots._attend, **kwargs):
         return real(self, query * 1.3, *args, **kwargs)
 
-    monkeypatch.setattr(PackedSlots, "_attend", attend)
+    monkeypatch.setattr(QuantizedSlots, "_attend", attend)
     assert "8 bits, budget 320, above the length: codes of 8 bits lose" in fault("h2o:bits=4")
 
 
@@ -305,15 +307,15 @@ def test_memory_that_is_not_told_is_found(monkeypatch):
 
 
 def test_slots_that_take_more_than_the_full_cache_are_found(monkeypatch):
-    def hoard(layer, *args, **kwargs):
-        layer.slots.hoard = torch.zeros(2**18)
+    def hoard(step, *args, **kwargs):
+        step.slots.hoard = torch.zeros(2**18)
 
     tensors = SlotSegment.tensors
 
     def told(self):
         return {**tensors(self), **({"keys_hoarded": self.hoard} if hasattr(self, "hoard") else {})}
 
-    monkeypatch.setattr(EvictingLayer, "_extend", after(EvictingLayer._extend, hoard))
+    monkeypatch.setattr(ChunkStep, "commit", after(ChunkStep.commit, hoard))
     monkeypatch.setattr(SlotSegment, "tensors", told)
     monkeypatch.setattr(EvictingLayer, "_pin", lambda self: None)
     assert "memory: slots take" in fault("h2o")

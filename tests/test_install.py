@@ -85,8 +85,8 @@ def test_every_dependency_has_a_lower_bound_and_an_upper_one(extra):
 def test_make_installs_what_the_constraints_name():
     lines = [line for line in makefile() if re.search(r"-m pip (--python \S+ )?install", line)]
     free = ("install $(TORCH)", "install '$(TRITON)'", "install transformers==5.17.0 ", "--upgrade")
-    assert len([line for line in lines if "install -c constraints.txt " in line]) == 3
-    assert len([line for line in lines if not any(words in line for words in free)]) == 3
+    assert len([line for line in lines if "install -c constraints.txt " in line]) == 4
+    assert len([line for line in lines if not any(words in line for words in free)]) == 4
     # with a torch that is there, nothing may put another in its place
     for line in lines:
         assert ("$(call torch_of," in line) == ("'.[" in line), line
@@ -122,9 +122,10 @@ def test_the_command_line_is_no_dependency_of_the_caches():
 
 
 # README: | `dev` | tests and checks |
-@pytest.mark.parametrize("extra", ["cli", "model", "distill", "eval", "triton", "dev"])
+# README: | `docs` | the site: `make docs` |
+@pytest.mark.parametrize("extra", ["cli", "model", "distill", "eval", "triton", "docs", "dev"])
 def test_readme_names_the_extra(extra):
-    assert set(EXTRAS) == {"cli", "model", "distill", "eval", "triton", "dev"}
+    assert set(EXTRAS) == {"cli", "model", "distill", "eval", "triton", "docs", "dev"}
     section = (ROOT / "README.md").read_text().partition("## Install and run")[2].partition("\n## ")[0]
     assert f"`{extra}`" in section
 
@@ -322,3 +323,29 @@ def test_readmes_first_snippet_runs_from_the_wheel(installed, smollm2):
     done = installed("python", "-c", snippet)
     assert done.returncode == 0, done.stderr
     assert "key-value cache" in done.stdout
+
+
+@pytest.mark.slow
+def test_readmes_snippets_have_types_from_an_editable_install(built, tmp_path):
+    pytest.importorskip("mypy")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    (Path(own) / "libraries.pth").write_text("\n".join(p for p in sys.path if Path(p).name.endswith("-packages")))
+    clone = built[0].parents[1] / "clone"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps"]
+    done = subprocess.run([*pip, "--no-build-isolation", "-e", str(clone)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *others = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    sources = [first] + [f"from kvcompress import load_model\n\nmodel, _ = load_model()\n{other}" for other in others]
+    files = [tmp_path / f"snippet_{number}.py" for number in range(len(sources))]
+    for file, source in zip(files, sources, strict=True):
+        file.write_text(source.partition("```")[0] + "reveal_type(cache)\nreveal_type(cache.memory())\n")
+    check = [sys.executable, "-m", "mypy", "--python-executable", str(python), "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run([*check, *map(str, files)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    # a module that is not found has the type Any, and no faults
+    assert '"kvcompress.caches.evicting.H2OCache"' in done.stdout
+    assert '"kvcompress.caches.evicting.EvictingCache"' in done.stdout
+    assert done.stdout.count('"kvcompress.memory.MemoryReport"') == len(files) >= 2

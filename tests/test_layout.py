@@ -70,7 +70,7 @@ def faults(folder, source):
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_imports_point_one_way(folder):
     # the command line stands above all folders, evals included
-    below = [file for file in sources(folder) if not file.name.startswith("cli")]
+    below = [file for file in sources(folder) if file.parent != ROOT / "kvcompress" / "cli"]
     wrong = {str(f.relative_to(ROOT)): found for f in below if (found := faults(folder, f.read_text()))}
     assert not wrong
 
@@ -83,7 +83,7 @@ def test_imports_point_one_way(folder):
         ("kernels", "from kvcompress.cache import DenseCache"),
         ("policies", "def late():\n    import transformers"),
         ("policies", "from kvcompress.evals import tasks"),
-        ("kvcompress", "from kvcompress.evals.sweep import sweep"),
+        ("kvcompress", "from kvcompress.evals.sweep.sweep import sweep"),
         ("evals", "from transformers.cache_utils import DynamicCache"),
         ("evals", "from transformers.models.llama import modeling_llama"),
         ("evals", "import kernels.merge"),
@@ -97,7 +97,10 @@ def test_the_check_of_imports_can_fail(folder, line):
 @pytest.mark.parametrize(
     ("folder", "line"),
     [
-        ("kernels", "from kvcompress.kernels.runtime import runs_triton\nimport math, torch, triton.language as tl"),
+        (
+            "kernels",
+            "from kvcompress.kernels.common.runtime import runs_triton\nimport torch, triton.language as tl",
+        ),
         ("policies", "from kvcompress.kernels import merge\nfrom dataclasses import dataclass"),
         ("kvcompress", "from transformers.cache_utils import Cache\nfrom kvcompress.policies.h2o import H2O"),
         ("evals", "from kvcompress import H2OCache\nfrom transformers import DynamicCache, set_seed"),
@@ -105,6 +108,95 @@ def test_the_check_of_imports_can_fail(folder, line):
 )
 def test_the_check_of_imports_lets_the_allowed_pass(folder, line):
     assert not faults(folder, line)
+
+
+# what each package may import of the others when it is itself imported; a module of kvcompress/ that lies in no
+# package is one of its own. kvcompress, whose names are found on first use, stands above what it names
+PACKAGES = {
+    "hf": set(),
+    "kernels": set(),
+    "policies": {"kernels"},
+    "storage": {"hf", "kernels", "policies"},
+    "memory": set(),
+    "layer": {"hf", "storage"},
+    "cache": {"hf", "layer", "memory", "storage"},
+    "caches": {"cache", "hf", "kernels", "layer", "policies", "storage"},
+    "prefix": {"cache", "caches", "hf", "kernels", "layer", "storage"},
+    "swiftkv": {"cache", "caches", "hf", "kernels", "layer", "storage"},
+    "loading": {"hf"},
+    "registry": {"cache", "caches", "policies", "prefix"},
+    "plan": {"caches", "hf", "loading", "policies", "registry", "storage"},
+    "check": {"cache", "caches", "hf", "loading", "plan", "prefix", "registry", "swiftkv"},
+    "kvcompress": set(),
+    "__main__": set(),
+    "evals.outputs": {"hf"},
+    "evals.provenance": set(),
+    "evals.timing": set(),
+    "evals.sweep": {
+        *("caches", "evals.outputs", "evals.provenance", "hf", "kvcompress", "memory", "registry", "swiftkv"),
+    },
+    "evals.lm": {"evals.sweep", "hf", "kvcompress", "registry"},
+    "evals.tasks": {"evals.sweep"},
+    "evals.bench": {
+        *("evals.provenance", "evals.sweep", "evals.timing", "hf", "kernels", "kvcompress", "policies", "registry"),
+    },
+    "evals.studies": {"evals.provenance", "evals.sweep", "evals.timing", "hf", "kvcompress", "registry", "swiftkv"},
+    "evals.peers": {"evals.provenance", "evals.sweep", "evals.tasks", "hf", "loading", "registry"},
+    "cli": {"caches"},
+}
+# what is imported on first use instead, because it costs seconds or an extra, or would close a circle
+LATE = {
+    "kvcompress": {"cache", "caches", "hf", "loading", "policies", "prefix", "swiftkv"},
+    "__main__": {"cli"},
+    "cli": {
+        *("check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress", "loading", "plan"),
+        *("registry", "swiftkv"),
+    },
+    "evals.tasks": {"evals.lm"},
+    "evals.studies": {"evals.lm"},
+}
+
+
+def package(name):
+    """The package of a dotted name within kvcompress."""
+    parts = name.split(".")[1:]
+    if not parts or (
+        not (ROOT / "kvcompress" / parts[0]).is_dir() and not (ROOT / f"kvcompress/{parts[0]}.py").exists()
+    ):
+        return "kvcompress"
+    return ".".join(parts[:2]) if parts[0] == "evals" else parts[0]
+
+
+def packages_imported():
+    """Each package's imports of other packages: those of its modules' own, and those within functions."""
+    at_once, late = {}, {}
+    for file in [file for folder in ("kvcompress", *LINKED) for file in sources(folder)]:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        own = package(".".join(parts if parts[0] == "kvcompress" else ("kvcompress", *parts)))
+        found = at_once.setdefault(own, set()), late.setdefault(own, set())
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "kvcompress":
+                names = {package(f"{node.module}.{alias.name}") for alias in node.names} - {own}
+                found[node.col_offset > 0].update(names)
+    return at_once, late
+
+
+def test_packages_import_what_they_may_and_no_more_late_than_is_counted():
+    at_once, late = packages_imported()
+    assert {own: names for own, names in at_once.items() if own != "kvcompress"} == {
+        own: names for own, names in PACKAGES.items() if own != "kvcompress"
+    }
+    assert {own: more for own, names in late.items() if (more := names - at_once[own])} == LATE
+
+
+def test_packages_form_no_circle():
+    below = {own: set(names) for own, names in PACKAGES.items()}
+    below["kvcompress"] = LATE["kvcompress"]
+    while below:
+        ground = {own for own, names in below.items() if not names & below.keys()}
+        assert ground, f"a circle among {sorted(below)}"
+        below = {own: names for own, names in below.items() if own not in ground}
 
 
 @pytest.mark.parametrize("name", LINKED)
@@ -157,11 +249,11 @@ def test_what_kvcompress_imports_is_declared():
                 # what unpacks a GGUF file
                 "loading.py": {"filelock"},
                 # torch and huggingface_hub bring it at every version
-                "prefix_store.py": {"filelock"},
+                "store.py": {"filelock"},
                 # what runs in a peer's own environment
                 "kvpress_answers.py": {"kvpress"},
             }.get(file.name, set())
-            if file.name.startswith("cli"):
+            if file.parent.name == "cli":
                 more = extras["cli"]
             assert tops <= allowed | more, f"{file.relative_to(ROOT)} imports {tops - allowed}"
 

@@ -69,7 +69,7 @@ def test_the_printed_report_names_components_and_the_ratio():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"policy": H2O()}, {"policy": H2O(), "rolled": True}, {"policy": ExpectedAttention(sinks=1, future=8)}],
+    [{"policy": H2O()}, {"policy": H2O(), "rerotated": True}, {"policy": ExpectedAttention(sinks=1, future=8)}],
     ids=["h2o", "rolled", "expected"],
 )
 @pytest.mark.parametrize("tokens", [5, 40])

@@ -12,13 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
-from kvcompress.evals import bench, gpu
-from kvcompress.kernels import pages, runtime
+from kvcompress import cli
+from kvcompress.evals.bench import gpu
+from kvcompress.evals.bench import kernels as bench
+from kvcompress.kernels import pages
+from kvcompress.kernels.common import runtime
 from kvcompress.kernels.missing_triton import MissingTriton
-from kvcompress.kernels.quantise import quantise
-from kvcompress.kernels.selection import reuse_slots
-from tests.kernels.test_runtime import CALLS, CODING
+from tests.kernels.test_runtime import CALLS, fresh, public, tensors
 from tests.test_layout import MAY_IMPORT, ROOT, imports, sources
 
 # also a plugin of pytest, that sees to it that Triton stayed hidden
@@ -43,7 +45,7 @@ sys.meta_path[:] = map(Hiding, sys.meta_path)
 
 def pytest_sessionfinish():
     assert "triton" not in sys.modules
-    assert not sys.modules["kvcompress.kernels.runtime"].HAS_TRITON
+    assert not sys.modules["kvcompress.kernels.common.runtime"].HAS_TRITON
 """
 MODULES = sorted(
     ".".join(("kvcompress", *file.relative_to(ROOT).with_suffix("").parts[folder == "kvcompress" :]))
@@ -88,7 +90,7 @@ def no_triton(monkeypatch):
 def test_triton_is_imported_in_one_file():
     files = [file for folder in MAY_IMPORT for file in sources(folder)]
     takers = [file for file in files if any(re.match(r"triton\b", name) for name in imports(file.read_text()))]
-    assert takers == [ROOT / "kernels" / "runtime.py"]
+    assert takers == [ROOT / "kernels" / "common" / "runtime.py"]
 
 
 def test_every_module_can_be_imported_without_triton(run):
@@ -128,7 +130,7 @@ def test_a_triton_that_fails_to_load_is_as_good_as_none_and_the_error_says_why(r
 def test_another_package_of_that_name_is_not_triton(run, tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").touch()
-    passes(run("-c", "from kvcompress.kernels import runtime; assert not runtime.HAS_TRITON"))
+    passes(run("-c", "from kvcompress.kernels.common import runtime; assert not runtime.HAS_TRITON"))
 
 
 def test_the_interpreter_that_is_asked_for_and_not_there_is_an_error(run):
@@ -138,7 +140,7 @@ import hiding, os, torch
 for value in ("1", "true", "ON", "0"):
     os.environ["TRITON_INTERPRET"] = value
     try:
-        import kvcompress.kernels.runtime
+        import kvcompress.kernels.common.runtime
         print("none")
     except ImportError as error:
         print(error)
@@ -152,7 +154,7 @@ for value in ("1", "true", "ON", "0"):
 def test_the_check_ahead_of_time_refuses_without_triton(run):
     code = """
 import hiding
-from kvcompress.evals import aot
+from kvcompress.evals.bench import aot
 
 try:
     aot.compile_case("merge", 0, "sm_90")
@@ -166,13 +168,23 @@ aot.main([])
     assert "Triton cannot be imported here: there is nothing to compile with" in done.stderr
 
 
-@pytest.mark.parametrize(("script", "arguments"), [(bench, ["--device", "cuda"]), (gpu, [])], ids=["bench", "gpu"])
-def test_what_measures_kernels_on_a_gpu_refuses_without_triton(script, arguments, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(script, "HAS_TRITON", False)
+@pytest.mark.parametrize(
+    ("module", "command"), [(bench, ["kernels", "--device", "cuda"]), (gpu, ["gpu"])], ids=["kernels", "gpu"]
+)
+def test_what_measures_kernels_on_a_gpu_refuses_without_triton(module, command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(module, "HAS_TRITON", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("OUT", str(tmp_path))
+    assert cli.main(["bench", *command]) == 2
+    assert "Triton cannot be imported here" in capsys.readouterr().err
+
+
+def test_the_gpu_script_of_its_own_refuses_without_triton(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "HAS_TRITON", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
-        script.main(arguments)
+        gpu.main()
     assert "Triton cannot be imported here" in capsys.readouterr().err
 
 
@@ -198,21 +210,14 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-HELD, WANTED = (torch.stack([torch.randperm(9)[:5] for _ in range(4)]).view(2, 2, 5) for _ in range(2))
-OPS = CALLS | {
-    "reuse_slots": (lambda held, wanted: reuse_slots(held, wanted, 9), (HELD, WANTED)),
-    "quantise": (lambda x: quantise(x, CODING), (torch.randn(2, 2, 3, 16, 64),)),
-}
-
-
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore:kvcompress computes in PyTorch")
 def test_the_ops_give_on_a_gpu_without_triton_what_they_give_on_a_cpu(no_triton, name):
-    call, arguments = OPS[name]
-    on_cpu, on_gpu = ([argument.clone() for argument in arguments] for _ in range(2))
-    expected, found = call(*on_cpu), call(*(argument.as_subclass(OnGPU) for argument in on_gpu))
+    on_cpu, options = fresh(name)
+    on_gpu = tree_map_only(torch.Tensor, lambda tensor: tensor.clone().as_subclass(OnGPU), fresh(name))
+    expected, found = public(name)(*on_cpu, **options), public(name)(*on_gpu[0], **on_gpu[1])
     torch.testing.assert_close(_plain(found), _plain(expected))
-    torch.testing.assert_close(on_gpu, on_cpu)
+    torch.testing.assert_close(_plain(on_gpu[0]), _plain(on_cpu))
 
 
 @pytest.mark.filterwarnings("ignore:kvcompress computes in PyTorch")
@@ -220,16 +225,14 @@ def test_a_gpu_without_triton_collects_pages_on_the_host(no_triton, monkeypatch)
     values = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
     collected = []
     monkeypatch.setattr(pages, "fetch_pages_reference", lambda *arguments: collected.append(arguments))
-    pinned = SimpleNamespace(is_pinned=lambda: True)
+    pinned = SimpleNamespace(is_pinned=lambda: True, device=torch.device("cpu"))
     arguments = values, torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), [pinned]
     pages.fetch_pages(*arguments, torch.zeros(1))
     assert collected == [arguments]
 
 
 def _plain(result):
-    if isinstance(result, torch.Tensor):
-        return result.as_subclass(torch.Tensor)
-    return None if result is None else [_plain(part) for part in result]
+    return [tensor.as_subclass(torch.Tensor) for tensor in tensors(result)]
 
 
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton to compare with")

@@ -1,27 +1,21 @@
-"""Every sentence of README.md that claims something is named by the test that proves it.
+"""Every sentence of README.md is named by a test that proves it, and many sentences of the guides are.
 
 A comment above a test, `# README: ` and words that stand so in one sentence (or table row) of README, says which one it
-proves. A sentence is proved if such a comment quotes it, or stands in `UNPROVED` with the reason.
+proves; `# docs: ` is the same for a sentence of docs/guides.
 """
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 
-from kvcompress import EvictingCache
-from kvcompress.policies.h2o import H2O
+import kvcompress
+from kvcompress import GEAR, KVzipCache, SnapKVCache, StreamingLLMCache, registry
 from tests.contract.models import tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-MARK = "# README: "
-# how sentences begin that no test can prove, and why
-UNPROVED = {
-    "[CHANGELOG.md](CHANGELOG.md) says": "another page",
-}
 
 
 def sentences(text):
@@ -39,18 +33,20 @@ def sentences(text):
     return [" ".join(one.split()) for one in found if one.strip()]
 
 
-def quotes(path):
-    """What the comments of a test file quote: pairs of a line number and words."""
+def quotes(path, mark):
+    """What the comments of a test file that begin so quote: pairs of a line number and words."""
     lines = path.read_text("utf-8").splitlines()
     return [
-        (number, " ".join(line.strip().removeprefix(MARK).split()))
+        (number, " ".join(line.strip().removeprefix(mark).split()))
         for number, line in enumerate(lines, 1)
-        if line.strip().startswith(MARK)
+        if line.strip().startswith(mark)
     ]
 
 
 SENTENCES = sentences(README)
-FILES = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in path.read_text("utf-8")]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+MARKS = {"# README: ": SENTENCES, "# docs: ": [one for page in GUIDES for one in sentences(page.read_text("utf-8"))]}
+FILES = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if any(quotes(path, mark) for mark in MARKS)]
 
 
 def names(path):
@@ -65,9 +61,9 @@ def test_a_comment_quotes_one_sentence_and_stands_above_a_test(path):
         for node in ast.walk(ast.parse("\n".join(lines)))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
-    for number, words in quotes(path):
-        said_by = [sentence for sentence in SENTENCES if words in sentence]
-        assert len(said_by) == 1, f"{path.name}:{number}: {words!r} stands in {len(said_by)} sentences of README"
+    for mark, (number, words) in [(each, quote) for each in MARKS for quote in quotes(path, each)]:
+        said_by = [sentence for sentence in MARKS[mark] if words in sentence]
+        assert len(said_by) == 1, f"{path.name}:{number}: {mark}{words!r} stands in {len(said_by)} sentences"
         after = number + 1
         while lines[after - 1].strip().startswith("#"):
             after += 1
@@ -75,12 +71,9 @@ def test_a_comment_quotes_one_sentence_and_stands_above_a_test(path):
 
 
 def test_every_sentence_is_quoted_by_a_test():
-    quoted = [words for path in FILES for _, words in quotes(path)]
-    silent = [one for one in SENTENCES if not any(words in one for words in quoted)]
-    excused = [one for one in silent if any(one.startswith(words) for words in UNPROVED)]
-    missing = [one for one in silent if one not in excused]
+    quoted = [words for path in FILES for _, words in quotes(path, "# README: ")]
+    missing = [one for one in SENTENCES if not any(words in one for words in quoted)]
     assert not missing, f"{len(missing)} sentences are proved by no test:\n" + "\n".join(missing)
-    assert len(excused) == len(UNPROVED), "sentences of UNPROVED are quoted, or not there"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +90,12 @@ def test_sentences_are_told_apart(text, expected):
     assert sentences(text) == expected
 
 
+def test_readme_is_shorter_than_150_lines():
+    assert len(README.splitlines()) < 150
+
+
+# README: Guides: [choose a method]
+# README: To change the code
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "evals/results/README.md"])
 def test_what_a_page_links_to_is_there(page):
     path = ROOT / page
@@ -104,14 +103,46 @@ def test_what_a_page_links_to_is_there(page):
     assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
 
 
-# README: Every policy has a module of its own
-# README: What the short names do not take, `EvictingCache(model, policy=H2O(), budget=512)` does
-def test_the_policies_that_it_names_are_found_where_it_says():
-    named = {*re.findall(r"policy=(\w+)\(", README), *re.findall(r"packed=(\w+)\(", README)}
-    assert {"H2O", "TOVA", "GEAR"} <= named
-    for name in named - {"ValueNorm"}:
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-        (module,) = {words, words.replace("_", "")} & {file.stem for file in (ROOT / "policies").glob("*.py")}
-        assert hasattr(importlib.import_module(f"kvcompress.policies.{module}"), name)
-    cache = EvictingCache(tiny(), policy=H2O(), budget=512, allocation="pyramid", rolled=True)
-    assert cache.allocation == "pyramid"
+def table(page):
+    """The page's table of methods as it should be, and as it is; rows of what is no method of its own stay."""
+    is_now = page[page.index("| name | class |") :].partition("\n\n")[0].split("\n")
+    rows = [
+        f"| `{each.name}` | `{each.label}` | {each.about} | {each.costs} | {each.paper} |".replace("|  |", "| |")
+        for each in registry.METHODS.values()
+        if each.kind.__module__.startswith("kvcompress.")
+    ]
+    others = [line for line in is_now[2:] if line.split("`")[1] not in registry.METHODS]
+    return [*is_now[:2], *rows, *others], is_now
+
+
+def test_its_table_of_methods_is_what_they_say_of_themselves():
+    expected, found = table(README)
+    assert found == expected, "`make readme` writes it"
+
+
+# README: Caches and policies are imported from `kvcompress`
+def test_what_it_names_is_imported_from_kvcompress():
+    classes = re.findall(r"`(?:\w+ = )?(\w+(?:Cache|Store))\b", README)
+    named = {*re.findall(r"(?:policy|packed)=(\w+)\(", README), *classes} - {
+        "ValueNorm",
+        "DynamicCache",
+        "QuantizedCache",
+    }
+    assert {"TOVA", "Random", "GEAR", "H2OCache", "PrefixStore"} <= named
+    assert all(hasattr(kvcompress, name) for name in named)
+    assert named <= set(dir(kvcompress))
+
+
+# README: Each takes three more settings
+# README: `packed=GEAR(bits=4)` keeps them in codes
+@pytest.mark.parametrize("kind", [SnapKVCache, StreamingLLMCache])
+def test_short_names_take_what_evicting_cache_takes(kind):
+    cache = kind(tiny(), budget=512, allocation="pyramid", packed=GEAR(bits=4))
+    assert (cache.allocation, cache.packed) == ("pyramid", GEAR(bits=4))
+    assert kind(tiny(), budget=512, rerotated=True).rerotated
+    assert KVzipCache(tiny(), budget=512, allocation="pyramid").allocation == "pyramid"
+
+
+if __name__ == "__main__":
+    expected, found = table(README)
+    (ROOT / "README.md").write_text(README.replace("\n".join(found), "\n".join(expected)), "utf-8")

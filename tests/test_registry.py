@@ -1,13 +1,67 @@
+"""Methods by name: what is registered, what a spec means, and what others add."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvcompress import DenseCache, EvictingCache, ShadowKVCache, registry
+import kvcompress
+from kvcompress import H2O, TOVA, DenseCache, EvictingCache, Policy, ShadowKVCache, register, registry
+from kvcompress.evals.sweep.rows import read_rows
+from kvcompress.plan import make_plan, read_shape
+from kvcompress.policies.method import LISTED
+
+ROOT = Path(__file__).parents[1]
+MINE = '''
+from dataclasses import dataclass
+from kvcompress import CompressedCache, DenseCache, Policy
+
+@dataclass(frozen=True, kw_only=True)
+class Oldest(Policy):
+    """The oldest tokens.
+
+    bias: has no effect.
+    """
+    bias: float = 0.0
+
+    def score(self, candidates):
+        return -candidates.positions.float()
+
+class Full(DenseCache):
+    """All of them."""
+
+number = 3
+'''
 
 
 @pytest.fixture(scope="module")
 def model():
     config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with a module of a user's, in which a command is run."""
+    (tmp_path / "my_policies.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_policies", raising=False)
+    yield tmp_path
+    sys.modules.pop("my_policies", None)
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """What is registered meanwhile is forgotten."""
+    before = dict(LISTED)
+    yield
+    LISTED.clear()
+    LISTED.update(before)
 
 
 def test_every_name_builds_a_cache(model):
@@ -18,27 +72,139 @@ def test_every_name_builds_a_cache(model):
         assert isinstance(cache, DenseCache) == (name == "none")
 
 
+def test_a_policy_is_registered_by_its_own_file_alone():
+    policies = {method.kind for method in registry.METHODS.values() if issubclass(method.kind, Policy)}
+    assert {kind.__module__ for kind in policies} == {
+        f"kvcompress.policies.{file.stem}"
+        for file in (ROOT / "policies").glob("*.py")
+        if "\n@register(\n" in file.read_text() or '\n@register("' in file.read_text()
+    }
+    assert {kind.__name__ for kind in policies} <= set(kvcompress.__all__)
+    assert all(getattr(kvcompress, kind.__name__) is kind for kind in policies)
+
+
+# README: `--cache` and `--methods` take the names, with settings as in `h2o:sinks=4`
 def test_settings_go_to_the_policy_and_the_cache(model):
     cache = registry.build("h2o:sinks=4:recent=0.25:allocation=pyramid", model, 64)
     assert (cache.policy.sinks, cache.policy.recent, cache.allocation) == (4, 0.25, "pyramid")
+
+
+def test_a_budget_in_a_spec_counts_before_the_one_beside(model):
+    assert registry.build("h2o:budget=0.3", model, 64).budget == 0.3
+    assert registry.build("shadowkv:budget=32", model).budget == 32
 
 
 def test_a_spec_has_one_spelling():
     assert registry.canonical("h2o:sinks=4:recent=0.25") == registry.canonical(" h2o:recent=0.25:sinks=4")
     assert registry.canonical("full") == registry.canonical("dense") == "none"
     assert registry.canonical("SnapKV:sinks=4") == registry.canonical("snapkv:sinks=4")
+    assert registry.canonical("streaming_llm") == "streaming"
+
+
+def test_a_setting_by_its_old_name_is_the_same_in_specs_and_recorded_rows(model, tmp_path):
+    assert registry.build("h2o:rolled=true", model, 64).rerotated
+    assert registry.canonical("h2o:rolled=true:sinks=4") == "h2o:rerotated=True:sinks=4"
+    (tmp_path / "results.jsonl").write_text('{"key": "a", "method": "h2o:rolled=True:sinks=4"}\n{"key": "b"}\n')
+    assert [row.get("method") for row in read_rows(tmp_path).values()] == ["h2o:rerotated=True:sinks=4", None]
+
+
+def test_usual_stands_for_what_a_sweep_measures_unless_told():
+    names = registry.expanded(["none", "Usual"])
+    assert names[0] == "none"
+    assert {"h2o", "random", "gear", "kivi"} < set(names)
+    assert not {"hydragen", "shadowkv"} & set(names)
 
 
 @pytest.mark.parametrize(
     ("spec", "budget", "message"),
     [
-        ("h3o", 64, "unknown method 'h3o'; known: none, h2o, "),
+        ("h3o", 64, r"unknown method 'h3o'; known: none, random, h2o, .*, or module:Class of your own"),
         ("h2o:sinks", 64, "a method's settings are written h2o:setting=value, got 'h2o:sinks'"),
         ("h2o:size=1", 64, "the method h2o does not take these settings: .*size"),
+        ("none:budget=3", None, "the method none does not take these settings: .*budget"),
         ("h2o", None, "the method h2o needs a budget"),
         ("h2o:sinks=-1", 64, "sinks must be 0 tokens or more"),
+        ("h2o:budget=half", 64, "budget must be a count of tokens such as 512, or a fraction such as 0.2, got 'half'"),
+        ("nowhere.at_all:Mine", 64, "unknown method 'nowhere.at_all:Mine'; .* has a module 'nowhere.at_all'"),
+        ("my_policies:Newest", 64, "my_policies:Newest must be a Policy or a CompressedCache, got None"),
+        ("my_policies:number", 64, "my_policies:number must be a Policy or a CompressedCache, got 3"),
+        ("my_policies:Oldest:size=1", 64, "the method my_policies:Oldest does not take these settings: .*size"),
+        ("my_policies:Oldest", None, "the method my_policies:Oldest needs a budget"),
     ],
 )
-def test_mistakes_are_named(model, spec, budget, message):
+def test_mistakes_are_named(model, spec, budget, message, mine):
     with pytest.raises(ValueError, match=message):
         registry.build(spec, model, budget)
+
+
+def test_a_module_that_lacks_another_says_which(mine):
+    (mine / "my_policies.py").write_text("import no_such_library")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        registry.parse("my_policies:Oldest")
+
+
+# docs: There a class of your own is `my_policies:MyPolicy`
+def test_a_class_of_ones_own_is_a_method_by_where_it_is(model, mine):
+    cache = registry.build("my_policies:Oldest:bias=1:recent=3:bits=4", model, 8)
+    assert (type(cache.policy).__name__, cache.policy.bias, cache.policy.recent, cache.packed.bits) == (
+        "Oldest",
+        1,
+        3,
+        4,
+    )
+    assert registry.canonical("my_policies:Oldest:recent=3:bias=1") == "my_policies:Oldest:bias=1:recent=3"
+    assert registry.parse("my_policies:Oldest")[0].about == "The oldest tokens."
+    assert type(registry.build("my_policies:Full", model)).__name__ == "Full"
+    assert registry.parse("kvcompress.policies.tova:TOVA")[0].kind is TOVA
+
+
+def test_a_command_finds_a_class_in_the_folder_that_it_runs_in(mine):
+    code = "from kvcompress import registry; print(registry.canonical('my_policies:Oldest:budget=0.30'))"
+    # as the installed command is started: its own folder is first on the path, not the one it runs in
+    (mine / "bin").mkdir()
+    (mine / "bin" / "command.py").write_text(code)
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run([sys.executable, "bin/command.py"], capture_output=True, text=True, cwd=mine, env=environment)
+    assert done.stdout == "my_policies:Oldest:budget=0.3\n", done.stderr
+
+
+def test_what_plan_can_size_is_what_follows_a_policy(mine, model):
+    model.save_pretrained(mine / "model")
+    shape = read_shape(str(mine / "model"))
+    own, tova = make_plan(shape, ["my_policies:Oldest:budget=20", "tova"], 100, 2, 0.2, torch.float16)
+    assert (own.budget, own.cache) == (20, tova.cache)
+    with pytest.raises(ValueError, match="the method my_policies:Full follows no policy"):
+        make_plan(shape, ["my_policies:Full"], 100, 2, 0.2, torch.float16)
+
+
+def test_a_name_belongs_to_one_class(listed):
+    class Mine(H2O):
+        pass
+
+    register("mine", "anything", aliases=("own",))(Mine)
+    assert registry.canonical("Own:sinks=2") == "mine:sinks=2"
+    # a cell of a notebook that runs again
+    register("mine", "anything else")(Mine)
+    assert registry.parse("mine")[0].about == "anything else"
+    with pytest.raises(
+        ValueError, match=r"the name 'h2o' belongs to kvcompress.policies.h2o.H2O; register .*Mine under"
+    ):
+        register("h2o", "anything")(Mine)
+    with pytest.raises(ValueError, match="a method's name is in lower case and without any of ':=, ', got 'my:h2o'"):
+        register("my:h2o", "anything")
+
+
+# docs: Packages name theirs in the entry point group `kvcompress.methods`
+def test_methods_of_installed_packages_are_listed_by_their_entry_points(model, mine, monkeypatch, listed):
+    values = {"oldest": "my_policies:Oldest", "broken": "nowhere:Mine", "number": "my_policies:number"}
+    points = [EntryPoint(name, value, registry.GROUP) for name, value in (values | {"module": "my_policies"}).items()]
+    monkeypatch.setattr(sys, "path", [str(mine), *sys.path])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in points if group == registry.GROUP])
+    with pytest.warns(UserWarning, match="left out") as caught:
+        registry._import_installed()
+    assert registry.build("oldest:bias=2", model, 8).policy.bias == 2
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == 2
+    assert "the method 'broken' of an unknown package (kvcompress.methods: nowhere:Mine) is left out" in texts[0]
+    assert "expected a Policy, a CompressedCache or a module that registers some, got 3" in texts[1]
+    assert not {"broken", "number", "module"} & set(registry.METHODS)

@@ -1,49 +1,51 @@
 """Prompts for libraries that need an environment of their own, and their answers as rows of a sweep.
 
-    python -m kvcompress.evals.peers.exchange prompts --out prompts --tasks needle,kv --lengths 512,1024 --samples 10
+    kvcompress peers prompts --out prompts --tasks needle,kv --lengths 512,1024 --samples 10
     (in the peer's environment)  python evals/peers/kvpress_answers.py prompts/prompts.jsonl --model ... --out ...
-    python -m kvcompress.evals.peers.exchange rows --prompts prompts --answers prompts/kvpress.jsonl --out results
+    kvcompress peers rows --prompts prompts --answers prompts/kvpress.jsonl --out results
 
 The tokens, the answers that count and the scorer are those of `kvcompress sweep` with the same settings, and so are
 the rows, beside which they stand in one `results.jsonl`, report and plot. Bytes are those of the peer's live tensors
 when the question comes, as with our caches; `bytes_after` adds what it holds after the answer.
 """
 
-import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from transformers import PreTrainedModel
-
-from kvcompress.evals.points import Point, Settings
-from kvcompress.evals.protocol import PROTOCOLS, split
 from kvcompress.evals.provenance import provenance
-from kvcompress.evals.rows import Results, mean_of, standard_error
-from kvcompress.evals.sweep import Sweep
-from kvcompress.evals.tasks import Sample, Tokenizer, make_prompt, make_samples, score
+from kvcompress.evals.sweep.points import Point, Settings
+from kvcompress.evals.sweep.protocol import PROTOCOLS, Measured, split
+from kvcompress.evals.sweep.rows import Results, held, mean_of
+from kvcompress.evals.sweep.samples import Prompt, Sample, make_prompt
+from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.sweep.synthetic import SyntheticTask, score_answers
+from kvcompress.evals.tasks import make_tasks
+from kvcompress.hf import sizes
 from kvcompress.loading import load_model
+from kvcompress.registry import FULL
 
 PEER = "kvpress"
-_FULL = "none"
+
+ModelName = Annotated[str | None, "hub id, folder or .gguf file; by default the one of kvcompress sweep"]
 
 
 def write_prompts(sweep: Sweep, folder: Path) -> int:
     """Writes every prompt of a sweep as `prompts.jsonl`, and the settings as `settings.json`; gives their number."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for task, length, protocol in _cells(sweep.settings):
-        for index, sample in enumerate(_samples(sweep, task, length)):
-            prompt = make_prompt(sweep.tokenizer, sample)
-            first, last = split(prompt, protocol, sweep.settings.hold_back)
+    for point, samples, prompts in _asked(sweep):
+        for name, prompt in zip(_names(point, samples), prompts, strict=True):
+            first, last = split(prompt, point.protocol, sweep.settings.hold_back)
             row = {
-                "id": _name(task, length, protocol, index),
-                "length": length,
+                "id": name,
+                "length": point.length,
                 "first": first,
                 "last": last,
                 "max_new_tokens": prompt.max_new_tokens,
-                "stops": sorted(sweep.stops),
+                "stops": sorted(sweep.subject.stops),
             }
             lines.append(json.dumps(row))
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
@@ -64,140 +66,109 @@ def read_rows(sweep: Sweep, answers: Path) -> list[dict[str, Any]]:
         if key in found:
             raise ValueError(f"{answers} answers {row['id']} twice by {row['press']} at {row['budget']}")
         found[key] = row
-    points = list(dict.fromkeys(key[:2] for key in found))
     rows, used = [], 0
-    for task, length, protocol in _cells(sweep.settings):
-        samples = _samples(sweep, task, length)
-        names = [_name(task, length, protocol, index) for index in range(len(samples))]
-        for press, budget in points:
+    for cell, samples, prompts in _asked(sweep):
+        names = _names(cell, samples)
+        for press, budget in dict.fromkeys(key[:2] for key in found):
             given = [found[press, budget, name] for name in names if (press, budget, name) in found]
             if not given:
                 continue
             if len(given) < len(names):
                 raise ValueError(
-                    f"{answers} answers {len(given)} of the {len(names)} samples of {task} {length} {protocol} by "
-                    f"{press} at {budget}"
+                    f"{answers} answers {len(given)} of the {len(names)} samples of {cell.task} {cell.length} "
+                    f"{cell.protocol} by {press} at {budget}"
                 )
             used += len(given)
-            rows.append(_row(sweep, Point(task, length, protocol, f"{PEER}-{press}", budget), samples, given))
+            point = dataclasses.replace(cell, method=f"{PEER}-{press}", budget=budget)
+            rows.append(_row(sweep, point, samples, prompts, given))
     if used < len(found):
         raise ValueError(f"{len(found) - used} answers in {answers} are to no prompt of these settings")
     return rows
 
 
-def _row(sweep: Sweep, point: Point, samples: list[Sample], given: list[dict[str, Any]]) -> dict[str, Any]:
-    tokenizer, length = sweep.tokenizer, point.length
-    assert length is not None
-    predictions = [tokenizer.decode(row["tokens"], skip_special_tokens=True) for row in given]
-    scores = [score(sample, said) for sample, said in zip(samples, predictions, strict=True)]
-    prompts = [make_prompt(tokenizer, sample) for sample in samples]
+def _row(
+    sweep: Sweep, point: Point, samples: list[Sample], prompts: list[Prompt], given: list[dict[str, Any]]
+) -> dict[str, Any]:
+    of, dtype = sizes(sweep.model.config), sweep.model.dtype
+    bytes_per_token = 2 * of.kv_heads * of.head_dim * of.layers * dtype.itemsize
     seen = [len(split(prompt, point.protocol, sweep.settings.hold_back)[0]) for prompt in prompts]
-    kept = [count for row in given for count in row["kept"]]
-    full = mean_of(seen) * _bytes_a_token(sweep.model)
-    size = mean_of([row["bytes"] for row in given])
-    facts = sweep.facts(point) | {"peer": given[0]["where"] | {"masked": any(row["masked"] for row in given)}}
-    return {
-        "key": sweep.key(point),
-        **facts,
-        "status": "ok",
-        "metric": "answers found",
-        "score": mean_of(scores),
-        "stderr": standard_error(scores),
-        "budget_tokens": point.budget_tokens(length),
-        "bytes": round(size),
-        "full_bytes": round(full),
-        "ratio": round(size / full, 5),
-        "device_bytes": round(size),
-        "host_bytes": 0,
-        "fetched_bytes": 0,
-        "bytes_after": round(mean_of([row["bytes_after"] for row in given])),
-        "tokens_seen": mean_of(seen),
-        "tokens_kept": round(mean_of(kept), 2),
-        "least_kept": round(min(kept)),
-        "most_kept": round(max(kept)),
-        "compressed": size < full,
-        "scores": scores,
-        "depths": [round(sample.depth, 3) for sample in samples],
-        "answers": [list(sample.answers) for sample in samples],
-        "predictions": predictions,
-        "seconds": round(sum(row["seconds"] for row in given), 3),
-        "provenance": provenance(sweep.model.device),
-    }
-
-
-def _bytes_a_token(model: PreTrainedModel) -> int:
-    from kvcompress.hf import sizes
-
-    of = sizes(model.config)
-    return 2 * of.kv_heads * of.head_dim * of.layers * model.dtype.itemsize
-
-
-def _cells(settings: Settings) -> list[tuple[str, int, str]]:
-    return [
-        (task, length, protocol)
-        for task in settings.tasks
-        for length in settings.lengths
-        for protocol in settings.protocols
-    ]
-
-
-def _name(task: str, length: int, protocol: str, index: int) -> str:
-    return f"{task}/{length}/{protocol}/{index}"
-
-
-def _samples(sweep: Sweep, task: str, length: int) -> list[Sample]:
-    settings = sweep.settings
-    return make_samples(task, sweep.tokenizer, length, settings.samples, seed=settings.seed, text=settings.text)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _sweep(settings: Settings, model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> Sweep:
-    return Sweep(settings, model, tokenizer, folder)
-
-
-def main() -> None:
-    """The two commands."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="hub id, folder or .gguf file; by default the one of kvcompress sweep")
-    commands = parser.add_subparsers(dest="command", required=True)
-    prompts = commands.add_parser("prompts")
-    prompts.add_argument("--out", type=Path, required=True)
-    prompts.add_argument("--tasks", default="needle")
-    prompts.add_argument("--lengths", default="512,1024")
-    prompts.add_argument("--samples", type=int, default=10)
-    prompts.add_argument("--protocols", default=",".join(PROTOCOLS))
-    prompts.add_argument("--seed", type=int, default=0)
-    prompts.add_argument("--text")
-    rows = commands.add_parser("rows")
-    rows.add_argument("--prompts", type=Path, required=True)
-    rows.add_argument("--answers", type=Path, required=True)
-    rows.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    model, tokenizer = load_model(given.model)
-    if given.command == "prompts":
-        settings = Settings(
-            (_FULL,),
-            (1.0,),
-            tuple(given.tasks.split(",")),
-            tuple(int(length) for length in given.lengths.split(",")),
-            given.samples,
-            tuple(given.protocols.split(",")),
-            given.seed,
-            text=given.text,
+    measured = [
+        Measured(
+            sequences=1,
+            bytes_held=row["bytes"],
+            full_bytes=tokens * bytes_per_token,
+            by_component={},
+            tokens_seen=tokens,
+            tokens_kept=mean_of(row["kept"]),
+            least_kept=round(min(row["kept"])),
+            most_kept=round(max(row["kept"])),
         )
-        print(f"{write_prompts(_sweep(settings, model, tokenizer, given.out), given.out)} prompts")
-        return
-    fields = json.loads((given.prompts / "settings.json").read_text())
-    settings = Settings(**{name: _tuple(value) for name, value in fields.items()})
-    given.out.mkdir(parents=True, exist_ok=True)
-    results = Results(given.out)
-    for row in read_rows(_sweep(settings, model, tokenizer, given.out), given.answers):
+        for tokens, row in zip(seen, given, strict=True)
+    ]
+    memory = held(measured, point.budget_tokens(point.context))
+    # a peer's tensors are counted together
+    del memory["by_component"]
+    scores, said = score_answers(sweep.tokenizer, samples, [row["tokens"] for row in given])
+    where = {"peer": given[0]["where"] | {"masked": any(row["masked"] for row in given)}}
+    return (
+        {"key": sweep.key(point), **sweep.facts(point), **where, "status": "ok"}
+        | scores
+        | memory
+        | {"bytes_after": round(mean_of([row["bytes_after"] for row in given]))}
+        | said
+        | {"seconds": round(sum(row["seconds"] for row in given), 3), "provenance": provenance(sweep.model.device)}
+    )
+
+
+def _asked(sweep: Sweep) -> Iterator[tuple[Point, list[Sample], list[Prompt]]]:
+    """For each task, length and protocol the point of the full cache, with its samples and their prompts."""
+    for point in sweep.points:
+        task = sweep.tasks[point.task]
+        if not isinstance(task, SyntheticTask):
+            raise ValueError(f"a peer is asked tasks that are made here, got {point.task!r}")
+        if point.method == FULL:
+            samples = task.samples(sweep.tokenizer, point.context)
+            yield point, samples, [make_prompt(sweep.tokenizer, sample) for sample in samples]
+
+
+def _names(point: Point, samples: list[Sample]) -> list[str]:
+    return [f"{point.task}/{point.length}/{point.protocol}/{index}" for index in range(len(samples))]
+
+
+def _sweep(settings: Settings, model: str | None, folder: Path) -> Sweep:
+    return Sweep(settings, make_tasks(settings), *load_model(model), folder)
+
+
+def prompts(
+    out: Annotated[Path, "folder for prompts and settings"],
+    model: ModelName = None,
+    tasks: Annotated[str, "by commas"] = "needle",
+    lengths: Annotated[str, "by commas, in tokens"] = "512,1024",
+    samples: Annotated[int, "of each task and length"] = 10,
+    protocols: Annotated[str, "by commas"] = ",".join(PROTOCOLS),
+    seed: Annotated[int, "of the tasks"] = 0,
+    text: Annotated[str | None, "UTF-8 file for the essay haystacks"] = None,
+) -> None:
+    """Write the prompts of a sweep for a peer."""
+    counts = tuple(int(length) for length in lengths.split(","))
+    settings = Settings(
+        (FULL,), (1.0,), tuple(tasks.split(",")), counts, samples, tuple(protocols.split(",")), seed, text=text
+    )
+    print(f"{write_prompts(_sweep(settings, model, out), out)} prompts")
+
+
+def rows(
+    prompts: Annotated[Path, "folder of kvcompress peers prompts"],
+    answers: Annotated[Path, "file of the peer's answers to them"],
+    out: Annotated[Path, "folder of a sweep, whose results.jsonl gets the rows"],
+    model: ModelName = None,
+) -> None:
+    """Score a peer's answers, as rows of a sweep."""
+    fields = json.loads((prompts / "settings.json").read_text())
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    settings = Settings(**values)
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results(out)
+    for row in read_rows(_sweep(settings, model, out), answers):
         results.append(row)
         print(f"{row['task']} {row['length']} {row['protocol']} {row['method']} {row['budget']}: {row['score']:.2f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-r"""Answers the prompts of kvcompress.evals.peers.exchange with kvpress, in kvpress's own environment.
+r"""Answers the prompts of `kvcompress peers prompts` with kvpress, in kvpress's own environment.
 
 kvpress needs transformers < 5.3, which kvcompress does not run on; this file imports nothing of kvcompress:
 

@@ -10,8 +10,8 @@
     families    the model classes that a SwiftKV model is built on
     versions    which releases were tested
 
-Nothing outside of it matches, reads or passes a name of transformers' (tests/test_seam.py): a cache among arguments is
-found by its type, and where a model was given one that its layers do not find, that is an error and never "no cache".
+Nothing outside of it matches, reads or passes a name of transformers' (tests/hf/test_seam.py): a cache among arguments
+is found by its type, and where a model was given one that its layers do not find, that is an error, never "no cache".
 """
 
 from kvcompress.hf.attention import IMPLEMENTATION as IMPLEMENTATION
@@ -19,9 +19,9 @@ from kvcompress.hf.attention import ONE_TOKEN as ONE_TOKEN
 from kvcompress.hf.attention import Attends as Attends
 from kvcompress.hf.attention import TokensSeen as TokensSeen
 from kvcompress.hf.attention import attention_name as attention_name
-from kvcompress.hf.attention import hand_over as hand_over
 from kvcompress.hf.attention import release as release
 from kvcompress.hf.attention import select_attention as select_attention
+from kvcompress.hf.attention import tag_key as tag_key
 from kvcompress.hf.calls import CACHE_SPELLINGS as CACHE_SPELLINGS
 from kvcompress.hf.calls import AttendingCache as AttendingCache
 from kvcompress.hf.calls import Cache as Cache

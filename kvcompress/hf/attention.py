@@ -60,7 +60,7 @@ class TokensSeen(int):
 ONE_TOKEN = TokensSeen(1)
 
 
-def hand_over(key: Tensor, layer: Attends) -> Tensor:
+def tag_key(key: Tensor, layer: Attends) -> Tensor:
     """The key tensor with the handle by which the attention function finds the layer."""
     # a view of its own: the caller's tensor stays free of the handle
     key = key.view_as(key)

@@ -11,24 +11,30 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, HydragenCache, ShadowKVCache
+from kvcompress import (
+    GEAR,
+    H2O,
+    DenseCache,
+    EvictingCache,
+    GEARCache,
+    H2OCache,
+    HydragenCache,
+    Policy,
+    ShadowKVCache,
+    registry,
+)  # fmt: skip
 from kvcompress.hf import head_counts
-from kvcompress.policies.chunkkv import ChunkKV
-from kvcompress.policies.expected_attention import ExpectedAttention
-from kvcompress.policies.gear import GEAR
-from kvcompress.policies.h2o import H2O
-from kvcompress.policies.keydiff import KeyDiff
-from kvcompress.policies.knorm import Knorm
-from kvcompress.policies.kvzip import KVzip
-from kvcompress.policies.policy import Policy
-from kvcompress.policies.snapkv import SnapKV
-from kvcompress.policies.streaming_llm import StreamingLLM
-from kvcompress.policies.tova import TOVA
-from kvcompress.rolled import RolledSlots
+from kvcompress.storage.rerotated import RerotatedSlots
 from tests.contract.oracle import Decoded, Kept, Transcript, recording
 
 BUDGET = 8
 LARGE = 10_000
+# every policy that is registered, with settings for few tokens
+POLICIES: dict[str, Policy] = {
+    name: method.kind(**{setting: values[0] for setting, values in method.tried.items()})
+    for name, method in registry.METHODS.items()
+    if method.kind is not None and issubclass(method.kind, Policy)
+}
 # sequences stay dense up to 16 tokens, and fold four chunks of the 20 that most tests feed
 SHADOW: dict[str, Any] = {
     "budget": 4, "rank": 12, "chunk": 2, "outlier_chunks": 2, "local_chunks": 4, "fold": 12, "select_queries": 6,
@@ -107,13 +113,13 @@ def closed_up(cache: Any) -> Decoded:
         stored, positions = layer.slots, layer.slots.positions.long()
         places = kept.shape[-1]
         # rolled slots give their keys out for another query than the newest
-        contents = (stored.keys, stored.values) if isinstance(stored, RolledSlots) else stored.contents()
+        contents = (stored.keys, stored.values) if isinstance(stored, RerotatedSlots) else stored.contents()
         at = positions.masked_fill(positions < 0, places)[..., None].expand_as(contents[0])
         keys, values = (
             tensor.new_zeros(*tensor.shape[:2], places + 1, tensor.shape[3]).scatter_(2, at, tensor)[:, :, :places]
             for tensor in contents
         )
-        if isinstance(stored, RolledSlots):
+        if isinstance(stored, RerotatedSlots):
             newer = kept.flip(-1).cumsum(-1).flip(-1)
             keys = layer.rope.rotate(keys.float(), layer.lengths[:, None, None] - newer).to(keys.dtype)
         decoded.append((keys, values))
@@ -160,7 +166,7 @@ def attended(cache: Any) -> Kept:
     kept: Kept = []
     for layer in cache.layers:
         segment = getattr(layer, "segment", None)
-        reads_all = layer.in_hand is not None and layer.in_hand[0].shape[2] > SHADOW["select_queries"]
+        reads_all = layer.pending_kv is not None and layer.pending_kv[0].shape[2] > SHADOW["select_queries"]
         if segment is None or (reads_all and bool((segment.folded > 0).any())):
             kept.append(None)
             continue
@@ -226,12 +232,12 @@ def _evicting(
     name: str,
     policy: Policy,
     budget: int | float = BUDGET,
-    rolled: bool = False,
+    rerotated: bool = False,
     packed: GEAR | None = None,
     **promises: Any,
 ) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
-        return EvictingCache(model, policy=policy, budget=budget, rolled=rolled, packed=packed)
+        return EvictingCache(model, policy=policy, budget=budget, rerotated=rerotated, packed=packed)
 
     def limit(layer: int, tokens: int) -> int:
         return budget if isinstance(budget, int) else max(policy.least_budget(), int(budget * tokens))
@@ -285,21 +291,14 @@ ENTRIES = [
         roomy=lambda model: EvictingCache(model, policy=H2O(), budget=LARGE, allocation="pyramid"),
         budget=_pyramid,
     ),
-    _evicting("snapkv", SnapKV(window=3, recent=3, kernel=3)),
-    _evicting("chunkkv", ChunkKV(window=3, recent=3, chunk=4)),
-    _evicting("kvzip", KVzip(sinks=1, chunk=7, prompt=(5, 6))),
-    _evicting("tova", TOVA()),
-    _evicting("streaming", StreamingLLM(sinks=2)),
-    _evicting("keydiff", KeyDiff()),
-    _evicting("knorm", Knorm()),
-    _evicting("expected", ExpectedAttention()),
+    *(_evicting(name, policy) for name, policy in POLICIES.items() if name != "h2o"),
     _packing("gear", bits=2, rank=3, rank_decode=2, outliers=0.1),
     _packing("gear_whole", bits=4, rank=2, rank_decode=2, outliers=0.05, backbone="whole"),
     _packing("kivi", bits=3, outliers=0.0),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
     dataclasses.replace(_shadow("shadowkv_whole", {"exact": True}), make=_whole),
     _evicting("h2o_packed", H2O(sinks=1), packed=GEAR(bits=3, group_size=8), decoded=closed_up, dtype=torch.float64),
-    _evicting("h2o_rolled", H2O(), rolled=True, decoded=closed_up, refuses=("opt",)),
+    _evicting("h2o_rolled", H2O(), rerotated=True, decoded=closed_up, refuses=("opt",)),
 ]
 
 by_name = {entry.name: entry for entry in ENTRIES}

@@ -48,14 +48,14 @@ def test_the_promise_is_what_transformers_reads(entry):
     assert entry.build(tiny()).is_compileable
 
 
-# README: Fixed-capacity caches decode under `torch.compile(fullgraph=True)` as one graph
-@caches("h2o", "h2o_packed", "snapkv", "tova", "streaming")
+# docs: Fixed-capacity caches decode under `torch.compile(fullgraph=True)` as one graph
+@caches("h2o", "h2o_packed", "snapkv")
 @pytest.mark.parametrize("family", ["llama"])
 def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, family):
     check(entry, family)
 
 
-# README: Compiled steps look neither at ended rows nor at positions
+# docs: Compiled steps look neither at ended rows nor at positions
 def test_a_compiled_step_looks_neither_at_ended_rows_nor_at_positions():
     model = tiny()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = END, PAD

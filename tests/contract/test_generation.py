@@ -19,7 +19,7 @@ def test_greedy_decoding_equals_the_oracle(entry):
     assert_equals_oracle(model, transcript)
 
 
-# README: The evicting ones evict at the end of every forward, in prefill and at each decode step
+# README: The evicting caches evict at the end of every forward, in prefill and at each decode step
 @those(lambda entry: entry.budget)
 def test_what_is_kept_stays_within_the_budget_at_every_step(entry):
     model = tiny()
@@ -116,7 +116,7 @@ def test_a_prompt_shorter_than_any_budget_equals_the_oracle(entry, tokens):
     assert cache.get_seq_length() == tokens + 3
 
 
-# README: Prompt-lookup and assisted decoding need one that keeps every token: Dense, Hydragen, GEAR, KIVI
+# README: Prompt-lookup and assisted decoding need a cache that keeps every token: Dense, Hydragen, GEAR, KIVI
 @those(lambda entry: entry.exact)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
@@ -148,7 +148,7 @@ def test_speculative_decoding_equals_the_oracle(entry, family):
 REFUSED = r"cannot take back \d+ tokens.*use DenseCache|requires a cache that can be cropped"
 
 
-# README: Prompt-lookup and assisted decoding need one that keeps every token
+# README: Prompt-lookup and assisted decoding need a cache that keeps every token
 @those(lambda entry: not entry.croppable)
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
 def test_speculative_decoding_is_refused_and_the_cache_stays_whole(entry, way):

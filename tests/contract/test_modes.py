@@ -12,7 +12,7 @@ from kvcompress import EvictingCache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.kvzip import KVzip
-from tests.contract.caches import ENTRIES, Entry, every_cache, slots, those
+from tests.contract.caches import ENTRIES, Entry, caches, every_cache, slots, those
 from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, build, prompt, tiny
 
@@ -124,7 +124,7 @@ def test_what_changes_a_cache_works_under_autocast(entry):
         assert feed(model, cache, prompt(1, 2, seed=4)).isfinite().all()
 
 
-# README: a model that changes its dtype in between
+# README: a model that changes its dtype between calls
 @every_cache
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_model_of_another_dtype_goes_on_with_a_filled_cache_in_the_caches_dtype(entry, saved, tmp_path):
@@ -185,7 +185,7 @@ def test_a_cache_that_is_loaded_in_inference_mode_goes_on_outside_of_it(entry, t
 
 
 # README: a compiled `forward`
-@every_cache
+@caches("dense", "hydragen", "h2o", "h2o_fraction", "h2o_packed", "h2o_rolled", "kvzip", "gear", "shadowkv")
 def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_traced_is(entry):
     torch._dynamo.reset()
     model, backend = build("llama"), CompileCounterWithBackend("eager")

@@ -74,7 +74,7 @@ def test_positions_may_leave_gaps(entry):
 
 
 UNROTATING = {
-    "rolled": lambda model: H2OCache(model, budget=10, rolled=True),
+    "rolled": lambda model: H2OCache(model, budget=10, rerotated=True),
     "expected": lambda model: EvictingCache(model, policy=ExpectedAttention(), budget=10),
     "shadowkv": lambda model: ShadowKVCache(model, budget=8),
 }
@@ -113,7 +113,7 @@ def test_kvzip_reads_again_where_the_model_stands(shift):
         assert kept[0] == kept[1]
 
 
-# README: Hydragen compares what it is fed again
+# docs: `HydragenCache` compares the tokens that it is fed again
 def test_hydragen_is_fed_again_what_rows_hold():
     model = tiny("llama")
     ids = torch.cat([prompt(20), prompt(20)])
@@ -124,7 +124,7 @@ def test_hydragen_is_fed_again_what_rows_hold():
         torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, seen:], **CLOSE)
 
 
-# README: So is padding on the right in `generate`
+# README: and so is padding on the right in `generate`
 @every_cache
 @pytest.mark.parametrize("continues", [False, True])
 def test_padding_behind_a_prompt_is_refused_in_generate(entry, continues):

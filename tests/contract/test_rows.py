@@ -207,7 +207,7 @@ def save_and_load(entry, model, cache, path):
     return type(cache).load(path / "cache.safetensors", model)
 
 
-# README: `cache.clone()` forks, `cache.save(path)` and `H2OCache.load(path, model)` keep one on disk
+# docs: `cache.clone()` forks a cache; `cache.save(path)` and `H2OCache.load(path, model)` keep it on disk
 @every_cache
 @pytest.mark.parametrize("way", ["clone", "file"])
 @families("llama", slow=("gemma2", "gpt_oss"))

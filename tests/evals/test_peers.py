@@ -5,9 +5,10 @@ import json
 import pytest
 
 from kvcompress.evals.peers.exchange import read_rows, write_prompts
-from kvcompress.evals.points import Settings
-from kvcompress.evals.sweep import Sweep
-from kvcompress.evals.tasks import make_prompt, make_samples
+from kvcompress.evals.sweep.points import Settings
+from kvcompress.evals.sweep.samples import make_prompt, make_samples
+from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.tasks import make_tasks
 
 SETTINGS = Settings(("none",), (1.0,), ("passkey", "needle"), (700,), 2)
 CELLS = [(task, protocol) for task in SETTINGS.tasks for protocol in SETTINGS.protocols]
@@ -15,7 +16,7 @@ CELLS = [(task, protocol) for task in SETTINGS.tasks for protocol in SETTINGS.pr
 
 @pytest.fixture
 def sweep(model, tokenizer, tmp_path):
-    return Sweep(SETTINGS, model, tokenizer, tmp_path)
+    return Sweep(SETTINGS, make_tasks(SETTINGS), model, tokenizer, tmp_path)
 
 
 @pytest.fixture

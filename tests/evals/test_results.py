@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from kvcompress.evals.swiftkv import projection_flops
-from tests.test_readme import ROOT, SENTENCES
+from kvcompress.evals.studies.swiftkv import projection_flops
+from tests.test_readme import MARKS, ROOT, SENTENCES
 
 RESULTS = ROOT / "evals" / "results"
 PAGE = (RESULTS / "README.md").read_text("utf-8")
@@ -14,8 +14,8 @@ FILES = [*sorted(RESULTS.glob("*.json")), *sorted(RESULTS.glob("*/results.jsonl"
 
 
 def said(beginning):
-    """The sentence or table row of README that begins so."""
-    (found,) = [sentence for sentence in SENTENCES if sentence.startswith(beginning)]
+    """The sentence or table row of README, or of a guide, that begins so."""
+    (found,) = [sentence for pages in MARKS.values() for sentence in pages if sentence.startswith(beginning)]
     return found
 
 
@@ -66,14 +66,14 @@ def test_the_speed_of_h2o():
 
 
 # README: | `HydragenCache`, 32 prompts sharing 2k tokens |
-# README: Hydragen costs a step 4 to 14 % where little is shared
+# README: Hydragen adds 4 to 14 % to a step where little is shared
 def test_the_speed_of_hydragen():
     step = {name: spread["median"] for name, spread in of("shared_prefix_decode")["decode_seconds"].items()}
     fewer = of("shared_prefix")["row"]["ratios"]["bytes"]
     words = f"{step['dynamic'] / step['hydragen']:.1f}x a decode step, {fewer:.0f}x fewer bytes"
     assert words in said("| `HydragenCache`, 32 prompts")
     little = [case["node_over_rows"] - 1 for case in of("shared_prefix_switch")["switch"] if case["batch"] <= 2]
-    assert f"a step {100 * min(little):.0f} to {100 * max(little):.0f} %" in said("Hydragen costs")
+    assert f"adds {100 * min(little):.0f} to {100 * max(little):.0f} % to a step" in said("Hydragen adds")
 
 
 # README: | `GEARCache()`, decode step at 4k, batch 8 (batch 1) |
@@ -182,7 +182,7 @@ def test_what_training_brings_back_of_swiftkv():
     assert "287k tokens in 46 minutes" in PAGE
 
 
-# README: With half of SmolLM2 skipped, a prompt of 4k tokens costs
+# docs: With half of SmolLM2 skipped, a prompt of 4k tokens costs
 def test_the_flops_of_a_prompt_that_skips_half_of_smollm2(smollm2):
     config = smollm2[0].config
     half = config.num_hidden_layers // 2
@@ -192,7 +192,7 @@ def test_the_flops_of_a_prompt_that_skips_half_of_smollm2(smollm2):
 
 # README: | `ShadowKVCache(budget=128)`, needle at 2k, question not foreseen |
 # README: | the same, decode step at 8k, budget 512 |
-# README: | H2O with `rolled=True`, text of 13k tokens |
+# README: | H2O with `rerotated=True`, text of 13k tokens |
 @pytest.mark.parametrize(
     ("beginning", "told", "on_the_page"),
     [
@@ -204,11 +204,11 @@ def test_the_flops_of_a_prompt_that_skips_half_of_smollm2(smollm2):
         ("| `ShadowKVCache(budget=128)`", "H2O with as many tokens 1 of 8", "what ShadowKV reads, answers 1 of 8"),
         ("| the same, decode step at 8k", "1.83x faster", "161 ms, DynamicCache's 295 ms: **1.83x**"),
         (
-            "| H2O with `rolled=True`",
+            "| H2O with `rerotated=True`",
             "perplexity 13.0",
-            "| `H2OCache(sinks=4, rolled=True)` | 11.4 | 11.7 | 9.1 | 13.0 |",
+            "| `H2OCache(sinks=4, rerotated=True)` | 11.4 | 11.7 | 9.1 | 13.0 |",
         ),
-        ("| H2O with `rolled=True`", "21.7 without", "| `H2OCache(sinks=4)` | 11.5 | 11.7 | 9.5 | 21.7 |"),
+        ("| H2O with `rerotated=True`", "21.7 without", "| `H2OCache(sinks=4)` | 11.5 | 11.7 | 9.5 | 21.7 |"),
     ],
 )
 def test_figures_without_rows_are_on_the_page_with_their_command(beginning, told, on_the_page):
@@ -216,7 +216,7 @@ def test_figures_without_rows_are_on_the_page_with_their_command(beginning, told
     assert on_the_page in PAGE
 
 
-# README: Where they lose: H2O and SnapKV evict a needle nobody asked about yet
+# README: Where they lose: H2O and SnapKV evict a needle nobody has asked about yet
 def test_where_evicting_caches_lose():
     needles = {"task": "needle", "length": 512, "protocol": "question-agnostic"}
     for missed in ("h2o", "snapkv"):

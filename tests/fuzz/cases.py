@@ -7,19 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvcompress import EvictingCache, GEARCache, HydragenCache, ShadowKVCache
-from kvcompress.policies.chunkkv import ChunkKV
-from kvcompress.policies.expected_attention import ExpectedAttention
-from kvcompress.policies.gear import GEAR
-from kvcompress.policies.h2o import H2O
-from kvcompress.policies.keydiff import KeyDiff
-from kvcompress.policies.knorm import Knorm
-from kvcompress.policies.kvzip import KVzip
-from kvcompress.policies.policy import Policy
-from kvcompress.policies.snapkv import SnapKV
-from kvcompress.policies.streaming_llm import StreamingLLM
-from kvcompress.policies.tova import TOVA
-from tests.contract.caches import ENTRIES, SHADOW, Entry, by_name, closed_up
+from kvcompress import GEAR, EvictingCache, GEARCache, HydragenCache, Policy, ShadowKVCache, registry
+from tests.contract.caches import ENTRIES, POLICIES, SHADOW, Entry, by_name, closed_up
 from tests.contract.models import FAMILIES
 
 # how often each call is drawn; those that move rows or copy are worth most where something has been fed
@@ -144,7 +133,7 @@ def _varied(rng: random.Random, entry: Entry) -> tuple[Entry, dict[str, Any]]:
     elif entry.budget is not None:
         kind, settings = EvictingCache, _evicting(rng, entry)
         entry = dataclasses.replace(
-            entry, budget=None, decoded=closed_up if settings["rolled"] or settings["packed"] else None
+            entry, budget=None, decoded=closed_up if settings["rerotated"] or settings["packed"] else None
         )
     else:
         return entry, {}
@@ -186,24 +175,17 @@ def _shadow(rng: random.Random) -> dict[str, Any]:
 
 
 def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
-    protected = {"recent": rng.choice([1, 2, 0.25, 0.5, 1.0]), "sinks": rng.choice([0, 0, 1, 3])}
-    kinds = [H2O, TOVA, StreamingLLM, KeyDiff, Knorm, SnapKV, ChunkKV]
-    if entry.name == "expected":
-        kinds = [ExpectedAttention]
-    if entry.name == "kvzip":
-        kinds = [KVzip]
+    # a model may be refused to a policy that uses its rotary embedding, and other settings to one that reads twice
+    names = [name for name, policy in POLICIES.items() if not policy.uses_rotary and policy.rereads is None]
+    if entry.name in POLICIES and entry.name not in names:
+        names = [entry.name]
     if entry.name == "h2o_packed":
-        kinds = [*kinds, KVzip]
-    kind = rng.choice(kinds)
-    if kind is SnapKV:
-        protected |= {
-            "window": rng.choice([1, 3, 8]), "kernel": rng.choice([1, 3, 5]), "pooling": rng.choice(["avg", "max"]),
-        }  # fmt: skip
-    if kind is ChunkKV:
-        protected |= {"window": rng.choice([1, 3, 8]), "chunk": rng.choice([1, 3, 10])}
-    if kind is KVzip:
-        protected |= {"chunk": rng.choice([1, 3, 10, 100]), "prompt": rng.choice([(), (7, 8)])}
-    policy: Policy = kind(**protected)
+        names = [*names, "kvzip"]
+    method = registry.METHODS[rng.choice(names)]
+    assert method.kind is not None
+    own = {setting: rng.choice(values) for setting, values in method.tried.items()}
+    protected = {"recent": rng.choice([1, 2, 0.25, 0.5, 1.0]), "sinks": rng.choice([0, 0, 1, 3])}
+    policy: Policy = method.kind(**own | protected)
     packed = None
     if entry.name == "h2o_packed":
         backbone = rng.choice(["kivi", "whole"])
@@ -214,6 +196,6 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
         "policy": policy,
         "budget": rng.choice([least, least + 1, least + 5, least + 17, 0.1, 0.5, 1.0]),
         "allocation": rng.choice(["uniform", "uniform", "pyramid"]),
-        "rolled": entry.name == by_name["h2o_rolled"].name,
+        "rerotated": entry.name == by_name["h2o_rolled"].name,
         "packed": packed,
     }

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedModel
 
-from kvcompress import EvictingCache, HydragenCache, ShadowKVCache, dense, shared
+from kvcompress import EvictingCache, HydragenCache, ShadowKVCache
+from kvcompress.caches import dense
+from kvcompress.prefix import layer as prefix_layer
 from tests.contract.caches import LARGE, SHADOW, Entry, by_name, everything
 from tests.contract.drive import assert_same_state, feed, generate
 from tests.contract.models import DEVICE, END, PAD, VOCABULARY, left_padded, places, tiny
@@ -79,7 +81,7 @@ class Live:
 def play(case: Case) -> None:
     """Raises what goes wrong."""
     slack = dense.SLACK if case.slack is None else case.slack
-    with patch.object(dense, "SLACK", slack), patch.object(shared, "SLACK", slack):
+    with patch.object(dense, "SLACK", slack), patch.object(prefix_layer, "SLACK", slack):
         try:
             _Game(case, torch.float32).play()
         except KeptDifferentlyError:
@@ -631,7 +633,7 @@ def _is_over(live: Live, row: int) -> bool:
 def _holds_nodes_only(live: Live) -> bool:
     """Whether no row has a token of its own: a forward may then bring several rows for each."""
     cache = live.cache
-    return isinstance(cache, HydragenCache) and bool(cache.tree.nodes) and not cache.padding.laid_out
+    return isinstance(cache, HydragenCache) and bool(cache.tree.nodes) and not cache.padding.columns_fixed
 
 
 def _rows(transcript: Transcript) -> list[list[int]]:

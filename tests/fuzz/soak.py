@@ -25,9 +25,9 @@ SLACK = 8 << 20
 CACHES: dict[str, Any] = {
     "h2o": lambda model: H2OCache(model, budget=BUDGET),
     "h2o_packed": lambda model: H2OCache(model, budget=BUDGET, packed=GEAR(bits=4, group_size=8)),
-    "h2o_rolled": lambda model: H2OCache(model, budget=BUDGET, rolled=True),
+    "h2o_rolled": lambda model: H2OCache(model, budget=BUDGET, rerotated=True),
     "streaming": lambda model: StreamingLLMCache(model, budget=BUDGET, sinks=2),
-    "streaming_rolled": lambda model: StreamingLLMCache(model, budget=BUDGET, sinks=2, rolled=True),
+    "streaming_rolled": lambda model: StreamingLLMCache(model, budget=BUDGET, sinks=2, rerotated=True),
 }
 
 

@@ -5,21 +5,21 @@ import copy
 import pytest
 
 from kvcompress.cache import CompressedCache
-from kvcompress.dense import DenseLayer
-from kvcompress.evicting_layer import EvictingLayer
+from kvcompress.caches.dense import DenseLayer
+from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.layer import CompressedLayer
-from kvcompress.padding import PaddingRecord
+from kvcompress.storage.padding import PaddingRecord
 from tests.contract.caches import ENTRIES
 from tests.fuzz.__main__ import failure, main
 from tests.fuzz.cases import CALLS, LEVELS, draw
 from tests.fuzz.play import play
 
-CASES = 40
+# every cache twice, in turn
+CASES = 2 * len(ENTRIES)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_a_random_case_equals_the_oracle(seed):
-    # every cache twice, in turn
     play(draw(seed, ENTRIES[seed % len(ENTRIES)].name))
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.low_rank import residual_factors_reference
-from kvcompress.kernels.quantise import Coding, Packed, quantise_reference
-from kvcompress.kernels.runtime import runs_triton
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, quantise_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def blocks(batch: int, kv_heads: int, count: int, block: int, head_dim: int, dty
     return x.to(dtype).permute(0, 3, 1, 2, 4)
 
 
-def packed_blocks(x: Tensor, coding: Coding, spans: Tensor | None = None) -> Packed:
+def packed_blocks(x: Tensor, coding: QuantScheme, spans: Tensor | None = None) -> QuantizedTensor:
     """Blocks of `blocks`, packed with the factors of their spans, [batch, blocks]; None: one span."""
     packed = quantise_reference(x, coding)
     if not coding.rank:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvcompress.kernels import split_attention
+from kvcompress.kernels.common import split_attention
 from kvcompress.kernels.decode import decode_attention, decode_attention_reference
 from tests.kernels.inputs import DEVICE, DTYPES, heads, slot_positions, tolerance
 

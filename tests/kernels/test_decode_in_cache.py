@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvcompress import EvictingCache, evicting_layer
+from kvcompress import EvictingCache
+from kvcompress.caches import evicting_layer
 from kvcompress.hf import cache_argument
-from kvcompress.kernels.runtime import runs_triton
+from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.snapkv import SnapKV
+from kvcompress.storage import slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
@@ -31,8 +33,8 @@ def test_a_fused_step_equals_the_separate_operations(policy, monkeypatch):
         steps = []
         with monkeypatch.context() as patch:
             if fused:
-                plain = evicting_layer.decode_and_evict
-                patch.setattr(evicting_layer, "decode_and_evict", lambda *a, **k: steps.append(1) or plain(*a, **k))
+                plain = slots.decode_and_evict
+                patch.setattr(slots, "decode_and_evict", lambda *a, **k: steps.append(1) or plain(*a, **k))
             else:
                 patch.setattr(evicting_layer, "runs_triton", lambda tensor: False)
             cache = EvictingCache(model, policy=policy, budget=8)
@@ -46,8 +48,8 @@ def test_a_fused_step_equals_the_separate_operations(policy, monkeypatch):
                 **how,
             )
         assert len(steps) == (5 * 2 if fused else 0)
-        slots = [layer.slots for layer in cache.layers]
-        return torch.stack(out.logits), [slot.positions for slot in slots], [slot.scores for slot in slots]
+        held = [layer.slots for layer in cache.layers]
+        return torch.stack(out.logits), [each.positions for each in held], [each.scores for each in held]
 
     logits, positions, scores = decode(fused=True)
     plain_logits, plain_positions, plain_scores = decode(fused=False)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from kvcompress.kernels import quantise as quantise_kernel
+from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
-from kvcompress.kernels.quantise import Coding, Packed, dequantise
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise
 from kvcompress.kernels.quantise import quantise_reference as quantise
-from kvcompress.kernels.runtime import runs_triton
 from tests.kernels.inputs import DEVICE, DTYPES, blocks
 
 # bits, group, axis, outliers, rank, blocks, block, head_dim
@@ -28,19 +28,19 @@ def product(factors):
 
 @pytest.mark.parametrize(("bits", "group", "axis", "outliers", "rank", "count", "block", "head_dim"), CASES, ids=str)
 def test_factors_agree_with_the_reference(bits, group, axis, outliers, rank, count, block, head_dim):
-    agree(Coding(bits, group, axis, outliers), blocks(2, 1, count, block, head_dim), rank)
+    agree(QuantScheme(bits, group, axis, outliers), blocks(2, 1, count, block, head_dim), rank)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_factors_agree_with_the_reference_in_16_bits(dtype):
-    agree(Coding(2, 16, "channel", 1), blocks(1, 2, 2, 16, 64, dtype), 2)
+    agree(QuantScheme(2, 16, "channel", 1), blocks(1, 2, 2, 16, 64, dtype), 2)
 
 
 def test_slices_of_a_larger_storage_agree_with_the_reference():
-    coding = Coding(2, 16, "channel", 1)
+    coding = QuantScheme(2, 16, "channel", 1)
     x = blocks(3, 2, 4, 16, 64)
     packed = quantise(x, coding)
-    part = Packed(*(None if part is None else part[1:, :, 1:3] for part in packed))
+    part = QuantizedTensor(*(None if part is None else part[1:, :, 1:3] for part in packed))
     agree(coding, x[1:, :, 1:3], 2, part)
 
 
@@ -62,7 +62,7 @@ def agree(coding, x, rank, packed=None):
 @pytest.mark.skipif(runs_triton(torch.empty(0, device=DEVICE)), reason="only the PyTorch path has pieces")
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 def test_the_size_of_the_pieces_changes_nothing(pieces, monkeypatch):
-    coding = Coding(2, 16, "channel", 1)
+    coding = QuantScheme(2, 16, "channel", 1)
     x = blocks(2, 2, 5, 16, 64)
     packed = quantise(x, coding)
     whole = product(residual_factors(x, packed, coding, 2))
@@ -74,7 +74,7 @@ def test_the_size_of_the_pieces_changes_nothing(pieces, monkeypatch):
 @pytest.mark.parametrize(("axis", "outliers"), [*itertools.product(("channel", "token"), (0, 1))])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_factors_lower_the_error_of_every_head(axis, outliers, rank):
-    coding = Coding(2, 64, axis, outliers, rank)
+    coding = QuantScheme(2, 64, axis, outliers, rank)
     x = blocks(1, 2, 2, 64, 64)
     packed = quantise(x, coding)
     left, right = residual_factors(x, packed, coding, rank)
@@ -92,7 +92,7 @@ def test_factors_lower_the_error_of_every_head(axis, outliers, rank):
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_as_many_factors_as_channels_are_exact(axis):
-    coding = Coding(2, 16, axis, 1, 64)
+    coding = QuantScheme(2, 16, axis, 1, 64)
     # fewer tokens than channels in the first case
     for count in (2, 5):
         x = blocks(1, 1, count, 16, 64)
@@ -103,7 +103,7 @@ def test_as_many_factors_as_channels_are_exact(axis):
 
 
 def test_a_row_and_a_head_have_the_factors_they_have_alone():
-    coding = Coding(2, 16, "channel", 1, 2)
+    coding = QuantScheme(2, 16, "channel", 1, 2)
     x = blocks(3, 2, 3, 16, 64)
     whole = residual_factors(x, quantise(x, coding), coding, 2)
     alone = residual_factors(x[1:2, 1:], quantise(x[1:2, 1:], coding), coding, 2)
@@ -111,7 +111,7 @@ def test_a_row_and_a_head_have_the_factors_they_have_alone():
 
 
 def test_absent_blocks_take_no_part():
-    coding = Coding(2, 16, "token", 1, 2)
+    coding = QuantScheme(2, 16, "token", 1, 2)
     x = blocks(2, 2, 4, 16, 64)
     packed = quantise(x, coding)
     present = torch.tensor([[True, False, True, True], [False, False, True, True]], device=DEVICE)
@@ -128,7 +128,7 @@ def test_absent_blocks_take_no_part():
 
 def test_no_residual_gives_no_correction():
     x = torch.ones(1, 2, 2, 16, 64, device=DEVICE)
-    coding = Coding(2, 16, "channel", 0, 4)
+    coding = QuantScheme(2, 16, "channel", 0, 4)
     left, right = residual_factors(x, quantise(x, coding), coding, 4)
     assert not left.any()
     assert right.isfinite().all()
@@ -136,7 +136,7 @@ def test_no_residual_gives_no_correction():
 
 @pytest.mark.parametrize(("rank", "loops", "text"), [(0, 3, "1 to head_dim = 64"), (65, 3, "got 65"), (2, 0, "loops")])
 def test_impossible_settings_are_refused(rank, loops, text):
-    coding = Coding(2, 16, "channel")
+    coding = QuantScheme(2, 16, "channel")
     x = blocks(1, 1, 1, 16, 64)
     with pytest.raises(ValueError, match=text):
         residual_factors(x, quantise(x, coding), coding, rank, loops=loops)

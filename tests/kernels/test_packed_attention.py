@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from kvcompress.kernels import packed_attention as module
-from kvcompress.kernels import packed_pieces
 from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.common import packed_pieces
+from kvcompress.kernels.common.packed_tile import tile_shape
+from kvcompress.kernels.common.runtime import INTERPRETED, runs_triton
 from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
-from kvcompress.kernels.packed_tile import tile_shape
-from kvcompress.kernels.quantise import Coding, dequantise
-from kvcompress.kernels.runtime import INTERPRETED, runs_triton
+from kvcompress.kernels.quantise import QuantScheme, dequantise
 from tests.kernels.inputs import DEVICE, DTYPES, blocks, heads, packed_blocks, tolerance
 
 # key bits, value bits, key group, value group, outliers, rank, group of heads, block, blocks, head_dim, options
@@ -40,8 +40,8 @@ def ids(case):
 def scene(case, dtype=torch.float32, queries=1):
     """A row with all blocks and one that lacks the first; two spans; the arguments and the options."""
     key_bits, value_bits, key_group, value_group, outliers, rank, group, block, count, head_dim, options = case
-    key_coding = Coding(key_bits, key_group, "channel", outliers, rank)
-    value_coding = Coding(value_bits, value_group, "token", outliers, rank)
+    key_coding = QuantScheme(key_bits, key_group, "channel", outliers, rank)
+    value_coding = QuantScheme(value_bits, value_group, "token", outliers, rank)
     spans = torch.zeros(2, count, dtype=torch.int32, device=DEVICE)
     spans[:, (count + 1) // 2 :] = 1
     keys = packed_blocks(blocks(2, 2, count, block, head_dim, dtype) * 0.5, key_coding, spans)

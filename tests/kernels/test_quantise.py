@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvcompress.kernels import quantise as quantise_kernel
-from kvcompress.kernels.quantise import Coding, dequantise, pack_codes, quantise, quantise_reference, unpack_codes
-from kvcompress.kernels.runtime import runs_triton
+from kvcompress.kernels.common.runtime import runs_triton
+from kvcompress.kernels.quantise import QuantScheme, dequantise, pack_codes, quantise, quantise_reference, unpack_codes
 from tests.kernels.inputs import DEVICE, DTYPES, blocks
 
 # bits, group, axis, outliers, block, head_dim
@@ -39,19 +39,19 @@ def spread(groups, coding, x):
 
 @pytest.mark.parametrize(("bits", "group", "axis", "outliers", "block", "head_dim"), CASES, ids=str)
 def test_packing_agrees_with_the_reference(bits, group, axis, outliers, block, head_dim):
-    agree_in_packing(blocks(2, 2, 1 if block > 16 else 2, block, head_dim), Coding(bits, group, axis, outliers))
+    agree_in_packing(blocks(2, 2, 1 if block > 16 else 2, block, head_dim), QuantScheme(bits, group, axis, outliers))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_packing_agrees_with_the_reference_in_16_bits(axis, dtype):
-    agree_in_packing(blocks(2, 1, 3, 16, 80, dtype), Coding(3, 32, axis, 1))
+    agree_in_packing(blocks(2, 1, 3, 16, 80, dtype), QuantScheme(3, 32, axis, 1))
 
 
 def test_slices_of_a_larger_tensor_agree_with_the_reference():
     x = blocks(3, 3, 4, 16, 96)[1:, ::2, 1:3, :, 7:71]
-    agree_in_packing(x, Coding(2, 16, "channel", 1))
-    agree_in_packing(x.mT.contiguous().mT, Coding(2, 16, "token", 1))
+    agree_in_packing(x, QuantScheme(2, 16, "channel", 1))
+    agree_in_packing(x.mT.contiguous().mT, QuantScheme(2, 16, "token", 1))
 
 
 def agree_in_packing(x, coding):
@@ -66,7 +66,7 @@ def agree_in_packing(x, coding):
 
 @pytest.mark.parametrize(("bits", "group", "axis"), [*itertools.product((2, 3, 4, 8), (16, 64), ("channel", "token"))])
 def test_no_number_is_further_from_its_decoding_than_half_a_step(bits, group, axis):
-    coding = Coding(bits, group, axis)
+    coding = QuantScheme(bits, group, axis)
     # ranges and offsets over many orders of magnitude, float16's subnormal numbers among them
     x = blocks(2, 1, 2, 32, 80) * torch.logspace(-8, 3, 80, device=DEVICE)
     packed = quantise(x, coding)
@@ -82,23 +82,23 @@ def test_no_number_is_further_from_its_decoding_than_half_a_step(bits, group, ax
 def test_a_constant_group_is_exact(axis, value):
     x = torch.full((1, 2, 2, 16, 64), value, device=DEVICE)
     for outliers in (0, 2):
-        packed = quantise(x, Coding(2, 16, axis, outliers))
+        packed = quantise(x, QuantScheme(2, 16, axis, outliers))
         assert not packed.scales.any()
         assert not packed.codes.any()
-        assert (dequantise(packed, Coding(2, 16, axis, outliers)) == x).all()
+        assert (dequantise(packed, QuantScheme(2, 16, axis, outliers)) == x).all()
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_a_constant_that_float16_lacks_is_kept_better_than_by_float16(axis):
     x = torch.full((1, 1, 1, 16, 64), 0.1, device=DEVICE)
-    error = (dequantise(quantise(x, Coding(2, 64, axis)), Coding(2, 64, axis)) - x).abs()
+    error = (dequantise(quantise(x, QuantScheme(2, 64, axis)), QuantScheme(2, 64, axis)) - x).abs()
     assert error.max() <= (x.half().float() - x).abs().max()
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_vectors_of_nothing_but_outliers_are_exact(axis):
     x = blocks(1, 1, 2, 16, 64, torch.float16).float()
-    coding = Coding(2, 16, axis, outliers=8 if axis == "channel" else 32)
+    coding = QuantScheme(2, 16, axis, outliers=8 if axis == "channel" else 32)
     packed = quantise(x, coding)
     assert not packed.scales.any()
     assert not packed.zeros.any()
@@ -108,7 +108,7 @@ def test_vectors_of_nothing_but_outliers_are_exact(axis):
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_the_extremes_of_each_vector_are_its_outliers(axis):
     x = blocks(2, 2, 1, 16, 80)
-    coding = Coding(2, 16, axis, outliers=2)
+    coding = QuantScheme(2, 16, axis, outliers=2)
     packed = quantise(x, coding)
     dim = -2 if axis == "channel" else -1
     order = x.argsort(dim)
@@ -118,13 +118,13 @@ def test_the_extremes_of_each_vector_are_its_outliers(axis):
     found = dequantise(packed, coding).gather(dim, expected)
     torch.testing.assert_close(found, x.gather(dim, expected), rtol=2e-3, atol=2e-3)
     # and the others have a smaller range without them
-    assert (packed.scales <= quantise(x, Coding(2, 16, axis)).scales).all()
+    assert (packed.scales <= quantise(x, QuantScheme(2, 16, axis)).scales).all()
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_of_equal_extremes_the_first_are_the_outliers_and_none_is_two(axis):
     x = torch.zeros(1, 1, 1, 8, 8, device=DEVICE)
-    index = quantise(x, Coding(2, 8, axis, outliers=3)).outlier_index
+    index = quantise(x, QuantScheme(2, 8, axis, outliers=3)).outlier_index
     expected = torch.tensor([0, 1, 2, 3, 4, 5], device=DEVICE)
     assert (index == (expected[:, None] if axis == "channel" else expected)).all()
 
@@ -132,14 +132,14 @@ def test_of_equal_extremes_the_first_are_the_outliers_and_none_is_two(axis):
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_outliers_lower_the_error_over_all(axis):
     x = blocks(1, 2, 2, 64, 128)
-    with_outliers, without = Coding(2, 64, axis, outliers=2), Coding(2, 64, axis)
+    with_outliers, without = QuantScheme(2, 64, axis, outliers=2), QuantScheme(2, 64, axis)
     error = (dequantise(quantise(x, with_outliers), with_outliers) - x).norm()
     assert error < 0.8 * (dequantise(quantise(x, without), without) - x).norm()
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_a_row_a_head_and_a_block_are_packed_as_if_alone(axis):
-    coding = Coding(3, 16, axis, outliers=1)
+    coding = QuantScheme(3, 16, axis, outliers=1)
     x = blocks(2, 2, 2, 16, 80)
     whole, alone = quantise(x, coding), quantise(x[1:, 1:, 1:], coding)
     for part, other in zip(whole[:5], alone[:5], strict=True):
@@ -167,7 +167,7 @@ def test_a_byte_holds_the_codes_of_tokens_that_are_a_plane_apart():
 
 @pytest.mark.parametrize(("bits", "group", "axis", "outliers", "block", "head_dim"), CASES, ids=str)
 def test_bytes_are_those_of_the_formula(bits, group, axis, outliers, block, head_dim):
-    coding = Coding(bits, group, axis, outliers)
+    coding = QuantScheme(bits, group, axis, outliers)
     packed = quantise(blocks(1, 2, 1, block, head_dim), coding)
     stored = sum(part.untyped_storage().nbytes() for part in packed if part is not None)
     assert stored == 2 * coding.bytes(block, head_dim)
@@ -177,20 +177,20 @@ def test_bytes_are_those_of_the_formula(bits, group, axis, outliers, block, head
 def test_what_float16_cannot_hold_saturates(axis):
     x = torch.tensor([-1e6, 0.0, 1e6, 3e38], device=DEVICE).repeat(2, 1, 1, 8, 4)
     for outliers in (0, 1):
-        coding = Coding(2, 16, axis, outliers)
+        coding = QuantScheme(2, 16, axis, outliers)
         assert dequantise(quantise(x, coding), coding).isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("coding", "shape", "text"),
     [
-        (Coding(5, 64, "channel"), (16, 64), "2, 3, 4 or 8 bits, got 5"),
-        (Coding(2, 64, "row"), (16, 64), "got 'row'"),
-        (Coding(2, 64, "channel"), (24, 64), "8 to 256, got 24"),
-        (Coding(2, 48, "channel"), (16, 64), "power of two from 8 on, got 48"),
-        (Coding(2, 64, "channel"), (16, 257), "head_dim must be 1 to 256"),
-        (Coding(2, 64, "channel", outliers=9), (16, 64), "at most 8, got 9"),
-        (Coding(2, 64, "token", outliers=33), (16, 64), "at most 32, got 33"),
+        (QuantScheme(5, 64, "channel"), (16, 64), "2, 3, 4 or 8 bits, got 5"),
+        (QuantScheme(2, 64, "row"), (16, 64), "got 'row'"),
+        (QuantScheme(2, 64, "channel"), (24, 64), "8 to 256, got 24"),
+        (QuantScheme(2, 48, "channel"), (16, 64), "power of two from 8 on, got 48"),
+        (QuantScheme(2, 64, "channel"), (16, 257), "head_dim must be 1 to 256"),
+        (QuantScheme(2, 64, "channel", outliers=9), (16, 64), "at most 8, got 9"),
+        (QuantScheme(2, 64, "token", outliers=33), (16, 64), "at most 32, got 33"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(coding, shape, text):
@@ -203,7 +203,7 @@ def test_what_cannot_be_packed_is_refused(coding, shape, text):
 def test_a_group_with_a_number_that_is_not_finite_is_nan_and_no_other_is(
     bits, group, axis, outliers, block, head_dim, number
 ):
-    coding = Coding(bits, group, axis, outliers)
+    coding = QuantScheme(bits, group, axis, outliers)
     x = blocks(2, 2, 2, block, head_dim)
     expected = dequantise(quantise(x, coding), coding)
     # a whole group, and one number
@@ -226,7 +226,7 @@ def test_a_group_with_a_number_that_is_not_finite_is_nan_and_no_other_is(
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 @pytest.mark.parametrize("outliers", [0, 2])
 def test_the_size_of_the_pieces_changes_no_code(pieces, outliers, monkeypatch):
-    coding = Coding(3, 16, "channel", outliers)
+    coding = QuantScheme(3, 16, "channel", outliers)
     x = blocks(2, 2, 5, 16, 64)
     whole = quantise_reference(x, coding)
     monkeypatch.setattr(quantise_kernel, "_PIECE", 2 * 2 * 16 * 64 * pieces)

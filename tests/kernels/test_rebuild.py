@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvcompress.kernels.rebuild import rebuild_keys, rebuild_keys_reference
-from kvcompress.rope import Rope
+from kvcompress.storage.rope import Rope
 from tests.kernels.inputs import DEVICE, DTYPES, needs_triton, tolerance
 
 # chunk, rank, head_dim, rotary_dim (0: none), interleaved

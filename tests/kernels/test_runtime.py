@@ -1,21 +1,20 @@
+import ast
 import importlib
+import pkgutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kvcompress.kernels.attention import causal_attention, slot_attention
-from kvcompress.kernels.chunk_scores import chunk_scores
-from kvcompress.kernels.column_sums import causal_column_sums, slot_column_maxima
-from kvcompress.kernels.decode import decode_attention
-from kvcompress.kernels.decode_evict import decode_and_evict
-from kvcompress.kernels.evict import choose_victim
-from kvcompress.kernels.merge import merge_states
-from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import Coding, Packed, quantise
-from kvcompress.kernels.rebuild import rebuild_keys
-from kvcompress.kernels.selection import reuse_slots
+import kvcompress.kernels
+from kvcompress.kernels.common import runtime
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, OPS, launch, op, recording, runs_triton, shaped
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme
 from tests.kernels.inputs import DEVICE, blocks, heads, packed_blocks, slot_positions
+
+for module in pkgutil.iter_modules(kvcompress.kernels.__path__, "kvcompress.kernels."):
+    importlib.import_module(module.name)
 
 QUERY, KEY, STEP = heads(2, 4, 9, 64), heads(2, 2, 9, 64), heads(2, 4, 1, 64)
 POSITIONS = slot_positions(2, 2, 9)
@@ -24,119 +23,172 @@ LSE = torch.randn(2, 4, 9, device=DEVICE)
 SCORES = torch.rand(2, 2, 9, device=DEVICE)
 LIMITS = torch.full((2,), 7, dtype=torch.int32, device=DEVICE)
 HELD = torch.rand(2, 2, 6, device=DEVICE).argsort(-1)
-
-CODING = Coding(2, 16, "channel", 1, 2)
-PACKED = packed_blocks(blocks(2, 2, 3, 16, 64), CODING)
+X = blocks(2, 2, 3, 16, 64)
+CODING = QuantScheme(2, 16, "channel", 1, 2)
+PACKED = packed_blocks(X, CODING)
 THERE = torch.arange(48, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
+NEW = KEY[:, :, :1]
+SCALE = {"scale": 0.1}
 
-# an op, its arguments, and the same as the op that compiled code sees takes them
+# arguments of every op
 CALLS = {
-    "merge_states": (lambda a, b: merge_states([a, a], [b, b]), (QUERY, LSE)),
-    "causal_attention": (lambda q, k: causal_attention(q, k, k, scale=0.1), (QUERY, KEY)),
-    "slot_attention": (lambda q, k, p, a: slot_attention(q, k, k, p, a, scale=0.1), (QUERY, KEY, POSITIONS, AT)),
-    "causal_column_sums": (lambda q, k, m: causal_column_sums(q, k, m, scale=0.1), (QUERY, KEY, LSE)),
-    "slot_columns": (
-        lambda q, k, p, a, m: slot_column_maxima(q, k, p, a, m, scale=0.1),
-        (QUERY, KEY, POSITIONS, AT, LSE),
-    ),
-    "decode_attention": (
-        lambda q, k, p, a: decode_attention(q, k, k, p, a, scale=0.1),
-        (STEP, KEY, POSITIONS, AT[:, :1]),
-    ),
-    "packed_attention": (
-        lambda q, p, a, *of: packed_attention(
-            q, Packed(*of), Packed(*of), CODING, CODING, p, a, scale=0.1, with_logits=True
-        ),
-        (STEP, THERE, AT[:, :1], *PACKED),
-    ),
-    "choose_victim": (lambda s, p, r: choose_victim(s, p, r, 2), (SCORES, POSITIONS, LIMITS)),
+    "merge_states": (([QUERY, QUERY], [LSE, LSE]), {}),
+    "causal_attention": ((QUERY, KEY, KEY), SCALE),
+    "slot_attention": ((QUERY, KEY, KEY, POSITIONS, AT), SCALE),
+    "causal_column_sums": ((QUERY, KEY, LSE), SCALE),
+    "slot_column_sums": ((QUERY, KEY, POSITIONS, AT, LSE), SCALE),
+    "slot_column_maxima": ((QUERY, KEY, POSITIONS, AT, LSE), SCALE | {"window": 12}),
+    "decode_attention": ((STEP, KEY, KEY, POSITIONS, AT[:, :1]), SCALE),
+    "packed_attention": ((STEP, PACKED, PACKED, CODING, CODING, THERE, AT[:, :1]), SCALE | {"with_logits": True}),
+    "choose_victim": ((SCORES, POSITIONS, LIMITS, 2), {}),
     "decode_and_evict": (
-        lambda q, k, p, s, f, a, m: decode_and_evict(
-            q, k[:, :, :1], k[:, :, :1], k, k.clone(), p, s, f, a, m, m, scale=0.1
-        ),
-        (STEP, KEY, POSITIONS, SCORES, POSITIONS.argmin(-1), AT[:, 0], LIMITS),
+        (STEP, NEW, NEW, KEY, KEY, POSITIONS, SCORES, POSITIONS.argmin(-1), AT[:, 0], LIMITS, LIMITS),
+        SCALE | {"sink_logits": torch.randn(4, device=DEVICE)},
     ),
-}
-
-
-def rebuilt(keys, coefficients, basis, held, is_new):
-    rebuild_keys(keys, coefficients, basis, held, is_new)
-    return keys
-
-
-CALLS |= {
-    "chunk_scores": (lambda q, k, o: chunk_scores(q, k, o, scale=0.1), (STEP, KEY, POSITIONS >= 0)),
-    "quantise": (lambda x: quantise(x, CODING)[:5], (blocks(2, 2, 3, 16, 64),)),
+    "chunk_scores": ((STEP, KEY, POSITIONS >= 0), SCALE | {"group": "mean"}),
+    "quantise": ((X, CODING), {}),
     "rebuild_keys": (
-        rebuilt,
-        (
-            heads(2, 2, 12, 64).contiguous(),
-            torch.randn(2, 12, 5, device=DEVICE),
-            torch.randn(2, 5, 128, device=DEVICE),
-            HELD,
-            HELD < 3,
-        ),
+        (heads(2, 2, 12, 64), torch.randn(2, 12, 5), torch.randn(2, 5, 128), HELD, HELD < 3),
+        {"interleaved": True},
     ),
-    "reuse_slots": (lambda held, wanted: reuse_slots(held, wanted, 9), (HELD, HELD.flip(-1) + 2)),
+    "reuse_slots": ((HELD, HELD.flip(-1) + 2, 9), {}),
 }
+
+
+def fresh(name):
+    """Arguments of an op, to write to."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE).clone(), CALLS[name])
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def public(name):
+    return getattr(importlib.import_module(OPS[name].function.__module__), name)
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes which functions are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append((str(function), args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def test_every_op_is_tested_here():
-    for file in sorted((Path(__file__).parents[2] / "kernels").glob("*.py")):
-        importlib.import_module(f"kvcompress.kernels.{file.stem}")
-    names = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
-    assert {name for space, _, name in names if space == "kvcompress"} == set(CALLS)
+    assert set(OPS) == set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_compiled_call_is_one_op_and_gives_what_the_eager_call_gives(name):
-    call, arguments = CALLS[name]
+    # the ops share the code of one function, of which torch.compile keeps few versions
+    torch._dynamo.reset()
     graphs = []
 
     def keep_graph(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    def fresh():
-        return [argument.clone() for argument in arguments]
-
-    compiled, eager = fresh(), fresh()
-    found = torch.compile(call, fullgraph=True, backend=keep_graph)(*compiled)
-    torch.testing.assert_close(found, call(*eager))
-    torch.testing.assert_close(compiled, eager)
-    assert [str(node.target) for node in graphs[0].graph.nodes].count(f"kvcompress.{name}.default") <= 1
-    assert f"kvcompress.{name}" in graphs[0].code
+    (compiled, options), (eager, _) = fresh(name), fresh(name)
+    found = torch.compile(public(name), fullgraph=True, backend=keep_graph)(*compiled, **options)
+    expected = public(name)(*eager, **options)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(tensors(compiled), tensors(eager))
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called.count(f"kvcompress.{name}.default") + called.count(f"kvcompress.{name}") == 1
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_fake_op_predicts_shapes_dtypes_and_mutations(name, monkeypatch):
-    call, arguments = CALLS[name]
-    seen = []
-    op = getattr(torch.ops.kvcompress, name).default
+def test_the_fake_op_predicts_shapes_dtypes_and_mutations(name):
+    arguments, options = fresh(name)
+    leaves = OPS[name].leaves(*arguments, **options)
+    torch.library.opcheck(OPS[name].compiled, (), leaves, test_utils=("test_schema", "test_faketensor"))
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is op:
-                seen.append((args, kwargs or {}))
-            return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with Watch():
-        call(*(argument.clone() for argument in arguments))
-    monkeypatch.undo()
-    ((args, kwargs),) = seen
-    torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize("name", CALLS)
+def test_an_op_gives_what_its_reference_gives(name):
+    (arguments, options), (others, _) = fresh(name), fresh(name)
+    found, expected = OPS[name].function(*arguments, **options), OPS[name].reference(*others, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors(arguments), tensors(others), rtol=1e-4, atol=1e-4)
 
 
 def test_an_eager_call_passes_the_dispatcher_by():
-    call, arguments = CALLS["choose_victim"]
-    ops = []
+    arguments, options = fresh("choose_victim")
+    with Watch() as watch:
+        public("choose_victim")(*arguments, **options)
+    assert watch.seen
+    assert not any("kvcompress" in name for name, *_ in watch.seen)
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            ops.append(str(function))
-            return function(*args, **(kwargs or {}))
 
-    with Watch():
-        call(*arguments)
-    assert not any("kvcompress" in name for name in ops)
+def pair_reference(x: QuantizedTensor, scale: float) -> QuantizedTensor:
+    return QuantizedTensor(x.codes * scale, x.scales, x.zeros)
+
+
+def test_named_tuples_enter_an_op_as_their_fields_and_leave_it_whole(monkeypatch):
+    @op(fake=lambda x, scale: QuantizedTensor(*map(torch.empty_like, x[:3])))
+    def pair(x: QuantizedTensor, *, scale: float = 2.0) -> QuantizedTensor:
+        return QuantizedTensor(x.codes * scale, x.scales.clone(), x.zeros.clone())
+
+    made = OPS.pop("pair")
+    assert made.reference is pair_reference
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    x = QuantizedTensor(*(torch.full((2,), value) for value in (1.0, 2.0, 3.0)))
+    for found in (pair(x), pair(x=x)):
+        torch.testing.assert_close(found, pair_reference(x, 2.0))
+    assert set(made.leaves(x)) == {f"x_{field}" for field in QuantizedTensor._fields} | {"scale"}
+
+
+class Kernel:
+    """Notes its launches."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.launches.append((grid, arguments, constants))
+
+
+def test_a_launch_has_all_registers():
+    kernel, x = Kernel(), torch.zeros(3, device=DEVICE)
+    launch(kernel, (2,), (x, x), x, 5, BLOCK=16)
+    assert kernel.launches == [((2,), ((x, x), x, 5), {"BLOCK": 16} | ALL_REGISTERS)]
+
+
+def test_a_recorded_launch_is_listed_and_not_made():
+    kernel, x = Kernel(), shaped(2, 3, dtype=torch.float16)
+    before = runs_triton(x)
+    assert before == runtime.INTERPRETED
+    with recording(has_wgmma=True) as launches:
+        assert runs_triton(x)
+        assert not runs_triton(x.double())
+        assert runtime.has_wgmma(x.device)
+        launch(kernel, (2,), x, 5, BLOCK=16)
+    assert launches == [(kernel, (x, 5), {"BLOCK": 16})]
+    assert not kernel.launches
+    assert not runtime.has_wgmma(x.device)
+    assert runs_triton(x) == before
+
+
+def launches_past_the_launcher(source):
+    """Lines that launch a kernel by themselves: without the device guard, the registers and the recording."""
+    for node in ast.walk(ast.parse(source)):
+        launched = getattr(getattr(getattr(node, "func", None), "value", None), "id", "")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and launched.endswith("kernel"):
+            yield node.lineno
+
+
+def test_every_kernel_is_launched_by_the_launcher():
+    folder = Path(__file__).parents[2] / "kernels"
+    found = [
+        (file.name, file.read_text().splitlines()[line - 1].strip())
+        for file in sorted(folder.rglob("*.py"))
+        for line in launches_past_the_launcher(file.read_text())
+    ]
+    assert found == [("runtime.py", "kernel[grid](*arguments, **constants, **ALL_REGISTERS)")]

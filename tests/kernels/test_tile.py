@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvcompress.kernels.tile import MIN_SIDE, rows_aligned, tile_widths
+from kvcompress.kernels.common.tile import MIN_SIDE, rows_aligned, tile_widths
 
 
 @pytest.mark.parametrize(

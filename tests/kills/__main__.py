@@ -194,8 +194,8 @@ def kill_caches(kills: int, seed: int, folder: Path) -> int:
 
 
 def train(say: Callable[[Any], None], folder: Path) -> None:
-    from kvcompress.distill import Distillation, distill
-    from tests.test_distill import SMALL, rows, student
+    from kvcompress.swiftkv.distill import Distillation, distill
+    from tests.swiftkv.test_distill import SMALL, rows, student
 
     lines = distill(student(), rows(), Distillation(**SMALL, save_every=1), folder, lambda line: say(line["step"]))
     say(None)
@@ -211,8 +211,8 @@ def kill_distillations(kills: int, seed: int, folder: Path) -> int:
     # before children are made, so that each need not import it
     import matplotlib.figure  # noqa: F401
 
-    import kvcompress.distill  # noqa: F401
-    import tests.test_distill  # noqa: F401
+    import kvcompress.swiftkv.distill  # noqa: F401
+    import tests.swiftkv.test_distill  # noqa: F401
 
     generator = random.Random(seed)
     undisturbed = Writer(train, folder / "undisturbed")

@@ -32,6 +32,6 @@ def main(plain: str, converted: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    import kvcompress.swiftkv  # noqa: F401 (registers converted models)
+    import kvcompress.swiftkv.model  # noqa: F401 (registers converted models)
 
     main(*sys.argv[1:])

@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
-import kvcompress.swiftkv  # noqa: F401 (registers converted models)
+import kvcompress.swiftkv.model  # noqa: F401 (registers converted models)
 from kvcompress import H2OCache
 from tests.parallel.devices import KIND, Devices
 from tests.parallel.runs import CACHES, CONVERTED, converse

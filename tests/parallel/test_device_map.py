@@ -18,7 +18,7 @@ def spread(folders, python, tmp_path_factory):
     return torch.load(out)
 
 
-# README: every cache gives what one device gives
+# docs: Every cache gives what one device gives
 @pytest.mark.slow
 @every_cache
 def test_layers_on_two_devices_give_what_one_device_gives(spread, alone, name):
@@ -29,7 +29,7 @@ def test_layers_on_two_devices_give_what_one_device_gives(spread, alone, name):
     assert found["bytes"] == alone[name]["bytes"]
 
 
-# README: Models may be spread by `device_map="auto"` (each layer's cache is on its layer's device)
+# docs: Models may be spread by `device_map="auto"` (each layer's cache is on its layer's device)
 @pytest.mark.slow
 @every_cache
 def test_each_layers_bytes_are_on_its_device(spread, name):

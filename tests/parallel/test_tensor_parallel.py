@@ -17,7 +17,7 @@ def ranks(folders, python, tmp_path_factory):
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
-# README: except that ShadowKV then factorises the keys of each process by themselves
+# docs: except that ShadowKV then factorises the keys of each process by themselves
 @pytest.mark.parametrize("name", [*CACHES, *CONVERTED])
 def test_two_processes_give_what_one_gives(ranks, alone, name):
     first, second = (found[name] for found in ranks)
@@ -33,7 +33,7 @@ def test_two_processes_give_what_one_gives(ranks, alone, name):
     torch.testing.assert_close(first["logits"], alone[name]["logits"], rtol=1e-5, atol=1e-4)
 
 
-# README: `tp_plan="auto"` (each process holds its KV heads; `memory()` counts its own bytes)
+# docs: `tp_plan="auto"` (each process holds its KV heads; `memory()` counts its own bytes)
 @pytest.mark.parametrize("name", [*CACHES, *CONVERTED])
 def test_each_process_counts_the_bytes_of_its_heads(ranks, alone, name):
     first, second = (found[name] for found in ranks)

@@ -8,7 +8,7 @@ import torch
 from kvcompress import EvictingCache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.expected_attention import ExpectedAttention
-from kvcompress.rope import Rope
+from kvcompress.storage.rope import Rope
 from tests.contract.models import build, left_padded, places, prompt, tiny
 from tests.policies.scene import SCALE, check, scene
 

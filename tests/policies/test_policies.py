@@ -33,7 +33,7 @@ def summed(made, row, head, queries):
     return total
 
 
-# README: column sums of attention in prefill, one add a slot in decode
+# README: column sums of attention in prefill, one add per slot in decode
 @forwards
 def test_h2o_adds_up_attention(queries, padded):
     made = scene(H2O(), queries, padded=padded)
@@ -101,7 +101,7 @@ def test_snapkv_pools_the_windows_attention_over_neighbours_before_the_window(po
     check(made, policy.score(made.candidates), expected)
 
 
-# README: by the same sums | sums of the last 32 queries | 2502.00299 |
+# README: by SnapKV's sums | sums of the last 32 queries | 2502.00299 |
 @pytest.mark.parametrize("chunk", [1, 4, 50])
 @pytest.mark.parametrize(("queries", "padded"), [(6, False), (6, True)])
 def test_chunkkv_gives_each_chunk_of_the_text_its_mean_over_tokens_and_heads(chunk, queries, padded):

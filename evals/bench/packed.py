@@ -1,0 +1,99 @@
+"""Rows of kvcompress bench kernels for packed keys and values."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvcompress.evals.bench.case import Case, Shape, beside_reference, make_random
+from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
+from kvcompress.kernels.packed_attention import packed_attention
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise, quantise_reference
+
+# Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
+PACKED = {
+    "cuda": [Shape(batch, 32, 8, tokens, 128) for batch, tokens in ((1, 32768), (1, 131072), (8, 32768), (64, 4096))],
+    "cpu": [Shape(1, 9, 3, 4096, 64), Shape(8, 9, 3, 4096, 64)],
+}
+# names, and of keys and values alike bits, group, outliers and rank
+_SCHEMES = {"2 bits": (2, 64, 0, 0), "4 bits": (4, 64, 0, 0), "GEAR at 2 bits": (2, 64, 1, 4)}
+
+
+def packed_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Packing keys, the factors of what that loses, and a decode step's attention to packed keys and values."""
+    block = 64 if shape.tokens >= 64 else 8
+    blocks = (shape.batch, shape.kv_heads, shape.tokens // block, block, shape.head_dim)
+    random = make_random(dtype, device)
+    keys, values = random(*blocks), random(*blocks)
+    for name, (bits, group, outliers, rank) in _SCHEMES.items():
+        schemes = [QuantScheme(bits, group, axis, outliers) for axis in ("channel", "token")]
+        yield from _packing_cases(name, shape, keys, schemes[0], rank)
+        yield _packed_step(name, shape, keys, values, *(scheme._replace(rank=rank) for scheme in schemes))
+
+
+def _packing_cases(name: str, shape: Shape, keys: Tensor, scheme: QuantScheme, rank: int) -> Iterator[Case]:
+    owners, block, head_dim = keys.shape[:3].numel(), *keys.shape[3:]
+    moved = keys.nbytes + owners * scheme.bytes(block, head_dim)
+    packed = quantise(keys, scheme)
+
+    def error(packed: QuantizedTensor) -> Tensor:
+        return (dequantise(packed, scheme) - keys).flatten(2).norm(dim=-1)
+
+    # codes of numbers midway between two may differ, scales and the error as a whole may not
+    yield beside_reference(
+        f"quantise, {name}", shape, quantise, quantise_reference, keys, scheme, bytes=moved,
+        compared=lambda packed: (packed.scales, packed.zeros, error(packed)),
+    )  # fmt: skip
+    if rank:
+        yield beside_reference(
+            f"residual_factors, {name}", shape, residual_factors, residual_factors_reference,
+            keys, packed, scheme, rank, bytes=4 * moved,
+            compared=lambda factors: error(packed._replace(left=factors[0], right=factors[1][:, :, None])),
+        )  # fmt: skip
+
+
+def _packed_step(
+    name: str, shape: Shape, keys: Tensor, values: Tensor, key_scheme: QuantScheme, value_scheme: QuantScheme
+) -> Case:
+    batch, heads, kv_heads, tokens, head_dim = shape
+    scale = head_dim**-0.5
+    query = make_random(keys.dtype, keys.device)(batch, heads, 1, head_dim)
+    key, value = keys.flatten(2, 3), values.flatten(2, 3)
+    positions = torch.arange(key.shape[2], dtype=torch.int32, device=keys.device).repeat(batch, 1, 1)
+    at = torch.full((batch, 1), tokens, dtype=torch.int32, device=keys.device)
+
+    def pack(x: Tensor, scheme: QuantScheme) -> QuantizedTensor:
+        packed = quantise(x, scheme)
+        if not scheme.rank:
+            return packed
+        left, right = residual_factors(x, packed, scheme, scheme.rank)
+        return packed._replace(left=left, right=right[:, :, None])
+
+    packed = pack(keys, key_scheme), pack(values, value_scheme)
+
+    def sdpa(key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+
+    def ours() -> Tensor:
+        return packed_attention(query, *packed, key_scheme, value_scheme, positions, at, scale=scale)[0]
+
+    def expanded() -> Tensor:
+        schemes = (key_scheme, value_scheme)
+        return sdpa(*(dequantise(*pair, query.dtype).flatten(2, 3) for pair in zip(packed, schemes, strict=True)))
+
+    # attention to what was packed: there is nothing to compare
+    def dense() -> None:
+        slot_attention(query, key, value, positions.expand(-1, kv_heads, -1), at, scale=scale)
+
+    def dense_sdpa() -> None:
+        sdpa(key, value)
+
+    return Case(
+        f"packed_attention, {name}",
+        shape,
+        {"ours": ours, "dense slot_attention": dense, "dense sdpa": dense_sdpa, "dequantise, then sdpa": expanded},
+        "dequantise, then sdpa",
+        bytes=sum(part.nbytes for side in packed for part in side if part is not None),
+    )

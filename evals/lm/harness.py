@@ -1,0 +1,110 @@
+"""The one way into lm-eval: its tasks, found here or in its own index, run through a CompressedLM, and its command."""
+
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval._cli import HarnessCLI
+from lm_eval.tasks import TaskManager
+
+from kvcompress.evals.lm.model import CompressedLM
+from kvcompress.evals.sweep.samples import RECIPES
+from kvcompress.evals.sweep.text import TEXT
+
+# task files for data of one's own
+TASKS = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A task's results: all of its metrics, the one that counts, and that of each document in their order.
+
+    The one that counts is the accuracy where the task has one, else its first metric.
+    """
+
+    metric: str
+    score: float
+    higher_is_better: bool
+    metrics: dict[str, float]
+    scores: list[Any]
+
+
+def evaluate(lm: CompressedLM, name: str, metadata: str, num_fewshot: int | None, limit: int | None) -> Scored:
+    """Runs one task. metadata: of the task files, as JSON."""
+    with errors_only():
+        run = simple_evaluate(
+            model=lm,
+            tasks=[name],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=find_manager(name, metadata),
+            bootstrap_iters=0,
+        )
+    found = run["results"][name]
+    metrics = {key: value for key, value in found.items() if "," in key and "_stderr" not in key}
+    chosen = next((key for key in metrics if key.startswith("acc,")), next(iter(metrics)))
+    metric, _, kind = chosen.partition(",")
+    samples = [sample for sample in run["samples"][name] if sample["filter"] == kind]
+    scores = [sample[metric] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    return Scored(metric, metrics[chosen], run["higher_is_better"][name].get(metric) is not False, metrics, scores)
+
+
+def run_command(arguments: list[str]) -> None:
+    """`lm_eval run --model kvcompress` with these arguments, and the task files of this folder beside its own."""
+    if "--include_path" not in arguments:
+        arguments = [*arguments, "--include_path", str(TASKS)]
+    harness = HarnessCLI()
+    harness.execute(harness._parser.parse_args(["run", "--model", "kvcompress", *arguments]))
+
+
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """The harness tells each point anew what it takes for granted; a sweep has hundreds."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def load_task(name: str, metadata: str) -> Any:
+    """A new task object of the harness.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        with errors_only():
+            return find_manager(name, metadata).load([name])["tasks"][name]
+    except Exception as error:
+        raise ValueError(f"lm-eval cannot load the task {name}: {type(error).__name__}: {error}") from error
+
+
+def find_manager(name: str, metadata: str) -> TaskManager:
+    """Who knows the task: the files shipped here, or else the whole index of the harness, which takes seconds to read.
+
+    Raises:
+        ValueError: nobody does, or it is a group.
+    """
+    manager = _manager(False, metadata)
+    if name not in manager.all_subtasks:
+        manager = _manager(True, metadata)
+    if name in manager.all_subtasks:
+        return manager
+    if name in manager.all_groups or name in manager.all_tags:
+        raise ValueError(f"{name} is a group of lm-eval's tasks; name those of its members that you mean")
+    known = ", ".join((*RECIPES, TEXT, *_manager(False, metadata).all_subtasks))
+    raise ValueError(f"unknown task {name!r}; known: {known}, and all of lm-eval's own")
+
+
+@functools.cache
+def _manager(defaults: bool, metadata: str) -> TaskManager:
+    return TaskManager(include_path=str(TASKS), include_defaults=defaults, metadata=json.loads(metadata))

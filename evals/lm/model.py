@@ -1,0 +1,279 @@
+"""lm-eval's tasks through a compressed cache: the model `kvcompress` of the harness.
+
+    kvcompress eval --tasks arc_easy --num_fewshot 5 --cache h2o --budget 0.2
+    lm_eval.simple_evaluate(model=CompressedLM(cache="h2o", budget=0.2), tasks=["arc_easy"])
+
+A prompt scored in one forward attends to all of its keys, whatever the cache keeps, and measures nothing. Here a
+context is read but for what is held back, the cache compresses, and the rest of the context and the continuation are
+read through what is left, `chunk` tokens a forward. The continuations of one context start from copies of the cache it
+left behind, so that it is read once. Rolling likelihoods read the whole text in chunks, each through what its
+predecessors left. With `cache=none` all scores are those of the harness's own `hf` model.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from torch import Tensor
+from tqdm import tqdm
+
+from kvcompress import load_model
+from kvcompress.evals.sweep.baselines import build, parse
+from kvcompress.evals.sweep.protocol import Measured, NotCompressedError, Reader
+from kvcompress.hf import cache_argument
+from kvcompress.registry import spelled
+
+Request = tuple[Any, list[int], list[int]]
+
+
+@register_model("kvcompress")
+class CompressedLM(HFLM):
+    """A causal language model whose every score comes through a kvcompress cache."""
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        cache: str | None = "none",
+        budget: int | float | None = None,
+        hold_back: int | str = 1,
+        chunk: int = 64,
+        **settings: Any,
+    ) -> None:
+        """
+        Args:
+            pretrained: hub id, local folder or loaded model; None for SmolLM2-135M-Instruct.
+            cache: a method of the registry, such as "h2o:sinks=4".
+            budget: tokens it keeps, or a fraction of the context it compresses (of a rolling likelihood's text);
+                1.0 keeps everything.
+            hold_back: what of a context is read after compression: a number of tokens, at least 1, or a text such as
+                "Question:", from whose last occurrence on the context is held back. The method is then blind to it
+                (question-agnostic); with 1 it sees the question (question-aware).
+            chunk: tokens read per forward once the cache has compressed.
+            settings: of the harness's `hf` model: batch_size, device, dtype, max_length, ...
+
+        Raises:
+            ValueError: an unknown method, a budget it cannot keep, nothing held back.
+        """
+        # what stands for nothing on the harness's command line
+        cache = cache or "none"
+        method, own = parse(cache)
+        if "budget" in own:
+            budget, cache = own.pop("budget"), spelled(method, own)
+        if method.takes_budget and budget is None:
+            raise ValueError(f"the cache {cache} needs a budget: tokens to keep, or a fraction of the context")
+        if isinstance(hold_back, int) and hold_back < 1:
+            raise ValueError(
+                "hold_back must be at least 1 token, or the first scored token would come from uncompressed logits; "
+                f"got {hold_back}"
+            )
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+        if pretrained is None:
+            pretrained, settings["tokenizer"] = load_model(device=settings.get("device"))
+        super().__init__(pretrained=pretrained, backend="causal", **settings)
+        self.cache, self.budget, self.chunk = cache, budget, chunk
+        # a shell passes \n as two characters
+        self.hold_back = hold_back.replace("\\n", "\n") if isinstance(hold_back, str) else hold_back
+        self.measured: list[Measured] = []
+        self._new_cache(2**20)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside the scores: the cache, and what it held on average when it had compressed."""
+        found = super().get_model_info()
+        found["kvcompress"] = {
+            "cache": self.cache,
+            "budget": self.budget,
+            "hold_back": self.hold_back,
+            "chunk": self.chunk,
+            **self.held(),
+        }
+        return found
+
+    def held(self) -> dict[str, float]:
+        """Bytes held for a sequence, of how many for the full cache, and tokens, means over all contexts read."""
+        if not self.measured:
+            return {}
+        mean = Measured.mean(self.measured)
+        names = ("bytes_held", "full_bytes", "tokens_seen", "tokens_kept", "ratio")
+        return {"contexts": mean.sequences, **{name: getattr(mean, name) for name in names}}
+
+    def _new_cache(self, longest: int, has_context: bool = True) -> Any:
+        """An empty cache for texts of up to `longest` tokens, of which some are read before it compresses, or none."""
+        budget = self.budget
+        if isinstance(budget, float) and (budget == 1.0 or not has_context):
+            budget = max(1, round(budget * longest))
+        return build(self.cache, self.model, budget)
+
+    # likelihoods
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding would give it."""
+        contexts: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            contexts.setdefault(tuple(whole[: len(whole) - len(continuation)]), []).append(index)
+        answers: list[tuple[float, bool] | None] = [None] * len(requests)
+        order = sorted(contexts, key=len, reverse=True)
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0 or None, desc="likelihoods")
+        size = self._batch(override_bs)
+        for first in range(0, len(order), size):
+            some = order[first : first + size]
+            asked: list[tuple[int, int, list[int]]] = []
+            heads: list[list[int]] = []
+            for row, tokens in enumerate(some):
+                text = requests[contexts[tokens][0]][0]
+                kept = self._held_back(tokens, None if text is None else text[0])
+                heads.append(list(tokens[: len(tokens) - kept]))
+                asked += [(row, index, list(tokens[len(tokens) - kept :])) for index in contexts[tokens]]
+            longest = max(len(tokens) + len(requests[index][2]) for tokens in some for index in contexts[tokens])
+            reader = self._compressed(heads, longest)
+            # where nothing is read beforehand, a fraction is one of each text
+            step = size if any(heads) or not isinstance(self.budget, float) else 1
+            for start in range(0, len(asked), step):
+                part = asked[start : start + step]
+                continuations = [requests[index][2] for _, index, _ in part]
+                if any(heads):
+                    fork = self._fork(reader, [row for row, *_ in part], last=start + step >= len(asked))
+                else:
+                    texts = [len(kept) + len(own) for (*_, kept), own in zip(part, continuations, strict=True)]
+                    fork = Reader(self.model, self._new_cache(max(texts), has_context=False), self._pad)
+                scores = self._scores(
+                    fork,
+                    [kept + own[:-1] for (*_, kept), own in zip(part, continuations, strict=True)],
+                    continuations,
+                )
+                if not any(heads) and all(requests[index][0] is None for _, index, _ in part):
+                    # a rolling likelihood, which is compressed as it goes
+                    self.measured.append(fork.measure())
+                for (_, index, _), score in zip(part, scores, strict=True):
+                    answers[index] = score
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], score)
+                bar.update(len(part))
+        bar.close()
+        assert all(answer is not None for answer in answers)
+        return answers  # type: ignore[return-value]
+
+    def _scores(
+        self, reader: Reader, rows: list[list[int]], continuations: list[list[int]]
+    ) -> Iterator[tuple[float, bool]]:
+        """Reads rows through a compressed cache; the scores of the continuations, which they predict last."""
+        width = max(map(len, rows))
+        total, greedy = [0.0] * len(rows), [True] * len(rows)
+        for first in range(0, width, self.chunk):
+            last = min(first + self.chunk, width)
+            # rows end together: what stands in columns first .. last - 1 of a row
+            pieces = [row[max(0, first - width + len(row)) : max(0, last - width + len(row))] for row in rows]
+            scored = max(min(last - (width - len(continuation)), last - first) for continuation in continuations)
+            logits = reader.read(pieces, max(1, scored))
+            if scored <= 0:
+                continue
+            log = torch.log_softmax(logits[:, -scored:], -1, dtype=self.softmax_dtype or torch.float32)
+            for index, continuation in enumerate(continuations):
+                done = last - (width - len(continuation))
+                count = min(scored, done)
+                if count <= 0:
+                    continue
+                wanted = torch.tensor(continuation[done - count : done], device=log.device)
+                own = log[index, -count:]
+                total[index] += float(own.gather(-1, wanted[:, None]).sum())
+                greedy[index] &= bool((own.argmax(-1) == wanted).all())
+        return zip(total, greedy, strict=True)
+
+    # generation
+
+    @torch.inference_mode()
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """As the harness calls it: context [batch, tokens], left-padded; gives it back with what is generated."""
+        mask = generation_kwargs.pop("attention_mask", torch.ones_like(context)).bool()
+        rows = [row[visible].tolist() for row, visible in zip(context, mask, strict=True)]
+        held = [self._held_back(row, None) for row in rows]
+        heads = [row[: len(row) - kept] for row, kept in zip(rows, held, strict=True)]
+        reader = self._compressed(heads, max(map(len, rows)) + max_length - context.shape[1])
+        parts = [heads] if reader.mask is not None else []
+        parts.append([row[len(row) - kept :] for row, kept in zip(rows, held, strict=True)])
+        padded = [_left_padded(part, self._pad, context.device) for part in parts]
+        ids, seen = (torch.cat(tensors, 1) for tensors in zip(*padded, strict=True))
+        if generation_kwargs.get("do_sample") is None and not generation_kwargs.get("temperature"):
+            generation_kwargs["do_sample"] = False
+        if generation_kwargs.get("do_sample") is False:
+            generation_kwargs.pop("temperature", None)
+        found = self.model.generate(
+            input_ids=ids,
+            attention_mask=seen,
+            **cache_argument(self.model, reader.cache),
+            max_length=max_length - context.shape[1] + ids.shape[1],
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, ids.shape[1], ids.shape[0]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            **generation_kwargs,
+        )
+        return torch.cat([context, found[:, ids.shape[1] :]], 1)
+
+    # both
+
+    @property
+    def _pad(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def _batch(self, override: int | None) -> int:
+        if override:
+            return override
+        if not isinstance(self.batch_size, int):
+            raise ValueError(f"batch_size must be a number of sequences, got {self.batch_size!r}")
+        return self.batch_size
+
+    def _held_back(self, context: Sequence[int], text: str | None) -> int:
+        """How many of a context's last tokens are read after compression, at least 1."""
+        if isinstance(self.hold_back, int):
+            return min(self.hold_back, len(context))
+        text = self.tok_decode(list(context)) if text is None else text
+        at = text.rfind(self.hold_back)
+        if at < 0:
+            return 1
+        return min(max(1, len(context) - len(self.tok_encode(text[:at]))), len(context))
+
+    def _compressed(self, heads: list[list[int]], longest: int) -> Reader:
+        """A cache that has read these tokens, and compressed them, of texts of up to `longest`.
+
+        Raises:
+            NotCompressedError: it kept more than its budget.
+        """
+        reader = Reader(self.model, self._new_cache(longest, has_context=any(heads)), self._pad)
+        if not any(heads):
+            return reader
+        reader.read(heads)
+        measured = reader.measure()
+        self.measured.append(measured)
+        if self.budget is not None and parse(self.cache)[0].takes_budget and not parse(self.cache)[0].reads_budget:
+            limit = self.budget if isinstance(self.budget, int) else self.budget * measured.tokens_seen
+            # budgets of layers are rounded one by one, and a budget of less than a token is one
+            if measured.tokens_kept > max(limit, 1) + 1:
+                raise NotCompressedError(
+                    f"{self.cache} was to keep {limit:.1f} of {measured.tokens_seen:.1f} tokens, and kept "
+                    f"{measured.tokens_kept:.1f}"
+                )
+        return reader
+
+    def _fork(self, reader: Reader, rows: list[int], last: bool) -> Reader:
+        """These rows of a reader; itself where nobody needs it any more."""
+        fork = Reader(self.model, reader.cache if last else reader.cache.clone(), self._pad)
+        assert reader.mask is not None
+        index = torch.tensor(rows, device=reader.mask.device)
+        fork.mask = reader.mask[index]
+        if rows != list(range(len(reader.mask))):
+            fork.cache.batch_select_indices(index)
+        return fork
+
+
+def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

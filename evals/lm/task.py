@@ -1,0 +1,135 @@
+"""lm-eval's tasks as tasks of a sweep: one task, one cache, its score and its bytes.
+
+The harness makes the prompts and scores the answers as in `kvcompress eval`. What is read after compression follows
+the sweep's protocols:
+
+    question-agnostic   from where the question begins: the last example of a few-shot context, or a text one names
+    question-aware      the last `hold_back` tokens of the context
+
+Rolling likelihoods have no question; their text is read in chunks, each through what its predecessors left.
+"""
+
+import hashlib
+import json
+import math
+from functools import cached_property
+from typing import Any
+
+from kvcompress.evals.lm.harness import errors_only, evaluate, find_manager, load_task
+from kvcompress.evals.lm.model import CompressedLM
+from kvcompress.evals.sweep.points import CONTINUATION, Point, Settings, make_points
+from kvcompress.evals.sweep.protocol import AWARE, NotCompressedError
+from kvcompress.evals.sweep.rows import held, standard_error
+from kvcompress.evals.sweep.samples import Tokenizer
+from kvcompress.evals.sweep.task import Subject
+
+# tokens read per forward after compression, as `kvcompress eval` does by default
+_CHUNK = 64
+
+
+class HarnessTask:
+    """A task of lm-eval's own or of the files here; it brings its contexts, whatever lengths are asked for."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        """Raises ValueError for what is no task of lm-eval's, or a group of several."""
+        self.name = name
+        self.settings = settings
+        self._metadata = json.dumps(dict(settings.metadata), sort_keys=True)
+        find_manager(name, self._metadata)
+
+    def points(self) -> list[Point]:
+        protocols = (CONTINUATION,) if self._is_rolling else self.settings.protocols
+        for protocol in protocols:
+            self._hold_back(protocol)
+        return make_points(self.name, [None], protocols, self.settings)
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Nothing is left to check: the points were made from the harness's own prompts."""
+
+    def cost(self, point: Point) -> int:
+        # contexts of unknown length, some hundred of them
+        return (self.settings.limit or 500) * 500
+
+    def facts(self, point: Point) -> dict[str, Any]:
+        return {
+            "num_fewshot": self._num_fewshot,
+            "limit": self.settings.limit,
+            "prompts": self._prompts,
+            "hold_back": self._hold_back(point.protocol),
+            "chunk": _CHUNK,
+        }
+
+    def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
+        """The standard error is that of a mean over documents, and None for a score that is none."""
+        with errors_only():
+            lm = CompressedLM(
+                pretrained=subject.model,
+                tokenizer=subject.tokenizer,
+                cache=point.method,
+                budget=point.budget,
+                hold_back=self._hold_back(point.protocol),
+                chunk=_CHUNK,
+                batch_size=self.settings.batch,
+            )
+        found = evaluate(lm, self.name, self._metadata, self.settings.num_fewshot, self.settings.limit)
+        if not lm.measured:
+            raise NotCompressedError(
+                f"nothing of {self.name}'s contexts was left to compress once {lm.hold_back!r} was held back; "
+                "give it examples (--num-fewshot), or hold back less"
+            )
+        if not math.isfinite(found.score):
+            raise ValueError(f"the {found.metric} of {self.name} is {found.score}")
+        scores = found.scores
+        is_mean = all(isinstance(value, int | float) for value in scores) and math.isclose(
+            sum(scores) / len(scores), found.score, rel_tol=1e-6, abs_tol=1e-9
+        )
+        return {
+            "metric": found.metric,
+            "score": found.score,
+            "stderr": standard_error(scores) if is_mean else None,
+            "higher_is_better": found.higher_is_better,
+            "metrics": {name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
+            "samples": len(scores),
+            "scores": scores if is_mean else None,
+        } | held(lm.measured, point.budget if isinstance(point.budget, int) else None)
+
+    @cached_property
+    def _task(self) -> Any:
+        return load_task(self.name, self._metadata)
+
+    @property
+    def _is_rolling(self) -> bool:
+        return bool(self._task.OUTPUT_TYPE == "loglikelihood_rolling")
+
+    @property
+    def _num_fewshot(self) -> int:
+        asked = self.settings.num_fewshot
+        return int((asked if asked is not None else self._task.config.num_fewshot) or 0)
+
+    def _hold_back(self, protocol: str) -> int | str:
+        """Tokens of a context that are read after compression, or the text from whose last occurrence on it is."""
+        if protocol == AWARE:
+            return self.settings.hold_back
+        if self._is_rolling:
+            return 1
+        if self.settings.question is not None:
+            return self.settings.question
+        if not self._num_fewshot:
+            raise ValueError(
+                f"nothing marks where a question of {self.name} begins: ask for examples (--num-fewshot 5), name "
+                "a text that it begins with (--question Question:), or only the protocol question-aware"
+            )
+        return str(self._task.config.fewshot_delimiter)
+
+    @cached_property
+    def _prompts(self) -> str:
+        """A hash of all that the harness would ask."""
+        task = load_task(self.name, self._metadata)
+        with errors_only():
+            if self.settings.num_fewshot is not None:
+                task.set_config(key="num_fewshot", value=self.settings.num_fewshot)
+            # as simple_evaluate draws the examples
+            task.set_fewshot_seed(seed=1234)
+            task.build_all_requests(limit=self.settings.limit)
+        asked = [list(map(str, instance.arguments)) for instance in task.instances]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]

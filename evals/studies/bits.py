@@ -1,0 +1,169 @@
+"""What packed keys and values cost in quality at their measured bits: kvcompress study bits
+
+    KL = mean over scored tokens of sum_v p_full(v) (log p_full(v) - log p(v))
+
+The context of each window of text is read once, by a full cache, and packed by every setting (`GEARCache.fill`); what
+follows is read through the packed cache, `chunk` tokens per forward, and compared with the full cache's own
+continuation. Bits count all that the cache keeps of the packed tokens (codes, scales, outliers, factors, positions)
+for each number of their keys and values; the tail, whose tokens are not packed, is counted in `all bits` only.
+
+Beside them, where they are installed: transformers' own QuantizedCache (optimum-quanto, hqq) at the same context.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from kvcompress import GEARCache, load_model
+from kvcompress.evals.provenance import provenance, write_results
+from kvcompress.evals.sweep.agreement import distances, make_windows
+from kvcompress.evals.sweep.baselines import BASELINES, build, installed
+from kvcompress.evals.sweep.rows import mean_of
+from kvcompress.evals.sweep.samples import read_text
+from kvcompress.hf import cache_argument
+from kvcompress.registry import parse
+
+
+def _plain(bits: int) -> str:
+    return f"bits={bits}:value_bits={bits}:sinks=0"
+
+
+SETTINGS = [
+    *(f"gear:bits={bits}" for bits in (2, 3, 4, 8)),
+    *(f"gear:bits={bits}:value_bits={bits}" for bits in (3, 4)),
+    *(f"gear:{_plain(bits)}:group_size={group}" for bits in (2, 3, 4, 8) for group in (16, 32, 64)),
+    *(f"gear:{_plain(bits)}:group_size=128:buffer=128" for bits in (2, 3, 4, 8)),
+    *(f"gear:preset=gear-l:{_plain(bits)}" for bits in (2, 3, 4)),
+    *(f"gear:preset=gear:{_plain(bits)}" for bits in (2, 3, 4)),
+    *(f"gear:{_plain(bits)}:group_size={group}:outliers=0.02" for bits in (2, 3, 4) for group in (32, 64)),
+    "gear:preset=gear-whole",
+]
+PEERS = [f"{backend}:bits={bits}" for backend in ("quanto", "hqq") for bits in (2, 4)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting. bits: of a packed number, all counted. all_bits: of any number held, the tail's too.
+
+    kl: nats; top1: share of tokens whose likeliest successor stays; perplexity, full_perplexity: of each text.
+    """
+
+    setting: str
+    bits: float | None
+    all_bits: float
+    kl: float
+    top1: float
+    perplexity: dict[str, float]
+    full_perplexity: dict[str, float]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """How much the perplexity of each text rose, as a share."""
+        return {name: self.perplexity[name] / self.full_perplexity[name] - 1 for name in self.perplexity}
+
+
+class Study:
+    """Windows of texts, read once."""
+
+    def __init__(self, model: PreTrainedModel, windows: dict[str, list[list[int]]], context: int, chunk: int) -> None:
+        """
+        Args:
+            windows: of each text by name, token ids of one length.
+            context: tokens of a window that are packed; those after it are scored.
+        """
+        self.model = model
+        self.context = context
+        self.chunk = chunk
+        self.names = [name for name, rows in windows.items() for _ in rows]
+        self.rows = torch.tensor([row for rows in windows.values() for row in rows], device=model.device)
+        self.full = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(self.rows[:, :context], **cache_argument(model, self.full), logits_to_keep=1)
+        layers: Any = self.full.layers
+        self.held: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
+        self.expected = list(self._continue(self._filled(DynamicCache(config=model.config))))
+
+    def measure(self, setting: str) -> Row:
+        """A setting's row; `gear:...` as in the registry, `quanto:bits=4` and `hqq:bits=4` for transformers' caches."""
+        numbers = 2 * sum(key.numel() for key, _ in self.held)
+        with torch.inference_mode():
+            if setting.partition(":")[0] in BASELINES:
+                cache, bits = self._filled(build(setting, self.model)), None
+                all_bits = 8 * cache.memory().total_bytes / numbers
+            else:
+                method, settings = parse(setting)
+                cache = method.build(self.model, 0, settings)
+                if not isinstance(cache, GEARCache):
+                    raise ValueError(f"bits are measured of gear, kivi, {', '.join(BASELINES)}, got {setting!r}")
+                report = cache.fill(self.full).memory()
+                layers: Any = cache.layers
+                apart = [part for layer in layers for part in (layer.first, layer.tail) if part is not None]
+                in_tail = sum(sum(part.held) * 2 * part.keys[0, :, 0].numel() for part in apart)
+                packed = numbers - in_tail
+                bits = 8 * (report.total_bytes - report.by_component["tail"]) / packed if packed else None
+                all_bits = report.bits_per_element
+            return self._compare(setting, bits, all_bits, cache)
+
+    def _compare(self, setting: str, bits: float | None, all_bits: float, cache: Any) -> Row:
+        sums = torch.zeros(4, len(self.names), dtype=torch.float64, device=self.rows.device)
+        first = self.context
+        for expected, found in zip(self.expected, self._continue(cache), strict=True):
+            sums += distances(found, expected, self.rows[:, first + 1 : first + 1 + found.shape[1]])
+            first += found.shape[1]
+        top1, kl, loss, full_loss = (sums / (first - self.context)).tolist()
+
+        def perplexity(losses: list[float]) -> dict[str, float]:
+            return {
+                name: math.exp(mean_of([loss for own, loss in zip(self.names, losses, strict=True) if own == name]))
+                for name in self.names
+            }
+
+        return Row(setting, bits, all_bits, mean_of(kl), mean_of(top1), perplexity(loss), perplexity(full_loss))
+
+    def _continue(self, cache: Any) -> Iterator[Tensor]:
+        """Logits of what follows, [windows, chunk, vocabulary] at a time."""
+        for first in range(self.context, self.rows.shape[1] - 1, self.chunk):
+            piece = self.rows[:, first : min(first + self.chunk, self.rows.shape[1] - 1)]
+            with torch.inference_mode():
+                yield self.model(piece, **cache_argument(self.model, cache)).logits
+
+    def _filled(self, cache: Any) -> Any:
+        for index, (key, value) in enumerate(self.held):
+            cache.update(key, value, index)
+        return cache
+
+
+def main(
+    model: Annotated[str | None, "hub id, folder or .gguf file; default: SmolLM2-135M-Instruct"] = None,
+    settings: Annotated[str | None, "by commas, as in the registry, such as gear:bits=3:group_size=32"] = None,
+    text: Annotated[list[Path] | None, "UTF-8 file, more than once for more texts"] = None,
+    context: Annotated[int, "tokens that are packed"] = 1536,
+    scored: Annotated[int, "tokens read after them"] = 256,
+    chunk: Annotated[int, "of them per forward; generation has 1"] = 64,
+    windows: Annotated[int, "of each text"] = 2,
+    out: Annotated[Path | None, "JSON"] = None,
+) -> None:
+    """Quality of packed caches at their measured bits."""
+    options = {name: str(value) for name, value in locals().items()}
+    loaded, tokenizer = load_model(model)
+    texts = {path.stem: read_text(path) for path in text or ()} or {"python's documentation": read_text()}
+    encoded = {name: tokenizer.encode(words, add_special_tokens=False) for name, words in texts.items()}
+    # the last token is only a target
+    cut = {name: make_windows(ids, context, scored + 1, windows) for name, ids in encoded.items()}
+    study = Study(loaded, cut, context, chunk)
+    peers = [peer for peer in PEERS if installed(peer.partition(":")[0])]
+    rows = []
+    print(f"{'setting':52} {'bits':>6} {'all':>6} {'KL':>8} {'top-1':>6}  perplexity against the full cache")
+    for setting in settings.split(",") if settings else SETTINGS + peers:
+        row = study.measure(setting)
+        rows.append(asdict(row))
+        bits = "" if row.bits is None else f"{row.bits:.2f}"
+        losses = ", ".join(f"{name} {loss:+.1%}" for name, loss in row.losses.items())
+        print(f"{setting:52} {bits:>6} {row.all_bits:6.2f} {row.kl:8.4f} {row.top1:6.3f}  {losses}", flush=True)
+    write_results({"settings": options, **provenance(loaded.device), "rows": rows}, out)

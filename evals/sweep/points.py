@@ -1,0 +1,140 @@
+"""What a sweep is to measure: its settings, and the points that they span."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvcompress import registry
+from kvcompress.caches.budget import Budget
+from kvcompress.evals.sweep import baselines
+from kvcompress.evals.sweep.protocol import PROTOCOLS
+from kvcompress.evals.sweep.samples import read_text
+
+# the protocol of tasks that have no question
+CONTINUATION = "continuation"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to sweep.
+
+    methods: specs of the registry. budgets: tokens (int), or fractions of the length (float; 1.0 keeps everything).
+    tasks: names that evals/tasks.py knows. lengths: context tokens. samples: prompts, or windows of text, per point;
+        neither concerns lm-eval's tasks.
+    hold_back: tokens of the question read after compression, question-aware. batch: sequences at a time.
+    text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read per forward, on text.
+    num_fewshot, limit, metadata: of lm-eval's tasks, as its own command takes them.
+    question: the text that a question of theirs begins with; None for the last example of a few-shot context.
+    """
+
+    methods: tuple[str, ...]
+    budgets: tuple[int | float, ...]
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int
+    protocols: tuple[str, ...] = PROTOCOLS
+    seed: int = 0
+    hold_back: int = 1
+    batch: int = 4
+    text: str | None = None
+    continuation: int = 64
+    chunk: int = 1
+    num_fewshot: int | None = None
+    limit: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    question: str | None = None
+
+    def __post_init__(self) -> None:
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+        for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one")
+        for name in ("samples", "batch", "hold_back", "continuation", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (self.limit is not None and self.limit < 1) or (self.num_fewshot is not None and self.num_fewshot < 0):
+            raise ValueError(
+                f"limit must be at least 1 and num_fewshot at least 0, got {self.limit} and {self.num_fewshot}"
+            )
+        for length in self.lengths:
+            if length < 2:
+                raise ValueError(f"a length must be at least 2 tokens, got {length}")
+        for budget in self.budgets:
+            Budget(budget)
+        for method in self.methods:
+            baselines.parse(method)
+
+    @cached_property
+    def text_hash(self) -> str:
+        """What tells one text from another."""
+        return hashlib.sha256(read_text(self.text).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    length: None for lm-eval's tasks, which bring their own contexts. budget: None for what keeps every token.
+    """
+
+    task: str
+    length: int | None
+    protocol: str
+    method: str
+    budget: int | float | None
+
+    @property
+    def context(self) -> int:
+        """The length, of a task that has one."""
+        assert self.length is not None
+        return self.length
+
+    def budget_tokens(self, capacity: int) -> int | None:
+        """The budget in tokens; a fraction of 1.0 is all that a sequence may grow to, `capacity`."""
+        if self.budget is None or isinstance(self.budget, int):
+            return self.budget
+        return capacity if self.budget == 1.0 else max(1, round(self.budget * self.context))
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        words = (self.task, self.length, f"{self.protocol},", self.method, self.budget)
+        return " ".join(str(word) for word in words if word is not None)
+
+
+def make_points(task: str, lengths: Iterable[int | None], protocols: Iterable[str], settings: Settings) -> list[Point]:
+    """A task's points, those that share their prompts next to each other; ceiling and floor included."""
+    methods: dict[str, list[int | float | None]] = {registry.FULL: [None]}
+    for spec in (*settings.methods, registry.FLOOR):
+        found, own = baselines.parse(spec)
+        # one that is asked for at a budget of its own is measured at that
+        budgets = [own.pop("budget")] if "budget" in own else list(settings.budgets) if found.takes_budget else [None]
+        methods.setdefault(registry.spelled(found, own), []).extend(budgets)
+    return [
+        Point(task, length, protocol, method, budget)
+        for length in dict.fromkeys(lengths)
+        for protocol in dict.fromkeys(protocols)
+        for method, budgets in methods.items()
+        for budget in dict.fromkeys(budgets)
+    ]
+
+
+def check_budgets(model: PreTrainedModel, points: Iterable[Point]) -> None:
+    """Builds each cache once, empty.
+
+    Raises:
+        ValueError: a method refuses its budget or its settings.
+    """
+    asked = ((point.method, point.budget if point.length is None else point.budget_tokens(2**20)) for point in points)
+    for method, budget in dict.fromkeys(asked):
+        try:
+            baselines.build(method, model, budget)
+        except ValueError as error:
+            asked_for = "" if budget is None else f" at a budget of {budget}{' tokens' * isinstance(budget, int)}"
+            raise ValueError(f"{method}{asked_for}: {error}") from None

@@ -1,0 +1,153 @@
+"""Accuracy against memory: every method at every budget on every task, one result row a point.
+
+Rows go to `results.jsonl` as soon as they are there, with what is needed to make them again; a sweep that was
+interrupted takes up where it stopped. The full cache (ceiling) and sinks + recent tokens (floor) always take part.
+A budget is resolved to tokens from the length asked for, so that all methods hold equally many, under both protocols.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvcompress.evals.provenance import provenance
+from kvcompress.evals.sweep import baselines
+from kvcompress.evals.sweep.claims import Claims
+from kvcompress.evals.sweep.points import Point, Settings
+from kvcompress.evals.sweep.rows import Results
+from kvcompress.evals.sweep.samples import Tokenizer
+from kvcompress.evals.sweep.task import BuildCache, Subject, Task
+
+# part of every key: raise it whenever the same settings come to mean another measurement
+_PROTOCOL_VERSION = 1
+# seconds between two looks at what other processes have done
+_PAUSE = 1.0
+
+
+@dataclass
+class Sweep:
+    """A sweep of one model. `run` measures what is missing and returns the rows of all points, in their order.
+
+    tasks: those of the settings, by name (evals/tasks.py makes them).
+    forget: measure again what the folder already has; its rows stay in the file, and newer ones stand.
+    rank, processes: of processes that run the same sweep on one folder. Each measures what no other has claimed, in a
+        file of its own, and returns when all points are done; what a killed one had begun, another takes up.
+    """
+
+    settings: Settings
+    tasks: Mapping[str, Task]
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    folder: Path
+    forget: bool = False
+    build: BuildCache = baselines.build
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        self.points = [point for task in self.tasks.values() for point in task.points()]
+        self.subject = Subject(self.model, self.tokenizer, self.build)
+        name = "results.jsonl" if self.processes == 1 else f"results.{self.rank}.jsonl"
+        self.results = Results(self.folder, self.forget, name)
+
+    def key(self, point: Point) -> str:
+        """A hash of all that decides what the point measures."""
+        return hashlib.sha256(json.dumps(self.facts(point), sort_keys=True).encode()).hexdigest()[:16]
+
+    def missing(self) -> list[Point]:
+        """Points without a row that succeeded."""
+        return [point for point in self.points if not self.results.is_done(self.key(point))]
+
+    def check_tasks(self) -> None:
+        """Makes one sample of each task at each length.
+
+        Raises:
+            ValueError: a length cannot hold its task, or the hold-back is longer than a question.
+        """
+        for task in self.tasks.values():
+            task.check(self.tokenizer)
+
+    @property
+    def model_name(self) -> str:
+        """As it was asked for."""
+        return self.model.name_or_path or type(self.model).__name__
+
+    def cost(self, point: Point) -> int:
+        """Roughly how long a point takes, in tokens read."""
+        return self.tasks[point.task].cost(point)
+
+    def measure(self, point: Point) -> dict[str, Any]:
+        """One point's score with its standard error, and its measured bytes."""
+        return self.tasks[point.task].measure(point, self.subject)
+
+    def facts(self, point: Point) -> dict[str, Any]:
+        """What decides the point's result."""
+        return (
+            dataclasses.asdict(point)
+            | {
+                "model": self.model_name,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "device": self.model.device.type,
+                "seed": self.settings.seed,
+                "protocol_version": _PROTOCOL_VERSION,
+            }
+            | self.tasks[point.task].facts(point)
+        )
+
+    def run(self, on_row: Callable[[Point, dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
+        """Measures the missing points; one that fails is recorded as such and the rest goes on."""
+        missing = self.missing()
+        if self.processes == 1:
+            for point in missing:
+                self._add(point, on_row)
+        else:
+            self._share_out(missing, on_row)
+        return [self.results.rows[self.key(point)] for point in self.points]
+
+    def _share_out(self, points: list[Point], on_row: Callable[[Point, dict[str, Any]], None] | None) -> None:
+        """Measures of these what no other process does, until every one has a row of this run."""
+        claims = Claims(self.folder)
+        before = dict(self.results.rows)
+
+        def is_open(point: Point) -> bool:
+            row = self.results.rows.get(self.key(point))
+            return row is None or (row["status"] != "ok" and row == before.get(self.key(point)))
+
+        # each begins at another place, as neighbours share their prompts
+        first = len(points) * self.rank // self.processes
+        points = points[first:] + points[:first]
+        while points:
+            for point in points:
+                with claims.claim(self.key(point)) as ours:
+                    if ours:
+                        self.results.reload()
+                        if is_open(point):
+                            self._add(point, on_row)
+            self.results.reload()
+            points = [point for point in points if is_open(point)]
+            if points:
+                time.sleep(_PAUSE)
+
+    def _add(self, point: Point, on_row: Callable[[Point, dict[str, Any]], None] | None) -> None:
+        started = time.perf_counter()
+        try:
+            found = {"status": "ok"} | self.measure(point)
+        except Exception as error:
+            found = {
+                "status": "failed",
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            }
+        row = {"key": self.key(point)} | self.facts(point) | found
+        source = provenance(self.model.device) | {"batch": self.settings.batch}
+        row |= {"seconds": round(time.perf_counter() - started, 3), "provenance": source}
+        self.results.append(row)
+        if on_row is not None:
+            on_row(point, row)

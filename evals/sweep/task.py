@@ -1,0 +1,61 @@
+"""What a sweep asks of a task, and whom a task asks: one model, through a new cache for each point."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from kvcompress.evals.sweep.points import Point
+from kvcompress.evals.sweep.samples import Tokenizer
+from kvcompress.hf import end_tokens
+
+BuildCache = Callable[[str, PreTrainedModel, int | float | None], Any]
+
+
+@dataclass
+class Subject:
+    """The model whose caches are measured, its tokenizer, and what builds a cache from a method and a budget."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    build: BuildCache
+    _newest: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def share(self, slot: str, key: Any, prepare: Callable[[], Any]) -> Any:
+        """What points of one key have in common; a slot keeps the newest alone, which may be large."""
+        if self._newest.get(slot, (None,))[0] != key:
+            # the one before must be gone while the next is made
+            self._newest.pop(slot, None)
+            self._newest[slot] = key, prepare()
+        return self._newest[slot][1]
+
+    @cached_property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        own = self.tokenizer.eos_token_id
+        return frozenset([*end_tokens(self.model), *([] if own is None else [own])])
+
+
+class Task(Protocol):
+    """One task of a sweep, made from its name and the sweep's settings."""
+
+    def points(self) -> list[Point]:
+        """All that is to be measured.
+
+        Raises:
+            ValueError: the settings do not suit the task.
+        """
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises ValueError where a length cannot hold the task, or the hold-back is longer than a question."""
+
+    def cost(self, point: Point) -> int:
+        """Roughly how long a point takes, in tokens read."""
+
+    def facts(self, point: Point) -> dict[str, Any]:
+        """What decides a point's result beside the point itself, the model and the seed."""
+
+    def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
+        """A point's score with its standard error, and the measured bytes of a sequence."""

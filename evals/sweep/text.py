@@ -1,0 +1,86 @@
+"""Plain text as a task of a sweep: how far a cache moves the model from what it says with all tokens (agreement.py)."""
+
+import math
+from typing import Any
+
+from kvcompress.evals.sweep.agreement import FullReference, make_windows
+from kvcompress.evals.sweep.points import CONTINUATION, Point, Settings, make_points
+from kvcompress.evals.sweep.rows import held, mean_of, standard_error
+from kvcompress.evals.sweep.samples import Tokenizer, read_text
+from kvcompress.evals.sweep.synthetic import must_keep
+from kvcompress.evals.sweep.task import Subject
+
+# its name among tasks
+TEXT = "text"
+
+
+class TextTask:
+    """Windows of a text: contexts of the lengths asked for, and the tokens that follow them."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self.settings = settings
+        self._tokens: list[int] = []
+
+    def points(self) -> list[Point]:
+        return make_points(self.name, self.settings.lengths, [CONTINUATION], self.settings)
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        for length in self.settings.lengths:
+            self._windows(tokenizer, length)
+
+    def cost(self, point: Point) -> int:
+        settings = self.settings
+        return settings.samples * (point.context + 40 * settings.continuation // settings.chunk)
+
+    def facts(self, point: Point) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "samples": settings.samples,
+            "continuation": settings.continuation,
+            "chunk": settings.chunk,
+            "hold_back": 1,
+            # rows of an older version lack the errors of attention
+            "text_version": 2,
+            "text": settings.text_hash,
+        }
+
+    def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
+        settings, length = self.settings, point.context
+
+        def prepare() -> list[FullReference]:
+            windows = self._windows(subject.tokenizer, length)
+            batches = [windows[first : first + settings.batch] for first in range(0, len(windows), settings.batch)]
+            return [FullReference(subject.model, batch, length) for batch in batches]
+
+        budget = point.budget_tokens(length + settings.continuation)
+        found = [
+            reference.compare(
+                lambda: subject.build(point.method, subject.model, budget),
+                chunk=settings.chunk,
+                must_keep_at_most=must_keep(budget, length - 1),
+            )
+            for reference in subject.share("prompts", (self.name, length), prepare)
+        ]
+        top1, kl, loss, full_loss, by_layer = (
+            [value for part, _ in found for value in getattr(part, name)]
+            for name in ("top1", "kl", "loss", "full_loss", "attention_error")
+        )
+        errors = [mean_of(layers) for layers in by_layer]
+        return {
+            "metric": "top-1 agreement",
+            "score": mean_of(top1),
+            "stderr": standard_error(top1),
+            "kl": mean_of(kl),
+            "kl_stderr": standard_error(kl),
+            "attention_error": mean_of(errors),
+            "attention_error_stderr": standard_error(errors),
+            "attention_error_by_layer": [round(mean_of(layer), 6) for layer in zip(*by_layer, strict=True)],
+            "perplexity": math.exp(mean_of(loss)),
+            "full_perplexity": math.exp(mean_of(full_loss)),
+            "scores": top1,
+        } | held([memory for _, memory in found], budget)
+
+    def _windows(self, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+        self._tokens = self._tokens or tokenizer.encode(read_text(self.settings.text), add_special_tokens=False)
+        return make_windows(self._tokens, length, self.settings.continuation, self.settings.samples)

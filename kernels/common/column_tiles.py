@@ -1,0 +1,116 @@
+"""Column sums and maxima of the attention matrix in plain PyTorch, a tile at a time: column_sums' path on a CPU.
+
+A tile is one matrix product that carries the log-sum-exp as an extra dimension, `[scale * q, -lse] . [k, 1]`, then exp
+and a sum or a maximum in place, in a buffer sized for the cache.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.common.torch_attention import slots_seen
+
+# the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not
+_IGNORED = 1e4
+_TILE_COLUMNS = 256
+# 4 MB in float32: about what two cores' caches hold, and few enough calls that their overhead does not show
+_TILE_LOGITS = 2**20
+
+
+def causal_tiles(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    scale: float,
+    visible: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """As causal_column_sums."""
+    queries, tokens = query.shape[2], key.shape[2]
+    tiles = _Tiles(query, key, lse, scale, softcap)
+    for start in range(0, queries, tiles.block):
+        stop = min(start + tiles.block, queries)
+        tiles.take(slice(start, stop))
+        # the block's first query is token `first`, its last is token `last - 1`
+        first, last = tokens - queries + start, tokens - queries + stop
+        low = 0 if window is None else max(0, first - window + 1)
+        for left in range(low, last, _TILE_COLUMNS):
+            right = min(left + _TILE_COLUMNS, last)
+            tile = tiles.probabilities(slice(left, right))
+            if right > first + 1:
+                tile.tril_(first - left)
+            if window is not None and left <= last - 1 - window:
+                tile.triu_(first - left - window + 1)
+            tiles.sums[:, left:right] += tile.sum((1, 2))
+    sums = tiles.sums.view(key.shape[:3]).float()
+    return sums if visible is None else sums.masked_fill_(~visible[:, None], 0.0)
+
+
+def slot_tiles(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    takes_max: bool,
+) -> Tensor:
+    """As slot_column_sums, or slot_column_maxima where it `takes_max`."""
+    queries, slots = query.shape[2], key.shape[2]
+    tiles = _Tiles(query, key, lse, scale, softcap)
+    for start in range(0, queries, tiles.block):
+        rows = slice(start, min(start + tiles.block, queries))
+        tiles.take(rows)
+        for left in range(0, slots, _TILE_COLUMNS):
+            columns = slice(left, min(left + _TILE_COLUMNS, slots))
+            tile = tiles.probabilities(columns)
+            if window is not None:
+                seen = slots_seen(positions[..., columns], query_positions[:, rows], window)
+                tile.masked_fill_(~seen.flatten(0, 1)[:, None], 0.0)
+            if takes_max:
+                torch.maximum(tiles.sums[:, columns], tile.amax((1, 2)), out=tiles.sums[:, columns])
+            else:
+                tiles.sums[:, columns] += tile.sum((1, 2))
+    return tiles.sums.view(key.shape[:3]).float().masked_fill_(positions < 0, 0.0)
+
+
+class _Tiles:
+    """Tiles of exp(logit - lse) in one buffer, and the sums or maxima they add to, [batch * kv_heads, tokens]."""
+
+    def __init__(self, query: Tensor, key: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
+        batch, heads, queries, _ = query.shape
+        kv_heads, tokens = key.shape[1], key.shape[2]
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        lse = lse.masked_fill(lse.isinf(), _IGNORED).to(dtype)[..., None]
+        rows, columns = query.to(dtype) * scale, key.to(dtype)
+        self.softcap, self.lse = softcap, None
+        if softcap is None:
+            rows = torch.cat([rows, -lse], -1)
+            columns = torch.cat([columns, columns.new_ones(()).expand(*columns.shape[:-1], 1)], -1)
+        else:
+            self.lse = lse.reshape(batch * kv_heads, heads // kv_heads, queries, 1)
+        self.rows = rows.reshape(batch * kv_heads, heads // kv_heads, queries, -1)
+        self.columns = columns.reshape(batch * kv_heads, tokens, -1)
+        self.sums = self.columns.new_zeros(batch * kv_heads, tokens)
+        self.block = min(queries, max(16, _TILE_LOGITS // (batch * heads * _TILE_COLUMNS)))
+        self.taken: Tensor
+        self.taken_lse: Tensor | None
+        self.buffer = self.columns.new_empty(batch * heads * self.block * _TILE_COLUMNS)
+
+    def take(self, rows: slice) -> None:
+        """Chooses the queries of the tiles that follow."""
+        self.taken = self.rows[:, :, rows].flatten(1, 2)
+        self.taken_lse = None if self.lse is None else self.lse[:, :, rows]
+
+    def probabilities(self, columns: slice) -> Tensor:
+        """[batch * kv_heads, group, queries taken, columns], unmasked; the next call overwrites it."""
+        pairs, count, _ = self.taken.shape
+        width = columns.stop - columns.start
+        tile = self.buffer[: pairs * count * width].view(pairs, count, width)
+        torch.bmm(self.taken, self.columns[:, columns].mT, out=tile)
+        tile = tile.view(pairs, self.rows.shape[1], -1, width)
+        if self.softcap is not None and self.taken_lse is not None:
+            tile.div_(self.softcap).tanh_().mul_(self.softcap).sub_(self.taken_lse)
+        return tile.exp_()

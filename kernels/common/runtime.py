@@ -1,0 +1,247 @@
+"""Where and how a kernel runs: on a GPU, or on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
+
+`op` declares an op, once; `launch` starts its kernels, and under `recording` lists them instead.
+
+Triton is imported here and nowhere else: the other files take `tl` and `triton` from here. Where it is not installed
+(macOS, Windows, builds of torch without it) both are stand-ins, and every op takes its PyTorch path.
+"""
+
+import functools
+import inspect
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.missing_triton import MissingTriton
+
+_missing: MissingTriton | None = None
+if TYPE_CHECKING:
+    import triton.language
+else:
+    try:
+        import triton.language
+    except ImportError as error:
+        triton = _missing = MissingTriton(error)
+tl = triton.language
+
+HAS_TRITON = _missing is None
+if _missing is not None and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true"):
+    # whoever asks for the kernels must not get something else
+    raise _missing.error("TRITON_INTERPRET=1")
+
+# read once: Triton decides at import too, and torch.compile cannot trace a look at the environment
+INTERPRETED: bool = HAS_TRITON and triton.knobs.runtime.interpret
+
+# launch options that let a kernel use what registers there are: left to itself, ptxas spills a few of them to make room
+# for one block more on a multiprocessor (AMD's compiler does not)
+ALL_REGISTERS: dict[str, int] = {"maxnreg": 255} if torch.version.hip is None else {}
+
+# the dtypes that kernels are compiled for ahead of time: float16 is as bfloat16
+AOT_DTYPES = (torch.bfloat16, torch.float32)
+# every pair of a tile and a tail up to the widest (common/tile.py); others only mask more
+AOT_HEAD_DIMS = (64, 80, 96, 128, 144, 192, 256)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """True where a Triton kernel can take this tensor; ops use their PyTorch path elsewhere.
+
+    The kernels compute in float32, so float64 always takes the PyTorch path. A GPU without Triton takes it too, which
+    is right and slow: the first time there is a warning.
+    """
+    if _missing is not None:
+        # torch.compile cannot trace a warning
+        if tensor.is_cuda and not torch.compiler.is_compiling():
+            _warn_of_speed(_missing)
+        return False
+    return (tensor.is_cuda or INTERPRETED or _recording is not None) and tensor.dtype != torch.float64
+
+
+@functools.cache
+def _warn_of_speed(missing: MissingTriton) -> None:
+    reason = missing.error("what is fast on a GPU")
+    warnings.warn(f"kvcompress computes in PyTorch, which is right and slower: {reason}", stacklevel=3)
+
+
+def autotune(
+    configs: list[triton.Config], key: list[str], prune: Callable[..., list[triton.Config]] | None = None
+) -> Callable[[Any], Any]:
+    """triton.autotune on a GPU. The interpreter has no clock to tune by, so it takes the first config.
+
+    Args:
+        key: arguments whose values, like all dtypes, call for tuning anew. None of them may change while decoding.
+        prune: (configs, arguments, **constants) to the configs worth trying there.
+    """
+    if INTERPRETED:
+        return triton.heuristics({name: lambda _, value=value: value for name, value in configs[0].kwargs.items()})
+    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": prune} if prune else None)
+
+
+@functools.lru_cache
+def core_count(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of no matter elsewhere, so few that the interpreter's tests split keys too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """True for GPUs whose matrix units read shared memory (Hopper on), which leaves registers for larger tiles."""
+    return _has_wgmma(device) if _recording is None else _recording.has_wgmma
+
+
+@functools.lru_cache
+def _has_wgmma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel on the device of its tensors, with all the registers there are.
+
+    Args:
+        grid: how many programs, a tuple, or a function of the compile-time arguments that returns it.
+        constants: the compile-time arguments, and launch options such as num_warps.
+    """
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, arguments, constants))
+        return
+    with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, Tensor))):
+        kernel[grid](*arguments, **constants, **ALL_REGISTERS)
+
+
+class Launch(NamedTuple):
+    """What `launch` was called with, but for the grid."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class _Recording(NamedTuple):
+    launches: list[Launch]
+    has_wgmma: bool
+
+
+_recording: _Recording | None = None
+
+
+@contextmanager
+def recording(has_wgmma: bool = False) -> Iterator[list[Launch]]:
+    """Lists what ops would launch on a GPU that has wgmma or not; nothing is launched, and results hold anything.
+
+    Wherever their tensors are, ops take the path of a GPU: those of `shaped` will do.
+    """
+    global _recording
+    if _missing is not None:
+        raise _missing.error("what kernels are launched with")
+    _recording = _Recording([], has_wgmma)
+    try:
+        yield _recording.launches
+    finally:
+        _recording = None
+
+
+def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that has a shape and a dtype, and no numbers: for the calls that a file makes in its `aot_calls`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Op(NamedTuple):
+    """What `op` made of a function: its fake, the torch.library op, and by name how this takes the arguments."""
+
+    function: Callable[..., Any]
+    fake: Callable[..., Any]
+    compiled: Any
+    leaves: Callable[..., dict[str, Any]]
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """What the function means, in plain PyTorch: <its name>_reference, in the same file."""
+        return getattr(sys.modules[self.function.__module__], f"{self.function.__name__}_reference")
+
+
+OPS: dict[str, Op] = {}
+
+
+def op(fake: Callable[..., Any], mutates: Iterable[str] = ()) -> Callable[[Function], Function]:
+    """Makes a function one opaque node of a compiled graph, the torch.library op kvcompress::<its name>; see `OPS`.
+
+    Only a call that torch.compile is tracing goes through the op; an eager call runs the function itself,
+    because the dispatch of a custom op costs some 30 us, more than many of these functions.
+
+    A schema knows no named tuples: those among the arguments enter the op as their fields. A result that is neither
+    nothing, a tensor nor a tuple of a fixed length leaves it as a list of its tensors, less those at the end that are
+    None. Nor does it know tensors by keyword only: the op takes all arguments in their order.
+
+    Args:
+        fake: takes all arguments by name and returns empty tensors as the function would.
+        mutates: names of the arguments that the function writes to. What it returns must be fresh memory.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        parameters, returns = signature.parameters.values(), signature.return_annotation
+        tuples = {each.name: each.annotation for each in parameters if hasattr(each.annotation, "_fields")}
+        is_named = hasattr(returns, "_fields")
+        is_listed = returns not in (None, Tensor) and typing.get_origin(returns) is not tuple
+        flat = signature.replace(
+            parameters=[leaf for each in parameters for leaf in _leaves(each)],
+            return_annotation=list[Tensor] if is_listed else returns,
+        )
+        defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+        positions = sum(each.kind is not each.KEYWORD_ONLY for each in parameters)
+
+        def leaves(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            if len(args) > positions:
+                raise TypeError(f"{function.__name__} takes {positions} arguments by position, got {len(args)}")
+            given = defaults | dict(zip(signature.parameters, args, strict=False)) | kwargs
+            for name in tuples:
+                for field, leaf in given.pop(name)._asdict().items():
+                    given[f"{name}_{field}"] = leaf
+            return given
+
+        def of_leaves(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                given = dict(zip(flat.parameters, args, strict=False)) | kwargs
+                for name, kind in tuples.items():
+                    given[name] = kind(*(given.pop(f"{name}_{field}") for field in kind._fields))
+                found = function(**given)
+                return [tensor for tensor in found if tensor is not None] if is_listed else found
+
+            call.__signature__ = flat  # type: ignore[attr-defined]
+            return call
+
+        name = function.__name__
+        compiled = torch.library.custom_op(f"kvcompress::{name}", of_leaves(function), mutates_args=tuple(mutates))
+        compiled.register_fake(of_leaves(fake))
+        OPS[name] = Op(function, fake, compiled, leaves)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            found = compiled(**leaves(*args, **kwargs))
+            if not is_listed:
+                return found
+            return returns(*found) if is_named else tuple(found)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _leaves(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """A parameter as a schema can say it: of a named tuple its fields, of literals a string."""
+    kind = parameter.annotation
+    fields = typing.get_type_hints(kind) if hasattr(kind, "_fields") else {}
+    if fields:
+        of_fields = (parameter.replace(name=f"{parameter.name}_{name}", annotation=fields[name]) for name in fields)
+        return [leaf for field in of_fields for leaf in _leaves(field)]
+    kind = str if typing.get_origin(kind) is typing.Literal else kind
+    return [inspect.Parameter(parameter.name, parameter.POSITIONAL_OR_KEYWORD, annotation=kind)]

@@ -1,0 +1,228 @@
+"""Attention of few queries, split over the keys so that few heads fill a GPU: decoding, short chunks, slots.
+
+Each program reads one part of the keys and reports the output and log-sum-exp of it alone; kernels/merge.py puts the
+parts together. Bytes: keys and values once for all query heads of a group; bound by bandwidth.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.common.runtime import core_count, has_wgmma, launch, tl, triton
+from kvcompress.kernels.common.tile import (
+    LOG2E,
+    MIN_SIDE,
+    bound_logits,
+    dot,
+    load_tile,
+    rows_aligned,
+    store_tile,
+    tile_width,
+    wide,
+)
+from kvcompress.kernels.merge import merge_stack
+
+# as many rows (queries times group) as one tile of the split kernel takes
+FEW_ROWS = 64
+_PROGRAMS_PER_CORE = 4
+# keys below which a part does not repay its share of the merge
+_LEAST_SPLIT = 256
+MOST_SPLITS = 64
+# tiles that take as long as what a program does before and after its own
+_STARTING = 2
+
+
+def launch_split(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    logits: Tensor | None = None,
+    tickets: Tensor | None = None,
+    merge: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attention of few queries, split over the keys so that few heads fill a GPU.
+
+    Args:
+        positions, query_positions: as in slot_attention; None: a causal chunk, as in causal_attention.
+        logits: [batch, kv_heads, tokens, group] float32 to write the logits to, -inf where unseen; for one query.
+        tickets: [batch, kv_heads] int32, set to 0 for the launch that follows.
+        merge: False leaves the parts apart, float32 with the split as a first dimension.
+    """
+    batch, heads, queries, _ = query.shape
+    kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    group = heads // kv_heads
+    query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
+    visible = None if visible is None else visible.contiguous().view(torch.uint8)
+    positions = None if positions is None else positions.contiguous()
+    query_positions = None if window is None or query_positions is None else query_positions.contiguous()
+    # bound by bandwidth: columns that are only masked cost nothing, tails would cost registers
+    dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
+    block_rows, block_tokens, warps, stages = _split_blocks(
+        queries * group, max(dim, value_width), query.element_size(), has_wgmma(query.device)
+    )
+    row_blocks = triton.cdiv(queries * group, block_rows)
+    resident = max(1, 8 // warps) * core_count(query.device)
+    splits, split_tokens = _parts(batch * kv_heads * row_blocks, tokens, block_tokens, resident)
+    whole = splits == 1 and merge
+    shape = (batch, heads, queries) if whole else (splits, batch, heads, queries)
+    out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
+    lse = query.new_empty(shape, dtype=torch.float32)
+    launch(
+        _split_kernel, (batch * kv_heads * row_blocks * splits,),
+        query, key, value, visible, positions, query_positions, out, lse, logits, tickets,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        batch, kv_heads, queries, tokens, splits, split_tokens, window or 0, scale, softcap or 0.0,
+        GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
+        VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
+        PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
+        SOFTCAPPED=softcap is not None, WRITES_LOGITS=logits is not None,
+        BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return (out, lse) if whole or not merge else merge_stack(out, lse, query.dtype)
+
+
+def split_keys(programs: int, tokens: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Into how many parts to split the keys, and how many keys are in a part, a multiple of the block."""
+    wanted = triton.cdiv(_PROGRAMS_PER_CORE * core_count(device), programs)
+    splits = max(1, min(wanted, triton.cdiv(tokens, _LEAST_SPLIT), MOST_SPLITS))
+    part = triton.cdiv(triton.cdiv(tokens, splits), block) * block
+    return max(1, triton.cdiv(tokens, part)), part
+
+
+@functools.lru_cache(1024)
+def _parts(programs: int, tokens: int, block: int, resident: int) -> tuple[int, int]:
+    """As split_keys, where a GPU holds `resident` programs at once: rounds of them times a part's tiles are least."""
+    # triton.cdiv takes microseconds
+    tiles = max(1, -(-tokens // block))
+    found, least = (1, tiles), math.inf
+    for wanted in range(1, min(tiles, MOST_SPLITS) + 1):
+        part = -(-tiles // wanted)
+        splits = -(-tiles // part)
+        cost = -(-programs * splits // resident) * (part + _STARTING)
+        # more parts are more to merge
+        if cost < 0.95 * least:
+            found, least = (splits, part), cost
+    return found[0], found[1] * block
+
+
+def _split_blocks(rows: int, width: int, element_size: int, deep: bool) -> tuple[int, int, int, int]:
+    """Rows and tokens a tile, warps and stages of the split kernel; deep: with shared memory for Hopper's."""
+    block_rows = min(FEW_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
+    if element_size == 4:
+        if width <= 64:
+            return min(block_rows, 32), 32, 8, 2
+        return MIN_SIDE, 16, 4 if width <= 128 else 8, 2
+    if width > 128:
+        return min(block_rows, 32), 32, 8, 2
+    if block_rows > MIN_SIDE and width > 64:
+        return block_rows, 32, 4, 3
+    # of 4 stages 3 are buffers: the next tiles come while one is multiplied, and two programs still share a core
+    return block_rows, 64, 4, 3 if width <= 64 else 4 if deep else 2
+
+
+@triton.jit(do_not_specialize=["batch_size", "queries", "tokens", "splits", "split_tokens", "window"])
+def _split_kernel(
+    query_ptr, key_ptr, value_ptr, visible_ptr, positions_ptr, query_positions_ptr, out_ptr, lse_ptr, logits_ptr,
+    tickets_ptr,
+    query_batch_stride, query_head_stride, query_stride,
+    key_batch_stride, key_head_stride, key_stride,
+    value_batch_stride, value_head_stride, value_stride,
+    batch_size, kv_heads, queries, tokens, splits, split_tokens, window, scale, softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_ROOM: tl.constexpr,  # VALUE_DIM with the padding of the values
+    VALUE_WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLOTTED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    WRITES_LOGITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    # one program owns BLOCK_ROWS rows of one KV head and the tokens of one split;
+    # a row is one (query, head of the group), so that the group reads its keys once
+    row_blocks = tl.cdiv(queries * GROUP, BLOCK_ROWS)
+    split = tl.program_id(0) % splits
+    block = tl.program_id(0) // splits % row_blocks
+    owner = tl.program_id(0) // splits // row_blocks
+    kv_head = (owner % kv_heads).to(tl.int64)
+    batch = (owner // kv_heads).to(tl.int64)
+    key_ptr += batch * key_batch_stride + kv_head * key_head_stride
+    value_ptr += batch * value_batch_stride + kv_head * value_head_stride
+    positions_base = (batch * kv_heads + kv_head) * tokens
+
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
+    row_ok = row < queries * GROUP
+    index = (row // GROUP).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
+    query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
+    if SLOTTED:
+        if WINDOWED:
+            position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)  # [R]
+    else:
+        position = tokens - queries + index
+
+    if tickets_ptr is not None:
+        tl.store(tickets_ptr + owner, 0)
+
+    peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
+    column = tl.arange(0, BLOCK_TOKENS)  # [T]
+
+    for start in range(split * split_tokens, tl.minimum((split + 1) * split_tokens, tokens), BLOCK_TOKENS):
+        token = start + column
+        token_ok = token < tokens
+        key_offset = column * key_stride
+        tile_ptr = key_ptr + wide(start) * key_stride
+        key = load_tile(tile_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]
+        logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32))  # [R, T]
+        logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
+        if SLOTTED:
+            slot_position = tl.load(positions_ptr + positions_base + token, mask=token_ok, other=-1)
+            seen = (slot_position >= 0)[None, :]
+        else:
+            slot_position = token
+            seen = (token[None, :] <= position[:, None]) & token_ok[None, :]
+        if WINDOWED:
+            seen = seen & (slot_position[None, :] > position[:, None] - window)
+        if PADDED:
+            visible = tl.load(visible_ptr + batch * tokens + token, mask=token_ok, other=0)
+            seen = seen & (visible != 0)[None, :]
+        logits = tl.where(seen, logits, float("-inf"))
+        if WRITES_LOGITS:
+            # one query: a row is a head
+            logits_tile_ptr = logits_ptr + (positions_base + start) * GROUP
+            logits_offset = column[None, :] * GROUP + row[:, None]
+            tl.store(logits_tile_ptr + logits_offset, logits, mask=row_ok[:, None] & token_ok[None, :])
+
+        logits *= LOG2E
+        risen = tl.maximum(peak, tl.max(logits, 1))
+        # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+        shift = tl.where(risen == float("-inf"), 0.0, risen)
+        fade = tl.exp2(peak - shift)
+        weight = tl.exp2(logits - shift[:, None])  # [R, T]
+        peak = risen
+        total = total * fade + tl.sum(weight, 1)
+        value_offset = column * value_stride
+        tile_ptr = value_ptr + wide(start) * value_stride
+        value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
+        weight = weight.to(value.dtype)
+        out = dot(weight, value, out * fade[:, None])
+
+    lse_offset = ((split * batch_size + batch) * kv_heads * GROUP + head) * queries + index
+    norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
+    store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
+    tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)

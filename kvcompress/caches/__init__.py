@@ -1,0 +1,1 @@
+"""The caches that one passes to generate, and their layers."""

@@ -1,0 +1,96 @@
+"""Budgets: how many tokens, as a count or as a fraction of those seen, and how the layers of a model share them."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+Allocation = Literal["uniform", "pyramid"]
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "pyramid")
+
+# PyramidKV's beta: the last layer gets 1 / 20 of the mean, the first 39 / 20
+_STEEPNESS = 20
+
+
+def count_or_fraction(given: Any, name: str, unit: str, whole: str) -> int | float:
+    """The number as Python's own int, or float within (0, 1], where NumPy's or a tensor of no dimension was given.
+
+    Args:
+        name, unit, whole: for the errors: of the argument, what an int counts, and what a float is a fraction of.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is a fraction outside of (0, 1].
+    """
+    number = given.item() if getattr(given, "ndim", None) == 0 else given
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or (isinstance(number, float) and not 0.0 < number <= 1.0):
+        expected = f"{unit} (int), or a fraction of {whole} in (0, 1] (float)"
+        raise (ValueError if is_number else TypeError)(f"{name} must be {expected}, got {given!r}")
+    return number
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens per sequence and KV head: `Budget(512)`, or as a fraction of the tokens seen `Budget(0.2)`.
+
+    amount: the count or the fraction; NumPy's and torch's numbers become Python's own.
+    least: the fewest tokens that it may come to. explained: how an error says what those are.
+    whole: what a fraction is of, where that is something else.
+
+    Raises:
+        TypeError: the amount is no number.
+        ValueError: it is a count below the least, or a fraction outside of (0, 1].
+    """
+
+    amount: int | float
+    least: int = 1
+    explained: str = "1 token"
+    whole: str = "the tokens seen"
+
+    def __post_init__(self) -> None:
+        amount = count_or_fraction(self.amount, "budget", "a count of tokens", self.whole)
+        object.__setattr__(self, "amount", amount)
+        if isinstance(amount, int) and amount < self.least:
+            raise ValueError(f"budget must be at least {self.explained}, got {amount}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A budget as the command line has it: a count where it is written as an integer."""
+        for read in (int, float):
+            try:
+                amount = read(text)
+            except ValueError:
+                continue
+            return cls(amount)
+        raise ValueError(f"budget must be a count of tokens such as 512, or a fraction such as 0.2, got {text!r}")
+
+    def tokens(self, seen: int) -> int:
+        """What it is of so many tokens seen."""
+        return max(self.least, int(self.amount * seen)) if isinstance(self.amount, float) else self.amount
+
+    def per_layer(self, allocation: Allocation, layers: int) -> list[Self]:
+        """Each layer's budget; their mean is this one, to within the rounding of token counts.
+
+        `pyramid` follows PyramidKV (arXiv:2406.02069): early layers attend broadly and get more, late layers less. The
+        least (sinks, recent tokens) every layer gets, of a count; the rest falls on a straight line from the first
+        layer to the last, which gets a twentieth of the mean. A sliding layer keeps no more than its window; what it
+        cannot use of its share is not given to others.
+
+        Raises:
+            ValueError: an unknown allocation.
+        """
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
+        if allocation == "uniform" or layers == 1:
+            return [self] * layers
+        amount = self.amount
+        if isinstance(amount, int):
+            shared = amount - self.least
+            line = _line(2 * shared - shared / _STEEPNESS, shared / _STEEPNESS, layers)
+            return [replace(self, amount=self.least + round(share)) for share in line]
+        # nobody keeps more than the whole prompt; what the first layers cannot use, the last ones get
+        most = min(1.0, 2 * amount - amount / _STEEPNESS)
+        return [replace(self, amount=share) for share in _line(most, 2 * amount - most, layers)]
+
+
+def _line(first: float, last: float, layers: int) -> list[float]:
+    return [first + (last - first) * index / (layers - 1) for index in range(layers)]

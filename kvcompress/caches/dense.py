@@ -1,0 +1,171 @@
+"""The full cache, behind kvcompress's two doors: the ceiling that the others are measured against."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.cache import CompressedCache
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
+from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
+from kvcompress.storage.segment import Segment
+
+# tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
+SLACK = 256
+
+
+class DenseStep(ForwardStep):
+    """A forward whose tokens are stored already."""
+
+    def __init__(self, layer: "DenseLayer", x: AttentionInput) -> None:
+        super().__init__(x)
+        self.layer = layer
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        out, lse = self.layer._read(x)
+        return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
+
+    def commit(self) -> None:
+        self.layer._drop()
+
+
+class DenseLayer(CompressedLayer):
+    """Keeps every token; on a sliding layer, those of the window and a little more."""
+
+    is_croppable = True
+    queries_watched = 0
+    storage: type[DenseSegment] = DenseSegment
+    dense: DenseSegment | None = None
+    dropped = 0
+
+    def segments(self) -> list[Segment]:
+        return [] if self.dense is None else [self.dense]
+
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        self._store(x)
+        return DenseStep(self, x)
+
+    def _attend_dense(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
+        """Stores the chunk; its attention to what is stored here, and the log-sum-exp of that."""
+        self._store(chunk)
+        answer = self._read(chunk)
+        self._drop()
+        return answer
+
+    @ordinary_tensors()
+    def room(self, like: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Where the keys and values of the next tokens will lie, [batch, kv_heads, tokens, head_dim].
+
+        What is written there, and then handed to `update`, is stored without a copy.
+
+        Args:
+            like: [batch, tokens, any], of the dtype and on the device of keys and values.
+        """
+        if self.dense is None:
+            empty = like.new_empty(like.shape[0], kv_heads, 0, head_dim)
+            self.dense = self.storage(empty, empty)
+            self.lazy_initialization(empty, empty)
+        return self.dense.room(like.shape[1])
+
+    def _store(self, chunk: AttentionInput) -> None:
+        if self.dense is None:
+            self.dense = self.storage(chunk.key, chunk.value)
+        elif self.record_past:
+            self._let_go()
+        self.dense.append(chunk.key, chunk.value, chunk.visible)
+
+    def _read(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
+        assert self.dense is not None
+        key, value, visible = self.dense.held()
+        order = own_order = None
+        if self.window is not None and visible is not None:
+            order = pads_first(visible)
+            visible = visible if order is None else visible.gather(1, order)
+            own_order = None if chunk.visible is None else pads_first(chunk.visible[:, -chunk.queries :])
+        out, lse = causal_attention(
+            reordered(chunk.query, own_order),
+            reordered(key, order),
+            reordered(value, order),
+            scale=chunk.scale,
+            visible=visible,
+            window=self.window,
+            softcap=chunk.softcap,
+        )
+        if own_order is not None:
+            back = own_order.argsort(-1)
+            out, lse = reordered(out, back), reordered(lse[..., None], back)[..., 0]
+        return out, lse
+
+    def _drop(self) -> None:
+        # drafts of any length may be taken back before the next forward
+        if not self.record_past:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Lets go of what has left the window, but for a little."""
+        assert self.dense is not None
+        if self.window is not None and self.dense.length >= self.window - 1 + 2 * SLACK:
+            excess = self.dense.length - (self.window - 1 + SLACK)
+            _, _, visible = self.dense.held()
+            # a window counts tokens and no padding; the last columns stay in order for crop
+            order = None if visible is None else pads_first(visible[:, :-SLACK])
+            if order is not None:
+                self.dense.reorder(order)
+            self.dense.drop_first(excess)
+            self.dropped += excess
+
+    def _remap(self, remap: Tensor) -> None:
+        self._hide(remap, remap.new_zeros(len(remap)))
+
+    def _hide(self, remap: Tensor, apart: Tensor) -> None:
+        """Hides what a change of padding drops; `apart` [batch]: first tokens of each row that are held elsewhere."""
+        assert self.dense is not None
+        assert self.padding.before is not None
+        _, _, held = self.dense.held()
+        held = remap.new_ones(len(remap), self.dense.length, dtype=torch.bool) if held is None else held
+        # columns may have been reordered, and hold the last tokens of their rows
+        place = self.padding.before.to(remap.device)[:, None] - held.flip(-1).cumsum(-1).flip(-1)
+        stays = held & (remap.gather(1, place.clamp(0, remap.shape[1] - 1)) >= 0)
+        self.dense.show(stays)
+        if self.dropped and self.window is not None:
+            warn_of_short_windows(self.window, (remap >= 0).sum(-1) - apart, stays.sum(-1))
+
+    def check_crop(self, tokens: int) -> None:
+        held = 0 if self.dense is None else self.dense.length
+        room = held if not self.dropped else max(0, held - ((self.window or 1) - 1))
+        if tokens > room:
+            why = "older ones have left the window" if self.dropped else "no more were seen"
+            raise ValueError(f"crop can take back {room} tokens here, got {tokens}: {why}")
+
+    def _crop(self, tokens: int) -> None:
+        assert self.dense is not None
+        self.dense.drop_last(tokens)
+        self._seen -= tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.dense = None
+        self.dropped = 0
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, facts = ({}, {"length": 0}) if self.dense is None else self.dense.dump()
+        return tensors, {"seen": self._seen, "dropped": self.dropped} | facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if tensors:
+            self.dense = self.storage.load(tensors, facts)
+            self.lazy_initialization(self.dense.keys, self.dense.values)
+        self._seen, self.dropped = facts["seen"], facts["dropped"]
+
+
+class DenseCache(CompressedCache):
+    """Keeps every token, as transformers' DynamicCache does: `DenseCache(model)`.
+
+    Exact. It is the ceiling of every comparison, and what a cache with too large a budget must equal.
+    """
+
+    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+        return DenseLayer(self.padding, window, is_first=index == 0)

@@ -1,0 +1,338 @@
+"""Caches of fixed capacity that keep, per sequence and KV head, the tokens a policy scores highest.
+
+Every forward ends with an eviction, in prefill and at every decode step: the tokens just fed join the slots, the
+policy scores them all, and what is over the budget goes. Kept tokens stay at their true positions, or, with
+`rerotated`, move up (kvcompress/storage/rerotated.py). Attention of a forward is exact over what was kept before and
+all that it was fed, causally.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Self
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.cache import CompressedCache
+from kvcompress.caches.budget import Allocation, Budget
+from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
+from kvcompress.caches.reconstruction import RereadLayer, read_again
+from kvcompress.hf.tensor_parallel import TPGroup
+from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
+from kvcompress.policies.gear import GEAR
+from kvcompress.policies.h2o import H2O
+from kvcompress.policies.kvzip import KVzip
+from kvcompress.policies.method import import_policies
+from kvcompress.policies.policy import Policy
+from kvcompress.policies.snapkv import SnapKV
+from kvcompress.policies.streaming_llm import StreamingLLM
+from kvcompress.storage.rope import Rope
+
+Arguments = ParamSpec("Arguments")
+
+# parameters by their names before 0.2: in calls until 0.3; in saved files, specs and recorded rows for good
+RENAMED = {"rolled": "rerotated"}
+
+
+def _takes_old_names(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """An `__init__` that warns of a parameter's old name, and takes it."""
+
+    @functools.wraps(init)
+    def renaming(*args: Arguments.args, **settings: Arguments.kwargs) -> None:
+        for old, new in RENAMED.items():
+            if old in settings:
+                if new in settings:
+                    raise TypeError(f"{old} is the old name of {new}: pass {new} alone")
+                settings[new] = settings.pop(old)
+                warnings.warn(
+                    f"{old} is called {new} now, and goes in 0.3: write {new}={settings[new]!r}",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+        init(*args, **settings)
+
+    return renaming
+
+
+class EvictingCache(CompressedCache):
+    """Keeps a budget of tokens, which a policy chooses.
+
+        cache = EvictingCache(model, policy=TOVA(), budget=512)
+        output = model.generate(**inputs, cache=cache)
+
+    The policies are TOVA, KeyDiff, Knorm, ChunkKV, ExpectedAttention, Random and others of `kvcompress`, or your own.
+    """
+
+    @_takes_old_names
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        policy: Policy,
+        budget: int | float,
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
+        packed: GEAR | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            policy: what to keep.
+            budget: tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of the
+                real tokens seen so far, which grows with them. Room is taken as it is needed, up to the budget.
+            allocation: how layers share the budget, "uniform" or "pyramid".
+            rerotated: close up the positions of the tokens kept, to go on past the length the model was trained for.
+            packed: keep them in few bits, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for as they
+                come.
+
+        Raises:
+            ValueError: the budget leaves no room for the tokens the policy always keeps, settings do not go together,
+                or the model is unsupported; with `rerotated`, also a model without rotary embeddings, or whose
+                frequencies change with the length.
+        """
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
+        self.policy = policy
+        least = policy.least_budget()
+        explained = f"sinks + recent{' + 1 to choose' if policy.chooses else ''} = {least} tokens for {policy}"
+        self._budget = Budget(budget, least, explained)
+        self.allocation: Allocation = allocation
+        self.rerotated = rerotated
+        self.packed = packed
+        if packed is not None:
+            packed.per_token_scheme(hf.head_counts(hf.text_config(model))[2])
+            if rerotated:
+                raise ValueError("rerotated keeps keys without rotation, and cannot be combined with packed")
+        super().__init__(model)
+        if policy.rereads is not None and rerotated:
+            raise ValueError(f"rerotated cannot be combined with {type(policy).__name__}, which reads tokens twice")
+        if rerotated and not any(isinstance(layer, RerotatedLayer) or layer.is_sliding for layer in self.layers):
+            raise ValueError(
+                f"rerotated closes up rotary positions, and {type(model).__name__} has none; leave it off, "
+                "and stay within the positions the model knows"
+            )
+
+    @property
+    def budget(self) -> int | float:
+        """Tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of those seen."""
+        return self._budget.amount
+
+    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+        budget = self._budget.per_layer(self.allocation, layers)[index].amount
+        rope = None
+        model = self._model()
+        assert model is not None
+        if self.policy.uses_rotary or (self.rerotated and window is None):
+            rope = Rope.of(model, index)
+        kind = EvictingLayer
+        # a sliding layer's distances never exceed its window, and a layer without positions has none to close up
+        if self.rerotated and window is None and rope is not None:
+            kind = RerotatedLayer
+        elif self.policy.rereads is not None:
+            kind = RereadLayer
+        return kind(
+            self.padding,
+            self.policy,
+            budget,
+            window,
+            is_first=index == 0,
+            rope=rope,
+            packed=self.packed,
+            ranks=TPGroup.of(model),
+        )
+
+    @as_stored()
+    def reserve(self) -> None:
+        """Takes room for a whole budget that is a count, for steps that you compile; `generate` does so by itself."""
+        for layer in self.layers:
+            if isinstance(layer, EvictingLayer):
+                layer.reserve()
+
+    def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
+        super().forward_begins(decoder, input_ids)
+        if self.policy.rereads is not None and input_ids is None:
+            raise ValueError(
+                f"{type(self.policy).__name__} reads the tokens again: pass input_ids, and not inputs_embeds"
+            )
+
+    @ordinary_tensors()
+    def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
+        super().forward_ended(decoder, input_ids)
+        how = self.policy.rereads
+        waiting = [layer for layer in self.layers if isinstance(layer, RereadLayer) and layer.waiting is not None]
+        if waiting and how is not None and input_ids is not None:
+            read_again(decoder, waiting, input_ids, self.padding, int(self.get_seq_length()), how)
+
+    def _shown(self) -> dict[str, Any]:
+        return {"policy": self.policy, **super()._shown(), "packed": self.packed}
+
+    def _settings(self) -> dict[str, Any]:
+        policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}
+        return {
+            "policy": policy,
+            "budget": self.budget,
+            "allocation": self.allocation,
+            "rerotated": self.rerotated,
+            "packed": None if self.packed is None else dataclasses.asdict(self.packed),
+        }
+
+    @classmethod
+    def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
+        settings = {RENAMED.get(name, name): value for name, value in settings.items()}
+        policy = dict(settings["policy"])
+        import_policies()
+        kinds = {kind.__name__: kind for kind in _subclasses(Policy)}
+        name = policy.pop("name")
+        if name not in kinds:
+            raise ValueError(f"the file's policy {name!r} is not imported; known: {', '.join(sorted(kinds))}")
+        packed = None if settings["packed"] is None else GEAR(**settings["packed"])
+        cache = cls.__new__(cls)
+        # the short names take a policy's settings one by one; the file has the policy itself
+        EvictingCache.__init__(cache, model, **{**settings, "policy": kinds[name](**policy), "packed": packed})
+        return cache
+
+
+class H2OCache(EvictingCache):
+    """Keeps heavy hitters and recent tokens (arXiv:2306.14048).
+
+        model, tokenizer = kvcompress.load_model()
+        inputs = tokenizer("Why is the sky blue?", return_tensors="pt")
+        cache = kvcompress.H2OCache(model, budget=512)
+        output = model.generate(**inputs, cache=cache)
+
+    Half of the budget is for the newest tokens, unless `recent` says otherwise.
+    """
+
+    @_takes_old_names
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        recent: int | float = 0.5,
+        sinks: int = 0,
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
+        packed: GEAR | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
+            recent: newest tokens always kept: a count, or a fraction of the budget.
+            sinks: first tokens always kept.
+            allocation, rerotated, packed: as in EvictingCache.
+        """
+        policy = H2O(recent=recent, sinks=sinks)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+
+
+class SnapKVCache(EvictingCache):
+    """Keeps what the last queries attend to (arXiv:2404.14469).
+
+        cache = SnapKVCache(model, budget=512)
+        output = model.generate(**inputs, cache=cache)
+
+    The last `window` tokens are observed, and kept themselves.
+    """
+
+    @_takes_old_names
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        window: int = 32,
+        kernel: int = 5,
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
+        packed: GEAR | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
+            window: queries observed, and newest tokens always kept.
+            kernel: neighbouring tokens pooled together, an odd number.
+            allocation, rerotated, packed: as in EvictingCache.
+        """
+        policy = SnapKV(window=window, recent=window, kernel=kernel)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+
+
+class KVzipCache(EvictingCache):
+    """Keeps what is needed to say the context again, for questions that nobody has asked yet (arXiv:2505.23416).
+
+        cache = KVzipCache(model, budget=512)
+        output = model.generate(**inputs, cache=cache)
+
+    Every forward of several tokens is followed by a second one over the same tokens. Until that ends, what the forward
+    was fed is held in full.
+    """
+
+    @_takes_old_names
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        sinks: int = 4,
+        recent: int | float = 1,
+        chunk: int = 2048,
+        prompt: Sequence[int] = (),
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
+        packed: GEAR | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with; it must be given input_ids.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
+            sinks: first tokens always kept.
+            recent: newest tokens always kept: a count, or a fraction of the budget. What is decoded is scored by few
+                queries, what was read by many: for answers longer than a few sentences, tens of them.
+            chunk: tokens read again at a time.
+            prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
+            allocation, packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
+        """
+        policy = KVzip(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt))
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+
+
+class StreamingLLMCache(EvictingCache):
+    """Keeps the first tokens and the newest (arXiv:2309.17453).
+
+        cache = StreamingLLMCache(model, budget=512, rerotated=True)
+        output = model.generate(**inputs, cache=cache)
+
+    The paper counts positions within the cache, which `rerotated=True` does; without it tokens keep their true
+    positions, which serves up to the length the model was trained for.
+    """
+
+    @_takes_old_names
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        sinks: int = 4,
+        allocation: Allocation = "uniform",
+        rerotated: bool = False,
+        packed: GEAR | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
+            sinks: first tokens kept; the rest of the budget is the window.
+            allocation, rerotated, packed: as in EvictingCache.
+        """
+        policy = StreamingLLM(sinks=sinks)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+
+
+def _subclasses(kind: type[Policy]) -> set[type[Policy]]:
+    return {kind}.union(*(_subclasses(child) for child in kind.__subclasses__()))

@@ -1,0 +1,332 @@
+"""One layer of an evicting cache: how tokens come into its slots, are scored, and go (caches/evicting.py)."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress import hf
+from kvcompress.caches.evicting_step import ChunkStep, DecodeStep, FusedDecodeStep
+from kvcompress.hf.tensor_parallel import TPGroup
+from kvcompress.kernels.common.runtime import runs_triton
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
+from kvcompress.policies.gear import GEAR
+from kvcompress.policies.policy import Policy
+from kvcompress.storage.padding import PaddingRecord
+from kvcompress.storage.quantized_slots import QuantizedSlots
+from kvcompress.storage.rerotated import RerotatedSlots
+from kvcompress.storage.rope import Rope
+from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.slots import SlotSegment
+
+_COUNTERS = ("lengths", "limits", "recents", "seen")
+# slots added at a time, and the share of those there
+_GROWTH, _SHARE = 8, 16
+
+
+class EvictingLayer(CompressedLayer):
+    """One layer's slots, and the policy that decides who stays."""
+
+    is_compileable = True
+    evicts = True
+    pads_first = True
+    _reserves = False
+    _told = False
+
+    def __init__(
+        self,
+        padding: PaddingRecord,
+        policy: Policy,
+        budget: int | float,
+        window: int | None = None,
+        is_first: bool = False,
+        rope: Rope | None = None,
+        packed: GEAR | None = None,
+        ranks: TPGroup | None = None,
+    ) -> None:
+        """
+        Args:
+            policy: what to keep.
+            budget: tokens kept a sequence and KV head, or a fraction of the real tokens seen so far.
+            padding, window, is_first: as in CompressedLayer.
+            rope: the layer's rotary embedding, where the policy uses it.
+            packed: how slots are encoded; None for as they come.
+            ranks: the processes that share the layer's heads; None: this one has them all.
+        """
+        super().__init__(padding, window, is_first)
+        self.ranks = ranks
+        self.policy = policy
+        self.budget = budget
+        self.rope = rope
+        self.packed = packed
+        self.slots: SlotSegment | None = None
+        self.state: dict[str, Tensor] = {}
+        # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps; and tokens seen by all
+        self.lengths: Tensor
+        self.limits: Tensor
+        self.recents: Tensor
+        self.seen: Tensor
+        # the value of `seen` where it is known: to read a tensor is to wait for the GPU
+        self._host_seen: int | None = None
+        # whether the slots hold the whole budget, where it is a number of tokens
+        self._holds_budget = False
+
+    @property
+    def queries_watched(self) -> int | None:  # type: ignore[override]
+        return self.policy.queries_needed
+
+    @property
+    def _mean_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
+        return None if self.ranks is None else self.ranks.mean
+
+    def segments(self) -> list[Segment]:
+        return [] if self.slots is None else [self.slots]
+
+    def counters(self) -> dict[str, Tensor]:
+        if self.slots is None:
+            return {}
+        return {
+            "counters": self.lengths,
+            "limits": self.limits,
+            "recents": self.recents,
+            "seen": self.seen,
+        } | ({} if self.rope is None else {"inv_freq": self.rope.inv_freq})
+
+    def statistics(self) -> dict[str, Tensor]:
+        return self.state
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(change)
+        if self.slots is not None:
+            self.lengths, self.limits, self.recents = change(self.lengths), change(self.limits), change(self.recents)
+            self.state = {name: change(tensor) for name, tensor in self.state.items()}
+            self._pin()
+
+    def tokens_kept(self) -> Tensor:
+        assert self.slots is not None
+        return self.slots.kept()
+
+    def get_seq_length(self) -> int:
+        if self.slots is None:
+            return 0
+        if torch.compiler.is_compiling():
+            # the compiled step must not read a tensor's value; transformers' static layers answer with the tensor too
+            return self.seen  # type: ignore[return-value]
+        if self._host_seen is None:
+            self._host_seen = int(self.seen)
+        return self._host_seen
+
+    def is_traceable(self, tokens: int) -> bool:
+        return self.slots is not None and tokens == 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            return hf.ONE_TOKEN, 0
+        return super().get_mask_sizes(query_length)
+
+    def _count(self, tokens: int) -> None:
+        self.seen.add_(tokens)
+        # a compiled step cannot count on the host
+        self._host_seen = None if torch.compiler.is_compiling() or self._host_seen is None else self._host_seen + tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.slots = None
+        self.state = {}
+
+    def check_crop(self, tokens: int) -> None:
+        if tokens > 0:
+            raise ValueError(
+                f"{type(self.policy).__name__} cannot take back {tokens} tokens: what was evicted for them is gone; "
+                "use DenseCache for assisted or prompt-lookup decoding, or clone() the cache first"
+            )
+
+    def _remap(self, remap: Tensor) -> None:
+        assert self.slots is not None
+        if self.is_first:
+            self._warn_of_filler(remap)
+        positions = self.slots.positions
+        rows = remap[:, None].expand(-1, positions.shape[1], -1)
+        moved = rows.gather(2, positions.clamp(min=0).long())
+        positions.copy_(torch.where(positions == EMPTY, EMPTY, moved))
+        self.slots.spare.copy_(positions.argmin(-1))
+        self.lengths.copy_((remap != EMPTY).sum(-1))
+
+    def _warn_of_filler(self, remap: Tensor) -> None:
+        """Tells of rows whose tokens were evicted for others that the mask hides now."""
+        hidden = self.lengths - (remap != EMPTY).sum(-1).to(self.lengths.device)
+        lost = hidden.minimum(self.lengths - self.limits)
+        if bool((lost > 0).any()):
+            warnings.warn(
+                f"attention_mask hides tokens that it showed when they were fed: up to {int(lost.max())} others were "
+                f"evicted for them in {int((lost > 0).sum())} of {len(lost)} sequences, and are gone. Rows that have "
+                "ended are known by a mask of 0, or by the token that model.generation_config.pad_token_id names",
+                stacklevel=2,
+            )
+
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        if self.slots is None or x.tokens > 1:
+            return ChunkStep(self, x)
+        self._make_room(1)
+        if isinstance(self.budget, float):
+            self._follow_budget(self.lengths + (1 if x.visible is None else x.visible[:, 0].int()))
+        # scores that add up or fade, over plain slots, are one kernel; layers that share the tokens would ask after it
+        plain = self.rope is None and self.packed is None and not self.kv_consumers
+        at_once = self.policy.decay is not None and plain and runs_triton(x.query)
+        return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
+
+    def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
+        """The chunk as it meets the slots' `rotated_keys`, and its queries' positions then, [batch, queries]."""
+        return chunk, query_positions
+
+    def _pin(self) -> None:
+        """Tells the compiler that the layer's tensors stay where they are: else CUDA graphs refuse to write to them."""
+        assert self.slots is not None
+        # asked here: torch 2.11 fails at comparing with a budget that differs from that of the cache compiled before
+        self._holds_budget = not isinstance(self.budget, int) or self.slots.slots > self._limit(0)
+        for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
+            # unguarded: another cache of the same shapes records a graph, and compiles nothing
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def _allocate(self, chunk: AttentionInput) -> SlotSegment:
+        if self.slots is None:
+            batch, device = chunk.key.shape[0], chunk.key.device
+            self.limits, self.recents, self.lengths = (
+                torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
+            )
+            self.seen = torch.zeros((), dtype=torch.int64, device=device)
+            self._host_seen = 0
+            # generate compiles the decode step on a GPU
+            self._reserves |= chunk.key.is_cuda
+            self.slots = self._new_slots(chunk, self._most_slots(chunk.tokens))
+            self._follow_budget(self.lengths)
+        self._make_room(chunk.tokens)
+        return self.slots
+
+    def reserve(self) -> None:
+        """Takes room for the whole budget, if it is a count, at once or with the first forward."""
+        self._reserves = True
+        if self.slots is not None:
+            self._make_room(0)
+
+    def _limit(self, tokens: int) -> int:
+        """Tokens that a sequence of so many may keep."""
+        limit = self.budget if isinstance(self.budget, int) else int(self.budget * tokens)
+        limit = max(limit, self.policy.least_budget())
+        return limit if self.window is None else min(limit, self.window)
+
+    def _most_slots(self, tokens: int) -> int:
+        """Slots that are enough after so many more tokens, a spare one included."""
+        seen = self.get_seq_length() + tokens
+        if self._reserves and isinstance(self.budget, int):
+            return self._limit(seen) + 1
+        return min(self._limit(seen), seen) + 1
+
+    def _make_room(self, tokens: int) -> None:
+        """Lets the slots grow to what so many more tokens need.
+
+        Raises:
+            RuntimeError: the step is compiled, in which nothing grows.
+        """
+        slots = self.slots
+        assert slots is not None
+        if torch.compiler.is_compiling():
+            if not self._holds_budget:
+                raise RuntimeError(
+                    f"a compiled step cannot take more room, and there is room for {slots.slots - 1} of the budget of "
+                    f"{self._limit(0)} tokens: call cache.reserve() before it is compiled"
+                )
+            return
+        needed = self._most_slots(tokens)
+        if needed > slots.slots:
+            # to no more than will ever be needed
+            enough = self._limit(2**40) + 1
+            grown = slots.slots + max(_GROWTH, slots.slots // _SHARE) if tokens == 1 else needed
+            slots.grow(min(max(needed, grown), enough))
+            self._pin()
+
+    def _follow_budget(self, lengths: Tensor) -> None:
+        """Sets what sequences of these lengths, [batch], may keep, and how many of the newest of it in any case."""
+        assert self.slots is not None
+        least = self.policy.least_budget()
+        if isinstance(self.budget, int):
+            limits = torch.full_like(self.limits, self._limit(0))
+        else:
+            limits = (self.budget * lengths).int()
+            if self.is_first and not self._told and not torch.compiler.is_compiling() and not lengths.is_cuda:
+                self._warn_of_floor(limits, lengths, least)
+            # what was granted stays; a compiled step cannot take more room
+            limits = limits.clamp(min=least, max=self.window).clamp(max=self.slots.slots - 1).maximum(self.limits)
+        recent = self.policy.recent
+        recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
+        self.limits.copy_(limits)
+        self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
+
+    def _warn_of_floor(self, limits: Tensor, lengths: Tensor, least: int) -> None:
+        short = (limits < least) & (lengths > least)
+        if bool(short.any()):
+            self._told = True
+            row = int(short.to(torch.uint8).argmax())
+            warnings.warn(
+                f"a budget of {self.budget:g} of {int(lengths[row])} tokens is {int(limits[row])}, which leaves "
+                f"{self.policy} nothing to choose: {least} are kept while it is less",
+                stacklevel=2,
+            )
+
+    def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
+        if self.packed is not None:
+            return QuantizedSlots(chunk.key, chunk.value, slots, self.packed.per_token_scheme(chunk.key.shape[-1]))
+        return SlotSegment(chunk.key, chunk.value, slots)
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self.slots is None:
+            return {}, {}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        facts = {"dtype": str(self.dtype).removeprefix("torch.")}
+        return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if tensors:
+            self.slots = self._load_slots(tensors, facts)
+            for name in _COUNTERS:
+                setattr(self, name, tensors[name])
+            self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
+            self.lazy_initialization(*self.slots.like())
+            self._host_seen = None
+            self._pin()
+
+    def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
+        if self.packed is not None:
+            coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
+            return QuantizedSlots.load(tensors, facts, coding=coding, dtype=getattr(torch, facts["dtype"]))
+        return SlotSegment.load(tensors, facts)
+
+
+class RerotatedLayer(EvictingLayer):
+    """An evicting layer whose tokens are placed by their index among those kept."""
+
+    @property
+    def queries_watched(self) -> int | None:  # type: ignore[override]
+        return None
+
+    def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
+        slots, rope = self.slots, self.rope
+        assert isinstance(slots, RerotatedSlots)
+        assert rope is not None
+        indices = query_positions + (slots.held() - self.lengths)[:, None]
+        # float32 between the two turns: one rounding in place of two
+        query, key = (
+            rope.rotate(rope.unrotate(x.float(), query_positions[:, None]), indices[:, None]).to(x.dtype)
+            for x in (chunk.query, chunk.key)
+        )
+        return dataclasses.replace(chunk, query=query, key=key), indices
+
+    def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
+        assert self.rope is not None
+        return RerotatedSlots(chunk.key, chunk.value, slots, self.rope)
+
+    def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
+        return RerotatedSlots.load(tensors, facts, rope=self.rope)

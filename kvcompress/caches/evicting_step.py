@@ -1,0 +1,250 @@
+"""A forward through a layer of an evicting cache: what its queries see, and who goes when it ends."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.column_sums import causal_column_sums
+from kvcompress.kernels.evict import choose_victim, ranked
+from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.layer import AttentionInput, ForwardStep
+from kvcompress.policies.policy import Candidates
+from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.slots import SlotSegment
+
+if TYPE_CHECKING:
+    from kvcompress.caches.evicting_layer import EvictingLayer
+
+
+class EvictingStep(ForwardStep):
+    """A forward through a layer's slots."""
+
+    def __init__(self, layer: "EvictingLayer", x: AttentionInput) -> None:
+        super().__init__(x)
+        assert layer.slots is not None
+        self.layer = layer
+        self.slots: SlotSegment = layer.slots
+
+    def _options(self, x: AttentionInput) -> dict[str, Any]:
+        return {"scale": x.scale, "window": self.layer.window, "softcap": x.softcap}
+
+
+class DecodeStep(EvictingStep):
+    """One token: it takes the spare slot, and the slots answer alone."""
+
+    def __init__(self, layer: "EvictingLayer", x: AttentionInput) -> None:
+        super().__init__(layer, x)
+        # place of the token in each sequence, [batch] int32; EMPTY for padding
+        self.at = layer.lengths if x.visible is None else torch.where(x.visible[:, 0], layer.lengths, EMPTY)
+        # as the first query meets the slots, and the attention that it gave out
+        self.placed: AttentionInput | None = None
+        self.query_positions: Tensor
+        self.attention: Tensor
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        # a copy: the lengths grow in place before the policy reads the positions
+        placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone())
+        if self.placed is not None:
+            # the token lies in the slots already, and counts in none of the lengths yet
+            out, lse = self.slots.decode_again(
+                placed.query, x.key, x.value, self.at, query_positions, **self._options(x)
+            )
+            return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
+        out, self.attention = self.slots.decode(
+            placed.query, x.key, x.value, self.at, query_positions, sink_logits=x.sinks, **self._options(x)
+        )
+        self.placed, self.query_positions = placed, query_positions
+        return out
+
+    def commit(self) -> None:
+        layer, visible = self.layer, self.input.visible
+        layer.lengths.add_(1 if visible is None else visible[:, 0])
+        # a query that is padding gives out no attention
+        self._score(self.attention if visible is None else self.attention * visible[..., None])
+        self._evict()
+
+    def _score(self, attention: Tensor) -> None:
+        layer, slots, x = self.layer, self.slots, self.placed
+        assert x is not None
+        static = layer.policy.static
+        positions, scores, spare = slots.positions, slots.scores, slots.spare[..., None]
+        if static:
+            positions, scores = positions.gather(2, spare), scores.gather(2, spare)
+        candidates = Candidates(
+            positions,
+            scores,
+            None if layer.policy.observes == 0 else attention,
+            x.query,
+            self.query_positions,
+            x.visible,
+            layer.lengths,
+            lambda: [(x.key, x.value) if static else slots.contents()],
+            x.scale,
+            layer.state,
+            layer.rope,
+            mean_over_ranks=layer._mean_over_ranks,
+        )
+        scored = layer.policy.score(candidates)
+        if static:
+            slots.scores.scatter_(2, spare, scored)
+        else:
+            slots.scores.copy_(scored)
+
+    def _evict(self) -> None:
+        layer, slots = self.layer, self.slots
+        scores, sinks = slots.scores, layer.policy.sinks
+        if layer.window is not None:
+            # what has left the window goes first, sinks too
+            scores = scores.masked_fill(slots.positions < sinks, torch.inf)
+            out_of_window = slots.positions <= (layer.lengths - layer.window)[:, None, None]
+            scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
+        victims = choose_victim(scores, slots.positions, layer.lengths - layer.recents, sinks)
+        slots.free(victims, slots.kept() > layer.limits[:, None])
+
+
+class FusedDecodeStep(EvictingStep):
+    """One token, and all of it in one op: attention, scores, who goes (kernels/decode_evict.py)."""
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        layer = self.layer
+        return self.slots.decode_and_evict(
+            x.query,
+            x.key,
+            x.value,
+            layer.lengths if x.visible is None else torch.where(x.visible[:, 0], layer.lengths, EMPTY),
+            layer.limits,
+            layer.recents,
+            sinks=layer.policy.sinks,
+            memory=layer.policy.decay,
+            sink_logits=x.sinks,
+            **self._options(x),
+        )
+
+    def commit(self) -> None:
+        visible = self.input.visible
+        self.layer.lengths.add_(1 if visible is None else visible[:, 0])
+
+
+class ChunkStep(EvictingStep):
+    """Several tokens: they see the slots and, causally, one another; then slots and tokens compete.
+
+    places: of the tokens in their sequences, [batch, tokens] int32; of no meaning for padding.
+    attention: what slots and tokens received of it, [batch, kv_heads, slots + tokens] float32; None where the policy
+        does not look.
+    """
+
+    def __init__(self, layer: "EvictingLayer", x: AttentionInput) -> None:
+        self.is_first = layer.slots is None
+        layer._allocate(x)
+        super().__init__(layer, x)
+        if x.visible is None:
+            places = torch.arange(x.tokens, dtype=torch.int32, device=x.key.device)[None]
+        else:
+            places = x.visible.cumsum(-1, dtype=torch.int32) - 1
+        self.places = layer.lengths[:, None] + places
+        self.placed: AttentionInput | None = None
+        self.query_positions: Tensor
+        self.attention: Tensor | None = None
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        placed, query_positions = self.layer._place(x, self.places[:, -x.queries :])
+        options = self._options(x)
+        out, lse = causal_attention(placed.query, placed.key, x.value, visible=x.visible, **options)
+        outs, lses = [out], [lse]
+        if not self.is_first:
+            past_out, past_lse = self.slots.attend(placed.query, query_positions, **options)
+            outs, lses = [*outs, past_out], [*lses, past_lse]
+        if x.sinks is not None:
+            outs, lses = with_sinks(outs, lses, x.sinks)
+        if len(outs) > 1:
+            out, lse = merge_states(outs, lses)
+        if self.placed is None:
+            self.placed, self.query_positions = placed, query_positions
+            self.attention = self._observe(placed, lse)
+        return out
+
+    def commit(self, attention: Tensor | None = None) -> None:
+        """Ends the forward.
+
+        Args:
+            attention: what the policy is to judge by, where that is another than the step's own.
+        """
+        kept = self._choose(self.attention if attention is None else attention)
+        self.slots.replace(self.input.key, self.input.value, *kept)
+        self.layer._pin()
+
+    def _observe(self, x: AttentionInput, lse: Tensor) -> Tensor | None:
+        """Attention received from the queries that the policy observes; lse: of the queries, over all they see."""
+        last, options = self.layer.policy.observes, self._options(x)
+        if last == 0:
+            return None
+        first = 0
+        if x.visible is None:
+            first = 0 if last is None else max(0, x.queries - last)
+        else:
+            # of each sequence its last real queries; those before them, and padding, are left out
+            from_end = x.visible.flip(-1).cumsum(-1).flip(-1)
+            observed = x.visible if last is None else x.visible & (from_end <= last)
+            observed = observed[:, -x.queries :]
+            lse = lse.masked_fill(~observed[:, None], torch.inf)
+            if last is not None:
+                first = int(observed.any(0).to(torch.uint8).argmax())
+        query, lse = x.query[:, :, first:], lse[:, :, first:]
+        within = causal_column_sums(query, x.key, lse, visible=x.visible, **options)
+        if self.is_first:
+            past = torch.zeros_like(self.slots.scores)
+        else:
+            past = self.slots.column_sums(query, self.query_positions[:, first:], lse, **options)
+        return torch.cat([past, within], -1)
+
+    def _choose(self, attention: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `SlotSegment.replace` needs: the tokens' positions, and the scores and the fate of all candidates."""
+        layer, slots, x = self.layer, self.slots, self.placed
+        assert x is not None
+        places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
+        places = places[:, None].expand(-1, x.key.shape[1], -1)
+        layer.lengths.add_(x.tokens if x.visible is None else x.visible.sum(-1))
+        if isinstance(layer.budget, float):
+            layer._follow_budget(layer.lengths)
+        positions = torch.cat([slots.positions, places], -1)
+        scores = torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1)
+        # scores that never change are those of the tokens as they came, whatever packing made of them since
+        first = slots.slots if layer.policy.static else 0
+        candidates = Candidates(
+            positions[..., first:],
+            scores[..., first:],
+            None if attention is None else attention[..., first:],
+            x.query,
+            self.query_positions,
+            x.visible,
+            layer.lengths,
+            lambda: [(x.key, x.value)] if first else [slots.contents(), (x.key, x.value)],
+            x.scale,
+            layer.state,
+            layer.rope,
+            x.tokens,
+            layer._mean_over_ranks,
+        )
+        scores = torch.cat([scores[..., :first], layer.policy.score(candidates)], -1)
+        return places, scores, self._kept(scores, positions)
+
+    def _kept(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Which candidates stay, [batch, kv_heads, candidates] bool: per sequence, as many as it may keep."""
+        layer = self.layer
+        lengths, recents = layer.lengths[:, None, None], layer.recents[:, None, None]
+        protected = (positions < layer.policy.sinks) | (positions >= lengths - recents)
+        gone = positions == EMPTY
+        if layer.window is not None:
+            gone = gone | (positions <= lengths - layer.window)
+        worth = ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
+        # of equal scores the later token stays, whatever padding stands before it and whichever slot it has
+        if self.is_first:
+            # nothing was held before: the candidates stand as in the text
+            backwards = torch.arange(worth.shape[-1] - 1, -1, -1, device=worth.device).expand_as(worth)
+        else:
+            backwards = positions.argsort(dim=-1, descending=True, stable=True)
+        order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
+        chosen = torch.arange(order.shape[-1], device=order.device) < layer.limits[:, None, None]
+        return torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)) & ~gone

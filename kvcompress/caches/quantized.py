@@ -1,0 +1,143 @@
+"""GEAR and KIVI: every token is kept, in two to eight bits an element (arXiv:2403.05527, arXiv:2402.02750).
+
+The newest tokens stay as they came; as soon as `buffer` of them have gathered they are packed, once and for all
+(policies/gear.py says how, storage/quantized_blocks.py where). Attention reads the packed form: nothing is expanded in
+memory. The forward that brings tokens attends to them exactly; what it leaves behind is packed when it ends.
+
+Drafts of assisted and prompt-lookup decoding of any length can be taken back (caches/quantized_layer.py). A layer with
+a sliding window gives back 32 tokens of a prompt's own forward, or as many as generate drafts behind it.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.cache import CompressedCache
+from kvcompress.caches.quantized_layer import QuantizedLayer
+from kvcompress.layer import CompressedLayer, as_stored
+from kvcompress.policies.gear import GEAR, Backbone, preset
+
+
+class GEARCache(CompressedCache):
+    """Every token in a few bits an element: `GEARCache(model, bits=3)`.
+
+    The defaults are what lost least at equal measured bits (README); the papers' settings go by name:
+    `GEARCache.preset(model, "gear")`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        bits: int = GEAR.bits,
+        group_size: int = GEAR.group_size,
+        rank: int = GEAR.rank,
+        rank_decode: int = GEAR.rank_decode,
+        outliers: float = GEAR.outliers,
+        buffer: int = GEAR.buffer,
+        backbone: Backbone = GEAR.backbone,
+        value_bits: int | None = GEAR.value_bits,
+        sinks: int = GEAR.sinks,
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            bits: of a code: 2, 3, 4 or 8.
+            value_bits: of the codes of values; None for what loses least beside `bits`: one less for 3 and 4.
+            sinks: first tokens that stay as they are.
+            group_size: elements that share a scale and a zero, tokens of a channel for keys, channels of a token for
+                values; a power of two, at most `buffer`.
+            rank: of the correction of what a prompt packs; 0 for none.
+            rank_decode: the same for what decoding packs, a block at a time.
+            outliers: share of the elements kept in 16 bits, 0 to 1; of each vector, a channel of a block or a token of
+                a head, rounded up to as many at either end, so that 0.02 of 64 are 2, or 3.1 %.
+            buffer: tokens packed at a time, a power of two; fewer than that many newest tokens stay as they are.
+            backbone: "kivi", or "whole", whose groups are whole blocks of a channel and whole heads of a token.
+
+        Raises:
+            ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not serve.
+        """
+        self.settings = GEAR(
+            bits=bits,
+            group_size=group_size,
+            rank=rank,
+            rank_decode=rank_decode,
+            outliers=outliers,
+            buffer=buffer,
+            backbone=backbone,
+            value_bits=value_bits,
+            sinks=sinks,
+        )
+        head_dim = hf.head_counts(hf.text_config(model))[2]
+        self.settings.codings(head_dim, max(rank, rank_decode))
+        super().__init__(model)
+
+    @classmethod
+    def preset(cls, model: PreTrainedModel, name: str, **changes: Any) -> "GEARCache":
+        """A cache with settings that have a name (policies/gear.py), some of them changed.
+
+        Raises:
+            ValueError: no preset has the name.
+        """
+        return GEARCache(model, **dataclasses.asdict(preset(name, **changes)))
+
+    @as_stored()
+    def fill(self, full: hf.Cache) -> Self:
+        """Packs what a full cache holds, as though this one had been fed it at once: `GEARCache(model).fill(cache)`.
+
+        Args:
+            full: a DynamicCache of the same model, that saw no padding; it stays as it is.
+
+        Raises:
+            ValueError: this cache is not empty, or the other one does not hold every token of every layer.
+        """
+        if self.get_seq_length():
+            raise ValueError(f"fill needs an empty cache, this one has seen {self.get_seq_length()} tokens")
+        if len(full.layers) != len(self.layers):
+            raise ValueError(f"the model has {len(self.layers)} layers, the cache to take in {len(full.layers)}")
+        tokens = int(full.get_seq_length())
+        held: list[tuple[Any, Any]] = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in full.layers
+        ]
+        for index, (keys, _) in enumerate(held):
+            if keys is None or keys.dim() != 4 or keys.shape[2] != tokens or not tokens:
+                found = None if keys is None else list(keys.shape)
+                raise ValueError(
+                    f"fill takes every token of every layer: layer {index} should hold keys [batch, kv_heads, "
+                    f"tokens={tokens}, head_dim], got {found}"
+                )
+        for layer, pair in zip(self.layers, held, strict=True):
+            assert isinstance(layer, QuantizedLayer)
+            layer.fill(*pair)
+        return self
+
+    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+        return QuantizedLayer(self.padding, self.settings, window, is_first=index == 0)
+
+    def _settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.settings)
+
+    @classmethod
+    def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
+        cache = cls.__new__(cls)
+        GEARCache.__init__(cache, model, **settings)
+        return cache
+
+
+class KIVICache(GEARCache):
+    """Codes and scales alone (arXiv:2402.02750): `KIVICache(model, bits=2)`.
+
+    Values are packed in blocks as keys are; the paper's own code moves its window of full values by one token a step.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, bits: int = 2, group_size: int = 32, buffer: int = 128) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            bits, group_size, buffer: as in GEARCache.
+        """
+        super().__init__(
+            model, bits=bits, value_bits=bits, group_size=group_size, buffer=buffer, rank=0, rank_decode=0, sinks=0
+        )

@@ -1,0 +1,406 @@
+"""A layer of GEARCache: packed blocks, and a dense tail in which the next block gathers (arXiv:2403.05527).
+
+Drafts of assisted and prompt-lookup decoding are taken back by `crop`. A forward that may be a draft stays in the tail
+until the next one, and is taken back exactly. A crop that reaches further and ends inside of a block takes the block
+apart: its tokens that stay go to the tail as attention saw them, decoded, and are packed once more in time. From then
+on forwards of twice as many tokens wait in the tail as well.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
+from kvcompress.policies.gear import GEAR
+from kvcompress.storage.padding import PaddingRecord, reordered, warn_of_short_windows
+from kvcompress.storage.quantized_blocks import QuantizedBlocks, TailSegment
+from kvcompress.storage.segment import EMPTY, Segment
+
+# a forward of at most so many tokens may be a draft, which can be taken back: its tokens are not packed at once; a
+# layer that had to take back more expects longer ones
+DRAFT = 32
+
+
+class QuantizedStep(ForwardStep):
+    """A forward: what it brings is attended to as it came, and encoded when it ends; one token joins the tail at once.
+
+    real: tokens of each row that are no padding. query_positions: [batch, queries] int32.
+    """
+
+    def __init__(self, layer: "QuantizedLayer", x: AttentionInput) -> None:
+        super().__init__(x)
+        self.layer = layer
+        self.tail = layer._tail(x.key, x.value)
+        self.real = layer._real(x)
+        self.query_positions = layer._query_positions(x)[:, -x.queries :]
+        if x.tokens == 1:
+            self.tail.put(x.key, x.value, self.real, layer.lengths)
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        outs, lses = self.layer._past(x, self.query_positions)
+        if x.tokens > 1:
+            out, lse = causal_attention(
+                x.query, x.key, x.value, scale=x.scale, visible=x.visible, window=self.layer.window, softcap=x.softcap
+            )
+            outs, lses = [*outs, out], [*lses, lse]
+        if x.sinks is not None:
+            outs, lses = with_sinks(outs, lses, x.sinks)
+        return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
+
+    def commit(self) -> None:
+        layer, x, real = self.layer, self.input, self.real
+        layer.lengths = [length + fresh for length, fresh in zip(layer.lengths, real, strict=True)]
+        if x.tokens == 1:
+            layer._pack(self.tail.keys, self.tail.values, [0] * len(real), real, 1)
+        else:
+            layer._pack(*layer._behind_the_tail(x, real), real, x.tokens)
+
+
+class QuantizedLayer(CompressedLayer):
+    """One layer's packed blocks, of prompts and of decoded tokens, and the tail before them."""
+
+    is_croppable = True
+    pads_first = True
+    queries_watched = 0
+
+    def __init__(
+        self, padding: PaddingRecord, settings: GEAR, window: int | None = None, is_first: bool = False
+    ) -> None:
+        """
+        Args:
+            settings: how tokens are encoded.
+            padding, window, is_first: as in CompressedLayer.
+        """
+        super().__init__(padding, window, is_first)
+        self.settings = settings
+        self.prompt: QuantizedBlocks | None = None
+        self.decoded: QuantizedBlocks | None = None
+        self.tail: TailSegment | None = None
+        # the first tokens of rows that have packed some: on a sliding layer they would soon be out of sight
+        self.first: TailSegment | None = None
+        self.sinks = settings.sinks if window is None else 0
+        # real tokens of each row so far
+        self.lengths: list[int] = []
+        self.draft = DRAFT
+
+    def _packed(self) -> list[QuantizedBlocks]:
+        parts = [self.prompt] if self.decoded is self.prompt else [self.prompt, self.decoded]
+        return [part for part in parts if part is not None and part.blocks]
+
+    def segments(self) -> list[Segment]:
+        if self.tail is None:
+            return []
+        return [*self._packed(), *([] if self.first is None else [self.first]), self.tail]
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(change)
+        if self.lengths:
+            self.lengths = change(torch.tensor(self.lengths)).tolist()
+
+    def reset(self) -> None:
+        super().reset()
+        self.prompt = self.decoded = self.tail = self.first = None
+        self.lengths = []
+        self.draft = DRAFT
+
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        return QuantizedStep(self, x)
+
+    def _past(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Attention to each segment that holds something."""
+        outs, lses = [], []
+        for segment in self.segments():
+            if isinstance(segment, TailSegment) and not any(segment.held):
+                continue
+            out, lse = segment.attend(
+                chunk.query, query_positions, scale=chunk.scale, window=self.window, softcap=chunk.softcap
+            )
+            outs.append(out)
+            lses.append(lse)
+        if not outs and chunk.tokens == 1:
+            # a row that is all padding, alone
+            outs.append(torch.zeros_like(chunk.query))
+            lses.append(chunk.query.new_full(chunk.query.shape[:3], -torch.inf, dtype=torch.float32))
+        return outs, lses
+
+    def fill(self, key: Tensor, value: Tensor) -> None:
+        """Packs tokens [batch, kv_heads, tokens, head_dim] that nothing attends to now; the layer is empty before."""
+        self.lazy_initialization(key, value)
+        batch, _, tokens, _ = key.shape
+        self._tail(key, value)
+        self.lengths = [tokens] * batch
+        self._pack(key, value, [0] * batch, self.lengths, tokens)
+        self._count(tokens)
+
+    def _tail(self, key: Tensor, value: Tensor) -> TailSegment:
+        if self.tail is None:
+            self.tail = TailSegment(key, value, self.settings.buffer)
+            self.lengths = [0] * key.shape[0]
+        elif self.tail.room <= max(self.tail.held):
+            # drafts that stayed have filled it
+            self.tail.grow(self.tail.room + DRAFT)
+        return self.tail
+
+    def _real(self, chunk: AttentionInput) -> list[int]:
+        fresh = self.padding.fresh
+        return [chunk.tokens] * chunk.key.shape[0] if fresh is None else fresh
+
+    def _query_positions(self, chunk: AttentionInput) -> Tensor:
+        device = chunk.key.device
+        if self.window is None:
+            # nobody reads them
+            return torch.empty(len(self.lengths), chunk.tokens, dtype=torch.int32, device=device)
+        if chunk.visible is None:
+            places = torch.arange(chunk.tokens, dtype=torch.int32, device=device)[None]
+        else:
+            places = chunk.visible.cumsum(-1, dtype=torch.int32) - 1
+        lengths = torch.full((len(self.lengths), 1), self.lengths[0], dtype=torch.int32, device=device)
+        if len(set(self.lengths)) > 1:
+            lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)[:, None]
+        return lengths + places
+
+    def _behind_the_tail(self, chunk: AttentionInput, real: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """The tail's tokens and the chunk's, [batch, kv_heads, any, head_dim], and where each row's real ones begin."""
+        tail = self.tail
+        assert tail is not None
+        used = max(tail.held)
+        key, value = chunk.key, chunk.value
+        if used:
+            key = torch.cat([tail.keys[:, :, :used], key], 2)
+            value = torch.cat([tail.values[:, :, :used], value], 2)
+        if all(fresh == chunk.tokens for fresh in real) and all(held == used for held in tail.held):
+            return key, value, [0] * len(real)
+        is_real = torch.ones(chunk.key.shape[0], chunk.tokens, dtype=torch.bool, device=key.device)
+        if chunk.visible is not None:
+            is_real = chunk.visible
+        is_real = torch.cat([tail.positions[:, :used] != EMPTY, is_real], 1)
+        begins = is_real.to(torch.uint8).argmax(-1)
+        reach = is_real.shape[1] - is_real.flip(-1).to(torch.uint8).argmax(-1) - begins
+        count = is_real.sum(-1)
+        if bool(((reach == count) | (count == 0)).all()):
+            # no copy of a padded prompt
+            return key, value, begins.tolist()
+        order = is_real.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
+        return reordered(key, order), reordered(value, order), [0] * len(real)
+
+    def _pack(self, key: Tensor, value: Tensor, begins: list[int], real: list[int], tokens: int) -> None:
+        """Packs the blocks that are complete, and leaves the rest in the tail.
+
+        Args:
+            key, value: what is not packed yet, each row's real tokens side by side; for one token, the tail itself.
+            begins: where they begin.
+            real: how many of them this forward brought.
+        """
+        tail, block = self.tail, self.settings.buffer
+        assert tail is not None
+        totals = tail.held if tokens == 1 else [held + fresh for held, fresh in zip(tail.held, real, strict=True)]
+        # a row that was fed nothing stays as it is
+        has_first = [0] * len(totals) if self.first is None else self.first.held
+        missing = [self.sinks - held for held in has_first]
+        ready = [
+            max(0, total - sinks - (fresh if 1 < fresh <= self.draft else 0)) // block if fresh else 0
+            for total, fresh, sinks in zip(totals, real, missing, strict=True)
+        ]
+        if any(count and sinks for count, sinks in zip(ready, missing, strict=True)):
+            apart = [sinks if count else 0 for count, sinks in zip(ready, missing, strict=True)]
+            self._set_apart(key, value, begins, apart)
+            begins = [begin + sinks for begin, sinks in zip(begins, apart, strict=True)]
+            totals = [total - sinks for total, sinks in zip(totals, apart, strict=True)]
+        for of_prompt in (True, False):
+            # what decoding packs has a rank of its own; a row decides as it would alone
+            here = [count if (fresh > 1) == of_prompt else 0 for count, fresh in zip(ready, real, strict=True)]
+            if any(here):
+                self._append(key, value, begins, here, totals, real, of_prompt)
+        if any(ready) or tokens > 1:
+            first = [begin + count * block for begin, count in zip(begins, ready, strict=True)]
+            rest = [total - count * block for total, count in zip(totals, ready, strict=True)]
+            tail.refill(key, value, first, rest, self.lengths)
+        if any(ready) and self.window is not None:
+            self._drop_old(real)
+
+    def _set_apart(self, key: Tensor, value: Tensor, begins: list[int], apart: list[int]) -> None:
+        """Keeps the first tokens of the rows whose `apart` is not 0 as they are."""
+        if self.first is None:
+            self.first = TailSegment(key, value, self.sinks)
+        rows = [row for row, sinks in enumerate(apart) if sinks]
+        which, begin = (torch.tensor(each, device=key.device) for each in (rows, [begins[row] for row in rows]))
+        place = torch.arange(self.sinks, dtype=torch.int32, device=key.device)
+        for held, x in ((self.first.keys, key), (self.first.values, value)):
+            held[which] = x[which[:, None], :, begin[:, None] + place].transpose(1, 2)
+        self.first.positions[which] = place
+        self.first.held = [sinks or held for sinks, held in zip(apart, self.first.held, strict=True)]
+
+    def _append(
+        self,
+        key: Tensor,
+        value: Tensor,
+        begins: list[int],
+        ready: list[int],
+        totals: list[int],
+        real: list[int],
+        of_prompt: bool,
+    ) -> None:
+        block = self.settings.buffer
+        first = [length - total for length, total in zip(self.lengths, totals, strict=True)]
+        skip = 0
+        if self.window is not None:
+            # of a long chunk, what no later query sees is not packed at all
+            reach = self._reach(real)
+            skip = min(max(0, min((r - f) // block, n)) for r, f, n in zip(reach, first, ready, strict=True) if n)
+        rows = [row for row, count in enumerate(ready) if count > skip]
+        if rows:
+            self._target(key.shape[-1], of_prompt).append(
+                key,
+                value,
+                [begins[row] + skip * block for row in rows],
+                [first[row] + skip * block for row in rows],
+                [ready[row] - skip for row in rows],
+                rows,
+            )
+
+    def _target(self, head_dim: int, of_prompt: bool) -> QuantizedBlocks:
+        settings = self.settings
+        if self.prompt is None:
+            self.prompt = QuantizedBlocks(settings.codings(head_dim, settings.rank), settings.buffer)
+            self.decoded = self.prompt
+            if settings.rank_decode != settings.rank:
+                self.decoded = QuantizedBlocks(settings.codings(head_dim, settings.rank_decode), settings.buffer)
+        assert self.decoded is not None
+        return self.prompt if of_prompt else self.decoded
+
+    def _reach(self, real: list[int]) -> list[int]:
+        """Positions below which no later query of a sliding layer looks, whatever of this forward is taken back.
+
+        Of a row's first forward, a prompt, no more than a draft is, unless drafts of any length come with it.
+        """
+        assert self.window is not None
+        behind = [
+            self.draft if fresh == n and not self.record_past else max(self.draft, fresh)
+            for fresh, n in zip(real, self.lengths, strict=True)
+        ]
+        return [length - self.window - back for length, back in zip(self.lengths, behind, strict=True)]
+
+    def _drop_old(self, real: list[int]) -> None:
+        """Lets go of the blocks that have left a sliding window, drafts that are taken back counted in."""
+        for part in self._packed():
+            ends = part.positions[:, 0].unflatten(1, (-1, part.block)).amax(-1)
+            reach = torch.tensor(self._reach(real), device=ends.device)[:, None]
+            number = torch.arange(ends.shape[1], device=ends.device)
+            held = number < torch.tensor(part.blocks, device=ends.device)[:, None]
+            gone = (held & (ends < reach)).sum(-1).tolist()
+            if any(gone):
+                part.keep(gone, part.blocks)
+
+    def _remap(self, remap: Tensor) -> None:
+        tail = self.tail
+        assert tail is not None
+        device = tail.positions.device
+        moved = [_moved(segment.positions, remap) for segment in self._packed()]
+        of_tail = _moved(tail.positions, remap)
+        for segment, positions in zip(self._packed(), moved, strict=True):
+            segment.positions = positions
+        if self.first is not None:
+            self.first.positions = _moved(self.first.positions, remap)
+        stays = of_tail != EMPTY
+        order = stays.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
+        self.lengths = (remap != EMPTY).sum(-1).tolist()
+        held = stays.sum(-1).tolist()
+        key, value = reordered(tail.keys, order.to(device)), reordered(tail.values, order.to(device))
+        tail.refill(key, value, [0] * len(held), held, self.lengths)
+        if self.window is not None:
+            warn_of_short_windows(self.window, torch.tensor(self.lengths, device=device), self.tokens_kept()[:, 0])
+
+    def check_crop(self, tokens: int) -> None:
+        if tokens and self.tail is not None:
+            self._left_by(tokens)
+
+    def _left_by(self, tokens: int) -> list[int]:
+        """Each row's tokens after a crop.
+
+        Raises:
+            ValueError: for more tokens than were seen, and where what the rest would look at has left the window.
+        """
+        if tokens > self._seen:
+            raise ValueError(f"crop can take back the {self._seen} tokens seen, got {tokens}")
+        visible = self.padding.visible
+        fresh = [tokens] * len(self.lengths) if visible is None else visible[:, -tokens:].sum(-1).tolist()
+        lengths = [length - count for length, count in zip(self.lengths, fresh, strict=True)]
+        if self.window is not None:
+            oldest = [n - kept for n, kept in zip(self.lengths, self.tokens_kept()[:, 0].tolist(), strict=True)]
+            # beyond what a window lacks already, where recent tokens were hidden
+            room = [
+                count if before == 0 else max(0, n - self.window + 1 - before)
+                for n, count, before in zip(self.lengths, fresh, oldest, strict=True)
+            ]
+            if any(count > most for count, most in zip(fresh, room, strict=True)):
+                raise ValueError(
+                    f"crop can take back {min(room)} tokens of a layer with a sliding window of {self.window} here, "
+                    f"got {tokens}: older ones have left the window"
+                )
+        return lengths
+
+    def _crop(self, tokens: int) -> None:
+        tail = self.tail
+        assert tail is not None
+        lengths = self._left_by(tokens)
+        held = [max(0, count - before + n) for count, before, n in zip(tail.held, self.lengths, lengths, strict=True)]
+        left = [part.cut(lengths) for part in self._packed()]
+        if self.first is not None:
+            left.append(self.first.cut(lengths))
+        if any(any(counts) for _, _, counts in left):
+            # each row's newest tokens lie in one of these, at its beginning
+            first, key, value = [0] * len(held), [tail.keys], [tail.values]
+            for of_key, of_value, counts in left:
+                start = sum(part.shape[2] for part in key)
+                first = [start if count else at for count, at in zip(counts, first, strict=True)]
+                held = [count or own for count, own in zip(counts, held, strict=True)]
+                key, value = [*key, of_key.to(tail.keys.dtype)], [*value, of_value.to(tail.values.dtype)]
+            tail.refill(torch.cat(key, 2), torch.cat(value, 2), first, held, lengths)
+            self.draft = max(self.draft, 2 * tokens)
+        else:
+            tail.drop_last([count - own for count, own in zip(tail.held, held, strict=True)])
+        self.lengths = lengths
+        self._seen -= tokens
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self.tail is None:
+            return {}, {}
+        named = [("tail", self.tail), ("first", self.first), ("prompt", self.prompt)]
+        if self.decoded is not self.prompt:
+            named.append(("decoded", self.decoded))
+        tensors: dict[str, Tensor] = {}
+        for name, part in named:
+            if part is not None and not (isinstance(part, QuantizedBlocks) and not part.blocks):
+                tensors |= {f"{name}.{key}": tensor for key, tensor in part.dump()[0].items()}
+        facts = {"seen": self._seen, "lengths": self.lengths, "draft": self.draft} | self.tail.dump()[1]
+        return tensors, facts | ({} if self.first is None else {"first": self.first.held})
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if not tensors:
+            return
+        self.tail = TailSegment.load(_under("tail.", tensors), facts)
+        self.lengths, self._seen = list(facts["lengths"]), facts["seen"]
+        self.draft = facts.get("draft", self.draft)
+        if "first" in facts:
+            self.first = TailSegment.load(_under("first.", tensors), {"held": facts["first"]})
+        self.lazy_initialization(self.tail.keys, self.tail.values)
+        for name in ("prompt", "decoded"):
+            if part := _under(f"{name}.", tensors):
+                target = self._target(self.tail.keys.shape[-1], name == "prompt")
+                loaded = QuantizedBlocks.load(part, facts, codings=target.codings, block=target.block)
+                vars(target).update(vars(loaded))
+
+
+def _moved(positions: Tensor, remap: Tensor) -> Tensor:
+    """Positions [batch, ..., tokens] after a change of padding, remap [batch, past tokens]."""
+    flat = positions.flatten(1)
+    to = remap.gather(1, flat.clamp(min=0).long())
+    return torch.where(flat == EMPTY, EMPTY, to).to(torch.int32).view_as(positions)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

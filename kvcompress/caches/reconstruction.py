@@ -1,0 +1,207 @@
+"""Reading twice: what a policy such as KVzip sees when a model is fed once more what it has just been fed.
+
+The tokens of a forward stay whole until the model has read them again behind themselves, some at a time, through a
+cache that stores nothing. Each layer notes the most attention that its tokens receive; then the policy chooses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.cache import CompressedCache
+from kvcompress.caches.evicting_layer import EvictingLayer
+from kvcompress.caches.evicting_step import ChunkStep
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored
+from kvcompress.policies.policy import SecondReading
+from kvcompress.storage.padding import PaddingRecord
+from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.slots import SlotSegment
+
+
+@dataclass
+class _Waiting:
+    """The tokens of a forward that have been read once.
+
+    segment: all of them, whose scores are the most attention each has received. past: the same of the slots.
+    lengths: of the sequences, these included. twice: which sequences are read again, [batch] bool. step: the forward.
+    """
+
+    segment: SlotSegment
+    past: Tensor
+    lengths: Tensor
+    twice: Tensor
+    step: ChunkStep
+
+
+class RereadLayer(EvictingLayer):
+    """An evicting layer that keeps the tokens of a forward until they have been read again."""
+
+    waiting: _Waiting | None = None
+
+    def segments(self) -> list[Segment]:
+        return super().segments() + ([] if self.waiting is None else [self.waiting.segment])
+
+    def reset(self) -> None:
+        super().reset()
+        self.waiting = None
+
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        if self.waiting is not None:
+            raise RuntimeError(
+                "tokens wait to be read again: the forward that fed them was compiled, ran without the model's hooks, "
+                "or was interrupted; call cache.reset()"
+            )
+        return super()._begin(x)
+
+    def _end(self, step: ForwardStep) -> None:
+        if not isinstance(step, ChunkStep):
+            step.commit()
+            return
+        x, places = step.input, step.places
+        batch, kv_heads, tokens = x.key.shape[:3]
+        if x.visible is None:
+            fresh = torch.full((batch,), tokens, device=places.device)
+        else:
+            fresh, places = x.visible.sum(-1), places.masked_fill(~x.visible, EMPTY)
+        segment = SlotSegment.load(
+            {
+                "keys": x.key,
+                "values": x.value,
+                "positions": places.expand(batch, -1)[:, None].expand(-1, kv_heads, -1),
+                "scores": torch.zeros(batch, kv_heads, tokens, device=places.device),
+            }
+        )
+        lengths = (self.lengths + fresh).to(torch.int32)
+        self.waiting = _Waiting(segment, torch.zeros_like(step.slots.scores), lengths, fresh > 1, step)
+
+    def observe(self, chunk: AttentionInput) -> Tensor:
+        """The attention of tokens of the second reading, [batch, heads, queries, head_dim], and a note of what they
+        attend to."""
+        waiting = self.waiting
+        assert self.slots is not None
+        assert waiting is not None
+        batch, tokens = chunk.key.shape[0], chunk.tokens
+        visible = chunk.visible
+        if visible is None:
+            visible = torch.ones(batch, tokens, dtype=torch.bool, device=chunk.key.device)
+        places = waiting.lengths[:, None] + visible.cumsum(-1, dtype=torch.int32) - 1  # [batch, tokens]
+        how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
+        out, lse = causal_attention(chunk.query, chunk.key, chunk.value, visible=chunk.visible, **how)
+        outs, lses = [out], [lse]
+        read = [(waiting.segment, waiting.segment.scores)]
+        if self.get_seq_length() > waiting.segment.slots:
+            read.append((self.slots, waiting.past))
+        for segment, _ in read:
+            out, lse = segment.attend(chunk.query, places, **how)
+            outs, lses = [*outs, out], [*lses, lse]
+        if chunk.sinks is not None:
+            outs, lses = with_sinks(outs, lses, chunk.sinks)
+        out, lse = merge_states(outs, lses)
+        lse = lse.masked_fill(~visible[:, None], torch.inf)
+        for segment, most in read:
+            torch.maximum(most, segment.column_maxima(chunk.query, places, lse, **how), out=most)
+        return out
+
+    @as_stored()
+    def finish(self) -> None:
+        """Ends the forward: the policy chooses by what the second reading attended to."""
+        waiting, self.waiting = self.waiting, None
+        assert waiting is not None
+        own, most = waiting.step.attention, torch.cat([waiting.past, waiting.segment.scores], -1)
+        assert own is not None
+        waiting.step.commit(torch.where(waiting.twice[:, None, None], most, own))
+
+
+class _Witness(CompressedLayer):
+    """A layer's side of the second reading: it stores nothing."""
+
+    def __init__(self, layer: RereadLayer) -> None:
+        super().__init__(PaddingRecord(), layer.window)
+        self.layer = layer
+
+    def segments(self) -> list[Segment]:
+        return []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.dtype = self.layer.dtype
+
+    def get_seq_length(self) -> int:
+        return self.layer.get_seq_length()
+
+    def _count(self, tokens: int) -> None:
+        pass
+
+    def _attend(self, chunk: AttentionInput) -> Tensor:
+        return self.layer.observe(chunk)
+
+
+class ReconstructionCache(CompressedCache):
+    """What a model reads through the second time."""
+
+    layers: list[_Witness]  # type: ignore[assignment]
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[RereadLayer]) -> None:
+        self._read = layers
+        super().__init__(model)
+
+    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+        return _Witness(self._read[index])
+
+
+@torch.no_grad()
+def read_again(
+    model: PreTrainedModel,
+    layers: Sequence[RereadLayer],
+    ids: Tensor,
+    padding: PaddingRecord,
+    seen: int,
+    how: SecondReading,
+) -> None:
+    """Feeds a model the tokens of its last forward once more, behind themselves, and lets the layers choose.
+
+    Args:
+        model: what takes input_ids and a cache, without its head if need be.
+        ids: [batch, tokens], of that forward.
+        padding: which of the tokens seen are padding, and where the model has placed the last.
+        seen: tokens seen, these included.
+        how: each chunk is read at the same places.
+    """
+    batch, tokens = ids.shape
+    visible = padding.visible
+    fresh = ids.new_ones(batch, tokens, dtype=torch.bool) if visible is None else visible[:, -tokens:]
+    # behind the last token, wherever the model has placed it
+    if padding.last_position is not None:
+        lengths = ids.new_tensor(padding.last_position) + 1
+    else:
+        lengths = ids.new_full((batch,), seen) if visible is None else visible.sum(-1)
+    sizes = hf.sizes(model.config)
+    rows = [row[shown].tolist() for row, shown in zip(ids, fresh, strict=True)]
+    # a single token is not read again
+    rows = [row if len(row) > 1 else [] for row in rows]
+    reading = ReconstructionCache(model, layers)
+    for start in range(0, max(map(len, rows)), how.chunk):
+        parts = [[*how.prompt, *row[start : start + how.chunk]] if row[start:] else [] for row in rows]
+        width = max(map(len, parts))
+        if sizes.learned_positions and sizes.longest is not None:
+            # a table of positions ends; the text then begins again before its end
+            lengths = lengths.clamp(max=max(0, sizes.longest - width))
+        again = ids.new_tensor([[0] * (width - len(part)) + part for part in parts])
+        mask = ids.new_tensor([[0] * (width - len(part)) + [1] * len(part) for part in parts])
+        places = lengths[:, None] + (mask.cumsum(-1) - 1).clamp(min=0)
+        model(
+            input_ids=again,
+            attention_mask=None if bool(mask.all()) else mask,
+            position_ids=places,
+            use_cache=True,
+            **hf.cache_argument(model, reading),
+        )
+    for layer in layers:
+        layer.finish()

@@ -1,0 +1,247 @@
+"""ShadowKV (arXiv:2410.21465): keeps everything, reads little.
+
+Keys stay on the device as low-rank coefficients without rotation, values leave it. Each decode step picks, per KV
+head, the chunks whose landmarks its query scores highest, rebuilds their keys and fetches their values, and attends to
+those, the outliers and the newest tokens. Nothing is lost, so what a later question needs is still there.
+
+Where we depart from the paper: sequences that the budget would read whole stay dense; generated tokens are folded into
+chunks as they become many; the space of the keys is fitted anew when they leave it; a forward of many tokens reads all
+chunks; selected chunks stay in place in an unordered buffer. On a tensor-parallel model each process factorises the
+keys of its own heads, with its share of the rank: other errors than one space of all heads has.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress.cache import CompressedCache
+from kvcompress.caches.budget import Budget
+from kvcompress.caches.dense import DenseLayer
+from kvcompress.hf.tensor_parallel import TPGroup
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.layer import AttentionInput, CompressedLayer
+from kvcompress.policies.shadowkv import ShadowKV
+from kvcompress.storage.low_rank import ShadowSegment
+from kvcompress.storage.offload import check_host
+from kvcompress.storage.padding import PaddingRecord
+from kvcompress.storage.rope import Rope
+from kvcompress.storage.segment import Segment
+
+
+class ShadowLayer(CompressedLayer):
+    """One layer's segment, and when its tail is folded.
+
+    A fold is due at the start of a forward, so that what the last one fed can be taken back; only a long tail, as a
+    prompt leaves, is folded at once, unless the past is recorded, as generate asks where it drafts: a forward may then
+    hold drafts of any length, and what it feeds stays as it came until the next one.
+    """
+
+    is_croppable = True
+
+    def __init__(
+        self,
+        padding: PaddingRecord,
+        settings: ShadowKV,
+        budget: int | float,
+        host: str,
+        rope: Rope | None,
+        is_first: bool = False,
+    ) -> None:
+        """
+        Args:
+            budget: tokens selected a sequence and KV head, or a fraction of the first forward's real tokens.
+            host: where values go, as OffloadedPages takes it.
+            rope: the layer's rotary embedding, None where it has none.
+            padding, is_first: as in CompressedLayer.
+        """
+        super().__init__(padding, None, is_first)
+        self.settings = settings
+        self.budget = budget
+        self.host = host
+        self.rope = rope
+        self.segment: ShadowSegment | None = None
+
+    def segments(self) -> list[Segment]:
+        return [] if self.segment is None else [self.segment]
+
+    def counters(self) -> dict[str, Tensor]:
+        if self.segment is None:
+            return {}
+        counters = {"counters": self.segment.fetched, "page table": self.segment.host.addresses}
+        return counters if self.rope is None else counters | {"inv_freq": self.rope.inv_freq}
+
+    def fetched_bytes(self) -> int:
+        if self.segment is None:
+            return 0
+        values = self.segment.values
+        return int(self.segment.fetched) * self.settings.chunk * values.shape[3] * values.element_size()
+
+    def _attend(self, chunk: AttentionInput) -> Tensor:
+        known = self.padding.counts(chunk.visible)
+        counts = None if known is None else torch.tensor(known)
+        if counts is None:
+            chunk = dataclasses.replace(chunk, visible=None)
+        if self.segment is None:
+            self.segment = self._new_segment(chunk, counts)
+        segment = self.segment
+        self._fold_if(self._overdue() > 0)
+
+        outs, lses = [], []
+        if chunk.tokens == 1:
+            # its own key is in the tail, which is read anyway
+            segment.append(chunk.key, chunk.value, chunk.visible, counts)
+        else:
+            out, lse = causal_attention(
+                chunk.query, chunk.key, chunk.value, scale=chunk.scale, visible=chunk.visible, softcap=chunk.softcap
+            )
+            outs, lses = [out], [lse]
+        if chunk.tokens == 1 or bool((segment.lengths > 0).any()):
+            out, lse = self._read(chunk, segment)
+            outs, lses = [*outs, out], [*lses, lse]
+        if chunk.tokens > 1:
+            fresh = torch.full_like(segment.lengths, chunk.tokens) if counts is None else counts
+            overdue, was_empty = self._overdue(fresh), segment.lengths == 0
+            due = (overdue > self.settings.fold) | (was_empty & (overdue > 0))
+            folding = torch.zeros_like(fresh) if self.record_past else self._chunks(due, fresh)
+            segment.append(chunk.key, chunk.value, chunk.visible, counts, folding)
+
+        if chunk.sinks is not None:
+            outs, lses = with_sinks(outs, lses, chunk.sinks)
+        return merge_states(outs, lses)[0] if len(outs) > 1 else outs[0]
+
+    def _read(self, chunk: AttentionInput, segment: ShadowSegment) -> tuple[Tensor, Tensor]:
+        """Attention to what the segment has, and its log-sum-exp."""
+        self.fetching_forwards += bool((segment.folded > 0).any())
+        positions = torch.zeros(chunk.query.shape[0], chunk.tokens, dtype=torch.int32, device=chunk.query.device)
+        return segment.attend(
+            chunk.query, positions, scale=chunk.scale, window=None, softcap=chunk.softcap, visible=chunk.visible
+        )
+
+    def _new_segment(self, chunk: AttentionInput, counts: Tensor | None) -> ShadowSegment:
+        batch = chunk.key.shape[0]
+        real = torch.full((batch,), chunk.tokens) if counts is None else counts
+        tokens = torch.full_like(real, self.budget) if isinstance(self.budget, int) else (self.budget * real).long()
+        limits = (tokens // self.settings.chunk).clamp(min=1)
+        return ShadowSegment(self.settings, self.rope, self.host, chunk.key, chunk.value, limits)
+
+    def _overdue(self, fresh: Tensor | int = 0) -> Tensor:
+        """Tokens by which each tail is too long, [batch] int64 on the CPU, once it has `fresh` more."""
+        segment, settings = self.segment, self.settings
+        assert segment is not None
+        dense = settings.dense_tokens(segment.limits).clamp(min=(settings.local_chunks + 1) * settings.chunk - 1)
+        folding = settings.local_chunks * settings.chunk + settings.fold
+        return fresh + torch.where(segment.folded > 0, segment.tails() - folding, segment.lengths - dense)
+
+    def _chunks(self, due: Tensor, fresh: Tensor | int = 0) -> Tensor:
+        """Chunks to fold where a fold is due, [batch] int64 on the CPU, of the tail with `fresh` more tokens."""
+        assert self.segment is not None
+        whole = (self.segment.tails() + fresh) // self.settings.chunk - self.settings.local_chunks
+        return whole.clamp(min=0) * due
+
+    def _fold_if(self, due: Tensor) -> None:
+        assert self.segment is not None
+        if bool(due.any()):
+            self.segment.fold(self._chunks(due))
+
+    def _remap(self, remap: Tensor) -> None:
+        assert self.segment is not None
+        self.segment.hide(remap)
+
+    def _removed(self, tokens: int) -> Tensor:
+        """Of the last columns, the real tokens of each sequence, [batch] int64 on the CPU."""
+        assert self.segment is not None
+        visible = self.padding.visible
+        if visible is None:
+            return torch.full_like(self.segment.lengths, tokens)
+        # compiled steps left no record; what they fed is visible
+        columns = visible[:, self._seen - tokens : self._seen]
+        return columns.sum(-1).cpu()
+
+    def check_crop(self, tokens: int) -> None:
+        if tokens > self._seen:
+            raise ValueError(f"crop can take back {self._seen} tokens here, got {tokens}")
+        if tokens and self.segment is not None and bool((self._removed(tokens) > self.segment.tails()).any()):
+            raise ValueError(
+                f"ShadowKV can take back the tokens that are not folded, here {int(self.segment.tails().min())}, "
+                f"got {tokens}; call activate_past_recording() before they are fed, clone() the cache first, or use "
+                "DenseCache"
+            )
+
+    def _crop(self, tokens: int) -> None:
+        assert self.segment is not None
+        self.segment.drop_last(self._removed(tokens))
+        self._seen -= tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.segment = None
+        self.fetching_forwards = 0
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, facts = ({}, {}) if self.segment is None else self.segment.dump()
+        return tensors, {"seen": self._seen} | facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if tensors:
+            self.segment = ShadowSegment.load(tensors, facts, settings=self.settings, rope=self.rope, host=self.host)
+            self.lazy_initialization(self.segment.keys, self.segment.values)
+        self._seen = facts["seen"]
+
+
+class ShadowKVCache(CompressedCache):
+    """Low-rank keys on the device, values on the host, what matters fetched: `ShadowKVCache(model, budget=2048)`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float = 2048,
+        rank: int | None = None,
+        chunk: int = 8,
+        outlier_chunks: int = 48,
+        local_chunks: int = 4,
+        host: str = "pinned",
+        fold: int = 256,
+        dense_below: int | None = None,
+        select_queries: int = 64,
+        drift: float = ShadowKV.drift,
+        group: Literal["max", "mean", "sum"] = "max",
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            budget: tokens selected per sequence and KV head in each step: a count, or a fraction of the real tokens of
+                the first forward. Outliers and the newest tokens are read beside them.
+            host: "pinned" (page-locked memory where there is a GPU, else plain memory), or "mmap:" and a folder, where
+                values go to files that vanish with the cache.
+            rank, chunk, outlier_chunks, local_chunks, fold, dense_below, select_queries, drift, group: as in
+                kvcompress.policies.shadowkv.ShadowKV.
+
+        Raises:
+            ValueError: a setting makes no sense, the model is unsupported, or its rotary embedding cannot be taken
+                back.
+        """
+        self.settings = ShadowKV(
+            rank, chunk, outlier_chunks, local_chunks, fold, dense_below, select_queries, drift, group
+        )
+        self.budget = Budget(budget, chunk, f"one chunk = {chunk} tokens", "the first forward").amount
+        self.host = check_host(host)
+        super().__init__(model)
+
+    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+        if window is not None:
+            return DenseLayer(self.padding, window, is_first=index == 0)
+        model = self._model()
+        assert model is not None
+        settings, ranks = self.settings, TPGroup.of(model)
+        if ranks is not None and settings.rank is not None:
+            # each process factorises the keys of its own heads, all together as many numbers as one would keep
+            settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))
+        return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == 0)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"budget": self.budget, "host": self.host, **dataclasses.asdict(self.settings)}

@@ -1,0 +1,102 @@
+"""The command line: sweep, report, eval, generate, plan, check, distill; bench, study and peers.
+
+Heavy imports wait until a command runs. A user's mistake is one line on stderr and exit status 2.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from kvcompress.cli import checks, distillation, generation, measurements, plans, sweeps
+from kvcompress.cli.arguments import KNOWN, UsageError, with_options
+
+app = typer.Typer(
+    name="kvcompress",
+    help="Compressed KV caches for transformers: measure them, use them, plan for them.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# what else is asked for is the harness's
+_OF_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("eval", context_settings=_OF_EVAL)(with_options(sweeps.evaluate))
+for function in (sweeps.sweep, sweeps.report, generation.generate, plans.plan, checks.check, distillation.distill):
+    app.command()(with_options(function))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit status: 0, or 1 where a point failed, 2 for a mistake, 130 for an interruption.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command: Any = typer.main.get_command(app)
+    command.commands |= measurements.make_groups(arguments)
+    if "--help" in arguments:
+        _name_methods(command, arguments)
+    try:
+        status = command.main(args=arguments or ["--help"], prog_name="kvcompress", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has gone; leave nothing for the interpreter to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if isinstance(error, UsageError):
+            message = str(error)
+        elif hasattr(error, "format_message"):
+            # typer carries click inside itself, or beside: its errors are known by this
+            message = error.format_message()
+        else:
+            raise
+        print("kvcompress: " + " ".join(message.split()), file=sys.stderr)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def _name_methods(command: Any, arguments: Sequence[str]) -> None:
+    """Writes the known methods into the help of the command that the arguments name."""
+    options = [
+        option
+        for name, part in getattr(command, "commands", {}).items()
+        if name in arguments
+        for option in part.params
+        if KNOWN in (getattr(option, "help", None) or "")
+    ]
+    if options:
+        from kvcompress.registry import METHODS
+
+        for option in options:
+            option.help = option.help.replace(KNOWN, ", ".join(METHODS))
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+        from platform import python_version
+
+        from kvcompress import __version__
+
+        print(f"kvcompress {__version__}\npython {python_version()}")
+        for package in ("torch", "transformers", "triton"):
+            try:
+                print(package, version(package))
+            except PackageNotFoundError:
+                print(package, "not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_versions, is_eager=True, help="Of kvcompress, and of what it stands on."
+        ),
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,151 @@
+"""What the commands read from a user, and how a mistake is told."""
+
+import contextlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from kvcompress.caches.budget import Budget
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# what is measured unless told: registry.USUAL
+METHODS = "usual"
+# in a help text, until it is asked for: registry.METHODS, which takes seconds to import
+KNOWN = "{methods}"
+
+ModelOption = Annotated[str | None, "Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct."]
+DeviceOption = Annotated[str | None, "cpu, cuda, cuda:1, ...; else a GPU where there is one."]
+CacheOption = Annotated[str, f"With settings as in h2o:sinks=4:bits=4. Of {KNOWN}."]
+
+
+def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as typer takes it, whose parameters say in words what they are: `Annotated[int, "decode steps"]`."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=_option(parameter.name, hints[parameter.name]))
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+    vars(function)["__signature__"] = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
+def _option(name: str, hint: Any) -> Any:
+    """An option of a parameter's type, with its words as help; an argument, or the context, as it is."""
+    kind, words = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+    if kind is typer.Context or not isinstance(words, str | None):
+        return hint
+    # a flag is set, and not set to no
+    names = [f"--{name.replace('_', '-')}"] if kind is bool else []
+    return Annotated[kind, typer.Option(*names, help=words)]
+
+
+class UsageError(Exception):
+    """A user's mistake, in one line."""
+
+
+def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedModel, Any]":
+    import torch
+    from transformers import logging
+
+    from kvcompress.loading import ModelUnavailableError, load_model
+
+    logging.disable_progress_bar()
+    if device is None:
+        # of the processes of a launcher, each has its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        with user_errors():
+            return load_model(name, dtype="auto" if dtype == "auto" else as_dtype(dtype), device=device)
+    except ModelUnavailableError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_extra(extra: str, *packages: str) -> None:
+    """Refuses to begin what would end, perhaps after hours, at an import."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"this command needs {', '.join(missing)}: pip install 'kvcompress[{extra}]'")
+
+
+def as_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise UsageError(f"--dtype must be one of {', '.join(kinds)}, got {name!r}")
+    return kinds[name]
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Within it, an error about values is the user's mistake, because nothing but the user's values is looked at."""
+    from kvcompress.loading import ModelUnavailableError
+
+    try:
+        yield
+    except (ValueError, ModelUnavailableError) as error:
+        raise UsageError(str(error)) from error
+
+
+def is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
+
+
+def parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"a length must be a number of tokens, got {text!r}") from None
+
+
+def as_budget(text: str) -> int | float:
+    """A count of tokens where it is written as an integer, else a fraction."""
+    try:
+        return Budget.parse(text).amount
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def as_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f'{option} must be a JSON object such as {{"data": "/folder"}}, got {text!r}')
+    return found
+
+
+def unescaped(text: str) -> str:
+    """A shell passes \\n as two characters."""
+    return text.replace("\\n", "\n")
+
+
+def check_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+def gibibytes(size: int) -> str:
+    value = size / 2**30
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}"

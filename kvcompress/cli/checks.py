@@ -1,0 +1,88 @@
+"""The command check: every cache against the model run without one."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from kvcompress.cli.arguments import KNOWN, DeviceOption, UsageError, load, parts, user_errors
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check(
+    model: Annotated[
+        str | None,
+        "Hub id, local folder, .gguf file or model type (qwen3); else SmolLM2, or a Llama.",
+    ] = None,
+    caches: Annotated[
+        str | None,
+        f"By commas, with settings as in h2o:bits=4. Of {KNOWN}, across, swiftkv, prefix; else all of them.",
+    ] = None,
+    weights: Annotated[bool, "Check the model itself, and not a tiny random one of its architecture."] = False,
+    verbose: Annotated[bool, "With the traceback of each refusal and fault."] = False,
+    dtype: Annotated[str, "With --weights: float32, bfloat16, float16 or auto."] = "float32",
+    device: DeviceOption = None,
+) -> int:
+    """Tell whether kvcompress works here, with this model: every cache against the model run without one.
+
+    What it prints is what a bug report needs. The exit status is 1 where a cache is at fault.
+    """
+    import torch
+    from transformers import logging
+
+    from kvcompress import check as checks
+    from kvcompress import registry
+    from kvcompress.hf.small import described
+
+    specs = checks.default_caches() if caches is None else list(parts(caches))
+    if not specs:
+        raise UsageError("--caches names no cache")
+    with user_errors():
+        for spec in specs:
+            registry.parse(spec, checks.known_caches())
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if weights:
+        checked_model, _ = load(model, dtype, device)
+    else:
+        # products this small gain nothing from threads, and lose much where cores are busy
+        torch.set_num_threads(1)
+        with user_errors():
+            checked_model = checks.small_model(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    _show_facts(described(checked_model) + ("" if weights else "; tiny, with random weights"), checked_model.device)
+    width = max(len(spec) for spec in (*specs, checks.FULL))
+    print(f"\n{'cache':<{width}}  {'':<7}  {'difference':>10}  {'lost':>6}")
+
+    def show_one(row: checks.Checked) -> None:
+        difference = "" if row.difference is None else f"{row.difference:.1e}"
+        lost = "" if row.lost is None else f"{row.lost:.1%}"
+        print(f"{row.cache:<{width}}  {row.outcome:<7}  {difference:>10}  {lost:>6}  {row.reason}".rstrip(), flush=True)
+        if verbose and row.trace:
+            print(row.trace)
+
+    rows = checks.check(checked_model, specs, show_one)
+    count_of = {outcome: sum(row.outcome == outcome for row in rows) for outcome in ("OK", "REFUSED", "FAULT")}
+    print(f"\n{count_of['OK']} OK, {count_of['REFUSED']} refused, {count_of['FAULT']} at fault")
+    print("difference: the largest between logits that must be equal, over the largest logit")
+    print("lost: by packed tokens, of what the prompt is worth to what follows it")
+    return 1 if count_of["FAULT"] else 0
+
+
+def _show_facts(model: str, device: "torch.device") -> None:
+    """What it ran on."""
+    from kvcompress import __version__
+    from kvcompress.evals.provenance import provenance
+
+    facts = provenance(device)
+    versions = {name: version or "not installed" for name, version in facts["versions"].items() if name != "kvcompress"}
+    known = {
+        "kvcompress": __version__ + (f", commit {facts['commit']}" if facts["commit"] else ""),
+        **versions,
+        "python": facts["python"],
+        "system": facts["system"],
+        "device": f"{device}: {facts['machine']}, {facts['threads']} threads",
+        "command": facts["command"],
+        "model": model,
+    }
+    for name, value in known.items():
+        print(f"{name:<13} {value}")

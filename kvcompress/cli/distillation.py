@@ -1,0 +1,77 @@
+"""The command distill: a model converted to SwiftKV, and what is new trained by its own teacher."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvcompress.cli.arguments import ModelOption, UsageError, check_extra, check_folder, load, user_errors
+
+
+def distill(
+    context: typer.Context,
+    data: Annotated[list[Path], typer.Argument(help="Text files, or .jsonl with a text or a chat per line.")],
+    model: ModelOption = None,
+    out: Annotated[Path, "Folder for the model, losses and checkpoints; an old run goes on."] = Path("swiftkv"),
+    skip_from: Annotated[str, "First layer the prompt skips: index, or fraction (0.5)."] = "0.5",
+    share: Annotated[int, "Later layers that share keys and values."] = 1,
+    steps: Annotated[int, "Updates."] = 1000,
+    batch: Annotated[int, "Rows per process and forward."] = 1,
+    accumulate: Annotated[int, "Forwards per update."] = 1,
+    length: Annotated[int, "Tokens of a row at most."] = 2048,
+    fit_tokens: Annotated[int, "Fit keys and values to so many by least squares first."] = 0,
+    learning_rate: Annotated[float, "The highest."] = 2e-4,
+    hidden_weight: Annotated[float, "Of the hidden states' squared error."] = 1.0,
+    precision: Annotated[str, "Of the forwards: no, bf16 or fp16."] = "no",
+    checkpointing: Annotated[bool, "Compute layers twice, hold less."] = False,
+    save_every: Annotated[int, "Updates between checkpoints."] = 100,
+    log_every: Annotated[int, "Updates between lines of progress."] = 10,
+    seed: Annotated[int, "Of the data's order."] = 0,
+    dtype: Annotated[str, "Of the frozen weights: float32, bfloat16, float16 or auto."] = "float32",
+) -> None:
+    """Convert a model to SwiftKV and train what is new by its own teacher: accelerate launch -m kvcompress distill ...
+
+    The folder then loads as any model: load_model("swiftkv").
+    """
+    check_extra("distill", "accelerate")
+    for path in data:
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}")
+    try:
+        split = float(skip_from) if "." in skip_from else int(skip_from)
+    except ValueError:
+        raise UsageError(
+            f"--skip-from must be a layer such as 15, or a fraction such as 0.5, got {skip_from!r}"
+        ) from None
+    check_folder(out)
+
+    from kvcompress.swiftkv import distill as distillation
+    from kvcompress.swiftkv.data import read_rows
+    from kvcompress.swiftkv.model import SwiftKVModel, convert
+
+    names = {setting.name for setting in dataclasses.fields(distillation.Distillation)}
+    values = {name: value for name, value in context.params.items() if name in names}
+    with user_errors():
+        settings = distillation.Distillation(**values)
+    # each process then moves it to the device that is its own
+    loaded, tokenizer = load(model, dtype, "cpu")
+    with user_errors():
+        student: Any = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)
+        rows = read_rows(data, tokenizer, settings.length)
+
+    def show(line: dict[str, float]) -> None:
+        if line["step"] % settings.log_every == 0 or line["step"] in (1, settings.steps):
+            print(
+                f"{line['step']}/{settings.steps}  loss {line['loss']:.4f}  divergence {line['divergence']:.4f}  "
+                f"hidden {line['hidden']:.4f}  {line['seconds']:.0f} s",
+                flush=True,
+            )
+
+    with user_errors():
+        distillation.distill(student, rows, settings, out, show)
+    if int(os.environ.get("RANK", "0")) == 0:
+        student.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        print(out)

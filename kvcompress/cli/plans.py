@@ -1,0 +1,70 @@
+"""The command plan: what each cache would need."""
+
+import math
+from typing import Annotated
+
+from kvcompress.cli.arguments import (
+    KNOWN,
+    METHODS,
+    ModelOption,
+    UsageError,
+    as_budget,
+    as_dtype,
+    gibibytes,
+    parts,
+    user_errors,
+)
+
+
+def plan(
+    context: Annotated[int, "Tokens a sequence will have in the end."],
+    model: ModelOption = None,
+    batch: Annotated[int, "Sequences at a time."] = 1,
+    budget: Annotated[str, "Tokens kept (2048), or a fraction of the context (0.2)."] = "0.2",
+    methods: Annotated[str, f"By commas. Of {KNOWN}."] = f"none,{METHODS}",
+    gpu_memory: Annotated[float, "Of the GPU, in GiB."] = 80.0,
+    dtype: Annotated[str, "Of weights and cache: float32, bfloat16, float16."] = "bfloat16",
+) -> None:
+    """Tell, without loading weights, what each cache would need and which fits."""
+    tokens_kept = as_budget(budget)
+    if not 0 < gpu_memory < math.inf:
+        raise UsageError(f"--gpu-memory must be more than 0 GiB, got {gpu_memory}")
+    names = parts(methods)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvcompress.plan import largest_batch, make_plan, read_shape
+    from kvcompress.registry import expanded
+
+    with user_errors():
+        kind = as_dtype(dtype)
+        shape = read_shape(model)
+        needs = make_plan(shape, expanded(names), context, batch, tokens_kept, kind)
+    table = Table(
+        title=f"{shape.name}: {shape.parameters / 1e9:.2f} G parameters, {dtype}; {context} tokens x batch {batch}"
+    )
+    for head in ("cache", "tokens kept", "cache, GiB", "of full", "weights", "prefill, about", "peak", "fits"):
+        table.add_column(head, justify="left" if head == "cache" else "right")
+    table.add_column("largest batch", justify="right")
+    for need in needs:
+        fits = need.peak <= gpu_memory * 2**30
+        table.add_row(
+            need.method,
+            "all" if need.budget is None else str(need.budget),
+            gibibytes(need.cache),
+            f"{need.cache / need.full_cache:.1%}",
+            gibibytes(need.weights),
+            gibibytes(need.prefill),
+            gibibytes(need.peak),
+            "yes" if fits else "no",
+            str(largest_batch(need, batch, int(gpu_memory * 2**30))),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"GPU of {gpu_memory:g} GiB. Prefill: activations of one forward over the context and, where a cache evicts, "
+        "the full keys and values of one layer (kvzip: of all). Feeding the prompt in chunks needs less."
+    )
+    if shape.longest is not None and context > shape.longest:
+        console.print(f"The model was trained for at most {shape.longest} tokens.")

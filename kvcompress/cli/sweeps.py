@@ -1,0 +1,262 @@
+"""The commands sweep, report and eval: quality against measured bytes."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcompress.cli.arguments import (
+    KNOWN,
+    METHODS,
+    CacheOption,
+    DeviceOption,
+    ModelOption,
+    UsageError,
+    as_budget,
+    as_object,
+    check_extra,
+    check_folder,
+    count,
+    is_default,
+    load,
+    parts,
+    unescaped,
+    user_errors,
+)
+
+if TYPE_CHECKING:
+    from kvcompress.evals.sweep.points import Settings
+    from kvcompress.evals.sweep.report import Row
+    from kvcompress.evals.sweep.sweep import Sweep
+    from kvcompress.evals.sweep.task import Task
+
+_BUDGETS = "0.1,0.2,0.3,0.5,1.0"
+_TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
+# what --quick sets, where the user does not
+_QUICK: dict[str, Any] = {
+    "budgets": "0.2,0.5",
+    "tasks": "needle,text",
+    "lengths": "512",
+    "samples": 4,
+    "continuation": 32,
+    "chunk": 4,
+}
+
+
+def sweep(
+    context: typer.Context,
+    model: ModelOption = None,
+    methods: Annotated[str, f"By commas; with settings as in h2o:sinks=4:bits=4. Of {KNOWN}."] = METHODS,
+    budgets: Annotated[str, "Fractions of the length (0.2), or tokens (512)."] = _BUDGETS,
+    tasks: Annotated[str, "By commas; any other name is that of a task of lm-eval's."] = _TASKS,
+    lengths: Annotated[str, "Context lengths in tokens."] = "1024",
+    samples: Annotated[int, "Prompts, or windows of text, per point."] = 20,
+    protocols: Annotated[str, "By commas."] = "question-agnostic,question-aware",
+    out: Annotated[Path, "Folder for rows, table, plot and page."] = Path("sweep"),
+    quick: Annotated[bool, "Some minutes on two cores; what else is set counts."] = False,
+    fresh: Annotated[bool, "Measure again what the folder already has."] = False,
+    seed: Annotated[int, "Of the tasks."] = 0,
+    hold_back: Annotated[int, "Question-aware: question tokens read after compression."] = 1,
+    batch: Annotated[int, "Sequences at a time."] = 4,
+    text: Annotated[str | None, "UTF-8 file for the task text and for essays."] = None,
+    continuation: Annotated[int, "Task text: tokens scored after each context."] = 64,
+    chunk: Annotated[int, "Task text: tokens read per forward; generation reads 1."] = 1,
+    num_fewshot: Annotated[int | None, "lm-eval's tasks: examples in a context."] = None,
+    limit: Annotated[int | None, "lm-eval's tasks: documents per point."] = None,
+    metadata: Annotated[str, 'lm-eval\'s tasks: as JSON, {"data": "/folder"}.'] = "{}",
+    question: Annotated[
+        str | None,
+        "lm-eval's tasks, question-agnostic: how a question begins, such as Question:; else the last example.",
+    ] = None,
+    dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
+    device: DeviceOption = None,
+) -> int:
+    """Measure accuracy against memory: every method, at every budget, on every task.
+
+    Finished points are kept in the folder and not repeated; a point that fails is reported, and the rest goes on.
+    Several processes share the points of a folder: accelerate launch -m kvcompress sweep ...
+    """
+    check_extra("eval", "matplotlib")
+    from kvcompress.evals.sweep.points import Settings
+    from kvcompress.evals.tasks import make_tasks
+    from kvcompress.registry import expanded
+
+    # every setting is an option of the same name
+    values = {setting.name: context.params[setting.name] for setting in dataclasses.fields(Settings)}
+    if quick:
+        values |= {name: value for name, value in _QUICK.items() if is_default(context, name)}
+    kinds: dict[str, Callable[[str], Any]] = {"lengths": count, "budgets": as_budget}
+    for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
+        values[name] = tuple(kinds.get(name, str)(part) for part in parts(values[name]))
+    values["methods"] = expanded(values["methods"])
+    values["metadata"] = as_object("--metadata", metadata)
+    values["question"] = question and unescaped(question)
+    with user_errors():
+        settings = Settings(**values)
+        tasks_by_name = make_tasks(settings)
+    check_folder(out)
+    return run_sweep(settings, tasks_by_name, model, out, fresh, dtype, device)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Of sweeps.")],
+    out: Annotated[Path, "Folder for table, plot and page."] = Path("report"),
+) -> int:
+    """Put the rows of several sweeps into one table, plot and page."""
+    check_extra("eval", "matplotlib")
+    from kvcompress.evals.sweep import report as reports
+
+    with user_errors():
+        rows = reports.collect(folders)
+    check_folder(out)
+    return show(rows, reports.write_all(rows, out))
+
+
+def evaluate(
+    context: typer.Context,
+    model: ModelOption = None,
+    cache: CacheOption = "none",
+    budget: Annotated[str | None, "Tokens kept (512), or a fraction of the context (0.2)."] = None,
+    hold_back: Annotated[
+        str, "Read after compression: last tokens of a context, or all from a text such as Question:"
+    ] = "1",
+    chunk: Annotated[int, "Tokens read per forward after compression."] = 64,
+) -> int:
+    """Run lm-eval's tasks through a cache. All other flags are those of `lm-eval run`: --tasks, --num_fewshot, ...
+
+    The context is compressed before what is held back is read, and every score comes through what is left. Bytes held
+    stand beside the scores, in the harness's own output.
+    """
+    check_extra("eval", "lm_eval")
+    rest = list(context.args)
+    settings = {"pretrained": model, "cache": cache, "budget": budget, "hold_back": hold_back, "chunk": chunk}
+    for name, value in settings.items():
+        if isinstance(value, str) and ("," in value or (name != "cache" and "=" in value)):
+            raise UsageError(f"--{name.replace('_', '-')} must not contain a comma or an equals sign, got {value!r}")
+    if budget is not None:
+        as_budget(budget)
+    passed = ",".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+    if "--model_args" in rest:
+        at = rest.index("--model_args")
+        passed = ",".join([passed, *rest[at + 1 : at + 2]])
+        del rest[at : at + 2]
+    from kvcompress.evals.lm.harness import run_command
+
+    with user_errors():
+        run_command(["--model_args", passed, *rest])
+    return 0
+
+
+def run_sweep(
+    settings: "Settings",
+    tasks: "dict[str, Task]",
+    name: str | None,
+    folder: Path,
+    fresh: bool,
+    dtype: str,
+    device: str | None,
+) -> int:
+    """One at a time in a folder, or several processes that share it; the tables in the end."""
+    from filelock import FileLock, Timeout
+
+    from kvcompress.evals.sweep import report
+    from kvcompress.evals.sweep.points import check_budgets
+    from kvcompress.evals.sweep.samples import read_text
+    from kvcompress.evals.sweep.sweep import Sweep
+
+    with user_errors():
+        read_text(settings.text)
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if fresh and processes > 1:
+        raise UsageError("--fresh is for a single process: several would forget one another's rows; use an empty --out")
+    # of several processes the first has the folder for all
+    lock = FileLock(folder / (".lock" if rank == 0 else f".lock.{rank}"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"another sweep is writing to {folder}; give this one its own --out") from None
+    with lock:
+        model, tokenizer = load(name, dtype, device)
+        with user_errors():
+            work = Sweep(settings, tasks, model, tokenizer, folder, forget=fresh, rank=rank, processes=processes)
+            check_budgets(model, work.points)
+            work.check_tasks()
+        try:
+            rows = _run(work)
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on from what {folder} has", file=sys.stderr)
+            return 130
+        if rank:
+            return 0
+        paths = report.write_all(rows, folder)
+    return show(rows, [work.results.path, *paths])
+
+
+def _run(work: "Sweep") -> "list[Row]":
+    """Measures what is missing, with a bar of the time left; where there is no terminal, with a line per point."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    missing = work.missing()
+    done = len(work.points) - len(missing)
+    had = f"; {done} of them are already in {work.folder}" if done else ""
+    print(f"{len(work.points)} points on {work.model_name}{had}", flush=True)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.fields[count]}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    # several processes would draw over one another
+    hidden = not console.is_terminal or work.processes > 1
+    bar = Progress(*columns, console=console, disable=hidden, speed_estimate_period=3600)
+    with bar:
+        # progress counts tokens to read, so that long points weigh more
+        total = sum(work.cost(point) for point in missing)
+        task = bar.add_task(missing[0].title if missing else "", total=total, count=f"{done}/{len(work.points)}")
+        finished = 0
+
+        def on_row(point: Any, row: "Row") -> None:
+            nonlocal finished
+            finished += 1
+            following = missing[finished].title if finished < len(missing) else "done"
+            # what other processes have done counts too
+            count = f"{max(done + finished, len(work.points) - len(work.missing()))}/{len(work.points)}"
+            bar.update(task, advance=work.cost(point), description=following, count=count)
+            said = f"{row['score']:.3f}" if row["status"] == "ok" else f"failed: {row['error'].splitlines()[0]}"
+            if bar.disable:
+                print(f"{count} {point.title}: {said} ({row['seconds']:.1f} s)", flush=True)
+            elif row["status"] != "ok":
+                bar.console.print(f"{point.title}: {said}", style="red", markup=False)
+
+        return work.run(on_row)
+
+
+def show(rows: "list[Row]", paths: list[Path]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvcompress.evals.sweep import report
+
+    console = Console()
+    for table in report.make_tables(rows) + report.make_comparisons(rows):
+        shown = Table(title=table.title, title_justify="left")
+        shown.add_column("method")
+        for budget in table.budgets:
+            shown.add_column(budget, justify="right")
+        for line in table.lines:
+            shown.add_row(*line)
+        console.print(shown)
+    for path in paths:
+        print(path)
+    failed = [row for row in rows if row["status"] != "ok"]
+    for row in failed:
+        print(f"kvcompress: failed: {report.describe(row)}: {row['error'].splitlines()[0]}", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,37 @@
+"""What nodes and suffixes hold of a layer."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.segment import Segment
+
+
+class SuffixSegment(DenseSegment):
+    """The tokens of each sequence's own; many sequences have room to spare, so there is little of it."""
+
+    growth: ClassVar[int] = 16
+
+
+class NodeSegment(Segment):
+    """Every token of a node, or on a sliding layer its last ones. Never written to again, so copies share it.
+
+    prefix_keys, prefix_values: [1, kv_heads, tokens, head_dim].
+    """
+
+    tensor_names = ("prefix_keys", "prefix_values")
+
+    prefix_keys: Tensor
+    prefix_values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.prefix_keys, self.prefix_values = keys, values
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix_keys.shape[2]
+
+    def kept(self) -> Tensor:
+        return torch.full(self.prefix_keys.shape[:2], self.tokens, device=self.prefix_keys.device)

@@ -1,0 +1,414 @@
+"""Prefixes kept from call to call, found by their tokens: a service runs each document through the model once."""
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, Self, SupportsIndex
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.cache import warn_of_unchecked
+from kvcompress.prefix.cache import MIN_TOKENS, HydragenCache
+from kvcompress.prefix.store_folder import FILE, FIRST_FILE, INDEX, LOCK, STEM, FolderIndex, tokens_of, write_prefix
+from kvcompress.prefix.tree import UNKNOWN, leading
+from kvcompress.storage.durable import PARTIAL
+from kvcompress.storage.tensor_file import DamagedFileError, TensorFile
+
+# times that a folder is read again because somebody changed it meanwhile
+_READINGS = 20
+
+
+@dataclass(eq=False)
+class _Entry:
+    """tokens: [tokens] int64 on the CPU. key: their bytes. storages: bytes by storage. file: its latest name."""
+
+    tokens: Tensor
+    key: bytes
+    cache: HydragenCache
+    storages: dict[tuple[str, int], int]
+    file: str | None = None
+
+
+class PrefixStore:
+    """Prefixes of one model by their tokens, the most recently used last. Threads may share one.
+
+        store = PrefixStore(model, max_bytes=8 << 30)
+        cache = store.prefix(document_ids)                      # [tokens]: runs only what no stored prefix begins with
+        model.generate(prompts, cache=cache)                    # prompts that begin with the document
+
+        cache = store.prefix(prompts, attention_mask)           # [batch, tokens]: what these prompts begin with
+        model.generate(prompts, attention_mask=attention_mask, cache=cache)
+
+    A stored prefix serves every shorter one, as keys and values depend on nothing that follows; caches given out share
+    its tensors, so what is stored twice or in use costs nothing more. Sizes are of live storages.
+
+    A document [tokens] is held to its last token by the cache given out, for prompts that are longer, or go on by
+    `push` or `cover`. Prompts [batch, tokens] are those that `generate` will be called with: each row has a token left
+    to run, be it the last one of a prompt that is stored whole.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None = None, *, min_tokens: int = MIN_TOKENS) -> None:
+        """
+        Args:
+            max_bytes: what all prefixes may take together; the least recently used ones go first. None: no limit.
+            min_tokens: shorter matches count as none.
+        """
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, or None for no limit, got {max_bytes}")
+        if min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
+        self.model = model
+        self._model = weakref.ref(model)
+        self.max_bytes = max_bytes
+        self.min_tokens = min_tokens
+        self._entries: dict[bytes, _Entry] = {}
+        # entries by storage, and the bytes of all storages
+        self._holders: dict[tuple[str, int], int] = {}
+        self._nbytes = 0
+        # by folder, the files that this store has written there or taken from there
+        self._files: dict[Path, set[str]] = {}
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError("a PrefixStore cannot be pickled: call store.save(folder), and PrefixStore.load(folder, model)")
+
+    def nbytes(self) -> int:
+        """Bytes of all prefixes, each storage once."""
+        return self._nbytes
+
+    def prefix(self, input_ids: Tensor | Sequence[int], attention_mask: Tensor | None = None) -> HydragenCache:
+        """A cache of these tokens: as many as possible from the store, the others run now and stored.
+
+        Args:
+            input_ids: a document [tokens], all of which the cache then holds; or prompts [batch, tokens], padded on the
+                left, of which it holds what they all begin with. Prompts of which that is less than `min_tokens` leave
+                the store as it is, and share what some of them have in common: HydragenCache(model, prompts).
+            attention_mask: of prompts, [batch, tokens], 0 for padding; None: no padding.
+
+        Raises:
+            ValueError: there is no token, or padding is not on the left.
+        """
+        ids, prompts = self._read(input_ids, attention_mask)
+        if prompts is not None and len(prompts) > 1 and len(ids) < self.min_tokens:
+            return HydragenCache(self.model, prompts, attention_mask, min_tokens=self.min_tokens)
+        cache = self._longest(ids)
+        held = 0 if cache is None else int(cache.get_seq_length())
+        on_device = ids.to(hf.input_device(self.model))
+        if cache is None:
+            cache = HydragenCache.from_prefix(self.model, on_device)
+        elif held < len(ids):
+            cache.push(on_device[None, held:])
+        if held < len(ids) and (self.max_bytes is None or _bytes(cache) <= self.max_bytes):
+            self.put(ids, cache)
+        return _leave_a_token(cache, prompts)
+
+    def get(self, input_ids: Tensor | Sequence[int], attention_mask: Tensor | None = None) -> HydragenCache | None:
+        """A cache of the longest beginning of these tokens that is stored, None where there is none.
+
+        Args:
+            input_ids: a document [tokens], or prompts [batch, tokens] padded on the left, which begin with one.
+            attention_mask: of prompts, [batch, tokens], 0 for padding; None: no padding.
+
+        Raises:
+            ValueError: there is no token, or padding is not on the left.
+        """
+        ids, prompts = self._read(input_ids, attention_mask)
+        cache = self._longest(ids)
+        return None if cache is None else _leave_a_token(cache, prompts)
+
+    def put(self, input_ids: Tensor | Sequence[int], cache: HydragenCache) -> None:
+        """Stores what a cache holds of these tokens; the cache may be used on.
+
+        Args:
+            input_ids: [tokens] or [1, tokens], the tokens that the cache's one sequence passes through.
+
+        Raises:
+            ValueError: the cache is of another model, holds several paths, other tokens or another number of them, or
+                is larger than the store.
+        """
+        self._put(self._document(input_ids), cache)
+
+    def _put(self, ids: Tensor, cache: HydragenCache, file: str | None = None) -> None:
+        model = cache._model()
+        if model is not self.model:
+            if model is None:
+                raise ValueError("the model of the cache is gone, so it cannot be told whether it is the store's")
+            hf.Fingerprint.of(self.model).check(hf.Fingerprint.of(model), "the prefix store")
+        kept = cache.fork() if any(cache.own_lengths()) else cache.clone()
+        if len(set(kept.tree.leaves)) != 1 or kept.tree.lengths()[0] != len(ids):
+            raise ValueError(
+                f"put takes a cache of one path of {len(ids)} tokens, got paths of {sorted(set(kept.tree.lengths()))}"
+            )
+        known = kept.known_ids()
+        wrong = ((known != UNKNOWN) & (known != ids)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"the cache was not filled with these tokens: at {at} it saw {int(known[at])}, and input_ids say "
+                f"{int(ids[at])}"
+            )
+        kept.gather_rows()
+        kept._model = self._model
+        size = _bytes(kept)
+        if self.max_bytes is not None and size > self.max_bytes:
+            raise ValueError(f"the prefix takes {size} bytes, more than the store's max_bytes = {self.max_bytes}")
+        key = ids.numpy().tobytes()
+        with self._lock:
+            # what is a beginning of the new one is served by it, as far as it can be cut there
+            for entry in [entry for entry in self._entries.values() if key.startswith(entry.key)]:
+                if kept.cut_length(len(entry.tokens)) == len(entry.tokens):
+                    self._let_go(entry)
+            self._take_in(_Entry(ids, key, kept, _storages(kept), file))
+            while self.max_bytes is not None and self._nbytes > self.max_bytes:
+                self._let_go(next(iter(self._entries.values())))
+
+    def _take_in(self, entry: _Entry) -> None:
+        self._entries[entry.key] = entry
+        for storage, size in entry.storages.items():
+            holders = self._holders.get(storage, 0)
+            self._holders[storage] = holders + 1
+            self._nbytes += 0 if holders else size
+
+    def _let_go(self, entry: _Entry) -> None:
+        del self._entries[entry.key]
+        for storage, size in entry.storages.items():
+            self._holders[storage] -= 1
+            if not self._holders[storage]:
+                del self._holders[storage]
+                self._nbytes -= size
+
+    def _longest(self, ids: Tensor) -> HydragenCache | None:
+        """A cache of the longest stored beginning of a sequence [tokens]; None where there is none, or a short one."""
+        with self._lock:
+            matches = [(_common(entry.tokens, ids), entry) for entry in self._entries.values()]
+            best, longest = None, 0
+            for matched, entry in sorted(matches, key=lambda match: match[0], reverse=True):
+                if matched <= longest:
+                    break
+                usable = entry.cache.cut_length(matched)
+                if usable > longest:
+                    best, longest = entry, usable
+            if best is None or longest < min(self.min_tokens, len(ids)):
+                return None
+            self._entries[best.key] = self._entries.pop(best.key)
+            cache = best.cache.clone()
+        cache.cut(longest)
+        return cache
+
+    # files
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Brings a folder, which is made where it is missing, to what the store holds.
+
+        Prefixes that this store has once saved there, or loaded from there, and holds no more go; what others have
+        saved there meanwhile stays. A prefix that lies there already is not written again. A reader, and who comes
+        after a crash, finds the folder as it was before or as it is then.
+
+        Raises:
+            ValueError: the folder holds prefixes of another model, or some of an earlier kvcompress that this store
+                has not loaded.
+            OSError: the folder cannot be written; what was saved there is there still.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        fingerprint = hf.Fingerprint.of(self.model)
+        with self._lock:
+            entries = list(self._entries.values())
+            known = self._files.setdefault(folder.resolve(), set())
+        # nobody else writes here until it is let go, as the end of a process does too
+        with FileLock(folder / LOCK):
+            index = FolderIndex.read(folder)
+            if index is not None and index.fingerprint is not None:
+                index.fingerprint.check(fingerprint, f"the prefix store in {folder}")
+            others = [] if index is None else [name for name in index.files if name not in known]
+            if any(FIRST_FILE.fullmatch(name) for name in others):
+                raise ValueError(
+                    f"{folder} holds prefixes saved by an earlier kvcompress, which this store has not loaded: save to "
+                    "another folder, or go on from PrefixStore.load(folder, model)"
+                )
+            for left in folder.glob(f"{STEM}-*{PARTIAL}"):
+                left.unlink(missing_ok=True)
+            mine = []
+            for entry in entries:
+                if entry.file is None or not FILE.fullmatch(entry.file) or not (folder / entry.file).exists():
+                    entry.file = write_prefix(folder, entry.tokens, entry.cache, fingerprint)
+                mine.append(entry.file)
+            files = [name for name in others if name not in mine] + mine
+            FolderIndex(files, self.min_tokens, fingerprint).write(folder)
+            for path in folder.glob("*.safetensors"):
+                if path.name not in files and (FILE.fullmatch(path.name) or FIRST_FILE.fullmatch(path.name)):
+                    path.unlink(missing_ok=True)
+        with self._lock:
+            self._files[folder.resolve()] = set(mine)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], model: PreTrainedModel, max_bytes: int | None = None) -> Self:
+        """The prefixes that `save` wrote, for the model they were made with, on its device.
+
+        Of more than `max_bytes`, the most recently used ones are loaded. What is damaged is left out. Either is told by
+        a warning, and stays in the folder.
+
+        Raises:
+            ValueError: the folder holds none, they are of another model, or its list names what is no prefix.
+        """
+        folder = Path(folder)
+        fingerprint = hf.Fingerprint.of(model)
+        # what was read, None for what is damaged
+        read: dict[str, tuple[Tensor, HydragenCache] | None] = {}
+        before: list[str] | None = None
+        for _ in range(_READINGS):
+            index = FolderIndex.read(folder)
+            if index is None:
+                raise ValueError(f"{folder} is no saved PrefixStore: it has no {INDEX}")
+            if index.fingerprint is not None:
+                index.fingerprint.check(fingerprint, f"the prefix store in {folder}")
+            store = cls(model, max_bytes, min_tokens=index.min_tokens)
+            fits, gone = store._fill(folder, index, fingerprint, read)
+            if not gone or index.files == before:
+                break
+            before = index.files
+        assert index is not None
+        if gone:
+            warnings.warn(
+                f"{len(gone)} of {len(index.files)} prefixes in {folder} are missing, such as {gone[0]}; they are left "
+                "out",
+                stacklevel=2,
+            )
+        if index.tokens is not None:
+            warn_of_unchecked(folder)
+        if not fits:
+            warnings.warn(
+                f"{len(store)} of {len(index.files)} prefixes in {folder} are loaded: more do not fit into max_bytes = "
+                f"{max_bytes}",
+                stacklevel=2,
+            )
+        return store
+
+    def _fill(
+        self,
+        folder: Path,
+        index: "FolderIndex",
+        fingerprint: hf.Fingerprint,
+        read: dict[str, tuple[Tensor, HydragenCache] | None],
+    ) -> tuple[bool, list[str]]:
+        """Takes in what a folder holds, as far as it fits, newest first: whether all does, and the files not found.
+
+        Args:
+            read: what was read of the folder until now, which is added to.
+        """
+        room = self.max_bytes
+        taken: list[str] = []
+        fits, gone = True, []
+        for name in reversed(index.files):
+            try:
+                if name not in read:
+                    with TensorFile(folder / name) as file:
+                        if room is not None and file.nbytes > room:
+                            fits = False
+                            continue
+                        read[name] = tokens_of(file, index), HydragenCache._from_file(file, self.model, fingerprint)
+            except FileNotFoundError:
+                gone.append(name)
+            except DamagedFileError as error:
+                read[name] = None
+                warnings.warn(f"a prefix is left out: {error}", stacklevel=4)
+            found = read.get(name)
+            if found is None:
+                continue
+            size = _bytes(found[1])
+            if room is not None and size > room:
+                fits = False
+                continue
+            room = None if room is None else room - size
+            taken.append(name)
+        for name in reversed(taken):
+            found = read[name]
+            assert found is not None
+            self._put(*found, name)
+        self._files[folder.resolve()] = set(taken)
+        return fits, gone
+
+    # what is asked for
+
+    def _read(self, input_ids: Tensor | Sequence[int], attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What is to be held, [tokens] int64 on the CPU, and for which prompts [batch, tokens]; None for a document."""
+        ids = _as_ids(input_ids)
+        if ids.dim() < 2 and attention_mask is None:
+            return self._document(ids), None
+        mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
+        if ids.dim() != 2 or mask.shape != ids.shape:
+            raise ValueError(
+                "expected a document [tokens], or prompts and their attention_mask of one shape [batch, tokens]; got "
+                f"{list(ids.shape)} and {list(mask.shape)}"
+            )
+        shown = mask.bool().cpu()
+        if bool((shown[:, 1:] < shown[:, :-1]).any()):
+            raise ValueError("expected prompts padded on the left; a row has padding behind a token")
+        rows = [row[visible] for row, visible in zip(ids.detach().cpu().long(), shown, strict=True)]
+        if not rows or min(map(len, rows)) == 0:
+            raise ValueError("a prefix needs a token, and so does each prompt")
+        shared = rows[0]
+        for row in rows[1:]:
+            shared = shared[: leading(shared, row, torch.eq)]
+        return shared.clone(), ids
+
+    @staticmethod
+    def _document(input_ids: Tensor | Sequence[int]) -> Tensor:
+        """A document as [tokens] int64 on the CPU."""
+        ids = _as_ids(input_ids)
+        if ids.dim() > 1 and ids.numel() != ids.shape[-1]:
+            raise ValueError(f"expected one document, [tokens] or [1, tokens], got {list(ids.shape)}")
+        if ids.numel() == 0:
+            raise ValueError("a prefix needs a token")
+        if bool((ids < 0).any()):
+            raise ValueError(f"expected token ids, integers from 0 on, got {int(ids.min())}")
+        return ids.detach().reshape(-1).cpu().long().clone()
+
+
+def _as_ids(input_ids: Tensor | Sequence[int]) -> Tensor:
+    ids = torch.as_tensor(input_ids)
+    # an empty list is of floats
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise ValueError(f"expected token ids, integers from 0 on, got {ids.dtype}")
+    return ids
+
+
+def _leave_a_token(cache: HydragenCache, prompts: Tensor | None) -> HydragenCache:
+    """A cache that reports fewer tokens as seen than prompts [batch, tokens] have columns, whatever it holds."""
+    if prompts is not None and cache.get_seq_length() >= prompts.shape[1]:
+        # what it holds and does not report comes once more, and is dropped
+        for layer in cache.layers:
+            layer._seen = prompts.shape[1] - 1
+    return cache
+
+
+def _common(ours: Tensor, theirs: Tensor) -> int:
+    """`leading` of tokens on the CPU, where hundreds of documents are looked through for one."""
+    size = min(len(ours), len(theirs))
+    differs = ours.numpy()[:size] != theirs.numpy()[:size]
+    first = int(differs.argmax())
+    return first if differs[first] else size
+
+
+def _storages(cache: HydragenCache) -> dict[tuple[str, int], int]:
+    """The bytes of each storage that a cache's segments lie in."""
+    tensors = [
+        tensor for layer in cache.layers for segment in layer.segments() for tensor in segment.tensors().values()
+    ]
+    storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
+    return {(str(device), storage.data_ptr()): storage.nbytes() for device, storage in storages if storage.nbytes()}
+
+
+def _bytes(cache: HydragenCache) -> int:
+    return sum(_storages(cache).values())

@@ -1,0 +1,129 @@
+"""Every token, in order, in buffers that grow by blocks."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.attention import slot_attention
+from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
+
+
+class DenseSegment(Segment):
+    """Every token, in order, in buffers that grow by blocks.
+
+    keys, values: [batch, kv_heads, room, head_dim]. visible: [batch, room] bool, False for padding, or None while
+    nothing is padded. length: tokens held, at most `room`.
+    """
+
+    tensor_names = ("keys", "values", "visible")
+    # room added at least when it runs out
+    growth: ClassVar[int] = 256
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None
+    length: int
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        """An empty segment for tokens like these, [batch, kv_heads, any, head_dim]."""
+        self.keys, self.values = key[:, :, :0].clone(), value[:, :, :0].clone()
+        self.visible = None
+        self.length = 0
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.tensors(), {"length": self.length}
+
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
+        return super().load(tensors, length=facts["length"], **built_with)
+
+    def kept(self) -> Tensor:
+        batch, kv_heads = self.keys.shape[:2]
+        _, _, visible = self.held()
+        kept = self.keys.new_full((batch,), self.length) if visible is None else visible.sum(-1)
+        return kept.long()[:, None].expand(batch, kv_heads)
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, itemsize: int, tokens: int) -> int:
+        """Bytes of so many tokens without padding, and without room for more."""
+        return batch * kv_heads * tokens * 2 * head_dim * itemsize
+
+    def append(self, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
+        """Adds tokens [batch, kv_heads, tokens, head_dim]; visible [batch, tokens] bool marks padding by False."""
+        stop = self.length + key.shape[2]
+        self._grow(stop)
+        for held, fresh in ((self.keys, key), (self.values, value)):
+            place = held[:, :, self.length : stop]
+            # what was written to `room` lies there already
+            if fresh.data_ptr() != place.data_ptr() or fresh.stride() != place.stride():
+                place.copy_(fresh)
+        if visible is not None and self.visible is None:
+            self.visible = torch.ones(key.shape[0], self.keys.shape[2], dtype=torch.bool, device=key.device)
+        if self.visible is not None:
+            self.visible[:, self.length : stop] = True if visible is None else visible
+        self.length = stop
+
+    def room(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where `append` will put the keys and values of the next tokens, [batch, kv_heads, tokens, head_dim]."""
+        stop = self.length + tokens
+        self._grow(stop)
+        return self.keys[:, :, self.length : stop], self.values[:, :, self.length : stop]
+
+    def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Views of the tokens held: keys, values [batch, kv_heads, length, head_dim], visible [batch, length]."""
+        visible = None if self.visible is None else self.visible[:, : self.length]
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length], visible
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        key, value, visible = self.held()
+        if visible is None:
+            positions = torch.arange(self.length, device=key.device)[None]
+        else:
+            positions = (visible.cumsum(-1) - 1).masked_fill(~visible, EMPTY)
+        positions = positions.to(torch.int32)[:, None].expand(key.shape[:3])
+        return slot_attention(
+            query, key, value, positions, query_positions, scale=scale, window=window, softcap=softcap
+        )
+
+    def show(self, visible: Tensor) -> None:
+        """Sets which tokens are visible, [batch, length] bool."""
+        if self.visible is None:
+            self.visible = torch.ones(visible.shape[0], self.keys.shape[2], dtype=torch.bool, device=visible.device)
+        self.visible[:, : self.length] = visible
+
+    def reorder(self, order: Tensor) -> None:
+        """Puts the first tokens in another order, [batch, first tokens] int64."""
+        tokens = order.shape[1]
+        for held in (self.keys, self.values):
+            index = order[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+            held[:, :, :tokens] = held[:, :, :tokens].gather(2, index)
+        if self.visible is not None:
+            self.visible[:, :tokens] = self.visible[:, :tokens].gather(1, order)
+
+    def drop_first(self, tokens: int) -> None:
+        """Lets the oldest tokens go, and their memory with them."""
+        self._reallocate(tokens, self.length - tokens)
+
+    def drop_last(self, tokens: int) -> None:
+        """Lets the newest tokens go; the room stays."""
+        self.length -= tokens
+
+    def _grow(self, tokens: int) -> None:
+        if tokens > self.keys.shape[2]:
+            room = tokens if self.length == 0 else tokens + max(self.growth, self.length // 8)
+            self._reallocate(0, room)
+
+    def _reallocate(self, first: int, room: int) -> None:
+        held = self.length - first
+        for name, tensor in self.tensors().items():
+            dim = 1 if name == "visible" else 2
+            shape = list(tensor.shape)
+            shape[dim] = room
+            grown = tensor.new_zeros(shape)
+            grown.narrow(dim, 0, held).copy_(tensor.narrow(dim, first, held))
+            setattr(self, name, grown)
+        self.length = held

@@ -1,0 +1,313 @@
+"""Slots of an evicting cache whose tokens are packed: heavy hitters, in a few bits each.
+
+A slot is overwritten as soon as its token goes, so every token must be packed by itself: keys too are quantised per
+token (as GEAR, arXiv:2403.05527, packs values), with their own outliers. Nothing is ever packed twice, and
+no error grows with the length of the text. GEAR's groups along tokens and its low-rank part need blocks that stay.
+
+Some channels of keys are far from 0 or spread far wider than the others, by the weights or by a bias of the key
+projection (Qwen2), and would set the scale of every token. So what is packed is
+
+    key' = (key - centre) / spread        q.key = (q * spread).key' + q.centre
+
+The centre, of the few channels that lie outside of what is typical, is the middle of their range, and 0 elsewhere; it
+reaches attention as one offset of a query's logits. A head learns both from the first tokens that come to it while it
+holds nothing, and keeps them. Channels that RoPE turns slowly, where models have their largest biases, stay where they
+were; one that turns away from its centre is packed more coarsely, and no answer is wrong for it.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.kernels.packed_attention import packed_attention
+from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, pack_codes, quantise, unpack_codes
+from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.slots import SlotSegment
+
+# slots whose codes share bytes: few, as the slots are rounded up to it
+BLOCK = 32
+# tokens that the quantiser takes at least
+_LEAST = 8
+_SIDES = ("keys", "values")
+_COMPONENTS = {"codes": "codes", "scales": "scales", "zeros": "scales", "centre": "scales", "spread": "scales"}
+_LARGEST = torch.finfo(torch.float16).max
+
+
+class QuantizedSlots(SlotSegment):
+    """Slots that hold codes, scales and outliers in place of keys and values.
+
+    packed: of keys, centred and divided by their spread, and of values, [batch, kv_heads, slots / BLOCK, ...] as
+    kernels/quantise.py lays them out, each token for itself. centre, spread: of the keys' channels,
+    [batch, kv_heads, head_dim] float16. positions, scores, spare: as in SlotSegment. coding: of both.
+    """
+
+    packed: dict[str, QuantizedTensor]
+    centre: Tensor
+    spread: Tensor
+    coding: QuantScheme
+    dtype: torch.dtype
+
+    def __init__(self, key: Tensor, value: Tensor, slots: int, coding: QuantScheme) -> None:
+        """Empty slots, at least so many, for tokens like these, [batch, kv_heads, any, head_dim]."""
+        batch, kv_heads = key.shape[:2]
+        blocks = -(-slots // BLOCK)
+        self.coding = coding
+        self.dtype = key.dtype
+        nothing = key.new_zeros(batch, kv_heads, blocks, BLOCK, key.shape[-1])
+        self.packed = {side: quantise(nothing, coding) for side in _SIDES}
+        self.centre = key.new_zeros(batch, kv_heads, key.shape[-1], dtype=torch.float16)
+        self.spread = torch.ones_like(self.centre)
+        shape = (batch, kv_heads, blocks * BLOCK)
+        self.positions = torch.full(shape, EMPTY, dtype=torch.int32, device=key.device)
+        self.scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
+        self.spare = torch.zeros(batch, kv_heads, dtype=torch.int64, device=key.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {"positions": self.positions, "scores": self.scores, "spare": self.spare}
+        found |= {"keys.centre": self.centre, "keys.spread": self.spread}
+        for side, packed in self.packed.items():
+            found |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
+        return found
+
+    def component(self, name: str) -> str:
+        part = name.partition(".")[2]
+        return _COMPONENTS.get(part, "outliers") if part else name
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        self.positions, self.scores, self.spare = (tensors[name] for name in ("positions", "scores", "spare"))
+        if "keys.centre" not in tensors:
+            # a file of before keys were centred
+            codes = tensors["keys.codes"]
+            plain = codes.new_zeros(*codes.shape[:2], codes.shape[-1], dtype=torch.float16)
+            tensors = tensors | {"keys.centre": plain, "keys.spread": plain + 1}
+        self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
+        self.packed = {
+            side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
+            for side in _SIDES
+        }
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int) -> int:  # type: ignore[override]
+        """Bytes of at least so many slots: codes, position and score of each; centre and spread; which is spare."""
+        blocks = -(-slots // BLOCK)
+        a_block = 2 * coding.bytes(BLOCK, head_dim) + BLOCK * (4 + 4)
+        return batch * kv_heads * (blocks * a_block + 2 * 2 * head_dim + 8)
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[2]
+
+    def grow(self, slots: int) -> None:
+        more = -(-slots // BLOCK) - self.slots // BLOCK
+        for side, packed in self.packed.items():
+            self.packed[side] = QuantizedTensor(
+                *(None if part is None else torch.cat([part, part.new_zeros(_more(part, more))], 2) for part in packed)  # type: ignore[arg-type]
+            )
+        added = self.positions.new_full((*self.positions.shape[:2], more * BLOCK), EMPTY)
+        self.positions = torch.cat([self.positions, added], 2)
+        self.scores = torch.cat([self.scores, torch.zeros_like(added, dtype=torch.float32)], 2)
+        torch.argmin(self.positions, -1, out=self.spare)
+
+    def like(self) -> tuple[Tensor, Tensor]:
+        codes = self.packed["keys"].codes
+        empty = codes.new_empty(*codes.shape[:2], 0, codes.shape[-1], dtype=self.dtype)
+        return empty, empty
+
+    def rotated_keys(self) -> Tensor:
+        key = dequantise(self.packed["keys"], self.coding).flatten(2, 3)
+        return key.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        return self.rotated_keys(), dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = self._attend(query, query_positions, scale, window, softcap, with_logits=False)
+        return out, lse
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, logits = self._attend(query, query_positions, scale, window, softcap, with_logits=True)
+        # the token itself takes part as it came, and is packed for those that follow
+        visible = (positions != EMPTY)[:, None]
+        own_out, own_lse = causal_attention(query, key, value, scale=scale, visible=visible, softcap=softcap)
+        outs, lses = [out, own_out], [lse, own_lse]
+        if sink_logits is not None:
+            outs, lses = with_sinks(outs, lses, sink_logits)
+        out, lse = merge_states(outs, lses)
+        self.put(key, value, positions)
+        # a query that sees nothing has lse = -inf, and so have all its logits
+        shift = lse.masked_fill(lse == -torch.inf, 0.0)
+        group = (self.positions.shape[1], -1)
+        attention = (logits - shift).exp().unflatten(1, group).sum(2)
+        own = (own_lse - shift).exp().unflatten(1, group).sum(2)
+        return out, attention.scatter(2, self.spare[..., None], own)
+
+    def decode_again(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        # as in `decode`, the token takes part as it came and not as it lies in its slot
+        past = self.positions.scatter(2, self.spare[..., None], EMPTY)
+        out, lse = self._attend(query, query_positions, scale, window, softcap, with_logits=False, positions=past)
+        visible = (positions != EMPTY)[:, None]
+        own_out, own_lse = causal_attention(query, key, value, scale=scale, visible=visible, softcap=softcap)
+        return merge_states([out, own_out], [lse, own_lse])
+
+    def _attend(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        *,
+        with_logits: bool,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        rows = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (self.positions.shape[1], -1))
+        centre, spread = (x.to(rows.dtype)[:, :, None, None] for x in (self.centre, self.spread))
+        return packed_attention(
+            (rows * spread).flatten(1, 2).to(query.dtype),
+            self.packed["keys"],
+            self.packed["values"],
+            self.coding,
+            self.coding,
+            self.positions if positions is None else positions,
+            query_positions,
+            offsets=(rows * centre).sum(-1).flatten(1, 2).float(),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            with_logits=with_logits,
+        )
+
+    def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        self._learn(key, (positions != EMPTY)[:, None, None])
+        super().put(key, value, positions)
+
+    def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
+        self._learn(key, positions != EMPTY)
+        super().replace(key, value, positions, scores, kept)
+
+    def _learn(self, key: Tensor, real: Tensor) -> None:
+        """Sets centre and spread where a head holds nothing, from tokens that come to it.
+
+        Args:
+            key: [batch, kv_heads, tokens, head_dim].
+            real: [batch, 1 or kv_heads, tokens] bool.
+        """
+        holds_nothing = (self.positions == EMPTY).all(-1) & real.any(-1)
+        for held, learned in zip((self.centre, self.spread), _channels(key, real), strict=True):
+            held.copy_(torch.where(holds_nothing[..., None], learned, held))
+
+    def _normal(self, key: Tensor) -> Tensor:
+        """Keys [batch, kv_heads, tokens, head_dim] as they are packed."""
+        return (key.float() - self.centre[:, :, None]) / self.spread[:, :, None]
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        batch, kv_heads = self.spare.shape
+        row = torch.arange(batch, device=key.device)[:, None]
+        head = torch.arange(kv_heads, device=key.device)
+        block, place = self.spare // BLOCK, self.spare % BLOCK
+        for side, x in zip(_SIDES, (self._normal(key), value), strict=True):
+            fresh = quantise(x[:, :, None].expand(-1, -1, 1, _LEAST, -1), self.coding)
+            packed = self.packed[side]
+            _overwrite(packed.codes, fresh.codes[:, :, 0], (row, head, block), place, self.coding.bits)
+            for old, new in zip(packed[1:5], fresh[1:5], strict=True):
+                if old is not None and new is not None:
+                    old[row, head, block, place] = new[:, :, 0, 0]
+
+    def _move(self, key: Tensor, value: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> None:
+        # the quantiser takes whole blocks: those beyond what moves are not wanted
+        excess = -source.shape[2] % BLOCK
+        source, target, wanted = (torch.nn.functional.pad(x, (0, excess)) for x in (source, target, wanted))
+        if excess:
+            # a slot that is not written to stands for all that do not move
+            target[..., -excess:] = self.slots
+        target = target.masked_fill(~wanted, self.slots)
+        for side, x in zip(_SIDES, (key, value), strict=True):
+            taken = x.gather(2, source[..., None].expand(-1, -1, -1, x.shape[-1]))
+            taken = self._normal(taken) if side == "keys" else taken
+            fresh = quantise(taken.unflatten(2, (-1, BLOCK)), self.coding)
+            packed = self.packed[side]
+            codes = unpack_codes(packed.codes, self.coding.bits)
+            _scatter(codes, unpack_codes(fresh.codes, self.coding.bits), target)
+            packed.codes.copy_(pack_codes(codes, self.coding.bits))
+            for old, new in zip(packed[1:5], fresh[1:5], strict=True):
+                if old is not None and new is not None:
+                    _scatter(old, new, target)
+
+
+def _more(part: Tensor, blocks: int) -> tuple[int, ...]:
+    return (*part.shape[:2], blocks, *part.shape[3:])
+
+
+def _channels(key: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and spread of each channel, [batch, kv_heads, head_dim] float16; of no meaning where no token is real.
+
+    With few tokens their ranges say little, and the spread nears one for all channels. It keeps a share of the mean
+    over channels however many there are, as a channel may leave the range that the first tokens had.
+
+    Args:
+        key, real: as in `QuantizedSlots._learn`.
+    """
+    key, real = key.float(), real[..., None]
+    high = key.masked_fill(~real, -torch.inf).amax(2)
+    low = key.masked_fill(~real, torch.inf).amin(2)
+    middle = (high + low) / 2
+    typical = torch.maximum(high.abs(), low.abs()).median(-1, keepdim=True).values
+    centre = torch.where(middle.abs() > typical, middle, 0.0).clamp(-_LARGEST, _LARGEST).half()
+    reach = torch.maximum(high - centre, centre - low).square()
+    spread = (reach + (0.25 + 32 / real.sum(2)) * reach.mean(-1, keepdim=True)).sqrt()
+    size = spread.square().mean(-1, keepdim=True).sqrt()
+    return centre, torch.where(size > 0, spread / size, 1.0).half()
+
+
+def _scatter(slots: Tensor, fresh: Tensor, target: Tensor) -> None:
+    """Writes tokens [batch, kv_heads, blocks, BLOCK, any] to the slots that target [batch, kv_heads, tokens] names;
+    one past the last slot is nowhere."""
+    flat = slots.flatten(2, 3)
+    room = torch.cat([flat, flat[:, :, :1]], 2)
+    room.scatter_(2, target[..., None].expand(-1, -1, -1, room.shape[-1]), fresh.flatten(2, 3))
+    slots.copy_(room[:, :, :-1].view_as(slots))
+
+
+def _overwrite(codes: Tensor, fresh: Tensor, where: tuple[Tensor, Tensor, Tensor], place: Tensor, bits: int) -> None:
+    """Puts one token's codes in among those that share its bytes.
+
+    Args:
+        codes: as `pack_codes` gives them, [batch, kv_heads, blocks, BLOCK * bits / 8, head_dim].
+        fresh: of a block of _LEAST tokens that begins with the token, [batch, kv_heads, _LEAST * bits / 8, head_dim].
+        where: row, head and block of each. place: [batch, kv_heads], the token within its block.
+    """
+    # width, and first row in either block, of each plane of codes
+    planes = [(2, 0, 0), (1, BLOCK // 4, _LEAST // 4)] if bits == 3 else [(bits, 0, 0)]
+    for width, first, fresh_first in planes:
+        rows = BLOCK * width // 8
+        at = (*where, first + place % rows)
+        shift = (place // rows * width).to(torch.uint8)[..., None]
+        hole = torch.bitwise_left_shift(torch.full_like(shift, 2**width - 1), shift)
+        code = fresh[:, :, fresh_first] & 2**width - 1
+        codes[at] = (codes[at] & ~hole) | torch.bitwise_left_shift(code, shift)

@@ -1,0 +1,50 @@
+"""Slots whose tokens close up: each stands at its index among the tokens kept, not at its place in the text.
+
+So distances never exceed what is held, and a stream may go on past the length the model was trained for, as in the
+streaming modes of H2O (arXiv:2306.14048) and StreamingLLM (arXiv:2309.17453). Keys are stored without rotation; in
+every forward they are rotated to their index, 0 for the oldest token kept, and the queries to the indices that follow.
+Indices are counted per head, which keep different tokens. A chunk still has its own length: feed a long text in pieces
+that, with the budget, stay within what the model knows.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcompress.storage.rope import Rope
+from kvcompress.storage.slots import SlotSegment
+
+
+class RerotatedSlots(SlotSegment):
+    """Slots with keys that are not rotated. What comes in is at its true position, and what `rotated_keys` gives out
+    is at its index."""
+
+    rope: Rope
+
+    def __init__(self, key: Tensor, value: Tensor, slots: int, rope: Rope) -> None:
+        """Empty slots for tokens like these, [batch, kv_heads, any, head_dim], turned by this rotary embedding."""
+        super().__init__(key, value, slots)
+        self.rope = rope
+
+    def rotated_keys(self) -> Tensor:
+        # few distinct angles: one table, and every slot takes its row
+        cos, sin = self.rope.turns(torch.arange(self.slots, device=self.keys.device))
+        index = self._indices()
+        return self.rope.turn(self.keys, cos[index], sin[index])
+
+    def _indices(self) -> Tensor:
+        """Each slot's index among those kept, [batch, kv_heads, slots] int64; the newest has the same in every head."""
+        order = self.positions.argsort(-1)
+        rank = torch.arange(self.slots, device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, rank)
+        # empty slots come first in the order
+        return (rank - self.slots + self.held()[:, None, None]).clamp(min=0)
+
+    def held(self) -> Tensor:
+        """Tokens held by each sequence's fullest head, [batch] int64: the index of the token that comes next."""
+        return self.kept().amax(1)
+
+    def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        super().put(self.rope.unrotate(key, positions[:, None, None]), value, positions)
+
+    def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
+        super().replace(self.rope.unrotate(key, positions), value, positions, scores, kept)

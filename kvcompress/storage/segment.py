@@ -1,0 +1,89 @@
+"""Segments: disjoint sets of cached tokens, each in one representation, that report attention with its log-sum-exp.
+
+Softmax over the union of segments is exact: `kvcompress.kernels.merge` weighs their answers by log-sum-exp.
+All tensors of a segment have the batch as their first dimension, which makes beam reordering, batch selection,
+cloning and saving one loop over them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+EMPTY = -1
+NO_FACTS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Segment:
+    """A set of cached tokens. Subclasses name their tensors, and answer `attend` and `kept`."""
+
+    tensor_names: ClassVar[tuple[str, ...]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The segment's tensors by name, batch first."""
+        return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name)) is not None}
+
+    def component(self, name: str) -> str:
+        """What a tensor's bytes are counted as."""
+        return name
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces each tensor by `change(tensor)`."""
+        self._set({name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def trim(self) -> None:
+        """Gives back the room that no sequence needs any more, as others have left."""
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load` needs: tensors by name, and facts that JSON can carry."""
+        return self.tensors(), {}
+
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
+        """A segment of what `dump` gave.
+
+        Args:
+            facts: those of `dump`; others are of no interest.
+            built_with: what a segment of this class takes from its layer, and no file holds.
+        """
+        segment = cls.__new__(cls)
+        for name, value in built_with.items():
+            setattr(segment, name, value)
+        segment._set(tensors)
+        return segment
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        """Takes on tensors by name."""
+        for name in self.tensor_names:
+            setattr(self, name, tensors.get(name))
+
+    def kept(self) -> Tensor:
+        """Tokens held, padding not counted, [batch, kv_heads] int64."""
+        raise NotImplementedError
+
+    def offloaded(self) -> dict[str, tuple[str, list[Tensor]]]:
+        """What the segment keeps off the model's device on purpose: by name its tier ("host" or "disk") and tensors.
+
+        These are no part of `tensors`: rows that are moved or copied share them.
+        """
+        return {}
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of queries to the segment's tokens, all of which precede them.
+
+        Args:
+            query: [batch, heads, queries, head_dim].
+            query_positions: [batch, queries] int32.
+
+        Returns:
+            Output [batch, heads, queries, head_dim] and natural log-sum-exp [batch, heads, queries] float32.
+        """
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All that may be attended to, some at a time: keys, values [batch, kv_heads, tokens, head_dim], and positions
+        [batch, 1 or kv_heads, tokens] int32, EMPTY where there is no token."""
+        raise NotImplementedError

@@ -1,0 +1,283 @@
+"""Slots: a fixed number of tokens per KV head, of which one that goes frees its slot for the next."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
+from kvcompress.kernels.decode import decode_attention
+from kvcompress.kernels.decode_evict import decode_and_evict
+from kvcompress.storage.segment import EMPTY, Segment
+
+
+class SlotSegment(Segment):
+    """A fixed number of slots per KV head, in no order; a token that goes frees its slot for the next.
+
+    keys, values: [batch, kv_heads, slots, head_dim]. positions: [batch, kv_heads, slots] int32, which of its
+    sequence's tokens a slot holds, pads not counted, or EMPTY. scores: [batch, kv_heads, slots] float32, what the
+    policy remembers of each token. spare: [batch, kv_heads] int64, the slot that the next token takes.
+    """
+
+    tensor_names = ("keys", "values", "positions", "scores", "spare")
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor
+    spare: Tensor
+
+    def __init__(self, key: Tensor, value: Tensor, slots: int) -> None:
+        """Empty slots for tokens like these, [batch, kv_heads, any, head_dim]."""
+        batch, kv_heads = key.shape[:2]
+        self.keys = key.new_zeros(batch, kv_heads, slots, key.shape[-1])
+        self.values = value.new_zeros(batch, kv_heads, slots, value.shape[-1])
+        self.positions = torch.full((batch, kv_heads, slots), EMPTY, dtype=torch.int32, device=key.device)
+        self.scores = torch.zeros(batch, kv_heads, slots, dtype=torch.float32, device=key.device)
+        self.spare = torch.zeros(batch, kv_heads, dtype=torch.int64, device=key.device)
+
+    @property
+    def slots(self) -> int:
+        """Slots per KV head, the spare one included."""
+        return self.keys.shape[2]
+
+    def grow(self, slots: int) -> None:
+        """Makes it so many slots; what is held stays where it is."""
+        more = slots - self.slots
+        for name, value in (("keys", 0), ("values", 0), ("positions", EMPTY), ("scores", 0)):
+            held = getattr(self, name)
+            added = held.new_full((*held.shape[:2], more, *held.shape[3:]), value)
+            setattr(self, name, torch.cat([held, added], 2))
+        torch.argmin(self.positions, -1, out=self.spare)
+
+    def rotated_keys(self) -> Tensor:
+        """The keys as queries meet them, rotated to where they stand, [batch, kv_heads, slots, head_dim]."""
+        return self.keys
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Keys, as queries meet them, and values, [batch, kv_heads, slots, head_dim]."""
+        return self.rotated_keys(), self.values
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield (*self.contents(), self.positions)
+
+    def like(self) -> tuple[Tensor, Tensor]:
+        """Tensors of the type and, tokens aside, the shape of keys and of values."""
+        return self.keys, self.values
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Takes in one token and answers its query.
+
+        Args:
+            query: [batch, heads, 1, head_dim], placed as `rotated_keys` will be.
+            key, value, positions: as `put` takes them.
+            query_positions: [batch, 1] int32.
+            sink_logits: [heads], as in decode_attention.
+
+        Returns:
+            The output, [batch, heads, 1, head_dim], and what each slot received of the attention, summed over the
+            query heads of a group, [batch, kv_heads, slots] float32.
+        """
+        self.put(key, value, positions)
+        return decode_attention(
+            query,
+            self.rotated_keys(),
+            self.values,
+            self.positions,
+            query_positions,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
+
+    def decode_again(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What another query of the token that `decode` has taken in sees, sinks apart, and its log-sum-exp."""
+        return self.attend(query, query_positions, scale=scale, window=window, softcap=softcap)
+
+    def decode_and_evict(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        limits: Tensor,
+        recents: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Takes in one token, answers its query, scores every slot and frees the one that goes, by `decode_and_evict`.
+
+        Args:
+            query, key, value, positions: as in `decode`. limits, recents, options: as the op takes them.
+        """
+        return decode_and_evict(
+            query, key, value, self.keys, self.values, self.positions, self.scores, self.spare,
+            positions, limits, recents, **options,
+        )  # fmt: skip
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        return slot_attention(
+            query,
+            self.rotated_keys(),
+            self.values,
+            self.positions,
+            query_positions,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
+    def column_sums(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention each slot received, [batch, kv_heads, slots] float32, given the queries' whole log-sum-exp."""
+        return slot_column_sums(
+            query,
+            self.rotated_keys(),
+            self.positions,
+            query_positions,
+            lse,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
+    def column_maxima(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """The most attention each slot received from one query and head, [batch, kv_heads, slots] float32."""
+        return slot_column_maxima(
+            query,
+            self.rotated_keys(),
+            self.positions,
+            query_positions,
+            lse,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
+    def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """Writes one token into the spare slots.
+
+        Args:
+            key, value: [batch, kv_heads, 1, head_dim].
+            positions: [batch] int32; EMPTY for a sequence whose token is padding.
+        """
+        batch, kv_heads = self.spare.shape
+        row = torch.arange(batch, device=key.device)[:, None]
+        head = torch.arange(kv_heads, device=key.device)
+        # by index, as a compiled scatter writes a new copy of all slots
+        self._write(key, value)
+        self.positions[row, head, self.spare] = positions[:, None].expand(-1, kv_heads)
+        self.scores[row, head, self.spare] = 0.0
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        """Writes one token, [batch, kv_heads, 1, head_dim], to the spare slots."""
+        batch, kv_heads = self.spare.shape
+        row = torch.arange(batch, device=key.device)[:, None]
+        head = torch.arange(kv_heads, device=key.device)
+        self.keys[row, head, self.spare] = key[:, :, 0]
+        self.values[row, head, self.spare] = value[:, :, 0]
+
+    def free(self, victims: Tensor, over: Tensor) -> None:
+        """Empties the victim's slot where a head is over its budget, and finds the next spare slot.
+
+        Args:
+            victims: [batch, kv_heads] int64.
+            over: [batch, kv_heads] bool.
+        """
+        slot = victims[..., None]
+        freed = torch.where(over[..., None], EMPTY, self.positions.gather(2, slot))
+        self.positions.scatter_(2, slot, freed)
+        torch.argmin(self.positions, -1, out=self.spare)
+
+    def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
+        """Keeps some of the slots and of the tokens of a chunk: those of the chunk overwrite the slots let go.
+
+        Args:
+            key, value: the chunk, [batch, kv_heads, tokens, head_dim].
+            positions: of the chunk, [batch, kv_heads, tokens] int32.
+            scores: of slots then chunk, [batch, kv_heads, slots + tokens] float32.
+            kept: of slots then chunk, [batch, kv_heads, slots + tokens] bool; at most `slots` a head.
+        """
+        slots = self.slots
+        stays, comes = kept[..., :slots], kept[..., slots:]
+        self.positions.masked_fill_(~stays, EMPTY)
+        self.scores.copy_(scores[..., :slots])
+        # free slots first and wanted tokens first, each in order: the i-th wanted token takes the i-th free slot
+        moved = min(slots, key.shape[2])
+        target = stays.to(torch.int8).argsort(dim=-1, stable=True)[..., :moved]
+        source = comes.to(torch.int8).argsort(dim=-1, stable=True, descending=True)[..., :moved]
+        wanted = comes.gather(-1, source)
+        for slot_values, chunk_values in ((self.positions, positions), (self.scores, scores[..., slots:])):
+            _put_where(slot_values, chunk_values, source, target, wanted)
+        self._move(key, value, source, target, wanted)
+        torch.argmin(self.positions, -1, out=self.spare)
+
+    def _move(self, key: Tensor, value: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> None:
+        """Writes tokens of a chunk to slots.
+
+        Args:
+            key, value: the chunk, [batch, kv_heads, tokens, head_dim].
+            source, target: token and slot of each move, [batch, kv_heads, moves] int64, no slot twice.
+            wanted: [batch, kv_heads, moves] bool, False for what only fills up the number of moves.
+        """
+        for slot_values, chunk_values in ((self.keys, key), (self.values, value)):
+            width = slot_values.shape[-1]
+            _put_where(
+                slot_values, chunk_values, *(x[..., None].expand(-1, -1, -1, width) for x in (source, target, wanted))
+            )
+
+    def kept(self) -> Tensor:
+        return (self.positions != EMPTY).sum(-1)
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, itemsize: int, slots: int) -> int:
+        """Bytes of so many slots: keys, values, position and score of each, and which is spare."""
+        return batch * kv_heads * (slots * (2 * head_dim * itemsize + 4 + 4) + 8)
+
+
+def _put_where(slots: Tensor, chunk: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> None:
+    slots.scatter_(2, target, torch.where(wanted, chunk.gather(2, source), slots.gather(2, target)))

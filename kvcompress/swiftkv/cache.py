@@ -1,0 +1,227 @@
+"""AcrossKV: consecutive layers that share one storage of keys and values (arXiv:2410.03960).
+
+    layers held = first + (layers - first) / share         of the full cache's bytes, that over the layers
+
+The first layer of a group stores what it is fed, in whatever form the storage has; the others attend, with their own
+queries, to what it attends to in the same forward. Only when the whole group has attended are tokens let go or packed.
+A policy that scores by attention sees that of the group's first layer.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.cache import CompressedCache
+from kvcompress.caches.dense import DenseCache
+from kvcompress.caches.evicting import EvictingCache, H2OCache, SnapKVCache, StreamingLLMCache
+from kvcompress.caches.quantized import GEARCache, KIVICache
+from kvcompress.layer import CompressedLayer
+from kvcompress.storage.segment import Segment
+from kvcompress.swiftkv.model import SwiftKVModel, first_later
+
+# whose layers know how others attend to what they hold
+_STORAGES = (DenseCache, EvictingCache, GEARCache)
+_KINDS = {
+    kind.__name__: kind
+    for kind in (DenseCache, EvictingCache, H2OCache, SnapKVCache, StreamingLLMCache, GEARCache, KIVICache)
+}
+
+Storage = Callable[[PreTrainedModel], CompressedCache]
+
+
+class FollowingLayer(CompressedLayer):
+    """A layer that stores nothing, and attends to another's tokens."""
+
+    queries_watched = 0
+
+    def __init__(self, kv_source: CompressedLayer) -> None:
+        super().__init__(kv_source.padding, kv_source.window)
+        self.kv_source = kv_source
+        kv_source.kv_consumers += 1
+        self.is_croppable = kv_source.is_croppable
+
+    def segments(self) -> list[Segment]:
+        return []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes nothing in: the group's first layer has; the key finds its way back to `attend`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.pending_kv = (key_states, value_states)
+        return hf.tag_key(key_states, self), value_states
+
+    def attend(
+        self,
+        query: Tensor,
+        visible: Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        """As CompressedLayer.attend, over what the group's first layer attended to."""
+        self.forwards_begun += 1
+        out = self.kv_source.attend_again(query, scale=scale, softcap=softcap, sinks=sinks)
+        self.pending_kv = None
+        self.forwards_ended = self.forwards_begun
+        return out
+
+    def get_seq_length(self) -> int:
+        return self.kv_source.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.kv_source.get_mask_sizes(query_length)
+
+    def tokens_kept(self) -> Tensor:
+        return self.kv_source.tokens_kept()
+
+    def _crop(self, tokens: int) -> None:
+        """The group's first layer does."""
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if self.kv_source.kv_shape is not None:
+            self.kv_shape, self.is_initialized = self.kv_source.kv_shape, True
+            self.dtype, self.device = self.kv_source.dtype, self.kv_source.device
+
+
+class SharedStorageCache(CompressedCache):
+    """A cache whose later layers share the storage of another cache's layers, group by group."""
+
+    def __init__(self, model: PreTrainedModel, *, first: int, share: int, storage: Storage) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            first: the first layer of the first group.
+            share: layers of a group, a divisor of the number of layers from `first` on.
+            storage: makes the cache whose layers the groups share: DenseCache, an evicting cache or a packing one.
+
+        Raises:
+            ValueError: the layers cannot be grouped so, or the storage cannot be shared.
+        """
+        windows = hf.attention_windows(hf.text_config(model))
+        if share < 1 or (len(windows) - first) % share:
+            raise ValueError(
+                f"share must divide the {len(windows) - first} later layers (of {len(windows)}, from layer {first}), "
+                f"got {share}"
+            )
+        for start in range(first, len(windows), share):
+            if len(set(windows[start : start + share])) > 1:
+                raise ValueError(
+                    f"layers {start} to {start + share - 1} have windows {windows[start : start + share]} and can "
+                    "share no storage; choose skip_from and share so that a group has one kind of attention"
+                )
+        self.first, self.share = first, share
+        stored = storage(model)
+        if not isinstance(stored, _STORAGES) or getattr(stored, "rerotated", False):
+            rerotated = " with rerotated=True" if getattr(stored, "rerotated", False) else ""
+            raise ValueError(
+                f"layers can share the storage of {', '.join(kind.__name__ for kind in _STORAGES)}; "
+                f"got {type(stored).__name__}{rerotated}"
+            )
+        if isinstance(stored, EvictingCache) and stored.policy.rereads is not None:
+            raise ValueError(
+                f"{type(stored.policy).__name__} reads tokens twice, which layers that share storage cannot; "
+                "use another policy"
+            )
+        self._stored = stored
+        super().__init__(model)
+        self._kind, self._of_storage = type(stored).__name__, stored._settings()
+        del self._stored
+
+    def _record(self) -> Any:
+        return self._stored.padding
+
+    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+        within = (index - self.first) % self.share if index >= self.first else 0
+        stored = self._stored.layers
+        return FollowingLayer(stored[index - within]) if within else stored[index]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "share": self.share,
+            "storage": {"cache": self._kind, "settings": self._of_storage},
+        }
+
+    @classmethod
+    def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
+        of_storage = settings["storage"]
+        kind: Any = _KINDS[of_storage["cache"]]
+        cache = cls.__new__(cls)
+        SharedStorageCache.__init__(
+            cache,
+            model,
+            first=settings["first"],
+            share=settings["share"],
+            storage=lambda model: kind._rebuild(model, of_storage["settings"]),
+        )
+        return cache
+
+
+class SwiftKVCache(SharedStorageCache):
+    """The cache of a SwiftKV model, each of whose groups of later layers stores once: `SwiftKVCache(model)`."""
+
+    def __init__(self, model: PreTrainedModel, *, storage: Storage = DenseCache) -> None:
+        """
+        Args:
+            model: a model that kvcompress.swiftkv.model converted or loaded.
+            storage: makes the cache whose layers the groups share: `lambda model: GEARCache(model, bits=4)`.
+
+        Raises:
+            ValueError: the model was not converted, or the storage cannot be shared.
+        """
+        if not isinstance(model, SwiftKVModel):
+            raise ValueError(
+                f"SwiftKVCache serves converted models, got {type(model).__name__}: "
+                "convert it by kvcompress.convert(model), or look at what sharing costs with AcrossKVCache"
+            )
+        config = model.config
+        super().__init__(model, first=config.num_key_value_layers, share=config.key_value_group_size, storage=storage)
+
+
+class AcrossKVCache(SharedStorageCache):
+    """Layers that share storage on any model: `AcrossKVCache(model, share=2)`.
+
+    On a model converted with the same groups this is SwiftKVCache. On any other it is a diagnostic: the layers of a
+    group attend to keys and values made for its first, which no model was trained for, and it warns of that.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, share: int = 2, skip_from: int | float = 0.5, storage: Storage = DenseCache
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with.
+            share: layers of a group.
+            skip_from: first layer of the first group: its index, or a fraction of the layers; of a converted model
+                its own.
+            storage: as in SwiftKVCache.
+
+        Raises:
+            ValueError: the layers cannot be grouped so, a converted model has other groups, or the storage cannot be
+                shared.
+        """
+        config = hf.text_config(model)
+        if isinstance(model, SwiftKVModel):
+            if share != config.key_value_group_size:
+                raise ValueError(
+                    f"the model was converted with share={config.key_value_group_size}, got share={share}: "
+                    "convert it anew"
+                )
+            first = config.num_key_value_layers
+        else:
+            first = first_later(skip_from, hf.sizes(config).layers)
+            warnings.warn(
+                f"AcrossKVCache on {type(model).__name__}, which was not trained to share keys and values between "
+                "layers, is a diagnostic: expect poor text; kvcompress.convert and kvcompress distill train one",
+                stacklevel=2,
+            )
+        super().__init__(model, first=first, share=share, storage=storage)

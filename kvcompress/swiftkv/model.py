@@ -1,0 +1,463 @@
+"""SwiftKV: a prefill that really skips the later layers, and AcrossKV: layers that share storage (arXiv:2410.03960).
+
+    model = convert(model, skip_from=0.5)           # the second half of the layers is skipped by the prompt
+    model.generate(**inputs)                        # any cache; SwiftKVCache(model) where groups share storage
+
+A converted model is a class of its own (LlamaSwiftKVForCausalLM, ...) over transformers' class of that family, with
+the weights of the model it was made from, which stays as it was. No class is patched. It differs in two places: its
+later decoder layers (kvcompress/swiftkv/forward.py), and a forward that tells them which positions are asked for. All
+else (masks, caches, rotary embeddings, generate) is transformers' code. Importing this module registers the classes
+with AutoConfig and AutoModelForCausalLM, so that checkpoints in the layout published with the paper load by
+`AutoModelForCausalLM.from_pretrained`: config fields num_key_value_layers and key_value_group_size, tensors
+norm_swiftkv and {q,k,v}_proj_swiftkv.
+
+Which positions run the later layers: those of `logits_to_keep`, and with padding at the end of a row the last real
+tokens before it (transformers would give the logits of the padding). A call for all logits, labels, hidden states or
+attentions runs all of them, with the same numbers. A conversion changes what the model computes: it needs the
+distillation of kvcompress/swiftkv/distill.py before it is of use.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.caches.budget import count_or_fraction
+from kvcompress.hf.families import (
+    LlamaAttention,
+    LlamaConfig,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralAttention,
+    MistralConfig,
+    MistralDecoderLayer,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2Attention,
+    Qwen2Config,
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Attention,
+    Qwen3Config,
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from kvcompress.swiftkv.forward import SingleInput, SingleInputAttention, SingleInputLayer
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
+
+
+class _Config:
+    """The config fields of a converted model.
+
+    num_key_value_layers: layers before the later ones. key_value_group_size: later layers that share keys and values.
+    swiftkv: False starts the model as its own teacher. swiftkv_teacher: it has the teacher's projections too.
+    """
+
+    num_key_value_layers: int | None
+    key_value_group_size: int | None
+    base_model_tp_plan: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # the later layers' projections are split as the family's own
+        plan = dict(cls.base_model_tp_plan or {})
+        later = {f"{rule}_swiftkv": how for rule, how in plan.items() if rule.rpartition(".")[2] in _PROJECTIONS}
+        cls.base_model_tp_plan = plan | later
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.num_key_value_layers is None:
+            self.num_key_value_layers = self.num_hidden_layers  # type: ignore[attr-defined]
+        if self.key_value_group_size is None:
+            self.key_value_group_size = 1
+        _check_split(self, self.num_key_value_layers, self.key_value_group_size)
+
+
+class LlamaSwiftKVConfig(_Config, LlamaConfig):
+    """A Llama config with the fields of SwiftKV."""
+
+    model_type = "llama_swiftkv"
+    num_key_value_layers: int | None = None
+    key_value_group_size: int | None = 1
+    swiftkv: bool = True
+    swiftkv_teacher: bool = False
+
+
+class MistralSwiftKVConfig(_Config, MistralConfig):
+    """A Mistral config with the fields of SwiftKV."""
+
+    model_type = "mistral_swiftkv"
+    num_key_value_layers: int | None = None
+    key_value_group_size: int | None = 1
+    swiftkv: bool = True
+    swiftkv_teacher: bool = False
+
+
+class Qwen2SwiftKVConfig(_Config, Qwen2Config):
+    """A Qwen2 config with the fields of SwiftKV."""
+
+    model_type = "qwen2_swiftkv"
+    num_key_value_layers: int | None = None
+    key_value_group_size: int | None = 1
+    swiftkv: bool = True
+    swiftkv_teacher: bool = False
+
+
+class Qwen3SwiftKVConfig(_Config, Qwen3Config):
+    """A Qwen3 config with the fields of SwiftKV."""
+
+    model_type = "qwen3_swiftkv"
+    num_key_value_layers: int | None = None
+    key_value_group_size: int | None = 1
+    swiftkv: bool = True
+    swiftkv_teacher: bool = False
+
+
+class LlamaSwiftKVAttention(SingleInputAttention, LlamaAttention):
+    pass
+
+
+class MistralSwiftKVAttention(SingleInputAttention, MistralAttention):
+    pass
+
+
+class Qwen2SwiftKVAttention(SingleInputAttention, Qwen2Attention):
+    pass
+
+
+class Qwen3SwiftKVAttention(SingleInputAttention, Qwen3Attention):
+    pass
+
+
+class LlamaSwiftKVDecoderLayer(SingleInputLayer, LlamaDecoderLayer):
+    pass
+
+
+class MistralSwiftKVDecoderLayer(SingleInputLayer, MistralDecoderLayer):
+    pass
+
+
+class Qwen2SwiftKVDecoderLayer(SingleInputLayer, Qwen2DecoderLayer):
+    pass
+
+
+class Qwen3SwiftKVDecoderLayer(SingleInputLayer, Qwen3DecoderLayer):
+    pass
+
+
+class _Decoder(nn.Module):
+    """The decoder of a converted model, over its family's."""
+
+    config: Any
+    layers: nn.ModuleList
+    norm: Any
+    post_init: Any
+    later: tuple[Any, Any]
+    # False: the teacher
+    single_input = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.single_input = config.swiftkv or not config.swiftkv_teacher
+        layer_kind, attention_kind = self.later
+        layers: Any = self.layers
+        for index in range(config.num_key_value_layers, config.num_hidden_layers):
+            layer: Any = layer_kind(config, index)
+            layer.self_attn = attention_kind(config, index)
+            layers[index] = layer
+            within = (index - config.num_key_value_layers) % config.key_value_group_size
+            if within:
+                layer.self_attn.follow(layers[index - within].self_attn)
+        norm: Any = type(self.norm)
+        self.norm_swiftkv = norm(config.hidden_size, eps=config.rms_norm_eps)
+        # what device_map and FSDP keep whole
+        self._no_split_modules: Any = {*self._no_split_modules, layer_kind.__name__}
+        self.post_init()
+
+    def forward(self, *args: Any, asked: Tensor | None = None, **kwargs: Any) -> Any:
+        """The family's forward; `asked` [batch, positions] int64 are the columns wanted, None for all."""
+        config = self.config
+        if not self.single_input:
+            return super().forward(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        visible = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        first, share = config.num_key_value_layers, config.key_value_group_size
+        # with hidden states or attentions asked for, every position runs every layer
+        wants_all = any(
+            kwargs.get(name, getattr(config, name, None)) for name in ("output_hidden_states", "output_attentions")
+        )
+        leaders: Any = [layer.self_attn for layer in self.layers[first::share]]
+        # checkpointed layers run without a cache, and say so
+        checkpointed = self.training and getattr(self, "gradient_checkpointing", False)
+        given = None if checkpointed else hf.cache_in((*args, *kwargs.values()))
+        state = SingleInput(self.norm_swiftkv, leaders, first, share, None if wants_all else asked, visible, given)
+        output = super().forward(*args, single_input=state, **kwargs)
+        if leaders and not checkpointed:
+            # the decoder may have made one itself
+            state.check_reached(hf.cache_of(output), state.cache)
+        if asked is not None:
+            state.asked = asked
+            output.last_hidden_state = state.answer(output.last_hidden_state)
+        return output
+
+
+class SwiftKVModel(nn.Module):
+    """What converted models have in common, beside their family's ForCausalLM class."""
+
+    config: Any
+    model: _Decoder
+    kind_of_decoder: type[_Decoder]
+    _keys_to_ignore_on_load_unexpected: ClassVar[Any] = [r"layers\.\d+\.self_attn\.[qkv]_(proj|norm)\.(weight|bias)$"]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = self.kind_of_decoder(config)
+        self.post_init()  # type: ignore[operator]
+
+    @property
+    def single_input(self) -> bool:
+        """True where the later layers take the common input; False where the model is its own teacher."""
+        return self.model.single_input
+
+    @single_input.setter
+    def single_input(self, value: bool) -> None:
+        if not value and not self.config.swiftkv_teacher:
+            raise ValueError(
+                f"this {type(self).__name__} was published without the teacher's query, key and value projections"
+            )
+        self.model.single_input = value
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # over the family's class, which comes next in line
+        family: Any = cls.__mro__[cls.__mro__.index(SwiftKVModel) + 1]
+        cls.forward = _narrowing(family.forward)
+
+
+def _narrowing(family: Callable[..., Any]) -> Callable[..., Any]:
+    """A family's forward, whose prompt ends at the first later layer where not all logits are asked for."""
+    names = list(inspect.signature(family).parameters)[1:]
+
+    @functools.wraps(family)
+    def forward(self: SwiftKVModel, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        fed = given.get("input_ids")
+        fed = given.get("inputs_embeds") if fed is None else fed
+        if self.single_input and given.get("labels") is None and fed is not None:
+            asked = _asked(
+                given.get("logits_to_keep", 0), given.get("attention_mask"), fed.shape[0], fed.shape[1], fed.device
+            )
+            if asked is not None:
+                given |= {"logits_to_keep": 0, "asked": asked}
+        return family(self, **given)
+
+    return forward
+
+
+class LlamaSwiftKVModel(_Decoder, LlamaModel):
+    config_class = LlamaSwiftKVConfig
+    later = (LlamaSwiftKVDecoderLayer, LlamaSwiftKVAttention)
+
+
+class MistralSwiftKVModel(_Decoder, MistralModel):
+    config_class = MistralSwiftKVConfig
+    later = (MistralSwiftKVDecoderLayer, MistralSwiftKVAttention)
+
+
+class Qwen2SwiftKVModel(_Decoder, Qwen2Model):
+    config_class = Qwen2SwiftKVConfig
+    later = (Qwen2SwiftKVDecoderLayer, Qwen2SwiftKVAttention)
+
+
+class Qwen3SwiftKVModel(_Decoder, Qwen3Model):
+    config_class = Qwen3SwiftKVConfig
+    later = (Qwen3SwiftKVDecoderLayer, Qwen3SwiftKVAttention)
+
+
+class LlamaSwiftKVForCausalLM(SwiftKVModel, LlamaForCausalLM):
+    """Llama whose later layers take one common input."""
+
+    config_class = LlamaSwiftKVConfig
+    kind_of_decoder = LlamaSwiftKVModel
+
+
+class MistralSwiftKVForCausalLM(SwiftKVModel, MistralForCausalLM):
+    """Mistral whose later layers take one common input."""
+
+    config_class = MistralSwiftKVConfig
+    kind_of_decoder = MistralSwiftKVModel
+
+
+class Qwen2SwiftKVForCausalLM(SwiftKVModel, Qwen2ForCausalLM):
+    """Qwen2 whose later layers take one common input."""
+
+    config_class = Qwen2SwiftKVConfig
+    kind_of_decoder = Qwen2SwiftKVModel
+
+
+class Qwen3SwiftKVForCausalLM(SwiftKVModel, Qwen3ForCausalLM):
+    """Qwen3 whose later layers take one common input."""
+
+    config_class = Qwen3SwiftKVConfig
+    kind_of_decoder = Qwen3SwiftKVModel
+
+
+_CONVERTED: dict[type[PreTrainedModel], Any] = {
+    LlamaForCausalLM: LlamaSwiftKVForCausalLM,
+    MistralForCausalLM: MistralSwiftKVForCausalLM,
+    Qwen2ForCausalLM: Qwen2SwiftKVForCausalLM,
+    Qwen3ForCausalLM: Qwen3SwiftKVForCausalLM,
+}
+
+for _kind in _CONVERTED.values():
+    AutoConfig.register(_kind.config_class.model_type, _kind.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_kind.config_class, _kind, exist_ok=True)
+
+
+def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1) -> Any:
+    """A SwiftKV model of the weights of a model, which stays as it was and shares them.
+
+    The common norm begins as the input norm of the first later layer; queries, keys and values begin as the later
+    layers' own, in a group of layers keys and values as the mean over the group.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 model.
+        skip_from: the first layer that the prompt skips: its index, or a fraction of the layers.
+        share: consecutive later layers that share one set of keys and values (AcrossKV), a divisor of their number.
+
+    Raises:
+        ValueError: the model is of no family that is served, is spread over devices or quantised, or the later layers
+            cannot be grouped so.
+    """
+    if type(model) not in _CONVERTED:
+        served = ", ".join(kind.__name__ for kind in _CONVERTED)
+        raise ValueError(f"SwiftKV converts {served}; got {type(model).__name__}")
+    places = hf.spread_over(model)
+    if len(set(places.values())) > 1:
+        raise ValueError(f"convert needs {type(model).__name__} on one device, got {places}")
+    config = model.config
+    layers = config.num_hidden_layers
+    first = first_later(skip_from, layers)
+    kind = _CONVERTED[type(model)]
+    fields = config.to_dict()
+    fields.pop("model_type", None)
+    fields |= {"num_key_value_layers": first, "key_value_group_size": share, "swiftkv_teacher": True}
+    settings = kind.config_class.from_dict({**fields, "architectures": [kind.__name__]})
+    settings._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        converted = kind(settings)
+    _take_over(converted, model)
+    for start in range(first, layers, share):
+        _begin(converted.model.layers[start : start + share], model.model.layers[start : start + share])
+    if first < layers:
+        converted.model.norm_swiftkv = copy.deepcopy(model.model.layers[first].input_layernorm)
+    else:
+        converted.model.norm_swiftkv = copy.deepcopy(model.model.norm)
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    return converted.train(model.training)
+
+
+@contextmanager
+def as_teacher(model: SwiftKVModel) -> Iterator[None]:
+    """Within it the model computes what it computed before it was converted."""
+    before, model.single_input = model.single_input, False
+    try:
+        yield
+    finally:
+        model.single_input = before
+
+
+def trained_parameters(model: SwiftKVModel) -> dict[str, nn.Parameter]:
+    """What a conversion adds and distillation trains, by name: the common norm and the later layers' q, k and v."""
+    return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv." in name}
+
+
+def first_later(skip_from: int | float, layers: int) -> int:
+    """The index of the first later layer, which may be given as a fraction of the layers."""
+    skip_from = count_or_fraction(skip_from, "skip_from", "a layer", "the layers")
+    if isinstance(skip_from, float):
+        return max(1, round(skip_from * layers))
+    if not 1 <= skip_from <= layers:
+        raise ValueError(f"skip_from must be a layer from 1 to {layers}, got {skip_from}")
+    return skip_from
+
+
+def _check_split(config: Any, first: int, share: int) -> None:
+    layers = config.num_hidden_layers
+    if not 1 <= first <= layers:
+        raise ValueError(f"num_key_value_layers must be from 1 to {layers}, got {first}")
+    if share < 1 or (layers - first) % share:
+        raise ValueError(
+            f"share must divide the {layers - first} later layers (of {layers}, from layer {first}), got {share}"
+        )
+    types: Any = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    for start in range(first, layers, share):
+        kinds = sorted(set(types[start : start + share]))
+        if len(kinds) > 1:
+            raise ValueError(
+                f"layers {start} to {start + share - 1} would share keys and values, and are of types {kinds}; "
+                "choose skip_from and share so that a group has one type"
+            )
+
+
+def _take_over(converted: Any, model: Any) -> None:
+    """Puts the modules of a model, which hold its weights, into the converted one, built without."""
+    for name in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(converted.model, name, getattr(model.model, name))
+    converted.lm_head = model.lm_head
+    for to, of in zip(converted.model.layers, model.model.layers, strict=True):
+        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            setattr(to, name, getattr(of, name))
+        for name, module in of.self_attn.named_children():
+            if isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_floating_point():
+                raise ValueError(f"convert needs floating-point weights; {name} is a {type(module).__name__}")
+            setattr(to.self_attn, name, module)
+
+
+@torch.no_grad()
+def _begin(later: Any, layers: Any) -> None:
+    """The first weights of a group of later layers."""
+    for index, (to, of) in enumerate(zip(later, layers, strict=True)):
+        names = ["q_proj", "q_norm"] + ([] if index else ["k_proj", "v_proj", "k_norm"])
+        for name in names:
+            if not hasattr(of.self_attn, name):
+                continue
+            begun = copy.deepcopy(getattr(of.self_attn, name))
+            if name[0] != "q":
+                for part, parameter in begun.named_parameters():
+                    own = [getattr(layer.self_attn, name).get_parameter(part) for layer in layers]
+                    # one layer alone: its weights, to the bit
+                    if len(own) > 1:
+                        parameter.copy_(torch.stack([weight.double() for weight in own]).mean(0))
+            setattr(to.self_attn, f"{name}_swiftkv", begun)
+
+
+def _asked(logits_to_keep: int | Tensor, mask: Any, batch: int, columns: int, device: torch.device) -> Tensor | None:
+    """The columns whose logits are wanted, [batch, positions] int64; None for all of them."""
+    if columns == 1:
+        return None
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dtype == torch.bool or not logits_to_keep.numel():
+            return None
+        kept = logits_to_keep.to(device, torch.int64)
+        kept = kept.expand(batch, -1) if kept.dim() < 2 else kept
+        return torch.where(kept < 0, kept + columns, kept)
+    if not 0 < logits_to_keep < columns:
+        return None
+    last = torch.full((batch,), columns - 1, device=device)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        visible = mask[:, -columns:].bool().to(device)
+        trailing = visible.flip(-1).to(torch.uint8).argmax(-1)
+        last = torch.where(visible.any(-1), last - trailing, last)
+    return (last[:, None] - torch.arange(logits_to_keep - 1, -1, -1, device=device)).clamp(min=0)

@@ -1,0 +1,321 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from kvcompress import H2O, EvictingCache, registry
+from kvcompress.cli import app, main, sweeps
+from kvcompress.swiftkv.distill import Distillation
+
+SMALL = ["--tasks", "passkey", "--lengths", "700", "--samples", "1", "--budgets", "0.2", "--methods", "h2o"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model over bytes, as save_pretrained writes it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=257,
+    )
+    raw = Tokenizer(
+        models.BPE(vocab={x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    place = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(place)
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(place)
+    return str(place)
+
+
+@pytest.fixture
+def sweep(folder, tmp_path):
+    """Runs a small sweep into tmp_path/out."""
+    return lambda *more: main(
+        ["sweep", "--model", folder, "--device", "cpu", "--out", str(tmp_path / "out"), *SMALL, *more]
+    )
+
+
+def rows(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "--nonsense"], "No such option: --nonsense"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["sweep", "--samples", "many"], "Invalid value for '--samples'"),
+        (["sweep", "--samples", "0"], "samples must be at least 1, got 0"),
+        (["sweep", "--methods", "h2o,h3o"], "unknown method 'h3o'; known: none, random, h2o, streaming"),
+        (["sweep", "--methods", "h2o:sinks"], "settings are written h2o:setting=value"),
+        (["sweep", "--methods", ","], "methods must name at least one"),
+        (["sweep", "--tasks", "haystack"], "unknown task 'haystack'; known: needle, "),
+        (["sweep", "--protocols", "aware"], "unknown protocol 'aware'; known: question-agnostic"),
+        (["sweep", "--lengths", "long"], "a length must be a number of tokens, got 'long'"),
+        (["sweep", "--budgets", "2.5"], "budget must be a count of tokens"),
+        (["sweep", "--budgets", "0"], "budget must be at least 1 token, got 0"),
+        (["sweep", "--budgets", "-3"], "budget must be at least 1 token, got -3"),
+        (["sweep", "--budgets", "half"], "budget must be a count of tokens"),
+        (["sweep", "--budgets", "nan"], "budget must be a count of tokens"),
+        (["sweep", "--text", "/nowhere.txt"], "text must be a readable UTF-8 file, got '/nowhere.txt'"),
+        (["sweep", "--model", "/nowhere"], "there is no folder /nowhere"),
+        (["sweep", "--model", "/nowhere.gguf"], "there is no file /nowhere.gguf"),
+        (["sweep", "--dtype", "float8"], "--dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        (["sweep", "--device", "toaster"], "device must be one that torch knows"),
+        (["generate"], "Missing argument 'prompt'"),
+        (["generate", " "], "the prompt is empty"),
+        (["generate", "hi", "--cache", "h3o"], "unknown method 'h3o'; known: none, random, h2o"),
+        (["generate", "hi", "--budget", "none"], "budget must be a count of tokens"),
+        (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["generate", "hi", "--temperature", "-1"], "--temperature must be 0 or more"),
+        (["generate", "hi", "--model", "/nowhere"], "there is no folder /nowhere"),
+        (["plan"], "Missing option '--context'"),
+        (["plan", "--context", "0", "--model", "FOLDER"], "context must be at least 1, got 0"),
+        (["plan", "--context", "9", "--batch", "0", "--model", "FOLDER"], "batch must be at least 1, got 0"),
+        (["plan", "--context", "9", "--gpu-memory", "0"], "--gpu-memory must be more than 0 GiB"),
+        (["plan", "--context", "9", "--gpu-memory", "nan"], "--gpu-memory must be more than 0 GiB, got nan"),
+        (["plan", "--context", "9", "--gpu-memory", "inf"], "--gpu-memory must be more than 0 GiB, got inf"),
+        (["plan", "--context", "9", "--model", "/nowhere"], "there is no folder /nowhere"),
+        (["plan", "--context", "9", "--model", "FOLDER", "--methods", "h3o"], "unknown method 'h3o'"),
+        (["plan", "--context", "9", "--model", "FOLDER", "--dtype", "int8"], "--dtype must be one of"),
+        (
+            ["sweep", "--model", "FOLDER", "--methods", "snapkv", "--budgets", "8"],
+            "snapkv at a budget of 8 tokens: budget",
+        ),
+        (["sweep", "--model", "FOLDER", "--methods", "h2o:size=1"], "the method h2o does not take these settings"),
+        (["sweep", "--model", "FOLDER", "--lengths", "30", "--budgets", "16"], "length must be at least"),
+        (["generate", "hi", "--model", "FOLDER", "--cache", "snapkv", "--budget", "8"], "budget must be at least"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_clear_line_and_status_2(arguments, message, folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ["--methods", "h2o"] if arguments[0] == "sweep" and "--methods" not in arguments else []
+    assert main([folder if word == "FOLDER" else word for word in arguments] + more) == 2
+    out, error = capfd.readouterr()
+    lines = [line for line in error.splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("kvcompress: ")
+    assert message in lines[0]
+    assert "Traceback" not in out + error
+
+
+def test_an_unwritable_folder_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["sweep", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert f"cannot write to the folder {tmp_path}/file/out: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert main(["sweep", "--out", str(tmp_path)]) == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_mistake_leaves_no_folder_behind(tmp_path):
+    assert main(["sweep", "--methods", "h3o", "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch, tmp_path):
+    def broken(*arguments):
+        raise ValueError("ours")
+
+    monkeypatch.setattr(sweeps, "run_sweep", broken)
+    with pytest.raises(ValueError, match="ours"):
+        main(["sweep", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["sweep", "--help"], ["generate", "--help"], ["plan", "--help"]])
+def test_help_is_printed(arguments, capsys):
+    assert main(arguments) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sweep", "generate", "plan", "eval"])
+def test_help_names_every_method(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main([command, "--help"]) == 0
+    assert f"Of {', '.join(registry.METHODS)}." in capsys.readouterr().out
+
+
+def test_help_takes_what_a_user_has_registered(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setitem(registry.METHODS, "own", registry.METHODS["h2o"])
+    main(["generate", "--help"])
+    assert "expected, own." in capsys.readouterr().out
+
+
+def test_the_version_is_told_with_those_it_stands_on(capsys):
+    import torch
+    import transformers
+
+    import kvcompress
+
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"kvcompress {kvcompress.__version__}"
+    assert [line.split()[0] for line in lines[1:]] == ["python", "torch", "transformers", "triton"]
+    assert f"torch {torch.__version__}" in lines
+    assert f"transformers {transformers.__version__}" in lines
+
+
+# README: | `distill` | `kvcompress distill`, with `cli` |
+# README: | `eval` | `kvcompress sweep`, `report` and `eval`: tasks, plots, lm-eval; with all of the above |
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["sweep", "--out", "OUT"], "matplotlib", "eval"),
+        (["report", ".", "--out", "OUT"], "matplotlib", "eval"),
+        (["eval", "--tasks", "arc_easy"], "lm_eval", "eval"),
+        (["distill", "text.txt", "--out", "OUT"], "accelerate", "distill"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_lacks_before_it_begins(
+    arguments, package, extra, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([str(tmp_path / "out") if word == "OUT" else word for word in arguments]) == 2
+    assert capsys.readouterr().err == f"kvcompress: this command needs {package}: pip install 'kvcompress[{extra}]'\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    made = subprocess.run(
+        [sys.executable, "-m", "kvcompress", "plan", "--context", "none"],
+        capture_output=True,
+        text=True,
+        cwd=os.getcwd(),
+    )
+    assert made.returncode == 2
+    assert made.stderr.startswith("kvcompress: ")
+
+
+# docs: plots quality against bytes, with the Pareto front
+def test_a_sweep_prints_its_table_and_writes_its_files(sweep, tmp_path, capsys):
+    assert sweep() == 0
+    out = capsys.readouterr().out
+    for words in ("6 points", "h2o", "full cache (ceiling)", "streaming (floor)", "accuracy.png", "report.html"):
+        assert words in out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"results.jsonl", "results.csv", "accuracy.png", "report.html"} <= names
+    assert {row["status"] for row in rows(tmp_path)} == {"ok"}
+
+
+def test_a_sweep_that_is_done_measures_nothing_again(sweep, tmp_path, capsys):
+    sweep()
+    before = rows(tmp_path)
+    capsys.readouterr()
+    assert sweep() == 0
+    assert "6 of them are already in" in capsys.readouterr().out
+    assert rows(tmp_path) == before
+    assert sweep("--fresh") == 0
+    assert len(rows(tmp_path)) == 12
+
+
+def test_a_failing_method_is_reported_and_the_status_is_1(sweep, tmp_path, capsys, monkeypatch):
+    def broken(model, budget, settings):
+        cache = EvictingCache(model, policy=H2O(), budget=budget)
+        monkeypatch.setattr(cache, "update", lambda *_: 1 / 0)
+        return cache
+
+    method = registry.Method("h2o", "fails", broken)
+    monkeypatch.setitem(registry.METHODS, "h2o", method)
+    assert sweep() == 1
+    out, error = capsys.readouterr()
+    assert "failed: ZeroDivisionError: division by zero" in out
+    assert "kvcompress: failed: passkey 700 question-agnostic, h2o 0.2: ZeroDivisionError" in error
+    assert [row["status"] for row in rows(tmp_path)].count("failed") == 2
+    assert [row["status"] for row in rows(tmp_path)].count("ok") == 4
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+
+
+# docs: `kvcompress report` joins sweeps
+def test_sweeps_are_reported_together(sweep, tmp_path, capsys):
+    sweep()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "both")]) == 0
+    assert "h2o" in capsys.readouterr().out
+    assert {"results.csv", "accuracy.png", "report.html"} <= {path.name for path in (tmp_path / "both").iterdir()}
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "both")]) == 2
+    assert "there are no rows of a sweep" in capsys.readouterr().err
+
+
+def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path, capsys):
+    from filelock import FileLock
+
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert sweep() == 2
+    assert "another sweep is writing to" in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_to_go_on(sweep, capsys, monkeypatch):
+    from kvcompress.evals.sweep.sweep import Sweep
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sweep, "measure", interrupted)
+    assert sweep() == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(sweeps, "run_sweep", lambda settings, *_: seen.append(settings) or 0)
+    assert main(["sweep", "--quick", "--samples", "3", "--out", str(tmp_path)]) == 0
+    assert main(["sweep", "--out", str(tmp_path)]) == 0
+    quick, usual = seen
+    assert (quick.samples, usual.samples) == (3, 20)
+    assert quick.lengths == (512,)
+    assert usual.lengths == (1024,)
+    assert len(quick.tasks) < len(usual.tasks)
+    # what reads little of all it keeps, or shares what batches have in common, is asked for by name
+    assert set(usual.methods) == set(registry.METHODS) - {"none", "hydragen", "shadowkv"}
+
+
+@pytest.mark.parametrize("cache", ["none", "H2O", "tova:sinks=2"])
+def test_generate_prints_answer_speed_and_memory(cache, folder, capsys):
+    arguments = ["--model", folder, "--device", "cpu", "--cache", cache, "--budget", "16", "--max-new-tokens", "8"]
+    assert main(["generate", "What is the pass key of the old castle?", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "prompt tokens in" in out
+    assert "tokens/s" in out
+    assert "of the full cache's" in out
+    assert cache.lower().partition(":")[0] in out
+
+
+def test_the_options_of_distill_are_its_settings_and_those_of_the_model():
+    options = {option.name for option in typer.main.get_command(app).commands["distill"].params}
+    settings = {setting.name for setting in dataclasses.fields(Distillation)}
+    assert options - settings == {"data", "model", "out", "skip_from", "share", "dtype"}
+    # what the paper gives no reason to change
+    assert settings - options == {"temperature", "betas", "warmup"}
+
+
+def test_plan_tells_what_fits(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["--model", folder, "--context", "1000000", "--batch", "64", "--gpu-memory", "35", "--budget", "1000"]
+    assert main(["plan", *arguments, "--methods", "none,h2o"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    none, h2o = (next(line for line in lines if f" {name} " in line) for name in ("none", "h2o"))
+    assert " no " in none
+    assert " yes " in h2o
+    assert any("trained for at most 2048 tokens" in line for line in lines)

@@ -1,0 +1,275 @@
+import json
+import math
+import sys
+
+import pytest
+
+from kvcompress import DenseCache, registry
+from kvcompress.evals.sweep import synthetic
+from kvcompress.evals.sweep.first_forward import FirstForward
+from kvcompress.evals.sweep.points import Point, Settings, check_budgets
+from kvcompress.evals.sweep.protocol import answer
+from kvcompress.evals.sweep.rows import Results
+from kvcompress.evals.sweep.samples import make_prompt, make_samples
+from kvcompress.evals.sweep.sweep import Sweep
+from kvcompress.evals.tasks import make_tasks
+
+
+def settings(**change):
+    small = {
+        "methods": ("h2o", "knorm"),
+        "budgets": (0.1, 0.5),
+        "tasks": ("passkey",),
+        "lengths": (700,),
+        "samples": 2,
+        "protocols": ("question-agnostic",),
+    }
+    return Settings(**(small | change))
+
+
+def make_points(settings):
+    return [point for task in make_tasks(settings).values() for point in task.points()]
+
+
+@pytest.fixture
+def sweep(model, tokenizer, tmp_path):
+    def make(build=registry.build, **change):
+        asked = settings(**change)
+        return Sweep(asked, make_tasks(asked), model, tokenizer, tmp_path, build=build)
+
+    return make
+
+
+class Counting:
+    """Builds caches, counts them by method, and raises what it is told to at the n-th."""
+
+    def __init__(self, at=None, error=None, method=None):
+        self.at, self.error, self.method, self.built = at, error, method, []
+
+    def __call__(self, method, model, budget):
+        self.built.append((method, budget))
+        if len(self.built) == self.at or (method == self.method and self.error):
+            raise self.error
+        return registry.build(method, model, budget)
+
+
+def test_ceiling_and_floor_always_take_part():
+    points = make_points(settings(protocols=("question-aware", "question-agnostic"), tasks=("passkey", "text")))
+    groups = {(point.task, point.protocol) for point in points}
+    assert groups == {("passkey", "question-aware"), ("passkey", "question-agnostic"), ("text", "continuation")}
+    for task, protocol in groups:
+        own = [(p.method, p.budget) for p in points if (p.task, p.protocol) == (task, protocol)]
+        assert own == [("none", None)] + [(m, b) for m in ("h2o", "knorm", "streaming") for b in (0.1, 0.5)]
+
+
+def test_points_named_twice_are_measured_once():
+    twice = settings(methods=("h2o", "h2o", "streaming", "none", "full"), budgets=(0.5, 0.5), lengths=(700, 700))
+    assert [(point.method, point.budget) for point in make_points(twice)] == [
+        ("none", None),
+        ("h2o", 0.5),
+        ("streaming", 0.5),
+    ]
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [(0.1, 70), (64, 64), (1.0, 1234), (0.0001, 1), (None, None)])
+def test_a_budget_is_tokens_of_the_length_asked_for(budget, tokens):
+    assert Point("passkey", 700, "question-aware", "h2o", budget).budget_tokens(1234) == tokens
+
+
+def test_rows_carry_measured_bytes_a_proof_of_compression_and_provenance(sweep):
+    rows = sweep(tasks=("passkey", "text"), lengths=(600,), continuation=4).run()
+    assert [row["status"] for row in rows] == ["ok"] * 14
+    for row in rows:
+        assert row["provenance"]["versions"]["torch"]
+        assert row["provenance"]["machine"]
+        assert row["compressed"] == (row["budget"] is not None)
+        assert 0.0 <= row["score"] <= 1.0
+        assert row["bytes"] == pytest.approx(sum(row["by_component"].values()), abs=5)
+        if row["budget"] is None:
+            assert row["ratio"] == pytest.approx(1.0, abs=0.01)
+        else:
+            assert row["budget_tokens"] == row["most_kept"] == round(row["budget"] * 600)
+            assert row["bytes"] < row["full_bytes"]
+    text = [row for row in rows if row["task"] == "text"]
+    assert text[0]["kl"] < 1e-6
+    assert text[0]["perplexity"] == pytest.approx(text[0]["full_perplexity"], rel=1e-4)
+    assert all(row["kl"] > 1e-4 and math.isfinite(row["perplexity"]) for row in text[1:])
+    assert text[0]["attention_error"] < 1e-5
+    for row in text[1:]:
+        assert len(row["attention_error_by_layer"]) == 2
+        assert row["attention_error"] == pytest.approx(sum(row["attention_error_by_layer"]) / 2, abs=1e-5)
+        assert row["attention_error"] > 1e-3
+
+
+def test_a_budget_of_all_tokens_answers_as_the_full_cache(sweep):
+    rows = sweep(budgets=(1.0,), protocols=("question-agnostic", "question-aware")).run()
+    for protocol in ("question-agnostic", "question-aware"):
+        said = {tuple(row["predictions"]) for row in rows if row["protocol"] == protocol}
+        assert len(said) == 1
+
+
+def test_all_methods_hold_equally_many_tokens(sweep):
+    evicting = tuple(name for name, m in registry.METHODS.items() if m.takes_budget and not m.reads_budget)
+    rows = sweep(methods=evicting, budgets=(0.2,)).run()
+    assert {(row["least_kept"], row["most_kept"]) for row in rows if row["budget"]} == {(140, 140)}
+
+
+# docs: A sweep that was stopped goes on where it was
+def test_what_was_interrupted_goes_on_without_repeating_a_point(sweep):
+    first = Counting(at=4, error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        sweep(first).run()
+    assert len(sweep().results.rows) == 3
+
+    second = Counting()
+    work = sweep(second)
+    assert len(work.missing()) == 4
+    rows = work.run()
+    assert [row["status"] for row in rows] == ["ok"] * 7
+    assert not set(first.built[:3]) & set(second.built)
+    assert len(first.built[:3]) + len(second.built) == 7
+
+    third = Counting()
+    assert sweep(third).run() == rows
+    assert third.built == []
+
+
+def test_a_torn_last_line_costs_that_row_only(sweep):
+    work = sweep()
+    work.run()
+    path = work.results.path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    counting = Counting()
+    torn = sweep(counting)
+    assert len(torn.missing()) == 1
+    rows = torn.run()
+    assert len(counting.built) == 1
+    assert [row["status"] for row in rows] == ["ok"] * 7
+    lines = path.read_text().splitlines()
+    assert len(lines) == 8
+    assert json.loads(lines[-1])["key"] == torn.key(torn.points[-1])
+    assert sweep().missing() == []
+
+
+def test_a_method_that_fails_is_a_row_and_the_rest_goes_on(sweep):
+    rows = sweep(Counting(method="h2o", error=RuntimeError("no luck"))).run()
+    assert [row["status"] for row in rows] == ["ok", "failed", "failed", "ok", "ok", "ok", "ok"]
+    assert rows[1]["error"] == "RuntimeError: no luck"
+    assert "Counting" in rows[1]["traceback"] or "__call__" in rows[1]["traceback"]
+    # the next run tries it again, and nothing else
+    again = Counting()
+    assert [row["status"] for row in sweep(again).run()] == ["ok"] * 7
+    assert {method for method, _ in again.built} == {"h2o"}
+
+
+def test_a_cache_that_keeps_everything_under_a_budget_is_a_failure(sweep):
+    rows = sweep(lambda method, model, budget: DenseCache(model)).run()
+    assert [row["status"] for row in rows] == ["ok"] + ["failed"] * 6
+    assert "NotCompressedError" in rows[1]["error"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"samples": 3}, {"lengths": (701,)}, {"hold_back": 2}, {"tasks": ("needle",)}], ids=str
+)
+def test_other_settings_are_other_points(sweep, change):
+    same = {"protocols": ("question-aware",)}
+    before, after = sweep(**same), sweep(**same | change)
+    assert before.key(before.points[0]) == sweep(**same).key(before.points[0])
+    assert before.key(before.points[0]) != after.key(after.points[0])
+
+
+def test_another_text_is_another_point(sweep, tmp_path):
+    essay = tmp_path / "essay.txt"
+    essay.write_text("Nobody in the valley had ever seen a horse before. " * 40)
+    before, after = sweep(tasks=("text",)), sweep(tasks=("text",), text=str(essay))
+    assert before.key(before.points[0]) != after.key(after.points[0])
+
+
+def test_each_prediction_stands_by_its_own_sample(sweep, model, tokenizer):
+    made = make_samples("needle_essay", tokenizer, 1500, 4)
+    prompts = [make_prompt(tokenizer, sample) for sample in made]
+    # else the order they run in is the order they stand in
+    assert sorted(prompts, key=lambda prompt: len(prompt.context)) != prompts
+    alone = [answer(model, lambda: DenseCache(model), [prompt], "question-agnostic")[0][0] for prompt in prompts]
+    said = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in alone]
+    assert len(set(said)) == 4
+    for batch in (1, 3):
+        work = sweep(tasks=("needle_essay",), lengths=(1500,), samples=4, batch=batch)
+        row = work.measure(work.points[0])
+        assert row["predictions"] == said
+        assert row["answers"] == [list(sample.answers) for sample in made]
+
+
+def test_points_are_the_same_however_many_run_at_a_time(sweep):
+    assert sweep(batch=1).key(sweep().points[0]) == sweep(batch=2).key(sweep().points[0])
+
+
+def test_the_newest_row_of_a_key_stands(tmp_path):
+    results = Results(tmp_path)
+    results.append({"key": "a", "status": "ok", "score": 1})
+    results.append({"key": "a", "status": "failed"})
+    assert Results(tmp_path).rows["a"]["status"] == "failed"
+    assert not Results(tmp_path).is_done("a")
+    assert Results(tmp_path, forget=True).rows == {}
+
+
+def test_a_budget_a_method_cannot_keep_is_refused_before_anything_runs(model):
+    points = make_points(settings(methods=("snapkv",), budgets=(10,)))
+    with pytest.raises(ValueError, match="snapkv at a budget of 10 tokens: budget must be at least"):
+        check_budgets(model, points)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": (60,)}, "length must be at least .* for the task passkey, got 60"),
+        ({"hold_back": 500, "protocols": ("question-aware",)}, "hold_back must be at least 1 token"),
+        ({"tasks": ("text",), "lengths": (10**6,)}, "text must hold 2 windows"),
+    ],
+)
+def test_tasks_that_cannot_be_made_are_refused_before_anything_runs(sweep, change, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(**change).check_tasks()
+
+
+def test_without_the_harness_a_task_of_its_own_is_an_unknown_task(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvcompress.evals.lm.task", None)
+    with pytest.raises(
+        ValueError, match=r"unknown task 'arc_easy'; known: needle, .* pip install 'kvcompress\[eval\]'"
+    ):
+        make_tasks(settings(tasks=("arc_easy",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocols": ("aware",)}, "unknown protocol 'aware'; known: question-agnostic, question-aware"),
+        ({"methods": ("h3o",)}, "unknown method 'h3o'; known: none, random, h2o"),
+        ({"methods": ()}, "methods must name at least one"),
+        ({"budgets": (1.5,)}, "budget must be .* a fraction .* got 1.5"),
+        ({"budgets": (0,)}, "budget must be at least 1 token, got 0"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"lengths": (1,)}, "a length must be at least 2 tokens, got 1"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**change)
+
+
+def test_evicting_caches_share_one_first_forward_and_its_rows_are_those_of_their_own(sweep, monkeypatch, tmp_path):
+    recorded = []
+    monkeypatch.setattr(
+        FirstForward, "fill", lambda self, reader, fill=FirstForward.fill: recorded.append(fill(self, reader))
+    )
+    change = {"protocols": ("question-agnostic", "question-aware"), "batch": 1}
+    shared = sweep(**change).run()
+    # two prompts, two protocols, three methods at two budgets
+    assert len(recorded) == 24
+    monkeypatch.setattr(synthetic, "_MOST_RECORDED", 0)
+    (tmp_path / "results.jsonl").unlink()
+    alone = sweep(**change).run()
+    assert len(recorded) == 24
+    for row, other in zip(shared, alone, strict=True):
+        assert {**row, "seconds": 0, "provenance": 0} == {**other, "seconds": 0, "provenance": 0}

@@ -1,0 +1,89 @@
+"""What a cache shows of itself: help, repr, and notebooks."""
+
+import html
+import inspect
+import pydoc
+import textwrap
+
+import pytest
+
+import kvcompress
+from kvcompress import GEAR, AcrossKVCache, CompressedCache, EvictingCache, H2OCache
+from kvcompress.hf import release
+from tests.contract.caches import every_cache
+from tests.contract.drive import feed
+from tests.contract.models import prompt, tiny
+
+SHORT = [EvictingCache, *EvictingCache.__subclasses__()]
+# what hooks, layers and models call
+PLUMBING = ("update", "forward_begins", "forward_ended", "is_traceable", "prompt_begins", "queries_watched")
+
+
+@pytest.mark.parametrize("kind", SHORT, ids=lambda kind: kind.__name__)
+def test_help_begins_with_an_example_that_runs(kind, monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(kvcompress, "load_model", lambda: (model, lambda text, return_tensors: inputs), raising=False)
+    inputs = {"input_ids": prompt(9)}
+    shown = pydoc.render_doc(kind, renderer=pydoc.plaintext).replace(" |  ", "")
+    lines = inspect.getdoc(kind).splitlines()
+    example = textwrap.dedent("\n".join(lines[2 : lines.index("", 2) if "" in lines[2:] else None]))
+    assert shown.index(example.splitlines()[0].strip()) < shown.index("Method resolution order")
+    names = {"kvcompress": kvcompress, "model": model, "inputs": inputs, "TOVA": kvcompress.TOVA}
+    names |= {each.__name__: each for each in SHORT}
+    exec(example, names)
+    assert type(names["cache"]) is kind
+    assert names["output"].shape[1] > 9
+    assert names["cache"].get_seq_length() >= 9
+    release(model)
+
+
+def test_help_says_in_one_line_what_users_need_not_call():
+    for kind in (CompressedCache, *SHORT):
+        for name in PLUMBING:
+            said = inspect.getdoc(getattr(kind, name))
+            assert said, f"{kind.__name__}.{name}"
+            assert len(said.splitlines()) == 1, f"{kind.__name__}.{name}: {said}"
+
+
+@every_cache
+def test_repr_is_one_block_that_names_the_settings_and_what_is_held(entry):
+    model = tiny()
+    cache = entry.build(model)
+    first, second = repr(cache).splitlines()
+    assert first.startswith(f"{type(cache).__name__}(")
+    assert second == "for LlamaForCausalLM, 3 layers: empty"
+    feed(model, cache, prompt(20, 2))
+    lines = repr(cache).splitlines()
+    assert lines[0] == first
+    assert lines[1].startswith("for LlamaForCausalLM, 3 layers: batch 2, tokens seen 20, kept per layer and head ")
+    assert "\n".join(lines[1:]).endswith(str(cache.memory()))
+    assert max(map(len, lines)) < 280
+
+
+def test_repr_of_a_cache_names_its_policy():
+    model = tiny()
+    cache = H2OCache(model, budget=8, sinks=2, packed=GEAR(bits=8))
+    assert repr(cache).startswith(
+        "H2OCache(policy=H2O(recent=0.5, sinks=2), budget=8, allocation='uniform', rerotated="
+    )
+    assert "packed=GEAR(bits=8, " in repr(cache)
+    with pytest.warns(UserWarning, match="diagnostic"):
+        assert repr(AcrossKVCache(model, skip_from=1)).startswith("AcrossKVCache(first=1, share=2)\n")
+    cache._model = lambda: None
+    assert "for a model that is gone, 3 layers: empty" in repr(cache)
+
+
+def test_notebooks_show_the_same_block():
+    model = tiny()
+    cache = H2OCache(model, budget=8)
+    feed(model, cache, prompt(20))
+    for shown in (cache, cache.memory()):
+        code = shown._repr_html_()
+        assert code.startswith("<pre>")
+        assert code.endswith("</pre>")
+        assert html.unescape(code[5:-6]) == repr(shown)
+        assert not set("<>") & set(code[5:-6])
+    # what a name holds is no markup
+    cache._shown = lambda: {"name": "<script>"}
+    assert "<script>" not in cache._repr_html_()
+    assert "&lt;script&gt;" in cache._repr_html_()
