@@ -18,6 +18,7 @@ for module in pkgutil.iter_modules(kvcompress.kernels.__path__, "kvcompress.kern
 
 QUERY, KEY, STEP = heads(2, 4, 9, 64), heads(2, 2, 9, 64), heads(2, 4, 1, 64)
 POSITIONS = slot_positions(2, 2, 9)
+POSITIONS[..., 4] = -1  # decode_and_evict needs an empty slot in every head
 AT = torch.full((2, 9), 18, dtype=torch.int32, device=DEVICE)
 LSE = torch.randn(2, 4, 9, device=DEVICE)
 SCORES = torch.rand(2, 2, 9, device=DEVICE)
