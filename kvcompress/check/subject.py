@@ -1,0 +1,142 @@
+"""What a check feeds a model, and what the model gives without a cache.
+
+Two rows of random tokens, of different lengths and with a common beginning, each followed by a few single tokens, a
+second turn, and single tokens again.
+"""
+
+import contextlib
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.hf import judge
+from kvcompress.swiftkv.model import SwiftKVModel, convert, first_later
+
+# what the rows begin with, how long they are, and what they are then fed: single tokens, a second turn, single tokens
+DOCUMENT, PROMPTS, FED = 64, (200, 153), (1, 1, 1, 9, 1, 1)
+
+
+class Subject:
+    """A model, what it is fed, and what it gives without a cache."""
+
+    # columns at which forwards end
+    stops = tuple(itertools.accumulate(FED, initial=PROMPTS[0]))
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @functools.cached_property
+    def rows(self) -> list[Tensor]:
+        """What each row is fed, [tokens]."""
+        return rows_of(self.model)
+
+    @functools.cached_property
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The rows padded on the left: ids and mask, [batch, columns]."""
+        return padded(self.rows, pad_token(self.model))
+
+    @functools.cached_property
+    def judge(self) -> PreTrainedModel:
+        """The model without a cache, whose attention takes a mask for each head."""
+        return judge.judge_of(self.model)
+
+    @functools.cached_property
+    def converted(self) -> "Subject":
+        """The same of the model as SwiftKV has it."""
+        if isinstance(self.model, SwiftKVModel):
+            return self
+        return Subject(convert(self.model, share=smallest_share(self.model.config)))
+
+    @functools.cached_property
+    def truth(self) -> list[Tensor]:
+        """Of each row the logits without a cache, [tokens, vocabulary]."""
+        return [self.without_cache(row) for row in self.rows]
+
+    @functools.cached_property
+    def first_layer(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each row the keys and values that the first layer is fed, [kv_heads, tokens, head_dim]."""
+        fed = []
+        for row in self.rows:
+            # without a config it keeps what has left a window
+            cache: Any = DynamicCache()
+            with torch.no_grad():
+                self.judge(row[None], use_cache=True, **hf.cache_argument(self.judge, cache))
+            fed.append((cache.layers[0].keys[0], cache.layers[0].values[0]))
+        return fed
+
+    @functools.cached_property
+    def worth(self) -> float:
+        """What the prompt is worth to what follows it, in nats a token."""
+        follows = sum(FED)
+        without = [self.without_cache(row[-follows:]) for row in self.rows]
+        worth = torch.stack(
+            [divergence(known[-follows:], bare) for known, bare in zip(self.truth, without, strict=True)]
+        )
+        # a model that does not listen to its prompt could not be checked by what it says
+        return max(float(worth.mean()), 1e-4)
+
+    @torch.no_grad()
+    def without_cache(self, row: Tensor, allowed: list[Tensor] | None = None) -> Tensor:
+        """The logits of one row [tokens] without a cache, [tokens, vocabulary].
+
+        Args:
+            allowed: for each layer who may attend to whom beside what the model forbids, [kv_heads, tokens, tokens].
+        """
+        with contextlib.ExitStack() as stack:
+            for layer, seen in enumerate(allowed or ()):
+                stack.enter_context(judge.forbidden(self.judge, layer, ~seen))
+            return self.judge(row[None], use_cache=False).logits[0]
+
+
+def pads_before(row: int) -> int:
+    """Columns of padding before a row of the batch."""
+    return PROMPTS[0] - PROMPTS[row]
+
+
+def rows_of(model: PreTrainedModel) -> list[Tensor]:
+    """Two rows of tokens, one after the other in length, which begin alike."""
+    device, vocabulary = hf.input_device(model), hf.sizes(model.config).vocabulary
+    follows = sum(FED)
+    lengths = [prompt + follows for prompt in PROMPTS]
+    generator = torch.Generator().manual_seed(7)
+    # no token twice, where there are enough: policies may score two of a kind alike up to rounding
+    needed = sum(lengths) - DOCUMENT
+    drawn = torch.cat([torch.randperm(vocabulary, generator=generator) for _ in range(-(-needed // vocabulary))])
+    start = DOCUMENT
+    rows = []
+    for length in lengths:
+        own = length - DOCUMENT
+        rows.append(torch.cat([drawn[:DOCUMENT], drawn[start : start + own]]).to(device))
+        start += own
+    return rows
+
+
+def padded(rows: list[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows as one batch padded on the left: ids and mask, [batch, columns]."""
+    columns = max(map(len, rows))
+    ids = torch.stack([torch.cat([row.new_full((columns - len(row),), pad), row]) for row in rows])
+    mask = torch.stack([torch.cat([row.new_zeros(columns - len(row)), torch.ones_like(row)]) for row in rows])
+    return ids, mask
+
+
+def pad_token(model: PreTrainedModel) -> int:
+    pad = getattr(model.config, "pad_token_id", None)
+    return pad if isinstance(pad, int) and 0 <= pad < hf.sizes(model.config).vocabulary else 0
+
+
+def divergence(truth: Tensor, got: Tensor) -> Tensor:
+    """Mean KL divergence of logits [tokens, vocabulary] from the true ones, in nats a token."""
+    true, said = (logits.float().log_softmax(-1) for logits in (truth, got.to(truth.device)))
+    return (true.exp() * (true - said)).sum(-1).mean()
+
+
+def smallest_share(config: PreTrainedConfig) -> int:
+    """The fewest later layers, two or more, that a group may have."""
+    layers = hf.sizes(config).layers
+    later = layers - first_later(0.5, layers)
+    return next((share for share in range(2, later + 1) if later % share == 0), 1)
