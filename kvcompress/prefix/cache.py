@@ -7,9 +7,7 @@ answers of nodes and suffix merge by their log-sum-exps, which is exact.
 """
 
 import copy
-import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -18,20 +16,19 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
-from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
-from kvcompress.prefix.layer import SharedLayer, segments_of
-from kvcompress.prefix.padding import PrefixPadding, Promotion, same_tokens
-from kvcompress.prefix.tree import ROOT, Node, Shared, Tree, by_length, common_tokens, find_shared
-from kvcompress.storage.padding import PaddingRecord
+from kvcompress.layer import as_stored, ordinary_tensors
+from kvcompress.prefix.layer import segments_of
+from kvcompress.prefix.padding import same_tokens
+from kvcompress.prefix.prompts import tree_of_prompts
+from kvcompress.prefix.tree import ROOT, by_length
+from kvcompress.prefix.tree_cache import TreeCache
 from kvcompress.storage.rerotated import RerotatedSlots
 
 # fewer shared tokens than these cost more in another launch than they save
 MIN_TOKENS = 32
-# tokens fed for nothing that are as dear as another node
-_OWN_NODE = 64
 
 
-class HydragenCache(CompressedCache):
+class HydragenCache(TreeCache):
     """Keeps every token, those that sequences share once. Exact.
 
         HydragenCache(model, input_ids, attention_mask)     a batch of prompts: finds what they share, as a tree
@@ -52,9 +49,6 @@ class HydragenCache(CompressedCache):
     more small attention and a merge. Shared runs of fewer than `min_tokens` tokens are therefore left in the suffixes,
     and a cache without nodes attends as DenseCache does.
     """
-
-    layers: list[SharedLayer]  # type: ignore[assignment]
-    padding: PrefixPadding
 
     def __init__(
         self,
@@ -79,11 +73,7 @@ class HydragenCache(CompressedCache):
         """
         if min_tokens < 1 or copies < 1:
             raise ValueError(f"min_tokens and copies must be at least 1, got {min_tokens} and {copies}")
-        self.tree = Tree()
-        self.min_tokens = min_tokens
-        # how to build the caches again that hold nodes
-        self.donors: dict[int, dict[str, Any]] = {}
-        super().__init__(model)
+        super().__init__(model, min_tokens=min_tokens)
         if input_ids is not None:
             self._find(input_ids, attention_mask, copies)
 
@@ -249,154 +239,15 @@ class HydragenCache(CompressedCache):
         past = mask.new_ones(1, seen) if past is None else past.to(mask)
         return torch.cat([past.repeat_interleave(len(mask) // len(past), 0), mask], 1)
 
-    def cut_length(self, tokens: int) -> int:
-        """The most tokens, up to this number, to which the one path of all rows can be cut."""
-        path = self.tree.path(self.tree.leaves[0])
-        lengths = [0] + [self.tree.nodes[name].stop for name in path]
-        if all(layer.cuts(name) for layer in self.layers for name in path):
-            return min(tokens, lengths[-1])
-        return max(length for length in lengths if length <= tokens)
+    def known_ids(self, row: int = 0) -> Tensor:
+        """The tokens of a row that the cache has seen, [tokens] int32 on the CPU, -1 where it was not told."""
+        return torch.cat([self.tree.ids(self.tree.leaves[row]), self.padding.own_ids(row)])
 
-    def cut(self, tokens: int) -> None:
-        """Forgets all but the first tokens of the one path of all rows, as `cut_length` allows; nothing is copied."""
-        for name in reversed(self.tree.path(self.tree.leaves[0])):
-            node = self.tree.nodes[name]
-            if node.start >= tokens:
-                self._set_leaves([node.parent] * len(self.tree.leaves))
-            elif node.stop > tokens:
-                left = tokens - node.start
-                for layer in self.layers:
-                    layer.cut(name, left, name)
-                ids = None if node.ids is None else node.ids[:left].clone()
-                self.tree.nodes[name] = replace(node, tokens=left, ids=ids)
-        self._lay_out()
+    def own_lengths(self) -> list[int]:
+        """Tokens of each row that are its own and in no node."""
+        return self.padding.own_lengths(int(self.get_seq_length()))
 
-    def gather_rows(self) -> None:
-        """One row in place of several that go on from the same node."""
-        self._set_leaves(self.tree.leaves[:1])
-        self._lay_out()
-
-    # rows
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._select(indices)
-
-    def _select(self, rows: Tensor) -> None:
-        before = set(self.tree.leaves)
-        self.tree.select(rows)
-        if set(self.tree.leaves) != before:
-            self._prune()
-
-    @as_stored()
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row several times; what they then have in common becomes a node, where it is long enough."""
-        if repeats > 1 and max(self.own_lengths(), default=0) >= self.min_tokens:
-            self._suffix_to_node()
-            # the rows go on as they were fed: their columns stay what they are
-            self.padding.columns_fixed = True
-        super().batch_repeat_interleave(repeats)
-        self.tree.repeat(repeats)
-
-    @as_stored()
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Takes back the last tokens, exactly; where suffixes are shorter, shared tokens become each row's own first.
-
-        Raises:
-            ValueError: a node or a window cannot give them back; nothing has changed.
-        """
-        tokens_to_remove = int(tokens_to_remove)
-        seen = int(self.get_seq_length()) + tokens_to_remove
-        visible, rows = self.padding.visible, len(self.tree.leaves)
-        left = [seen] * rows if visible is None else visible[:, :seen].sum(-1).tolist()
-        ahead = [0] * rows if self.tree.overlap is None else self.tree.overlap.tolist()
-        # a row may have fewer tokens of its own than the suffixes have columns
-        in_nodes = any(stays < held - more for stays, held, more in zip(left, self.tree.lengths(), ahead, strict=True))
-        if tokens_to_remove and self.tree.nodes and (in_nodes or -tokens_to_remove > self.layers[0].suffix_columns()):
-            before = self.padding.shown(rows, int(self.get_seq_length())).tolist()
-            for layer in self.layers:
-                layer.check_thaw()
-                for row, (leaf, tokens) in enumerate(zip(self.tree.leaves, left, strict=True)):
-                    layer.check_reach(leaf, tokens)
-                    layer.check_own_reach(row, tokens, before[row])
-            self._thaw()
-        super().crop(tokens_to_remove)
-
-    def reset(self) -> None:
-        super().reset()
-        self.tree.clear()
-        self.donors = {}
-        self.padding.columns_fixed, self.padding.fed = True, None
-
-    def _settings(self) -> dict[str, Any]:
-        tree = self.tree
-        ahead = None if tree.overlap is None else tree.overlap.tolist()
-        nodes = {name: [node.parent, node.tokens, node.start] for name, node in tree.nodes.items()}
-        return {
-            "min_tokens": self.min_tokens,
-            "donors": {
-                name: donor for name, donor in self.donors.items() if any(name in layer.coded for layer in self.layers)
-            },
-            "tree": {"nodes": nodes, "leaves": tree.leaves, "ahead": ahead, "laid_out": self.padding.columns_fixed},
-        }
-
-    @classmethod
-    def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
-        cache = cls(model, min_tokens=settings["min_tokens"])
-        tree = settings["tree"]
-        cache.tree.nodes = {int(name): Node(*facts) for name, facts in tree["nodes"].items()}
-        cache.tree.set_leaves(tree["leaves"])
-        cache.tree.overlap = None if tree["ahead"] is None else torch.tensor(tree["ahead"])
-        cache.padding.columns_fixed = tree["laid_out"]
-        for name, donor in settings.get("donors", {}).items():
-            cache.donors[int(name)] = donor
-            other = _kind(donor["cache"])._rebuild(model, donor["settings"])
-            for layer, held in zip(cache.layers, other.layers, strict=True):
-                layer.coded[int(name)] = held
-        return cache
-
-    def _record(self) -> PaddingRecord:
-        return PrefixPadding(self.tree)
-
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return SharedLayer(self.padding, window, index == 0, self.tree, self.min_tokens)
-
-    # forwards
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if layer_idx == 0:
-            self._meet(key_states.shape[0])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _meet(self, batch: int) -> None:
-        """Before a forward of `batch` rows: as long as nothing is a row's own, each may stand for several."""
-        rows = len(self.tree.leaves)
-        if not rows:
-            self.tree.set_leaves([ROOT] * batch)
-        elif batch > rows and batch % rows == 0 and not self.padding.columns_fixed:
-            self.padding.undo = functools.partial(
-                self._put_back, list(self.tree.leaves), self.tree.overlap, self.padding.visible
-            )
-            self.tree.repeat(batch // rows)
-            self.padding.repeat(batch // rows)
-            self._set_rows(batch)
-
-    def _put_back(self, leaves: list[int], ahead: Tensor | None, visible: Tensor | None) -> None:
-        """The rows as they were before `_meet`."""
-        self.tree.set_leaves(leaves)
-        self.tree.overlap, self.padding.visible = ahead, visible
-        self._set_rows(len(leaves))
-
-    def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Remembers what is fed."""
-        super().forward_begins(decoder, input_ids)
-        self.padding.ids, self.padding.undo = input_ids, None
+    # whole prompts
 
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Compares whole prompts [batch, tokens] with what is held, and leaves of each a token to feed.
@@ -472,14 +323,29 @@ class HydragenCache(CompressedCache):
             leaves[row] = wanted[name, left]
         self._set_leaves(leaves)
 
-    def known_ids(self, row: int = 0) -> Tensor:
-        """The tokens of a row that the cache has seen, [tokens] int32 on the CPU, -1 where it was not told."""
-        return torch.cat([self.tree.ids(self.tree.leaves[row]), self.padding.own_ids(row)])
+    def _find(self, input_ids: Tensor, attention_mask: Tensor | None, copies: int) -> None:
+        """Builds the tree of a batch of prompts [batch, tokens] and runs what it holds."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if input_ids.dim() != 2 or mask.shape != input_ids.shape:
+            raise ValueError(
+                "HydragenCache takes input_ids and attention_mask of one shape [batch, tokens], got "
+                f"{list(input_ids.shape)} and {list(mask.shape)}"
+            )
+        mask = mask.to(self._device()).bool()
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise ValueError("HydragenCache takes prompts padded on the left; a row has padding behind a token")
+        rows = [ids[shown] for ids, shown in zip(input_ids.to(mask.device), mask, strict=True)]
+        found = tree_of_prompts(rows, mask.shape[1], copies, self.min_tokens)
+        if not found.shared:
+            return
+        names = self._grow(found.pieces(rows), [shared.parent for shared in found.shared])
+        self._set_leaves([ROOT if end == ROOT else names[end] for end in found.ends])
+        self._lay_out()
+        shown = mask[:, : found.seen]
+        self.padding.visible = None if bool(shown.all()) else shown.clone()
+        self.padding.see(found.seen)
 
-    def _set_rows(self, batch: int) -> None:
-        for layer in self.layers:
-            if layer.kv_shape is not None:
-                layer.kv_shape = (batch, *layer.kv_shape[1:])
+    # running what is shared
 
     def _grow(self, pieces: list[Tensor], parents: list[int]) -> list[int]:
         """Runs the pieces of a tree, given with the index of each one's parent, level by level; the nodes' names."""
@@ -506,20 +372,6 @@ class HydragenCache(CompressedCache):
                 names[index] = name
         return names
 
-    def _lay_out(self) -> None:
-        """Columns for what the rows hold, each padded on the left to the longest."""
-        lengths = self.tree.lengths()
-        seen = max(lengths)
-        self.padding.columns_fixed, self.padding.fed = False, None
-        self.padding.visible = None
-        if min(lengths) < seen:
-            place = torch.arange(seen, device=self._device())
-            self.padding.visible = place >= seen - torch.tensor(lengths, device=place.device)[:, None]
-        for layer in self.layers:
-            layer.dense = None
-            layer._seen = seen
-        self._set_rows(len(lengths))
-
     @torch.no_grad()
     def _feed(self, pieces: list[Tensor]) -> None:
         """One forward, without logits, of a piece of tokens for each row."""
@@ -537,127 +389,3 @@ class HydragenCache(CompressedCache):
             use_cache=True,
             **hf.cache_argument(decoder, self),
         )
-
-    def _suffix_to_node(self) -> None:
-        """Turns each row's suffix into a node."""
-        counts = self.own_lengths()
-        leaves = list(self.tree.leaves)
-        nodes = []
-        for row, count in enumerate(counts):
-            if count:
-                ids = self.padding.own_ids(row)
-                leaves[row] = self.tree.add(leaves[row], count, ids if len(ids) == count else None)
-                nodes.append((leaves[row], row, 0, count))
-        if nodes:
-            for layer in self.layers:
-                layer.move(Promotion(nodes, counts, counts, leaves))
-            self.tree.set_leaves(leaves)
-            self.padding.columns_fixed, self.padding.fed = False, None
-
-    def _set_leaves(self, leaves: list[int]) -> None:
-        self.tree.set_leaves(leaves)
-        self.tree.overlap = None
-        self._prune()
-
-    def _prune(self) -> None:
-        gone = self.tree.prune()
-        for layer in self.layers:
-            layer.prune(gone)
-
-    def _thaw(self) -> None:
-        """Turns all nodes into the rows' own tokens."""
-        seen = int(self.get_seq_length())
-        shown = self.padding.shown(len(self.tree.leaves), seen)
-        visible = self.padding.visible
-        visible = torch.ones(len(shown), seen, dtype=torch.bool) if visible is None else visible
-        self.padding.lay_ids([self.padding.row_ids(row, int(tokens)) for row, tokens in enumerate(shown)], visible)
-        for layer in self.layers:
-            layer.node_to_suffix(self.padding.visible, shown, None)
-        self.tree.node_to_suffix()
-        self.padding.columns_fixed = True
-
-    def own_lengths(self) -> list[int]:
-        """Tokens of each row that are its own and in no node."""
-        seen = int(self.get_seq_length())
-        rows, ahead = len(self.tree.leaves), self.tree.overlap
-        if not self.padding.columns_fixed or not rows:
-            return [0] * rows
-        own = self.padding.shown(rows, seen).cpu() - torch.tensor(self.tree.lengths())
-        return (own if ahead is None else own + ahead.cpu()).tolist()
-
-    def _device(self) -> torch.device:
-        model = self._model()
-        assert model is not None
-        return hf.input_device(model)
-
-    # finding what is shared
-
-    def _find(self, input_ids: Tensor, attention_mask: Tensor | None, copies: int) -> None:
-        """Builds the tree of a batch of prompts [batch, tokens] and runs what it holds."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if input_ids.dim() != 2 or mask.shape != input_ids.shape:
-            raise ValueError(
-                "HydragenCache takes input_ids and attention_mask of one shape [batch, tokens], got "
-                f"{list(input_ids.shape)} and {list(mask.shape)}"
-            )
-        mask = mask.to(self._device()).bool()
-        if bool((mask[:, 1:] < mask[:, :-1]).any()):
-            raise ValueError("HydragenCache takes prompts padded on the left; a row has padding behind a token")
-        rows = [ids[shown] for ids, shown in zip(input_ids.to(mask.device), mask, strict=True)]
-        # every row has a token to feed
-        limits = [max(0, len(row) - 1) for row in rows]
-        found = find_shared(limits, common_tokens(rows), self.min_tokens)
-        if len(rows) == 1 and limits[0]:
-            found = [Shared(ROOT, 0, limits[0], (0,))]
-        ends = [ROOT] * len(rows)
-        for index, shared in enumerate(found):
-            for row in shared.rows:
-                ends[row] = index
-        held = [0 if end == ROOT else found[end].stop for end in ends]
-        pads = [mask.shape[1] - len(row) for row in rows]
-        if copies > 1:
-            seen = mask.shape[1] - 1
-        elif found:
-            seen = _columns([pad + length for pad, length in zip(pads, held, strict=True)])
-        else:
-            return
-        for row, (pad, length) in enumerate(zip(pads, held, strict=True)):
-            # a row of its own up to there, so that the others need not be fed again what they share
-            if min(seen - pad, limits[row]) > length:
-                found.append(Shared(ends[row], length, min(seen - pad, limits[row]), (row,)))
-                ends[row] = len(found) - 1
-        if not found:
-            return
-        pieces = [rows[shared.rows[0]][shared.start : shared.stop] for shared in found]
-        names = self._grow(pieces, [shared.parent for shared in found])
-        self._set_leaves([ROOT if end == ROOT else names[end] for end in ends])
-        self._lay_out()
-        self.padding.visible = None if bool(mask[:, :seen].all()) else mask[:, :seen].clone()
-        for layer in self.layers:
-            layer._seen = seen
-
-
-def _kind(name: str) -> type[CompressedCache]:
-    """The cache of this name."""
-    queue: list[type[CompressedCache]] = [CompressedCache]
-    while queue:
-        kind = queue.pop()
-        if kind.__name__ == name:
-            return kind
-        queue += kind.__subclasses__()
-    raise ValueError(f"the file's prefix lies in a {name}, and no cache of that name is imported")
-
-
-def _columns(ends: list[int]) -> int:
-    """How many columns of a batch to report as seen.
-
-    A row that holds more is fed the rest again, for nothing; one that holds fewer must hold a node of its own.
-
-    Args:
-        ends: for each row the column up to which it holds what others hold too.
-    """
-
-    def cost(seen: int) -> int:
-        return sum(end - seen if end >= seen else _OWN_NODE for end in ends)
-
-    return min(sorted(set(ends), reverse=True), key=cost)

@@ -91,6 +91,14 @@ class PrefixPadding(PaddingRecord):
         """Tokens of each row that are not padding, [rows]."""
         return torch.full((rows,), seen) if self.visible is None else self.visible.sum(-1)
 
+    def own_lengths(self, seen: int) -> list[int]:
+        """Tokens of each row, of which so many columns were seen, that are its own and in no node."""
+        rows, ahead = len(self.tree.leaves), self.tree.overlap
+        if not self.columns_fixed or not rows:
+            return [0] * rows
+        own = self.shown(rows, seen).cpu() - torch.tensor(self.tree.lengths())
+        return (own if ahead is None else own + ahead.cpu()).tolist()
+
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_rows(change)
         if self.fed is not None:

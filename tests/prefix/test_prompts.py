@@ -5,7 +5,9 @@ import torch
 
 from kvcompress import DenseCache, H2OCache, HydragenCache
 from kvcompress.hf import cache_argument, decoder_of
+from kvcompress.prefix.prompts import tree_of_prompts
 from kvcompress.prefix.store import PrefixStore
+from kvcompress.prefix.tree import ROOT, Shared
 from tests.contract.drive import feed, full, generate
 from tests.contract.models import FAMILIES, build, left_padded, places, prompt, tiny
 from tests.contract.test_generation import few_words
@@ -36,6 +38,24 @@ def widths():
     yield note
     for hook in hooks:
         hook.remove()
+
+
+# what prompts have in common
+
+
+def test_an_odd_prompt_has_a_node_of_its_own_as_far_as_the_others_prefix_reaches():
+    rows = [LONGER, torch.cat([PREFIX, prompt(3, seed=12)[0]]), prompt(44, seed=9)[0]]
+    tree = tree_of_prompts(rows, columns=45, copies=1, least=32)
+    # the shorter of the two is fed two tokens of the prefix again, which costs less than a node for the other's two
+    assert tree.seen == 40
+    assert tree.shared == [Shared(ROOT, 0, 40, (0, 1)), Shared(ROOT, 0, 39, (2,))]
+    assert tree.ends == [0, 0, 1]
+    assert torch.equal(tree.pieces(rows)[1], rows[2][:39])
+
+
+def test_prompts_with_too_little_in_common_have_no_node():
+    assert tree_of_prompts([PREFIX[:20], prompt(20, seed=9)[0]], columns=20, copies=1, least=1).shared == []
+    assert [node.stop for node in tree_of_prompts([PREFIX[:20]] * 2, columns=20, copies=2, least=32).shared] == [19, 19]
 
 
 # tokens that are fed again
