@@ -27,9 +27,10 @@ from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
-from kvcompress.storage.quantized_blocks import QuantizedBlocks, TailSegment
+from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.slots import SlotSegment
+from kvcompress.storage.tail import TailSegment
 
 
 @dataclass(frozen=True)

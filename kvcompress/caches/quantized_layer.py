@@ -16,9 +16,11 @@ from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.gear import GEAR
+from kvcompress.storage.columns import marked_first
 from kvcompress.storage.padding import PaddingRecord, reordered, warn_of_short_windows
-from kvcompress.storage.quantized_blocks import QuantizedBlocks, TailSegment
+from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.tail import TailSegment
 
 # a forward of at most so many tokens may be a draft, which can be taken back: its tokens are not packed at once; a
 # layer that had to take back more expects longer ones
@@ -184,7 +186,7 @@ class QuantizedLayer(CompressedLayer):
         if bool(((reach == count) | (count == 0)).all()):
             # no copy of a padded prompt
             return key, value, begins.tolist()
-        order = is_real.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
+        order = marked_first(is_real)
         return reordered(key, order), reordered(value, order), [0] * len(real)
 
     def _pack(self, key: Tensor, value: Tensor, begins: list[int], real: list[int], tokens: int) -> None:
@@ -306,7 +308,7 @@ class QuantizedLayer(CompressedLayer):
         if self.first is not None:
             self.first.positions = _moved(self.first.positions, remap)
         stays = of_tail != EMPTY
-        order = stays.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
+        order = marked_first(stays)
         self.lengths = (remap != EMPTY).sum(-1).tolist()
         held = stays.sum(-1).tolist()
         key, value = reordered(tail.keys, order.to(device)), reordered(tail.values, order.to(device))

@@ -15,8 +15,8 @@ from kvcompress.prefix.segments import NodeSegment, SuffixSegment
 from kvcompress.prefix.tree import ROOT, Tree, common_vectors, find_shared
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.padding import warn_of_short_windows
-from kvcompress.storage.quantized_blocks import TailSegment
 from kvcompress.storage.segment import Segment
+from kvcompress.storage.tail import TailSegment
 
 
 class SharedLayer(DenseLayer):

@@ -1,4 +1,4 @@
-"""Segments of a cache that packs its tokens: blocks of codes, and the dense tail in which a block gathers.
+"""Tokens packed by blocks: codes, scales, outliers and low-rank factors.
 
 Rows of a padded batch differ in length. A row's tokens are packed as if it were alone: its own first `block` tokens
 are its first block. Rows therefore hold different numbers of blocks; positions tell what is there.
@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise
+from kvcompress.storage.columns import grown, marked_first, span_of_rows, taken
 from kvcompress.storage.padding import reordered
 from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
 
@@ -26,8 +26,6 @@ _COMPONENTS = {
     "left": "factors",
     "right": "factors",
 }
-# places that a tail keeps beside the tokens it holds, when sequences leave
-_SPARE = 64
 # names that a saved segment had for its tensors
 _SIDES = ("keys", "values")
 
@@ -235,11 +233,11 @@ class QuantizedBlocks(Segment):
         at = goes.to(torch.uint8).argmax(1, keepdim=True)
         stays = places.gather(1, at[..., None].expand(-1, -1, self.block))[:, 0]
         stays = (stays != EMPTY) & (stays < limit) & goes.any(1, keepdim=True)
-        order = stays.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
+        order = marked_first(stays)
         spans = None if self.spans is None else self.spans.gather(1, at)
         sides = []
         for packed, coding in zip((self.keys, self.values), self.codings, strict=True):
-            one: Any = [None if part is None else _taken(part, at, 2) for part in packed[:6]]
+            one: Any = [None if part is None else taken(part, at, 2) for part in packed[:6]]
             sides.append(
                 reordered(dequantise(QuantizedTensor._make([*one, packed.right]), coding, spans=spans)[:, :, 0], order)
             )
@@ -254,178 +252,25 @@ class QuantizedBlocks(Segment):
         device = self.positions.device
         tensors = self.tensors()
         tensors["positions"] = tensors["positions"].unflatten(2, (-1, self.block))
-        at, there = _window(list(first), counts, device)
+        at, there = span_of_rows(list(first), counts, device)
         if self.spans is not None:
             spans = self.spans.gather(1, at) if at.shape[1] else self.spans[:, :0]
             low = spans.masked_fill(~there, torch.iinfo(torch.int32).max).amin(-1) if at.shape[1] else spans.sum(-1)
             high = spans.masked_fill(~there, -1).amax(-1) if at.shape[1] else spans.sum(-1) - 1
             used = (high - low + 1).clamp(min=0).tolist()
-            span_at, _ = _window(low.tolist(), used, device)
+            span_at, _ = span_of_rows(low.tolist(), used, device)
             tensors["spans"] = self.spans - low[:, None].to(torch.int32)
             for side in _SIDES:
-                tensors[f"{side}.right"] = _taken(tensors[f"{side}.right"], span_at, 2)
+                tensors[f"{side}.right"] = taken(tensors[f"{side}.right"], span_at, 2)
         for name, tensor in tensors.items():
             if not name.endswith(".right"):
-                tensors[name] = _taken(tensor, at, 1 if name == "spans" else 2)
+                tensors[name] = taken(tensor, at, 1 if name == "spans" else 2)
         empty = ~there[:, None, :, None]
         tensors["positions"] = tensors["positions"].masked_fill(empty, EMPTY).flatten(2, 3)
         if self.spans is not None:
             tensors["spans"] = tensors["spans"].masked_fill(~there, 0)
         self._set(tensors)
         self.blocks = counts
-
-
-class TailSegment(Segment):
-    """The newest tokens as they came, until there are enough for a block.
-
-    keys, values: [batch, kv_heads, room, head_dim]. positions: [batch, room] int32, or EMPTY.
-    held: tokens of each row, in the first slots, in order.
-    """
-
-    tensor_names = ("keys", "values", "positions")
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    held: list[int]
-
-    def __init__(self, key: Tensor, value: Tensor, room: int) -> None:
-        """Room for tokens like these, [batch, kv_heads, any, head_dim]."""
-        batch, kv_heads = key.shape[:2]
-        self.keys = key.new_zeros(batch, kv_heads, room, key.shape[-1])
-        self.values = value.new_zeros(batch, kv_heads, room, value.shape[-1])
-        self.positions = torch.full((batch, room), EMPTY, dtype=torch.int32, device=key.device)
-        self.held = [0] * batch
-
-    def component(self, name: str) -> str:
-        return "tail"
-
-    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.tensors(), {"held": self.held}
-
-    @classmethod
-    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
-        return super().load(tensors, held=list(facts["held"]), **built_with)
-
-    def kept(self) -> Tensor:
-        return (self.positions != EMPTY).sum(-1)[:, None].expand(-1, self.keys.shape[1])
-
-    @staticmethod
-    def nbytes_for(batch: int, kv_heads: int, head_dim: int, itemsize: int, room: int) -> int:
-        """Bytes of room for so many tokens."""
-        return batch * room * (2 * kv_heads * head_dim * itemsize + 4)
-
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        super().map_tensors(change)
-        self.held = change(torch.tensor(self.held)).tolist()
-
-    @property
-    def room(self) -> int:
-        return self.keys.shape[2]
-
-    def trim(self, spare: int = _SPARE) -> None:
-        room = max(self.held) + spare
-        if room < self.room:
-            for name in self.tensor_names:
-                dim = 1 if name == "positions" else 2
-                tensor = getattr(self, name).narrow(dim, 0, room)
-                setattr(self, name, tensor.clone(memory_format=torch.contiguous_format))
-
-    def attend(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        used = max(self.held)
-        positions = self.positions[:, None, :used].expand(-1, self.keys.shape[1], -1)
-        return slot_attention(
-            query,
-            self.keys[:, :, :used],
-            self.values[:, :, :used],
-            positions,
-            query_positions,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
-
-    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        yield self.keys, self.values, self.positions[:, None]
-
-    def put(self, key: Tensor, value: Tensor, real: Sequence[int], lengths: Sequence[int]) -> None:
-        """Adds one token a row, [batch, kv_heads, 1, head_dim]: real is 0 for a row whose token is padding."""
-        at = self.held[0]
-        if all(real) and all(held == at for held in self.held):
-            self.keys[:, :, at] = key[:, :, 0]
-            self.values[:, :, at] = value[:, :, 0]
-            self.positions[:, at] = (
-                lengths[0]
-                if len(set(lengths)) == 1
-                else torch.tensor(lengths, dtype=torch.int32, device=self.positions.device)
-            )
-        else:
-            rows = [row for row, is_real in enumerate(real) if is_real]
-            row = torch.tensor(rows, dtype=torch.int64, device=key.device)
-            slot = torch.tensor([self.held[row] for row in rows], dtype=torch.int64, device=key.device)
-            self.keys[row, :, slot] = key[row, :, 0]
-            self.values[row, :, slot] = value[row, :, 0]
-            places = torch.tensor([lengths[row] for row in rows], dtype=torch.int32, device=key.device)
-            self.positions[row, slot] = places
-        self.held = [held + is_real for held, is_real in zip(self.held, real, strict=True)]
-
-    def refill(self, key: Tensor, value: Tensor, first: list[int], held: list[int], lengths: Sequence[int]) -> None:
-        """Holds, of each row of these [batch, kv_heads, any, head_dim], the `held` tokens from `first` on.
-
-        Args:
-            lengths: tokens of each row, these included.
-        """
-        at, there = _window(first, held, key.device)
-        self._make_room(at.shape[1])
-        used = slice(0, at.shape[1])
-        self.keys[:, :, used], self.values[:, :, used] = _taken(key, at, 2), _taken(value, at, 2)
-        start = torch.tensor([length - count for length, count in zip(lengths, held, strict=True)], device=key.device)
-        places = start[:, None] + torch.arange(at.shape[1], device=key.device)
-        self.positions.fill_(EMPTY)
-        self.positions[:, used] = places.masked_fill(~there, EMPTY).to(torch.int32)
-        self.held = list(held)
-
-    def drop_last(self, counts: Sequence[int]) -> None:
-        """Lets each row's newest tokens go."""
-        self.held = [held - count for held, count in zip(self.held, counts, strict=True)]
-        limit = torch.tensor(self.held, device=self.positions.device)[:, None]
-        gone = torch.arange(self.room, device=limit.device) >= limit
-        self.positions.masked_fill_(gone, EMPTY)
-
-    def cut(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """Empties the rows that reach beyond their first `lengths` tokens.
-
-        Returns:
-            What they held of those: keys and values [batch, kv_heads, room, head_dim], a row's tokens in its first
-            places, and how many those are.
-        """
-        limit = torch.tensor(lengths, device=self.positions.device)[:, None]
-        goes = (self.positions >= limit).any(-1, keepdim=True)
-        if not bool(goes.any()):
-            return self.keys, self.values, [0] * len(lengths)
-        # tokens may have been hidden since
-        stays = goes & (self.positions != EMPTY) & (self.positions < limit)
-        order = stays.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
-        key, value = reordered(self.keys, order), reordered(self.values, order)
-        self.positions.masked_fill_(goes, EMPTY)
-        self.held = [0 if gone else held for gone, held in zip(goes[:, 0].tolist(), self.held, strict=True)]
-        return key, value, stays.sum(-1).tolist()
-
-    def grow(self, room: int) -> None:
-        """Makes room for so many tokens."""
-        for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY)):
-            tensor = getattr(self, name)
-            dim = 1 if name == "positions" else 2
-            setattr(self, name, _room_for(tensor, tensor, tensor.shape[0], dim, room, fill))
-
-    def _make_room(self, tokens: int) -> None:
-        if tokens > self.room:
-            batch, kv_heads = self.keys.shape[:2]
-            self.keys = self.keys.new_zeros(batch, kv_heads, tokens, self.keys.shape[3])
-            self.values = self.values.new_zeros(batch, kv_heads, tokens, self.values.shape[3])
-            self.positions = self.positions.new_full((batch, tokens), EMPTY)
 
 
 def _encode(x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> QuantizedTensor:
@@ -441,33 +286,15 @@ def _side_by_side(rows: list[QuantizedTensor], blocks: int) -> QuantizedTensor:
     parts: dict[str, Any] = {}
     for name, tensors in zip(QuantizedTensor._fields, zip(*rows, strict=True), strict=True):
         if tensors[0] is not None:
-            wide = tensors if name == "right" else [_room_for(each, each, 1, 2, blocks, 0) for each in tensors]
+            wide = tensors if name == "right" else [grown(each, 2, blocks) for each in tensors]
             parts[name] = torch.cat(list(wide))
     return QuantizedTensor(**parts)
 
 
 def _room_for(old: Tensor | None, like: Tensor, batch: int, dim: int, columns: int, fill: int) -> Tensor:
     """What is there, with columns for more along a dimension."""
-    shape = [batch, *like.shape[1:]]
-    shape[dim] = columns
-    grown = like.new_full(shape, fill)
-    if old is not None:
-        grown.narrow(dim, 0, old.shape[dim]).copy_(old)
-    return grown
-
-
-def _window(first: list[int], counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Columns first .. first + count - 1 of each row, [batch, most] int64, and which of them are there."""
-    number = torch.arange(max(counts, default=0), device=device)
-    there = number < torch.tensor(counts, device=device)[:, None]
-    at = torch.tensor(first, device=device)[:, None] + number
-    return at.masked_fill(~there, 0), there
-
-
-def _taken(tensor: Tensor, at: Tensor, dim: int) -> Tensor:
-    """Columns of a dimension, chosen by row, [batch, columns]."""
-    shape = [1] * tensor.dim()
-    shape[0], shape[dim] = at.shape
-    target = list(tensor.shape)
-    target[dim] = at.shape[1]
-    return tensor.gather(dim, at.view(shape).expand(target))
+    if old is None:
+        shape = [batch, *like.shape[1:]]
+        shape[dim] = 0
+        old = like.new_empty(shape)
+    return grown(old, dim, columns, fill)

@@ -22,6 +22,7 @@ from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, pack_codes, quantise, unpack_codes
+from kvcompress.storage.columns import grown
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
 
@@ -99,14 +100,11 @@ class QuantizedSlots(SlotSegment):
         return self.positions.shape[2]
 
     def grow(self, slots: int) -> None:
-        more = -(-slots // BLOCK) - self.slots // BLOCK
+        blocks = -(-slots // BLOCK)
         for side, packed in self.packed.items():
-            self.packed[side] = QuantizedTensor(
-                *(None if part is None else torch.cat([part, part.new_zeros(_more(part, more))], 2) for part in packed)  # type: ignore[arg-type]
-            )
-        added = self.positions.new_full((*self.positions.shape[:2], more * BLOCK), EMPTY)
-        self.positions = torch.cat([self.positions, added], 2)
-        self.scores = torch.cat([self.scores, torch.zeros_like(added, dtype=torch.float32)], 2)
+            self.packed[side] = QuantizedTensor(*(None if part is None else grown(part, 2, blocks) for part in packed))  # type: ignore[arg-type]
+        self.positions = grown(self.positions, 2, blocks * BLOCK, EMPTY)
+        self.scores = grown(self.scores, 2, blocks * BLOCK)
         torch.argmin(self.positions, -1, out=self.spare)
 
     def like(self) -> tuple[Tensor, Tensor]:
@@ -258,10 +256,6 @@ class QuantizedSlots(SlotSegment):
             for old, new in zip(packed[1:5], fresh[1:5], strict=True):
                 if old is not None and new is not None:
                     _scatter(old, new, target)
-
-
-def _more(part: Tensor, blocks: int) -> tuple[int, ...]:
-    return (*part.shape[:2], blocks, *part.shape[3:])
 
 
 def _channels(key: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

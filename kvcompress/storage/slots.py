@@ -10,6 +10,7 @@ from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
 from kvcompress.kernels.decode import decode_attention
 from kvcompress.kernels.decode_evict import decode_and_evict
+from kvcompress.storage.columns import grown
 from kvcompress.storage.segment import EMPTY, Segment
 
 
@@ -45,11 +46,8 @@ class SlotSegment(Segment):
 
     def grow(self, slots: int) -> None:
         """Makes it so many slots; what is held stays where it is."""
-        more = slots - self.slots
-        for name, value in (("keys", 0), ("values", 0), ("positions", EMPTY), ("scores", 0)):
-            held = getattr(self, name)
-            added = held.new_full((*held.shape[:2], more, *held.shape[3:]), value)
-            setattr(self, name, torch.cat([held, added], 2))
+        for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY), ("scores", 0)):
+            setattr(self, name, grown(getattr(self, name), 2, slots, fill))
         torch.argmin(self.positions, -1, out=self.spare)
 
     def rotated_keys(self) -> Tensor:

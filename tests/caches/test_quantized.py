@@ -10,7 +10,7 @@ from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, KIVICache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR, PRESETS, preset
 from kvcompress.policies.h2o import H2O
-from kvcompress.storage.quantized_blocks import TailSegment
+from kvcompress.storage.tail import TailSegment
 from tests.contract.caches import closed_up, unpacked
 from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
