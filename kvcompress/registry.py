@@ -227,7 +227,7 @@ def _list_all() -> dict[str, Listed]:
     )
     register(
         "hydragen",
-        "every token, those that sequences share once: prefixes, trees",
+        "every token; shared ones (prefixes, trees) once",
         costs="one more attention and a merge per level; exact",
         paper="2402.05099",
         usual=False,

@@ -81,7 +81,7 @@ def test_every_dependency_has_a_lower_bound_and_an_upper_one(extra):
         assert operators == ({">="} if requirement.name == "packaging" else {">=", "<"}), requirement
 
 
-# README: Each `make` target builds its own `.venv`, with the releases that [constraints.txt](constraints.txt) names
+# README: Each `make` target builds the `.venv` it needs, with the tested releases that
 def test_make_installs_what_the_constraints_name():
     lines = [line for line in makefile() if re.search(r"-m pip (--python \S+ )?install", line)]
     free = ("install $(TORCH)", "install '$(TRITON)'", "install transformers==5.17.0 ", "--upgrade")
@@ -106,7 +106,7 @@ def test_make_runs_with_an_interpreter_that_has_everything():
     assert "-m venv .venv-that-is-not-there" in told["VENV=.venv-that-is-not-there"]
 
 
-# README: tasks, plots, lm-eval; with all of the above
+# README: tasks, plots, lm-eval; includes all of the above
 def test_the_extra_for_evals_takes_in_the_others():
     taken_in = {
         name: {extra for line in lines for extra in Requirement(line).extras if "kvcompress" in line}
@@ -191,7 +191,7 @@ for name in registry.METHODS:
 """
 
 
-# README: With a model of your own, `pip install .` is all that is needed
+# README: With a model of your own, `pip install .` is all you need
 # README: | none | every cache, and `load_model` of a hub id or folder: torch, transformers, safetensors |
 def test_every_cache_and_load_model_work_with_the_dependencies_alone():
     optional = asked(line for lines in EXTRAS.values() for line in lines).keys() | {"click", "lm_eval", "matplotlib"}

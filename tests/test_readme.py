@@ -134,7 +134,7 @@ def test_what_it_names_is_imported_from_kvcompress():
 
 
 # README: Each takes three more settings
-# README: `packed=GEAR(bits=4)` keeps them in codes
+# README: `packed=GEAR(bits=4)` stores them as 4-bit codes
 @pytest.mark.parametrize("kind", [SnapKVCache, StreamingLLMCache])
 def test_short_names_take_what_evicting_cache_takes(kind):
     cache = kind(tiny(), budget=512, allocation="pyramid", packed=GEAR(bits=4))

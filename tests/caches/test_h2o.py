@@ -226,7 +226,7 @@ def test_selecting_rows_keeps_theirs():
     ]
 
 
-# README: layer and KV head, at true positions
+# README: layer and KV head; tokens keep their true positions
 def test_the_length_is_that_of_the_tokens_seen_and_positions_keep_growing():
     model, ids = tiny("llama"), prompt(20, batch=2)
     cache = H2OCache(model, budget=6)
@@ -280,8 +280,8 @@ def test_a_fraction_is_taken_of_each_sequences_real_tokens():
         assert layer.tokens_kept().tolist() == [[2, 2], [6, 6]]
 
 
-# README: A budget given as a fraction is taken of the tokens seen so far
-# docs: A fraction is taken of the tokens seen so far, so that chunks and long answers keep their share
+# README: A budget given as a fraction is a share of the tokens seen so far
+# docs: A fraction is a share of the tokens seen so far, so that chunks and long answers keep their share
 def test_a_fraction_follows_the_tokens_seen_in_chunks_and_in_decoding():
     model = tiny("llama")
     ids = prompt(230)
@@ -300,7 +300,7 @@ def test_a_fraction_follows_the_tokens_seen_in_chunks_and_in_decoding():
     assert all(kept.tolist() == [[46, 46]] for kept in cache.memory().tokens_kept)
 
 
-# docs: a fraction that does is raised, with a warning
+# docs: a fraction that is too small is raised, with a warning
 @pytest.mark.parametrize(
     "make", [SnapKVCache, H2OCache, lambda model, budget: H2OCache(model, budget=budget, recent=32)]
 )
@@ -314,7 +314,7 @@ def test_a_fraction_that_leaves_nothing_to_choose_is_raised_and_told(make):
     assert all((layer.recents < layer.limits).all() for layer in cache.layers)
 
 
-# README: slots per layer and KV head grow up to the budget and no further
+# README: the slots of each layer and KV head grow to the budget and no further
 @pytest.mark.parametrize("budget", [100_000, 512, 1.0])
 def test_room_is_taken_as_it_is_needed(budget):
     """The first example of README once took 1336 % of the full cache."""
@@ -335,8 +335,8 @@ def test_room_is_taken_as_it_is_needed(budget):
         assert cache.layers[0].slots.slots == budget + 1
 
 
-# README: A compiled decode step takes no more room
-# docs: by hand call `cache.reserve()` first
+# README: A compiled decode step cannot grow its cache
+# docs: if you compile by hand, call `cache.reserve()` first
 def test_a_compiled_step_without_room_says_what_to_call():
     model = tiny("llama")
     cache = H2OCache(model, budget=100)
@@ -357,7 +357,7 @@ def test_a_sliding_layer_with_room_for_its_window_is_exact_whatever_the_sinks():
     torch.testing.assert_close(feed_all(model, cache, ids, pieces), expected, atol=2e-5, rtol=1e-4)
 
 
-# README: A count that leaves a policy nothing to choose is refused
+# README: A count too small to leave the policy a choice is refused
 def test_a_budget_without_room_for_recent_and_sinks_is_refused():
     model = tiny("llama")
     with pytest.raises(ValueError, match=r"budget must be at least sinks \+ recent \+ 1 to choose = 10 tokens"):

@@ -39,7 +39,7 @@ def held(cache, row=0):
 
 
 # README: | `KVzipCache` | what is looked up to say the context again: for questions not asked yet | a second prefill |
-# docs: has the model read its input a second time, behind the first, and keeps what the second reading looks up most
+# docs: has the model read its input a second time, after the first, and keeps what the second reading looks up most
 @pytest.mark.parametrize("prompt_ids", [(), (7, 8, 9)], ids=["bare", "prompt"])
 @pytest.mark.parametrize("chunk", [2048, TOKENS, 7])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])

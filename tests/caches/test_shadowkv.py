@@ -189,8 +189,8 @@ def test_more_is_read_as_the_budget_grows_and_the_error_does_not():
 # what lies where
 
 
-# docs: evicts nothing: what a question that nobody foresaw needs is still there
-# docs: `cache.memory()` reports the bytes on device, host and disk, and the bytes fetched per step, each by itself
+# docs: evicts nothing: whatever an unforeseen question needs is still there
+# docs: `cache.memory()` reports separately the bytes on device, host and disk, and the bytes fetched per step
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("rank", [None, 12])
 def test_the_bytes_are_the_formula(batch, rank):
@@ -235,7 +235,7 @@ def test_the_bytes_are_the_formula(batch, rank):
     assert all((kept == tokens).all() for kept in report.tokens_kept)
 
 
-# docs: The device keeps a seventh of the full cache (8 KV heads of 128), outlying chunks, the newest tokens
+# docs: The device keeps a seventh of the full cache (with 8 KV heads of 128), outlier chunks, the newest tokens
 def test_a_token_costs_a_seventh_on_the_device_at_the_papers_shape():
     """8 KV heads of 128 in 16 bits: 320 bytes of coefficients, 256 of landmarks, 2 of tables; K and V take 4096."""
     shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 1}
@@ -274,7 +274,7 @@ def test_after_prefill_no_values_are_alive_but_the_hosts():
     assert slabs <= {thing.untyped_storage().data_ptr() for thing in large}
 
 
-# docs: `host="mmap:/folder"` keeps values in files that vanish with the cache
+# docs: `host="mmap:/folder"` keeps values in files that are deleted with the cache
 def test_a_file_holds_what_memory_would_and_is_gone_with_the_cache(tmp_path):
     model = tiny()
     pinned, mapped = small(model), small(model, host=f"mmap:{tmp_path}")
@@ -290,7 +290,7 @@ def test_a_file_holds_what_memory_would_and_is_gone_with_the_cache(tmp_path):
     assert torch.equal(feed(model, pinned, prompt(1, 2)), feed(model, copy, prompt(1, 2)))
 
 
-# docs: `load(path, model, host=...)` puts a saved one elsewhere
+# docs: `load(path, model, host=...)` puts the values of a saved cache elsewhere
 @pytest.mark.parametrize("as_prefix", [False, True])
 def test_a_saved_cache_goes_to_another_host_where_its_folder_is_gone(as_prefix, tmp_path):
     model = tiny()
@@ -450,7 +450,7 @@ def test_a_row_that_stays_has_chunks_for_every_place_that_stays():
     torch.testing.assert_close(left, feed(model, alone, token), rtol=1e-5, atol=1e-5)
 
 
-# docs: Pages of beams that died stay on the host until rows leave the cache, or it is reset, or saved and loaded
+# docs: Pages of dropped beams stay on the host until rows leave the cache, or it is reset, or saved and loaded
 @pytest.mark.parametrize("way", ["rows leave", "saved and loaded", "reset"])
 def test_pages_of_beams_that_died_stay_for_a_while(way, tmp_path):
     model = tiny()
@@ -469,7 +469,7 @@ def test_pages_of_beams_that_died_stay_for_a_while(way, tmp_path):
     assert cache.memory().host_bytes == (0 if way == "reset" else before // 4)
 
 
-# docs: ShadowKV takes it of the first forward
+# docs: For ShadowKV it is a share of the first forward
 def test_a_fraction_is_of_the_first_forward():
     model = tiny()
     cache = small(model, budget=0.5)
@@ -560,7 +560,7 @@ def test_a_sequence_that_would_be_read_whole_stays_dense():
     assert cache.memory().host_bytes > 0
 
 
-# docs: `crop` takes back what is not folded into chunks yet
+# docs: `crop` takes back only tokens that are not folded into chunks yet
 def test_crop_refuses_what_is_folded_and_changes_nothing():
     model = tiny()
     cache = small(model)

@@ -175,8 +175,8 @@ def test_the_version_is_told_with_those_it_stands_on(capsys):
     assert f"transformers {transformers.__version__}" in lines
 
 
-# README: | `distill` | `kvcompress distill`, with `cli` |
-# README: | `eval` | `kvcompress sweep`, `report` and `eval`: tasks, plots, lm-eval; with all of the above |
+# README: | `distill` | `kvcompress distill`; includes `cli` |
+# README: | `eval` | `kvcompress sweep`, `report` and `eval`: tasks, plots, lm-eval; includes all of the above |
 @pytest.mark.parametrize(
     ("arguments", "package", "extra"),
     [

@@ -15,7 +15,7 @@ LAYOUTS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1), "odd group": (6, 2)}
 
 
 # README: on any decoder-only model that uses transformers' attention interface
-# README: Decoder-only text models are served
+# README: Only decoder-only text models are supported
 @every_cache
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 def test_every_family_equals_the_oracle(entry, family):
@@ -158,7 +158,7 @@ REFUSED = {
 }
 
 
-# README: Refused by name: multi-head latent attention, linear-attention hybrids, chunked attention, layers that
+# README: Refused, with an error that says why: multi-head latent attention, linear-attention hybrids
 @pytest.mark.parametrize("model_type", REFUSED)
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8)], ids=["dense", "h2o"])
 def test_what_cannot_be_served_is_refused_by_name(model_type, build):

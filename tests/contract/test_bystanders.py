@@ -37,7 +37,7 @@ def test_a_forward_without_a_cache(family, attention):
             assert torch.equal(before(ids, **how).logits, after(ids, **how).logits)
 
 
-# README: Other caches and training on that model stay bit for bit as they were
+# README: Other caches and training on that model give bit-for-bit the same results as before
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_transformers_own_cache(family, attention):
@@ -67,7 +67,7 @@ def test_generation_with_a_static_cache(family, attention):
     assert torch.equal(*(generate(model, None, ids, mask, cache_implementation="static") for model in (before, after)))
 
 
-# README: training on that model stay bit for bit as they were
+# README: training on that model give bit-for-bit the same results as before
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt", "gpt_oss"])
 def test_training(family, attention):

@@ -55,7 +55,7 @@ def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, fam
     check(entry, family)
 
 
-# docs: Compiled steps look neither at ended rows nor at positions
+# docs: Compiled steps do not check for ended rows or positions
 def test_a_compiled_step_looks_neither_at_ended_rows_nor_at_positions():
     model = tiny()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = END, PAD

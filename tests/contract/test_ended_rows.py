@@ -81,7 +81,7 @@ def test_a_batched_chat_of_three_turns_is_each_rows_chat_alone(entry):
     compare(entry.build, PAD, True)
 
 
-# docs: they are known by a mask of 0, or by `generation_config.pad_token_id` after an end token
+# docs: they are recognised by a mask of 0, or by `generation_config.pad_token_id` after an end token
 @pytest.mark.parametrize(("pad", "shows_filler"), [(PAD, False), (ENDS[0], True), (ENDS[0], False), (None, True)])
 def test_rows_that_have_ended_are_known_by_the_mask_or_by_what_generate_feeds_them(pad, shows_filler):
     compare(lambda model: H2OCache(model, budget=8), pad, shows_filler)
@@ -157,7 +157,7 @@ def test_a_row_that_has_ended_stays_so_where_nothing_is_taken_back():
         assert torch.equal(layer.slots.positions[0], positions)
 
 
-# docs: Where neither tells, a warning says what was lost
+# docs: If neither tells, a warning says what was lost
 def test_where_nobody_says_which_rows_have_ended_what_was_lost_is_told():
     model = build("llama", pad_token_id=None)
     model.generation_config.pad_token_id = None

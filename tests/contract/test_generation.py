@@ -71,7 +71,7 @@ def test_sampling_with_one_seed_gives_one_answer_and_equals_the_oracle(entry):
         assert torch.equal(answers[0], full(model, prompt(20, 2), do_sample=True, temperature=0.9, top_k=20))
 
 
-# README: padding, beams and second turns
+# README: padding, beam search and several turns
 @every_cache
 def test_beam_search_equals_the_oracle_and_each_beam_its_sequence_alone(entry):
     model = tiny()

@@ -60,7 +60,7 @@ def test_layers_of_different_length_do_not_crash(entry, attention):
     assert_equals_oracle(model, transcript)
 
 
-# README: per sequence, layer and KV head, at true positions
+# README: per sequence, layer and KV head; tokens keep their true positions
 @every_cache
 def test_heads_may_keep_different_tokens(entry):
     """Masks with one row for all heads cannot say so."""
@@ -125,7 +125,7 @@ def test_scores_of_half_precision_do_not_saturate(entry):
             assert (grown[grown > -2048] > 0).any()
 
 
-# README: What is evicted is freed
+# README: Eviction frees memory
 @those(lambda entry: entry.budget)
 def test_what_is_evicted_is_freed_and_not_masked(entry):
     """Half of a leaderboard keeps every key and masks it."""

@@ -135,7 +135,7 @@ def what_comes():
         gc.unfreeze()
 
 
-# README: that hold less and read less
+# README: that take less memory and read less of it per step
 @those(lambda entry: entry.budget and entry.name != "h2o_fraction")
 @families("llama", slow=("gemma2", "gpt_oss"))
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
@@ -168,7 +168,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-# README: Nothing of size queries x keys is ever built, not even in prefill
+# README: No queries x keys matrix is ever built, not even in prefill
 @every_cache
 @families("llama", slow=("gemma2",))
 def test_nothing_of_size_queries_times_keys_is_built(entry, family):
@@ -236,7 +236,7 @@ def test_a_cache_keeps_no_model_alive(entry):
 
 
 # a fraction is of the tokens seen so far
-# README: grow up to the budget and no further
+# README: grow to the budget and no further
 @those(lambda entry: entry.budget and entry.name != "h2o_fraction")
 def test_bytes_do_not_grow_while_decoding(entry):
     model = tiny()

@@ -20,7 +20,7 @@ def test_left_padded_rows_equal_the_oracle(entry):
     assert_equals_oracle(model, transcript)
 
 
-# README: with batches, padding, beams
+# README: with batches, padding, beam search
 @every_cache
 def test_left_padded_rows_generate_what_they_do_alone(entry):
     assert_rows_equal_alone(entry, tiny(dtype=entry.dtype))

@@ -16,7 +16,7 @@ def at(first, tokens):
     return torch.arange(first, first + tokens, device=DEVICE)[None]
 
 
-# README: Position ids that go back, as for a prompt fed a second time, are refused
+# README: Position ids that go backwards, as when a prompt is fed a second time, are refused
 @every_cache
 def test_a_prompt_fed_a_second_time_is_refused_and_nothing_is_lost(entry):
     model = tiny("llama")

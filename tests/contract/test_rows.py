@@ -207,7 +207,7 @@ def save_and_load(entry, model, cache, path):
     return type(cache).load(path / "cache.safetensors", model)
 
 
-# docs: `cache.clone()` forks a cache; `cache.save(path)` and `H2OCache.load(path, model)` keep it on disk
+# docs: `cache.save(path)` writes it to disk, and `H2OCache.load(path, model)` reads it back
 @every_cache
 @pytest.mark.parametrize("way", ["clone", "file"])
 @families("llama", slow=("gemma2", "gpt_oss"))

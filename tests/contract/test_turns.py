@@ -12,7 +12,7 @@ from tests.contract.oracle import assert_equals_oracle
 TOKENS = 12
 
 
-# README: beams and second turns
+# README: beam search and several turns
 @every_cache
 @pytest.mark.parametrize("ids_of", ["full", "new"])
 def test_a_second_turn_feeds_only_what_is_new_and_equals_the_oracle(entry, ids_of):

@@ -66,11 +66,11 @@ def test_the_speed_of_h2o():
 
 
 # README: | `HydragenCache`, 32 prompts sharing 2k tokens |
-# README: Hydragen adds 4 to 14 % to a step where little is shared
+# README: Hydragen adds 4 to 14 % to a step when little is shared
 def test_the_speed_of_hydragen():
     step = {name: spread["median"] for name, spread in of("shared_prefix_decode")["decode_seconds"].items()}
     fewer = of("shared_prefix")["row"]["ratios"]["bytes"]
-    words = f"{step['dynamic'] / step['hydragen']:.1f}x a decode step, {fewer:.0f}x fewer bytes"
+    words = f"decode step {step['dynamic'] / step['hydragen']:.1f}x faster, {fewer:.0f}x fewer bytes"
     assert words in said("| `HydragenCache`, 32 prompts")
     little = [case["node_over_rows"] - 1 for case in of("shared_prefix_switch")["switch"] if case["batch"] <= 2]
     assert f"adds {100 * min(little):.0f} to {100 * max(little):.0f} % to a step" in said("Hydragen adds")
@@ -86,8 +86,8 @@ def test_the_speed_of_gear():
     assert words in said("| `GEARCache()`, decode step")
 
 
-# README: | `GEARCache()`, 4.1 bits a number |
-# README: | `GEARCache(bits=3)`, 3.1 bits a number |
+# README: | `GEARCache()`, 4.1 bits per number |
+# README: | `GEARCache(bits=3)`, 3.1 bits per number |
 # README: | `QuantizedCache` of transformers, 4 bits
 @pytest.mark.parametrize(
     ("beginning", "setting", "digits"),
@@ -99,14 +99,14 @@ def test_the_speed_of_gear():
 )
 def test_what_a_bit_is_worth(beginning, setting, digits):
     (row,) = [row for row in of("bits")["rows"] if row["setting"] == setting]
-    (line,) = [one for one in SENTENCES if one.startswith(f"| {beginning}") and "bits a number" in one]
+    (line,) = [one for one in SENTENCES if one.startswith(f"| {beginning}") and "bits per number" in one]
     bits = 5.0 if row["bits"] is None else row["bits"]
     more = row["perplexity"]["wiki"] / row["full_perplexity"]["wiki"] - 1
-    assert f"{bits:.1f} bits a number" in line
+    assert f"{bits:.1f} bits per number" in line
     assert f"KL {row['kl']:.{digits}f} nats, perplexity {more:+.1%}".replace("%", " %") in line
 
 
-# README: On this model neither GEAR's low rank nor its outliers repay their bits
+# README: On this model, GEAR's low-rank part and its outliers are not worth their bits
 def test_neither_low_rank_nor_outliers_repay_their_bits():
     """At any bits of theirs, codes alone with sinks lose less in no more."""
     found = of("bits")["rows"]
@@ -176,7 +176,7 @@ def test_what_training_brings_back_of_swiftkv():
         return f"{sum(shares) / len(shares):.0%}".replace("%", " %")
 
     line = said("| SwiftKV, half skipped")
-    assert f"{back(fitted, False)} / {back(distilled, False)} back" in line
+    assert f"{back(fitted, False)} / {back(distilled, False)} recovered" in line
     assert f"(log: {back(fitted, True)} / {back(distilled, True)}); needles are not found" in line
     assert set(distilled["needles"].values()) == {0.0}
     assert "287k tokens in 46 minutes" in PAGE
@@ -216,7 +216,7 @@ def test_figures_without_rows_are_on_the_page_with_their_command(beginning, told
     assert on_the_page in PAGE
 
 
-# README: Where they lose: H2O and SnapKV evict a needle nobody has asked about yet
+# README: Where they lose: H2O and SnapKV evict a needle that nobody has asked about yet
 def test_where_evicting_caches_lose():
     needles = {"task": "needle", "length": 512, "protocol": "question-agnostic"}
     for missed in ("h2o", "snapkv"):
@@ -227,9 +227,9 @@ def test_where_evicting_caches_lose():
             assert score("study", found, 0.2, **text) < score("study", missed, 0.2, **text)
 
 
-# README: they ran on one GPU, an H100
-# README: There a compiled step of `H2OCache(budget=0.2)` behind 32k tokens takes 7.6 ms
-# README: Attention to packed keys and values takes 2.5 times as long there as to bf16 ones at 4 bits
+# README: they have run on one GPU, an H100
+# README: There a compiled step of `H2OCache(budget=0.2)` after 32k tokens takes 7.6 ms
+# README: Attention to 4-bit keys and values takes 2.5 times as long there as to bf16 ones
 def test_what_ran_on_a_gpu():
     first, second, kernels = (
         json.loads((RESULTS / "gpu" / name).read_text("utf-8"))
@@ -247,4 +247,4 @@ def test_what_ran_on_a_gpu():
     sentence = said("There a compiled step")
     assert f"takes {ours * 1e3:.1f} ms" in sentence
     assert f"uncompiled, {dynamic * 1e3:.1f} ms" in sentence
-    assert f"takes {ratio:.1f} times" in said("Attention to packed keys")
+    assert f"takes {ratio:.1f} times" in said("Attention to 4-bit keys")

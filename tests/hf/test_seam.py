@@ -189,7 +189,7 @@ def test_a_forward_takes_a_cache_whatever_the_argument_is_called(name, spelling)
             torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=1e-4)
 
 
-# README: both names work with every release from 5.17 on
+# README: both names work, with every release from 5.17 on
 @every_cache
 @every_spelling
 @pytest.mark.parametrize("given", ["cache", "past_key_values"])
@@ -383,7 +383,7 @@ def test_a_newer_transformers_than_was_tested_is_told_once(monkeypatch, installe
 
 
 # README: `kvcompress.release(model)` undoes it all
-# README: building a cache selects kvcompress's attention in that one model and watches its forwards through hooks
+# README: building a cache selects kvcompress's attention in that one model and hooks its forwards
 def test_release_makes_the_model_what_it_was():
     model = build("llama")
     ids, before = prompt(20), set(vars(model))

@@ -18,7 +18,7 @@ def spread(folders, python, tmp_path_factory):
     return torch.load(out)
 
 
-# docs: Every cache gives what one device gives
+# docs: Every cache gives the results of one device
 @pytest.mark.slow
 @every_cache
 def test_layers_on_two_devices_give_what_one_device_gives(spread, alone, name):

@@ -17,7 +17,7 @@ def ranks(folders, python, tmp_path_factory):
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
-# docs: except that ShadowKV then factorises the keys of each process by themselves
+# docs: except that ShadowKV then factorises the keys of each process separately
 @pytest.mark.parametrize("name", [*CACHES, *CONVERTED])
 def test_two_processes_give_what_one_gives(ranks, alone, name):
     first, second = (found[name] for found in ranks)

@@ -10,8 +10,8 @@ from tests.contract.models import prompt, tiny
 from tests.test_readme import ROOT
 
 
-# README: A policy of your own is a score
-# docs: A policy is a score
+# README: A policy of your own is a scoring function
+# docs: A policy is a scoring function
 def test_the_guides_policy_decides_what_a_cache_keeps_and_is_found_again_in_a_file(tmp_path):
     guide = (ROOT / "docs/guides/choosing.md").read_text("utf-8")
     (snippet,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "(Policy)" in block]

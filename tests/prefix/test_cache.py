@@ -103,7 +103,7 @@ def test_beams_reorder_suffixes_only():
     assert cache.batch_size == 16
 
 
-# README: | `HydragenCache` | every token, those that sequences share once: prefixes, trees |
+# README: | `HydragenCache` | every token; shared ones (prefixes, trees) once |
 @pytest.mark.parametrize("batch", [1, 3, 17])
 def test_bytes_are_the_prefix_once_and_the_suffixes(batch):
     """Invariant 6: the closed formula, and the live storages."""
@@ -291,7 +291,7 @@ def test_an_odd_row_does_not_cost_the_others_their_prefix(run_through):
     assert len(cache.tree.nodes) == 2
 
 
-# docs: finds the tree that a batch of prompts shares, runs each part once and reports it as seen
+# docs: finds the tree of prefixes that a batch of prompts shares, runs each part once and reports it as seen
 def test_a_tree_is_found_and_every_node_runs_once(run_through):
     model = tiny()
     counted = run_through(model)

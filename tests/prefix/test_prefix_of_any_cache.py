@@ -67,7 +67,7 @@ def step(model, cache, ids):
     return feed(model, cache, ids, covered(cache, ids))
 
 
-# docs: `from_cache` takes any other cache but a rerotated one as prefix, its slots, codes or chunks as they are
+# docs: `from_cache` takes any other cache but a rerotated one as the prefix, with its slots, codes or chunks
 @pytest.mark.filterwarnings("ignore:AcrossKVCache")
 @every_donor
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])

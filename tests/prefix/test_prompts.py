@@ -181,7 +181,7 @@ def refused(model, cache, ids, mask=None, message="does not go on", **settings):
     assert (cache.get_seq_length(), cache.batch_size, cache.tree.lengths(), cache.memory().total_bytes) == before
 
 
-# docs: It remembers what it was fed and refuses prompts that begin otherwise
+# docs: It remembers what it was fed and refuses prompts with another beginning
 @pytest.mark.parametrize(
     "settings",
     [{}, {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}],

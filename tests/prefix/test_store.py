@@ -29,7 +29,7 @@ def check(model, cache, prefix):
     assert torch.equal(generate(model, cache, ids), full(model, ids))
 
 
-# README: `PrefixStore` keeps the documents of `HydragenCache` from call to call
+# README: `PrefixStore` keeps documents for `HydragenCache` from call to call
 # docs: keeps documents from call to call
 def test_a_document_is_run_once(run_through):  # noqa: F811
     model = tiny()
@@ -45,7 +45,7 @@ def test_a_document_is_run_once(run_through):  # noqa: F811
     assert store.nbytes() == 60 * TOKEN
 
 
-# docs: and runs what is not stored yet
+# docs: and runs only what is not stored yet
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_the_longest_beginning_is_taken_and_the_rest_run(family, run_through):  # noqa: F811
     model = tiny(family)

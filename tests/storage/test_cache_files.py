@@ -32,7 +32,7 @@ def saved(path, model=None, cache=None):
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 
 
-# docs: A file knows its model and its bytes: another model's is refused
+# docs: A file holds a fingerprint of its model and a checksum: another model's file is refused
 @pytest.mark.parametrize(
     ("family", "changes", "differ"),
     [
@@ -240,7 +240,7 @@ CACHES = {
 }
 
 
-# docs: `pickle` and `torch.save` refuse, and name `save`
+# docs: `pickle` and `torch.save` refuse, and point to `save`
 @pytest.mark.parametrize("name", CACHES)
 def test_a_cache_is_saved_and_not_pickled_and_can_be_copied(name, tmp_path):
     model = tiny()

@@ -79,7 +79,7 @@ class OnAGPU(torch.Tensor):
     is_cuda = True
 
 
-# docs: on a GPU no step of one token looks at positions
+# docs: on a GPU no step of one token checks positions
 def test_a_step_of_one_token_on_a_gpu_compares_no_positions():
     record = PaddingRecord()
     record.read(None, 1, 0, 3, torch.arange(3)[None])

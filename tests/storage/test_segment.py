@@ -76,7 +76,7 @@ def test_a_chunk_takes_the_slots_of_what_was_let_go_and_leaves_the_rest_where_it
     assert (segment.positions.gather(2, segment.spare[..., None]) == EMPTY).all()
 
 
-# README: a token that goes gives its slot to the next
+# README: the next token takes the slot of an evicted one
 def test_a_token_takes_the_spare_slot_and_its_victim_leaves_the_next():
     segment, *_ = filled()
     new_key, new_value = tokens(1)

@@ -127,7 +127,7 @@ def kept(layer):
     return layer.slots.positions.sort(-1).values
 
 
-# README: | `convert(model)` + `SwiftKVCache` | every token, of later layers once a group
+# README: | `convert(model)` + `SwiftKVCache` | every token; later layers in groups that share K and V
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_the_bytes_are_those_of_the_layers_that_store(share):
     model = converted("llama", share)
@@ -164,7 +164,7 @@ def tensors(holder, known=None):
         yield from tensors(vars(holder), known)
 
 
-# README: | `AcrossKVCache` | every token, groups of layers on one storage (dense, evicting or packed) |
+# README: | `AcrossKVCache` | every token; a group of layers shares one storage (dense, evicting or packed) |
 def test_packed_storage_is_shared_too():
     model = converted("llama", 4)
     alone, shared = (
@@ -229,7 +229,7 @@ class Copying(DynamicCache):
         return super().update(*self.of_leader[layer - within], layer, *args, **kwargs)
 
 
-# README: | a diagnostic on models not converted |
+# README: | a diagnostic for models that were not converted |
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_on_any_model_it_is_a_diagnostic_and_says_so(family):
     model = build(family, num_hidden_layers=5, **({"layer_types": KINDS} if family in ("gemma2", "gpt_oss") else {}))

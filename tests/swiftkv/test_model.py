@@ -266,7 +266,7 @@ def test_a_conversion_adds_only_what_is_trained_and_shares_the_rest(share):
     assert sum(p.numel() for p in trained_parameters(student).values()) == expected
 
 
-# README: every token, of later layers once a group; their K, V from one layer's input |
+# README: every token; later layers in groups that share K and V, made from one layer's input |
 @every_share
 def test_only_group_leaders_store_keys_under_a_cache_of_transformers(share):
     model = converted("llama", share)
@@ -295,7 +295,7 @@ def test_a_saved_model_loads_as_it_was(family, share, tmp_path):
             assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-# docs: Published SwiftKV checkpoints load by `from_pretrained` where `kvcompress.swiftkv.model` is imported
+# docs: Published SwiftKV checkpoints load with `from_pretrained` once `kvcompress.swiftkv.model` is imported
 @pytest.mark.parametrize(("family", "share"), [("llama", 1), ("llama", 2), ("qwen2", 1), ("qwen3", 2)])
 def test_a_checkpoint_in_the_published_layout_loads(family, share, tmp_path):
     model = converted(family, share)

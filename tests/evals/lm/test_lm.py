@@ -71,7 +71,7 @@ def answers(found, task):
     return [sample["filtered_resps"] for sample in samples]
 
 
-# docs: `--cache none` gives the harness's own numbers
+# docs: `--cache none` gives lm-eval's own numbers
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("hold_back", [1, 7, "Question:"])
 def test_without_compression_likelihoods_are_the_harness_own(loaded, tasks, shots, hold_back):
@@ -116,7 +116,7 @@ def test_the_batch_changes_nothing(loaded, tasks):
     assert found[0][1] == found[1][1]
 
 
-# docs: compresses each context before it reads what is held back, and scores through what is left
+# docs: compresses each context before it reads the part held back, and scores with what is left
 def test_compression_moves_every_kind_of_score_and_is_written_beside_it(loaded, tasks):
     names = ["colours_choice", "colours_rolling", "colours_until"]
     whole = evaluated(CompressedLM(**loaded, batch_size=4), tasks, *names, shots=1)
@@ -198,7 +198,7 @@ def test_a_cache_that_keeps_more_than_its_budget_is_an_error(loaded, monkeypatch
 
 
 # docs: Standard tasks go through lm-eval
-# docs: takes the harness's other flags
+# docs: takes lm-eval's other flags
 def test_the_command_line_takes_the_flags_of_the_harness(folder, tasks, tmp_path, capsys):
     include = str(next(iter(tasks.include_path)) if isinstance(tasks.include_path, list) else tasks.include_path)
     arguments = ["--model", str(folder), "--cache", "h2o", "--budget", "0.5", "--hold-back", "Question:"]

@@ -114,7 +114,7 @@ def test_all_methods_hold_equally_many_tokens(sweep):
     assert {(row["least_kept"], row["most_kept"]) for row in rows if row["budget"]} == {(140, 140)}
 
 
-# docs: A sweep that was stopped goes on where it was
+# docs: A sweep that was stopped resumes where it was
 def test_what_was_interrupted_goes_on_without_repeating_a_point(sweep):
     first = Counting(at=4, error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
