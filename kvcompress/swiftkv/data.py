@@ -1,8 +1,9 @@
 """Rows of tokens that a distillation learns from: texts and chats from files."""
 
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,26 @@ def _end_of_answer(whole: str, start: int, begun: str, last: str, content: str) 
     )
 
 
+def batches(rows: Sequence[Row], batch: int, rank: int, world: int, seed: int = 0) -> Iterator[list[Row]]:
+    """What one process of a run is fed, forward by forward, without end: each epoch in an order of its own."""
+    count, at = batch * world, 0
+    order: list[int] = []
+    epoch = 0
+    while True:
+        while len(order) - at < count:
+            generator = torch.Generator().manual_seed(seed + epoch)
+            order, at, epoch = order[at:] + torch.randperm(len(rows), generator=generator).tolist(), 0, epoch + 1
+        yield [rows[index] for index in order[at + rank : at + count : world]]
+        at += count
+
+
 def first_rows(rows: Sequence[Row], tokens: int, seed: int = 0) -> list[Tensor]:
     """Token ids of the rows that a run of this seed reads first: so many tokens in all, or all there are."""
-    generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
     left = tokens
-    for index in torch.randperm(len(rows), generator=generator).tolist():
+    for (row,) in itertools.islice(batches(rows, 1, 0, 1, seed), len(rows)):
         if left <= 0:
             break
-        found.append(rows[index].ids[:left])
+        found.append(row.ids[:left])
         left -= len(found[-1])
     return found

@@ -195,7 +195,7 @@ def kill_caches(kills: int, seed: int, folder: Path) -> int:
 
 def train(say: Callable[[Any], None], folder: Path) -> None:
     from kvcompress.swiftkv.distill import Distillation, distill
-    from tests.swiftkv.test_distill import SMALL, rows, student
+    from tests.swiftkv.runs import SMALL, rows, student
 
     lines = distill(student(), rows(), Distillation(**SMALL, save_every=1), folder, lambda line: say(line["step"]))
     say(None)
@@ -212,7 +212,7 @@ def kill_distillations(kills: int, seed: int, folder: Path) -> int:
     import matplotlib.figure  # noqa: F401
 
     import kvcompress.swiftkv.distill  # noqa: F401
-    import tests.swiftkv.test_distill  # noqa: F401
+    import tests.swiftkv.runs  # noqa: F401
 
     generator = random.Random(seed)
     undisturbed = Writer(train, folder / "undisturbed")

@@ -1,0 +1,175 @@
+"""What a run of distillation leaves in its folder: a checkpoint that it goes on from, and the losses so far."""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from kvcompress import hf
+from kvcompress.storage.durable import write_whole
+from kvcompress.swiftkv.data import Row
+from kvcompress.swiftkv.model import SwiftKVModel, trained_parameters
+
+_CHECKPOINT = "checkpoint.pt"
+_LOSSES = "losses.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the course of a run depends on. base: the model without what trains. rows: how much there is, a digest."""
+
+    settings: dict[str, Any]
+    base: hf.Fingerprint
+    rows: str
+
+    @classmethod
+    def of(cls, model: SwiftKVModel, rows: Sequence[Row], settings: Mapping[str, Any]) -> "Run":
+        """
+        Args:
+            settings: on which the course of the run depends.
+        """
+        digest = hashlib.sha256()
+        for row in rows:
+            # the length first, so that rows cannot run into each other
+            digest.update(len(row.ids).to_bytes(8, "little"))
+            digest.update(row.ids.long().cpu().numpy().tobytes() + row.answered.cpu().numpy().tobytes())
+        tokens = sum(len(row.ids) for row in rows)
+        known: Any = model
+        return cls(
+            json.loads(json.dumps(settings)),
+            hf.Fingerprint.of(known, without=frozenset(trained_parameters(model))),
+            f"{len(rows)} rows of {tokens} tokens, {digest.hexdigest()[:16]}",
+        )
+
+    def check(self, state: dict[str, Any], folder: Path) -> None:
+        """
+        Raises:
+            ValueError: the state of a folder is of another run.
+        """
+        then = json.loads(json.dumps(state["settings"]))
+        differ = [name for name, value in self.settings.items() if value != then.get(name)]
+        if differ:
+            raise ValueError(f"{folder} holds another run, which differs in {', '.join(differ)}; choose another folder")
+        if "base" not in state:
+            warnings.warn(
+                f"{folder} was written by an earlier kvcompress, and does not say of which base model and data",
+                stacklevel=4,
+            )
+            return
+        hf.Fingerprint(**state["base"]).check(self.base, f"the run in {folder}")
+        if state["rows"] != self.rows:
+            raise ValueError(
+                f"{folder} holds a run on other data: {state['rows']}, got {self.rows}; choose another folder"
+            )
+
+
+class Checkpoint:
+    """The state of a run, in a folder."""
+
+    def __init__(
+        self, folder: Path, run: Run, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, scaler: Any
+    ) -> None:
+        """
+        Args:
+            folder: in which there may be the state of a run that was interrupted.
+            trained: what trains, by name.
+            scaler: of the gradients in float16, or None.
+        """
+        self._folder = folder
+        self._run = run
+        self._trained = trained
+        self._optimiser = optimiser
+        self._scaler = scaler
+
+    def is_there(self) -> bool:
+        """Whether the folder holds the state of a run."""
+        return (self._folder / _CHECKPOINT).exists()
+
+    def save(self, step: int, lines: list[dict[str, float]]) -> None:
+        """Writes all that a run goes on from after so many updates, and then the losses for a reader."""
+        state = {
+            "trained": {name: parameter.detach().cpu() for name, parameter in self._trained.items()},
+            "optimiser": self._optimiser.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "settings": self._run.settings,
+            "base": dataclasses.asdict(self._run.base),
+            "rows": self._run.rows,
+            "step": step,
+            "lines": lines,
+        }
+
+        def write_state(file: BinaryIO) -> str:
+            torch.save(state, file)
+            return _CHECKPOINT
+
+        write_whole(self._folder, _CHECKPOINT, write_state)
+        self.write_losses(lines)
+
+    def write_losses(self, lines: list[dict[str, float]]) -> None:
+        """Writes the losses for a reader."""
+
+        def write(file: BinaryIO) -> str:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            return _LOSSES
+
+        write_whole(self._folder, _LOSSES, write)
+
+    def resume(self, device: torch.device) -> tuple[int, list[dict[str, float]]]:
+        """Takes on what the folder holds of the run: the updates done, and their lines.
+
+        Raises:
+            ValueError: it holds another run, or is damaged.
+        """
+        if not self.is_there():
+            return 0, []
+        folder = self._folder
+        state = _read_state(folder / _CHECKPOINT, device)
+        self._run.check(state, folder)
+        if set(state["trained"]) != set(self._trained):
+            raise ValueError(
+                f"{folder} holds another run, which differs in the layers that train; choose another folder"
+            )
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(state["trained"][name])
+        self._optimiser.load_state_dict(state["optimiser"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        if "lines" in state:
+            return state["step"], state["lines"]
+        # before checkpoints had them
+        lines = [json.loads(line) for line in (folder / _LOSSES).read_text("utf-8").splitlines()]
+        return state["step"], lines[: state["step"]]
+
+
+def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the checkpoint is not as it was written.
+    """
+    try:
+        # torch reads its archives without looking at their checksums
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location=device, weights_only=True)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        pickle.UnpicklingError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+    ) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from error
+    raise ValueError(f"{path} is damaged ({damaged} within it); delete it to begin anew")
