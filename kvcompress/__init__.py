@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvcompress.prefix.store import PrefixStore as PrefixStore
     from kvcompress.swiftkv.cache import AcrossKVCache as AcrossKVCache
     from kvcompress.swiftkv.cache import SwiftKVCache as SwiftKVCache
-    from kvcompress.swiftkv.model import convert as convert
+    from kvcompress.swiftkv.conversion import convert as convert
 
     __version__: str
 
@@ -56,7 +56,7 @@ _HOMES = {
     "SnapKVCache": "caches.evicting",
     "StreamingLLMCache": "caches.evicting",
     "SwiftKVCache": "swiftkv.cache",
-    "convert": "swiftkv.model",
+    "convert": "swiftkv.conversion",
     "load_model": "loading",
     "register": "policies.method",
     "release": "hf",

@@ -15,7 +15,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.hf import judge
-from kvcompress.swiftkv.model import SwiftKVModel, convert, first_later
+from kvcompress.swiftkv.conversion import convert, first_later
+from kvcompress.swiftkv.model import SwiftKVModel
 
 # what the rows begin with, how long they are, and what they are then fed: single tokens, a second turn, single tokens
 DOCUMENT, PROMPTS, FED = 64, (200, 153), (1, 1, 1, 9, 1, 1)

@@ -7,6 +7,8 @@ from kvcompress.cli.arguments import KNOWN, DeviceOption, UsageError, load, part
 if TYPE_CHECKING:
     import torch
 
+    from kvcompress.check.outcome import Checked
+
 
 def check(
     model: Annotated[
@@ -33,7 +35,7 @@ def check(
     from kvcompress.check import check as checking
     from kvcompress.check.caches import default_caches, known_caches
     from kvcompress.check.models import small_model
-    from kvcompress.check.outcome import FULL, Checked
+    from kvcompress.check.outcome import FULL
     from kvcompress.hf.small import described
 
     specs = default_caches() if caches is None else list(parts(caches))
@@ -56,10 +58,8 @@ def check(
     width = max(len(spec) for spec in (*specs, FULL))
     print(f"\n{'cache':<{width}}  {'':<7}  {'difference':>10}  {'lost':>6}")
 
-    def show_one(row: Checked) -> None:
-        difference = "" if row.difference is None else f"{row.difference:.1e}"
-        lost = "" if row.lost is None else f"{row.lost:.1%}"
-        print(f"{row.cache:<{width}}  {row.outcome:<7}  {difference:>10}  {lost:>6}  {row.reason}".rstrip(), flush=True)
+    def show_one(row: "Checked") -> None:
+        print(_line(row, width), flush=True)
         if verbose and row.trace:
             print(row.trace)
 
@@ -69,6 +69,13 @@ def check(
     print("difference: the largest between logits that must be equal, over the largest logit")
     print("lost: by packed tokens, of what the prompt is worth to what follows it")
     return 1 if count_of["FAULT"] else 0
+
+
+def _line(row: "Checked", width: int) -> str:
+    """A cache's line of the table, whose first column is so wide."""
+    difference = "" if row.difference is None else f"{row.difference:.1e}"
+    lost = "" if row.lost is None else f"{row.lost:.1%}"
+    return f"{row.cache:<{width}}  {row.outcome:<7}  {difference:>10}  {lost:>6}  {row.reason}".rstrip()
 
 
 def _show_facts(model: str, device: "torch.device") -> None:

@@ -39,17 +39,13 @@ def distill(
     for path in data:
         if not path.is_file():
             raise UsageError(f"there is no file {path}")
-    try:
-        split = float(skip_from) if "." in skip_from else int(skip_from)
-    except ValueError:
-        raise UsageError(
-            f"--skip-from must be a layer such as 15, or a fraction such as 0.5, got {skip_from!r}"
-        ) from None
+    split = _layer(skip_from)
     check_folder(out)
 
     from kvcompress.swiftkv import distill as distillation
+    from kvcompress.swiftkv.conversion import convert
     from kvcompress.swiftkv.data import read_rows
-    from kvcompress.swiftkv.model import SwiftKVModel, convert
+    from kvcompress.swiftkv.model import SwiftKVModel
 
     names = {setting.name for setting in dataclasses.fields(distillation.Distillation)}
     values = {name: value for name, value in context.params.items() if name in names}
@@ -63,11 +59,8 @@ def distill(
 
     def show(line: dict[str, float]) -> None:
         if line["step"] % settings.log_every == 0 or line["step"] in (1, settings.steps):
-            print(
-                f"{line['step']}/{settings.steps}  loss {line['loss']:.4f}  divergence {line['divergence']:.4f}  "
-                f"hidden {line['hidden']:.4f}  {line['seconds']:.0f} s",
-                flush=True,
-            )
+            losses = "  ".join(f"{name} {line[name]:.4f}" for name in ("loss", "divergence", "hidden"))
+            print(f"{line['step']}/{settings.steps}  {losses}  {line['seconds']:.0f} s", flush=True)
 
     with user_errors():
         distillation.distill(student, rows, settings, out, show)
@@ -75,3 +68,11 @@ def distill(
         student.save_pretrained(out)
         tokenizer.save_pretrained(out)
         print(out)
+
+
+def _layer(text: str) -> int | float:
+    """A layer's index, or a fraction of the layers."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise UsageError(f"--skip-from must be a layer such as 15, or a fraction such as 0.5, got {text!r}") from None

@@ -21,7 +21,8 @@ from kvcompress.caches.evicting import EvictingCache, H2OCache, SnapKVCache, Str
 from kvcompress.caches.quantized import GEARCache, KIVICache
 from kvcompress.layer import CompressedLayer
 from kvcompress.storage.segment import Segment
-from kvcompress.swiftkv.model import SwiftKVModel, first_later
+from kvcompress.swiftkv.conversion import first_later
+from kvcompress.swiftkv.model import SwiftKVModel
 
 # whose layers know how others attend to what they hold
 _STORAGES = (DenseCache, EvictingCache, GEARCache)
@@ -172,7 +173,7 @@ class SwiftKVCache(SharedStorageCache):
     def __init__(self, model: PreTrainedModel, *, storage: Storage = DenseCache) -> None:
         """
         Args:
-            model: a model that kvcompress.swiftkv.model converted or loaded.
+            model: a model that `convert` converted, or that was loaded.
             storage: makes the cache whose layers the groups share: `lambda model: GEARCache(model, bits=4)`.
 
         Raises:

@@ -100,7 +100,7 @@ def distill(
     require gradients is afterwards as it was before.
 
     Args:
-        model: as kvcompress.swiftkv.model.convert gives it.
+        model: as `kvcompress.convert` gives it.
         rows: what `read_rows` gives.
         settings: of the run.
         folder: checkpoint.pt, of which a run goes on that has the same settings, base model and rows; losses.jsonl, a

@@ -25,7 +25,7 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
     Sums are float64: for hidden_size h and c key and value channels of all groups, 8 h (h + c) bytes.
 
     Args:
-        model: as kvcompress.swiftkv.model.convert gives it.
+        model: as `kvcompress.convert` gives it.
         rows: token ids, each [tokens] int64; some 16k tokens in all.
         ridge: how much the fit is held to where the weights are; above 0.
 

@@ -17,11 +17,11 @@ attentions runs all of them, with the same numbers. A conversion changes what th
 distillation of kvcompress/swiftkv/distill.py before it is of use.
 """
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvcompress import hf
-from kvcompress.caches.budget import count_or_fraction
 from kvcompress.hf.families import (
     LlamaAttention,
     LlamaConfig,
@@ -57,6 +56,7 @@ from kvcompress.swiftkv.forward import SingleInput, SingleInputAttention, Single
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
 
+@dataclass(init=False, repr=False, eq=False)
 class _Config:
     """The config fields of a converted model.
 
@@ -64,8 +64,10 @@ class _Config:
     swiftkv: False starts the model as its own teacher. swiftkv_teacher: it has the teacher's projections too.
     """
 
-    num_key_value_layers: int | None
-    key_value_group_size: int | None
+    num_key_value_layers: int | None = None
+    key_value_group_size: int | None = 1
+    swiftkv: bool = True
+    swiftkv_teacher: bool = False
     base_model_tp_plan: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -88,40 +90,24 @@ class LlamaSwiftKVConfig(_Config, LlamaConfig):
     """A Llama config with the fields of SwiftKV."""
 
     model_type = "llama_swiftkv"
-    num_key_value_layers: int | None = None
-    key_value_group_size: int | None = 1
-    swiftkv: bool = True
-    swiftkv_teacher: bool = False
 
 
 class MistralSwiftKVConfig(_Config, MistralConfig):
     """A Mistral config with the fields of SwiftKV."""
 
     model_type = "mistral_swiftkv"
-    num_key_value_layers: int | None = None
-    key_value_group_size: int | None = 1
-    swiftkv: bool = True
-    swiftkv_teacher: bool = False
 
 
 class Qwen2SwiftKVConfig(_Config, Qwen2Config):
     """A Qwen2 config with the fields of SwiftKV."""
 
     model_type = "qwen2_swiftkv"
-    num_key_value_layers: int | None = None
-    key_value_group_size: int | None = 1
-    swiftkv: bool = True
-    swiftkv_teacher: bool = False
 
 
 class Qwen3SwiftKVConfig(_Config, Qwen3Config):
     """A Qwen3 config with the fields of SwiftKV."""
 
     model_type = "qwen3_swiftkv"
-    num_key_value_layers: int | None = None
-    key_value_group_size: int | None = 1
-    swiftkv: bool = True
-    swiftkv_teacher: bool = False
 
 
 class LlamaSwiftKVAttention(SingleInputAttention, LlamaAttention):
@@ -313,59 +299,16 @@ class Qwen3SwiftKVForCausalLM(SwiftKVModel, Qwen3ForCausalLM):
     kind_of_decoder = Qwen3SwiftKVModel
 
 
-_CONVERTED: dict[type[PreTrainedModel], Any] = {
+CONVERTED: dict[type[PreTrainedModel], Any] = {
     LlamaForCausalLM: LlamaSwiftKVForCausalLM,
     MistralForCausalLM: MistralSwiftKVForCausalLM,
     Qwen2ForCausalLM: Qwen2SwiftKVForCausalLM,
     Qwen3ForCausalLM: Qwen3SwiftKVForCausalLM,
 }
 
-for _kind in _CONVERTED.values():
+for _kind in CONVERTED.values():
     AutoConfig.register(_kind.config_class.model_type, _kind.config_class, exist_ok=True)
     AutoModelForCausalLM.register(_kind.config_class, _kind, exist_ok=True)
-
-
-def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1) -> Any:
-    """A SwiftKV model of the weights of a model, which stays as it was and shares them.
-
-    The common norm begins as the input norm of the first later layer; queries, keys and values begin as the later
-    layers' own, in a group of layers keys and values as the mean over the group.
-
-    Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 model.
-        skip_from: the first layer that the prompt skips: its index, or a fraction of the layers.
-        share: consecutive later layers that share one set of keys and values (AcrossKV), a divisor of their number.
-
-    Raises:
-        ValueError: the model is of no family that is served, is spread over devices or quantised, or the later layers
-            cannot be grouped so.
-    """
-    if type(model) not in _CONVERTED:
-        served = ", ".join(kind.__name__ for kind in _CONVERTED)
-        raise ValueError(f"SwiftKV converts {served}; got {type(model).__name__}")
-    places = hf.spread_over(model)
-    if len(set(places.values())) > 1:
-        raise ValueError(f"convert needs {type(model).__name__} on one device, got {places}")
-    config = model.config
-    layers = config.num_hidden_layers
-    first = first_later(skip_from, layers)
-    kind = _CONVERTED[type(model)]
-    fields = config.to_dict()
-    fields.pop("model_type", None)
-    fields |= {"num_key_value_layers": first, "key_value_group_size": share, "swiftkv_teacher": True}
-    settings = kind.config_class.from_dict({**fields, "architectures": [kind.__name__]})
-    settings._attn_implementation = config._attn_implementation
-    with torch.device("meta"):
-        converted = kind(settings)
-    _take_over(converted, model)
-    for start in range(first, layers, share):
-        _begin(converted.model.layers[start : start + share], model.model.layers[start : start + share])
-    if first < layers:
-        converted.model.norm_swiftkv = copy.deepcopy(model.model.layers[first].input_layernorm)
-    else:
-        converted.model.norm_swiftkv = copy.deepcopy(model.model.norm)
-    converted.generation_config = copy.deepcopy(model.generation_config)
-    return converted.train(model.training)
 
 
 @contextmanager
@@ -381,16 +324,6 @@ def as_teacher(model: SwiftKVModel) -> Iterator[None]:
 def trained_parameters(model: SwiftKVModel) -> dict[str, nn.Parameter]:
     """What a conversion adds and distillation trains, by name: the common norm and the later layers' q, k and v."""
     return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv." in name}
-
-
-def first_later(skip_from: int | float, layers: int) -> int:
-    """The index of the first later layer, which may be given as a fraction of the layers."""
-    skip_from = count_or_fraction(skip_from, "skip_from", "a layer", "the layers")
-    if isinstance(skip_from, float):
-        return max(1, round(skip_from * layers))
-    if not 1 <= skip_from <= layers:
-        raise ValueError(f"skip_from must be a layer from 1 to {layers}, got {skip_from}")
-    return skip_from
 
 
 def _check_split(config: Any, first: int, share: int) -> None:
@@ -409,38 +342,6 @@ def _check_split(config: Any, first: int, share: int) -> None:
                 f"layers {start} to {start + share - 1} would share keys and values, and are of types {kinds}; "
                 "choose skip_from and share so that a group has one type"
             )
-
-
-def _take_over(converted: Any, model: Any) -> None:
-    """Puts the modules of a model, which hold its weights, into the converted one, built without."""
-    for name in ("embed_tokens", "norm", "rotary_emb"):
-        setattr(converted.model, name, getattr(model.model, name))
-    converted.lm_head = model.lm_head
-    for to, of in zip(converted.model.layers, model.model.layers, strict=True):
-        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            setattr(to, name, getattr(of, name))
-        for name, module in of.self_attn.named_children():
-            if isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_floating_point():
-                raise ValueError(f"convert needs floating-point weights; {name} is a {type(module).__name__}")
-            setattr(to.self_attn, name, module)
-
-
-@torch.no_grad()
-def _begin(later: Any, layers: Any) -> None:
-    """The first weights of a group of later layers."""
-    for index, (to, of) in enumerate(zip(later, layers, strict=True)):
-        names = ["q_proj", "q_norm"] + ([] if index else ["k_proj", "v_proj", "k_norm"])
-        for name in names:
-            if not hasattr(of.self_attn, name):
-                continue
-            begun = copy.deepcopy(getattr(of.self_attn, name))
-            if name[0] != "q":
-                for part, parameter in begun.named_parameters():
-                    own = [getattr(layer.self_attn, name).get_parameter(part) for layer in layers]
-                    # one layer alone: its weights, to the bit
-                    if len(own) > 1:
-                        parameter.copy_(torch.stack([weight.double() for weight in own]).mean(0))
-            setattr(to.self_attn, f"{name}_swiftkv", begun)
 
 
 def _asked(logits_to_keep: int | Tensor, mask: Any, batch: int, columns: int, device: torch.device) -> Tensor | None:

@@ -4,7 +4,7 @@ import torch
 
 from kvcompress import H2OCache, ShadowKVCache
 from kvcompress.caches.budget import count_or_fraction
-from kvcompress.swiftkv.model import first_later
+from kvcompress.swiftkv.conversion import first_later
 from tests.contract.models import tiny
 
 BUDGET = ("budget", "a count of tokens", "the prompt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvcompress.swiftkv.model import convert
+from kvcompress.swiftkv.conversion import convert
 from tests.contract.models import build
 from tests.parallel.runs import CACHES, CONVERTED, SIZES, converse
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kvcompress.swiftkv.conversion import convert
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.distill import Distillation, distill
-from kvcompress.swiftkv.model import convert
 from tests.contract.models import build, prompt
 
 SMALL = {"length": 16, "steps": 6, "batch": 2, "learning_rate": 3e-3}

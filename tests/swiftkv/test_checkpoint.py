@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kvcompress.swiftkv.conversion import convert
 from kvcompress.swiftkv.distill import Distillation, distill
-from kvcompress.swiftkv.model import convert
 from tests.contract.models import build
 from tests.swiftkv.runs import SMALL, interrupted, rows, student
 

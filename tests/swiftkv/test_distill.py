@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvcompress.cli import main
+from kvcompress.swiftkv.conversion import convert
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.distill import Distillation, distill
-from kvcompress.swiftkv.model import as_teacher, convert, trained_parameters
+from kvcompress.swiftkv.model import as_teacher, trained_parameters
 from tests.contract.models import build, prompt
 from tests.swiftkv.runs import SMALL, rows, student
 

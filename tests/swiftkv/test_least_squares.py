@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from kvcompress.swiftkv.conversion import convert
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.distill import Distillation, distill
 from kvcompress.swiftkv.least_squares import fit
-from kvcompress.swiftkv.model import as_teacher, convert, trained_parameters
+from kvcompress.swiftkv.model import as_teacher, trained_parameters
 from tests.contract.models import build, prompt
 
 

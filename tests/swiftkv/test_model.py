@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache
 from kvcompress import DenseCache
 from kvcompress.hf import cache_argument
 from kvcompress.swiftkv import forward as single_input
-from kvcompress.swiftkv.model import as_teacher, convert, trained_parameters
+from kvcompress.swiftkv.conversion import convert
+from kvcompress.swiftkv.model import as_teacher, trained_parameters
 from tests.contract.models import DEVICE, build, left_padded, places, prompt
 from tests.test_readme import ROOT
 

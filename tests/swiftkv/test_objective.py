@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from kvcompress.swiftkv.conversion import convert
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.distill import Distillation, distill
-from kvcompress.swiftkv.model import as_teacher, convert
+from kvcompress.swiftkv.model import as_teacher
 from kvcompress.swiftkv.objective import distillation_loss
 from tests.contract.models import build
 from tests.swiftkv.runs import rows

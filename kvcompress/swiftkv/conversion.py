@@ -1,0 +1,97 @@
+"""Converts a model to SwiftKV: the same weights, in a class whose later layers take one common input."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.caches.budget import count_or_fraction
+from kvcompress.swiftkv.model import CONVERTED
+
+
+def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1) -> Any:
+    """A SwiftKV model of the weights of a model, which stays as it was and shares them.
+
+    The common norm begins as the input norm of the first later layer; queries, keys and values begin as the later
+    layers' own, in a group of layers keys and values as the mean over the group.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 model.
+        skip_from: the first layer that the prompt skips: its index, or a fraction of the layers.
+        share: consecutive later layers that share one set of keys and values (AcrossKV), a divisor of their number.
+
+    Raises:
+        ValueError: the model is of no family that is served, is spread over devices or quantised, or the later layers
+            cannot be grouped so.
+    """
+    if type(model) not in CONVERTED:
+        served = ", ".join(kind.__name__ for kind in CONVERTED)
+        raise ValueError(f"SwiftKV converts {served}; got {type(model).__name__}")
+    places = hf.spread_over(model)
+    if len(set(places.values())) > 1:
+        raise ValueError(f"convert needs {type(model).__name__} on one device, got {places}")
+    config = model.config
+    layers = config.num_hidden_layers
+    first = first_later(skip_from, layers)
+    kind = CONVERTED[type(model)]
+    fields = config.to_dict()
+    fields.pop("model_type", None)
+    fields |= {"num_key_value_layers": first, "key_value_group_size": share, "swiftkv_teacher": True}
+    settings = kind.config_class.from_dict({**fields, "architectures": [kind.__name__]})
+    settings._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        converted = kind(settings)
+    _take_over(converted, model)
+    for start in range(first, layers, share):
+        _begin(converted.model.layers[start : start + share], model.model.layers[start : start + share])
+    if first < layers:
+        converted.model.norm_swiftkv = copy.deepcopy(model.model.layers[first].input_layernorm)
+    else:
+        converted.model.norm_swiftkv = copy.deepcopy(model.model.norm)
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    return converted.train(model.training)
+
+
+def first_later(skip_from: int | float, layers: int) -> int:
+    """The index of the first later layer, which may be given as a fraction of the layers."""
+    skip_from = count_or_fraction(skip_from, "skip_from", "a layer", "the layers")
+    if isinstance(skip_from, float):
+        return max(1, round(skip_from * layers))
+    if not 1 <= skip_from <= layers:
+        raise ValueError(f"skip_from must be a layer from 1 to {layers}, got {skip_from}")
+    return skip_from
+
+
+def _take_over(converted: Any, model: Any) -> None:
+    """Puts the modules of a model, which hold its weights, into the converted one, built without."""
+    for name in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(converted.model, name, getattr(model.model, name))
+    converted.lm_head = model.lm_head
+    for to, of in zip(converted.model.layers, model.model.layers, strict=True):
+        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            setattr(to, name, getattr(of, name))
+        for name, module in of.self_attn.named_children():
+            if isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_floating_point():
+                raise ValueError(f"convert needs floating-point weights; {name} is a {type(module).__name__}")
+            setattr(to.self_attn, name, module)
+
+
+@torch.no_grad()
+def _begin(later: Any, layers: Any) -> None:
+    """The first weights of a group of later layers."""
+    for index, (to, of) in enumerate(zip(later, layers, strict=True)):
+        names = ["q_proj", "q_norm"] + ([] if index else ["k_proj", "v_proj", "k_norm"])
+        for name in names:
+            if not hasattr(of.self_attn, name):
+                continue
+            begun = copy.deepcopy(getattr(of.self_attn, name))
+            if name[0] != "q":
+                for part, parameter in begun.named_parameters():
+                    own = [getattr(layer.self_attn, name).get_parameter(part) for layer in layers]
+                    # one layer alone: its weights, to the bit
+                    if len(own) > 1:
+                        parameter.copy_(torch.stack([weight.double() for weight in own]).mean(0))
+            setattr(to.self_attn, f"{name}_swiftkv", begun)
