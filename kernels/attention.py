@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
     AOT_HEAD_DIMS,
@@ -54,14 +55,7 @@ from kvcompress.kernels.common.torch_attention import (
 
 @op(fake=lambda query, value, **_: _heads_side_by_side(query, value))
 def causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    visible: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last tokens of a chunk to the chunk, each to itself and what stands before it.
 
@@ -69,10 +63,7 @@ def causal_attention(
         query: [batch, heads, queries, head_dim]; query i is token `tokens - queries + i`.
         key: [batch, kv_heads, tokens, head_dim].
         value: [batch, kv_heads, tokens, value_dim].
-        scale: factor of q.k.
         visible: [batch, tokens] bool; False marks padding, which no query sees. None: all are visible.
-        window: a query sees the last `window` tokens, itself included. None: all before it.
-        softcap: bound of the logits. None: no bound.
 
     Returns:
         The output, [batch, heads, queries, value_dim] in query's dtype, and its log-sum-exp,
@@ -83,29 +74,23 @@ def causal_attention(
         raise ValueError(
             f"causal_attention needs at most as many queries as tokens, got {query.shape[2]} and {key.shape[2]}"
         )
-    window = None if window is None or window >= key.shape[2] else window
+    spec = spec.within(key.shape[2])
     if runs_triton(query) and query.numel():
-        out, lse = _launch_causal(query, key, value, visible, scale, window, softcap)
-    elif query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        out, lse = causal_in_blocks(query, key, value, scale, visible, window, softcap)
+        run = _launch_causal
+    elif query.is_cuda or not spec.is_plain or key.shape[-1] != value.shape[-1]:
+        run = causal_in_blocks
     else:
-        out, lse = causal_flash(query, key, value, scale, visible)
+        run = causal_flash
+    out, lse = run(query, key, value, spec, visible)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 def causal_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    visible: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """What causal_attention means, in plain PyTorch."""
-    logits = query_logits(query, key, scale, softcap)
-    seen = causal_mask(query.shape[2], key.shape[2], 0, key.shape[2], window, query.device)
+    logits = query_logits(query, key, spec)
+    seen = causal_mask(query.shape[2], key.shape[2], spec.window, query.device)
     if visible is not None:
         seen = seen & visible[:, None, None, None, :]
     return _softmax_reference(logits.masked_fill(~seen, -torch.inf), value, query)
@@ -118,15 +103,7 @@ def causal_attention_reference(
     )
 )
 def slot_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec
 ) -> tuple[Tensor, Tensor]:
     """Attention to cached tokens that lie in slots of any order, some of them empty.
 
@@ -137,9 +114,6 @@ def slot_attention(
         positions: [batch, kv_heads, slots] int32, the position of each slot's token, at most that of every
             query; -1 marks an empty slot.
         query_positions: [batch, queries] int32; read only where there is a window.
-        scale: factor of q.k.
-        window: a query sees positions greater than its own less `window`. None: all.
-        softcap: bound of the logits. None: no bound.
 
     Returns:
         The output, [batch, heads, queries, value_dim] in query's dtype, and its log-sum-exp,
@@ -147,26 +121,18 @@ def slot_attention(
     """
     _check(query, key, value)
     if runs_triton(query) and query.numel():
-        return launch_split(query, key, value, None, positions, query_positions, scale, window, softcap)
-    if query.is_cuda or softcap is not None or window is not None or key.shape[-1] != value.shape[-1]:
-        return slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap)
-    return slot_flash(query, key, value, positions, scale)
+        return launch_split(query, key, value, spec, positions=positions, query_positions=query_positions)
+    if query.is_cuda or not spec.is_plain or key.shape[-1] != value.shape[-1]:
+        return slots_in_blocks(query, key, value, positions, query_positions, spec)
+    return slot_flash(query, key, value, positions, spec.scale)
 
 
 def slot_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec
 ) -> tuple[Tensor, Tensor]:
     """What slot_attention means, in plain PyTorch."""
-    logits = query_logits(query, key, scale, softcap)
-    seen = slots_seen(positions, query_positions, window)[:, :, None]
+    logits = query_logits(query, key, spec)
+    seen = slots_seen(positions, query_positions, spec.window)[:, :, None]
     return _softmax_reference(logits.masked_fill(~seen, -torch.inf), value, query)
 
 
@@ -197,26 +163,20 @@ def _softmax_reference(logits: Tensor, value: Tensor, query: Tensor) -> tuple[Te
 
 
 def _launch_causal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
-    if window is not None:
+    if spec.window is not None:
         # no query sees further back than this
-        reach = min(key.shape[2], window + queries - 1)
+        reach = min(key.shape[2], spec.window + queries - 1)
         key, value = key[:, :, -reach:], value[:, :, -reach:]
         visible = None if visible is None else visible[:, -reach:]
     kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     if queries * (heads // kv_heads) <= FEW_ROWS:
-        return launch_split(query, key, value, visible, None, None, scale, window, softcap)[:2]
-    if scale <= 0:
+        return launch_split(query, key, value, spec, visible)
+    if spec.scale <= 0:
         # the kernel takes the maximum before it scales
-        query, scale = query * scale, 1.0
+        query, spec = query * spec.scale, spec._replace(scale=1.0)
     out, lse = _heads_side_by_side(query, value)
     query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
@@ -228,10 +188,10 @@ def _launch_causal(
     launch(
         _causal_kernel, grid, query, key, value, visible, out, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
+        heads, queries, tokens, *spec.arguments, int(queries > _LONG),
         GROUP=heads // kv_heads, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail,
         VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width, VALUE_TAIL=value_tail,
-        PADDED=visible is not None, WINDOWED=window is not None, SOFTCAPPED=softcap is not None,
+        PADDED=visible is not None, **spec.constants,
     )  # fmt: skip
     return out, lse
 
@@ -411,13 +371,14 @@ def aot_calls() -> None:
         for dtype in AOT_DTYPES:
             visible, positions = shaped(1, 900, dtype=torch.bool), shaped(1, 4, 900, dtype=torch.int32)
             key = shaped(1, 4, 900, head_dim, dtype=dtype)
+            plain, bounded = LogitSpec(0.1), LogitSpec(0.1, window=700, softcap=30.0)
             # rows of one tile of the split kernel, of its largest, and of causal tiles
             for queries in (1, 16, 128):
                 query = shaped(1, 16, queries, head_dim, dtype=dtype)
-                causal_attention(query, key, key, scale=0.1)
-                causal_attention(query, key, key, scale=0.1, visible=visible, window=700, softcap=30.0)
+                causal_attention(query, key, key, plain)
+                causal_attention(query, key, key, bounded, visible)
                 if queries > 16:
                     continue
                 at = shaped(1, queries, dtype=torch.int32)
-                slot_attention(query, key, key, positions, at, scale=0.1)
-                slot_attention(query, key, key, positions, at, scale=0.1, window=700, softcap=30.0)
+                slot_attention(query, key, key, positions, at, plain)
+                slot_attention(query, key, key, positions, at, bounded)

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, op, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import split_keys
 from kvcompress.kernels.common.tile import (
@@ -28,6 +29,7 @@ from kvcompress.kernels.common.tile import (
     tile_width,
     wide,
 )
+from kvcompress.kernels.common.torch_attention import query_logits
 
 Group = Literal["max", "mean", "sum"]
 
@@ -37,10 +39,8 @@ def chunk_scores(
     query: Tensor,
     landmarks: Tensor,
     is_open: Tensor,
+    spec: LogitSpec,
     visible: Tensor | None = None,
-    *,
-    scale: float,
-    softcap: float | None = None,
     group: Group = "max",
 ) -> Tensor:
     """Scores of chunks for a block of queries that will read the same chunks.
@@ -50,14 +50,14 @@ def chunk_scores(
         landmarks: [batch, kv_heads, chunks, head_dim].
         is_open: [batch, kv_heads, chunks] bool.
         visible: [batch, queries] bool, False for queries that are padding. None: all count.
-        scale, softcap: of the attention's logits.
+        spec: of the attention's logits, without a window: a landmark stands for no position.
         group: how the query heads of a KV head agree.
 
     Returns:
         [batch, kv_heads, chunks] float32, -inf for chunks that are not open.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, or a window.
     """
     if (
         query.shape[0] != landmarks.shape[0]
@@ -70,32 +70,26 @@ def chunk_scores(
             "and is_open [batch, kv_heads, chunks] with heads a multiple of kv_heads; got "
             f"{list(query.shape)}, {list(landmarks.shape)} and {list(is_open.shape)}"
         )
-    if not runs_triton(query) or not query.numel() or not is_open.numel():
-        return chunk_scores_reference(query, landmarks, is_open, visible, scale=scale, softcap=softcap, group=group)
-    return _launch(query, landmarks, is_open, visible, scale, softcap, group)
+    if spec.window is not None:
+        raise ValueError(
+            f"chunk_scores knows no window, as a landmark stands for no position; got one of {spec.window}"
+        )
+    run = _launch if runs_triton(query) and query.numel() and is_open.numel() else chunk_scores_reference
+    return run(query, landmarks, is_open, spec, visible, group)
 
 
 def chunk_scores_reference(
     query: Tensor,
     landmarks: Tensor,
     is_open: Tensor,
+    spec: LogitSpec,
     visible: Tensor | None = None,
-    *,
-    scale: float,
-    softcap: float | None = None,
     group: Group = "max",
 ) -> Tensor:
     """What chunk_scores means, in plain PyTorch: the oracle of its test and its path on a CPU."""
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, chunks = landmarks.shape[1:3]
-    # products that are not scaled yet may leave the range of 16 bits
-    rows = query.float().reshape(batch, kv_heads, -1, head_dim)
-    logits = (rows @ landmarks.float().mT).mul_(scale)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = query_logits(query, landmarks, spec)
     # a finite floor: where nothing is open a flat softmax and not NaN, and the mask below clears it
-    shares = logits.masked_fill_(~is_open[:, :, None], -1e30).softmax(-1)
-    shares = shares.view(batch, kv_heads, heads // kv_heads, queries, chunks)
+    shares = logits.masked_fill_(~is_open[:, :, None, None], -1e30).softmax(-1)
     if visible is not None:
         shares = shares.masked_fill(~visible[:, None, None, :, None], 0.0)
     shares = shares.sum(3)
@@ -107,9 +101,8 @@ def _launch(
     query: Tensor,
     landmarks: Tensor,
     is_open: Tensor,
+    spec: LogitSpec,
     visible: Tensor | None,
-    scale: float,
-    softcap: float | None,
     group: Group,
 ) -> Tensor:
     batch, heads, queries, _ = query.shape
@@ -127,7 +120,7 @@ def _launch(
         "GROUP": heads // kv_heads,
         "HEAD_DIM": query.shape[-1],
         "DIM": tile_width(query.shape[-1]),
-        "SOFTCAPPED": softcap is not None,
+        "SOFTCAPPED": spec.softcap is not None,
         "ONE_QUERY": queries == 1,
         "BLOCK_ROWS": _ROWS,
         "BLOCK_CHUNKS": block,
@@ -136,12 +129,12 @@ def _launch(
     launch(
         _landmark_lse_kernel, (splits * row_blocks, kv_heads, batch),
         query, landmarks, is_open, lses, logits, *strides,
-        queries, chunks, splits, split_chunks, scale, softcap or 0.0, num_stages=_PREFETCHING, **shared,
+        queries, chunks, splits, split_chunks, *spec.arguments[1:], num_stages=_PREFETCHING, **shared,
     )  # fmt: skip
     launch(
         _chunk_scores_kernel, (triton.cdiv(chunks, block), kv_heads, batch),
         query, landmarks, is_open, visible, lses.logsumexp(0), logits, scores, *strides,
-        queries, chunks, scale, softcap or 0.0,
+        queries, chunks, *spec.arguments[1:],
         PADDED=visible is not None, TAKES_MAX=group == "max", FACTOR=kv_heads / heads if group == "mean" else 1.0,
         num_stages=_STAGES, **shared,
     )  # fmt: skip
@@ -275,5 +268,5 @@ def aot_calls() -> None:
             query, queries = (shaped(2, 32, count, head_dim, dtype=dtype) for count in (1, 7))
             landmarks, is_open = shaped(2, 8, 500, head_dim, dtype=dtype), shaped(2, 8, 500)
             visible = shaped(2, 7, dtype=torch.bool)
-            chunk_scores(query, landmarks, is_open.bool(), scale=0.1)
-            chunk_scores(queries, landmarks, is_open.bool(), visible, scale=0.1, softcap=30.0, group="sum")
+            chunk_scores(query, landmarks, is_open.bool(), LogitSpec(0.1))
+            chunk_scores(queries, landmarks, is_open.bool(), LogitSpec(0.1, softcap=30.0), visible, "sum")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.column_tiles import causal_tiles, slot_tiles
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
     AOT_HEAD_DIMS,
@@ -35,19 +36,12 @@ from kvcompress.kernels.common.tile import (
     tile_widths,
     wide,
 )
-from kvcompress.kernels.common.torch_attention import slots_seen
+from kvcompress.kernels.common.torch_attention import causal_mask, query_logits, slots_seen
 
 
 @op(fake=lambda key, **_: key.new_empty(key.shape[:3], dtype=torch.float32))
 def causal_column_sums(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    visible: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, lse: Tensor, spec: LogitSpec, visible: Tensor | None = None
 ) -> Tensor:
     """Attention received by each token of a chunk from the chunk's last queries.
 
@@ -56,143 +50,86 @@ def causal_column_sums(
         key: [batch, kv_heads, tokens, head_dim].
         lse: [batch, heads, queries] float32, over all keys the query saw, be they here or elsewhere.
             A query with lse of +inf or -inf is left out; one with NaN gives NaN to all it sees.
-        scale, visible, window, softcap: as in causal_attention.
+        visible: as in causal_attention.
 
     Returns:
         [batch, kv_heads, tokens] float32; 0 for a token nobody sees.
     """
-    window = None if window is None or window >= key.shape[2] else window
+    spec = spec.within(key.shape[2])
     if runs_triton(query) and query.numel():
-        return _launch(query, key, lse, visible, None, None, scale, window, softcap)
-    return causal_tiles(query, key, lse, scale, visible, window, softcap)
+        return _launch(query, key, lse, spec, visible)
+    return causal_tiles(query, key, lse, spec, visible)
 
 
 def causal_column_sums_reference(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    visible: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, lse: Tensor, spec: LogitSpec, visible: Tensor | None = None
 ) -> Tensor:
     """What causal_column_sums means, in plain PyTorch."""
-    queries, tokens, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    logits = (query.float() @ key.float().repeat_interleave(group, 1).mT) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    token = torch.arange(tokens, device=key.device)
-    index = token[tokens - queries :, None]
-    seen = token <= index
-    if window is not None:
-        seen = seen & (token > index - window)
+    seen = causal_mask(query.shape[2], key.shape[2], spec.window, key.device)
     if visible is not None:
-        seen = seen & visible[:, None, None, :]
-    seen = seen & ~lse.isinf()[..., None]
-    probabilities = torch.where(seen, (logits - lse[..., None]).exp(), 0.0)
-    return probabilities.sum(2).unflatten(1, (-1, group)).sum(2)
+        seen = seen & visible[:, None, None, None, :]
+    return _probabilities(query, key, lse, spec, seen).sum((2, 3))
 
 
 @op(fake=lambda key, **_: key.new_empty(key.shape[:3], dtype=torch.float32))
 def slot_column_sums(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, positions: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
 ) -> Tensor:
     """Attention received by each cache slot from the queries.
 
     Args:
         query: [batch, heads, queries, head_dim].
         key: [batch, kv_heads, slots, head_dim].
-        positions, query_positions, scale, window, softcap: as in slot_attention.
+        positions, query_positions: as in slot_attention.
         lse: [batch, heads, queries] float32, over all keys the query saw, be they here or elsewhere.
             A query with lse of +inf or -inf is left out; one with NaN gives NaN to all it sees.
 
     Returns:
         [batch, kv_heads, slots] float32; 0 for an empty slot.
     """
-    return _slot_columns(query, key, positions, query_positions, lse, scale, window, softcap, False)
+    return _slot_columns(query, key, positions, query_positions, lse, spec, takes_max=False)
 
 
 @op(fake=lambda key, **_: key.new_empty(key.shape[:3], dtype=torch.float32))
 def slot_column_maxima(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, positions: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
 ) -> Tensor:
     """The most attention that each cache slot received from any one query and head of its group.
 
     Args:
-        query, key, positions, query_positions, lse, scale, window, softcap: as in slot_column_sums.
+        query, key, positions, query_positions, lse: as in slot_column_sums.
 
     Returns:
         [batch, kv_heads, slots] float32; 0 for an empty slot.
     """
-    return _slot_columns(query, key, positions, query_positions, lse, scale, window, softcap, True)
+    return _slot_columns(query, key, positions, query_positions, lse, spec, takes_max=True)
 
 
 def slot_column_sums_reference(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, positions: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
 ) -> Tensor:
     """What slot_column_sums means, in plain PyTorch."""
-    probabilities = _slot_probabilities(query, key, positions, query_positions, lse, scale, window, softcap)
-    return probabilities.sum((2, 3))
+    return _slot_probabilities(query, key, positions, query_positions, lse, spec).sum((2, 3))
 
 
 def slot_column_maxima_reference(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, positions: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
 ) -> Tensor:
     """What slot_column_maxima means, in plain PyTorch."""
-    probabilities = _slot_probabilities(query, key, positions, query_positions, lse, scale, window, softcap)
-    return probabilities.amax((2, 3))
+    return _slot_probabilities(query, key, positions, query_positions, lse, spec).amax((2, 3))
 
 
 def _slot_probabilities(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    lse: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, positions: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
 ) -> Tensor:
     """[batch, kv_heads, group, queries, slots]."""
-    group = query.shape[1] // key.shape[1]
-    logits = (query.float() @ key.float().repeat_interleave(group, 1).mT) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    seen = slots_seen(positions, query_positions, window).repeat_interleave(group, 1) & ~lse.isinf()[..., None]
-    return torch.where(seen, (logits - lse[..., None]).exp(), 0.0).unflatten(1, (-1, group))
+    return _probabilities(query, key, lse, spec, slots_seen(positions, query_positions, spec.window)[:, :, None])
+
+
+def _probabilities(query: Tensor, key: Tensor, lse: Tensor, spec: LogitSpec, seen: Tensor) -> Tensor:
+    """exp(logit - lse) where a query sees a token and is not left out, [batch, kv_heads, group, queries, tokens]."""
+    lse = lse.unflatten(1, (key.shape[1], -1))[..., None]
+    return torch.where(seen & ~lse.isinf(), (query_logits(query, key, spec) - lse).exp(), 0.0)
 
 
 def _slot_columns(
@@ -201,26 +138,22 @@ def _slot_columns(
     positions: Tensor,
     query_positions: Tensor,
     lse: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    spec: LogitSpec,
     takes_max: bool,
 ) -> Tensor:
     if runs_triton(query) and query.numel():
-        return _launch(query, key, lse, None, positions, query_positions, scale, window, softcap, takes_max)
-    return slot_tiles(query, key, positions, query_positions, lse, scale, window, softcap, takes_max)
+        return _launch(query, key, lse, spec, None, positions, query_positions, takes_max)
+    return slot_tiles(query, key, positions, query_positions, lse, spec, takes_max)
 
 
 def _launch(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
+    spec: LogitSpec,
     visible: Tensor | None,
-    positions: Tensor | None,
-    query_positions: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
     takes_max: bool = False,
 ) -> Tensor:
     """positions and query_positions as in slot_column_sums; None: a causal chunk, as in causal_column_sums."""
@@ -234,7 +167,7 @@ def _launch(
     lse = torch.mul(by_row, LOG2E.value, out=lse.new_empty(by_row.shape))
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     positions = None if positions is None else positions.contiguous()
-    query_positions = None if window is None or query_positions is None else query_positions.contiguous()
+    query_positions = None if spec.window is None or query_positions is None else query_positions.contiguous()
     sums = key.new_empty(batch, kv_heads, tokens, dtype=torch.float32)
     head_dim = query.shape[-1]
     dim, tail = tile_widths(head_dim)
@@ -246,10 +179,9 @@ def _launch(
         launch(
             _column_sums_kernel, grid, query, key, lse, visible, positions, query_positions, sums,
             *query.stride()[:3], *key.stride()[:3],
-            kv_heads, queries, tokens, window or 0, scale, softcap or 0.0, int(queries > _LONG),
+            kv_heads, queries, tokens, *spec.arguments, int(queries > _LONG),
             GROUP=group, INNER=inner, HEAD_DIM=head_dim, DIM=dim, TAIL=tail,
-            PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
-            SOFTCAPPED=softcap is not None, TAKES_MAX=takes_max,
+            PADDED=visible is not None, SLOTTED=positions is not None, TAKES_MAX=takes_max, **spec.constants,
         )  # fmt: skip
     return sums
 
@@ -425,8 +357,9 @@ def aot_calls() -> None:
             query, key = (shaped(2, heads, 128, head_dim, dtype=dtype) for heads in (32, 8))
             positions, at = shaped(2, 8, 128, dtype=torch.int32), shaped(2, 128, dtype=torch.int32)
             lse, visible = shaped(2, 32, 128), shaped(2, 128, dtype=torch.bool)
-            causal_column_sums(query, key, lse, scale=0.1)
-            causal_column_sums(query, key, lse, scale=0.1, visible=visible, window=64, softcap=30.0)
-            slot_column_sums(query, key, positions, at, lse, scale=0.1)
-            slot_column_sums(query, key, positions, at, lse, scale=0.1, window=64, softcap=30.0)
-            slot_column_maxima(query, key, positions, at, lse, scale=0.1)
+            plain, bounded = LogitSpec(0.1), LogitSpec(0.1, window=64, softcap=30.0)
+            causal_column_sums(query, key, lse, plain)
+            causal_column_sums(query, key, lse, bounded, visible)
+            slot_column_sums(query, key, positions, at, lse, plain)
+            slot_column_sums(query, key, positions, at, lse, bounded)
+            slot_column_maxima(query, key, positions, at, lse, plain)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention_reference
 from kvcompress.kernels.column_sums import slot_column_sums_reference
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
     AOT_HEAD_DIMS,
@@ -42,10 +43,7 @@ def decode_attention(
     value: Tensor,
     positions: Tensor,
     query_positions: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    spec: LogitSpec,
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token to the cache slots, its own among them.
@@ -56,7 +54,6 @@ def decode_attention(
         value: [batch, kv_heads, slots, value_dim].
         positions: [batch, kv_heads, slots] int32, -1 marks an empty slot.
         query_positions: [batch, 1] int32; read only where there is a window.
-        scale, window, softcap: as in slot_attention.
         sink_logits: [heads], one learned logit a head that takes weight and has no value (attention sinks of gpt-oss).
 
     Returns:
@@ -66,7 +63,7 @@ def decode_attention(
     if query.shape[2] != 1:
         raise ValueError(f"decode_attention takes one query a sequence, got query {list(query.shape)}")
     run = _launch if runs_triton(query) and query.numel() else _decode_in_pytorch
-    return run(query, key, value, positions, query_positions, scale, window, softcap, sink_logits)
+    return run(query, key, value, positions, query_positions, spec, sink_logits)
 
 
 def decode_attention_reference(
@@ -75,21 +72,15 @@ def decode_attention_reference(
     value: Tensor,
     positions: Tensor,
     query_positions: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    spec: LogitSpec,
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What decode_attention means, in plain PyTorch."""
-    arguments = (query, key, positions, query_positions)
-    out, lse = slot_attention_reference(
-        query, key, value, positions, query_positions, scale=scale, window=window, softcap=softcap
-    )
+    out, lse = slot_attention_reference(query, key, value, positions, query_positions, spec)
     if sink_logits is not None:
         whole = torch.logaddexp(lse, sink_logits.float()[:, None])
         out, lse = (out * (lse - whole).exp()[..., None]).to(query.dtype), whole
-    return out, slot_column_sums_reference(*arguments, lse, scale=scale, window=window, softcap=softcap)
+    return out, slot_column_sums_reference(query, key, positions, query_positions, lse, spec)
 
 
 def _decode_in_pytorch(
@@ -98,20 +89,16 @@ def _decode_in_pytorch(
     value: Tensor,
     positions: Tensor,
     query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    spec: LogitSpec,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     # logits of 16 bits are off by as much as they are large, and may leave the range
     dtype = torch.promote_types(query.dtype, torch.float32)
-    rows = query.to(dtype).view(batch, kv_heads, heads // kv_heads, head_dim) * scale
-    logits = rows @ key.to(dtype).mT  # [batch, kv_heads, group, slots]
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    seen = slots_seen(positions, query_positions, window)
+    rows = query.to(dtype).view(batch, kv_heads, heads // kv_heads, head_dim) * spec.scale
+    logits = spec.cap_(rows @ key.to(dtype).mT)  # [batch, kv_heads, group, slots]
+    seen = slots_seen(positions, query_positions, spec.window)
     # a finite floor: a query that sees nothing gets a flat softmax and not NaN, and the mask then clears it
     logits.masked_fill_(~seen, -1e30)
     if sink_logits is not None:
@@ -128,17 +115,13 @@ def _launch(
     value: Tensor,
     positions: Tensor,
     query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    spec: LogitSpec,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads = query.shape[:2]
     kv_heads, slots = key.shape[1:3]
     logits = query.new_empty(batch, kv_heads, slots, heads // kv_heads, dtype=torch.float32)
-    parts, lses = launch_split(
-        query, key, value, None, positions, query_positions, scale, window, softcap, logits=logits, merge=False
-    )
+    parts, lses = launch_split(query, key, value, spec, None, positions, query_positions, logits, merge=False)
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     probabilities = key.new_empty(key.shape[:3], dtype=torch.float32)
     value_dim, group = value.shape[-1], heads // kv_heads
@@ -281,5 +264,5 @@ def aot_calls() -> None:
             at = shaped(1, 1, dtype=torch.int32)
             for group in (1, 4, 64) if head_dim in (64, 256) else (4, 64):
                 query, sinks = shaped(1, 2 * group, 1, head_dim, dtype=dtype), shaped(2 * group, dtype=dtype)
-                decode_attention(query, key, key, positions, at, scale=0.1)
-                decode_attention(query, key, key, positions, at, scale=0.1, window=700, softcap=30.0, sink_logits=sinks)
+                decode_attention(query, key, key, positions, at, LogitSpec(0.1))
+                decode_attention(query, key, key, positions, at, LogitSpec(0.1, window=700, softcap=30.0), sinks)

@@ -14,12 +14,14 @@ the scores and 4 * kv_heads for the positions, each * batch * slots. The same as
 launches and reads scores and positions four times.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import AOT_DTYPES, core_count, launch, op, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import launch_split
 from kvcompress.kernels.common.tile import bound_logits, wide
@@ -37,27 +39,33 @@ from kvcompress.kernels.evict import choose_victim, choose_victim_reference, fir
 EMPTY = -1
 
 
-@op(
-    fake=lambda query, value, **_: query.new_empty(*query.shape[:-1], value.shape[-1]),
-    mutates=("keys", "values", "positions", "scores", "spare"),
-)
+class Slots(NamedTuple):
+    """What a cache holds in slots, some of them empty.
+
+    keys, values: [batch, kv_heads, slots, head_dim] and value_dim.
+    positions: [batch, kv_heads, slots] int32, EMPTY marks an empty slot.
+    scores: [batch, kv_heads, slots] float32.
+    spare: [batch, kv_heads] int64, an empty slot of each head: the one that the next token takes.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor
+    spare: Tensor
+
+
+@op(fake=lambda query, value, **_: query.new_empty(*query.shape[:-1], value.shape[-1]), mutates=("slots",))
 def decode_and_evict(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    spare: Tensor,
+    slots: Slots,
     token_positions: Tensor,
     limits: Tensor,
     recents: Tensor,
-    *,
-    scale: float,
+    spec: LogitSpec,
     sinks: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
     memory: float = 1.0,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
@@ -66,14 +74,11 @@ def decode_and_evict(
     Args:
         query: [batch, heads, 1, head_dim].
         key, value: of the new token, [batch, kv_heads, 1, head_dim] and value_dim.
-        keys, values: slots, [batch, kv_heads, slots, head_dim] and value_dim. Written at the spare slot.
-        positions: [batch, kv_heads, slots] int32, -1 marks an empty slot. Written.
-        scores: [batch, kv_heads, slots] float32. Written.
-        spare: [batch, kv_heads] int64, an empty slot of each head. Written: the next one.
+        slots: all written to: the token goes into the spare slot, scores grow, who goes becomes the next spare slot.
         token_positions: [batch] int32, position of the new token; -1 where it is padding, which changes no slot.
         limits: [batch] int32, tokens a head may hold, fewer than slots.
         recents: [batch] int32, newest tokens that stay, at least 1.
-        scale, window, softcap: as in slot_attention. With a window, what the next token will not see goes first.
+        spec: with a window, what the next token will not see goes first.
         sinks: positions below it stay.
         memory: how much of its old score a slot keeps; 1 accumulates (H2O), 1 - 1 / w fades over w queries (SnapKV).
         sink_logits: [heads], as in decode_attention.
@@ -85,70 +90,29 @@ def decode_and_evict(
         raise ValueError(
             f"decode_and_evict takes one token a sequence, got query {list(query.shape)}, key {list(key.shape)}"
         )
-    if not all(tensor.is_contiguous() for tensor in (positions, scores, spare)):
+    if not all(tensor.is_contiguous() for tensor in slots[2:]):
         raise ValueError("decode_and_evict writes to positions, scores and spare, which must be contiguous")
-    if runs_triton(query):
-        return _launch(
-            query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-            scale, sinks, window, softcap, memory, sink_logits,
-        )  # fmt: skip
-    return decode_then_evict(
-        query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-        scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory, sink_logits=sink_logits,
-    )  # fmt: skip
-
-
-def decode_and_evict_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    spare: Tensor,
-    token_positions: Tensor,
-    limits: Tensor,
-    recents: Tensor,
-    *,
-    scale: float,
-    sinks: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
-    memory: float = 1.0,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
-    """What decode_and_evict means, in plain PyTorch."""
-    return decode_then_evict(
-        query, key, value, keys, values, positions, scores, spare, token_positions, limits, recents,
-        scale=scale, sinks=sinks, window=window, softcap=softcap, memory=memory, sink_logits=sink_logits,
-        attend=decode_attention_reference, choose=choose_victim_reference,
-    )  # fmt: skip
+    run = _launch if runs_triton(query) else decode_then_evict
+    return run(query, key, value, slots, token_positions, limits, recents, spec, sinks, memory, sink_logits)
 
 
 def decode_then_evict(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    spare: Tensor,
+    slots: Slots,
     token_positions: Tensor,
     limits: Tensor,
     recents: Tensor,
-    *,
-    scale: float,
+    spec: LogitSpec,
     sinks: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
     memory: float = 1.0,
     sink_logits: Tensor | None = None,
     attend: Callable[..., tuple[Tensor, Tensor]] = decode_attention,
     choose: Callable[..., Tensor] = choose_victim,
 ) -> Tensor:
     """decode_and_evict from its parts: what a CPU runs, and what one op has to beat on a GPU."""
+    keys, values, positions, scores, spare = slots
     real = (token_positions != EMPTY)[:, None, None]
     slot = spare[..., None]
     for stored, new in ((keys, key), (values, value)):
@@ -156,18 +120,15 @@ def decode_then_evict(
         stored.scatter_(2, index, torch.where(real[..., None], new, stored.gather(2, index)))
     positions.scatter_(2, slot, torch.where(real, token_positions[:, None, None], positions.gather(2, slot)))
     scores.scatter_(2, slot, torch.where(real, 0.0, scores.gather(2, slot)))
-    out, attention = attend(
-        query, keys, values, positions, token_positions[:, None],
-        scale=scale, window=window, softcap=softcap, sink_logits=sink_logits,
-    )  # fmt: skip
+    out, attention = attend(query, keys, values, positions, token_positions[:, None], spec, sink_logits)
     scores.copy_(torch.where(real, scores * memory + attention, scores))
 
     newest = token_positions + 1
     ranked = scores
-    if window is not None:
+    if spec.window is not None:
         # what has left the window goes first, sinks too
         ranked = ranked.masked_fill(positions < sinks, torch.inf)
-        ranked = ranked.masked_fill(positions <= (newest - window)[:, None, None], -torch.inf)
+        ranked = ranked.masked_fill(positions <= (newest - spec.window)[:, None, None], -torch.inf)
         sinks = 0
     victims = choose(ranked, positions, newest - recents, sinks)[..., None]
     over = ((positions != EMPTY).sum(-1, keepdim=True) > limits[:, None, None]) & real
@@ -176,49 +137,49 @@ def decode_then_evict(
     return out
 
 
+# what decode_and_evict means, in plain PyTorch
+decode_and_evict_reference = functools.partial(
+    decode_then_evict, attend=decode_attention_reference, choose=choose_victim_reference
+)
+
+
 def _launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    spare: Tensor,
+    slots: Slots,
     token_positions: Tensor,
     limits: Tensor,
     recents: Tensor,
-    scale: float,
+    spec: LogitSpec,
     sinks: int,
-    window: int | None,
-    softcap: float | None,
     memory: float,
     sink_logits: Tensor | None,
 ) -> Tensor:
+    keys, values, positions, scores, _ = slots
     batch, heads, _, head_dim = query.shape
-    kv_heads, slots = keys.shape[1:3]
+    kv_heads, count = keys.shape[1:3]
     value_dim, group = values.shape[-1], heads // kv_heads
-    logits = query.new_empty(batch, kv_heads, slots, group, dtype=torch.float32)
+    logits = query.new_empty(batch, kv_heads, count, group, dtype=torch.float32)
     tickets = positions.new_empty(batch, kv_heads)
     parts, lses = launch_split(
-        query, keys, values, None, positions, token_positions[:, None], scale, window, softcap,
-        logits=logits, tickets=tickets, merge=False,
-    )  # fmt: skip
+        query, keys, values, spec, None, positions, token_positions[:, None], logits, tickets, merge=False
+    )
     out = query.new_empty(batch, heads, 1, value_dim)
-    chunk = _chunk(batch * kv_heads, slots, query.device)
-    chunks = triton.cdiv(slots, chunk)
+    chunk = _chunk(batch * kv_heads, count, query.device)
+    chunks = triton.cdiv(count, chunk)
+    window, scale, softcap = spec.arguments
     # what each program found: a score; a position, a slot, an empty slot and how many tokens it counted
     least = scores.new_empty(batch * kv_heads, chunks)
     found = positions.new_empty(4, batch * kv_heads, chunks)
     launch(
         _evict_kernel, (chunks, kv_heads, batch),
-        query.contiguous(), key.contiguous(), value.contiguous(), keys, values, positions, scores, spare,
+        query.contiguous(), key.contiguous(), value.contiguous(), *slots,
         token_positions.contiguous(), limits.contiguous(), recents.contiguous(),
         parts, lses, sink_logits, logits, out, least, found, tickets,
         *keys.stride()[:3], *values.stride()[:3],
-        batch, kv_heads, slots, chunk, len(parts), window or 0, sinks, scale, softcap or 0.0, memory,
-        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
-        WINDOWED=window is not None, SOFTCAPPED=softcap is not None, BLOCK_CHUNKS=_MOST_CHUNKS,
+        batch, kv_heads, count, chunk, len(parts), window, sinks, scale, softcap, memory,
+        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, **spec.constants, BLOCK_CHUNKS=_MOST_CHUNKS,
         BLOCK_DIM=triton.next_power_of_2(head_dim), **finish_blocks(group, value_dim, _CHUNK),
     )  # fmt: skip
     return out
@@ -386,15 +347,16 @@ def _evict_kernel(
 
 
 def aot_calls() -> None:
-    def call(group: int, head_dim: int, dtype: torch.dtype, **settings: Any) -> None:
+    def call(group: int, head_dim: int, dtype: torch.dtype, spec: LogitSpec, sink_logits: Tensor | None = None) -> None:
         query, token = (shaped(1, heads, 1, head_dim, dtype=dtype) for heads in (2 * group, 2))
         keys, scores = shaped(1, 2, 900, head_dim, dtype=dtype), shaped(1, 2, 900)
-        positions, spare = shaped(1, 2, 900, dtype=torch.int32), shaped(1, 2, dtype=torch.int64)
-        counts = [shaped(1, dtype=torch.int32)] * 3
-        decode_and_evict(query, token, token, keys, keys, positions, scores, spare, *counts, scale=0.1, **settings)
+        slots = Slots(keys, keys, scores.int(), scores, shaped(1, 2, dtype=torch.int64))
+        count = shaped(1, dtype=torch.int32)
+        decode_and_evict(query, token, token, slots, count, count, count, spec, sink_logits=sink_logits)
 
     for group in (1, 4, 64):
         for head_dim in (64, 128, 256):
             for dtype in AOT_DTYPES:
-                call(group, head_dim, dtype)
-                call(group, head_dim, dtype, window=700, softcap=30.0, sink_logits=shaped(2 * group, dtype=dtype))
+                call(group, head_dim, dtype, LogitSpec(0.1))
+                sinks = shaped(2 * group, dtype=dtype)
+                call(group, head_dim, dtype, LogitSpec(0.1, window=700, softcap=30.0), sinks)

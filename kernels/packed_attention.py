@@ -16,7 +16,8 @@ bound by bandwidth at 8 bits, by the decoding below. The bound on the speed-up o
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.packed_pieces import attend_in_pieces, visible_tokens
+from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.common.packed_pieces import attend_in_pieces
 from kvcompress.kernels.common.packed_tile import (
     TileShape,
     add_key_factors,
@@ -48,6 +49,7 @@ from kvcompress.kernels.common.tile import (
     tile_width,
     wide,
 )
+from kvcompress.kernels.common.torch_attention import slots_seen
 from kvcompress.kernels.merge import merge_stack
 from kvcompress.kernels.quantise import dequantise
 
@@ -61,12 +63,9 @@ def packed_attention(
     value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
-    *,
+    spec: LogitSpec,
     spans: Tensor | None = None,
     offsets: Tensor | None = None,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     with_logits: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Attention of queries to packed tokens, all of which stand before every query.
@@ -80,9 +79,6 @@ def packed_attention(
         spans: [batch, blocks] int32, which basis (`QuantizedTensor.right`) a block has. None: all have the first.
         offsets: [batch, heads, queries] float32, added to a query's q.k with every token: what the part of the keys
             comes to that all of them share and none has packed. None: nothing.
-        scale: factor of q.k.
-        window: a query sees positions greater than its own less `window`. None: all.
-        softcap: bound of the logits. None: no bound.
         with_logits: also returns the logits; for one query.
 
     Returns:
@@ -100,9 +96,8 @@ def packed_attention(
     is_empty = not query.numel() or not positions.numel()
     run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
     found = run(
-        query, keys, key_coding, values, value_coding, positions, query_positions, spans,
-        offsets, scale, window, softcap, with_logits,
-    )  # fmt: skip
+        query, keys, values, key_coding, value_coding, positions, query_positions, spec, spans, offsets, with_logits
+    )
     return found if with_logits else found[:2]
 
 
@@ -114,12 +109,9 @@ def packed_attention_reference(
     value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
-    *,
+    spec: LogitSpec,
     spans: Tensor | None = None,
     offsets: Tensor | None = None,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     with_logits: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """What packed_attention means, in plain PyTorch: attention to what the packed tensors decode to."""
@@ -130,10 +122,8 @@ def packed_attention_reference(
     logits = rows @ key[:, :, None].mT
     if offsets is not None:
         logits += offsets.to(dtype).unflatten(1, (key.shape[1], -1))[..., None]
-    logits = logits * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(~visible_tokens(positions, query_positions, window)[:, :, None], -torch.inf)
+    seen = slots_seen(positions, query_positions, spec.window)[:, :, None]
+    logits = spec.cap_(logits * spec.scale).masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(-1)
     # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
@@ -186,15 +176,15 @@ def _empty(
 
 
 def _launch(
-    query: Tensor, keys: QuantizedTensor, key_coding: QuantScheme, values: QuantizedTensor, value_coding: QuantScheme,
-    positions: Tensor, query_positions: Tensor, spans: Tensor | None, offsets: Tensor | None,
-    scale: float, window: int | None, softcap: float | None, with_logits: bool,
+    query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, key_coding: QuantScheme, value_coding: QuantScheme,
+    positions: Tensor, query_positions: Tensor, spec: LogitSpec, spans: Tensor | None, offsets: Tensor | None,
+    with_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
     query, positions = rows_aligned(query), positions.contiguous()
-    window_ends = None if window is None else query_positions.contiguous()
+    window_ends = None if spec.window is None else query_positions.contiguous()
     spans, offsets = (None if x is None else x.contiguous() for x in (spans, offsets))
     keys, key_batch_blocks, key_head_blocks = stored_blocks(keys)
     values, value_batch_blocks, value_head_blocks = stored_blocks(values)
@@ -218,10 +208,10 @@ def _launch(
         *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
         1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
         positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
-        window or 0, scale, softcap or 0.0,
+        *spec.arguments, **spec.constants,
         **_constants(keys, key_coding, values, value_coding, tile, head_dim, dim, value_dim),
-        HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, WINDOWED=window is not None,
-        SOFTCAPPED=softcap is not None, BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
+        HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None,
+        BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         out, lse = merge_stack(out, lse, query.dtype)
@@ -448,8 +438,8 @@ def _aot_call(head_dim: int, dtype: torch.dtype, group: int, queries: int, codin
     packed_attention(
         query, packed(key_coding), packed(value_coding), key_coding, value_coding,
         shaped(1, 2, 1024, dtype=torch.int32), shaped(1, queries, dtype=torch.int32),
+        LogitSpec(0.1) if is_plain else LogitSpec(0.1, window=700, softcap=30.0),
         spans=shaped(1, blocks, dtype=torch.int32) if rank else None,
-        offsets=shaped(1, 2 * group, queries) if of_slots else None, scale=0.1,
-        window=None if is_plain else 700, softcap=None if is_plain else 30.0,
+        offsets=shaped(1, 2 * group, queries) if of_slots else None,
         with_logits=queries == 1 and (of_slots or not is_plain),
     )  # fmt: skip

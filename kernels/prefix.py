@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention, slot_attention_reference
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import AOT_DTYPES, has_wgmma, launch, runs_triton, shaped, tl, triton
 from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
 from kvcompress.kernels.common.split_attention import split_keys
@@ -40,11 +41,8 @@ def prefix_attention(
     query: Tensor,
     blocks: KeyBlocks,
     sharing: Sharing,
-    *,
-    scale: float,
+    spec: LogitSpec,
     query_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each row to the tokens of the blocks it sees.
@@ -53,20 +51,17 @@ def prefix_attention(
         query: [batch, heads, queries, head_dim].
         blocks: keys [kv_heads, tokens, head_dim] and values [kv_heads, tokens, value_dim] of each.
         sharing: the rows of each block.
-        scale: factor of q.k.
         query_positions: [batch, queries] int32; read only where there is a window, or `causal`.
-        window: a query sees positions greater than its own less `window`. None: all.
-        softcap: bound of the logits. None: no bound.
         causal: a query sees no position greater than its own. False: all tokens of a block precede every query.
 
     Returns:
         The output, [batch, heads, queries, value_dim] in query's dtype, and its log-sum-exp,
         [batch, heads, queries] float32; 0 and -inf for a row in no block.
     """
-    _check(query, blocks, sharing, query_positions, window is not None or causal)
+    _check(query, blocks, sharing, query_positions, spec.window is not None or causal)
     value_dim = blocks.values[0].shape[-1] if blocks.values else query.shape[-1]
     if runs_triton(query) and query.numel() and any(sharing.rows):
-        return _launch(query, blocks, sharing, scale, query_positions, window, softcap, causal)
+        return _launch(query, blocks, sharing, spec, query_positions, causal)
     outs: dict[int, Tensor] = {}
     lses: dict[int, Tensor] = {}
     for block, (key, value) in enumerate(zip(blocks.keys, blocks.values, strict=True)):
@@ -74,16 +69,14 @@ def prefix_attention(
             continue
         rows = sharing.pick(block, query.device)
         relative = None
-        if query_positions is not None and (window is not None or causal):
+        if query_positions is not None and (spec.window is not None or causal):
             relative = query_positions[rows] - blocks.starts[block]
-        out, lse = _one_block(query[rows], key, value, relative, scale, window, softcap)
+        out, lse = _one_block(query[rows], key, value, relative, spec)
         if causal and relative is not None:
             within = (relative < key.shape[1] - 1).any(-1)
             if bool(within.any()):
                 places = torch.arange(key.shape[1], device=key.device).expand(key.shape[:2])
-                again = bounded_attention(
-                    query[rows][within], key, value, places, relative[within], scale, window, softcap
-                )
+                again = bounded_attention(query[rows][within], key, value, places, relative[within], spec)
                 out[within], lse[within] = again
         outs[block], lses[block] = out, lse
     return merge_blocks(outs, lses, sharing, query, value_dim)
@@ -93,11 +86,8 @@ def prefix_attention_reference(
     query: Tensor,
     blocks: KeyBlocks,
     sharing: Sharing,
-    *,
-    scale: float,
+    spec: LogitSpec,
     query_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What prefix_attention means: every row attends to its own copy of the blocks it sees."""
@@ -114,20 +104,13 @@ def prefix_attention_reference(
         for index in range(query.shape[2]):
             own, place = query[row : row + 1, :, index : index + 1], at[:, index : index + 1]
             shown = positions.masked_fill(positions > place, EMPTY) if causal else positions
-            part = slot_attention_reference(own, key, value, shown, place, scale=scale, window=window, softcap=softcap)
+            part = slot_attention_reference(own, key, value, shown, place, spec)
             out[row, :, index], lse[row, :, index] = part[0][0, :, 0], part[1][0, :, 0]
     return out, lse
 
 
 def bounded_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries that stand among the tokens of a block, each to the positions up to its own.
 
@@ -142,7 +125,7 @@ def bounded_attention(
     apart = (query.shape[0], query.shape[2])
     # all queries as one row's
     together, at = query.transpose(0, 1).flatten(1, 2)[None], query_positions.reshape(1, -1)
-    parts = slots_in_blocks(together, key[None], value[None], positions[None], at, scale, window, softcap, causal=True)
+    parts = slots_in_blocks(together, key[None], value[None], positions[None], at, spec, causal=True)
     out, lse = (part[0].unflatten(1, apart).transpose(0, 1).contiguous() for part in parts)
     return out, lse
 
@@ -174,13 +157,7 @@ def merge_blocks(
 
 
 def _one_block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    relative: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, relative: Tensor | None, spec: LogitSpec
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rows [rows, heads, queries, head_dim] of one block, as one matrix a KV head."""
     rows, heads, queries, head_dim = query.shape
@@ -189,18 +166,16 @@ def _one_block(
         return query.new_zeros(rows, heads, queries, value_dim), query.new_full(
             (rows, heads, queries), -torch.inf, dtype=torch.float32
         )
-    if window is None and softcap is None and not query.is_cuda and key.shape[-1] == value_dim:
+    if spec.is_plain and not query.is_cuda and key.shape[-1] == value_dim:
         matrix = query.reshape(rows, kv_heads, -1, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
-        out, lse = cpu_flash(matrix, key[None], value[None], scale)
+        out, lse = cpu_flash(matrix, key[None], value[None], spec.scale)
         out = out.reshape(kv_heads, rows, -1, queries, value_dim).transpose(0, 1)
         lse = lse.reshape(kv_heads, rows, -1, queries).transpose(0, 1)
         return out.reshape(rows, heads, queries, value_dim), lse.reshape(rows, heads, queries)
     positions = torch.arange(tokens, dtype=torch.int32, device=query.device).expand(1, kv_heads, -1)
     together = query.transpose(0, 1).reshape(1, heads, rows * queries, head_dim)
     at = positions[:, 0, :1] if relative is None else relative.reshape(1, -1)
-    out, lse = slot_attention(
-        together, key[None], value[None], positions, at, scale=scale, window=window, softcap=softcap
-    )
+    out, lse = slot_attention(together, key[None], value[None], positions, at, spec)
     out, lse = (part[0].unflatten(1, (rows, queries)).transpose(0, 1).contiguous() for part in (out, lse))
     return out, lse
 
@@ -227,10 +202,8 @@ def _launch(
     query: Tensor,
     blocks: KeyBlocks,
     sharing: Sharing,
-    scale: float,
+    spec: LogitSpec,
     query_positions: Tensor | None,
-    window: int | None,
-    softcap: float | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
@@ -240,7 +213,7 @@ def _launch(
     keys, values, facts = blocks.laid_out
     dim, value_width = tile_width(query.shape[-1]), tile_width(values[0].shape[-1])
     most = max(len(rows) for rows in sharing.rows) * queries * group
-    plain = window is None and softcap is None and not causal
+    plain = spec.is_plain and not causal
     block_rows, block_tokens, warps, stages = _blocks(
         most, max(dim, value_width), query.element_size(), has_wgmma(query.device), plain
     )
@@ -254,16 +227,16 @@ def _launch(
     lse = query.new_empty(shape, dtype=torch.float32)
     if not tiles.whole:
         lse.fill_(-torch.inf)
-    reads_positions = query_positions is not None and (window is not None or causal)
+    reads_positions = query_positions is not None and (spec.window is not None or causal)
     query_positions = query_positions.contiguous() if query_positions is not None and reads_positions else None
     launch(
         _prefix_kernel, (len(tiles.facts) * splits * kv_heads,),
         query, facts, tiles.facts, tiles.members, query_positions, out, lse,
         *query.stride()[:3],
-        batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, window or 0, scale, softcap or 0.0,
+        batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, *spec.arguments,
         GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=dim,
         VALUE_DIM=value_dim, VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=value_width,
-        WINDOWED=window is not None, CAUSAL=causal, SOFTCAPPED=softcap is not None,
+        CAUSAL=causal, **spec.constants,
         BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return (out, lse) if whole else merge_stack(out, lse, query.dtype)
@@ -421,7 +394,5 @@ def aot_calls() -> None:
                 query, at = shaped(batch, 32, 1, head_dim, dtype=dtype), shaped(batch, 1, dtype=torch.int32)
                 # two blocks that all see have results apart
                 blocks, sharing = KeyBlocks([key] * 2, [key] * 2), Sharing([range(batch)] * 2, batch)
-                prefix_attention(query, blocks, sharing, scale=0.1)
-                prefix_attention(
-                    query, blocks, sharing, scale=0.1, query_positions=at, window=300, softcap=30.0, causal=True
-                )
+                prefix_attention(query, blocks, sharing, LogitSpec(0.1))
+                prefix_attention(query, blocks, sharing, LogitSpec(0.1, window=300, softcap=30.0), at, causal=True)

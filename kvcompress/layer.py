@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress import hf
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
 from kvcompress.storage.segment import Segment
 
@@ -53,15 +54,14 @@ class AttentionInput:
     query: [batch, heads, queries, head_dim], of the last of the tokens, in most models all of them.
     key, value: [batch, kv_heads, tokens, head_dim].
     visible: [batch, tokens] bool, False for padding; None where nothing is padded.
-    scale: factor of q.k. softcap: bound of the logits. sinks: [heads] extra logits of no token.
+    spec: how logits are made, the layer's window among it. sinks: [heads] extra logits of no token.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     visible: Tensor | None
-    scale: float
-    softcap: float | None
+    spec: LogitSpec
     sinks: Tensor | None
 
     @property
@@ -172,7 +172,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         query, key, value = reordered(x.query, own), reordered(x.key, order), reordered(x.value, order)
         return dataclasses.replace(x, query=query, key=key, value=value, visible=x.visible.gather(1, order)), own
 
-    def attend_again(self, query: Tensor, *, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    def attend_again(self, query: Tensor, spec: LogitSpec, sinks: Tensor | None) -> Tensor:
         """A consuming layer's attention to what this one attended to in the same forward, as `attend` gives it."""
         step, order = self._step, self._query_order
         if step is None:
@@ -182,7 +182,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         # a model spread over devices may part a group
         there, sinks = step.input.key.device, None if sinks is None else sinks.to(step.input.key.device)
         asked = reordered(query.to(there, step.input.key.dtype), order)
-        asking = dataclasses.replace(step.input, query=asked, scale=scale, softcap=softcap, sinks=sinks)
+        asking = dataclasses.replace(step.input, query=asked, spec=spec, sinks=sinks)
         with as_stored():
             out = _restore_query_order(step.attend(asking), order).to(query.device, query.dtype)
             self._waiting -= 1
@@ -251,9 +251,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         self,
         query: Tensor,
         visible: Tensor | None,
+        spec: LogitSpec,
         *,
-        scale: float,
-        softcap: float | None,
         sinks: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
@@ -262,6 +261,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         Args:
             query: [batch, heads, queries, head_dim], of the last of those tokens.
             visible: [batch, tokens seen or tokens taken in] bool padding mask, or None.
+            spec: how logits are made; its window is the layer's.
         """
         if self.pending_kv is None:
             raise RuntimeError(
@@ -270,12 +270,10 @@ class CompressedLayer(hf.CacheLayerMixin):
             )
         if torch.compiler.is_compiling():
             if not self.is_traceable(self.pending_kv[0].shape[2]):
-                return _untraced(
-                    self.attend, query, visible, scale=scale, softcap=softcap, sinks=sinks, position_ids=position_ids
-                )
-            return self._attend_pending(query, visible, scale, softcap, sinks, position_ids)
+                return _untraced(self.attend, query, visible, spec, sinks=sinks, position_ids=position_ids)
+            return self._attend_pending(query, visible, spec, sinks, position_ids)
         with as_stored():
-            out = self._attend_pending(query.to(self.dtype), visible, scale, softcap, sinks, position_ids)
+            out = self._attend_pending(query.to(self.dtype), visible, spec, sinks, position_ids)
             return out.to(query.dtype)
 
     def is_traceable(self, tokens: int) -> bool:
@@ -286,8 +284,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         self,
         query: Tensor,
         visible: Tensor | None,
-        scale: float,
-        softcap: float | None,
+        spec: LogitSpec,
         sinks: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
@@ -301,7 +298,7 @@ class CompressedLayer(hf.CacheLayerMixin):
                 self._remap(self.padding.remap.to(key.device))
             self.forwards_begun += 1
         fresh = self.padding.fresh_of(visible, tokens)
-        out = self._attend(AttentionInput(query, key, value, fresh, scale, softcap, sinks))
+        out = self._attend(AttentionInput(query, key, value, fresh, spec, sinks))
         self.pending_kv = None
         self._count(tokens)
         if not torch.compiler.is_compiling():

@@ -15,8 +15,9 @@ from kvcompress.kernels.column_sums import (
     slot_column_maxima,
     slot_column_maxima_reference,
 )
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.decode import decode_attention, decode_attention_reference
-from kvcompress.kernels.decode_evict import decode_and_evict, decode_and_evict_reference, decode_then_evict
+from kvcompress.kernels.decode_evict import Slots, decode_and_evict, decode_and_evict_reference, decode_then_evict
 from kvcompress.kernels.evict import choose_victim, choose_victim_reference
 from kvcompress.kernels.merge import merge_states, merge_states_reference
 
@@ -41,36 +42,36 @@ _MOST_LOGITS = 2**29
 def prefill_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """Attention over a prompt, its column sums, both together, and the sums of the last queries only."""
     batch, heads, kv_heads, tokens, head_dim = shape
-    scale = head_dim**-0.5
+    spec = LogitSpec(head_dim**-0.5)
     random = make_random(dtype, device)
     query, key, value = (random(batch, tokens, each, head_dim).transpose(1, 2) for each in (heads, kv_heads, kv_heads))
     pairs = batch * heads * tokens * tokens // 2
     has_reference = 2 * pairs <= _MOST_LOGITS
 
     def sdpa() -> Tensor:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=spec.scale, enable_gqa=True)
 
     def with_sums(attend: Callable[..., tuple[Tensor, Tensor]], sum_columns: Callable[..., Tensor]) -> Call:
         def call() -> tuple[Tensor, Tensor]:
-            out, lse = attend(query, key, value, scale=scale)
-            return out, sum_columns(query, key, lse, scale=scale)
+            out, lse = attend(query, key, value, spec)
+            return out, sum_columns(query, key, lse, spec)
 
         return call
 
-    attention: dict[str, Call] = {"ours": lambda: causal_attention(query, key, value, scale=scale)[0], "sdpa": sdpa}
+    attention: dict[str, Call] = {"ours": lambda: causal_attention(query, key, value, spec)[0], "sdpa": sdpa}
     both: dict[str, Call] = {
         "ours": with_sums(causal_attention, causal_column_sums),
         "sdpa without scores": lambda: (sdpa(), None),
     }
-    _, lse = causal_attention(query, key, value, scale=scale)
+    _, lse = causal_attention(query, key, value, spec)
     places = torch.arange(tokens, dtype=torch.int32, device=device).expand(batch, kv_heads, -1)
     behind = torch.arange(tokens, 2 * tokens, dtype=torch.int32, device=device).expand(batch, -1)
     twice = (query, key, places, behind, lse)
-    maxima: dict[str, Call] = {"ours": lambda: slot_column_maxima(*twice, scale=scale)}
+    maxima: dict[str, Call] = {"ours": lambda: slot_column_maxima(*twice, spec)}
     if has_reference:
-        attention["reference"] = lambda: causal_attention_reference(query, key, value, scale=scale)[0]
+        attention["reference"] = lambda: causal_attention_reference(query, key, value, spec)[0]
         both["reference"] = with_sums(causal_attention_reference, causal_column_sums_reference)
-        maxima["reference"] = lambda: slot_column_maxima_reference(*twice, scale=scale)
+        maxima["reference"] = lambda: slot_column_maxima_reference(*twice, spec)
     yield Case("causal_attention", shape, attention, "sdpa", flops=4 * pairs * head_dim)
     yield Case(
         "attention and sums", shape, both, "reference" if has_reference else "sdpa without scores",
@@ -84,7 +85,7 @@ def prefill_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ite
     recent = min(32, tokens)
     yield beside_reference(
         "sums of 32 queries", shape, causal_column_sums, causal_column_sums_reference,
-        query[:, :, -recent:], key, lse[:, :, -recent:].contiguous(), scale=scale,
+        query[:, :, -recent:], key, lse[:, :, -recent:].contiguous(), spec,
         bytes=batch * kv_heads * tokens * (head_dim * key.element_size() + 4),
     )  # fmt: skip
 
@@ -92,7 +93,7 @@ def prefill_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ite
 def decode_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """One decode step over slots: attention alone, with probabilities, and the whole step in place."""
     batch, heads, kv_heads, slots, head_dim = shape
-    scale = head_dim**-0.5
+    spec = LogitSpec(head_dim**-0.5)
     random = make_random(dtype, device)
     query, new = random(batch, heads, 1, head_dim), random(batch, kv_heads, 1, head_dim)
     keys, values = (random(batch, kv_heads, slots, head_dim) for _ in range(2))
@@ -103,15 +104,15 @@ def decode_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
         return torch.full((batch,), number, dtype=torch.int32, device=device)
 
     def sdpa() -> Tensor:
-        return scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
+        return scaled_dot_product_attention(query, keys, values, scale=spec.scale, enable_gqa=True)
 
     given = (query, keys, values, positions, of_rows(slots)[:, None])
     yield Case(
-        "slot_attention", shape, {"ours": lambda: slot_attention(*given, scale=scale)[0], "sdpa": sdpa}, "sdpa",
+        "slot_attention", shape, {"ours": lambda: slot_attention(*given, spec)[0], "sdpa": sdpa}, "sdpa",
         bytes=stored,
     )  # fmt: skip
     attention = beside_reference(
-        "decode_attention", shape, decode_attention, decode_attention_reference, *given, scale=scale,
+        "decode_attention", shape, decode_attention, decode_attention_reference, *given, spec,
         bytes=stored + 8 * positions.numel(),
     )  # fmt: skip
     attention.variants["sdpa without probabilities"] = lambda: (sdpa(), None)
@@ -123,13 +124,13 @@ def decode_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     first_scores = torch.rand(batch, kv_heads, slots, device=device)
 
     def stepper(step: Callable[..., Tensor]) -> Call:
-        state = (keys.clone(), values.clone(), full.clone(), first_scores.clone(), full.argmin(-1))
+        held = Slots(keys.clone(), values.clone(), full.clone(), first_scores.clone(), full.argmin(-1))
         token = of_rows(slots - 1)
 
         def call() -> tuple[Tensor, ...]:
-            out = step(query, new, new, *state, token, limits, recents, scale=scale)
+            out = step(query, new, new, held, token, limits, recents, spec)
             token.add_(1)
-            return out, state[3], state[4]
+            return out, held.scores, held.spare
 
         return call
 

@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompress.evals.bench.case import Case, Shape, beside_reference, make_random
 from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise, quantise_reference
@@ -58,7 +59,7 @@ def _packed_step(
     name: str, shape: Shape, keys: Tensor, values: Tensor, key_scheme: QuantScheme, value_scheme: QuantScheme
 ) -> Case:
     batch, heads, kv_heads, tokens, head_dim = shape
-    scale = head_dim**-0.5
+    spec = LogitSpec(head_dim**-0.5)
     query = make_random(keys.dtype, keys.device)(batch, heads, 1, head_dim)
     key, value = keys.flatten(2, 3), values.flatten(2, 3)
     positions = torch.arange(key.shape[2], dtype=torch.int32, device=keys.device).repeat(batch, 1, 1)
@@ -74,10 +75,10 @@ def _packed_step(
     packed = pack(keys, key_scheme), pack(values, value_scheme)
 
     def sdpa(key: Tensor, value: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+        return scaled_dot_product_attention(query, key, value, scale=spec.scale, enable_gqa=True)
 
     def ours() -> Tensor:
-        return packed_attention(query, *packed, key_scheme, value_scheme, positions, at, scale=scale)[0]
+        return packed_attention(query, *packed, key_scheme, value_scheme, positions, at, spec)[0]
 
     def expanded() -> Tensor:
         schemes = (key_scheme, value_scheme)
@@ -85,7 +86,7 @@ def _packed_step(
 
     # attention to what was packed: there is nothing to compare
     def dense() -> None:
-        slot_attention(query, key, value, positions.expand(-1, kv_heads, -1), at, scale=scale)
+        slot_attention(query, key, value, positions.expand(-1, kv_heads, -1), at, spec)
 
     def dense_sdpa() -> None:
         sdpa(key, value)

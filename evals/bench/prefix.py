@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompress.evals.bench.case import Case, Shape, make_random
 from kvcompress.evals.timing import Call
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.prefix import KeyBlocks, Sharing, prefix_attention, prefix_attention_reference
 
 # rows that decode over one prefix; Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
@@ -23,7 +24,7 @@ def prefix_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     """One decode step of many rows over a prefix that they share, beside sdpa with all rows' queries as one row's,
     and with the prefix expanded to every row; and a tree of two levels over the same number of tokens."""
     batch, heads, kv_heads, tokens, head_dim = shape
-    scale = head_dim**-0.5
+    spec = LogitSpec(head_dim**-0.5)
     random = make_random(dtype, device)
     query = random(batch, heads, 1, head_dim)
     key, value = (random(kv_heads, tokens, head_dim) for _ in range(2))
@@ -35,12 +36,12 @@ def prefix_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
 
     def folded() -> Tensor:
         queries = query.transpose(0, 2)
-        out = scaled_dot_product_attention(queries, key[None], value[None], scale=scale, enable_gqa=True)
+        out = scaled_dot_product_attention(queries, key[None], value[None], scale=spec.scale, enable_gqa=True)
         return out.transpose(0, 2)
 
     def expanded() -> Tensor:
         keys, values = (tensor.expand(batch, -1, -1, -1) for tensor in (key, value))
-        return scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
+        return scaled_dot_product_attention(query, keys, values, scale=spec.scale, enable_gqa=True)
 
     stored, pairs = 2 * key.numel() * key.element_size(), batch * heads * tokens
     answers = 2 * query.numel() * query.element_size()
@@ -48,13 +49,13 @@ def prefix_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     flops, moved = 4 * pairs * head_dim, stored + answers + 4 * batch * heads
     flops, moved = (flops, 0) if flops > 200 * moved else (0, moved)
     variants: dict[str, Call] = {
-        "ours": lambda: prefix_attention(query, flat, together, scale=scale)[0],
+        "ours": lambda: prefix_attention(query, flat, together, spec)[0],
         "sdpa, rows as one": folded,
         "sdpa, prefix expanded": expanded,
     }
     yield Case("prefix_attention", shape, variants, "sdpa, rows as one", moved, flops)
     if batch > 1:
-        branches: dict[str, Call] = {"ours": lambda: prefix_attention(query, tree, halves, scale=scale)[0]}
+        branches: dict[str, Call] = {"ours": lambda: prefix_attention(query, tree, halves, spec)[0]}
         if pairs <= _MOST_LOGITS:
-            branches["reference"] = lambda: prefix_attention_reference(query, tree, halves, scale=scale)[0]
+            branches["reference"] = lambda: prefix_attention_reference(query, tree, halves, spec)[0]
             yield Case("prefix_attention of a tree", shape, branches, "reference", flops=3 * pairs * head_dim)

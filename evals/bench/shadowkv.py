@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcompress.evals.bench.case import Case, Shape, beside_reference, make_random
 from kvcompress.evals.timing import Call
 from kvcompress.kernels.chunk_scores import chunk_scores, chunk_scores_reference
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.pages import fetch_pages, fetch_pages_reference
 from kvcompress.kernels.rebuild import rebuild_keys, rebuild_keys_reference
 from kvcompress.kernels.selection import reuse_slots, reuse_slots_reference
@@ -37,7 +38,8 @@ def shadow_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     query, landmarks = random(batch, heads, 1, head_dim), random(batch, kv_heads, chunks, head_dim)
     is_open = torch.rand(batch, kv_heads, chunks, device=device) < 0.99
     yield beside_reference(
-        "chunk_scores", shape, chunk_scores, chunk_scores_reference, query, landmarks, is_open, scale=head_dim**-0.5,
+        "chunk_scores", shape, chunk_scores, chunk_scores_reference,
+        query, landmarks, is_open, LogitSpec(head_dim**-0.5),
         bytes=landmarks.numel() * size + 8 * batch * heads * chunks,
         # in 16 bits the reference rounds its logits: shares of a few percent
         compared=lambda scores: scores.exp(),

@@ -7,6 +7,7 @@ and a sum or a maximum in place, in a buffer sized for the cache.
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.torch_attention import slots_seen
 
 # the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not
@@ -16,18 +17,10 @@ _TILE_COLUMNS = 256
 _TILE_LOGITS = 2**20
 
 
-def causal_tiles(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    scale: float,
-    visible: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def causal_tiles(query: Tensor, key: Tensor, lse: Tensor, spec: LogitSpec, visible: Tensor | None) -> Tensor:
     """As causal_column_sums."""
-    queries, tokens = query.shape[2], key.shape[2]
-    tiles = _Tiles(query, key, lse, scale, softcap)
+    queries, tokens, window = query.shape[2], key.shape[2], spec.window
+    tiles = _Tiles(query, key, lse, spec)
     for start in range(0, queries, tiles.block):
         stop = min(start + tiles.block, queries)
         tiles.take(slice(start, stop))
@@ -52,22 +45,20 @@ def slot_tiles(
     positions: Tensor,
     query_positions: Tensor,
     lse: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    spec: LogitSpec,
     takes_max: bool,
 ) -> Tensor:
     """As slot_column_sums, or slot_column_maxima where it `takes_max`."""
     queries, slots = query.shape[2], key.shape[2]
-    tiles = _Tiles(query, key, lse, scale, softcap)
+    tiles = _Tiles(query, key, lse, spec)
     for start in range(0, queries, tiles.block):
         rows = slice(start, min(start + tiles.block, queries))
         tiles.take(rows)
         for left in range(0, slots, _TILE_COLUMNS):
             columns = slice(left, min(left + _TILE_COLUMNS, slots))
             tile = tiles.probabilities(columns)
-            if window is not None:
-                seen = slots_seen(positions[..., columns], query_positions[:, rows], window)
+            if spec.window is not None:
+                seen = slots_seen(positions[..., columns], query_positions[:, rows], spec.window)
                 tile.masked_fill_(~seen.flatten(0, 1)[:, None], 0.0)
             if takes_max:
                 torch.maximum(tiles.sums[:, columns], tile.amax((1, 2)), out=tiles.sums[:, columns])
@@ -79,14 +70,14 @@ def slot_tiles(
 class _Tiles:
     """Tiles of exp(logit - lse) in one buffer, and the sums or maxima they add to, [batch * kv_heads, tokens]."""
 
-    def __init__(self, query: Tensor, key: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
+    def __init__(self, query: Tensor, key: Tensor, lse: Tensor, spec: LogitSpec) -> None:
         batch, heads, queries, _ = query.shape
         kv_heads, tokens = key.shape[1], key.shape[2]
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = lse.masked_fill(lse.isinf(), _IGNORED).to(dtype)[..., None]
-        rows, columns = query.to(dtype) * scale, key.to(dtype)
-        self.softcap, self.lse = softcap, None
-        if softcap is None:
+        rows, columns = query.to(dtype) * spec.scale, key.to(dtype)
+        self.spec, self.lse = spec, None
+        if spec.softcap is None:
             rows = torch.cat([rows, -lse], -1)
             columns = torch.cat([columns, columns.new_ones(()).expand(*columns.shape[:-1], 1)], -1)
         else:
@@ -111,6 +102,6 @@ class _Tiles:
         tile = self.buffer[: pairs * count * width].view(pairs, count, width)
         torch.bmm(self.taken, self.columns[:, columns].mT, out=tile)
         tile = tile.view(pairs, self.rows.shape[1], -1, width)
-        if self.softcap is not None and self.taken_lse is not None:
-            tile.div_(self.softcap).tanh_().mul_(self.softcap).sub_(self.taken_lse)
+        if self.taken_lse is not None:
+            self.spec.cap_(tile).sub_(self.taken_lse)
         return tile.exp_()

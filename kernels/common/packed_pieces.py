@@ -9,7 +9,9 @@ import itertools
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, spread_groups, unpack_codes
+from kvcompress.kernels.common.torch_attention import slots_seen
 
 # numbers that a piece decodes at once: 1 MB in float32, which a core's cache holds
 _PIECE = 2**18
@@ -22,16 +24,14 @@ _FOLDED = 8
 def attend_in_pieces(
     query: Tensor,
     keys: QuantizedTensor,
-    key_coding: QuantScheme,
     values: QuantizedTensor,
+    key_coding: QuantScheme,
     value_coding: QuantScheme,
     positions: Tensor,
     query_positions: Tensor,
+    spec: LogitSpec,
     spans: Tensor | None,
     offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
     with_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `packed_attention`, the logits [batch, heads, 0] where they are not asked for."""
@@ -51,14 +51,13 @@ def attend_in_pieces(
     longest = max((piece.stop - piece.start for piece in pieces), default=0)
     room = query.new_empty(batch * kv_heads * longest * block * max(head_dim, value_dim), dtype=dtype)
     for first in range(0, queries, step):
-        part = rows[:, :, first : first + step].to(dtype).mul(scale)
+        part = rows[:, :, first : first + step].to(dtype).mul(spec.scale)
         chosen, some = slice(first, first + part.shape[2]), part.flatten(2, 3)
         logits = _key_products(some, keys, key_coding, pieces, spans, room)
         if shared is not None:
-            logits += shared[:, :, chosen].to(dtype).mul(scale).flatten(2, 3)[..., None]
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        seen = visible_tokens(positions, query_positions[:, chosen], window)[:, :, :, None]
+            logits += shared[:, :, chosen].to(dtype).mul(spec.scale).flatten(2, 3)[..., None]
+        spec.cap_(logits)
+        seen = slots_seen(positions, query_positions[:, chosen], spec.window)[:, :, :, None]
         logits.unflatten(2, (-1, group)).masked_fill_(~seen, -torch.inf)
         if with_logits:
             kept.copy_(logits.view_as(kept))
@@ -70,14 +69,6 @@ def attend_in_pieces(
         out[:, :, chosen] = by_head.flatten(1, 2)
         lse[:, :, chosen] = part_lse.unflatten(2, (-1, group)).transpose(2, 3).reshape(batch, heads, -1)
     return out, lse, kept
-
-
-def visible_tokens(positions: Tensor, query_positions: Tensor, window: int | None) -> Tensor:
-    """Which tokens a query sees, [batch, 1 or kv_heads, queries or 1, tokens]."""
-    there = (positions >= 0)[:, :, None, :]
-    if window is None:
-        return there
-    return there & (positions[:, :, None, :] > query_positions[:, None, :, None] - window)
 
 
 def _pieces(blocks: int, numbers: int) -> list[slice]:

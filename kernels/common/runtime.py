@@ -14,7 +14,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ AOT_DTYPES = (torch.bfloat16, torch.float32)
 # every pair of a tile and a tail up to the widest (common/tile.py); others only mask more
 AOT_HEAD_DIMS = (64, 80, 96, 128, 144, 192, 256)
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -169,7 +170,9 @@ class Op(NamedTuple):
 OPS: dict[str, Op] = {}
 
 
-def op(fake: Callable[..., Any], mutates: Iterable[str] = ()) -> Callable[[Function], Function]:
+def op(
+    fake: Callable[..., Any], mutates: Iterable[str] = ()
+) -> Callable[[Callable[Given, Found]], Callable[Given, Found]]:
     """Makes a function one opaque node of a compiled graph, the torch.library op kvcompress::<its name>; see `OPS`.
 
     Only a call that torch.compile is tracing goes through the op; an eager call runs the function itself,
@@ -181,59 +184,91 @@ def op(fake: Callable[..., Any], mutates: Iterable[str] = ()) -> Callable[[Funct
 
     Args:
         fake: takes all arguments by name and returns empty tensors as the function would.
-        mutates: names of the arguments that the function writes to. What it returns must be fresh memory.
+        mutates: names of the arguments that the function writes to; of a named tuple, all its fields. What it
+            returns must be fresh memory.
     """
 
-    def decorate(function: Function) -> Function:
-        signature = inspect.signature(function)
-        parameters, returns = signature.parameters.values(), signature.return_annotation
-        tuples = {each.name: each.annotation for each in parameters if hasattr(each.annotation, "_fields")}
-        is_named = hasattr(returns, "_fields")
-        is_listed = returns not in (None, Tensor) and typing.get_origin(returns) is not tuple
-        flat = signature.replace(
-            parameters=[leaf for each in parameters for leaf in _leaves(each)],
-            return_annotation=list[Tensor] if is_listed else returns,
+    def decorate(function: Callable[Given, Found]) -> Callable[Given, Found]:
+        name, returns = function.__name__, inspect.signature(function).return_annotation
+        is_named, is_listed = hasattr(returns, "_fields"), _is_listed(returns)
+        tuples = _named_tuples(function)
+        leaves = _taking_apart(function, tuples)
+        compiled = torch.library.custom_op(
+            f"kvcompress::{name}",
+            _of_leaves(function, function, tuples),
+            mutates_args=[leaf for each in mutates for leaf in _names(each, tuples.get(each))],
         )
-        defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
-        positions = sum(each.kind is not each.KEYWORD_ONLY for each in parameters)
-
-        def leaves(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            if len(args) > positions:
-                raise TypeError(f"{function.__name__} takes {positions} arguments by position, got {len(args)}")
-            given = defaults | dict(zip(signature.parameters, args, strict=False)) | kwargs
-            for name in tuples:
-                for field, leaf in given.pop(name)._asdict().items():
-                    given[f"{name}_{field}"] = leaf
-            return given
-
-        def of_leaves(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                given = dict(zip(flat.parameters, args, strict=False)) | kwargs
-                for name, kind in tuples.items():
-                    given[name] = kind(*(given.pop(f"{name}_{field}") for field in kind._fields))
-                found = function(**given)
-                return [tensor for tensor in found if tensor is not None] if is_listed else found
-
-            call.__signature__ = flat  # type: ignore[attr-defined]
-            return call
-
-        name = function.__name__
-        compiled = torch.library.custom_op(f"kvcompress::{name}", of_leaves(function), mutates_args=tuple(mutates))
-        compiled.register_fake(of_leaves(fake))
+        compiled.register_fake(_of_leaves(fake, function, tuples))
         OPS[name] = Op(function, fake, compiled, leaves)
 
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
             if not torch.compiler.is_compiling():
                 return function(*args, **kwargs)
             found = compiled(**leaves(*args, **kwargs))
-            if not is_listed:
-                return found
-            return returns(*found) if is_named else tuple(found)
+            if is_listed:
+                found = returns(*found) if is_named else tuple(found)
+            return found
 
-        return call  # type: ignore[return-value]
+        return call
 
     return decorate
+
+
+def _is_listed(returns: Any) -> bool:
+    """Whether a result leaves an op as a list: one that a schema cannot say."""
+    return returns not in (None, Tensor) and typing.get_origin(returns) is not tuple
+
+
+def _named_tuples(function: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters that are named tuples, and of which kind."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.annotation for each in parameters if hasattr(each.annotation, "_fields")}
+
+
+def _names(parameter: str, kind: Any) -> list[str]:
+    """What a parameter is called in the op: its fields, where it is a named tuple of this kind."""
+    return [parameter] if kind is None else [f"{parameter}_{field}" for field in kind._fields]
+
+
+def _taking_apart(function: Callable[..., Any], tuples: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """The function's arguments as its op takes them, by name."""
+    parameters = inspect.signature(function).parameters
+    defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    positions = sum(each.kind is not each.KEYWORD_ONLY for each in parameters.values())
+
+    def leaves(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        if len(args) > positions:
+            raise TypeError(f"{function.__name__} takes {positions} arguments by position, got {len(args)}")
+        given = defaults | dict(zip(parameters, args, strict=False)) | kwargs
+        for name in tuples:
+            for field, leaf in given.pop(name)._asdict().items():
+                given[f"{name}_{field}"] = leaf
+        return given
+
+    return leaves
+
+
+def _of_leaves(
+    run: Callable[..., Any], function: Callable[..., Any], tuples: dict[str, Any]
+) -> Callable[..., list[Tensor] | Any]:
+    """What runs with the arguments of a function, as its op: it takes the leaves, and a schema can say its result."""
+    signature = inspect.signature(function)
+    is_listed = _is_listed(signature.return_annotation)
+    flat = signature.replace(
+        parameters=[leaf for each in signature.parameters.values() for leaf in _leaves(each)],
+        return_annotation=list[Tensor] if is_listed else signature.return_annotation,
+    )
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(flat.parameters, args, strict=False)) | kwargs
+        for name, kind in tuples.items():
+            given[name] = kind(*map(given.pop, _names(name, kind)))
+        found = run(**given)
+        return [tensor for tensor in found if tensor is not None] if is_listed else found
+
+    call.__signature__ = flat  # type: ignore[attr-defined]
+    return call
 
 
 def _leaves(parameter: inspect.Parameter) -> list[inspect.Parameter]:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import core_count, has_wgmma, launch, tl, triton
 from kvcompress.kernels.common.tile import (
     LOG2E,
@@ -38,12 +39,10 @@ def launch_split(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor | None,
-    positions: Tensor | None,
-    query_positions: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    spec: LogitSpec,
+    visible: Tensor | None = None,
+    positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
     logits: Tensor | None = None,
     tickets: Tensor | None = None,
     merge: bool = True,
@@ -51,7 +50,7 @@ def launch_split(
     """Attention of few queries, split over the keys so that few heads fill a GPU.
 
     Args:
-        positions, query_positions: as in slot_attention; None: a causal chunk, as in causal_attention.
+        visible: as in causal_attention. positions, query_positions: as in slot_attention; None: a causal chunk.
         logits: [batch, kv_heads, tokens, group] float32 to write the logits to, -inf where unseen; for one query.
         tickets: [batch, kv_heads] int32, set to 0 for the launch that follows.
         merge: False leaves the parts apart, float32 with the split as a first dimension.
@@ -62,7 +61,7 @@ def launch_split(
     query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     positions = None if positions is None else positions.contiguous()
-    query_positions = None if window is None or query_positions is None else query_positions.contiguous()
+    query_positions = None if spec.window is None or query_positions is None else query_positions.contiguous()
     # bound by bandwidth: columns that are only masked cost nothing, tails would cost registers
     dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
     block_rows, block_tokens, warps, stages = _split_blocks(
@@ -79,11 +78,10 @@ def launch_split(
         _split_kernel, (batch * kv_heads * row_blocks * splits,),
         query, key, value, visible, positions, query_positions, out, lse, logits, tickets,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        batch, kv_heads, queries, tokens, splits, split_tokens, window or 0, scale, softcap or 0.0,
+        batch, kv_heads, queries, tokens, splits, split_tokens, *spec.arguments,
         GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
         VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
-        PADDED=visible is not None, SLOTTED=positions is not None, WINDOWED=window is not None,
-        SOFTCAPPED=softcap is not None, WRITES_LOGITS=logits is not None,
+        PADDED=visible is not None, SLOTTED=positions is not None, WRITES_LOGITS=logits is not None, **spec.constants,
         BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return (out, lse) if whole or not merge else merge_stack(out, lse, query.dtype)

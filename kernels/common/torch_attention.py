@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states
 
 # logits a block of the CPU path may hold: 2 MB in float32, about one core's share of the cache
@@ -22,7 +23,7 @@ def slots_seen(positions: Tensor, query_positions: Tensor, window: int | None, c
 
 
 def causal_blocks(
-    query: Tensor, key: Tensor, scale: float, visible: Tensor | None, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, spec: LogitSpec, visible: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Masked logits of a causal chunk, a block of queries at a time.
 
@@ -32,28 +33,21 @@ def causal_blocks(
     """
     batch, heads, queries, _ = query.shape
     tokens = key.shape[2]
-    block = _block(batch * heads, queries, tokens, window)
+    block = _block(batch * heads, queries, tokens, spec.window)
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         first = tokens - queries + start
-        low = 0 if window is None else max(0, first - window + 1)
+        low = 0 if spec.window is None else max(0, first - spec.window + 1)
         rows, columns = slice(start, stop), slice(low, first + stop - start)
-        logits = query_logits(query[:, :, rows], key[:, :, columns], scale, softcap)
-        seen = causal_mask(stop - start, columns.stop - low, 0, columns.stop - low, window, query.device)
+        logits = query_logits(query[:, :, rows], key[:, :, columns], spec)
+        seen = causal_mask(stop - start, columns.stop - low, spec.window, query.device)
         if visible is not None:
             seen = seen & visible[:, None, None, None, columns]
         yield rows, columns, logits.masked_fill_(~seen, -torch.inf)
 
 
 def slot_blocks(
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    causal: bool = False,
+    query: Tensor, key: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec, causal: bool = False
 ) -> Iterator[tuple[slice, Tensor]]:
     """Masked logits over slots, a block of queries at a time: the queries and
     [batch, kv_heads, group, block, slots] in float32."""
@@ -61,25 +55,36 @@ def slot_blocks(
     block = _block(batch * heads, queries, key.shape[2])
     for start in range(0, queries, block):
         rows = slice(start, min(start + block, queries))
-        logits = query_logits(query[:, :, rows], key, scale, softcap)
-        seen = slots_seen(positions, query_positions[:, rows], window, causal)[:, :, None]
+        logits = query_logits(query[:, :, rows], key, spec)
+        seen = slots_seen(positions, query_positions[:, rows], spec.window, causal)[:, :, None]
         yield rows, logits.masked_fill_(~seen, -torch.inf)
 
 
-def causal_in_blocks(query, key, value, scale, visible, window, softcap):
+def causal_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """causal_attention in PyTorch, a block of queries at a time."""
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    for rows, columns, logits in causal_blocks(query, key, scale, visible, window, softcap):
+    for rows, columns, logits in causal_blocks(query, key, spec, visible):
         block_out, block_lse = softmax_values(logits, value[:, :, columns])
         out[:, :, rows], lse[:, :, rows] = block_out.flatten(1, 2), block_lse.flatten(1, 2)
     return out, lse
 
 
-def slots_in_blocks(query, key, value, positions, query_positions, scale, window, softcap, causal=False):
+def slots_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    spec: LogitSpec,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
     """slot_attention in PyTorch, a block of queries at a time. causal: as in slots_seen."""
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    for rows, logits in slot_blocks(query, key, positions, query_positions, scale, window, softcap, causal):
+    for rows, logits in slot_blocks(query, key, positions, query_positions, spec, causal):
         block_out, block_lse = softmax_values(logits, value)
         out[:, :, rows], lse[:, :, rows] = block_out.flatten(1, 2), block_lse.flatten(1, 2)
     return out, lse
@@ -115,7 +120,10 @@ def cpu_flash(
     return out, lse
 
 
-def causal_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None):
+def causal_flash(
+    query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """causal_attention of a plain spec, by torch's fused attention."""
     queries, tokens = query.shape[2], key.shape[2]
     past = tokens - queries
     bias = None
@@ -126,7 +134,7 @@ def causal_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, visibl
 
     def attend(tokens: slice, causal: bool, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         of_these = None if bias is None else bias[..., tokens]
-        return cpu_flash(query, key[:, :, tokens], value[:, :, tokens], scale, causal, of_these, seen)
+        return cpu_flash(query, key[:, :, tokens], value[:, :, tokens], spec.scale, causal, of_these, seen)
 
     out, lse = attend(own, True, None if visible is None else (visible[:, own].cumsum(-1) > 0)[:, None])
     if past:
@@ -158,17 +166,18 @@ def _block(rows: int, queries: int, tokens: int, window: int | None = None) -> i
     return min(queries, max(16, most))
 
 
-def query_logits(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """[batch, kv_heads, group, queries, tokens], float32."""
+def query_logits(query: Tensor, key: Tensor, spec: LogitSpec) -> Tensor:
+    """Logits without a mask, [batch, kv_heads, group, queries, tokens], float32."""
     batch, heads, queries, head_dim = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     rows = query.float().reshape(batch, kv_heads, -1, head_dim)
-    logits = (rows @ key.float().mT).mul_(scale).view(batch, kv_heads, heads // kv_heads, queries, tokens)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    logits = (rows @ key.float().mT).mul_(spec.scale).view(batch, kv_heads, heads // kv_heads, queries, tokens)
+    return spec.cap_(logits)
 
 
-def causal_mask(queries: int, tokens: int, low: int, high: int, window: int | None, device: torch.device) -> Tensor:
-    token = torch.arange(low, high, device=device)
+def causal_mask(queries: int, tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Which tokens a chunk's last queries see, [queries, tokens] bool."""
+    token = torch.arange(tokens, device=device)
     query = torch.arange(tokens - queries, tokens, device=device)[:, None]
     seen = token <= query
     return seen if window is None else seen & (token > query - window)

@@ -89,10 +89,8 @@ class DenseLayer(CompressedLayer):
             reordered(chunk.query, own_order),
             reordered(key, order),
             reordered(value, order),
-            scale=chunk.scale,
-            visible=visible,
-            window=self.window,
-            softcap=chunk.softcap,
+            chunk.spec,
+            visible,
         )
         if own_order is not None:
             back = own_order.argsort(-1)

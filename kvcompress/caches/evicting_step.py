@@ -1,6 +1,6 @@
 """A forward through a layer of an evicting cache: what its queries see, and who goes when it ends."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ class EvictingStep(ForwardStep):
         self.layer = layer
         self.slots: SlotSegment = layer.slots
 
-    def _options(self, x: AttentionInput) -> dict[str, Any]:
-        return {"scale": x.scale, "window": self.layer.window, "softcap": x.softcap}
-
 
 class DecodeStep(EvictingStep):
     """One token: it takes the spare slot, and the slots answer alone."""
@@ -48,13 +45,9 @@ class DecodeStep(EvictingStep):
         placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone())
         if self.placed is not None:
             # the token lies in the slots already, and counts in none of the lengths yet
-            out, lse = self.slots.decode_again(
-                placed.query, x.key, x.value, self.at, query_positions, **self._options(x)
-            )
+            out, lse = self.slots.decode_again(placed.query, x.key, x.value, self.at, query_positions, x.spec)
             return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
-        out, self.attention = self.slots.decode(
-            placed.query, x.key, x.value, self.at, query_positions, sink_logits=x.sinks, **self._options(x)
-        )
+        out, self.attention = self.slots.decode(placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks)
         self.placed, self.query_positions = placed, query_positions
         return out
 
@@ -81,7 +74,7 @@ class DecodeStep(EvictingStep):
             x.visible,
             layer.lengths,
             lambda: [(x.key, x.value) if static else slots.contents()],
-            x.scale,
+            x.spec.scale,
             layer.state,
             layer.rope,
             mean_over_ranks=layer._mean_over_ranks,
@@ -116,10 +109,10 @@ class FusedDecodeStep(EvictingStep):
             layer.lengths if x.visible is None else torch.where(x.visible[:, 0], layer.lengths, EMPTY),
             layer.limits,
             layer.recents,
+            x.spec,
             sinks=layer.policy.sinks,
             memory=layer.policy.decay,
             sink_logits=x.sinks,
-            **self._options(x),
         )
 
     def commit(self) -> None:
@@ -150,11 +143,10 @@ class ChunkStep(EvictingStep):
 
     def attend(self, x: AttentionInput) -> Tensor:
         placed, query_positions = self.layer._place(x, self.places[:, -x.queries :])
-        options = self._options(x)
-        out, lse = causal_attention(placed.query, placed.key, x.value, visible=x.visible, **options)
+        out, lse = causal_attention(placed.query, placed.key, x.value, x.spec, x.visible)
         outs, lses = [out], [lse]
         if not self.is_first:
-            past_out, past_lse = self.slots.attend(placed.query, query_positions, **options)
+            past_out, past_lse = self.slots.attend(placed.query, query_positions, x.spec)
             outs, lses = [*outs, past_out], [*lses, past_lse]
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
@@ -177,7 +169,7 @@ class ChunkStep(EvictingStep):
 
     def _observe(self, x: AttentionInput, lse: Tensor) -> Tensor | None:
         """Attention received from the queries that the policy observes; lse: of the queries, over all they see."""
-        last, options = self.layer.policy.observes, self._options(x)
+        last = self.layer.policy.observes
         if last == 0:
             return None
         first = 0
@@ -192,11 +184,11 @@ class ChunkStep(EvictingStep):
             if last is not None:
                 first = int(observed.any(0).to(torch.uint8).argmax())
         query, lse = x.query[:, :, first:], lse[:, :, first:]
-        within = causal_column_sums(query, x.key, lse, visible=x.visible, **options)
+        within = causal_column_sums(query, x.key, lse, x.spec, x.visible)
         if self.is_first:
             past = torch.zeros_like(self.slots.scores)
         else:
-            past = self.slots.column_sums(query, self.query_positions[:, first:], lse, **options)
+            past = self.slots.column_sums(query, self.query_positions[:, first:], lse, x.spec)
         return torch.cat([past, within], -1)
 
     def _choose(self, attention: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +213,7 @@ class ChunkStep(EvictingStep):
             x.visible,
             layer.lengths,
             lambda: [(x.key, x.value)] if first else [slots.contents(), (x.key, x.value)],
-            x.scale,
+            x.spec.scale,
             layer.state,
             layer.rope,
             x.tokens,

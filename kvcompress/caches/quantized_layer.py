@@ -45,9 +45,7 @@ class QuantizedStep(ForwardStep):
     def attend(self, x: AttentionInput) -> Tensor:
         outs, lses = self.layer._past(x, self.query_positions)
         if x.tokens > 1:
-            out, lse = causal_attention(
-                x.query, x.key, x.value, scale=x.scale, visible=x.visible, window=self.layer.window, softcap=x.softcap
-            )
+            out, lse = causal_attention(x.query, x.key, x.value, x.spec, x.visible)
             outs, lses = [*outs, out], [*lses, lse]
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
@@ -118,9 +116,7 @@ class QuantizedLayer(CompressedLayer):
         for segment in self.segments():
             if isinstance(segment, TailSegment) and not any(segment.held):
                 continue
-            out, lse = segment.attend(
-                chunk.query, query_positions, scale=chunk.scale, window=self.window, softcap=chunk.softcap
-            )
+            out, lse = segment.attend(chunk.query, query_positions, chunk.spec)
             outs.append(out)
             lses.append(lse)
         if not outs and chunk.tokens == 1:

@@ -6,7 +6,6 @@ cache that stores nothing. Each layer notes the most attention that its tokens r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,21 +91,20 @@ class RereadLayer(EvictingLayer):
         if visible is None:
             visible = torch.ones(batch, tokens, dtype=torch.bool, device=chunk.key.device)
         places = waiting.lengths[:, None] + visible.cumsum(-1, dtype=torch.int32) - 1  # [batch, tokens]
-        how: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
-        out, lse = causal_attention(chunk.query, chunk.key, chunk.value, visible=chunk.visible, **how)
+        out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
         outs, lses = [out], [lse]
         read = [(waiting.segment, waiting.segment.scores)]
         if self.get_seq_length() > waiting.segment.slots:
             read.append((self.slots, waiting.past))
         for segment, _ in read:
-            out, lse = segment.attend(chunk.query, places, **how)
+            out, lse = segment.attend(chunk.query, places, chunk.spec)
             outs, lses = [*outs, out], [*lses, lse]
         if chunk.sinks is not None:
             outs, lses = with_sinks(outs, lses, chunk.sinks)
         out, lse = merge_states(outs, lses)
         lse = lse.masked_fill(~visible[:, None], torch.inf)
         for segment, most in read:
-            torch.maximum(most, segment.column_maxima(chunk.query, places, lse, **how), out=most)
+            torch.maximum(most, segment.column_maxima(chunk.query, places, lse, chunk.spec), out=most)
         return out
 
     @as_stored()

@@ -95,9 +95,7 @@ class ShadowLayer(CompressedLayer):
             # its own key is in the tail, which is read anyway
             segment.append(chunk.key, chunk.value, chunk.visible, counts)
         else:
-            out, lse = causal_attention(
-                chunk.query, chunk.key, chunk.value, scale=chunk.scale, visible=chunk.visible, softcap=chunk.softcap
-            )
+            out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
             outs, lses = [out], [lse]
         if chunk.tokens == 1 or bool((segment.lengths > 0).any()):
             out, lse = self._read(chunk, segment)
@@ -117,9 +115,7 @@ class ShadowLayer(CompressedLayer):
         """Attention to what the segment has, and its log-sum-exp."""
         self.fetching_forwards += bool((segment.folded > 0).any())
         positions = torch.zeros(chunk.query.shape[0], chunk.tokens, dtype=torch.int32, device=chunk.query.device)
-        return segment.attend(
-            chunk.query, positions, scale=chunk.scale, window=None, softcap=chunk.softcap, visible=chunk.visible
-        )
+        return segment.attend(chunk.query, positions, chunk.spec, chunk.visible)
 
     def _new_segment(self, chunk: AttentionInput, counts: Tensor | None) -> ShadowSegment:
         batch = chunk.key.shape[0]

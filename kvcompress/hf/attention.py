@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcompress.hf.calls import AttendingCache, Cache, Shadow, cache_in, forward_in_progress, unwatch_forwards
 from kvcompress.hf.modules import layer_of
 from kvcompress.hf.versions import warn_of_untested_release
+from kvcompress.kernels.common.logits import LogitSpec
 
 IMPLEMENTATION = "kvcompress"
 _HANDLE = "_kvcompress_layer"
@@ -44,9 +45,8 @@ class Attends(Protocol):
         self,
         query: Tensor,
         visible: Tensor | None,
+        spec: LogitSpec,
         *,
-        scale: float,
-        softcap: float | None,
         sinks: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor: ...
@@ -180,8 +180,7 @@ def _attention(
         out = layer.attend(
             query,
             attention_mask,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            softcap=kwargs.get("softcap"),
+            LogitSpec(query.shape[-1] ** -0.5 if scale is None else scale, window, kwargs.get("softcap")),
             sinks=kwargs.get("s_aux"),
             position_ids=kwargs.get("position_ids"),
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.caches.dense import SLACK, DenseLayer
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.kernels.prefix import KeyBlocks, Sharing, bounded_attention, merge_blocks, prefix_attention
 from kvcompress.layer import AttentionInput, CompressedLayer
@@ -59,9 +60,9 @@ class SharedLayer(DenseLayer):
         if self.dense is not None:
             self.dense.map_tensors(change)
 
-    def attend(self, query: Tensor, visible: Tensor | None, **kwargs: Any) -> Tensor:
+    def attend(self, query: Tensor, visible: Tensor | None, spec: LogitSpec, **kwargs: Any) -> Tensor:
         if not self.is_first:
-            out = super().attend(query, visible, **kwargs)
+            out = super().attend(query, visible, spec, **kwargs)
         else:
             self.padding.position_ids = kwargs["position_ids"]
             held = dict(vars(self.padding)), self.tree.overlap
@@ -71,7 +72,7 @@ class SharedLayer(DenseLayer):
                 if self.padding.begins_again(visible, self.pending_kv[0].shape[2], seen):
                     self.padding.see(0)
                     self.padding.visible = None
-                out = super().attend(query, visible, **kwargs)
+                out = super().attend(query, visible, spec, **kwargs)
             except ValueError:
                 # refused before anything was stored: all is as it was
                 if self.forwards_begun == self.forwards_ended:
@@ -128,13 +129,12 @@ class SharedLayer(DenseLayer):
 
     def _attend_nodes(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
         sharing = self.tree.sharing()
-        options: dict[str, Any] = {"scale": chunk.scale, "window": self.window, "softcap": chunk.softcap}
         again, device = self.padding.again, chunk.query.device
         positions = self.padding.positions(device) if again or self.coded or self.window is not None else None
         outs, lses = [], []
         if len(self.coded) < len(self.held):
             blocks, plain = self._node_blocks(sharing)
-            out, lse = prefix_attention(chunk.query, blocks, plain, query_positions=positions, causal=again, **options)
+            out, lse = prefix_attention(chunk.query, blocks, plain, chunk.spec, positions, causal=again)
             outs, lses = [out], [lse]
         if self.coded:
             nodes_outs: dict[int, Tensor] = {}
@@ -144,18 +144,18 @@ class SharedLayer(DenseLayer):
                 if name in self.coded and sharing.rows[block]:
                     rows = sharing.pick(block, device)
                     at = positions[rows] - self.tree.nodes[name].start
-                    nodes_outs[block], nodes_lses[block] = self._attend_coded(name, chunk.query[rows], at, options)
+                    nodes_outs[block], nodes_lses[block] = self._attend_coded(name, chunk.query[rows], at, chunk.spec)
             out, lse = merge_blocks(nodes_outs, nodes_lses, sharing, chunk.query, chunk.value.shape[-1])
             outs, lses = [*outs, out], [*lses, lse]
         return merge_states(outs, lses) if len(outs) > 1 else (outs[0], lses[0])
 
-    def _attend_coded(self, name: int, query: Tensor, at: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _attend_coded(self, name: int, query: Tensor, at: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         """Attention of queries [rows, heads, queries, head_dim], at [rows, queries], to a node of another cache."""
         segments = self.held[name]
         self.fetching_forwards += any(tensors for one in segments for _, tensors in one.offloaded().values())
         # all queries of the node as one row's
         together = query.transpose(0, 1).flatten(1, 2)[None].contiguous()
-        out, lse = _merged([segment.attend(together, at.reshape(1, -1), **options) for segment in segments])
+        out, lse = _merged([segment.attend(together, at.reshape(1, -1), spec) for segment in segments])
         apart = (query.shape[0], query.shape[2])
         out, lse = (part[0].unflatten(1, apart).transpose(0, 1).contiguous() for part in (out, lse))
         if self.padding.again:
@@ -165,9 +165,7 @@ class SharedLayer(DenseLayer):
                 for segment in segments:
                     for keys, values, places in segment.pieces():
                         places = places[0].expand(keys.shape[1:3])
-                        answers.append(
-                            bounded_attention(query[within], keys[0], values[0], places, at[within], **options)
-                        )
+                        answers.append(bounded_attention(query[within], keys[0], values[0], places, at[within], spec))
                 out[within], lse[within] = _merged(answers)
         return out, lse
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
 
 
@@ -76,18 +77,14 @@ class DenseSegment(Segment):
         visible = None if self.visible is None else self.visible[:, : self.length]
         return self.keys[:, :, : self.length], self.values[:, :, : self.length], visible
 
-    def attend(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         key, value, visible = self.held()
         if visible is None:
             positions = torch.arange(self.length, device=key.device)[None]
         else:
             positions = (visible.cumsum(-1) - 1).masked_fill(~visible, EMPTY)
         positions = positions.to(torch.int32)[:, None].expand(key.shape[:3])
-        return slot_attention(
-            query, key, value, positions, query_positions, scale=scale, window=window, softcap=softcap
-        )
+        return slot_attention(query, key, value, positions, query_positions, spec)
 
     def show(self, visible: Tensor) -> None:
         """Sets which tokens are visible, [batch, length] bool."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.chunk_scores import chunk_scores
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.rebuild import rebuild_keys
 from kvcompress.kernels.selection import reuse_slots
@@ -339,14 +340,7 @@ class ShadowSegment(Segment):
     # queries come
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        visible: Tensor | None = None,
+        self, query: Tensor, query_positions: Tensor, spec: LogitSpec, visible: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As Segment.attend: to the chunks selected for these queries together, the outliers and the tail; or, where
         there are many queries, to all chunks.
@@ -354,39 +348,36 @@ class ShadowSegment(Segment):
         Args:
             visible: [batch, queries] bool, False for queries that are padding and choose nothing.
         """
-        assert window is None
-        how: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        assert spec.window is None
         is_folded = bool((self.folded > 0).any())
         reads_all = is_folded and query.shape[2] > self.settings.select_queries
         if is_folded and not reads_all:
-            self.select(query, visible, **how)
+            self.select(query, visible, spec)
         # at least one slot, though it be empty: padding may be all that was ever fed
         tail = max(1, int(self.tails().max()))
         buffer = slice(self.exact_from if reads_all else 0, self.tail_from + tail)
-        state = self._attend_slots(query, self.keys, self.values, self.positions, buffer, query_positions, how)
+        state = self._attend_slots(query, self.keys, self.values, self.positions, buffer, query_positions, spec)
         if reads_all:
             for keys, values, positions in self._everything():
-                part = self._attend_slots(query, keys, values, positions, slice(None), query_positions, how)
+                part = self._attend_slots(query, keys, values, positions, slice(None), query_positions, spec)
                 state = merge_states([state[0], part[0]], [state[1], part[1]])
         return state
 
     @staticmethod
     def _attend_slots(
-        query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slots: slice, at: Tensor, how: dict[str, Any]
+        query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slots: slice, at: Tensor, spec: LogitSpec
     ) -> tuple[Tensor, Tensor]:
-        return slot_attention(query, keys[:, :, slots], values[:, :, slots], positions[:, :, slots], at, **how)
+        return slot_attention(query, keys[:, :, slots], values[:, :, slots], positions[:, :, slots], at, spec)
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         exact = slice(self.exact_from, None)
         yield self.keys[:, :, exact], self.values[:, :, exact], self.positions[:, :, exact]
         yield from self._everything()
 
-    def select(self, query: Tensor, visible: Tensor | None, *, scale: float, softcap: float | None) -> None:
+    def select(self, query: Tensor, visible: Tensor | None, spec: LogitSpec) -> None:
         """Puts the chunks that these queries care for most into the buffer."""
         selected = self.held.shape[2]
-        scores = chunk_scores(
-            query, self.landmarks, self.is_open, visible, scale=scale, softcap=softcap, group=self.settings.group
-        )
+        scores = chunk_scores(query, self.landmarks, self.is_open, spec, visible, self.settings.group)
         found, wanted = scores.topk(selected, -1)
         wanted = wanted.masked_fill(found == -torch.inf, EMPTY)
         if bool((self.limits < selected).any()):

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise
@@ -83,9 +84,7 @@ class QuantizedBlocks(Segment):
         if max(self.blocks, default=0) * self.block < self.positions.shape[2]:
             self.keep([0] * len(self.blocks), self.blocks)
 
-    def attend(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         return packed_attention(
             query,
             self.keys,
@@ -93,10 +92,8 @@ class QuantizedBlocks(Segment):
             *self.codings,
             self.positions,
             query_positions,
-            spans=self.spans,
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            spec,
+            self.spans,
         )[:2]
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

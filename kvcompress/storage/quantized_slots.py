@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, pack_codes, quantise, unpack_codes
@@ -119,10 +120,8 @@ class QuantizedSlots(SlotSegment):
     def contents(self) -> tuple[Tensor, Tensor]:
         return self.rotated_keys(), dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
 
-    def attend(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = self._attend(query, query_positions, scale, window, softcap, with_logits=False)
+    def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
+        out, lse = self._attend(query, query_positions, spec, with_logits=False)
         return out, lse
 
     def decode(
@@ -132,16 +131,13 @@ class QuantizedSlots(SlotSegment):
         value: Tensor,
         positions: Tensor,
         query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        spec: LogitSpec,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, logits = self._attend(query, query_positions, scale, window, softcap, with_logits=True)
+        out, lse, logits = self._attend(query, query_positions, spec, with_logits=True)
         # the token itself takes part as it came, and is packed for those that follow
         visible = (positions != EMPTY)[:, None]
-        own_out, own_lse = causal_attention(query, key, value, scale=scale, visible=visible, softcap=softcap)
+        own_out, own_lse = causal_attention(query, key, value, spec, visible)
         outs, lses = [out, own_out], [lse, own_lse]
         if sink_logits is not None:
             outs, lses = with_sinks(outs, lses, sink_logits)
@@ -161,25 +157,20 @@ class QuantizedSlots(SlotSegment):
         value: Tensor,
         positions: Tensor,
         query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        spec: LogitSpec,
     ) -> tuple[Tensor, Tensor]:
         # as in `decode`, the token takes part as it came and not as it lies in its slot
         past = self.positions.scatter(2, self.spare[..., None], EMPTY)
-        out, lse = self._attend(query, query_positions, scale, window, softcap, with_logits=False, positions=past)
+        out, lse = self._attend(query, query_positions, spec, with_logits=False, positions=past)
         visible = (positions != EMPTY)[:, None]
-        own_out, own_lse = causal_attention(query, key, value, scale=scale, visible=visible, softcap=softcap)
+        own_out, own_lse = causal_attention(query, key, value, spec, visible)
         return merge_states([out, own_out], [lse, own_lse])
 
     def _attend(
         self,
         query: Tensor,
         query_positions: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        spec: LogitSpec,
         *,
         with_logits: bool,
         positions: Tensor | None = None,
@@ -194,10 +185,8 @@ class QuantizedSlots(SlotSegment):
             self.coding,
             self.positions if positions is None else positions,
             query_positions,
+            spec,
             offsets=(rows * centre).sum(-1).flatten(1, 2).float(),
-            scale=scale,
-            window=window,
-            softcap=softcap,
             with_logits=with_logits,
         )
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from kvcompress.kernels.common.logits import LogitSpec
+
 EMPTY = -1
 NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
@@ -69,9 +71,7 @@ class Segment:
         """
         return {}
 
-    def attend(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         """Attention of queries to the segment's tokens, all of which precede them.
 
         Args:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.decode import decode_attention
-from kvcompress.kernels.decode_evict import decode_and_evict
+from kvcompress.kernels.decode_evict import Slots, decode_and_evict
 from kvcompress.storage.columns import grown
 from kvcompress.storage.segment import EMPTY, Segment
 
@@ -72,10 +73,7 @@ class SlotSegment(Segment):
         value: Tensor,
         positions: Tensor,
         query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        spec: LogitSpec,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Takes in one token and answers its query.
@@ -91,17 +89,8 @@ class SlotSegment(Segment):
             query heads of a group, [batch, kv_heads, slots] float32.
         """
         self.put(key, value, positions)
-        return decode_attention(
-            query,
-            self.rotated_keys(),
-            self.values,
-            self.positions,
-            query_positions,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sink_logits=sink_logits,
-        )
+        keys = self.rotated_keys()
+        return decode_attention(query, keys, self.values, self.positions, query_positions, spec, sink_logits)
 
     def decode_again(
         self,
@@ -110,13 +99,10 @@ class SlotSegment(Segment):
         value: Tensor,
         positions: Tensor,
         query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        spec: LogitSpec,
     ) -> tuple[Tensor, Tensor]:
         """What another query of the token that `decode` has taken in sees, sinks apart, and its log-sum-exp."""
-        return self.attend(query, query_positions, scale=scale, window=window, softcap=softcap)
+        return self.attend(query, query_positions, spec)
 
     def decode_and_evict(
         self,
@@ -126,75 +112,27 @@ class SlotSegment(Segment):
         positions: Tensor,
         limits: Tensor,
         recents: Tensor,
+        spec: LogitSpec,
         **options: Any,
     ) -> Tensor:
         """Takes in one token, answers its query, scores every slot and frees the one that goes, by `decode_and_evict`.
 
         Args:
-            query, key, value, positions: as in `decode`. limits, recents, options: as the op takes them.
+            query, key, value, positions: as in `decode`. limits, recents, spec, options: as the op takes them.
         """
-        return decode_and_evict(
-            query, key, value, self.keys, self.values, self.positions, self.scores, self.spare,
-            positions, limits, recents, **options,
-        )  # fmt: skip
+        slots = Slots(self.keys, self.values, self.positions, self.scores, self.spare)
+        return decode_and_evict(query, key, value, slots, positions, limits, recents, spec, **options)
 
-    def attend(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        return slot_attention(
-            query,
-            self.rotated_keys(),
-            self.values,
-            self.positions,
-            query_positions,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
+    def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
+        return slot_attention(query, self.rotated_keys(), self.values, self.positions, query_positions, spec)
 
-    def column_sums(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def column_sums(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
         """Attention each slot received, [batch, kv_heads, slots] float32, given the queries' whole log-sum-exp."""
-        return slot_column_sums(
-            query,
-            self.rotated_keys(),
-            self.positions,
-            query_positions,
-            lse,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
+        return slot_column_sums(query, self.rotated_keys(), self.positions, query_positions, lse, spec)
 
-    def column_maxima(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def column_maxima(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
         """The most attention each slot received from one query and head, [batch, kv_heads, slots] float32."""
-        return slot_column_maxima(
-            query,
-            self.rotated_keys(),
-            self.positions,
-            query_positions,
-            lse,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
+        return slot_column_maxima(query, self.rotated_keys(), self.positions, query_positions, lse, spec)
 
     def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Writes one token into the spare slots.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.storage.columns import grown, marked_first, span_of_rows, taken
 from kvcompress.storage.padding import reordered
 from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
@@ -71,21 +72,10 @@ class TailSegment(Segment):
                 tensor = getattr(self, name).narrow(dim, 0, room)
                 setattr(self, name, tensor.clone(memory_format=torch.contiguous_format))
 
-    def attend(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         used = max(self.held)
         positions = self.positions[:, None, :used].expand(-1, self.keys.shape[1], -1)
-        return slot_attention(
-            query,
-            self.keys[:, :, :used],
-            self.values[:, :, :used],
-            positions,
-            query_positions,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
+        return slot_attention(query, self.keys[:, :, :used], self.values[:, :, :used], positions, query_positions, spec)
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield self.keys, self.values, self.positions[:, None]

@@ -19,6 +19,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.caches.dense import DenseCache
 from kvcompress.caches.evicting import EvictingCache, H2OCache, SnapKVCache, StreamingLLMCache
 from kvcompress.caches.quantized import GEARCache, KIVICache
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.layer import CompressedLayer
 from kvcompress.storage.segment import Segment
 from kvcompress.swiftkv.conversion import first_later
@@ -59,15 +60,14 @@ class FollowingLayer(CompressedLayer):
         self,
         query: Tensor,
         visible: Tensor | None,
+        spec: LogitSpec,
         *,
-        scale: float,
-        softcap: float | None,
         sinks: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
         """As CompressedLayer.attend, over what the group's first layer attended to."""
         self.forwards_begun += 1
-        out = self.kv_source.attend_again(query, scale=scale, softcap=softcap, sinks=sinks)
+        out = self.kv_source.attend_again(query, spec, sinks)
         self.pending_kv = None
         self.forwards_ended = self.forwards_begun
         return out

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from kvcompress import DenseCache, EvictingCache, GEARCache, H2OCache, KIVICache
 from kvcompress.hf import cache_argument
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.policies.gear import GEAR, PRESETS, preset
 from kvcompress.policies.h2o import H2O
 from kvcompress.storage.tail import TailSegment
@@ -584,7 +585,7 @@ def test_a_prefill_takes_at_most_a_fifth_more_than_the_keys_and_values_beside_th
 
     def run():
         layer.update(key, value)
-        return layer.attend(query, mask if pads else None, scale=0.1, softcap=None, sinks=None, position_ids=None)
+        return layer.attend(query, mask if pads else None, LogitSpec(0.1), sinks=None, position_ids=None)
 
     peak, out = peak_bytes(run)
     assert layer.prompt is not None

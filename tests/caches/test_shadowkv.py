@@ -9,6 +9,7 @@ import torch
 
 from kvcompress import DenseCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.kernels.chunk_scores import chunk_scores_reference
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.segment import EMPTY
@@ -80,7 +81,7 @@ def test_the_selection_is_the_top_of_the_formula_over_all_chunks(layout):
         outliers = cosines.argsort(-1)[..., :2]
         assert torch.equal(segment.outliers.sort(-1).values, outliers.sort(-1).values)
         is_open = torch.ones_like(cosines, dtype=torch.bool).scatter(2, outliers, False)
-        scores = chunk_scores_reference(fed.queries[index], means, is_open, scale=keys.shape[-1] ** -0.5)
+        scores = chunk_scores_reference(fed.queries[index], means, is_open, LogitSpec(keys.shape[-1] ** -0.5))
         wanted = scores.topk(4, -1).indices
         assert torch.equal(segment.held.sort(-1).values, wanted.sort(-1).values)
 
@@ -374,7 +375,7 @@ def test_a_prefill_takes_at_most_one_and_a_half_times_the_keys_and_values_beside
 
     def run():
         layer.update(key, value)
-        return layer.attend(query, visible, scale=0.1, softcap=None, sinks=None, position_ids=None)
+        return layer.attend(query, visible, LogitSpec(0.1), sinks=None, position_ids=None)
 
     peak, out = peak_bytes(run)
     assert int(layer.segment.folded[1]) == 508

@@ -29,6 +29,7 @@ from kvcompress import (
     hf,
 )
 from kvcompress.hf import release, versions
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.policies.expected_attention import ExpectedAttention
 from tests.contract.models import build, left_padded, prompt
 
@@ -463,4 +464,4 @@ def test_a_layer_that_attends_twice_is_refused():
     with torch.no_grad():
         model(ids, **hf.cache_argument(model, cache))
     with pytest.raises(RuntimeError, match="attends twice"):
-        cache.layers[0].attend(torch.zeros(1, 4, 1, 16), None, scale=1.0, softcap=None, sinks=None, position_ids=None)
+        cache.layers[0].attend(torch.zeros(1, 4, 1, 16), None, LogitSpec(1.0), sinks=None, position_ids=None)

@@ -7,6 +7,7 @@ from kvcompress.kernels.attention import (
     slot_attention,
     slot_attention_reference,
 )
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states
 from tests.kernels.inputs import DEVICE, DTYPES, heads, slot_positions, tolerance
 
@@ -52,9 +53,9 @@ def check_causal(group, queries, tokens, head_dim, value_dim, dtype, pads=False,
     kv_heads = 1 if tokens > 100 else 2
     query = heads(2, kv_heads * group, queries, head_dim, dtype)
     key, value = heads(2, kv_heads, tokens, head_dim, dtype), heads(2, kv_heads, tokens, value_dim, dtype)
-    options |= {"scale": head_dim**-0.5, "visible": padding(2, tokens) if pads else None}
-    out, lse = causal_attention(query, key, value, **options)
-    expected_out, expected_lse = causal_attention_reference(query, key, value, **options)
+    arguments = (query, key, value, LogitSpec(head_dim**-0.5, **options), padding(2, tokens) if pads else None)
+    out, lse = causal_attention(*arguments)
+    expected_out, expected_lse = causal_attention_reference(*arguments)
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected_out, **tolerance(dtype))
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
@@ -87,9 +88,9 @@ def check_slots(group, queries, slots, head_dim, value_dim, dtype, options):
     key, value = heads(2, 2, slots, head_dim, dtype), heads(2, 2, slots, value_dim, dtype)
     positions = slot_positions(2, 2, slots)
     query_positions = (2 * slots + torch.arange(2 * queries, device=DEVICE).view(2, queries)).int()
-    arguments = (query, key, value, positions, query_positions)
-    out, lse = slot_attention(*arguments, scale=head_dim**-0.5, **options)
-    expected_out, expected_lse = slot_attention_reference(*arguments, scale=head_dim**-0.5, **options)
+    arguments = (query, key, value, positions, query_positions, LogitSpec(head_dim**-0.5, **options))
+    out, lse = slot_attention(*arguments)
+    expected_out, expected_lse = slot_attention_reference(*arguments)
     torch.testing.assert_close(out, expected_out, **tolerance(dtype))
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
     assert lse[-1, -group:].eq(-torch.inf).all()
@@ -101,26 +102,26 @@ def test_attending_to_slots_and_chunk_apart_and_merging_equals_attending_to_all(
     order = torch.randperm(40, device=DEVICE)
     positions = order.int().expand(2, 2, -1)
     query_positions = torch.arange(40, 110, device=DEVICE).int().expand(2, -1)
-    past = slot_attention(query, key[:, :, order], value[:, :, order], positions, query_positions, scale=0.125)
-    chunk = causal_attention(query, key[:, :, 40:], value[:, :, 40:], scale=0.125)
+    past = slot_attention(query, key[:, :, order], value[:, :, order], positions, query_positions, LogitSpec(0.125))
+    chunk = causal_attention(query, key[:, :, 40:], value[:, :, 40:], LogitSpec(0.125))
     merged = merge_states(*map(list, zip(past, chunk, strict=True)))
-    torch.testing.assert_close(merged, causal_attention(query, key, value, scale=0.125))
+    torch.testing.assert_close(merged, causal_attention(query, key, value, LogitSpec(0.125)))
 
 
 def test_what_a_hidden_token_holds_does_not_matter():
     query, key, value = heads(2, 4, 70, 64), heads(2, 2, 70, 64), heads(2, 2, 70, 64)
     visible = padding(2, 70)
-    before = causal_attention(query, key, value, scale=0.125, visible=visible)
+    before = causal_attention(query, key, value, LogitSpec(0.125), visible)
     hidden = ~visible[:, None, :, None]
     after = causal_attention(
-        query, key.masked_fill(hidden, 1e3), value.masked_fill(hidden, 1e3), scale=0.125, visible=visible
+        query, key.masked_fill(hidden, 1e3), value.masked_fill(hidden, 1e3), LogitSpec(0.125), visible
     )
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_a_query_before_all_visible_tokens_sees_nothing():
     query, key = heads(2, 2, 70, 64), heads(2, 2, 70, 64)
-    out, lse = causal_attention(query, key, key, scale=0.125, visible=padding(2, 70))
+    out, lse = causal_attention(query, key, key, LogitSpec(0.125), padding(2, 70))
     assert lse[0, :, :24].eq(-torch.inf).all()
     assert out[0, :, :24].eq(0).all()
     assert lse[0, :, 24:].isfinite().all()
@@ -128,25 +129,29 @@ def test_a_query_before_all_visible_tokens_sees_nothing():
 
 def test_a_window_as_long_as_the_chunk_is_no_window():
     query, key = heads(2, 2, 70, 64), heads(2, 1, 70, 64)
-    whole = causal_attention(query, key, key, scale=0.125)
-    torch.testing.assert_close(causal_attention(query, key, key, scale=0.125, window=70), whole)
-    torch.testing.assert_close(causal_attention(query, key, key, scale=0.125, window=1)[0], key.repeat_interleave(2, 1))
+    whole = causal_attention(query, key, key, LogitSpec(0.125))
+    torch.testing.assert_close(causal_attention(query, key, key, LogitSpec(0.125, window=70)), whole)
+    torch.testing.assert_close(
+        causal_attention(query, key, key, LogitSpec(0.125, window=1))[0], key.repeat_interleave(2, 1)
+    )
 
 
 def test_mismatched_shapes_are_named_in_the_error():
     query, key = heads(2, 3, 5, 64), heads(2, 2, 5, 64)
     with pytest.raises(ValueError, match=r"heads a multiple of kv_heads.*query \[2, 3, 5, 64\], key \[2, 2, 5, 64\]"):
-        causal_attention(query, key, key, scale=1.0)
+        causal_attention(query, key, key, LogitSpec(1.0))
     with pytest.raises(ValueError, match="at most as many queries as tokens, got 5 and 4"):
-        causal_attention(key, key[:, :, :4], key[:, :, :4], scale=1.0)
+        causal_attention(key, key[:, :, :4], key[:, :, :4], LogitSpec(1.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_do_not_overflow(dtype):
     query, key = 30 * heads(1, 1, 70, 64, dtype), heads(1, 1, 70, 64, dtype)
-    out, lse = causal_attention(query, key, key, scale=1.0)
+    out, lse = causal_attention(query, key, key, LogitSpec(1.0))
     assert out.isfinite().all()
-    torch.testing.assert_close(lse, causal_attention_reference(query, key, key, scale=1.0)[1], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        lse, causal_attention_reference(query, key, key, LogitSpec(1.0))[1], rtol=1e-5, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("where", ["query", "key", "every key", "value"])
@@ -155,22 +160,21 @@ def test_large_logits_do_not_overflow(dtype):
 def test_nan_comes_through_where_it_is_seen(where, queries, tokens, options):
     """torch's fused attention takes a query all of whose logits are NaN for one that sees nothing."""
     query, key, value = heads(2, 4, queries, 64), heads(2, 2, tokens, 64), heads(2, 2, tokens, 64)
-    options = {"scale": 0.125, "visible": None} | options
-    if options.pop("pads", False):
-        options["visible"] = padding(2, tokens)
+    options = dict(options)
+    visible = padding(2, tokens) if options.pop("pads", False) else None
     if where == "value":
         # what a value nobody sees does to a sum is left open: its weight of 0 times NaN is NaN
         options.pop("window", None)
     at = {"query": (query, -1), "key": (key, 0), "every key": (key, slice(None)), "value": (value, 0)}
     tensor, token = at[where]
     tensor[1, 0, token, 3] = torch.nan
-    expected = causal_attention_reference(query, key, value, **options)
-    torch.testing.assert_close(causal_attention(query, key, value, **options), expected, equal_nan=True)
-    options.pop("visible")
+    spec = LogitSpec(0.125, **options)
+    expected = causal_attention_reference(query, key, value, spec, visible)
+    torch.testing.assert_close(causal_attention(query, key, value, spec, visible), expected, equal_nan=True)
     positions = slot_positions(2, 2, tokens, 0.9)
     positions[1, 0, token] = 5
     at = torch.full((2, queries), 2 * tokens, dtype=torch.int32, device=DEVICE)
-    arguments = (query, key, value, positions, at)
-    expected = slot_attention_reference(*arguments, **options)
-    torch.testing.assert_close(slot_attention(*arguments, **options), expected, equal_nan=True)
-    assert where == "value" or "window" in options or expected[1].isnan().any()
+    arguments = (query, key, value, positions, at, spec)
+    expected = slot_attention_reference(*arguments)
+    torch.testing.assert_close(slot_attention(*arguments), expected, equal_nan=True)
+    assert where == "value" or spec.window is not None or expected[1].isnan().any()

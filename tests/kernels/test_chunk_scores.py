@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kvcompress.kernels.chunk_scores import chunk_scores, chunk_scores_reference
+from kvcompress.kernels.common.logits import LogitSpec
 from tests.kernels.inputs import DEVICE, DTYPES, heads
 
 # group, queries, chunks, head_dim, options
@@ -29,17 +30,17 @@ def scene(group, queries, chunks, head_dim, dtype=torch.float32):
 def test_scores_agree_with_the_reference(group, queries, chunks, head_dim, options, padded):
     arguments = scene(group, queries, chunks, head_dim)
     visible = torch.rand(2, queries, device=DEVICE) < 0.6 if padded else None
-    found = chunk_scores(*arguments, visible, scale=0.2, **options)
-    torch.testing.assert_close(found, chunk_scores_reference(*arguments, visible, scale=0.2, **options))
+    arguments = (*arguments, LogitSpec(0.2, softcap=options.get("softcap")), visible, options.get("group", "max"))
+    torch.testing.assert_close(chunk_scores(*arguments), chunk_scores_reference(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("queries", [1, 5])
 def test_scores_agree_with_the_reference_in_16_bits(dtype, queries):
     arguments = scene(4, queries, 100, 64, dtype)
-    found = chunk_scores(*arguments, scale=0.1)
+    found = chunk_scores(*arguments, LogitSpec(0.1))
     wide = [x.float() if x.is_floating_point() else x for x in arguments]
-    torch.testing.assert_close(found, chunk_scores_reference(*wide, scale=0.1))
+    torch.testing.assert_close(found, chunk_scores_reference(*wide, LogitSpec(0.1)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -49,16 +50,16 @@ def test_products_beyond_the_range_of_16_bits_are_scored_as_in_32(dtype, queries
     query, landmarks, is_open = scene(4, queries, 100, 64, dtype)
     arguments = (query * 100 + 100, landmarks * 100 + 100, is_open)
     assert (arguments[0].float()[:, ::4] @ arguments[1].float().mT).abs().max() > 1e6
-    found = chunk_scores(*arguments, scale=1e-4)
+    found = chunk_scores(*arguments, LogitSpec(1e-4))
     wide = [x.float() if x.is_floating_point() else x for x in arguments]
-    torch.testing.assert_close(found, chunk_scores_reference(*wide, scale=1e-4), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, chunk_scores_reference(*wide, LogitSpec(1e-4)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_the_scores_are_the_formula(queries):
     """Head by head, query by query, with nothing shared between them."""
     query, landmarks, is_open = scene(3, queries, 33, 64)
-    found = chunk_scores(query, landmarks, is_open, scale=0.3)
+    found = chunk_scores(query, landmarks, is_open, LogitSpec(0.3))
     for row in range(2):
         for kv_head in range(2):
             chosen = is_open[row, kv_head]
@@ -73,7 +74,7 @@ def test_the_scores_are_the_formula(queries):
 
 def test_with_one_head_a_kv_head_all_ways_to_agree_are_one():
     arguments = scene(1, 4, 50, 64)
-    scores = [chunk_scores(*arguments, scale=0.2, group=group) for group in ("max", "mean", "sum")]
+    scores = [chunk_scores(*arguments, LogitSpec(0.2), group=group) for group in ("max", "mean", "sum")]
     torch.testing.assert_close(scores[0], scores[1])
     torch.testing.assert_close(scores[0], scores[2])
 
@@ -81,15 +82,20 @@ def test_with_one_head_a_kv_head_all_ways_to_agree_are_one():
 def test_a_query_that_is_padding_chooses_nothing():
     query, landmarks, is_open = scene(2, 6, 40, 64)
     visible = torch.tensor([[True] * 6, [False, False, True, True, True, True]], device=DEVICE)
-    found = chunk_scores(query, landmarks, is_open, visible, scale=0.2)
-    alone = chunk_scores(query[1:, :, 2:], landmarks[1:], is_open[1:], scale=0.2)
+    found = chunk_scores(query, landmarks, is_open, LogitSpec(0.2), visible)
+    alone = chunk_scores(query[1:, :, 2:], landmarks[1:], is_open[1:], LogitSpec(0.2))
     torch.testing.assert_close(found[1:], alone)
 
 
 def test_shapes_that_do_not_belong_together_are_refused():
     query, landmarks, is_open = scene(2, 1, 40, 64)
     with pytest.raises(ValueError, match=r"is_open \[batch, kv_heads, chunks\].*\[2, 2, 39\]"):
-        chunk_scores(query, landmarks, is_open[..., 1:], scale=1.0)
+        chunk_scores(query, landmarks, is_open[..., 1:], LogitSpec(1.0))
+
+
+def test_a_window_is_refused():
+    with pytest.raises(ValueError, match="a landmark stands for no position; got one of 8"):
+        chunk_scores(*scene(2, 1, 40, 64), LogitSpec(1.0, window=8))
 
 
 @pytest.mark.parametrize("group", ["max", "mean"])
@@ -100,7 +106,7 @@ def test_nan_comes_through(where, queries, group):
     is_open = torch.rand(2, 2, 40, device=DEVICE) < 0.8
     is_open[1, 0, 7] = True
     (query[1, 0, -1] if where == "query" else landmarks[1, 0, 7])[3] = torch.nan
-    found = chunk_scores(query, landmarks, is_open, scale=0.125, group=group)
-    expected = chunk_scores_reference(query, landmarks, is_open, scale=0.125, group=group)
+    found = chunk_scores(query, landmarks, is_open, LogitSpec(0.125), group=group)
+    expected = chunk_scores_reference(query, landmarks, is_open, LogitSpec(0.125), group=group)
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert found[1, 0].isnan().sum() == is_open[1, 0].sum()

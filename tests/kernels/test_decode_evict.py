@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from kvcompress.kernels import decode_evict
-from kvcompress.kernels.decode_evict import decode_and_evict, decode_and_evict_reference
+from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.decode_evict import Slots, decode_and_evict, decode_and_evict_reference
 from tests.kernels.inputs import DEVICE, heads, needs_triton, tolerance
 
 
@@ -21,17 +22,17 @@ class State:
         self.limits = torch.tensor([filled, filled + 2], dtype=torch.int32, device=DEVICE)[:batch]
         self.recents = torch.tensor([1, 3], dtype=torch.int32, device=DEVICE)[:batch]
 
-    def tensors(self):
-        return self.keys, self.values, self.positions, self.scores, self.spare
+    def slots(self):
+        return Slots(self.keys, self.values, self.positions, self.scores, self.spare)
 
     def clone(self):
         other = object.__new__(State)
         other.__dict__ = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in self.__dict__.items()}
         return other
 
-    def step(self, function, query, key, value, token, **options):
-        scale = key.shape[-1] ** -0.5
-        return function(query, key, value, *self.tensors(), token, self.limits, self.recents, scale=scale, **options)
+    def step(self, function, query, key, value, token, window=None, softcap=None, **options):
+        spec = LogitSpec(key.shape[-1] ** -0.5, window, softcap)
+        return function(query, key, value, self.slots(), token, self.limits, self.recents, spec, **options)
 
 
 CASES = [
@@ -57,7 +58,7 @@ def test_steps_agree_with_the_reference_to_the_last_slot(group, slots, head_dim,
         out = state.step(decode_and_evict, query, key, value, token, **options)
         reference = expected.step(decode_and_evict_reference, query, key, value, token, **options)
         torch.testing.assert_close(out, reference, **tolerance(dtype))
-        torch.testing.assert_close(state.tensors(), expected.tensors(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state.slots(), expected.slots(), rtol=1e-5, atol=1e-5)
 
 
 def test_heads_with_many_slots_are_shared_out(monkeypatch):
@@ -83,7 +84,7 @@ def test_padding_changes_no_slot():
     before = state.clone()
     token = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
     state.step(decode_and_evict, heads(2, 4, 1, 64), heads(2, 2, 1, 64), heads(2, 2, 1, 64), token)
-    torch.testing.assert_close(state.tensors(), before.tensors(), rtol=0, atol=0)
+    torch.testing.assert_close(state.slots(), before.slots(), rtol=0, atol=0)
 
 
 def test_a_state_that_cannot_be_written_in_place_is_refused():

@@ -4,6 +4,7 @@ import torch
 from kvcompress.kernels import packed_attention as module
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.common import packed_pieces
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.packed_tile import tile_shape
 from kvcompress.kernels.common.runtime import INTERPRETED, runs_triton
 from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
@@ -52,7 +53,7 @@ def scene(case, dtype=torch.float32, queries=1):
     query_positions = torch.arange(tokens, tokens + queries, dtype=torch.int32, device=DEVICE).repeat(2, 1)
     query = heads(2, 2 * group, queries, head_dim, dtype)
     arguments = (query, keys, values, key_coding, value_coding, positions, query_positions)
-    return arguments, {"spans": spans if rank else None, "scale": head_dim**-0.5, **options}
+    return arguments, {"spec": LogitSpec(head_dim**-0.5, **options), "spans": spans if rank else None}
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -156,7 +157,7 @@ def test_it_is_attention_to_the_decoded_tensors():
     bias = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.float64, device=DEVICE)
     bias.masked_fill_(positions[:, :, None] < 0, -torch.inf)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query.double(), key, value, bias, scale=options["scale"], enable_gqa=True
+        query.double(), key, value, bias, scale=options["spec"].scale, enable_gqa=True
     )
     out, _ = packed_attention(query, keys, values, *codings, positions, query_positions, **options)
     torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)
@@ -180,7 +181,7 @@ def test_positions_of_each_head_and_queries_without_a_token():
     # the second row sees nothing, its first head lacks all and the other stands outside of the window
     positions[1, 0] = -1
     query_positions[1] += 1000
-    options["window"] = 320
+    options["spec"] = options["spec"]._replace(window=320)
     found = packed_attention(*arguments, positions, query_positions, **options)
     expected = packed_attention_reference(*arguments, positions, query_positions, **options)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -256,9 +257,8 @@ def test_an_offset_of_a_query_is_added_to_its_products(case, queries):
         for packed, coding in ((keys, key_coding), (values, value_coding))
     )
     out, lse = slot_attention(
-        query.double(), key + centre, value, positions.expand(-1, 2, -1).contiguous(), query_positions,
-        scale=options["scale"], window=options.get("window"), softcap=options.get("softcap"),
-    )  # fmt: skip
+        query.double(), key + centre, value, positions.expand(-1, 2, -1).contiguous(), query_positions, options["spec"]
+    )
     torch.testing.assert_close(found[0].double(), out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1].double(), lse.double(), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"offsets \[batch, heads, queries\]"):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kvcompress.kernels.attention import slot_attention_reference
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.prefix import KeyBlocks, Sharing, prefix_attention, prefix_attention_reference
 from tests.kernels.inputs import DEVICE, DTYPES, heads, needs_triton, tolerance
@@ -26,14 +27,15 @@ def check(sharing, tokens, group, queries, head_dim, value_dim, dtype=torch.floa
     sharing = Sharing(*sharing)
     own = blocks(tokens, kv_heads, head_dim, value_dim, dtype)
     query = heads(sharing.batch, kv_heads * group, queries, head_dim, dtype)
-    options |= {"scale": head_dim**-0.5}
-    if "window" in options or "causal" in options:
+    causal, at = options.pop("causal", False), None
+    if "window" in options or causal:
         # ragged: each row stands somewhere else behind its blocks, or within them
-        back = 60 if "causal" in options else 0
+        back = 60 if causal else 0
         end = sum(tokens) + torch.randint(-back, 9, (sharing.batch, 1), device=DEVICE)
-        options["query_positions"] = (end + torch.arange(queries, device=DEVICE)).int()
-    out, lse = prefix_attention(query, own, sharing, **options)
-    expected_out, expected_lse = prefix_attention_reference(query, own, sharing, **options)
+        at = (end + torch.arange(queries, device=DEVICE)).int()
+    arguments = (query, own, sharing, LogitSpec(head_dim**-0.5, **options), at, causal)
+    out, lse = prefix_attention(*arguments)
+    expected_out, expected_lse = prefix_attention_reference(*arguments)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     torch.testing.assert_close(out, expected_out, **tolerance(dtype))
@@ -81,7 +83,7 @@ def test_the_reference_is_attention_to_all_tokens_of_the_path():
     """Rows see their blocks one after the other, as if they stood in one cache."""
     own = blocks([5, 9], 1, 64, 64)
     query = heads(2, 3, 4, 64)
-    out, lse = prefix_attention_reference(query, own, Sharing([(0, 1), (1,)], 2), scale=0.125)
+    out, lse = prefix_attention_reference(query, own, Sharing([(0, 1), (1,)], 2), LogitSpec(0.125))
     key, value = (torch.cat(parts, 1)[None] for parts in (own.keys, own.values))
     for row, tokens in ((0, 5), (1, 14)):
         logits = query[row].float() @ key[0, 0, :tokens].mT * 0.125
@@ -93,9 +95,8 @@ def test_a_query_that_stands_within_a_block_sees_what_stands_before_it():
     own = blocks([40, 20], 2, 64, 64)
     query = heads(2, 4, 3, 64)
     at = torch.tensor([[37, 38, 39], [58, 59, 60]], dtype=torch.int32, device=DEVICE)
-    options = {"scale": 0.125, "query_positions": at}
     sharing = Sharing([(0, 1), (0, 1)], 2)
-    out, lse = prefix_attention(query, own, sharing, causal=True, **options)
+    out, lse = prefix_attention(query, own, sharing, LogitSpec(0.125), at, causal=True)
     key, value = (torch.cat(parts, 1) for parts in (own.keys, own.values))
     for row in range(2):
         for index in range(3):
@@ -104,19 +105,19 @@ def test_a_query_that_stands_within_a_block_sees_what_stands_before_it():
             torch.testing.assert_close(out[row, :, index], (logits.softmax(-1) @ value[:, :seen]).flatten(0, 1))
             torch.testing.assert_close(lse[row, :, index], logits.logsumexp(-1).flatten())
     # and all of both blocks where nothing says that it stands within them
-    assert (prefix_attention(query, own, sharing, scale=0.125)[1][0] > lse[0]).all()
+    assert (prefix_attention(query, own, sharing, LogitSpec(0.125))[1][0] > lse[0]).all()
 
 
 def test_how_a_path_is_cut_into_blocks_changes_nothing():
     """The merge is exact for any partition, in any order."""
     query = heads(4, 6, 2, 64)
     whole = blocks([90], 2, 64, 64)
-    wanted = prefix_attention(query, whole, Sharing([range(4)], 4), scale=0.125)
+    wanted = prefix_attention(query, whole, Sharing([range(4)], 4), LogitSpec(0.125))
     key, value = whole.keys[0], whole.values[0]
     cuts = [(31, 90), (0, 1), (1, 31)]
     parts = KeyBlocks([key[:, a:b] for a, b in cuts], [value[:, a:b] for a, b in cuts])
     for made, expected in zip(
-        prefix_attention(query, parts, Sharing([range(4)] * 3, 4), scale=0.125), wanted, strict=True
+        prefix_attention(query, parts, Sharing([range(4)] * 3, 4), LogitSpec(0.125)), wanted, strict=True
     ):
         torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
 
@@ -125,9 +126,9 @@ def test_permuting_rows_permutes_the_result():
     own = blocks([33, 20], 2, 64, 64)
     query = heads(4, 6, 1, 64)
     order = torch.tensor([2, 0, 3, 1])
-    out, lse = prefix_attention(query, own, Sharing([(0, 1, 2, 3), (1, 3)], 4), scale=0.125)
+    out, lse = prefix_attention(query, own, Sharing([(0, 1, 2, 3), (1, 3)], 4), LogitSpec(0.125))
     # row 1 is now the last, row 3 the third
-    moved = prefix_attention(query[order], own, Sharing([(0, 1, 2, 3), (2, 3)], 4), scale=0.125)
+    moved = prefix_attention(query[order], own, Sharing([(0, 1, 2, 3), (2, 3)], 4), LogitSpec(0.125))
     torch.testing.assert_close(moved[0], out[order])
     torch.testing.assert_close(moved[1], lse[order])
 
@@ -135,7 +136,7 @@ def test_permuting_rows_permutes_the_result():
 def test_a_row_in_no_block_sees_nothing_and_merges_to_what_else_it_sees():
     own = blocks([40], 2, 64, 64)
     query = heads(3, 4, 2, 64)
-    out, lse = prefix_attention(query, own, Sharing([(0, 2)], 3), scale=0.125)
+    out, lse = prefix_attention(query, own, Sharing([(0, 2)], 3), LogitSpec(0.125))
     assert (out[1] == 0).all()
     assert (lse[1] == -torch.inf).all()
     other = torch.randn_like(out), torch.randn_like(lse)
@@ -146,7 +147,7 @@ def test_a_row_in_no_block_sees_nothing_and_merges_to_what_else_it_sees():
 
 def test_no_block_at_all_is_nothing():
     query = heads(3, 4, 2, 64)
-    out, lse = prefix_attention(query, KeyBlocks([], []), Sharing([], 3), scale=1.0)
+    out, lse = prefix_attention(query, KeyBlocks([], []), Sharing([], 3), LogitSpec(1.0))
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -155,7 +156,7 @@ def test_a_window_may_leave_a_block_behind():
     own = blocks([50], 2, 64, 64)
     query = heads(2, 4, 1, 64)
     at = torch.tensor([[60], [59]], dtype=torch.int32, device=DEVICE)
-    out, lse = prefix_attention(query, own, Sharing([(0, 1)], 2), scale=0.125, window=11, query_positions=at)
+    out, lse = prefix_attention(query, own, Sharing([(0, 1)], 2), LogitSpec(0.125, window=11), at)
     assert (lse[0] == -torch.inf).all()
     assert (out[0] == 0).all()
     torch.testing.assert_close(out[1].view(2, 2, 64), own.values[0][:, -1:].expand(-1, 2, -1))
@@ -166,9 +167,9 @@ def test_each_block_is_read_where_it_lies():
     own = blocks([32, 20], 2, 64, 64)
     query = heads(2, 4, 1, 64)
     sharing = Sharing([(0, 1), (0,)], 2)
-    prefix_attention(query, own, sharing, scale=0.125)
+    prefix_attention(query, own, sharing, LogitSpec(0.125))
     own.values[0].fill_(3.0)
-    out, _ = prefix_attention(query, own, sharing, scale=0.125)
+    out, _ = prefix_attention(query, own, sharing, LogitSpec(0.125))
     torch.testing.assert_close(out[1], torch.full_like(out[1], 3.0))
 
 
@@ -181,11 +182,11 @@ def test_wrong_shapes_are_refused():
         (heads(2, 4, 1, 80), Sharing([(0,)], 2), "head_dim"),
     ):
         with pytest.raises(ValueError, match=message):
-            prefix_attention(query, own, sharing, scale=1.0)
+            prefix_attention(query, own, sharing, LogitSpec(1.0))
     with pytest.raises(ValueError, match="query_positions"):
-        prefix_attention(heads(2, 4, 1, 64), own, Sharing([(0,)], 2), scale=1.0, window=4)
+        prefix_attention(heads(2, 4, 1, 64), own, Sharing([(0,)], 2), LogitSpec(1.0, window=4))
     with pytest.raises(ValueError, match="or it is causal"):
-        prefix_attention(heads(2, 4, 1, 64), own, Sharing([(0,)], 2), scale=1.0, causal=True)
+        prefix_attention(heads(2, 4, 1, 64), own, Sharing([(0,)], 2), LogitSpec(1.0), causal=True)
     with pytest.raises(ValueError, match="between 0 and 1"):
         Sharing([(2,)], 2)
     with pytest.raises(ValueError, match="as many values"):
@@ -200,8 +201,8 @@ def test_shared_rows_equal_slots_of_each_row():
     query = heads(3, 6, 2, 64)
     copies = [tensor[0].expand(3, -1, -1, -1) for tensor in (own.keys, own.values)]
     positions = torch.arange(45, dtype=torch.int32, device=DEVICE).expand(3, 2, -1)
-    wanted = slot_attention_reference(query, *copies, positions, positions[:, 0, :2], scale=0.125)
-    ours = prefix_attention(query, own, Sharing([range(3)], 3), scale=0.125)
+    wanted = slot_attention_reference(query, *copies, positions, positions[:, 0, :2], LogitSpec(0.125))
+    ours = prefix_attention(query, own, Sharing([range(3)], 3), LogitSpec(0.125))
     for made, expected in zip(ours, wanted, strict=True):
         torch.testing.assert_close(made, expected)
 
@@ -218,7 +219,8 @@ def test_nan_reaches_the_rows_that_see_it_and_no_others(where, options, tokens):
         own.values[2][0, -1, 1] = torch.nan
     else:
         own.keys[2][0, -1 if where == "key" else slice(None), 1] = torch.nan
-    expected = prefix_attention_reference(query, own, sharing, scale=0.125, **options)
-    torch.testing.assert_close(prefix_attention(query, own, sharing, scale=0.125, **options), expected, equal_nan=True)
+    spec = LogitSpec(0.125, **options)
+    expected = prefix_attention_reference(query, own, sharing, spec)
+    torch.testing.assert_close(prefix_attention(query, own, sharing, spec), expected, equal_nan=True)
     assert expected[0][3].isnan().any()
     assert expected[0][1:3].isfinite().all()

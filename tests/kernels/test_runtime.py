@@ -9,7 +9,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kvcompress.kernels
 from kvcompress.kernels.common import runtime
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import ALL_REGISTERS, OPS, launch, op, recording, runs_triton, shaped
+from kvcompress.kernels.decode_evict import Slots
 from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme
 from tests.kernels.inputs import DEVICE, blocks, heads, packed_blocks, slot_positions
 
@@ -29,24 +31,24 @@ CODING = QuantScheme(2, 16, "channel", 1, 2)
 PACKED = packed_blocks(X, CODING)
 THERE = torch.arange(48, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
 NEW = KEY[:, :, :1]
-SCALE = {"scale": 0.1}
+SPEC = LogitSpec(0.1)
 
 # arguments of every op
 CALLS = {
     "merge_states": (([QUERY, QUERY], [LSE, LSE]), {}),
-    "causal_attention": ((QUERY, KEY, KEY), SCALE),
-    "slot_attention": ((QUERY, KEY, KEY, POSITIONS, AT), SCALE),
-    "causal_column_sums": ((QUERY, KEY, LSE), SCALE),
-    "slot_column_sums": ((QUERY, KEY, POSITIONS, AT, LSE), SCALE),
-    "slot_column_maxima": ((QUERY, KEY, POSITIONS, AT, LSE), SCALE | {"window": 12}),
-    "decode_attention": ((STEP, KEY, KEY, POSITIONS, AT[:, :1]), SCALE),
-    "packed_attention": ((STEP, PACKED, PACKED, CODING, CODING, THERE, AT[:, :1]), SCALE | {"with_logits": True}),
+    "causal_attention": ((QUERY, KEY, KEY, SPEC), {}),
+    "slot_attention": ((QUERY, KEY, KEY, POSITIONS, AT, SPEC), {}),
+    "causal_column_sums": ((QUERY, KEY, LSE, SPEC), {}),
+    "slot_column_sums": ((QUERY, KEY, POSITIONS, AT, LSE, SPEC), {}),
+    "slot_column_maxima": ((QUERY, KEY, POSITIONS, AT, LSE, LogitSpec(0.1, 12)), {}),
+    "decode_attention": ((STEP, KEY, KEY, POSITIONS, AT[:, :1], SPEC), {}),
+    "packed_attention": ((STEP, PACKED, PACKED, CODING, CODING, THERE, AT[:, :1], SPEC), {"with_logits": True}),
     "choose_victim": ((SCORES, POSITIONS, LIMITS, 2), {}),
     "decode_and_evict": (
-        (STEP, NEW, NEW, KEY, KEY, POSITIONS, SCORES, POSITIONS.argmin(-1), AT[:, 0], LIMITS, LIMITS),
-        SCALE | {"sink_logits": torch.randn(4, device=DEVICE)},
+        (STEP, NEW, NEW, Slots(KEY, KEY, POSITIONS, SCORES, POSITIONS.argmin(-1)), AT[:, 0], LIMITS, LIMITS, SPEC),
+        {"sink_logits": torch.randn(4, device=DEVICE)},
     ),
-    "chunk_scores": ((STEP, KEY, POSITIONS >= 0), SCALE | {"group": "mean"}),
+    "chunk_scores": ((STEP, KEY, POSITIONS >= 0, SPEC), {"group": "mean"}),
     "quantise": ((X, CODING), {}),
     "rebuild_keys": (
         (heads(2, 2, 12, 64), torch.randn(2, 12, 5), torch.randn(2, 5, 128), HELD, HELD < 3),

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from kvcompress.kernels.attention import causal_attention_reference, slot_attention_reference
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
 
-HOW = {"scale": 0.3, "window": None, "softcap": None}
+SPEC = LogitSpec(0.3)
 
 
 def tokens(count, batch=2, kv_heads=3, head_dim=8):
@@ -43,7 +44,7 @@ def test_fresh_slots_are_empty():
     key, value = tokens(1)
     segment = SlotSegment(key, value, 5)
     assert segment.kept().tolist() == [[0, 0, 0]] * 2
-    out, lse = segment.attend(torch.randn(2, 6, 2, 8), torch.zeros(2, 2, dtype=torch.int32), **HOW)
+    out, lse = segment.attend(torch.randn(2, 6, 2, 8), torch.zeros(2, 2, dtype=torch.int32), SPEC)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
 
@@ -109,12 +110,12 @@ def test_slots_attend_as_the_tokens_they_hold_would(window):
     segment, key, value = filled(slots=9)
     query = torch.randn(2, 6, 2, 8)
     at = torch.tensor([[4, 5], [4, 5]], dtype=torch.int32)
-    how = HOW | {"window": window}
-    out, lse = segment.attend(query, at, **how)
-    expected = slot_attention_reference(query, key, value, torch.arange(4).expand(2, 3, -1), at, **how)
+    spec = SPEC._replace(window=window)
+    out, lse = segment.attend(query, at, spec)
+    expected = slot_attention_reference(query, key, value, torch.arange(4).expand(2, 3, -1), at, spec)
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(lse, expected[1])
-    sums = segment.column_sums(query, at, lse, **how)
+    sums = segment.column_sums(query, at, lse, spec)
     # of a whole softmax each query gives one unit a head, where it sees anything
     torch.testing.assert_close(sums.sum(-1), 2.0 * lse.isfinite().sum(-1)[:, ::2].float())
 
@@ -166,7 +167,7 @@ def test_dense_tokens_attend_as_a_causal_past():
     segment.append(key, value, visible)
     query = torch.randn(2, 6, 1, 8)
     at = visible.sum(-1, keepdim=True).int()
-    out, lse = segment.attend(query, at, **HOW)
-    expected = causal_attention_reference(query, key, value, visible=visible, **HOW)
+    out, lse = segment.attend(query, at, SPEC)
+    expected = causal_attention_reference(query, key, value, SPEC, visible)
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(lse, expected[1])

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from kvcompress import AcrossKVCache, DenseCache, EvictingCache, GEARCache, HydragenCache, SwiftKVCache
 from kvcompress.hf import cache_argument
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.knorm import Knorm
@@ -288,7 +289,7 @@ def test_a_following_layer_is_not_run_alone():
     layer = cache.layers[FIRST + 1]
     layer.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
     with pytest.raises(RuntimeError, match="run without it"):
-        layer.attend(torch.zeros(1, 4, 1, 16), None, scale=1.0, softcap=None, sinks=None, position_ids=None)
+        layer.attend(torch.zeros(1, 4, 1, 16), None, LogitSpec(1.0), sinks=None, position_ids=None)
 
 
 def test_packed_slots_are_shared_as_well():
