@@ -216,7 +216,7 @@ class _Config(NamedTuple):
 # by element size, then by head_dim at most: the largest tiles that spill nowhere (evals/bench/aot.py), and a smaller
 _CAUSAL_CONFIGS = {
     2: {
-        64: [_Config(64, 32, 4, 3), _Config(128, 64, 8, 3)],
+        64: [_Config(64, 32, 4, 3), _Config(128, 64, 8, 3), _Config(64, 64, 4, 3, needs_wgmma=True)],
         128: [
             _Config(64, 32, 8, 3),
             _Config(128, 32, 8, 2),

@@ -203,7 +203,8 @@ def _config(tokens: int, rows: int, warps: int, stages: int) -> triton.Config:
 # by element size, then by head_dim at most
 _CONFIGS = {
     2: {
-        128: [_config(64, 64, 4, 3), _config(128, 64, 8, 3)],
+        64: [_config(64, 64, 4, 3), _config(64, 128, 4, 2)],
+        128: [_config(64, 64, 4, 3), _config(64, 128, 4, 2), _config(128, 64, 8, 3)],
         256: [_config(64, 64, 8, 2)],
     },
     4: {
