@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress import hf
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.storage.clock import TokenClock
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
 from kvcompress.storage.segment import Segment
 
@@ -71,6 +72,13 @@ class AttentionInput:
     @property
     def queries(self) -> int:
         return self.query.shape[2]
+
+    @property
+    def real_tokens(self) -> int | Tensor:
+        """Of each sequence, padding not counted, [batch]; a number where nothing is padded."""
+        if self.visible is None:
+            return self.tokens
+        return self.visible[:, 0] if self.tokens == 1 else self.visible.sum(-1)
 
 
 class ForwardStep:
@@ -136,7 +144,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         # forwards that came this far: where layers differ, one was interrupted. Compiled ones are not counted
         self.forwards_begun = self.forwards_ended = 0
         self.kv_shape: tuple[int, int, int] | None = None
-        self._seen = 0
+        self.clock = TokenClock()
 
     def segments(self) -> list[Segment]:
         """What the layer holds."""
@@ -218,12 +226,12 @@ class CompressedLayer(hf.CacheLayerMixin):
         return 0
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `restore` needs: tensors, and facts that JSON can carry."""
-        raise NotImplementedError
+        """What `restore` needs: tensors, and facts that JSON can carry. Of the base: the clock."""
+        return {}, {"seen": self.clock.seen}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Takes on a state that `dump` gave."""
-        raise NotImplementedError
+        """Takes on a state that `dump` gave. Of the base: the clock."""
+        self.clock.begin_at(facts["seen"])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -300,19 +308,16 @@ class CompressedLayer(hf.CacheLayerMixin):
         fresh = self.padding.fresh_of(visible, tokens)
         out = self._attend(AttentionInput(query, key, value, fresh, spec, sinks))
         self.pending_kv = None
-        self._count(tokens)
+        self.clock.advance(tokens)
         if not torch.compiler.is_compiling():
             self.forwards_ended = self.forwards_begun
             if self.is_last:
                 self.padding.remap = self.padding.before = self.padding.ended = None
         return out
 
-    def _count(self, tokens: int) -> None:
-        self._seen += tokens
-
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not."""
-        return self._seen
+        return self.clock.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return hf.TokensSeen(self.get_seq_length() + query_length), 0
@@ -327,13 +332,14 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.forwards_begun = self.forwards_ended = 0
         self.is_initialized = False
         self.kv_shape = None
-        self._seen = 0
+        self.clock = TokenClock()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove and self.is_initialized:
             self._crop(-tokens_to_remove)
+            self.clock.advance(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Leaves all that a forward feeds to be taken back until the next one, in a layer that takes tokens back.
@@ -346,6 +352,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         """Raises ValueError where the last tokens cannot be taken back exactly."""
 
     def _crop(self, tokens: int) -> None:
+        """Takes back the last tokens, which the clock counts still."""
         raise NotImplementedError
 
     def offload(self) -> None:

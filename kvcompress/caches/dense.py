@@ -141,7 +141,6 @@ class DenseLayer(CompressedLayer):
     def _crop(self, tokens: int) -> None:
         assert self.dense is not None
         self.dense.drop_last(tokens)
-        self._seen -= tokens
 
     def reset(self) -> None:
         super().reset()
@@ -150,13 +149,14 @@ class DenseLayer(CompressedLayer):
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, facts = ({}, {"length": 0}) if self.dense is None else self.dense.dump()
-        return tensors, {"seen": self._seen, "dropped": self.dropped} | facts
+        return tensors, super().dump()[1] | {"dropped": self.dropped} | facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        super().restore(tensors, facts)
         if tensors:
             self.dense = self.storage.load(tensors, facts)
             self.lazy_initialization(self.dense.keys, self.dense.values)
-        self._seen, self.dropped = facts["seen"], facts["dropped"]
+        self.dropped = facts["dropped"]
 
 
 class DenseCache(CompressedCache):

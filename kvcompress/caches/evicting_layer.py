@@ -22,7 +22,7 @@ from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.slots import SlotSegment
 
-_COUNTERS = ("lengths", "limits", "recents", "seen")
+_COUNTERS = ("lengths", "limits", "recents")
 # slots added at a time, and the share of those there
 _GROWTH, _SHARE = 8, 16
 
@@ -64,13 +64,10 @@ class EvictingLayer(CompressedLayer):
         self.packed = packed
         self.slots: SlotSegment | None = None
         self.state: dict[str, Tensor] = {}
-        # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps; and tokens seen by all
+        # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps
         self.lengths: Tensor
         self.limits: Tensor
         self.recents: Tensor
-        self.seen: Tensor
-        # the value of `seen` where it is known: to read a tensor is to wait for the GPU
-        self._host_seen: int | None = None
         # whether the slots hold the whole budget, where it is a number of tokens
         self._holds_budget = False
 
@@ -86,13 +83,13 @@ class EvictingLayer(CompressedLayer):
         return [] if self.slots is None else [self.slots]
 
     def counters(self) -> dict[str, Tensor]:
-        if self.slots is None:
+        if self.clock.tensor is None:
             return {}
         return {
             "counters": self.lengths,
             "limits": self.limits,
             "recents": self.recents,
-            "seen": self.seen,
+            "seen": self.clock.tensor,
         } | ({} if self.rope is None else {"inv_freq": self.rope.inv_freq})
 
     def statistics(self) -> dict[str, Tensor]:
@@ -109,16 +106,6 @@ class EvictingLayer(CompressedLayer):
         assert self.slots is not None
         return self.slots.kept()
 
-    def get_seq_length(self) -> int:
-        if self.slots is None:
-            return 0
-        if torch.compiler.is_compiling():
-            # the compiled step must not read a tensor's value; transformers' static layers answer with the tensor too
-            return self.seen  # type: ignore[return-value]
-        if self._host_seen is None:
-            self._host_seen = int(self.seen)
-        return self._host_seen
-
     def is_traceable(self, tokens: int) -> bool:
         return self.slots is not None and tokens == 1
 
@@ -126,11 +113,6 @@ class EvictingLayer(CompressedLayer):
         if torch.compiler.is_compiling():
             return hf.ONE_TOKEN, 0
         return super().get_mask_sizes(query_length)
-
-    def _count(self, tokens: int) -> None:
-        self.seen.add_(tokens)
-        # a compiled step cannot count on the host
-        self._host_seen = None if torch.compiler.is_compiling() or self._host_seen is None else self._host_seen + tokens
 
     def reset(self) -> None:
         super().reset()
@@ -172,7 +154,7 @@ class EvictingLayer(CompressedLayer):
             return ChunkStep(self, x)
         self._make_room(1)
         if isinstance(self.budget, float):
-            self._follow_budget(self.lengths + (1 if x.visible is None else x.visible[:, 0].int()))
+            self._follow_budget(self.lengths + x.real_tokens)
         # scores that add up or fade, over plain slots, are one kernel; layers that share the tokens would ask after it
         plain = self.rope is None and self.packed is None and not self.kv_consumers
         at_once = self.policy.decay is not None and plain and runs_triton(x.query)
@@ -197,8 +179,7 @@ class EvictingLayer(CompressedLayer):
             self.limits, self.recents, self.lengths = (
                 torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
             )
-            self.seen = torch.zeros((), dtype=torch.int64, device=device)
-            self._host_seen = 0
+            self.clock.count_on(torch.zeros((), dtype=torch.int64, device=device), 0)
             # generate compiles the decode step on a GPU
             self._reserves |= chunk.key.is_cuda
             self.slots = self._new_slots(chunk, self._most_slots(chunk.tokens))
@@ -282,9 +263,9 @@ class EvictingLayer(CompressedLayer):
         return SlotSegment(chunk.key, chunk.value, slots)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if self.slots is None:
+        if self.slots is None or self.clock.tensor is None:
             return {}, {}
-        counters = {name: getattr(self, name) for name in _COUNTERS}
+        counters = {name: getattr(self, name) for name in _COUNTERS} | {"seen": self.clock.tensor}
         facts = {"dtype": str(self.dtype).removeprefix("torch.")}
         return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, facts
 
@@ -295,7 +276,7 @@ class EvictingLayer(CompressedLayer):
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self.lazy_initialization(*self.slots.like())
-            self._host_seen = None
+            self.clock.count_on(tensors["seen"])
             self._pin()
 
     def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:

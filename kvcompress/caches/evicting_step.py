@@ -52,8 +52,8 @@ class DecodeStep(EvictingStep):
         return out
 
     def commit(self) -> None:
-        layer, visible = self.layer, self.input.visible
-        layer.lengths.add_(1 if visible is None else visible[:, 0])
+        visible = self.input.visible
+        self.layer.lengths.add_(self.input.real_tokens)
         # a query that is padding gives out no attention
         self._score(self.attention if visible is None else self.attention * visible[..., None])
         self._evict()
@@ -116,8 +116,7 @@ class FusedDecodeStep(EvictingStep):
         )
 
     def commit(self) -> None:
-        visible = self.input.visible
-        self.layer.lengths.add_(1 if visible is None else visible[:, 0])
+        self.layer.lengths.add_(self.input.real_tokens)
 
 
 class ChunkStep(EvictingStep):
@@ -197,7 +196,7 @@ class ChunkStep(EvictingStep):
         assert x is not None
         places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
         places = places[:, None].expand(-1, x.key.shape[1], -1)
-        layer.lengths.add_(x.tokens if x.visible is None else x.visible.sum(-1))
+        layer.lengths.add_(x.real_tokens)
         if isinstance(layer.budget, float):
             layer._follow_budget(layer.lengths)
         positions = torch.cat([slots.positions, places], -1)

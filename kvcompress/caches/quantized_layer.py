@@ -132,7 +132,7 @@ class QuantizedLayer(CompressedLayer):
         self._tail(key, value)
         self.lengths = [tokens] * batch
         self._pack(key, value, [0] * batch, self.lengths, tokens)
-        self._count(tokens)
+        self.clock.advance(tokens)
 
     def _tail(self, key: Tensor, value: Tensor) -> TailSegment:
         if self.tail is None:
@@ -144,8 +144,8 @@ class QuantizedLayer(CompressedLayer):
         return self.tail
 
     def _real(self, chunk: AttentionInput) -> list[int]:
-        fresh = self.padding.fresh
-        return [chunk.tokens] * chunk.key.shape[0] if fresh is None else fresh
+        counts = self.padding.counts(chunk.visible)
+        return [chunk.tokens] * chunk.key.shape[0] if counts is None else counts
 
     def _query_positions(self, chunk: AttentionInput) -> Tensor:
         device = chunk.key.device
@@ -322,8 +322,8 @@ class QuantizedLayer(CompressedLayer):
         Raises:
             ValueError: for more tokens than were seen, and where what the rest would look at has left the window.
         """
-        if tokens > self._seen:
-            raise ValueError(f"crop can take back the {self._seen} tokens seen, got {tokens}")
+        if tokens > self.clock.seen:
+            raise ValueError(f"crop can take back the {self.clock.seen} tokens seen, got {tokens}")
         visible = self.padding.visible
         fresh = [tokens] * len(self.lengths) if visible is None else visible[:, -tokens:].sum(-1).tolist()
         lengths = [length - count for length, count in zip(self.lengths, fresh, strict=True)]
@@ -362,7 +362,6 @@ class QuantizedLayer(CompressedLayer):
         else:
             tail.drop_last([count - own for count, own in zip(tail.held, held, strict=True)])
         self.lengths = lengths
-        self._seen -= tokens
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.tail is None:
@@ -374,14 +373,15 @@ class QuantizedLayer(CompressedLayer):
         for name, part in named:
             if part is not None and not (isinstance(part, QuantizedBlocks) and not part.blocks):
                 tensors |= {f"{name}.{key}": tensor for key, tensor in part.dump()[0].items()}
-        facts = {"seen": self._seen, "lengths": self.lengths, "draft": self.draft} | self.tail.dump()[1]
+        facts = super().dump()[1] | {"lengths": self.lengths, "draft": self.draft} | self.tail.dump()[1]
         return tensors, facts | ({} if self.first is None else {"first": self.first.held})
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if not tensors:
             return
+        super().restore(tensors, facts)
         self.tail = TailSegment.load(_under("tail.", tensors), facts)
-        self.lengths, self._seen = list(facts["lengths"]), facts["seen"]
+        self.lengths = list(facts["lengths"])
         self.draft = facts.get("draft", self.draft)
         if "first" in facts:
             self.first = TailSegment.load(_under("first.", tensors), {"held": facts["first"]})

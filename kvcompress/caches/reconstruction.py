@@ -134,9 +134,6 @@ class _Witness(CompressedLayer):
     def get_seq_length(self) -> int:
         return self.layer.get_seq_length()
 
-    def _count(self, tokens: int) -> None:
-        pass
-
     def _attend(self, chunk: AttentionInput) -> Tensor:
         return self.layer.observe(chunk)
 

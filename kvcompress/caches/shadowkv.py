@@ -154,12 +154,13 @@ class ShadowLayer(CompressedLayer):
         if visible is None:
             return torch.full_like(self.segment.lengths, tokens)
         # compiled steps left no record; what they fed is visible
-        columns = visible[:, self._seen - tokens : self._seen]
+        seen = self.clock.seen
+        columns = visible[:, seen - tokens : seen]
         return columns.sum(-1).cpu()
 
     def check_crop(self, tokens: int) -> None:
-        if tokens > self._seen:
-            raise ValueError(f"crop can take back {self._seen} tokens here, got {tokens}")
+        if tokens > self.clock.seen:
+            raise ValueError(f"crop can take back {self.clock.seen} tokens here, got {tokens}")
         if tokens and self.segment is not None and bool((self._removed(tokens) > self.segment.tails()).any()):
             raise ValueError(
                 f"ShadowKV can take back the tokens that are not folded, here {int(self.segment.tails().min())}, "
@@ -170,7 +171,6 @@ class ShadowLayer(CompressedLayer):
     def _crop(self, tokens: int) -> None:
         assert self.segment is not None
         self.segment.drop_last(self._removed(tokens))
-        self._seen -= tokens
 
     def reset(self) -> None:
         super().reset()
@@ -179,13 +179,13 @@ class ShadowLayer(CompressedLayer):
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, facts = ({}, {}) if self.segment is None else self.segment.dump()
-        return tensors, {"seen": self._seen} | facts
+        return tensors, super().dump()[1] | facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        super().restore(tensors, facts)
         if tensors:
             self.segment = ShadowSegment.load(tensors, facts, settings=self.settings, rope=self.rope, host=self.host)
             self.lazy_initialization(self.segment.keys, self.segment.values)
-        self._seen = facts["seen"]
 
 
 class ShadowKVCache(CompressedCache):

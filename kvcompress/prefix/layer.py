@@ -66,7 +66,7 @@ class SharedLayer(DenseLayer):
         else:
             self.padding.position_ids = kwargs["position_ids"]
             held = dict(vars(self.padding)), self.tree.overlap
-            seen = self._seen
+            seen = self.clock.seen
             try:
                 assert self.pending_kv is not None
                 if self.padding.begins_again(visible, self.pending_kv[0].shape[2], seen):
@@ -93,7 +93,7 @@ class SharedLayer(DenseLayer):
         own = replace(chunk, visible=None if stored is None else stored.to(chunk.key.device))
         out, lse = self._attend_dense(own)
         outs, lses = [out], [lse]
-        if self.is_first and self._seen == 0 and not self.held and len(chunk.key) > 1:
+        if self.is_first and self.clock.seen == 0 and not self.held and len(chunk.key) > 1:
             self.padding.found = self._find(own)
         if self.padding.found is not None:
             self.move(self.padding.found)

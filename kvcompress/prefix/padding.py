@@ -85,7 +85,7 @@ class PrefixPadding(PaddingRecord):
     def see(self, tokens: int) -> None:
         """Reports so many columns as seen."""
         for layer in self.layers:
-            layer._seen = tokens
+            layer.clock.begin_at(tokens)
 
     def shown(self, rows: int, seen: int) -> Tensor:
         """Tokens of each row that are not padding, [rows]."""

@@ -388,8 +388,7 @@ def _leave_a_token(cache: HydragenCache, prompts: Tensor | None) -> HydragenCach
     """A cache that reports fewer tokens as seen than prompts [batch, tokens] have columns, whatever it holds."""
     if prompts is not None and cache.get_seq_length() >= prompts.shape[1]:
         # what it holds and does not report comes once more, and is dropped
-        for layer in cache.layers:
-            layer._seen = prompts.shape[1] - 1
+        cache.padding.see(prompts.shape[1] - 1)
     return cache
 
 

@@ -36,8 +36,6 @@ class PaddingRecord:
         # filler, [batch] bool
         self.last_fed: list[int] | None = None
         self.ended: Tensor | None = None
-        # real tokens that each sequence was fed by the forward at hand; None where nothing is padded
-        self.fresh: list[int] | None = None
         self.remap: Tensor | None = None
         # tokens of each sequence until now, [batch], before `remap` moves them
         self.before: Tensor | None = None
@@ -133,7 +131,6 @@ class PaddingRecord:
             raise
         self._append(fresh, batch, past, queries)
         self._note_filler(batch, past, queries)
-        self.fresh = None if self.visible is None else self.visible[:, -queries:].sum(-1).tolist()
 
     def _follow(self, position_ids: Tensor, fresh: Tensor | None, past: int) -> None:
         """Compares the model's positions of a forward, [batch, queries], with those that came before.

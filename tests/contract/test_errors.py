@@ -123,11 +123,11 @@ def test_an_interrupted_forward_is_noticed_and_reset_mends_it(entry, layer, wher
     hook = (attention.o_proj if where == "after" else attention.q_proj).register_forward_pre_hook(interrupt)
     if where == "within":
         hook.remove()
-        cache.layers[layer]._count = interrupt
+        cache.layers[layer].clock.advance = interrupt
     with pytest.raises(KeyboardInterrupt):
         feed(model, cache, prompt(5, 2))
     hook.remove()
-    vars(cache.layers[layer]).pop("_count", None)
+    vars(cache.layers[layer].clock).pop("advance", None)
     # whole forwards and none at all leave a cache that is whole
     if (layer, where) not in ((0, "before"), (2, "after")):
         with pytest.raises((RuntimeError, ValueError), match=r"interrupted.*reset"):

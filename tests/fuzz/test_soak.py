@@ -19,13 +19,13 @@ def test_a_cache_that_grows_is_caught():
     model = tiny(num_hidden_layers=1)
     cache = CACHES["h2o"](model)
     layer = cache.layers[0]
-    append, layer.state = layer._count, {"all": torch.zeros(0)}
+    append, layer.state = layer.clock.advance, {"all": torch.zeros(0)}
 
     def grow(tokens):
         append(tokens)
         layer.state["all"] = torch.zeros(layer.get_seq_length())
 
-    layer._count = grow
+    layer.clock.advance = grow
     with pytest.raises(AssertionError, match="bytes of"):
         soak(model, cache, 100, every=50)
 

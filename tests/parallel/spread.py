@@ -50,7 +50,7 @@ def main(plain: str, converted: str, out: str) -> None:
                 # files hold CPU tensors
                 for layer in cache.layers:
                     layer.map_tensors(lambda tensor: tensor.cpu())
-                    layer.seen = layer.seen.cpu()
+                    layer.clock.count_on(layer.clock.tensor.cpu())
                 cache.padding.visible = cache.padding.visible.cpu()
                 file = Path(out).with_suffix(".safetensors")
                 cache.save(file)

@@ -1,0 +1,47 @@
+"""How many tokens a layer was fed."""
+
+import torch
+from torch import Tensor
+
+
+class TokenClock:
+    """The columns that a layer was fed, padding included.
+
+    tensor: the same number as a tensor [] int64, in layers whose steps are compiled: such a step advances it and does
+    not read it, so that the number on the host is not known until somebody asks. None in other layers.
+    """
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+        self._seen: int | None = 0
+
+    @property
+    def seen(self) -> int:
+        """Columns fed so far; in a compiled step the tensor, as in transformers' static layers."""
+        if self.tensor is not None:
+            if torch.compiler.is_compiling():
+                return self.tensor  # type: ignore[return-value]
+            if self._seen is None:
+                # to read a tensor is to wait for the GPU
+                self._seen = int(self.tensor)
+        assert self._seen is not None
+        return self._seen
+
+    def advance(self, tokens: int) -> None:
+        """Counts so many columns more, or fewer."""
+        if self.tensor is not None:
+            self.tensor.add_(tokens)
+            if torch.compiler.is_compiling():
+                self._seen = None
+                return
+        if self._seen is not None:
+            self._seen += tokens
+
+    def begin_at(self, seen: int) -> None:
+        """Says how many columns were fed."""
+        assert self.tensor is None
+        self._seen = seen
+
+    def count_on(self, tensor: Tensor, seen: int | None = None) -> None:
+        """Goes on from a tensor's number, in this tensor; seen: the number, where it is known."""
+        self.tensor, self._seen = tensor, seen
