@@ -16,9 +16,7 @@ import importlib
 import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import kvcompress.kernels
+from kvcompress.evals.bench.machine_code import dump, usage
 from kvcompress.kernels.common.runtime import HAS_TRITON, INTERPRETED, Launch, recording, triton
 
 
@@ -82,13 +81,23 @@ class Report:
 
 @dataclass(frozen=True)
 class Case:
-    """One way a kernel can be launched: constants are the compile-time arguments and the launch options."""
+    """One way a kernel can be launched.
+
+    constants: the compile-time arguments and the launch options.
+    wgmma: whether the GPUs that launch it so have wgmma; some with and some without may.
+    """
 
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    needs_wgmma: bool = False
+    wgmma: frozenset[bool]
     label: str = ""
+
+    def compiled(self, target: Target) -> Any:
+        """What Triton makes of it for the target."""
+        options, signature, constants, alignment = self.specialised(target)
+        source = triton.compiler.ASTSource(self.kernel, signature, constants, alignment)
+        return triton.compile(source, target=target.of_triton(), options=options.__dict__)
 
     def specialised(self, target: Target) -> tuple[Any, dict[str, Any], dict, dict]:
         """What a launch on the target finds out by looking: options, types, constants and alignment, for Triton.
@@ -139,7 +148,9 @@ def all_cases() -> dict[str, list[Case]]:
                     module.aot_calls()
             for case in [case for launch in launches for case in _configured(launch, has_wgmma)]:
                 facts = case.facts()
-                cases.setdefault(case.kernel, {}).setdefault(str(facts), (case, facts))
+                of_kernel = cases.setdefault(case.kernel, {})
+                first, _ = of_kernel.get(str(facts), (case, facts))
+                of_kernel[str(facts)] = replace(first, wgmma=first.wgmma | case.wgmma), facts
     by_file: dict[str, list[Case]] = {}
     for kernel, of_kernel in cases.items():
         labels = _labels([facts for _, facts in of_kernel.values()])
@@ -149,15 +160,16 @@ def all_cases() -> dict[str, list[Case]]:
     return dict(sorted(by_file.items()))
 
 
-def _configured(launch: Launch, needs_wgmma: bool) -> Iterator[Case]:
+def _configured(launch: Launch, has_wgmma: bool) -> Iterator[Case]:
     """The launch at each configuration that the autotuner would try."""
+    wgmma = frozenset((has_wgmma,))
     if not isinstance(launch.kernel, triton.runtime.Autotuner):
-        yield Case(*launch, needs_wgmma)
+        yield Case(*launch, wgmma)
         return
     tuner = launch.kernel
     tuner.nargs = dict(zip(tuner.arg_names, launch.arguments, strict=False))
     for config in tuner.prune_configs(launch.constants):
-        yield Case(tuner.fn, launch.arguments, launch.constants | config.all_kwargs(), needs_wgmma)
+        yield Case(tuner.fn, launch.arguments, launch.constants | config.all_kwargs(), wgmma)
 
 
 def _labels(cases: list[dict[str, Any]]) -> list[str]:
@@ -189,16 +201,14 @@ def compile_case(module: str, index: int, target: str) -> Report:
     name = case.kernel.__name__
     gpu = TARGETS[target]
     try:
-        options, signature, constants, alignment = case.specialised(gpu)
-        source = triton.compiler.ASTSource(case.kernel, signature, constants, alignment)
-        compiled = triton.compile(source, target=gpu.of_triton(), options=options.__dict__)
+        compiled = case.compiled(gpu)
         registers, spilled = _usage(compiled)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Report(name, case.label, target, error=f"does not compile: {lines[-1]}")
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    occupancy = _occupancy(gpu, registers, shared, warps)
-    return Report(name, case.label, target, registers, shared, spilled, occupancy)
+    resident = occupancy(gpu, registers, shared, warps)
+    return Report(name, case.label, target, registers, shared, spilled, resident)
 
 
 def compile_all(jobs: list[tuple[str, int, str]], workers: int) -> Iterator[Report]:
@@ -232,16 +242,11 @@ def _usage(compiled) -> tuple[int, int]:
         spilled = 4 * int(counts["vgpr_spill_count"]) or int(counts["private_segment_fixed_size"])
         # vgpr_count covers the accumulation registers too: the file is one
         return int(counts["vgpr_count"]), spilled
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        listing = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+    return usage(dump(compiled.asm["cubin"], "-res-usage"))
 
 
-def _occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
+def occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
+    """The share of a multiprocessor's threads that can be resident at once; shared in bytes."""
     threads = warps * target.warp_size
     # registers come by the 8 a thread; a block's shared memory by the 128 bytes and, on CUDA, 1 KB more
     of_registers = target.registers // (threads * math.ceil(max(registers, 1) / 8) * 8)
@@ -269,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         for index, case in enumerate(cases[module])
         if options.label in f"{case.kernel.__name__} {case.label}"
         for target in ([options.target] if options.target else TARGETS)
-        if TARGETS[target].has_wgmma or not case.needs_wgmma
+        if TARGETS[target].has_wgmma in case.wgmma
     ]
     failed = print_table(compile_all(jobs, options.workers))
     print(f"\n{len(jobs)} compiled, {len(failed)} failed")

@@ -25,6 +25,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, str, str]]]] = {
             "kernels": ("bench.kernels", "main", "Each kernel beside its reference and the best alternatives."),
             "gpu": ("bench.gpu", "run", "All that needs a GPU, in under ten minutes."),
             "aot": ("bench.aot", "main", "Compile every kernel for GPUs that are not there."),
+            "sass": ("bench.sass", "main", "A static roofline of every kernel, from its machine code."),
         },
     ),
     "study": (
