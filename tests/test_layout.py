@@ -133,7 +133,8 @@ PACKAGES = {
     "evals.provenance": set(),
     "evals.timing": set(),
     "evals.sweep": {
-        *("caches", "evals.outputs", "evals.provenance", "hf", "kvcompress", "memory", "registry", "swiftkv"),
+        *("caches", "evals.outputs", "evals.provenance", "hf", "kernels", "kvcompress", "memory", "registry"),
+        "swiftkv",
     },
     "evals.lm": {"evals.sweep", "hf", "kvcompress", "registry"},
     "evals.tasks": {"evals.sweep"},

@@ -14,16 +14,18 @@ from transformers import PreTrainedModel
 from kvcompress import DenseCache, EvictingCache
 from kvcompress.evals.sweep.protocol import Reader
 from kvcompress.hf import sizes
+from kvcompress.kernels.common.logits import LogitSpec
 
 
 @dataclass
 class _Call:
-    """What a layer of a cache was given. kwargs: of `attend`."""
+    """What a layer of a cache was given. spec: of its logits. kwargs: what else `attend` takes."""
 
     key: Tensor
     value: Tensor
     query: Tensor
     visible: Tensor | None
+    spec: LogitSpec
     kwargs: dict[str, Any]
 
 
@@ -43,10 +45,10 @@ class FirstForward:
     def _recording(self, layer: Any) -> Any:
         attend = type(layer).attend
 
-        def recording(query: Tensor, visible: Tensor | None, **kwargs: Any) -> Tensor:
+        def recording(query: Tensor, visible: Tensor | None, spec: LogitSpec, **kwargs: Any) -> Tensor:
             keys, values = layer.pending_kv
-            self._calls.append(_Call(keys, values, query, visible, kwargs))
-            return attend(layer, query, visible, **kwargs)
+            self._calls.append(_Call(keys, values, query, visible, spec, kwargs))
+            return attend(layer, query, visible, spec, **kwargs)
 
         return recording
 
@@ -75,5 +77,5 @@ class FirstForward:
             )
         for index, call in enumerate(self._calls):
             cache.update(call.key, call.value, index)
-            cache.layers[index].attend(call.query, call.visible, **call.kwargs)
+            cache.layers[index].attend(call.query, call.visible, call.spec, **call.kwargs)
         reader.mask = self.mask

@@ -190,8 +190,8 @@ def test_a_cache_that_forgets_in_the_second_turn_is_found(monkeypatch):
 
 
 def test_a_cache_that_takes_padding_for_tokens_is_found(monkeypatch):
-    def attend(self, query, visible, real=EvictingLayer.attend, **how):
-        return real(self, query, None, **how)
+    def attend(self, query, visible, spec, real=EvictingLayer.attend, **how):
+        return real(self, query, None, spec, **how)
 
     monkeypatch.setattr(EvictingLayer, "attend", attend)
     for cache in ("h2o", "streaming", "knorm", "h2o:bits=4"):
