@@ -12,7 +12,7 @@ once a query block (causal) or once (slots, decode).
 All log-sum-exps are natural logarithms in float32; a query that sees no key has lse = -inf and out = 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ def _launch_causal(
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     (dim, tail), (value_width, value_tail) = tile_widths(query.shape[-1]), tile_widths(value.shape[-1])
 
-    def grid(meta):
+    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
         return triton.cdiv(queries, meta["BLOCK_QUERIES"]), heads, batch
 
     launch(
@@ -237,7 +237,7 @@ def _causal_configs(width: int, element_size: int) -> list[_Config]:
     return next(configs for widest, configs in _CAUSAL_CONFIGS[element_size].items() if width <= widest)
 
 
-def _prune_causal(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
+def _prune_causal(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
     width = max(constants["DIM"] + constants["TAIL"], constants["VALUE_WIDTH"] + constants["VALUE_TAIL"])
     query = arguments["query_ptr"]
     plain = not any(constants[name] for name in ("PADDED", "WINDOWED", "SOFTCAPPED"))

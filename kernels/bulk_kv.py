@@ -56,19 +56,8 @@ def bulk_key_values(
         return
     batch, kv_heads, tokens, head_dim = keys[0].shape
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    # an address of 0 is never read
-    absent = [0] * len(keys)
-    columns = [
-        [weight.data_ptr() for weight in key_weights],
-        [weight.data_ptr() for weight in value_weights],
-        absent if key_biases is None else [bias.data_ptr() for bias in key_biases],
-        absent if value_biases is None else [bias.data_ptr() for bias in value_biases],
-        [key.data_ptr() for key in keys],
-        [value.data_ptr() for value in values],
-        absent if norms is None else [norm.data_ptr() for norm in norms],
-    ]
-    addresses = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64).to(x.device, non_blocking=True)
-    aligned = 16 if not any(address % 16 for column in columns for address in column) else x.element_size()
+    addresses = _addresses(key_weights, value_weights, key_biases, value_biases, keys, values, norms)
+    aligned = x.element_size() if any(address % 16 for of_layer in addresses for address in of_layer) else 16
     # what is loaded number by number needs registers that the larger tiles do not leave
     larger = has_wgmma(x.device) and aligned == 16 and x.shape[-1] % 16 == 0
     sizes, options = _sizes(head_dim, x.element_size(), larger)
@@ -76,11 +65,18 @@ def bulk_key_values(
     blocks = triton.cdiv(rows, sizes["BLOCK_ROWS"]) * triton.cdiv(kv_heads, sizes["HEADS"])
     launch(
         _bulk_kv_kernel, (blocks * len(keys),),
-        x, cos, sin, addresses, x.shape[-1], *keys[0].stride()[:3],
+        x, cos, sin, torch.tensor(addresses).to(x.device, non_blocking=True), x.shape[-1], *keys[0].stride()[:3],
         rows, tokens, kv_heads, len(keys), 0 if cos.shape[0] == 1 else tokens, epsilon,
         HEAD_DIM=head_dim, HAS_KEY_BIAS=key_biases is not None, HAS_VALUE_BIAS=value_biases is not None,
         HAS_NORM=norms is not None, ALIGNED=aligned, **sizes, **options,
     )  # fmt: skip
+
+
+def _addresses(*operands: Sequence[Tensor] | None) -> list[tuple[int, ...]]:
+    """Where each layer's tensors lie, in the order of the operands; 0, which is never read, for one that is None."""
+    layers = max(len(operand) for operand in operands if operand is not None)
+    columns = [[0] * layers if operand is None else [each.data_ptr() for each in operand] for operand in operands]
+    return list(zip(*columns, strict=True))
 
 
 def bulk_key_values_reference(

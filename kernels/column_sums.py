@@ -10,6 +10,8 @@ queries x tokens matrix never exists. Flops 2 * batch * heads * (query, key) pai
 attention; bytes (heads + kv_heads) * head_dim a token and the lse.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -172,7 +174,7 @@ def _launch(
     head_dim = query.shape[-1]
     dim, tail = tile_widths(head_dim)
 
-    def grid(meta):
+    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
         return triton.cdiv(tokens, meta["BLOCK_TOKENS"]), kv_heads, batch
 
     if tokens:
@@ -219,7 +221,7 @@ def _configs(width: int, element_size: int) -> list[triton.Config]:
     return next(configs for widest, configs in _CONFIGS[element_size].items() if width <= widest)
 
 
-def _prune(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
+def _prune(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
     return _configs(constants["DIM"] + constants["TAIL"], arguments["query_ptr"].element_size())
 
 

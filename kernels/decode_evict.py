@@ -194,7 +194,7 @@ _MOST_CHUNKS = 128
 def _chunk(owners: int, slots: int, device: torch.device) -> int:
     """How many slots each program takes: as few as fill the GPU once, for each repeats what a head needs once."""
     programs = max(1, min(_PROGRAMS_PER_CORE * core_count(device) // owners, _MOST_CHUNKS))
-    return triton.cdiv(triton.cdiv(slots, programs), _CHUNK) * _CHUNK
+    return -(-slots // (programs * _CHUNK)) * _CHUNK
 
 
 @triton.jit

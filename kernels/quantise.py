@@ -147,12 +147,15 @@ def _outlier_index(x: Tensor, outliers: int, dim: int) -> Tensor:
 def _group(x: Tensor, coding: QuantScheme, fill: float) -> Tensor:
     """[..., block, head_dim] with the numbers of a group as the last dimension, behind those of scales and zeros."""
     block, head_dim = x.shape[-2:]
+    grouped: Tensor
     if coding.axis == "channel":
-        return x.unflatten(-2, (-1, min(coding.group, block))).transpose(-1, -2)
+        grouped = x.unflatten(-2, (-1, min(coding.group, block))).transpose(-1, -2)
+        return grouped
     short = -head_dim % coding.group
     if short:
         x = torch.nn.functional.pad(x, (0, short), value=fill)
-    return x.unflatten(-1, (-1, coding.group))
+    grouped = x.unflatten(-1, (-1, coding.group))
+    return grouped
 
 
 def _round_down(x: Tensor) -> Tensor:

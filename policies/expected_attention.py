@@ -80,8 +80,10 @@ class ExpectedAttention(Policy):
         left_out = candidates.positions < self.sinks
         # finite, so that a head with nothing but sinks gets a flat softmax and not NaN
         logits = logits.masked_fill(left_out[:, :, None], torch.finfo(logits.dtype).min)
-        expected = logits.softmax(-1).mean(2) + self.epsilon
-        return expected * candidates.values.float().norm(dim=-1) if self.value_norm else expected
+        expected: Tensor = logits.softmax(-1).mean(2) + self.epsilon
+        if self.value_norm:
+            expected = expected * candidates.values.float().norm(dim=-1)
+        return expected
 
     def _learn(self, candidates: Candidates) -> None:
         """Brings the statistics up to date with this forward's queries."""

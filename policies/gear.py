@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvcompress.kernels.quantise import QuantScheme, check_coding
+from kvcompress.kernels.common.quantized import QuantScheme, check_coding
 
 Backbone = Literal["kivi", "whole"]
 

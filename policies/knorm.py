@@ -27,4 +27,5 @@ class Knorm(Policy):
     static: ClassVar[bool] = True
 
     def score(self, candidates: Candidates) -> Tensor:
-        return -candidates.keys.float().norm(dim=-1)
+        norms: Tensor = candidates.keys.float().norm(dim=-1)
+        return -norms

@@ -259,6 +259,25 @@ def test_what_kvcompress_imports_is_declared():
             assert tops <= allowed | more, f"{file.relative_to(ROOT)} imports {tops - allowed}"
 
 
+def untyped(source):
+    """Functions of a source text that lack the type of an argument or of what they return; not Triton's."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and not any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            given = node.args
+            known = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+            missing = [each for each in known if each.annotation is None and each.arg not in ("self", "cls")]
+            if missing or node.returns is None:
+                yield node.name
+
+
+# mypy asks it of functions everywhere or nowhere in a file
+def test_every_function_of_kernels_but_tritons_says_its_types():
+    assert not {file.name: found for file in sources("kernels") if (found := [*untyped(file.read_text())])}
+    kernel = "@triton.jit(do_not_specialize=['n'])\ndef kernel(x_ptr, n): pass"
+    wanting = "def one(x, y: int) -> int: pass\ndef two(x: int): pass\ndef three(*x) -> None: pass"
+    assert [*untyped(f"{kernel}\n{wanting}\ndef four(self, x: int) -> int: pass")] == ["one", "two", "three"]
+
+
 REGISTRATIONS = """
 import sys
 import transformers, transformers.modeling_utils, transformers.masking_utils, transformers.cache_utils

@@ -9,9 +9,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcompress.evals.bench.case import Case, Shape, beside_reference, make_random
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise, quantise_reference
+from kvcompress.kernels.quantise import dequantise, quantise, quantise_reference
 
 # Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
 PACKED = {

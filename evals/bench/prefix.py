@@ -9,7 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcompress.evals.bench.case import Case, Shape, make_random
 from kvcompress.evals.timing import Call
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.prefix import KeyBlocks, Sharing, prefix_attention, prefix_attention_reference
+from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
+from kvcompress.kernels.prefix import prefix_attention, prefix_attention_reference
 
 # rows that decode over one prefix; Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
 PREFIX = {

@@ -25,7 +25,7 @@ class TileShape(NamedTuple):
 
     def count(self, blocks: int) -> int:
         """How many tiles cover so many blocks."""
-        return triton.cdiv(blocks, self.blocks) * (self.block // self.planes // self.run)
+        return -(-blocks // self.blocks) * (self.block // self.planes // self.run)
 
     def constants(self) -> dict[str, int]:
         return {"BLOCK": self.block, "PLANES": self.planes, "RUN": self.run, "TILE_BLOCKS": self.blocks}

@@ -165,7 +165,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
     per = 8 // bits
     planes = codes.unflatten(-2, (per, -1))
-    packed = planes[..., 0, :, :].clone(memory_format=torch.contiguous_format)
+    packed: Tensor = planes[..., 0, :, :].clone(memory_format=torch.contiguous_format)
     for j in range(1, per):
         packed |= planes[..., j, :, :] << (j * bits)
     return packed

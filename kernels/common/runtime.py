@@ -23,6 +23,8 @@ from kvcompress.kernels.missing_triton import MissingTriton
 
 _missing: MissingTriton | None = None
 if TYPE_CHECKING:
+    # by this name, as others take it from here
+    import triton as triton
     import triton.language
 else:
     try:
@@ -82,8 +84,11 @@ def autotune(
         prune: (configs, arguments, **constants) to the configs worth trying there.
     """
     if INTERPRETED:
-        return triton.heuristics({name: lambda _, value=value: value for name, value in configs[0].kwargs.items()})
-    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": prune} if prune else None)
+        first = {name: lambda _, value=value: value for name, value in configs[0].kwargs.items()}
+        decorator: Callable[[Any], Any] = triton.heuristics(first)
+    else:
+        decorator = triton.autotune(configs, key, prune_configs_by={"early_config_prune": prune} if prune else None)
+    return decorator
 
 
 @functools.lru_cache
@@ -164,7 +169,9 @@ class Op(NamedTuple):
     @property
     def reference(self) -> Callable[..., Any]:
         """What the function means, in plain PyTorch: <its name>_reference, in the same file."""
-        return getattr(sys.modules[self.function.__module__], f"{self.function.__name__}_reference")
+        name = f"{self.function.__name__}_reference"
+        found: Callable[..., Any] = getattr(sys.modules[self.function.__module__], name)
+        return found
 
 
 OPS: dict[str, Op] = {}
@@ -205,10 +212,11 @@ def op(
         def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
             if not torch.compiler.is_compiling():
                 return function(*args, **kwargs)
-            found = compiled(**leaves(*args, **kwargs))
+            found: Any = compiled(**leaves(*args, **kwargs))
             if is_listed:
                 found = returns(*found) if is_named else tuple(found)
-            return found
+            whole: Found = found
+            return whole
 
         return call
 

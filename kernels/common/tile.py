@@ -21,7 +21,8 @@ def tile_width(head_dim: int) -> int:
     """The width of one tile that covers head_dim."""
     if head_dim > 256:
         raise ValueError(f"the Triton kernels take a head_dim of at most 256, got {head_dim}")
-    return max(MIN_SIDE, triton.next_power_of_2(head_dim))
+    width: int = triton.next_power_of_2(head_dim)
+    return max(MIN_SIDE, width)
 
 
 def tile_widths(head_dim: int) -> tuple[int, int]:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kvcompress.caches.dense import SLACK, DenseLayer
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.kernels.prefix import KeyBlocks, Sharing, bounded_attention, merge_blocks, prefix_attention
+from kvcompress.kernels.prefix import bounded_attention, merge_blocks, prefix_attention
 from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.prefix.padding import PrefixPadding, Promotion
 from kvcompress.prefix.segments import NodeSegment, SuffixSegment

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.prefix import Sharing
+from kvcompress.kernels.common.shared_blocks import Sharing
 
 ROOT = -1
 # in place of a token's id: not told, as for embeddings

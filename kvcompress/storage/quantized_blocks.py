@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, quantise
+from kvcompress.kernels.quantise import dequantise, quantise
 from kvcompress.storage.columns import grown, marked_first, span_of_rows, taken
 from kvcompress.storage.padding import reordered
 from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, pack_codes, unpack_codes
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise, pack_codes, quantise, unpack_codes
+from kvcompress.kernels.quantise import dequantise, quantise
 from kvcompress.storage.columns import grown
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment

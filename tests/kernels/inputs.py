@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.low_rank import residual_factors_reference
-from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, quantise_reference
+from kvcompress.kernels.quantise import quantise_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(

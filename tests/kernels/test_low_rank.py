@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from kvcompress.kernels import quantise as quantise_kernel
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
-from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme, dequantise
+from kvcompress.kernels.quantise import dequantise
 from kvcompress.kernels.quantise import quantise_reference as quantise
 from tests.kernels.inputs import DEVICE, DTYPES, blocks
 

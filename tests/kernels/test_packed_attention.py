@@ -6,9 +6,10 @@ from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.common import packed_pieces
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.packed_tile import tile_shape
+from kvcompress.kernels.common.quantized import QuantScheme
 from kvcompress.kernels.common.runtime import INTERPRETED, runs_triton
 from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
-from kvcompress.kernels.quantise import QuantScheme, dequantise
+from kvcompress.kernels.quantise import dequantise
 from tests.kernels.inputs import DEVICE, DTYPES, blocks, heads, packed_blocks, tolerance
 
 # key bits, value bits, key group, value group, outliers, rank, group of heads, block, blocks, head_dim, options

@@ -3,8 +3,9 @@ import torch
 
 from kvcompress.kernels.attention import slot_attention_reference
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
 from kvcompress.kernels.merge import merge_states
-from kvcompress.kernels.prefix import KeyBlocks, Sharing, prefix_attention, prefix_attention_reference
+from kvcompress.kernels.prefix import prefix_attention, prefix_attention_reference
 from tests.kernels.inputs import DEVICE, DTYPES, heads, needs_triton, tolerance
 
 FLAT = ([range(5)], 5)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kvcompress.kernels import quantise as quantise_kernel
+from kvcompress.kernels.common.quantized import QuantScheme, pack_codes, unpack_codes
 from kvcompress.kernels.common.runtime import runs_triton
-from kvcompress.kernels.quantise import QuantScheme, dequantise, pack_codes, quantise, quantise_reference, unpack_codes
+from kvcompress.kernels.quantise import dequantise, quantise, quantise_reference
 from tests.kernels.inputs import DEVICE, DTYPES, blocks
 
 # bits, group, axis, outliers, block, head_dim

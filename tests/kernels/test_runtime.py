@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import kvcompress.kernels
 from kvcompress.kernels.common import runtime
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.common.runtime import ALL_REGISTERS, OPS, launch, op, recording, runs_triton, shaped
 from kvcompress.kernels.decode_evict import Slots
-from kvcompress.kernels.quantise import QuantizedTensor, QuantScheme
 from tests.kernels.inputs import DEVICE, blocks, heads, packed_blocks, slot_positions
 
 for module in pkgutil.iter_modules(kvcompress.kernels.__path__, "kvcompress.kernels."):
