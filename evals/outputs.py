@@ -1,9 +1,9 @@
-"""What a model's attention layers give out, watched from outside.
+"""The outputs of a model's attention layers, recorded from outside.
 
     error of a layer = mean over tokens of |compressed - full| / |full|        Euclidean norms of a token's output
 
-Outputs are taken behind the layer's output projection. A layer is fed what the layers below made of the same cache, so
-its error includes theirs.
+Outputs are taken after the layer's output projection. A layer's input comes from the layers below with the same cache,
+so its error includes theirs.
 """
 
 from types import TracebackType
@@ -17,7 +17,7 @@ from kvcompress import hf
 
 
 class AttentionOutputs:
-    """While it is open, the first output of each attention layer since the last were taken.
+    """While it is open, records the first output of each attention layer since the last `take`.
 
     with AttentionOutputs(model) as outputs:
         model(tokens)
@@ -27,15 +27,15 @@ class AttentionOutputs:
     def __init__(self, model: PreTrainedModel) -> None:
         """
         Raises:
-            ValueError: the model has no attention layers that transformers numbers.
+            ValueError: the model has no attention layers with a layer number.
         """
         self._modules = hf.attention_modules(model)
         if not self._modules:
-            raise ValueError(f"{type(model).__name__} has no modules ...Attention with a layer_idx to watch")
+            raise ValueError(f"{type(model).__name__} has no modules ...Attention with a layer_idx to record")
         self._captured: hf.Captured | None = None
 
     def __enter__(self) -> Self:
-        # a cache that has its tokens read twice comes back
+        # a cache whose tokens are read twice calls a layer again
         self._captured = hf.Captured(outputs=self._modules, first=True)
         return self
 
@@ -46,9 +46,9 @@ class AttentionOutputs:
         self._captured.close()
 
     def take(self) -> list[Tensor]:
-        """The outputs since the last call, [batch, tokens, hidden] a layer, in the order of the layers."""
+        """The outputs since the last call, one [batch, tokens, hidden] per layer, in the order of the layers."""
         assert self._captured is not None
-        # where one attention module wraps another, the outer one comes last
+        # if one attention module wraps another, the outer one comes last
         by_layer = {hf.layer_of(module): output for module, output in self._captured.outputs.items()}
         self._captured.clear()
         return [by_layer[index] for index in sorted(by_layer)]

@@ -19,10 +19,10 @@ _PACKAGES = ("kvcompress", "torch", "transformers", "triton")
 
 
 def provenance(device: torch.device | str | None = None) -> dict[str, Any]:
-    """What is needed to make a result again.
+    """What is needed to reproduce a result.
 
     Args:
-        device: what it was measured on; by default a GPU where there is one.
+        device: where it was measured; by default a GPU if there is one.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ def provenance(device: torch.device | str | None = None) -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any], path: Path | None) -> None:
-    """Writes results as JSON, where a file is named for them."""
+    """Writes results as JSON, if a file is named."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1, default=str) + "\n", "utf-8")
@@ -66,11 +66,11 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit of the source tree that this file is tracked in, marked where files differ from it."""
+    """The commit of the source tree in which this file is tracked, marked if files differ from it."""
     file = Path(__file__).resolve()
     git = ["git", "-C", str(file.parent)]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        # an installed copy may lie inside a repository that is not ours
+        # an installed copy may be inside a repository that is not ours
         subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=True)
         command = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None

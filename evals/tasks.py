@@ -1,4 +1,4 @@
-"""The tasks that a sweep's settings name: made here, plain text, or else one of lm-eval's."""
+"""The tasks that a sweep's settings name: synthetic ones, plain text, or lm-eval's."""
 
 from kvcompress.evals.sweep.points import Settings
 from kvcompress.evals.sweep.samples import RECIPES
@@ -10,10 +10,10 @@ OWN: dict[str, type[SyntheticTask] | type[TextTask]] = {**dict.fromkeys(RECIPES,
 
 
 def make_tasks(settings: Settings) -> dict[str, Task]:
-    """The tasks by name, in the order in which they are named first.
+    """The tasks by name, in the order in which they are first named.
 
     Raises:
-        ValueError: a name that nobody knows.
+        ValueError: an unknown name.
     """
     return {name: _make_task(name, settings) for name in dict.fromkeys(settings.tasks)}
 
@@ -22,7 +22,7 @@ def _make_task(name: str, settings: Settings) -> Task:
     if name in OWN:
         return OWN[name](name, settings)
     try:
-        # the harness takes seconds to import, and is an extra
+        # lm-eval takes seconds to import, and is an extra
         from kvcompress.evals.lm.task import HarnessTask
     except ImportError as error:
         raise ValueError(

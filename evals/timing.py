@@ -1,4 +1,4 @@
-"""Seconds of calls on a device; calls that are compared take turns, so that a loaded machine slows all of them."""
+"""Times calls on a device; calls that are compared take turns, so that a loaded machine slows down all of them."""
 
 import random
 import statistics
@@ -12,13 +12,13 @@ Call = Callable[[], Any]
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile; of one measurement, that."""
+    """Median, 20th and 80th percentile; all the same for a single measurement."""
     cuts = statistics.quantiles(seconds if len(seconds) > 1 else 2 * seconds, n=5, method="inclusive")
     return {"median": statistics.median(seconds), "p20": cuts[0], "p80": cuts[3]}
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was told."""
+    """Waits until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -35,7 +35,7 @@ def timed(call: Call, device: torch.device) -> float:
 def take_turns(
     calls: Mapping[str, Call], device: torch.device, repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times after some that do not count."""
+    """Seconds of each call, `repeats` times, after some warm-up calls."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(warm_up + repeats):
         for name, call in calls.items():
@@ -46,7 +46,7 @@ def take_turns(
 
 
 class Clock:
-    """Times calls on a device by its own events.
+    """Times calls on a device with its own events.
 
     cold: fill the L2 cache of a GPU with other data before each call.
     """
@@ -72,7 +72,7 @@ class Clock:
         return before.elapsed_time(after) / 1e3
 
     def host_seconds(self, call: Call) -> float:
-        """Seconds until the host is done with launching a call; the median of five."""
+        """Seconds until the host has launched a call; the median of five."""
         taken = []
         for _ in range(5):
             torch.cuda.synchronize(self.device)
@@ -83,7 +83,7 @@ class Clock:
         return statistics.median(taken)
 
     def captured(self, call: Call) -> Call | None:
-        """The replay of a CUDA graph of the call, which has run before; None where the call waits for the device."""
+        """The replay of a CUDA graph of the call, which has run before; None if the call waits for the device."""
         torch.cuda.synchronize(self.device)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -93,7 +93,7 @@ class Clock:
         finally:
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize(self.device)
-        # a capture that fails leaves the generator it took along as it was: let it be another than the inputs'
+        # a failed capture leaves its random generator in capture mode: use another one than the inputs'
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         ours = generator.graphsafe_get_state()
         generator.graphsafe_set_state(generator.clone_state())
@@ -113,7 +113,7 @@ class Clock:
         taken: dict[str, list[float]] = {name: [] for name in calls}
         order = list(calls)
         for _ in range(attempts):
-            # in another order each time: a call pays for what the one before it left in the caches
+            # in a different order each time: a call depends on what the previous one left in the caches
             random.shuffle(order)
             for name in order:
                 taken[name].append(self.seconds(calls[name]))
@@ -124,7 +124,7 @@ def limits(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     """GB/s of a copy (bytes read and written) and TFLOP/s of a matrix product, the best of several."""
     device = clock.device
     big = device.type == "cuda"
-    # random: zeros draw less power, and are copied and multiplied faster
+    # random numbers: zeros draw less power, and are copied and multiplied faster
     source = torch.randint(-128, 128, (2**30 if big else 2**26,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     side = 8192 if big else 1024

@@ -1,4 +1,4 @@
-"""The full cache behind the same interface, here saved to a file and continued from it: python examples/dense.py"""
+"""The full cache with the same interface, saved to a file and continued from it: python examples/dense.py"""
 
 import tempfile
 from pathlib import Path

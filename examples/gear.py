@@ -1,4 +1,4 @@
-"""Reads a long text into 4 bits an element and less, and asks about it twice: python examples/gear.py"""
+"""Keeps a long text in 4 bits per element or fewer, and asks about it twice: python examples/gear.py"""
 
 import pydoc_data.topics
 

@@ -24,7 +24,7 @@ def main(questions: int = 64, new_tokens: int = 32, compare: bool = True) -> lis
     print(f"{'':<14} {'seconds':>8} {'tokens/s':>9} {'cache':>10}")
     for name in ["HydragenCache", "DynamicCache"][: 1 + compare]:
         start = time.perf_counter()
-        # finds what the prompts share, runs that once, and reports it as seen
+        # finds what the prompts share, runs it once, and reports it as seen
         cache = HydragenCache(model, **prompts) if name == "HydragenCache" else DynamicCache()
         out = model.generate(**prompts, cache=cache, max_new_tokens=new_tokens, do_sample=False)
         took = time.perf_counter() - start

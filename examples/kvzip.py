@@ -1,5 +1,5 @@
-"""Questions that nobody had asked when the text was compressed: it is read twice, half of it stays, and each question
-continues from a clone.
+"""Questions that nobody had asked when the text was compressed: it is read twice, half of its tokens stay, and each
+question continues from a clone.
 
 python examples/kvzip.py
 """

@@ -1,4 +1,4 @@
-"""A policy of one's own in a few lines: keep the tokens whose values are large.
+"""Your own policy in a few lines: keep the tokens whose values are large.
 
 python examples/own_policy.py
 """

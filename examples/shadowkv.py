@@ -1,4 +1,4 @@
-"""A question that nobody knew when the text was read: everything is kept, most of it off the device, little is read.
+"""A question that was unknown when the text was read: everything is kept, most of it off the device, and little read.
 
 python examples/shadowkv.py
 """
@@ -21,7 +21,7 @@ def main(budget: int = 128, new_tokens: int = 32) -> ShadowKVCache:
         conversation = tokenizer.decode(output[0])
         print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
-    print(cache.memory())  # bytes on the device, on the host, and moved a step
+    print(cache.memory())  # bytes on the device, on the host, and moved per step
     return cache
 
 

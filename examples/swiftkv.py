@@ -1,4 +1,4 @@
-"""Trains a SwiftKV model for a moment, and lets its prompt skip half of the layers: python examples/swiftkv.py"""
+"""Trains a SwiftKV model briefly, and lets its prompt skip a third of the layers: python examples/swiftkv.py"""
 
 import pydoc_data.topics
 import tempfile
@@ -11,7 +11,7 @@ from kvcompress.swiftkv.distill import Distillation, distill
 
 def main(steps: int = 20, length: int = 256, new_tokens: int = 32) -> SwiftKVCache:
     base, tokenizer = load_model()
-    # the last 10 of 30 layers, two by two on one set of keys and values; the base model stays as it is
+    # the last 10 of 30 layers, in pairs that share one set of keys and values; the base model is not changed
     model = convert(base, skip_from=20, share=2)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"

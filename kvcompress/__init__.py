@@ -1,4 +1,4 @@
-"""Drop-in Hugging Face caches that keep less and read less."""
+"""Drop-in Hugging Face caches that take less memory and read less of it per step."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# found on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
+# imported on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
     "AcrossKVCache": "swiftkv.cache",
     "Candidates": "policies.policy",
@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
         return sorted([*_HOMES, *_policies()])
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # so begin the classes of policies, and no submodule
+    # policies are classes, whose names begin with a capital; submodules' names do not
     if name[:1].isupper() and name in (policies := _policies()):
         return policies[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -81,14 +81,14 @@ def __dir__() -> list[str]:
 
 
 def _policies() -> dict[str, type[Any]]:
-    """Every policy of this package by the name of its class."""
+    """Every policy of this package, by class name."""
     from kvcompress.policies.method import own_policies
 
     return {kind.__name__: kind for kind in own_policies()}
 
 
 def _version() -> str:
-    """Of the installed distribution; in a checkout that is not installed, of its pyproject.toml, and marked so."""
+    """The installed distribution's version; in a checkout that is not installed, pyproject.toml's, with `+checkout`."""
     from importlib.metadata import PackageNotFoundError, version
     from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""`python -m kvcompress` is the command line, as `kvcompress` is where the package is installed."""
+"""`python -m kvcompress` is the same command line as the installed command `kvcompress`."""
 
 import sys
 from importlib.util import find_spec
 
 
 def main() -> int:
-    """Runs the command line; where what it is made of is not installed, says so in a line, with exit status 2."""
+    """Runs the command line; if packages it needs are not installed, says so in one line, with exit status 2."""
     missing = [package for package in ("typer", "rich", "filelock") if find_spec(package) is None]
     if missing:
         print(

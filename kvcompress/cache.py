@@ -28,7 +28,7 @@ _FIRST_FORMAT = "kvcompress-cache-1"
 
 
 class CompressedCache(hf.AttendingCache):
-    """A transformers Cache whose layers attend by themselves.
+    """A transformers Cache whose layers compute attention themselves.
 
     Building one selects kvcompress's attention function in the model, which passes on every call that does not
     come through a kvcompress cache; `kvcompress.release(model)` undoes it.
@@ -36,7 +36,7 @@ class CompressedCache(hf.AttendingCache):
 
     # subclasses build their layers in `_layer`
     layers: list[CompressedLayer]  # type: ignore[assignment]
-    # the decoder whose forward was the last
+    # the decoder whose forward came last
     _filled_by: weakref.ref[Any] | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -45,7 +45,7 @@ class CompressedCache(hf.AttendingCache):
             model: the model the cache will be used with.
 
         Raises:
-            ValueError: the model has something kvcompress does not handle; it is named.
+            ValueError: the model has something that kvcompress does not support; the message names it.
         """
         config = hf.text_config(model)
         windows = hf.attention_windows(config)
@@ -58,7 +58,7 @@ class CompressedCache(hf.AttendingCache):
         self.padding.needs_even_positions = any(getattr(layer, "rope", None) is not None for layer in self.layers)
 
     def __repr__(self) -> str:
-        """What it was built with, for which model, and what it holds."""
+        """The settings it was built with, its model, and what it holds."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
         model = self._model()
         owner = "a model that is gone" if model is None else type(model).__name__
@@ -69,7 +69,7 @@ class CompressedCache(hf.AttendingCache):
         return f"<pre>{html.escape(repr(self))}</pre>"
 
     def _shown(self) -> dict[str, Any]:
-        """The settings that `repr` names."""
+        """The settings that `repr` shows."""
         return {name: value for name, value in self._settings().items() if not isinstance(value, dict)}
 
     def _record(self) -> PaddingRecord:
@@ -81,47 +81,47 @@ class CompressedCache(hf.AttendingCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention: hands a layer the keys and values of its new tokens."""
+        """Called by the model's attention: gives a layer the keys and values of its new tokens."""
         if not torch.compiler.is_compiling():
             self._check_attention(layer_idx)
             if layer_idx == 0 and self.layers[0].forwards_begun != self.layers[-1].forwards_ended:
                 raise RuntimeError(
                     "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
                 )
-        # before the first layer comes the last one of the forward before; compiled steps look at this alone
+        # before the first layer comes the last one of the previous forward; compiled steps check nothing else
         if (behind := self.layers[layer_idx - 1]).pending_kv is not None and behind is not self.layers[layer_idx]:
             raise RuntimeError(self._without_attention((layer_idx or len(self.layers)) - 1))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @ordinary_tensors()
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Called by hooks before a forward: notes ended rows, refuses (ValueError) a model that did not fill it."""
+        """Called by hooks before a forward: notes ended rows; ValueError if another model filled the cache."""
         model = self._model()
         filled_by = None if self._filled_by is None else self._filled_by()
         if filled_by is None and model is not None:
             filled_by = hf.decoder_of(model)
         if filled_by is not None and decoder is not filled_by and int(self.get_seq_length()):
             raise ValueError(
-                f"this {type(self).__name__} was filled by another model than the {type(decoder).__name__} that runs "
-                "with it: use a cache for each model; what one has seen, save() and load(path, model) take to another "
-                "with the same weights"
+                f"this {type(self).__name__} was filled by another model than the {type(decoder).__name__} that now "
+                "uses it: use one cache per model; save() and load(path, model) move a cache to another model with "
+                "the same weights"
             )
         self._filled_by = weakref.ref(decoder)
         if model is not None and any(layer.evicts for layer in self.layers):
             self.padding.note_fed(input_ids, *(self.fillers or hf.filler_tokens(model)))
 
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Called by hooks after a forward; RuntimeError: layers did not attend through the attention function."""
+        """Called by hooks after a forward; RuntimeError if a layer did not attend through the attention function."""
         for index, layer in enumerate(self.layers):
             if layer.pending_kv is not None:
                 raise RuntimeError(self._without_attention(index))
 
     def is_traceable(self, tokens: int) -> bool:
-        """Whether torch.compile can take a forward of so many tokens into one graph."""
+        """Whether torch.compile can trace a forward of so many tokens into one graph."""
         return all(layer.is_traceable(tokens) for layer in self.layers)
 
     def _check_attention(self, layer_idx: int) -> None:
-        """Raises RuntimeError where this forward would not come back to the layers through the attention function."""
+        """Raises RuntimeError if this forward would not reach the layers through the attention function."""
         model = self._model()
         chosen = None if model is None else hf.attention_name(model)
         if chosen is not None and not chosen.startswith(hf.IMPLEMENTATION):
@@ -131,37 +131,37 @@ class CompressedCache(hf.AttendingCache):
         model = self._model()
         chosen = None if model is None else hf.attention_name(model)
         return (
-            f"layer {layer_idx} of {type(model).__name__} handed its keys to {type(self).__name__}, and did not attend "
-            f"by it: the model's attention implementation is {chosen!r}, not the {hf.IMPLEMENTATION!r} that this cache "
-            "selected when it was built; build the cache anew, with the model that uses it, or call "
+            f"layer {layer_idx} of {type(model).__name__} gave its keys to {type(self).__name__}, but did not attend "
+            f"through it: the model's attention implementation is {chosen!r}, not the {hf.IMPLEMENTATION!r} that this "
+            "cache selected when it was built; build a new cache for the model that uses it, or call "
             f"model.set_attn_implementation({hf.IMPLEMENTATION!r})"
         )
 
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """Called by generate; ValueError: no token of the prompts is left to feed, or a row is padded on the right."""
+        """Called by generate; ValueError if the prompts hold no new token, or a row is padded on the right."""
         if attention_mask is not None and attention_mask.dim() == 2:
             behind = (attention_mask[:, -1] == 0) & (attention_mask != 0).any(1)
             if bool(behind.any()):
                 raise ValueError(
-                    f"generate goes on from the last column, and row {int(behind.nonzero()[0])} of the prompts has "
+                    f"generate continues from the last column, and row {int(behind.nonzero()[0])} of the prompts has "
                     "padding there; pad on the left (tokenizer.padding_side = 'left')"
                 )
         seen = int(self.get_seq_length())
         if seen and input_ids.shape[1] <= seen:
             raise ValueError(
-                f"the cache has seen {seen} tokens, and the prompts have {input_ids.shape[1]}: generate feeds what "
-                "comes after those seen. For another prompt, or the same again, clone() the cache before each call, "
-                "or reset() it"
+                f"the cache has seen {seen} tokens, but the prompts have {input_ids.shape[1]}: generate feeds only "
+                "what comes after those seen. For another prompt, or the same one again, clone() the cache before each "
+                "call, or reset() it"
             )
 
     def queries_watched(self, first: int) -> int | None:
-        """Called by SwiftKV models: how many last queries the layers from `first` on must be given; None for all."""
+        """Called by SwiftKV models: how many of the last queries the layers from `first` on need; None for all."""
         watched = [layer.queries_watched for layer in self.layers[first:]]
         return None if None in watched else max((count for count in watched if count is not None), default=0)
 
     @property
     def batch_size(self) -> int:
-        """Sequences held, -1 before the first forward."""
+        """Number of sequences held, -1 before the first forward."""
         shape = self.layers[0].kv_shape
         return -1 if shape is None else shape[0]
 
@@ -207,13 +207,13 @@ class CompressedCache(hf.AttendingCache):
 
     @as_stored()
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Takes back the last tokens, exactly, in every layer or in none.
+        """Removes the last tokens again, exactly, in every layer or in none.
 
         Args:
             tokens_to_remove: minus the number of tokens, as transformers passes it: 5.17 as a tensor of one element.
 
         Raises:
-            ValueError: the cache cannot take them back; nothing has changed.
+            ValueError: the cache cannot take them back; it is unchanged.
         """
         tokens_to_remove = int(tokens_to_remove)
         for layer in self.layers:
@@ -259,18 +259,18 @@ class CompressedCache(hf.AttendingCache):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cache to one safetensors file, with the settings it was built with and which model it is for.
+        """Writes the cache to one safetensors file, with its settings and a fingerprint of its model.
 
-        The file appears when it is complete, in place of what was there. Layers are written one after another, and no
-        second copy of the whole is made.
+        The file replaces an existing one only when it is complete. Layers are written one after another, so no second
+        copy of the whole is made.
 
         Raises:
-            ValueError: the model is gone.
-            OSError: the file cannot be written; what was there before is there still.
+            ValueError: the model has been deleted.
+            OSError: the file cannot be written; an existing one is still there.
         """
         model = self._model()
         if model is None:
-            raise ValueError("the model of the cache is gone; save a cache while its model lives, as the file names it")
+            raise ValueError("the cache's model has been deleted; save a cache while its model exists")
         path, fingerprint = Path(path), hf.Fingerprint.of(model)
 
         def write(file: BinaryIO) -> str:
@@ -280,7 +280,7 @@ class CompressedCache(hf.AttendingCache):
         write_whole(path.parent, path.name, write)
 
     def _to_file(self, file: BinaryIO, fingerprint: hf.Fingerprint, beside: dict[str, Tensor] | None = None) -> str:
-        """Writes a file as `save` does, with some more tensors by name; its digest."""
+        """Writes a file as `save` does, with the tensors in `beside` too, and returns its digest."""
 
         def parts() -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
             for index, layer in enumerate(self.layers):
@@ -299,15 +299,15 @@ class CompressedCache(hf.AttendingCache):
     @classmethod
     @as_stored()
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, *, host: str | None = None) -> Self:
-        """A cache as `save` wrote it, for the model it was filled by, on the devices of the model's layers.
+        """Reads a cache that `save` wrote, for the model that filled it, onto the devices of the model's layers.
 
         Args:
-            host: of a cache that keeps values off the device, where they go now; None: where they were, as
-                ShadowKVCache says it.
+            host: for a cache that keeps values off the device, where to put them, as ShadowKVCache takes it; None for
+                where they were.
 
         Raises:
-            ValueError: the file is not a cache of this class, it is damaged, or it was made with another model; or
-                a host is given and nothing in it lives there, or it is none.
+            ValueError: the file is not a cache of this class, is damaged, or was made with another model; or `host` is
+                invalid, or given for a cache that keeps nothing off the device.
         """
         with TensorFile(path) as file:
             if file.metadata.get("format") == _FIRST_FORMAT:
@@ -318,7 +318,7 @@ class CompressedCache(hf.AttendingCache):
     def _from_file(
         cls, file: TensorFile, model: PreTrainedModel, fingerprint: hf.Fingerprint, host: str | None = None
     ) -> Self:
-        """The cache of a file, for a model of this fingerprint."""
+        """The cache in a file, for a model with this fingerprint."""
         path, given = file.path, file.metadata.get("format")
         if given not in (_FORMAT, _FIRST_FORMAT):
             raise ValueError(f"{path} is not a saved kvcompress cache (format {_FORMAT!r}), got format {given!r}")
@@ -349,7 +349,7 @@ class CompressedCache(hf.AttendingCache):
         return cache
 
     def _settings(self) -> dict[str, Any]:
-        """What `_rebuild` needs to build this cache again, as JSON can carry it."""
+        """What `_rebuild` needs to build this cache again; JSON can hold it."""
         return {}
 
     @classmethod
@@ -358,16 +358,16 @@ class CompressedCache(hf.AttendingCache):
 
 
 def _hosted(settings: Any, host: str | None) -> Any:
-    """Settings of a cache, and of those that are its prefixes, with another host wherever they name one."""
+    """The settings of a cache and of its prefixes, with another host wherever they name one."""
     if not isinstance(settings, dict):
         return settings
     return {name: host if name == "host" else _hosted(value, host) for name, value in settings.items()}
 
 
 def warn_of_unchecked(path: str | os.PathLike[str]) -> None:
-    """Tells of a file or folder written before files said which model they are for."""
+    """Warns of a file or folder in the first format, which does not say which model it is for."""
     warnings.warn(
-        f"{path} was saved by an earlier kvcompress and says neither which model it was made with nor what its bytes "
-        "were: whether it belongs to the model given is not checked. Save it again",
+        f"{path} was saved by an earlier kvcompress, without a fingerprint of its model or checksums: whether it is "
+        "intact and belongs to the given model is not checked. Save it again",
         stacklevel=3,
     )

@@ -18,8 +18,8 @@ from kvcompress.storage.segment import Segment
 
 @contextlib.contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Where what is made can be written to by any later forward, though the caller runs in inference_mode."""
-    # torch.compile, which writes to what is there, cannot be asked for the mode
+    """Within it, new tensors can be written to by any later forward, even if the caller runs in inference_mode."""
+    # a graph of torch.compile writes to tensors that exist, and cannot ask for the mode
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         yield
         return
@@ -29,7 +29,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_stored() -> Iterator[None]:
-    """Where what a cache holds is changed: ordinary tensors, in their own dtypes, though autocast is on."""
+    """For code that changes what a cache holds: ordinary tensors, in their own dtypes even under autocast."""
     if torch.compiler.is_compiling():
         yield
         return
@@ -44,7 +44,7 @@ def as_stored() -> Iterator[None]:
 
 @torch.compiler.disable
 def _untraced(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """A call that torch.compile leaves out of its graph."""
+    """Calls a function outside of torch.compile's graph."""
     return function(*args, **kwargs)
 
 
@@ -52,10 +52,10 @@ def _untraced(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Ten
 class AttentionInput:
     """The tokens of one forward in one layer.
 
-    query: [batch, heads, queries, head_dim], of the last of the tokens, in most models all of them.
+    query: [batch, heads, queries, head_dim], of the last tokens; in most models of all of them.
     key, value: [batch, kv_heads, tokens, head_dim].
-    visible: [batch, tokens] bool, False for padding; None where nothing is padded.
-    spec: how logits are made, the layer's window among it. sinks: [heads] extra logits of no token.
+    visible: [batch, tokens] bool, False for padding; None if nothing is padded.
+    spec: how logits are computed, with the layer's window. sinks: [heads], extra logits that belong to no token.
     """
 
     query: Tensor
@@ -75,14 +75,14 @@ class AttentionInput:
 
     @property
     def real_tokens(self) -> int | Tensor:
-        """Of each sequence, padding not counted, [batch]; a number where nothing is padded."""
+        """How many tokens each sequence has, padding not counted, [batch]; a number if nothing is padded."""
         if self.visible is None:
             return self.tokens
         return self.visible[:, 0] if self.tokens == 1 else self.visible.sum(-1)
 
 
 class ForwardStep:
-    """What a forward is to one layer: its queries attend, those of layers that share the tokens too, then it commits.
+    """A forward through one layer: its queries attend, and those of layers that share the tokens; then it commits.
 
     input: the tokens, as the layer stores them.
     """
@@ -91,36 +91,36 @@ class ForwardStep:
         self.input = x
 
     def attend(self, x: AttentionInput) -> Tensor:
-        """Attention to all that is held and to the step's tokens, [batch, heads, queries, head_dim].
+        """Attention to everything held and to the step's tokens, [batch, heads, queries, head_dim].
 
         Args:
-            x: the step's tokens, perhaps with other queries. Until `commit`, one answer is as good as another.
+            x: the step's tokens, with these or other queries; it may be called several times before `commit`.
         """
         raise NotImplementedError
 
     def commit(self) -> None:
-        """Ends the forward: stores what is to stay, encodes it, or lets tokens go."""
+        """Ends the forward: stores or encodes the tokens to keep, and drops the others."""
         raise NotImplementedError
 
 
 class CompressedLayer(hf.CacheLayerMixin):
-    """One layer's storage. `update` takes the new tokens in, `attend` stores them and answers the query.
+    """One layer's storage. `update` takes in the new tokens, `attend` stores them and computes attention.
 
-    Subclasses define `_begin`, or all of `_attend`, and `segments`, and the sizes that follow from how they store.
+    Subclasses define `_begin`, or the whole of `_attend`, and `segments`, and the sizes that depend on how they store.
     """
 
     supports_early_init = False
-    # how many of a forward's last queries it must be given, where a model does not run them all; None for all
+    # how many of a forward's last queries it needs, if a model does not run them all; None for all
     queries_watched: int | None = None
     # last layer of the cache
     is_last = False
-    # what it is fed makes it let go of other tokens
+    # whether feeding it tokens makes it drop others
     evicts = False
-    # whether a window is counted in columns: padding is then put before all tokens of a forward
+    # whether its window counts columns: padding is then moved before all other tokens of a forward
     pads_first = False
     # forwards that read what is offloaded
     fetching_forwards = 0
-    # transformers' name; generate takes it back where it records for itself
+    # transformers' name; generate unsets it if it records by itself
     record_past = False
 
     def __init__(self, padding: PaddingRecord, window: int | None = None, is_first: bool = False) -> None:
@@ -128,7 +128,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         Args:
             padding: the cache's record of padding.
             window: sliding window in tokens, None for full attention.
-            is_first: first layer of the cache: it reads the mask for all.
+            is_first: the first layer of the cache, which reads the mask for all.
         """
         super().__init__()
         self.padding = padding
@@ -136,18 +136,18 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.is_first = is_first
         self.is_sliding = window is not None
         self.pending_kv: tuple[Tensor, Tensor] | None = None
-        # layers that attend to what this one holds; the forward at hand, until they have, and how many have not
+        # layers that attend to what this one holds, and below, the step they wait to attend to and how many still wait
         self.kv_consumers = 0
         self._step: ForwardStep | None = None
         self._query_order: Tensor | None = None
         self._waiting = 0
-        # forwards that came this far: where layers differ, one was interrupted. Compiled ones are not counted
+        # if these differ between layers, a forward was interrupted; compiled forwards are not counted
         self.forwards_begun = self.forwards_ended = 0
         self.kv_shape: tuple[int, int, int] | None = None
         self.clock = TokenClock()
 
     def segments(self) -> list[Segment]:
-        """What the layer holds."""
+        """The segments that the layer holds."""
         raise NotImplementedError
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
@@ -159,7 +159,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         step.commit()
 
     def _attend(self, x: AttentionInput) -> Tensor:
-        """Stores the tokens; what they attend to, held or their own, [batch, heads, queries, head_dim]."""
+        """Stores the tokens, and returns their attention to held and new tokens, [batch, heads, queries, head_dim]."""
         x, order = self._with_pads_first(x)
         step = self._begin(x)
         out = _restore_query_order(step.attend(x), order)
@@ -170,7 +170,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         return out
 
     def _with_pads_first(self, x: AttentionInput) -> tuple[AttentionInput, Tensor | None]:
-        """A forward's tokens with padding before all others, and the order of its queries, None as they were."""
+        """A forward's tokens with padding before all others, and its queries' new order; None if it did not change."""
         if not self.pads_first or self.window is None or x.tokens == 1 or x.visible is None:
             return x, None
         order = pads_first(x.visible)
@@ -181,13 +181,14 @@ class CompressedLayer(hf.CacheLayerMixin):
         return dataclasses.replace(x, query=query, key=key, value=value, visible=x.visible.gather(1, order)), own
 
     def attend_again(self, query: Tensor, spec: LogitSpec, sinks: Tensor | None) -> Tensor:
-        """A consuming layer's attention to what this one attended to in the same forward, as `attend` gives it."""
+        """The attention of a layer that shares these tokens, in the same forward, as `attend` returns it."""
         step, order = self._step, self._query_order
         if step is None:
             raise RuntimeError(
-                "a layer that follows another was run without it: the layers of a group run in order, once a forward"
+                "a layer that shares another's tokens ran without it: the layers of a group must run in order, once "
+                "per forward"
             )
-        # a model spread over devices may part a group
+        # a model spread over devices may split a group
         there, sinks = step.input.key.device, None if sinks is None else sinks.to(step.input.key.device)
         asked = reordered(query.to(there, step.input.key.dtype), order)
         asking = dataclasses.replace(step.input, query=asked, spec=spec, sinks=sinks)
@@ -200,7 +201,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         return out
 
     def _remap(self, remap: Tensor) -> None:
-        """Moves the tokens held to other positions, [batch, past tokens] int32, EMPTY for those to drop."""
+        """Moves the held tokens to other positions, [batch, past tokens] int32, with EMPTY for those to drop."""
         raise NotImplementedError
 
     def tokens_kept(self) -> Tensor:
@@ -214,23 +215,23 @@ class CompressedLayer(hf.CacheLayerMixin):
             segment.map_tensors(change)
 
     def counters(self) -> dict[str, Tensor]:
-        """Small tensors that belong to the layer and to no segment, by name."""
+        """Small tensors that belong to the layer but to no segment, by name."""
         return {}
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the layer's policy remembers of the sequences as a whole, by name."""
+        """What the layer's policy stores about whole sequences, by name."""
         return {}
 
     def fetched_bytes(self) -> int:
-        """Bytes moved to the device from where segments keep them off it, since the layer was built or loaded."""
+        """Bytes that were off the device and moved to it, since the layer was built or loaded."""
         return 0
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `restore` needs: tensors, and facts that JSON can carry. Of the base: the clock."""
+        """What `restore` needs: tensors, and facts that JSON can hold. The base's: the clock."""
         return {}, {"seen": self.clock.seen}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Takes on a state that `dump` gave. Of the base: the clock."""
+        """Restores a state that `dump` returned. The base's: the clock."""
         self.clock.begin_at(facts["seen"])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -239,17 +240,17 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes the new tokens in hand, [batch, kv_heads, tokens, head_dim]; the key finds its way back to `attend`."""
+        """Keeps the new tokens, [batch, kv_heads, tokens, head_dim], until `attend`; returns the key with its tag."""
         if not self.segments():
             dtype, device = key_states.dtype, key_states.device.type
             if torch.is_autocast_enabled(device) and dtype != torch.float64:
-                # what attention would take them in
+                # the dtype in which attention would take them
                 dtype = torch.get_autocast_dtype(device)
             self.lazy_initialization(key_states.to(dtype), value_states.to(dtype))
         if self.kv_shape != (key_states.shape[0], key_states.shape[1], key_states.shape[-1]):
             raise ValueError(
                 f"the cache holds [batch, kv_heads, head_dim] = {list(self.kv_shape or ())}, "
-                f"got keys of shape {list(key_states.shape)}; use one cache a batch, or cache.reset()"
+                f"got keys of shape {list(key_states.shape)}; use one cache per batch, or cache.reset()"
             )
         # a cache keeps the dtype that it was filled in
         self.pending_kv = (key_states.detach().to(self.dtype), value_states.detach().to(self.dtype))
@@ -264,7 +265,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         sinks: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
-        """The attention output of queries of the tokens that `update` took in, [batch, heads, queries, head_dim].
+        """The attention output for the tokens that `update` took in, [batch, heads, queries, head_dim].
 
         Args:
             query: [batch, heads, queries, head_dim], of the last of those tokens.
@@ -273,8 +274,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         """
         if self.pending_kv is None:
             raise RuntimeError(
-                "a layer attends twice to what it handed to its cache once, which kvcompress does not serve; run the "
-                "model without this cache"
+                "a layer attends twice to keys that it gave to its cache once, which kvcompress does not support; run "
+                "the model without this cache"
             )
         if torch.compiler.is_compiling():
             if not self.is_traceable(self.pending_kv[0].shape[2]):
@@ -285,7 +286,7 @@ class CompressedLayer(hf.CacheLayerMixin):
             return out.to(query.dtype)
 
     def is_traceable(self, tokens: int) -> bool:
-        """Whether torch.compile can take a forward of so many tokens into its graph."""
+        """Whether torch.compile can trace a forward of so many tokens into one graph."""
         return False
 
     def _attend_pending(
@@ -326,7 +327,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Forgets everything, settings aside, and frees the memory."""
+        """Forgets everything but the settings, and frees the memory."""
         self.pending_kv = self._step = self._query_order = None
         self.record_past = False
         self.forwards_begun = self.forwards_ended = 0
@@ -336,27 +337,29 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         if tokens_to_remove and self.is_initialized:
             self._crop(-tokens_to_remove)
             self.clock.advance(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
-        """Leaves all that a forward feeds to be taken back until the next one, in a layer that takes tokens back.
+        """Makes a layer that takes tokens back keep all tokens of a forward removable until the next forward.
 
-        generate asks for it where it drafts: a forward, the prompt's too, may then end in drafts of any length.
+        generate calls it when it drafts: any forward, even the prompt's, may then end in drafts of any length.
         """
         self.record_past = True
 
     def check_crop(self, tokens: int) -> None:
-        """Raises ValueError where the last tokens cannot be taken back exactly."""
+        """Raises ValueError if the last tokens cannot be taken back exactly."""
 
     def _crop(self, tokens: int) -> None:
         """Takes back the last tokens, which the clock counts still."""
         raise NotImplementedError
 
     def offload(self) -> None:
-        raise NotImplementedError(f"{type(self).__name__} does not move between devices by layer; compress instead")
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be offloaded layer by layer; ShadowKVCache keeps values off the device"
+        )
 
     prefetch = offload
 
@@ -382,5 +385,5 @@ class CompressedLayer(hf.CacheLayerMixin):
 
 
 def _restore_query_order(out: Tensor, order: Tensor | None) -> Tensor:
-    """An output whose queries stood in another order, [batch, queries], as they were."""
+    """An output with its queries back in their original order; order: [batch, queries], None if unchanged."""
     return out if order is None else reordered(out, order.argsort(-1))

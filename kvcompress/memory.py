@@ -14,11 +14,11 @@ class MemoryReport:
     by_component: bytes by what they hold (keys, values, scores, ...), whole storages, each counted once.
     by_device: bytes by device, as PyTorch names it; memory-mapped files are on "cpu".
     full_bytes: what keys and values of every token seen would take (on sliding layers, of the window), pads included.
-    full_elements: the numbers that those are.
+    full_elements: how many numbers those are.
     tokens_seen: tokens fed, pads included.
     tokens_kept: a tensor [batch, kv_heads] for each layer.
     offloaded: bytes that the cache keeps off the model's device on purpose, by tier, "host" or "disk".
-    fetching_forwards, fetched_bytes: forwards that read offloaded bytes, and how many they moved to the device.
+    fetching_forwards, fetched_bytes: forwards that read offloaded bytes, and how many bytes they moved to the device.
     """
 
     by_component: dict[str, int]
@@ -38,12 +38,12 @@ class MemoryReport:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes where the model computes. On a CPU that is all that no segment calls offloaded."""
+        """Bytes where the model computes. On a CPU, all bytes that no segment reports as offloaded."""
         return self.total_bytes - self.host_bytes - self.disk_bytes
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in CPU memory beside an accelerator; on a CPU, those that would be there."""
+        """Bytes kept in CPU memory rather than on an accelerator; on a CPU, those that would be."""
         on_cpu = self.by_device.get("cpu", 0)
         return on_cpu - self.disk_bytes if len(self.by_device) > 1 else self.offloaded.get("host", 0)
 
@@ -54,7 +54,7 @@ class MemoryReport:
 
     @property
     def fetched_per_forward(self) -> float:
-        """Bytes moved to the device in a forward that reads offloaded bytes, on average; 0 where none did."""
+        """Average bytes moved to the device per forward that reads offloaded bytes; 0 if none did."""
         return self.fetched_bytes / self.fetching_forwards if self.fetching_forwards else 0.0
 
     @property
@@ -64,7 +64,7 @@ class MemoryReport:
 
     @property
     def bits_per_element(self) -> float:
-        """All bits held for each number of a key or value that the full cache would hold; 0 for an empty cache."""
+        """Bits held per number that the full cache would hold; 0 for an empty cache."""
         return 8 * self.total_bytes / self.full_elements if self.full_elements else 0.0
 
     @property
@@ -79,7 +79,8 @@ class MemoryReport:
         kept = [layer.float().mean().item() for layer in self.tokens_kept]
         span = f"{min(kept):.0f} to {max(kept):.0f}" if kept else "0"
         share = (
-            f"{self.ratio:.1%} of the full cache's {_size(self.full_bytes)}, {self.bits_per_element:.2f} bits a number"
+            f"{self.ratio:.1%} of the full cache's {_size(self.full_bytes)}, "
+            f"{self.bits_per_element:.2f} bits per number"
         )
         rows = [
             f"tokens seen {self.tokens_seen}, kept per layer and head {span}",
@@ -92,14 +93,14 @@ class MemoryReport:
                 f"  {'device tier':<12} {_size(self.device_bytes):>12}   {self.device_ratio:.1%} of the full cache",
                 f"  {'host tier':<12} {_size(self.host_bytes):>12}",
                 f"  {'disk tier':<12} {_size(self.disk_bytes):>12}",
-                f"  {'fetched':<12} {_size(round(self.fetched_per_forward)):>12}   a forward, on average of "
+                f"  {'fetched':<12} {_size(round(self.fetched_per_forward)):>12}   per forward, averaged over "
                 f"{self.fetching_forwards}",
             ]
         return "\n".join(rows)
 
 
 def storage_bytes(tensors: dict[str, list[Tensor]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes by component and by device of the storages under these tensors, each storage counted once."""
+    """Bytes of the storages behind these tensors, by component and by device, each storage counted once."""
     counted: set[tuple[str, int]] = set()
     by_component: dict[str, int] = {}
     by_device: dict[str, int] = {}
@@ -116,7 +117,7 @@ def storage_bytes(tensors: dict[str, list[Tensor]]) -> tuple[dict[str, int], dic
 
 
 def full_cache_bytes(tokens: int, window: int | None, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Keys and values of one layer's full cache; shape is (batch, kv_heads, head_dim)."""
+    """Bytes of keys and values of one layer's full cache; shape is (batch, kv_heads, head_dim)."""
     batch, kv_heads, head_dim = shape
     held = tokens if window is None else min(tokens, window)
     return 2 * batch * kv_heads * head_dim * held * dtype.itemsize

@@ -1,17 +1,17 @@
 """What each cache would need for a model, a context and a batch, from the model's config alone.
 
     full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
-    slots        = budget + 1 a KV head: keys and values, and 8 bytes for position and score; packed ones have codes,
-                   scales and outliers, and 4 x head_dim bytes a KV head for centre and spread of the keys' channels;
-                   and what the policy says of its state (policies/policy.py)
-    gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and a tail of one block as it came
-    shadowkv     = on the device, and beside it the values of all tokens on the host: low-rank keys, landmarks, and the
-                   selected, outlying and newest tokens (policies/shadowkv.py)
-    while prefill runs, an evicting cache also holds the keys and values of the one layer at work; kvzip, which reads a
+    slots        = budget + 1 per KV head: keys and values, and 8 bytes for position and score; packed slots have codes,
+                   scales and outliers, and 4 x head_dim bytes per KV head for centre and spread of the keys' channels;
+                   plus the policy's state (policies/policy.py)
+    gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and an unpacked tail of one block
+    shadowkv     = on the device: low-rank keys, landmarks, and the selected, outlier and newest tokens
+                   (policies/shadowkv.py); the values of all tokens are on the host
+    during prefill, an evicting cache also holds the full keys and values of the layer at work; kvzip, which reads a
     prompt twice, those of all layers
 
 On sliding layers `tokens` and `budget` are at most the window. Activations of a prefill in one forward are estimated
-as hidden states, queries and the MLP's middle for every token; weights are counted on the meta device, exactly.
+as hidden states, queries and the MLP's middle for every token; weights are counted exactly, on the meta device.
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ from kvcompress.storage.tail import TailSegment
 
 @dataclass(frozen=True)
 class Shape:
-    """What a config says about memory. windows: each layer's sliding window, None for full attention."""
+    """What a config says that memory depends on. windows: each layer's sliding window, None for full attention."""
 
     name: str
     parameters: int
@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes one cache needs. prefill: what prefill holds beside weights and cache, estimated."""
+    """Bytes that one cache needs. prefill: an estimate of what prefill holds on top of weights and cache."""
 
     method: str
     budget: int | None
@@ -61,7 +61,7 @@ class Need:
 
     @property
     def peak(self) -> int:
-        """Weights, cache, and what prefill holds beside them."""
+        """Weights, cache, and what prefill holds on top of them."""
         return self.weights + self.cache + self.prefill
 
 
@@ -70,7 +70,7 @@ def read_shape(name: str | None) -> Shape:
 
     Raises:
         ModelUnavailableError: there is no such config.
-        ValueError: kvcompress does not serve this kind of model.
+        ValueError: kvcompress does not support this kind of model.
     """
     config = loading.read_config(name)
     hf.check_served(config, config.model_type)
@@ -99,11 +99,11 @@ def make_plan(
 
     Args:
         methods: specs of the registry.
-        context: tokens a sequence will have in the end.
-        budget: tokens kept a KV head, or a fraction of the context.
+        context: tokens that each sequence will have in the end.
+        budget: tokens kept per KV head, or a fraction of the context.
 
     Raises:
-        ValueError: a size below 1, an unknown method, or a cache of your own whose sizes are not known.
+        ValueError: a size below 1, an unknown method, or a custom cache whose sizes are not known.
     """
     for size_name, size in (("context", context), ("batch", batch)):
         if size < 1:
@@ -144,20 +144,20 @@ def make_plan(
         cache = sum(_slots(shape, min(kept, window or kept), batch, item, packed) for window in shape.windows)
         frequencies = 4 * (shape.head_dim // 2) if policy.uses_rotary else 0
         cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
-        # a policy that reads a prompt twice has all of it at hand until then, in every layer
+        # a policy that reads a prompt twice holds all of it until then, in every layer
         in_full = full if policy.rereads is not None else batch * context * token
         needs.append(Need(spec, kept, weights, cache, full, activations + in_full))
     return needs
 
 
 def largest_batch(need: Need, batch: int, memory: int) -> int:
-    """The largest batch that fits, as everything but the weights grows with the batch."""
+    """The largest batch that fits; everything but the weights grows with the batch."""
     free = memory - need.weights
     return max(0, free * batch // (need.cache + need.prefill))
 
 
 def _slots(shape: Shape, budget: int, batch: int, item: int, packed: GEAR | None) -> int:
-    """Bytes of one layer: its slots, which is spare, and what is counted of each sequence and of all."""
+    """Bytes of one layer: its slots, one of them free, and counters per sequence and for all sequences."""
     size, counters = (batch, shape.kv_heads, shape.head_dim), batch * 3 * 4 + 8
     if packed is None:
         return SlotSegment.nbytes_for(*size, item, budget + 1) + counters

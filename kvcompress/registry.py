@@ -1,8 +1,8 @@
 """Caches by name, for the command line, the sweep and the tests.
 
-A method is asked for as `name` or as `name:setting=value:setting=value`, such as `h2o:sinks=4:recent=0.25`. One of your
-own goes by where its class is, `my_policies:MyPolicy:recent=8`, or by the name that an installed package gives it in
-the entry point group `kvcompress.methods`. A `budget=0.3` among the settings counts before one given beside the spec.
+A method is written as `name` or as `name:setting=value:setting=value`, such as `h2o:sinks=4:recent=0.25`. One of your
+own is written as the path of its class, `my_policies:MyPolicy:recent=8`, or by the name that an installed package gives
+it in the entry point group `kvcompress.methods`. A `budget=0.3` among the settings overrides one given separately.
 """
 
 import contextlib
@@ -39,20 +39,20 @@ GROUP = "kvcompress.methods"
 
 @dataclass(frozen=True)
 class Method(Listed):
-    """A method with what builds its cache: (model, budget, settings) -> cache."""
+    """A method, and the function that builds its cache: (model, budget, settings) -> cache."""
 
     build: Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache] = field(kw_only=False)
 
 
 def parse(spec: str, methods: Mapping[str, Listed] | None = None) -> tuple[Method, dict[str, Any]]:
-    """The method and the settings that a spec names; `methods` are those known, by default METHODS.
+    """The method and the settings that a spec names; `methods` are the known ones, by default METHODS.
 
     Raises:
-        ValueError: an unknown method, a class that is none, something that is no `setting=value`, or no budget.
+        ValueError: an unknown method, a class that is not one, a part that is not `setting=value`, or a bad budget.
     """
     name, *pairs = spec.strip().split(":")
     methods = METHODS if methods is None else methods
-    # as papers and classes write them too: H2O, SnapKV
+    # also as papers and classes spell them: H2O, SnapKV
     lower = name.lower()
     method = methods.get(lower) or next((each for each in methods.values() if lower in each.aliases), None)
     if method is None and pairs and "=" not in pairs[0]:
@@ -66,7 +66,7 @@ def parse(spec: str, methods: Mapping[str, Listed] | None = None) -> tuple[Metho
     for pair in pairs:
         setting, equals, value = pair.partition("=")
         if not (setting and equals and value):
-            raise ValueError(f"a method's settings are written {method.name}:setting=value, got {spec!r}")
+            raise ValueError(f"settings must be written as {method.name}:setting=value, got {spec!r}")
         is_budget = method.takes_budget and setting == "budget"
         settings[RENAMED.get(setting, setting)] = Budget.parse(value).amount if is_budget else _value(value)
     return method if isinstance(method, Method) else _buildable(method), settings
@@ -83,7 +83,7 @@ def canonical(spec: str, methods: Mapping[str, Listed] | None = None) -> str:
 
 
 def expanded(specs: Iterable[str]) -> tuple[str, ...]:
-    """The specs, with every usual method in the place of the word `usual`."""
+    """The specs, with every usual method in place of the word `usual`."""
     usual = [name for name, method in METHODS.items() if method.usual]
     return tuple(name for spec in specs for name in (usual if spec.strip().lower() == USUAL else [spec]))
 
@@ -97,12 +97,13 @@ def build(
     """A new cache for the model.
 
     Args:
-        spec: a method's name, with settings or without.
-        budget: tokens kept per sequence and KV head, or as a float a fraction of those seen; not read by `none`.
-        methods: those known, by default METHODS.
+        spec: a method's name, with or without settings.
+        budget: tokens kept per sequence and KV head, or as a float a fraction of those seen; ignored by methods that
+            take none.
+        methods: the known ones, by default METHODS.
 
     Raises:
-        ValueError: an unknown method or setting, or a budget it cannot keep.
+        ValueError: an unknown method or setting, or a budget that is missing or out of range.
     """
     method, settings = parse(spec, methods)
     if method.takes_budget:
@@ -114,13 +115,13 @@ def build(
 
 
 def policy_of(method: Listed, settings: Mapping[str, Any]) -> tuple[Policy, dict[str, Any]]:
-    """The policy of an evicting method, and what its settings say to the EvictingCache: `packed` among them.
+    """The policy of an evicting method, and those of its settings that are the EvictingCache's, such as `packed`.
 
     Raises:
-        ValueError: the method follows no policy, or the policy has no such setting.
+        ValueError: the method has no policy, or the policy no such setting.
     """
     if method.kind is None or not issubclass(method.kind, Policy):
-        raise ValueError(f"the method {method.name} follows no policy")
+        raise ValueError(f"the method {method.name} has no policy")
     own = dict(settings)
     of_cache: dict[str, Any] = {name: own.pop(name) for name in ("allocation", "rerotated") if name in own}
     of_codes = {name: own.pop(name) for name in ("bits", "group_size", "outliers") if name in own}
@@ -156,9 +157,9 @@ def _errors_about_settings(method: Listed, settings: Mapping[str, Any]) -> Itera
 
 
 def _of_class(module: str, name: str) -> Listed:
-    """The method that a class of anyone's is, under the name module:Class."""
+    """The method that a user's class is, under the name module:Class."""
     where = f"{module}:{name}"
-    # where `python -m kvcompress` would look too
+    # `python -m kvcompress` would look there too
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -167,8 +168,8 @@ def _of_class(module: str, name: str) -> Listed:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"unknown method {where!r}; known: {', '.join(METHODS)}, and neither Python's path nor {os.getcwd()} has a "
-            f"module {module!r}"
+            f"unknown method {where!r}; known: {', '.join(METHODS)}, and there is no module {module!r} on Python's "
+            f"path or in {os.getcwd()}"
         ) from None
     if not _is_method(kind):
         raise ValueError(f"{where} must be a Policy or a CompressedCache, got {kind!r}")
@@ -185,7 +186,7 @@ def _described(name: str, kind: type[Any]) -> Listed:
 
 
 def _import_installed() -> None:
-    """Lists the methods of other packages; one that cannot be imported is left out, with a warning."""
+    """Lists the methods of other packages; one that cannot be imported is skipped, with a warning."""
     for point in entry_points(group=GROUP):
         try:
             found = point.load()
@@ -196,7 +197,7 @@ def _import_installed() -> None:
         except Exception as error:
             package = "an unknown package" if point.dist is None else point.dist.name
             warnings.warn(
-                f"the method {point.name!r} of {package} ({GROUP}: {point.value}) is left out: "
+                f"the method {point.name!r} of {package} ({GROUP}: {point.value}) is skipped: "
                 f"{type(error).__name__}: {error}",
                 stacklevel=2,
             )
@@ -235,7 +236,7 @@ def _list_all() -> dict[str, Listed]:
     )(HydragenCache)
     register(
         "shadowkv",
-        "everything: low-rank keys, values in host memory or a file; reads the chunks asked for",
+        "everything: low-rank keys, values in host memory or a file; reads selected chunks",
         costs="one factorisation per prompt, values fetched each step",
         paper="2410.21465",
         usual=False,

@@ -84,7 +84,7 @@ def test_the_swiftkv_example(run, capsys):
 def test_the_gear_example(run, capsys):
     cache = run("gear", new_tokens=8)
     assert cache.memory().ratio < 0.4
-    assert "bits a number" in capsys.readouterr().out
+    assert "bits per number" in capsys.readouterr().out
 
 
 def test_the_hydragen_example(run, capsys):

@@ -119,13 +119,13 @@ def test_usual_stands_for_what_a_sweep_measures_unless_told():
     ("spec", "budget", "message"),
     [
         ("h3o", 64, r"unknown method 'h3o'; known: none, random, h2o, .*, or module:Class of your own"),
-        ("h2o:sinks", 64, "a method's settings are written h2o:setting=value, got 'h2o:sinks'"),
+        ("h2o:sinks", 64, "settings must be written as h2o:setting=value, got 'h2o:sinks'"),
         ("h2o:size=1", 64, "the method h2o does not take these settings: .*size"),
         ("none:budget=3", None, "the method none does not take these settings: .*budget"),
         ("h2o", None, "the method h2o needs a budget"),
         ("h2o:sinks=-1", 64, "sinks must be 0 tokens or more"),
         ("h2o:budget=half", 64, "budget must be a count of tokens such as 512, or a fraction such as 0.2, got 'half'"),
-        ("nowhere.at_all:Mine", 64, "unknown method 'nowhere.at_all:Mine'; .* has a module 'nowhere.at_all'"),
+        ("nowhere.at_all:Mine", 64, "unknown method 'nowhere.at_all:Mine'; .* there is no module 'nowhere.at_all'"),
         ("my_policies:Newest", 64, "my_policies:Newest must be a Policy or a CompressedCache, got None"),
         ("my_policies:number", 64, "my_policies:number must be a Policy or a CompressedCache, got 3"),
         ("my_policies:Oldest:size=1", 64, "the method my_policies:Oldest does not take these settings: .*size"),
@@ -173,7 +173,7 @@ def test_what_plan_can_size_is_what_follows_a_policy(mine, model):
     shape = read_shape(str(mine / "model"))
     own, tova = make_plan(shape, ["my_policies:Oldest:budget=20", "tova"], 100, 2, 0.2, torch.float16)
     assert (own.budget, own.cache) == (20, tova.cache)
-    with pytest.raises(ValueError, match="the method my_policies:Full follows no policy"):
+    with pytest.raises(ValueError, match="the method my_policies:Full has no policy"):
         make_plan(shape, ["my_policies:Full"], 100, 2, 0.2, torch.float16)
 
 
@@ -200,11 +200,11 @@ def test_methods_of_installed_packages_are_listed_by_their_entry_points(model, m
     points = [EntryPoint(name, value, registry.GROUP) for name, value in (values | {"module": "my_policies"}).items()]
     monkeypatch.setattr(sys, "path", [str(mine), *sys.path])
     monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in points if group == registry.GROUP])
-    with pytest.warns(UserWarning, match="left out") as caught:
+    with pytest.warns(UserWarning, match="is skipped") as caught:
         registry._import_installed()
     assert registry.build("oldest:bias=2", model, 8).policy.bias == 2
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 2
-    assert "the method 'broken' of an unknown package (kvcompress.methods: nowhere:Mine) is left out" in texts[0]
+    assert "the method 'broken' of an unknown package (kvcompress.methods: nowhere:Mine) is skipped" in texts[0]
     assert "expected a Policy, a CompressedCache or a module that registers some, got 3" in texts[1]
     assert not {"broken", "number", "module"} & set(registry.METHODS)

@@ -17,15 +17,15 @@ from kvcompress.evals.lm.model import CompressedLM
 from kvcompress.evals.sweep.samples import RECIPES
 from kvcompress.evals.sweep.text import TEXT
 
-# task files for data of one's own
+# task files for the user's own data
 TASKS = Path(__file__).parent / "tasks"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A task's results: all of its metrics, the one that counts, and that of each document in their order.
+    """A task's results: all of its metrics, the main one, and the main one of each document in order.
 
-    The one that counts is the accuracy where the task has one, else its first metric.
+    The main metric is the accuracy if the task has one, else its first metric.
     """
 
     metric: str
@@ -36,7 +36,7 @@ class Scored:
 
 
 def evaluate(lm: CompressedLM, name: str, metadata: str, num_fewshot: int | None, limit: int | None) -> Scored:
-    """Runs one task. metadata: of the task files, as JSON."""
+    """Runs one task. metadata: for the task files, as JSON."""
     with errors_only():
         run = simple_evaluate(
             model=lm,
@@ -56,7 +56,7 @@ def evaluate(lm: CompressedLM, name: str, metadata: str, num_fewshot: int | None
 
 
 def run_command(arguments: list[str]) -> None:
-    """`lm_eval run --model kvcompress` with these arguments, and the task files of this folder beside its own."""
+    """`lm_eval run --model kvcompress` with these arguments, also with the task files of this folder."""
     if "--include_path" not in arguments:
         arguments = [*arguments, "--include_path", str(TASKS)]
     harness = HarnessCLI()
@@ -65,7 +65,7 @@ def run_command(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def errors_only() -> Iterator[None]:
-    """The harness tells each point anew what it takes for granted; a sweep has hundreds."""
+    """Hides lm-eval's notices, which it would repeat for each of a sweep's hundreds of points."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -76,7 +76,7 @@ def errors_only() -> Iterator[None]:
 
 
 def load_task(name: str, metadata: str) -> Any:
-    """A new task object of the harness.
+    """A new task object of lm-eval.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -89,10 +89,10 @@ def load_task(name: str, metadata: str) -> Any:
 
 
 def find_manager(name: str, metadata: str) -> TaskManager:
-    """Who knows the task: the files shipped here, or else the whole index of the harness, which takes seconds to read.
+    """The manager that knows the task: that of the files here, or else of lm-eval's whole index, which takes seconds.
 
     Raises:
-        ValueError: nobody does, or it is a group.
+        ValueError: neither knows it, or it is a group.
     """
     manager = _manager(False, metadata)
     if name not in manager.all_subtasks:
@@ -100,7 +100,7 @@ def find_manager(name: str, metadata: str) -> TaskManager:
     if name in manager.all_subtasks:
         return manager
     if name in manager.all_groups or name in manager.all_tags:
-        raise ValueError(f"{name} is a group of lm-eval's tasks; name those of its members that you mean")
+        raise ValueError(f"{name} is a group of lm-eval's tasks; name the members that you want")
     known = ", ".join((*RECIPES, TEXT, *_manager(False, metadata).all_subtasks))
     raise ValueError(f"unknown task {name!r}; known: {known}, and all of lm-eval's own")
 

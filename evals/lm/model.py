@@ -1,13 +1,13 @@
-"""lm-eval's tasks through a compressed cache: the model `kvcompress` of the harness.
+"""lm-eval's tasks through a compressed cache: the model `kvcompress` for lm-eval's harness.
 
     kvcompress eval --tasks arc_easy --num_fewshot 5 --cache h2o --budget 0.2
     lm_eval.simple_evaluate(model=CompressedLM(cache="h2o", budget=0.2), tasks=["arc_easy"])
 
-A prompt scored in one forward attends to all of its keys, whatever the cache keeps, and measures nothing. Here a
-context is read but for what is held back, the cache compresses, and the rest of the context and the continuation are
-read through what is left, `chunk` tokens a forward. The continuations of one context start from copies of the cache it
-left behind, so that it is read once. Rolling likelihoods read the whole text in chunks, each through what its
-predecessors left. With `cache=none` all scores are those of the harness's own `hf` model.
+A prompt scored in one forward attends to all of its keys, whatever the cache keeps, and measures nothing. Here the
+context is read up to the part held back, the cache compresses, and the rest of the context and the continuation are
+read with what is left, `chunk` tokens per forward. The continuations of one context start from copies of its cache, so
+that it is read once. Rolling likelihoods read the whole text in chunks, each with what is left of those before. With
+`cache=none` all scores are those of lm-eval's own `hf` model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ Request = tuple[Any, list[int], list[int]]
 
 @register_model("kvcompress")
 class CompressedLM(HFLM):
-    """A causal language model whose every score comes through a kvcompress cache."""
+    """A causal language model, all of whose scores are computed with a kvcompress cache."""
 
     def __init__(
         self,
@@ -46,16 +46,16 @@ class CompressedLM(HFLM):
         Args:
             pretrained: hub id, local folder or loaded model; None for SmolLM2-135M-Instruct.
             cache: a method of the registry, such as "h2o:sinks=4".
-            budget: tokens it keeps, or a fraction of the context it compresses (of a rolling likelihood's text);
-                1.0 keeps everything.
-            hold_back: what of a context is read after compression: a number of tokens, at least 1, or a text such as
-                "Question:", from whose last occurrence on the context is held back. The method is then blind to it
-                (question-agnostic); with 1 it sees the question (question-aware).
-            chunk: tokens read per forward once the cache has compressed.
-            settings: of the harness's `hf` model: batch_size, device, dtype, max_length, ...
+            budget: tokens it keeps, or a fraction of the context that it compresses (of the text, for a rolling
+                likelihood); 1.0 keeps everything.
+            hold_back: what to read of a context after compression: the last tokens, at least 1, or everything from the
+                last occurrence of a text such as "Question:". The method does not see the latter (question-agnostic);
+                with 1 token held back, it sees the question (question-aware).
+            chunk: tokens read per forward after the cache has compressed.
+            settings: of lm-eval's `hf` model: batch_size, device, dtype, max_length, ...
 
         Raises:
-            ValueError: an unknown method, a budget it cannot keep, nothing held back.
+            ValueError: an unknown method, a budget that it cannot keep, or nothing held back.
         """
         # what stands for nothing on the harness's command line
         cache = cache or "none"
@@ -81,7 +81,7 @@ class CompressedLM(HFLM):
         self._new_cache(2**20)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside the scores: the cache, and what it held on average when it had compressed."""
+        """What lm-eval writes next to the scores: the cache, and what it held on average after it compressed."""
         found = super().get_model_info()
         found["kvcompress"] = {
             "cache": self.cache,
@@ -93,7 +93,7 @@ class CompressedLM(HFLM):
         return found
 
     def held(self) -> dict[str, float]:
-        """Bytes held for a sequence, of how many for the full cache, and tokens, means over all contexts read."""
+        """Bytes held per sequence, bytes of the full cache, and tokens: means over all contexts read."""
         if not self.measured:
             return {}
         mean = Measured.mean(self.measured)
@@ -101,7 +101,7 @@ class CompressedLM(HFLM):
         return {"contexts": mean.sequences, **{name: getattr(mean, name) for name in names}}
 
     def _new_cache(self, longest: int, has_context: bool = True) -> Any:
-        """An empty cache for texts of up to `longest` tokens, of which some are read before it compresses, or none."""
+        """An empty cache for texts of up to `longest` tokens; has_context: some are read before it compresses."""
         budget = self.budget
         if isinstance(budget, float) and (budget == 1.0 or not has_context):
             budget = max(1, round(budget * longest))
@@ -133,7 +133,7 @@ class CompressedLM(HFLM):
                 asked += [(row, index, list(tokens[len(tokens) - kept :])) for index in contexts[tokens]]
             longest = max(len(tokens) + len(requests[index][2]) for tokens in some for index in contexts[tokens])
             reader = self._compressed(heads, longest)
-            # where nothing is read beforehand, a fraction is one of each text
+            # if nothing is read beforehand, a fraction is a share of each text
             step = size if any(heads) or not isinstance(self.budget, float) else 1
             for start in range(0, len(asked), step):
                 part = asked[start : start + step]
@@ -149,7 +149,7 @@ class CompressedLM(HFLM):
                     continuations,
                 )
                 if not any(heads) and all(requests[index][0] is None for _, index, _ in part):
-                    # a rolling likelihood, which is compressed as it goes
+                    # a rolling likelihood, which is compressed as it is read
                     self.measured.append(fork.measure())
                 for (_, index, _), score in zip(part, scores, strict=True):
                     answers[index] = score
@@ -163,12 +163,12 @@ class CompressedLM(HFLM):
     def _scores(
         self, reader: Reader, rows: list[list[int]], continuations: list[list[int]]
     ) -> Iterator[tuple[float, bool]]:
-        """Reads rows through a compressed cache; the scores of the continuations, which they predict last."""
+        """Reads rows through a compressed cache; returns the scores of the continuations at their ends."""
         width = max(map(len, rows))
         total, greedy = [0.0] * len(rows), [True] * len(rows)
         for first in range(0, width, self.chunk):
             last = min(first + self.chunk, width)
-            # rows end together: what stands in columns first .. last - 1 of a row
+            # rows end together: what is in columns first .. last - 1 of a row
             pieces = [row[max(0, first - width + len(row)) : max(0, last - width + len(row))] for row in rows]
             scored = max(min(last - (width - len(continuation)), last - first) for continuation in continuations)
             logits = reader.read(pieces, max(1, scored))
@@ -190,7 +190,7 @@ class CompressedLM(HFLM):
 
     @torch.inference_mode()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """As the harness calls it: context [batch, tokens], left-padded; gives it back with what is generated."""
+        """Called by lm-eval: context [batch, tokens] is padded on the left; returns it with what is generated."""
         mask = generation_kwargs.pop("attention_mask", torch.ones_like(context)).bool()
         rows = [row[visible].tolist() for row, visible in zip(context, mask, strict=True)]
         held = [self._held_back(row, None) for row in rows]
@@ -240,7 +240,7 @@ class CompressedLM(HFLM):
         return min(max(1, len(context) - len(self.tok_encode(text[:at]))), len(context))
 
     def _compressed(self, heads: list[list[int]], longest: int) -> Reader:
-        """A cache that has read these tokens, and compressed them, of texts of up to `longest`.
+        """A cache that has read and compressed these tokens, for texts of up to `longest` tokens.
 
         Raises:
             NotCompressedError: it kept more than its budget.
@@ -253,16 +253,16 @@ class CompressedLM(HFLM):
         self.measured.append(measured)
         if self.budget is not None and parse(self.cache)[0].takes_budget and not parse(self.cache)[0].reads_budget:
             limit = self.budget if isinstance(self.budget, int) else self.budget * measured.tokens_seen
-            # budgets of layers are rounded one by one, and a budget of less than a token is one
+            # layers' budgets are rounded one by one, and are at least one token
             if measured.tokens_kept > max(limit, 1) + 1:
                 raise NotCompressedError(
-                    f"{self.cache} was to keep {limit:.1f} of {measured.tokens_seen:.1f} tokens, and kept "
+                    f"{self.cache} should keep {limit:.1f} of {measured.tokens_seen:.1f} tokens, but kept "
                     f"{measured.tokens_kept:.1f}"
                 )
         return reader
 
     def _fork(self, reader: Reader, rows: list[int], last: bool) -> Reader:
-        """These rows of a reader; itself where nobody needs it any more."""
+        """A reader with these rows of another; the other itself if it is no longer needed."""
         fork = Reader(self.model, reader.cache if last else reader.cache.clone(), self._pad)
         assert reader.mask is not None
         index = torch.tensor(rows, device=reader.mask.device)

@@ -1,12 +1,12 @@
 """lm-eval's tasks as tasks of a sweep: one task, one cache, its score and its bytes.
 
-The harness makes the prompts and scores the answers as in `kvcompress eval`. What is read after compression follows
-the sweep's protocols:
+lm-eval makes the prompts and scores the answers as in `kvcompress eval`. What is read after compression follows the
+sweep's protocols:
 
-    question-agnostic   from where the question begins: the last example of a few-shot context, or a text one names
+    question-agnostic   from where the question begins: the last example of a few-shot context, or a given text
     question-aware      the last `hold_back` tokens of the context
 
-Rolling likelihoods have no question; their text is read in chunks, each through what its predecessors left.
+Rolling likelihoods have no question; their text is read in chunks, each with what is left of those before.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from kvcompress.evals.sweep.rows import held, standard_error
 from kvcompress.evals.sweep.samples import Tokenizer
 from kvcompress.evals.sweep.task import Subject
 
-# tokens read per forward after compression, as `kvcompress eval` does by default
+# tokens read per forward after compression, the default of `kvcompress eval`
 _CHUNK = 64
 
 
 class HarnessTask:
-    """A task of lm-eval's own or of the files here; it brings its contexts, whatever lengths are asked for."""
+    """A task of lm-eval's own or of the files here; it has its own contexts, whatever lengths are requested."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        """Raises ValueError for what is no task of lm-eval's, or a group of several."""
+        """Raises ValueError if lm-eval has no such task, or it is a group of several."""
         self.name = name
         self.settings = settings
         self._metadata = json.dumps(dict(settings.metadata), sort_keys=True)
@@ -44,10 +44,10 @@ class HarnessTask:
         return make_points(self.name, [None], protocols, self.settings)
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Nothing is left to check: the points were made from the harness's own prompts."""
+        """Nothing is left to check: the points were made from lm-eval's own prompts."""
 
     def cost(self, point: Point) -> int:
-        # contexts of unknown length, some hundred of them
+        # a few hundred contexts of unknown length
         return (self.settings.limit or 500) * 500
 
     def facts(self, point: Point) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class HarnessTask:
         }
 
     def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
-        """The standard error is that of a mean over documents, and None for a score that is none."""
+        """The standard error is that of a mean over documents, None for a score that is not a mean."""
         with errors_only():
             lm = CompressedLM(
                 pretrained=subject.model,
@@ -74,7 +74,7 @@ class HarnessTask:
         found = evaluate(lm, self.name, self._metadata, self.settings.num_fewshot, self.settings.limit)
         if not lm.measured:
             raise NotCompressedError(
-                f"nothing of {self.name}'s contexts was left to compress once {lm.hold_back!r} was held back; "
+                f"nothing of {self.name}'s contexts was left to compress after holding back {lm.hold_back!r}; "
                 "give it examples (--num-fewshot), or hold back less"
             )
         if not math.isfinite(found.score):
@@ -107,7 +107,7 @@ class HarnessTask:
         return int((asked if asked is not None else self._task.config.num_fewshot) or 0)
 
     def _hold_back(self, protocol: str) -> int | str:
-        """Tokens of a context that are read after compression, or the text from whose last occurrence on it is."""
+        """How many tokens of a context are read after compression, or the text whose last occurrence begins them."""
         if protocol == AWARE:
             return self.settings.hold_back
         if self._is_rolling:
@@ -116,14 +116,14 @@ class HarnessTask:
             return self.settings.question
         if not self._num_fewshot:
             raise ValueError(
-                f"nothing marks where a question of {self.name} begins: ask for examples (--num-fewshot 5), name "
-                "a text that it begins with (--question Question:), or only the protocol question-aware"
+                f"nothing marks where a question of {self.name} begins: ask for examples (--num-fewshot 5), give "
+                "the text that it begins with (--question Question:), or use only the protocol question-aware"
             )
         return str(self._task.config.fewshot_delimiter)
 
     @cached_property
     def _prompts(self) -> str:
-        """A hash of all that the harness would ask."""
+        """A hash of everything that lm-eval would ask."""
         task = load_task(self.name, self._metadata)
         with errors_only():
             if self.settings.num_fewshot is not None:

@@ -4,9 +4,9 @@
     (in the peer's environment)  python evals/peers/kvpress_answers.py prompts/prompts.jsonl --model ... --out ...
     kvcompress peers rows --prompts prompts --answers prompts/kvpress.jsonl --out results
 
-The tokens, the answers that count and the scorer are those of `kvcompress sweep` with the same settings, and so are
-the rows, beside which they stand in one `results.jsonl`, report and plot. Bytes are those of the peer's live tensors
-when the question comes, as with our caches; `bytes_after` adds what it holds after the answer.
+The tokens, the right answers and the scorer are those of `kvcompress sweep` with the same settings, so the rows can
+share one `results.jsonl`, report and plot with its own. Bytes are those of the peer's live tensors when the question
+comes, as with our caches; `bytes_after` is what it holds after the answer.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from kvcompress.registry import FULL
 
 PEER = "kvpress"
 
-ModelName = Annotated[str | None, "hub id, folder or .gguf file; by default the one of kvcompress sweep"]
+ModelName = Annotated[str | None, "hub id, folder or .gguf file; default: as in kvcompress sweep"]
 
 
 def write_prompts(sweep: Sweep, folder: Path) -> int:
-    """Writes every prompt of a sweep as `prompts.jsonl`, and the settings as `settings.json`; gives their number."""
+    """Writes a sweep's prompts as `prompts.jsonl`, and the settings as `settings.json`; returns how many prompts."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for point, samples, prompts in _asked(sweep):
@@ -54,17 +54,17 @@ def write_prompts(sweep: Sweep, folder: Path) -> int:
 
 
 def read_rows(sweep: Sweep, answers: Path) -> list[dict[str, Any]]:
-    """A row of a sweep for each task, length, protocol, method and budget that a peer answered in full.
+    """A row of a sweep for each task, length, protocol, method and budget that a peer answered completely.
 
     Raises:
-        ValueError: an answer to a prompt that the sweep has not, or twice to one; or one to a part of the samples.
+        ValueError: an answer to a prompt that is not in the sweep, two answers to one, or only some samples answered.
     """
     found: dict[tuple[str, float, str], dict[str, Any]] = {}
     for line in answers.read_text().splitlines():
         row = json.loads(line)
         key = row["press"], row["budget"], row["id"]
         if key in found:
-            raise ValueError(f"{answers} answers {row['id']} twice by {row['press']} at {row['budget']}")
+            raise ValueError(f"{answers} has two answers to {row['id']} by {row['press']} at {row['budget']}")
         found[key] = row
     rows, used = [], 0
     for cell, samples, prompts in _asked(sweep):
@@ -82,7 +82,7 @@ def read_rows(sweep: Sweep, answers: Path) -> list[dict[str, Any]]:
             point = dataclasses.replace(cell, method=f"{PEER}-{press}", budget=budget)
             rows.append(_row(sweep, point, samples, prompts, given))
     if used < len(found):
-        raise ValueError(f"{len(found) - used} answers in {answers} are to no prompt of these settings")
+        raise ValueError(f"{len(found) - used} answers in {answers} belong to no prompt of these settings")
     return rows
 
 
@@ -121,11 +121,11 @@ def _row(
 
 
 def _asked(sweep: Sweep) -> Iterator[tuple[Point, list[Sample], list[Prompt]]]:
-    """For each task, length and protocol the point of the full cache, with its samples and their prompts."""
+    """For each task, length and protocol, the full cache's point with its samples and their prompts."""
     for point in sweep.points:
         task = sweep.tasks[point.task]
         if not isinstance(task, SyntheticTask):
-            raise ValueError(f"a peer is asked tasks that are made here, got {point.task!r}")
+            raise ValueError(f"a peer can be given synthetic tasks only, got {point.task!r}")
         if point.method == FULL:
             samples = task.samples(sweep.tokenizer, point.context)
             yield point, samples, [make_prompt(sweep.tokenizer, sample) for sample in samples]
@@ -143,8 +143,8 @@ def prompts(
     out: Annotated[Path, "folder for prompts and settings"],
     model: ModelName = None,
     tasks: Annotated[str, "by commas"] = "needle",
-    lengths: Annotated[str, "by commas, in tokens"] = "512,1024",
-    samples: Annotated[int, "of each task and length"] = 10,
+    lengths: Annotated[str, "comma-separated, in tokens"] = "512,1024",
+    samples: Annotated[int, "samples of each task and length"] = 10,
     protocols: Annotated[str, "by commas"] = ",".join(PROTOCOLS),
     seed: Annotated[int, "of the tasks"] = 0,
     text: Annotated[str | None, "UTF-8 file for the essay haystacks"] = None,
@@ -158,8 +158,8 @@ def prompts(
 
 
 def rows(
-    prompts: Annotated[Path, "folder of kvcompress peers prompts"],
-    answers: Annotated[Path, "file of the peer's answers to them"],
+    prompts: Annotated[Path, "folder written by kvcompress peers prompts"],
+    answers: Annotated[Path, "file with the peer's answers to them"],
     out: Annotated[Path, "folder of a sweep, whose results.jsonl gets the rows"],
     model: ModelName = None,
 ) -> None:

@@ -1,18 +1,18 @@
 r"""Answers the prompts of `kvcompress peers prompts` with kvpress, in kvpress's own environment.
 
-kvpress needs transformers < 5.3, which kvcompress does not run on; this file imports nothing of kvcompress:
+kvpress needs transformers < 5.3, on which kvcompress does not run; this file imports nothing from kvcompress:
 
     python -m venv kvpress-venv
     kvpress-venv/bin/pip install torch 'kvpress==0.5.5' 'transformers>=5.0,<5.3'
     kvpress-venv/bin/python evals/peers/kvpress_answers.py prompts/prompts.jsonl --model FOLDER \
         --out prompts/kvpress.jsonl
 
-A press compresses at the end of the first forward, which every press leaves as it is, so one prefill serves them all:
-each press's own `compress` gets what its hook would give it, and has its own copy of what comes out (`--verify` does
-the first prompt again through the press's own hooks, and compares). What follows, question and answer, kvpress never
-compresses: it stands outside of the budget and is counted in `bytes_after`.
+A press compresses at the end of the first forward, which no press changes, so one prefill is enough for all: each
+press's own `compress` gets what its hook would give it, and has its own copy of the result (`--verify` runs the first
+prompt again through the press's own hooks, and compares). kvpress never compresses what follows, the question and the
+answer: these are outside its budget and counted in `bytes_after`.
 
-A press that only masks what it drops still holds it: such a row says masked, and its bytes are those it holds.
+A press that only masks what it drops still holds it: such a row says masked, and its bytes include it.
 """
 
 import argparse
@@ -58,13 +58,13 @@ def make_press(name: str, ratio: float) -> Any:
 
 @torch.no_grad()
 def prefill(model: Any, ids: list[int], presses: dict[tuple[str, float], Any]) -> dict[tuple[str, float], Pairs]:
-    """The keys and values by layer that each press leaves of a context, after one forward."""
+    """The keys and values by layer that each press keeps of a context, after one forward."""
     kept: dict[tuple[str, float], Pairs] = {name: [] for name in presses}
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         layer = kwargs["past_key_values"].layers[module.layer_idx]
         for name, press in presses.items():
-            # the one whose scores are attention weights, which only eager attention gives
+            # its scores are attention weights, which only eager attention returns
             weights = output[1] if name[0] == "observed" else None
             pair = press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, weights, kwargs)
             kept[name].append((pair[0].clone(), pair[1].clone()))
@@ -102,7 +102,7 @@ def answer(model: Any, cache: Any, seen: int, ids: list[int], longest: int, stop
         feed, seen = torch.tensor(chosen)[:, None], seen + feed.shape[1]
 
 
-# of each layer, how many empty places stand before the tokens of each row, [rows]
+# for each layer, how many empty columns precede the tokens of each row, [rows]
 _EMPTY: list[torch.Tensor] = []
 
 
@@ -115,7 +115,7 @@ def rows_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of rows that hold different numbers of tokens; transformers has one mask for all layers."""
+    """Attention for rows that hold different numbers of tokens; transformers has only one mask for all layers."""
     queries, keys = query.shape[2], key.shape[2]
     at = torch.arange(keys)
     visible = (at >= _EMPTY[module.layer_idx][:, None])[:, None, None] & (at <= at[-queries:, None])
@@ -125,7 +125,7 @@ def rows_attention(
 
 
 def joined(caches: list[Pairs]) -> DynamicCache:
-    """One cache whose rows are these, the shorter ones behind empty places."""
+    """One cache with these rows, the shorter ones after empty columns."""
     _EMPTY.clear()
     cache = DynamicCache()
     for index, layers in enumerate(zip(*caches, strict=True)):
@@ -141,14 +141,14 @@ def joined(caches: list[Pairs]) -> DynamicCache:
 
 
 def held_bytes(pairs: Pairs) -> int:
-    """Bytes of these tensors; a view counts as what it shows, as the next token leaves the rest behind."""
+    """Bytes of these tensors; of a view, only what it shows, as the next token drops the rest."""
     return sum(x.numel() * x.element_size() for pair in pairs for x in pair)
 
 
 def together(
     model: Any, prompt: dict[str, Any], names: list[str], ratios: dict[float, float]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of presses that leave the attention function alone; ratios: what is dropped, by budget."""
+    """Rows of presses that do not change the attention function; ratios: the share dropped, by budget."""
     presses = {(name, budget): make_press(name, ratio) for name in names for budget, ratio in ratios.items()}
     # only the weights of a prefill need eager attention
     model.set_attn_implementation("eager")
@@ -204,11 +204,11 @@ def by_itself(model: Any, prompt: dict[str, Any], name: str, budget: float, rati
 
 @torch.no_grad()
 def verify(model: Any, prompt: dict[str, Any], ratio: float) -> None:
-    """Raises AssertionError unless the shared prefill leaves what each press leaves by itself."""
+    """Raises AssertionError unless the shared prefill keeps what each press keeps by itself."""
     shared = prefill(model, prompt["first"], {(name, ratio): make_press(name, ratio) for name in TOGETHER})
     for name in TOGETHER:
         if name.startswith("chunkkv"):
-            # refuses eager attention; it takes the scores of a press that is checked
+            # refuses eager attention; it takes its scores from a press that is checked
             continue
         press = make_press(name, ratio)
         cache: Any = DynamicCache()
@@ -223,12 +223,12 @@ def verify(model: Any, prompt: dict[str, Any], ratio: float) -> None:
 
 
 def main() -> None:
-    """Reads prompts, writes one row an answer; goes on where it stopped."""
+    """Reads prompts, and writes one row per answer; resumes where it stopped."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--model", required=True, help="a folder or hub id")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budgets", default="0.5,0.2,0.1", help="shares of the context that are kept")
+    parser.add_argument("--budgets", default="0.5,0.2,0.1", help="shares of the context to keep")
     parser.add_argument("--presses", default=",".join(TOGETHER))
     parser.add_argument("--alone", default="", help=f"also these, slowly: {','.join(ALONE)}")
     parser.add_argument("--threads", type=int, default=1)
@@ -256,7 +256,7 @@ def main() -> None:
         done = {(row["id"], row["press"], row["budget"]) for row in rows}
     with arguments.out.open("a") as file:
         for prompt in prompts:
-            # the same tokens as kvcompress keeps at this budget: a share of the length asked for
+            # as many tokens as kvcompress keeps at this budget: a share of the requested length
             ratios = {budget: 1 - (round(budget * prompt["length"]) + 0.5) / len(prompt["first"]) for budget in budgets}
             made: list[dict[str, Any]] = []
             if not all((prompt["id"], name, budget) in done for name in names for budget in budgets):

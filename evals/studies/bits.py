@@ -2,12 +2,12 @@
 
     KL = mean over scored tokens of sum_v p_full(v) (log p_full(v) - log p(v))
 
-The context of each window of text is read once, by a full cache, and packed by every setting (`GEARCache.fill`); what
-follows is read through the packed cache, `chunk` tokens per forward, and compared with the full cache's own
-continuation. Bits count all that the cache keeps of the packed tokens (codes, scales, outliers, factors, positions)
-for each number of their keys and values; the tail, whose tokens are not packed, is counted in `all bits` only.
+The context of each window of text is read once, by a full cache, and packed with every setting (`GEARCache.fill`); what
+follows is read with the packed cache, `chunk` tokens per forward, and compared with the full cache's own continuation.
+Bits count everything that the cache keeps of the packed tokens (codes, scales, outliers, factors, positions) per number
+of their keys and values; the unpacked tail counts only in `all bits`.
 
-Beside them, where they are installed: transformers' own QuantizedCache (optimum-quanto, hqq) at the same context.
+If they are installed, transformers' own QuantizedCache backends (optimum-quanto, hqq) are measured on the same context.
 """
 
 import math
@@ -49,9 +49,9 @@ PEERS = [f"{backend}:bits={bits}" for backend in ("quanto", "hqq") for bits in (
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. bits: of a packed number, all counted. all_bits: of any number held, the tail's too.
+    """One setting. bits: per packed number, everything counted. all_bits: per number held, with the tail.
 
-    kl: nats; top1: share of tokens whose likeliest successor stays; perplexity, full_perplexity: of each text.
+    kl: nats; top1: share of positions whose most likely token is unchanged; perplexity, full_perplexity: of each text.
     """
 
     setting: str
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def losses(self) -> dict[str, float]:
-        """How much the perplexity of each text rose, as a share."""
+        """By what share the perplexity of each text rose."""
         return {name: self.perplexity[name] / self.full_perplexity[name] - 1 for name in self.perplexity}
 
 
@@ -74,8 +74,8 @@ class Study:
     def __init__(self, model: PreTrainedModel, windows: dict[str, list[list[int]]], context: int, chunk: int) -> None:
         """
         Args:
-            windows: of each text by name, token ids of one length.
-            context: tokens of a window that are packed; those after it are scored.
+            windows: for each text, by name, windows of token ids, all of one length.
+            context: how many tokens of a window are packed; those after them are scored.
         """
         self.model = model
         self.context = context
@@ -100,7 +100,7 @@ class Study:
                 method, settings = parse(setting)
                 cache = method.build(self.model, 0, settings)
                 if not isinstance(cache, GEARCache):
-                    raise ValueError(f"bits are measured of gear, kivi, {', '.join(BASELINES)}, got {setting!r}")
+                    raise ValueError(f"bits can be measured for gear, kivi, {', '.join(BASELINES)}, got {setting!r}")
                 report = cache.fill(self.full).memory()
                 layers: Any = cache.layers
                 apart = [part for layer in layers for part in (layer.first, layer.tail) if part is not None]
@@ -141,11 +141,11 @@ class Study:
 
 def main(
     model: Annotated[str | None, "hub id, folder or .gguf file; default: SmolLM2-135M-Instruct"] = None,
-    settings: Annotated[str | None, "by commas, as in the registry, such as gear:bits=3:group_size=32"] = None,
-    text: Annotated[list[Path] | None, "UTF-8 file, more than once for more texts"] = None,
+    settings: Annotated[str | None, "comma-separated, as in the registry, such as gear:bits=3:group_size=32"] = None,
+    text: Annotated[list[Path] | None, "UTF-8 file; repeat for more texts"] = None,
     context: Annotated[int, "tokens that are packed"] = 1536,
     scored: Annotated[int, "tokens read after them"] = 256,
-    chunk: Annotated[int, "of them per forward; generation has 1"] = 64,
+    chunk: Annotated[int, "how many of these per forward; generation has 1"] = 64,
     windows: Annotated[int, "of each text"] = 2,
     out: Annotated[Path | None, "JSON"] = None,
 ) -> None:

@@ -1,7 +1,7 @@
 """What a model knows, in one row: perplexity of texts, needles found, tasks of lm-eval; all with the full cache.
 
-Perplexity is read in windows, one by one. Needles are those of evals/sweep/samples.py, answered greedily. Tasks go
-through evals/lm/harness.py, few-shot, with the harness's own scores.
+Perplexity is measured in separate windows. Needles are those of evals/sweep/samples.py, answered greedily. Tasks go
+through evals/lm/harness.py, few-shot, with lm-eval's own scores.
 """
 
 import json
@@ -19,11 +19,11 @@ from kvcompress.evals.sweep.samples import make_prompt, make_samples, score
 
 @dataclass(frozen=True)
 class Exam:
-    """What is asked of every model.
+    """The measurements for every model.
 
     texts: token ids [tokens] by name, read in windows of `window` tokens. needle_lengths: of contexts, in tokens, with
-    `samples` needles each. tasks: of lm-eval or evals/lm/tasks, `shots` examples before the first `limit`
-    questions of each; data: the folder of the local ones.
+    `samples` needles each. tasks: of lm-eval or evals/lm/tasks, with `shots` examples and the first `limit` questions
+    of each; data: the folder of the local ones.
     """
 
     texts: dict[str, Tensor]
@@ -47,7 +47,7 @@ class Quality:
     errors: dict[str, float | None]
 
     def recovered(self, base: "Quality", worst: "Quality") -> dict[str, tuple[float, float]]:
-        """Of what each text's perplexity, and its log, lost from `base` to `worst`: the shares that are back."""
+        """For each text, what share of the perplexity, and of its log, lost from `base` to `worst` is recovered."""
         found = {}
         for name, own in self.perplexity.items():
             triple = torch.tensor([worst.perplexity[name], own, base.perplexity[name]], dtype=torch.float64)
@@ -55,7 +55,7 @@ class Quality:
         return found  # type: ignore[return-value]
 
     def row(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The row as JSON can hold it."""
         return asdict(self)
 
 
@@ -73,7 +73,7 @@ def measure(name: str, model: Any, tokenizer: Any, exam: Exam) -> Quality:
 
 @torch.no_grad()
 def perplexity(model: Any, ids: Tensor, window: int) -> float:
-    """Of a text [tokens], in windows read one by one."""
+    """The perplexity of a text [tokens], in separate windows."""
     losses, count = 0.0, 0
     for part in ids.split(window):
         if len(part) < 2:

@@ -1,11 +1,11 @@
 """What a SwiftKV conversion saves in prefill, and what it costs in quality: kvcompress study swiftkv
 
-    flops of the projections, a prompt of S tokens, one position's logits:
+    flops of the projections, for a prompt of S tokens and one position's logits:
         2 S first (q + k + v + o + mlp) + 2 S (layers - first) / share (k + v) + 2 (layers - first) (q + o + mlp)
 
-Base and converted model take turns in one run, and the ratio is that of the medians. Quality (quality.py)
-is that of the base model, the conversion as it begins, the conversion fitted to texts by least squares, and each
-distilled folder that is named; with it stands how much of the perplexity that the conversion lost is back.
+Base and converted model take turns in one run, and the ratio is that of the medians. Quality (quality.py) is measured
+for the base model, the untrained conversion, the conversion fitted to texts by least squares, and each distilled folder
+named; with how much of the perplexity that the conversion lost is recovered.
 """
 
 import functools
@@ -45,7 +45,7 @@ def projection_flops(config: Any, tokens: int, first: int | None = None, share: 
 
 @torch.no_grad()
 def counted_flops(model: Any, ids: Tensor) -> int:
-    """Flops of the matrix products of a prefill for its last logits, as torch counts them; attention left out."""
+    """Flops of the matrix products of a prefill for its last logits, as torch counts them, without attention."""
     with FlopCounterMode(display=False) as counter:
         model(ids, logits_to_keep=1)
     counts = counter.get_flop_counts()["Global"]
@@ -64,21 +64,21 @@ def main(
     distilled: Annotated[list[Path] | None, "folders of kvcompress distill"] = None,
     skip_from: float = 0.5,
     share: int = 1,
-    tokens: Annotated[int, "of the prompt that is timed; 0 for none"] = 4096,
+    tokens: Annotated[int, "length of the prompt that is timed; 0 for none"] = 4096,
     repeats: int = 3,
     fit: Annotated[list[Path] | None, "texts to fit a conversion to"] = None,
-    fit_tokens: Annotated[int, "of them, in rows of --window"] = 32768,
-    text: Annotated[list[Path] | None, "for perplexity; default: Python's manual"] = None,
-    text_tokens: Annotated[int, "of each that are read, its last; 0 for none"] = 8192,
+    fit_tokens: Annotated[int, "tokens to read of them, in rows of --window"] = 32768,
+    text: Annotated[list[Path] | None, "texts for perplexity; default: Python's manual"] = None,
+    text_tokens: Annotated[int, "last tokens of each that are read; 0 for none"] = 8192,
     window: int = 512,
-    needles: Annotated[list[int] | None, "lengths of contexts that hide one"] = None,
+    needles: Annotated[list[int] | None, "lengths of contexts that hide a needle"] = None,
     samples: Annotated[int, "needles of each length"] = 8,
-    tasks: Annotated[list[str] | None, "of lm-eval, or local_piqa and its like"] = None,
+    tasks: Annotated[list[str] | None, "tasks of lm-eval, or local_piqa and the like"] = None,
     shots: int = 5,
     limit: Annotated[int, "questions of each task"] = 100,
     data: Annotated[str, "folder of the local tasks' files"] = "",
-    out: Annotated[Path | None, "JSON; the rows of an earlier call with these settings stay"] = None,
-    device: Annotated[str | None, "default: a GPU where there is one"] = None,
+    out: Annotated[Path | None, "JSON file; rows of an earlier call with the same settings stay"] = None,
+    device: Annotated[str | None, "default: a GPU if there is one"] = None,
 ) -> None:
     """Prefill time, flops and quality of a SwiftKV conversion."""
     # lists as they stand in a file of rows
@@ -101,7 +101,7 @@ def main(
     kept = _Kept(out, settings, origin)
 
     def models() -> Iterator[tuple[str, Any]]:
-        """What is to be measured; a folder always, as it may hold another model by now."""
+        """The models to measure; a folder always, as it may hold another model by now."""
         if not kept.has(BASE):
             yield BASE, base
         if not kept.has(CONVERTED):
@@ -119,7 +119,7 @@ def main(
 
 BASE, CONVERTED, FITTED = "base", "converted, not trained", "converted, fitted"
 _LISTS = ("distilled", "fit", "text", "needles", "tasks")
-# what may differ among the rows of a file
+# what may differ between the rows of a file
 _PASSING = ("out", "distilled", "device", "tokens", "repeats")
 
 
@@ -136,7 +136,7 @@ class _Kept:
         if self.path is not None and self.path.exists():
             found = json.loads(self.path.read_text("utf-8"))
             if found["settings"] != self.settings:
-                raise ValueError(f"{self.path} holds rows of other settings; name another file")
+                raise ValueError(f"{self.path} holds rows with other settings; name another file")
             for row in found["rows"]:
                 self.origins[row["name"]] = row.pop("provenance")
                 self.rows[row["name"]] = Quality(**row)

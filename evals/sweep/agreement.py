@@ -1,11 +1,11 @@
-"""How far a compressed cache moves the model on plain text: KL, likeliest token, perplexity, attention outputs.
+"""How much a compressed cache changes the model on plain text: KL, top-1 token, perplexity, attention outputs.
 
     KL = mean over scored tokens of sum_v p_full(v) (log p_full(v) - log p(v))
 
-The context is read, the cache compresses, and the tokens that follow are scored through what is left, while the full
-cache reads the same beside it. The context's last token is held back, so that no scored logit is uncompressed.
-What follows is read `chunk` tokens per forward: a chunk's tokens see one another in full, and the cache evicts after
-each. 1 is what generation does; more is faster and kinder to the method. Logits live for one chunk only.
+The context is read, the cache compresses, and the tokens that follow are scored with what is left, while the full cache
+reads the same tokens. The context's last token is held back, so that no scored logit is uncompressed. What follows is
+read `chunk` tokens per forward: a chunk's tokens see one another in full, and the cache evicts after each chunk. 1 is
+what generation does; more is faster and easier on the method. Logits are kept for one chunk only.
 """
 
 import copy
@@ -23,7 +23,7 @@ from kvcompress.evals.sweep.protocol import MakeCache, Measured, Reader, prove_c
 
 @dataclass(frozen=True)
 class Agreement:
-    """Means over the scored tokens, one entry per window of text; of attention_error a list, a layer each."""
+    """Means over the scored tokens, one entry per window of text; attention_error: a list with an entry per layer."""
 
     top1: list[float]
     kl: list[float]
@@ -53,13 +53,13 @@ def make_windows(tokens: Sequence[int], context: int, continuation: int, windows
 
 
 class FullReference:
-    """The full cache on these windows: read once, continued beside each compressed cache. It stays in memory."""
+    """The full cache on these windows: read once, continued along with each compressed cache. It stays in memory."""
 
     def __init__(self, model: PreTrainedModel, windows: Sequence[Sequence[int]], context: int) -> None:
         self.model = model
         self.windows = windows
         self.context = context
-        # the first forward of the evicting caches, once one comes
+        # the recorded first forward of evicting caches, once there is one
         self._first: FirstForward | None = None
         self._cache = DynamicCache(config=model.config)
         Reader(model, self._cache).read([window[: context - 1] for window in windows])

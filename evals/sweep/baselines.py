@@ -1,15 +1,15 @@
 """What a sweep can compare: the registry's methods, transformers' own caches, and layers that share storage.
 
-    dynamic                 DynamicCache: every token as it comes; its sliding layers, where the model has them
+    dynamic                 DynamicCache: every token, unchanged; with sliding layers if the model has them
     quanto:bits=4, 2        QuantizedCache on optimum-quanto
     hqq:bits=4, 1, 2, 3, 8  QuantizedCache on hqq
-    fp8                     QuantizedCache in 8-bit floating point, which transformers 5.17 has not
+    fp8                     QuantizedCache in 8-bit floating point, which transformers 5.17 does not have
 
-A QuantizedCache reads its first forward unquantised and packs again whenever `residual` newer tokens have come; 64
-beside groups of 64 where nothing else is said. StaticCache is left out: it holds what DynamicCache does, in slots of
-which some are empty. All report their memory as ours do.
+A QuantizedCache reads its first forward unquantised and packs again whenever there are `residual` newer tokens; by
+default 64, with groups of 64. StaticCache is left out: it holds what DynamicCache does, in slots of which some are
+empty. All report their memory as ours do.
 
-    swiftkv                 SwiftKVCache, for a model that was converted; bits=4 packs what the groups share
+    swiftkv                 SwiftKVCache, for a converted model; bits=4 packs what the groups share
     across:share=2          AcrossKVCache, on any model: a diagnostic
 """
 
@@ -31,12 +31,12 @@ from kvcompress.swiftkv.cache import SharedStorageCache
 
 _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 _PROJECTS = {"quanto": "optimum-quanto", "hqq": "hqq"}
-# the axes along which each groups as the other methods do, within a token
+# the axes along which each groups within a token, as the other methods do
 _AXES = {"quanto": 0, "hqq": 1}
 
 
 class _Measured(Cache):
-    """What the evals ask of a cache beside what transformers asks."""
+    """What the evals need of a cache, in addition to what transformers needs."""
 
     # [batch, kv_heads, tokens, head_dim] and dtype of the last keys
     _came: tuple[torch.Size, torch.dtype] | None = None
@@ -48,7 +48,7 @@ class _Measured(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def memory(self) -> MemoryReport:
-        """Bytes of the live storages under all that the layers hold; a padded place counts as a token kept."""
+        """Bytes of the live storages behind everything that the layers hold; a padded column counts as a token kept."""
         members: dict[str, list[Tensor]] = {}
         layers: list[Any] = list(self.layers)
         for layer in layers:
@@ -69,7 +69,7 @@ class _Measured(Cache):
         return MemoryReport(by_component, by_device, full, elements, int(self.get_seq_length()), kept)
 
     def clone(self) -> Self:
-        """An independent copy; what is packed is shared, as it is replaced and never written to."""
+        """An independent copy; packed tensors are shared, as they are replaced and never written to."""
         packed = (part for layer in self.layers for part in _tensors(vars(layer), whole=True) if _is_packed(part))
         return copy.deepcopy(self, {id(part): part for part in packed})
 
@@ -79,15 +79,15 @@ class MeasuredDynamicCache(_Measured, DynamicCache):
 
 
 class MeasuredQuantizedCache(_Measured, QuantizedCache):
-    """transformers' QuantizedCache, which can also take sequences out of a batch, and repeat them."""
+    """transformers' QuantizedCache, which can also select sequences of a batch, and repeat them."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
         for layer in self.layers:
-            # the layers' own would leave packed keys and values as they are; a reordering reaches them
+            # the layers' own method would not change packed keys and values; a reordering does
             owner = next(kind for kind in type(layer).__mro__ if "reorder_cache" in vars(kind))
             if "Quantized" not in owner.__name__:
                 raise NotImplementedError(
-                    "this transformers' QuantizedCache cannot take sequences out of a batch: read one at a time"
+                    "the QuantizedCache of this transformers cannot select sequences of a batch: read one at a time"
                 )
             layer.reorder_cache(indices)  # type: ignore[arg-type]
         if self._came is not None:
@@ -100,12 +100,12 @@ class MeasuredQuantizedCache(_Measured, QuantizedCache):
 
 
 def _is_packed(item: Any) -> bool:
-    """True for a tensor that is a wrapper of others."""
+    """True for a tensor that wraps others."""
     return isinstance(item, Tensor) and hasattr(item, "__tensor_flatten__")
 
 
 def _tensors(item: Any, whole: bool = False) -> Iterator[Tensor]:
-    """Every tensor inside; a packed one is taken apart, or given as a whole."""
+    """Every tensor inside; a packed one is taken apart, or yielded whole."""
     if isinstance(item, dict):
         item = list(item.values())
     if isinstance(item, list | tuple):
@@ -119,7 +119,7 @@ def _tensors(item: Any, whole: bool = False) -> Iterator[Tensor]:
 
 
 def installed(name: str) -> bool:
-    """Whether what a baseline needs beside transformers is there."""
+    """Whether the packages that a baseline needs, besides transformers, are installed."""
     package = _PACKAGES.get(name)
     try:
         return package is None or importlib.util.find_spec(package) is not None

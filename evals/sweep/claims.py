@@ -1,7 +1,7 @@
-"""Points shared among processes: whoever claims one first measures it.
+"""Points shared among processes: the first to claim one measures it.
 
-A claim is a lock on a file, which the system lets go when its process ends, in whatever way; what a killed process had
-begun is then free for another. Processes of several machines need a folder whose locks they share.
+A claim is a lock on a file, which the system releases when its process ends, however it ends; another process can then
+measure what a killed one had begun. Processes on several machines need a folder with shared locks.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 
 class Claims:
-    """Claims on the points of a sweep, in a folder beside its rows."""
+    """Claims on the points of a sweep, in a folder next to its rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / ".claims"
@@ -20,7 +20,7 @@ class Claims:
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Whether the point is ours for as long as the block lasts; False where another process has it."""
+        """Whether the point is ours while the block runs; False if another process has it."""
         lock = FileLock(self.folder / f"{key}.lock", timeout=0)
         try:
             lock.acquire()

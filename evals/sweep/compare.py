@@ -1,11 +1,11 @@
-"""Rows of a sweep beside one another: the Pareto front, and each method against sinks + recent at equal bytes.
+"""Compares the rows of a sweep: the Pareto front, and each method against sinks + recent at equal bytes.
 
-    over_floor = value - floor(bytes)        turned round where less is better, so that more than 0 is always better
+    over_floor = value - floor(bytes)        negated if less is better, so that more than 0 is always better
 
-`floor(bytes)` is the line through the floor's own points of the same task and protocol, linear in measured bytes; it
-ends in the full cache, which is what the floor becomes with a budget of every token. Its standard error is
-interpolated alike. Below the floor's smallest point there is nothing to compare with. The error of the difference
-takes the two as independent; they read the same prompts, so it is on the safe side.
+`floor(bytes)` interpolates the floor's own points for the same task and protocol, linearly in measured bytes; it ends
+at the full cache, which is what the floor becomes with a budget of every token. Its standard error is interpolated in
+the same way. Below the floor's smallest point there is nothing to compare with. The error of the difference assumes
+that the two are independent; as they read the same prompts, it is an upper estimate.
 """
 
 from bisect import bisect_left
@@ -18,10 +18,10 @@ Row = dict[str, Any]
 
 
 def pareto_front(rows: Sequence[Row], value: str = "score", rises: bool = True) -> list[Row]:
-    """The rows, but for the full cache, that no other beats by being as good in fewer bytes or better in as few."""
+    """The rows, except the full cache, that no other beats by being as good in fewer bytes or better in as few."""
     sign = 1 if rises else -1
     front: list[Row] = []
-    # having found nothing is no point of a front
+    # a row that found nothing is not on the front
     compressed = [row for row in rows if row["method"] != registry.FULL and not (rises and row[value] <= 0)]
     for row in sorted(compressed, key=lambda row: (row["bytes"], -sign * row[value])):
         if not front or sign * row[value] > sign * front[-1][value]:
@@ -32,13 +32,13 @@ def pareto_front(rows: Sequence[Row], value: str = "score", rises: bool = True) 
 def over_floor(
     row: Row, rows: Sequence[Row], value: str = "score", error: str = "stderr", rises: bool = True
 ) -> tuple[float, float] | None:
-    """How much better a row is than sinks + recent tokens in as many bytes, and the standard error of that.
+    """How much better a row is than sinks + recent tokens in as many bytes, and the standard error of the difference.
 
     Args:
         rows: of the same task, length and protocol.
 
     Returns:
-        None where the floor has no point in as few bytes.
+        None if the floor has no point in as few bytes.
     """
     line = sorted(
         (other["bytes"], other[value], other[error] or 0.0)

@@ -1,7 +1,7 @@
 """One forward over a batch of contexts, for many evicting caches.
 
-Most let tokens go at the end of a forward, so that their first one gives every layer the same queries, keys and
-values whatever the policy. Recorded once, these fill each cache as the forward itself would, bit for bit.
+Most evict at the end of a forward, so that their first one gives every layer the same queries, keys and values,
+whatever the policy. Recorded once, these fill each cache as the forward itself would, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class _Call:
 
 
 class FirstForward:
-    """The recording; `fill` gives an empty evicting cache what the forward would have."""
+    """The recording; `fill` gives an empty evicting cache what the forward would have given it."""
 
     def __init__(self, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
         """Reads these rows of tokens, padded on the left as `Reader` does."""
@@ -54,12 +54,12 @@ class FirstForward:
 
     @staticmethod
     def serves(cache: Any) -> bool:
-        """True for caches whose first forward does not depend on them, and is all that they need."""
+        """True for caches whose first forward does not depend on them, and which need nothing else."""
         return isinstance(cache, EvictingCache) and cache.policy.rereads is None
 
     @staticmethod
     def size(model: PreTrainedModel, tokens: int) -> int:
-        """Roughly the bytes that a recording of so many tokens takes, pads included."""
+        """The approximate bytes of a recording of so many tokens, pads included."""
         of = sizes(model.config)
         return 2 * tokens * of.hidden * of.layers * model.dtype.itemsize
 
@@ -67,7 +67,7 @@ class FirstForward:
         """Does the first forward of a reader of these rows, without the model.
 
         Raises:
-            ValueError: the reader's cache has seen tokens, reads them twice, or is of another kind.
+            ValueError: the reader's cache is not empty, reads tokens twice, or is not an evicting one.
         """
         cache = reader.cache
         if not self.serves(cache) or cache.get_seq_length():

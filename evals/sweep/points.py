@@ -1,4 +1,4 @@
-"""What a sweep is to measure: its settings, and the points that they span."""
+"""What a sweep measures: its settings, and the points that they span."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.protocol import PROTOCOLS
 from kvcompress.evals.sweep.samples import read_text
 
-# the protocol of tasks that have no question
+# the protocol of tasks without a question
 CONTINUATION = "continuation"
 
 
@@ -24,11 +24,11 @@ class Settings:
 
     methods: specs of the registry. budgets: tokens (int), or fractions of the length (float; 1.0 keeps everything).
     tasks: names that evals/tasks.py knows. lengths: context tokens. samples: prompts, or windows of text, per point;
-        neither concerns lm-eval's tasks.
-    hold_back: tokens of the question read after compression, question-aware. batch: sequences at a time.
+        lm-eval's tasks use neither.
+    hold_back: tokens of the question read after compression, if question-aware. batch: sequences at a time.
     text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read per forward, on text.
-    num_fewshot, limit, metadata: of lm-eval's tasks, as its own command takes them.
-    question: the text that a question of theirs begins with; None for the last example of a few-shot context.
+    num_fewshot, limit, metadata: for lm-eval's tasks, as its own command takes them.
+    question: the text with which their questions begin; None for the last example of a few-shot context.
     """
 
     methods: tuple[str, ...]
@@ -72,7 +72,7 @@ class Settings:
 
     @cached_property
     def text_hash(self) -> str:
-        """What tells one text from another."""
+        """A hash of the text."""
         return hashlib.sha256(read_text(self.text).encode()).hexdigest()[:16]
 
 
@@ -80,7 +80,7 @@ class Settings:
 class Point:
     """One measurement.
 
-    length: None for lm-eval's tasks, which bring their own contexts. budget: None for what keeps every token.
+    length: None for lm-eval's tasks, which have their own contexts. budget: None for methods that keep every token.
     """
 
     task: str
@@ -91,12 +91,12 @@ class Point:
 
     @property
     def context(self) -> int:
-        """The length, of a task that has one."""
+        """The length, for a task that has one."""
         assert self.length is not None
         return self.length
 
     def budget_tokens(self, capacity: int) -> int | None:
-        """The budget in tokens; a fraction of 1.0 is all that a sequence may grow to, `capacity`."""
+        """The budget in tokens; a fraction of 1.0 is `capacity`, the most that a sequence may grow to."""
         if self.budget is None or isinstance(self.budget, int):
             return self.budget
         return capacity if self.budget == 1.0 else max(1, round(self.budget * self.context))
@@ -109,11 +109,11 @@ class Point:
 
 
 def make_points(task: str, lengths: Iterable[int | None], protocols: Iterable[str], settings: Settings) -> list[Point]:
-    """A task's points, those that share their prompts next to each other; ceiling and floor included."""
+    """A task's points, with ceiling and floor; points that share prompts are adjacent."""
     methods: dict[str, list[int | float | None]] = {registry.FULL: [None]}
     for spec in (*settings.methods, registry.FLOOR):
         found, own = baselines.parse(spec)
-        # one that is asked for at a budget of its own is measured at that
+        # a method with its own budget is measured at that
         budgets = [own.pop("budget")] if "budget" in own else list(settings.budgets) if found.takes_budget else [None]
         methods.setdefault(registry.spelled(found, own), []).extend(budgets)
     return [

@@ -1,8 +1,8 @@
-"""How a cache is asked: the context goes in, the cache compresses, and what is left has to answer.
+"""How a cache is questioned: it reads the context, compresses, and must answer with what is left.
 
-A cache compresses at the end of each forward, so what one forward reads, it reads in full. Scoring in one forward
+A cache compresses at the end of each forward, so the tokens of one forward are read in full. Scoring in one forward
 would measure nothing, and the first token after a prompt always comes from uncompressed logits. Therefore a prompt is
-read in two forwards, and every generated token comes through the compressed cache:
+read in two forwards, and every generated token comes from the compressed cache:
 
     question-agnostic   context | question        the method does not know what will be asked
     question-aware      context, question | end   it does; the last `hold_back` tokens of the question are read after
@@ -24,23 +24,22 @@ from kvcompress.hf import cache_argument
 
 AGNOSTIC, AWARE = PROTOCOLS = ("question-agnostic", "question-aware")
 
-# builds an empty cache: any cache of transformers' that has kvcompress's memory()
+# builds an empty cache: any transformers cache that has kvcompress's memory()
 MakeCache = Callable[[], Any]
 
 
 class NotCompressedError(RuntimeError):
-    """A cache that was to compress did not, so that its score would say nothing."""
+    """A cache that should have compressed did not, so its score would mean nothing."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a cache held, for one sequence on average, when the question came.
+    """What a cache held when the question came, as an average per sequence.
 
-    bytes_held: of all live storages, of which host_bytes are off the model's device on purpose, in host memory or
-        files.
+    bytes_held: of all live storages; host_bytes of them are off the model's device on purpose, in host memory or files.
     full_bytes: of the full cache, without padding. tokens_seen: real tokens. tokens_kept: mean over layers and KV
-    heads; least_kept and most_kept over them and the sequences. fetched_bytes: moved to the device in a forward after
-    the question came, on average.
+    heads; least_kept and most_kept: over these and the sequences. fetched_bytes: average moved to the device per
+    forward after the question came.
     """
 
     sequences: int
@@ -66,7 +65,7 @@ class Measured:
 
     @classmethod
     def mean(cls, parts: Sequence["Measured"]) -> "Measured":
-        """What several batches held for one sequence, each counted by its sequences."""
+        """The average per sequence over several batches, weighted by their sequences."""
         count = sum(part.sequences for part in parts)
 
         def mean(values: Iterable[float]) -> float:
@@ -82,12 +81,12 @@ class Measured:
         )
 
 
-# of what a cache held, what is averaged over batches as it is
+# the fields of Measured that are averaged over batches
 _MEANS = ("bytes_held", "full_bytes", "tokens_seen", "tokens_kept", "host_bytes", "fetched_bytes")
 
 
 class Reader:
-    """Feeds batches of token rows to a model through one cache, padding on the left."""
+    """Feeds batches of token rows to a model through one cache, padded on the left."""
 
     def __init__(self, model: PreTrainedModel, cache: Any, pad: int = 0) -> None:
         self.model = model
@@ -103,7 +102,7 @@ class Reader:
         tokens = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in rows], device=device)
         fresh = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         self.mask = fresh if self.mask is None else torch.cat([self.mask, fresh], 1)
-        # a place in its own sequence, pads not counted
+        # positions in each token's own sequence, pads not counted
         places = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
         mask = None if bool(self.mask.all()) else self.mask
         return self.model(
@@ -115,7 +114,7 @@ class Reader:
         ).logits
 
     def measure(self) -> Measured:
-        """What the cache holds now, for one sequence."""
+        """What the cache holds now, per sequence."""
         assert self.mask is not None
         report = self.cache.memory()
         batch, width = self.mask.shape
@@ -135,10 +134,10 @@ class Reader:
 
 
 def split(prompt: Prompt, protocol: str, hold_back: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the cache compresses, and what is read through it.
+    """The tokens that the cache compresses, and those read after that.
 
     Raises:
-        ValueError: an unknown protocol, or a hold-back that leaves nothing to read either before or after.
+        ValueError: an unknown protocol, or a hold-back that leaves nothing to read before or after.
     """
     if protocol == AGNOSTIC:
         return prompt.context, prompt.question
@@ -168,10 +167,10 @@ def answer(
 
     Args:
         first: does the first forward; by default the model does.
-        must_keep_at_most: tokens a head may keep on average, if the cache is to compress.
+        must_keep_at_most: how many tokens a head may keep on average, if the cache must compress.
 
     Raises:
-        NotCompressedError: it held more, or no fewer bytes than the full cache.
+        NotCompressedError: it kept more, or held no fewer bytes than the full cache.
     """
     parts = [split(prompt, protocol, hold_back) for prompt in prompts]
     reader = Reader(model, make_cache())
@@ -202,7 +201,7 @@ def answer(
 def prove_compression(measured: Measured, budget: int) -> None:
     """Raises NotCompressedError unless the cache keeps to its budget and holds fewer bytes than the full cache.
 
-    One that keeps tokens off the device reads a budget of them, and must hold fewer bytes on the device.
+    For a cache that keeps tokens off the device, the budget is what it reads; it must hold fewer bytes on the device.
     """
     # layers of unequal budgets are rounded one by one
     over = measured.tokens_kept > budget + 1 and not measured.host_bytes

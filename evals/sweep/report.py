@@ -1,6 +1,6 @@
-"""A sweep's rows as a table for a spreadsheet, a plot and a page that needs nothing beside it.
+"""A sweep's rows as a table for a spreadsheet, a plot and a self-contained page.
 
-Tables and plot mark the Pareto front; a table for each plot says how far a method is above sinks + recent tokens.
+Tables and plot mark the Pareto front; for each plot, a table says how far each method is above sinks + recent tokens.
 """
 
 import base64
@@ -35,14 +35,14 @@ _FLOOR_COLOR = "#666666"
 _CEILING: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": ":", "zorder": 1}
 _BARS = {"markerfacecolor": "none", "linewidth": 1.4, "elinewidth": 0.8, "capsize": 2, "alpha": 0.9}
 _RING = {"s": 190, "facecolors": "none", "edgecolors": "black", "linewidths": 1.1, "zorder": 4}
-# what rows of text have beside their score; less is better
+# what rows of text have in addition to their score; less is better
 _PROXIES = {"kl": "KL from the full cache, nats", "attention_error": "relative error of attention's outputs"}
 _ORDER = tuple(baselines.METHODS)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: rows of a task, length and protocol, and the figure of theirs that it shows."""
+    """One plot: rows of a task, length and protocol, and which of their figures it shows."""
 
     rows: tuple[Row, ...]
     value: str
@@ -58,7 +58,7 @@ class Panel:
 
 
 def make_panels(rows: Sequence[Row]) -> list[list[Panel]]:
-    """Panels in a grid: a line for each task and length, the protocols (for text its figures) side by side."""
+    """Panels in a grid: a line for each task and length, with the protocols (or for text, its figures) side by side."""
     grid: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row["status"] == "ok":
@@ -90,7 +90,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def _marks(panel: Panel) -> list[tuple[Row, Row]]:
-    """What the table for a spreadsheet has beside a row's own figures."""
+    """What the table for a spreadsheet has in addition to a row's own figures."""
     front = {id(row) for row in pareto_front(panel.rows, panel.value, panel.rises)}
     marks = []
     for row in panel.rows:
@@ -101,8 +101,8 @@ def _marks(panel: Panel) -> list[tuple[Row, Row]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
-    """Plots every panel into one PNG; False where no row succeeded, and nothing is written."""
-    # no display is needed, and the caller's choice of one is left alone
+    """Plots every panel into one PNG; if no row succeeded, writes nothing and returns False."""
+    # needs no display, and leaves the caller's choice of one alone
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -138,7 +138,7 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
     for method in methods:
         rows = sorted((row for row in panel.rows if row["method"] == method), key=lambda row: row["bytes"])
         if rows and method == registry.FULL:
-            # what is next to nothing has no place on a logarithmic axis
+            # what is almost 0 has no place on a logarithmic axis
             if panel.value == "score":
                 place.axhline(rows[0][panel.value], **_CEILING)
             handles.setdefault("full cache (ceiling)", place.axvline(_mebibytes(rows)[0], **_CEILING))
@@ -151,7 +151,7 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
                 yerr=[row[panel.error] or 0.0 for row in rows],
                 color=color,
                 marker=marker,
-                # hollow and of falling size: of methods at one place all can be seen
+                # hollow and of decreasing size, so that methods at the same place can all be seen
                 markersize=11 - 7 * methods.index(method) / len(methods),
                 linestyle="--" if floor else "-",
                 zorder=2 if floor else 3,
@@ -176,7 +176,7 @@ def _scale_axes(place: Any, panel: Panel) -> None:
         place.set_ylim(-0.05, 1.05)
     elif not panel.rises and any(value > 0 for value in values):
         place.set_yscale("log")
-        # exact caches would stretch the axis down to the rounding of float32
+        # exact caches would stretch the axis down to float32's rounding error
         place.set_ylim(bottom=max(min(value for value in values if value > 0) / 1.5, max(values) * 1e-4))
     place.grid(True, color="#dddddd", linewidth=0.6)
     place.set_axisbelow(True)
@@ -188,7 +188,7 @@ def _mebibytes(rows: Sequence[Row]) -> list[float]:
 
 
 def _plain_ticks(axis: Any, sizes: Sequence[float]) -> None:
-    """Ticks in round figures, where matplotlib would label a logarithmic axis by powers of ten alone."""
+    """Ticks at round numbers; matplotlib would label a logarithmic axis only at powers of ten."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = min(sizes) / 1.15, max(sizes) * 1.15
@@ -209,7 +209,7 @@ def _style(method: str, methods: Sequence[str]) -> tuple[str, str]:
 
 def _rank(method: str) -> tuple[int, str]:
     name = method.partition(":")[0]
-    # a peer's methods stand after ours
+    # a peer's methods come after ours
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), method
 
 
@@ -223,7 +223,7 @@ class Table:
 
 
 def make_tables(rows: Sequence[Row]) -> list[Table]:
-    """The scores for people to read, with the bytes held and what failed."""
+    """The scores for people to read, with the bytes held and the failures."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((subject(row), row["protocol"]), []).append(row)
@@ -259,13 +259,13 @@ def make_comparisons(rows: Sequence[Row]) -> list[Table]:
 
 
 def _table(title: str, rows: Sequence[Row], cell: Callable[[Row | None], str], but: Sequence[str] = ()) -> Table:
-    """A line for each method but some, a column for each budget; cell gets the row, None where there is none."""
+    """A line for each method except some, a column for each budget; cell gets the row, None if there is none."""
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["method"] != registry.FULL))
     names = {registry.FULL: "full cache (ceiling)", registry.FLOOR: f"{registry.FLOOR} (floor)"}
     lines = []
     for method in sorted({row["method"] for row in rows}.difference(but), key=_rank):
         own = {row["budget"]: row for row in rows if row["method"] == method}
-        # the full cache has one row, which stands at every budget
+        # the full cache has one row, which is shown at every budget
         found = [own[None] if method == registry.FULL else own.get(budget) for budget in budgets]
         lines.append((names.get(method, method), *map(cell, found)))
     return Table(title, tuple(map(_head, budgets)), tuple(lines))
@@ -299,12 +299,12 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0
 table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}
 </style><body><h1>kvcompress sweep: $model</h1>
 $picture
-<p>Each cell: score ± standard error, and the bytes the cache held for a sequence when the question came (all live
+<p>Each cell: score ± standard error, and the bytes that the cache held per sequence when the question came (all live
 storages). The context is compressed before the question is read (question-agnostic), or after all but its last tokens
-(question-aware); every answer token comes through the compressed cache. The full cache is the ceiling, sinks and recent
-tokens are the floor. * is on the Pareto front: no other is as good in fewer bytes, or better in as few. What a method
-gains over the floor is measured at its own bytes, between the floor's points on a straight line that ends in the full
-cache; more than 0 is better.</p>
+(question-aware); every answer token comes from the compressed cache. The full cache is the ceiling, sinks and recent
+tokens are the floor. * is on the Pareto front: no other is as good in fewer bytes, or better in as few. A method's gain
+over the floor is taken at its own bytes, with straight lines between the floor's points and up to the full cache; more
+than 0 is better.</p>
 $tables
 $failed
 <h2>How it was measured</h2>$facts</body></html>
@@ -319,7 +319,7 @@ def _html_table(lines: Iterable[Iterable[str]], heads: Iterable[str] = ()) -> st
 
 
 def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
-    """A page of HTML with the plot inside, the tables, what failed and how it was measured."""
+    """Writes an HTML page with the plot inside, the tables, the failures and how it was measured."""
     first, newest = rows[0], max(rows, key=lambda row: row["provenance"]["time"])["provenance"]
     tables = [
         f"<h2>{html.escape(table.title)}</h2>{_html_table(table.lines, ('method', *table.budgets))}"
@@ -350,19 +350,19 @@ def write_page(rows: Sequence[Row], path: Path, plot: Path | None) -> None:
 
 
 def subject(row: Row) -> str:
-    """What is asked of a row's cache: the task, and how long a context or with how many examples."""
+    """What a row measures: the task, with the context's length or the number of examples."""
     if row["length"] is not None:
         return f"{row['task']}, {row['length']} tokens"
     return f"{row['task']}, {row['num_fewshot']}-shot" if row.get("num_fewshot") else str(row["task"])
 
 
 def describe(row: Row) -> str:
-    """Which point a row is."""
+    """Which point a row belongs to."""
     return Point(*(row[name] for name in ("task", "length", "protocol", "method", "budget"))).title
 
 
 def collect(folders: Sequence[Path]) -> list[Row]:
-    """The rows of several sweeps in one order; those of several models under the model's name.
+    """The rows of several sweeps in one order; with several models, tasks get the model's name.
 
     Raises:
         ValueError: a folder has no rows.
@@ -385,7 +385,7 @@ def collect(folders: Sequence[Path]) -> list[Row]:
 
 
 def _size(row: Row) -> tuple[bool, float]:
-    """Budgets in one order: fractions first."""
+    """Sorts budgets, fractions first."""
     return isinstance(row["budget"], int), row["budget"] or 0.0
 
 

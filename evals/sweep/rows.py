@@ -1,4 +1,4 @@
-"""A sweep's rows on the disk, each there in full or not at all."""
+"""A sweep's rows on disk, each written completely or not at all."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from kvcompress.evals.sweep.protocol import Measured
 
 
 class Results:
-    """The rows of a folder, of whatever process; new ones go to `name`. The newest row of a key stands."""
+    """The rows in a folder, from all processes; new ones go to `name`. The newest row of a key counts."""
 
     def __init__(self, folder: Path, forget: bool = False, name: str = "results.jsonl") -> None:
         self.path = folder / name
@@ -23,22 +23,22 @@ class Results:
             self.reload()
 
     def reload(self) -> None:
-        """Takes in what other processes have written."""
+        """Reads what other processes have written."""
         self.rows |= read_rows(self.path.parent)
 
     def is_done(self, key: str) -> bool:
-        """True where a row of this key succeeded."""
+        """True if a row of this key succeeded."""
         return self.rows.get(key, {}).get("status") == "ok"
 
     def append(self, row: dict[str, Any]) -> None:
-        """Adds a row, in one write that is on the disk when this returns."""
+        """Adds a row, in one write that is on disk when this returns."""
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         with self.path.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(size - 1)
                 if file.read(1) != b"\n":
-                    # a line that was torn off stays by itself
+                    # ends a line that was cut off, so that it does not damage the new one
                     line = "\n" + line
             file.write(line.encode())
             file.flush()
@@ -47,7 +47,7 @@ class Results:
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """The newest row of each key, in the folder's results.jsonl and those of several processes."""
+    """The newest row of each key, from the folder's results.jsonl and the files of several processes."""
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("results*.jsonl")):
         for row in _lines(path):
@@ -72,7 +72,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def held(measured: Sequence[Measured], budget: int | None) -> dict[str, Any]:
-    """What a row has of the memory for one sequence."""
+    """A row's fields about the memory per sequence."""
     mean = Measured.mean(measured)
     return {
         "budget_tokens": budget,
@@ -97,5 +97,5 @@ def mean_of(values: Sequence[float]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean, from the spread of the samples; None for a single one."""
+    """The standard error of the mean, from the spread of the samples; None for a single one."""
     return None if len(values) < 2 else statistics.stdev(values) / math.sqrt(len(values))

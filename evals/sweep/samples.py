@@ -1,12 +1,12 @@
-"""Long-context tasks made here, from a seed: needles, key-value retrieval, variable tracking, a passkey.
+"""Synthetic long-context tasks, made from a seed: needles, key-value retrieval, variable tracking, a passkey.
 
-A sample is a context that hides the answer and a question that asks for it. They are kept apart, because a cache is
-asked in two ways: it compresses the context before it has seen the question, or after. Wording and scoring of needles
-and of variable tracking follow RULER (arXiv:2404.06654), those of the passkey arXiv:2305.16300:
+A sample is a context that hides the answer and a question that asks for it. They are kept apart, because there are two
+protocols: a cache compresses the context before it has seen the question, or after. Wording and scoring of needles and
+of variable tracking follow RULER (arXiv:2404.06654), those of the passkey arXiv:2305.16300:
 
-    score = the share of a sample's answers that the prediction contains, without regard to case
+    score = the share of a sample's answers that the prediction contains, ignoring case
 
-A sample depends on the seed, the task, the length and its own number alone, and on the text for the essay.
+A sample depends only on the seed, the task, the length and its own number, and with an essay on its text.
 """
 
 import bisect
@@ -19,15 +19,15 @@ from random import Random
 from string import ascii_uppercase
 from typing import Any
 
-# a tokenizer of transformers; loosely typed so that a stub will do
+# a transformers tokenizer; loosely typed so that a stub will do
 Tokenizer = Any
 
-# a stretch of haystack of so many units, lines or sentences
+# makes haystack of so many units, which are lines or sentences
 Filler = Callable[[int], list[str]]
-# the sample with so many units of haystack
+# makes the sample with so many units of haystack
 Sizing = Callable[[int], "Sample"]
 
-# variables that hold the asked value
+# how many variables hold the value asked for
 _CHAIN = 3
 _BODY = "thebodyofthemessage"
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -37,8 +37,8 @@ _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 class Sample:
     """One context with its question.
 
-    answer_prefix: the first words of the answer, given away. answers: what a right prediction contains.
-    depth: where in the context the answers stand, from 0 (start) to 1 (end); their mean.
+    answer_prefix: the first words of the answer, which the model is given. answers: what a right prediction contains.
+    depth: where in the context the answers are, from 0 (start) to 1 (end), on average.
     """
 
     context: str
@@ -60,7 +60,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A kind of sample. build takes a source of randomness, a depth for the answer and the text of the essay."""
+    """A kind of sample. build takes a random generator, a depth for the answer and the essay's text."""
 
     about: str
     build: Callable[[Random, float, str], Sizing]
@@ -72,7 +72,7 @@ def make_samples(
 ) -> list[Sample]:
     """Samples whose contexts, with what the chat template puts before them, take at most `length` tokens.
 
-    Single answers stand at depths spread evenly over the samples.
+    The depths of single answers are spread evenly over the samples.
 
     Args:
         task: one of RECIPES.
@@ -95,7 +95,7 @@ def make_samples(
 
 
 def make_prompt(tokenizer: Tokenizer, sample: Sample) -> Prompt:
-    """The sample in tokens, as one user message of the model's chat template where it has one."""
+    """The sample in tokens, as one user message of the model's chat template if it has one."""
     head, tail = _template(tokenizer)
     context = tokenizer.encode(head + sample.context, add_special_tokens=False)
     question = tokenizer.encode(sample.question + tail + sample.answer_prefix, add_special_tokens=False)
@@ -109,7 +109,7 @@ def score(sample: Sample, prediction: str) -> float:
 
 
 def read_text(path: str | Path | None = None) -> str:
-    """A text file; without one, English that every Python carries: the topics of its manual."""
+    """The text of a file; without one, English that comes with every Python: the topics of its manual."""
     if path is not None:
         try:
             return Path(path).read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def read_text(path: str | Path | None = None) -> str:
 
 
 def prose(text: str) -> list[str]:
-    """The plain sentences of a text; code, tables and headings are left out."""
+    """The plain sentences of a text, without code, tables and headings."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text):
         for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(paragraph.split())):
@@ -179,22 +179,22 @@ def _essay(random: Random, text: str) -> Filler:
 
 
 def _hide(filler: list[str], needles: list[tuple[float, str]], joint: str) -> str:
-    """The filler with each needle put in at its depth."""
+    """The filler with each needle inserted at its depth."""
     parts = list(filler)
-    # the deepest first: it does not move those before it
+    # deepest first, so that it does not move those before it
     for depth, needle in sorted(needles, reverse=True):
         parts.insert(round(depth * len(filler)), needle)
     return joint.join(parts)
 
 
 def _sample(head: str, body: str, question: str, prefix: str, answers: list[str], max_new_tokens: int) -> Sample:
-    """The sample, its depth found by looking where in the body its answers stand."""
+    """The sample; its depth follows from where its answers are in the body."""
     depths = [body.index(answer) / len(body) for answer in answers]
     return Sample(head + body, question, prefix, tuple(answers), max_new_tokens, sum(depths) / len(depths))
 
 
 def _needle(make_filler: Callable[[Random, str], Filler], joint: str, keys: int = 1, values: int = 1) -> Callable:
-    """RULER's needles: `keys` names, each with `values` magic numbers; the numbers of one name are asked for."""
+    """RULER's needles: `keys` names, each with `values` magic numbers; the question asks for one name's numbers."""
 
     def build(random: Random, depth: float, text: str) -> Sizing:
         filler = make_filler(random, text)
@@ -247,7 +247,7 @@ def _key_value(random: Random, depth: float, text: str) -> Sizing:
         if units > len(names):
             raise ValueError(f"the task kv has {len(names)} names, too few for this length")
         name, value = names[0], str(values[0])
-        # the first pair is the one asked for, at its depth
+        # the question asks for the first pair, which goes to its depth
         pairs.insert(round(depth * (len(pairs) - 1)), pairs.pop(0))
         body = "{" + ",\n".join(f'"{key}": "{number}"' for key, number in pairs) + "}"
         head = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
@@ -258,7 +258,7 @@ def _key_value(random: Random, depth: float, text: str) -> Sizing:
 
 
 def _variables(random: Random, depth: float, text: str) -> Sizing:
-    """A solved chain of assignments, then one in noise: asked for are all variables that hold its value."""
+    """A solved chain of assignments, then one in noise: the question asks for all variables that hold its value."""
     codes = ["".join(random.choice(ascii_uppercase) for _ in range(5)) for _ in range(2 * _CHAIN)]
     values = [str(value) for value in random.sample(range(10_000, 100_000), 2)]
 
@@ -275,7 +275,7 @@ def _variables(random: Random, depth: float, text: str) -> Sizing:
     head = "Memorize and track the chain of variable assignment hidden in the following text.\n\n"
     solved = codes[_CHAIN:]
     example = "".join(chain(solved, values[1], [0.2, 0.5, 0.8], 3)) + " " + " ".join(solved) + "\n\n"
-    # the chain comes in order, wherever its lines stand
+    # the chain is in order, wherever its lines are
     depths = sorted(random.random() for _ in range(_CHAIN))
     names = codes[:_CHAIN]
 

@@ -1,8 +1,8 @@
-"""Accuracy against memory: every method at every budget on every task, one result row a point.
+"""Accuracy against memory: every method at every budget on every task, one result row per point.
 
-Rows go to `results.jsonl` as soon as they are there, with what is needed to make them again; a sweep that was
-interrupted takes up where it stopped. The full cache (ceiling) and sinks + recent tokens (floor) always take part.
-A budget is resolved to tokens from the length asked for, so that all methods hold equally many, under both protocols.
+Rows are written to `results.jsonl` as soon as they are measured, with what is needed to reproduce them; an interrupted
+sweep resumes where it stopped. The full cache (ceiling) and sinks + recent tokens (floor) always take part. A budget is
+converted to tokens by the requested length, so that all methods hold equally many, under both protocols.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from kvcompress.evals.sweep.rows import Results
 from kvcompress.evals.sweep.samples import Tokenizer
 from kvcompress.evals.sweep.task import BuildCache, Subject, Task
 
-# part of every key: raise it whenever the same settings come to mean another measurement
+# part of every key: increase it whenever the same settings come to mean another measurement
 _PROTOCOL_VERSION = 1
-# seconds between two looks at what other processes have done
+# how many seconds to wait before reading again what other processes have done
 _PAUSE = 1.0
 
 
@@ -36,9 +36,9 @@ class Sweep:
     """A sweep of one model. `run` measures what is missing and returns the rows of all points, in their order.
 
     tasks: those of the settings, by name (evals/tasks.py makes them).
-    forget: measure again what the folder already has; its rows stay in the file, and newer ones stand.
-    rank, processes: of processes that run the same sweep on one folder. Each measures what no other has claimed, in a
-        file of its own, and returns when all points are done; what a killed one had begun, another takes up.
+    forget: measure again what the folder already has; old rows stay in the file, but the newest count.
+    rank, processes: for processes that run the same sweep on one folder. Each measures what no other has claimed,
+        writes to its own file, and returns when all points are done; others take over what a killed one had begun.
     """
 
     settings: Settings
@@ -58,7 +58,7 @@ class Sweep:
         self.results = Results(self.folder, self.forget, name)
 
     def key(self, point: Point) -> str:
-        """A hash of all that decides what the point measures."""
+        """A hash of everything that decides what the point measures."""
         return hashlib.sha256(json.dumps(self.facts(point), sort_keys=True).encode()).hexdigest()[:16]
 
     def missing(self) -> list[Point]:
@@ -76,7 +76,7 @@ class Sweep:
 
     @property
     def model_name(self) -> str:
-        """As it was asked for."""
+        """The model's name as the user gave it."""
         return self.model.name_or_path or type(self.model).__name__
 
     def cost(self, point: Point) -> int:
@@ -102,7 +102,7 @@ class Sweep:
         )
 
     def run(self, on_row: Callable[[Point, dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
-        """Measures the missing points; one that fails is recorded as such and the rest goes on."""
+        """Measures the missing points; a failure is recorded, and the others continue."""
         missing = self.missing()
         if self.processes == 1:
             for point in missing:
@@ -112,7 +112,7 @@ class Sweep:
         return [self.results.rows[self.key(point)] for point in self.points]
 
     def _share_out(self, points: list[Point], on_row: Callable[[Point, dict[str, Any]], None] | None) -> None:
-        """Measures of these what no other process does, until every one has a row of this run."""
+        """Measures those of these points that no other process does, until each has a row of this run."""
         claims = Claims(self.folder)
         before = dict(self.results.rows)
 
@@ -120,7 +120,7 @@ class Sweep:
             row = self.results.rows.get(self.key(point))
             return row is None or (row["status"] != "ok" and row == before.get(self.key(point)))
 
-        # each begins at another place, as neighbours share their prompts
+        # each process starts at a different point, as neighbouring points share their prompts
         first = len(points) * self.rank // self.processes
         points = points[first:] + points[:first]
         while points:

@@ -1,4 +1,4 @@
-"""Tasks made here, from a seed (samples.py), as tasks of a sweep."""
+"""The synthetic tasks of samples.py, as tasks of a sweep."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from kvcompress.evals.sweep.rows import held, mean_of, standard_error
 from kvcompress.evals.sweep.samples import RECIPES, Prompt, Sample, Tokenizer, make_prompt, make_samples, score
 from kvcompress.evals.sweep.task import Subject
 
-# bytes of first forwards kept for the caches that share them
+# how many bytes of first forwards to keep for the caches that share them
 _MOST_RECORDED = 4 * 2**30
 
 
 class SyntheticTask:
-    """One of RECIPES: contexts of the lengths asked for, whose answers are looked for in what the model says."""
+    """One of RECIPES: contexts of the requested lengths, whose answers are searched in what the model says."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
@@ -40,7 +40,7 @@ class SyntheticTask:
         return {"samples": settings.samples, **held_back, **text}
 
     def samples(self, tokenizer: Tokenizer, length: int, count: int | None = None) -> list[Sample]:
-        """The samples of a length, all or so many."""
+        """The samples of a length, all of them or `count`."""
         settings = self.settings
         return make_samples(
             self.name, tokenizer, length, count or settings.samples, seed=settings.seed, text=settings.text
@@ -53,7 +53,7 @@ class SyntheticTask:
 
         samples, prompts = subject.share("prompts", (self.name, point.length), prepare)
         budget = point.budget_tokens(max(len(p.context) + len(p.question) + p.max_new_tokens for p in prompts))
-        # sequences of like length pad each other least
+        # sequences of similar length need the least padding
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].context))
         answers: dict[int, list[int]] = {}
         measured: list[Measured] = []
@@ -76,7 +76,7 @@ class SyntheticTask:
         return scores | held(measured, budget) | said
 
     def _first_forward(self, point: Point, subject: Subject, prompts: Sequence[Prompt]) -> Callable[[Reader], None]:
-        """The first forward of these prompts, which evicting caches share: the model does it once for all."""
+        """The first forward of these prompts, which evicting caches share: the model runs it once for all."""
         rows = tuple(split(prompt, point.protocol, self.settings.hold_back)[0] for prompt in prompts)
         fits = FirstForward.size(subject.model, max(map(len, rows)) * self.settings.samples) <= _MOST_RECORDED
 
@@ -93,14 +93,14 @@ class SyntheticTask:
 
 
 def must_keep(budget: int | None, tokens: int) -> int | None:
-    """The budget that a cache has to keep to, where it is less than so many tokens."""
+    """The budget that a cache has to keep, if it is less than so many tokens."""
     return budget if budget is not None and budget < tokens else None
 
 
 def score_answers(
     tokenizer: Tokenizer, samples: Sequence[Sample], answers: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a row has of the answers to samples: their score, and what was said."""
+    """A row's fields about the answers to samples: their score, and the answers themselves."""
     predictions = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
     scores = [score(sample, said) for sample, said in zip(samples, predictions, strict=True)]
     return (

@@ -1,4 +1,4 @@
-"""What a sweep asks of a task, and whom a task asks: one model, through a new cache for each point."""
+"""The interface of a sweep's tasks, and the subject that they measure: one model, with a new cache for each point."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,9 +24,9 @@ class Subject:
     _newest: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def share(self, slot: str, key: Any, prepare: Callable[[], Any]) -> Any:
-        """What points of one key have in common; a slot keeps the newest alone, which may be large."""
+        """What points with one key have in common; a slot keeps only the newest, as it may be large."""
         if self._newest.get(slot, (None,))[0] != key:
-            # the one before must be gone while the next is made
+            # frees the previous one before the next is made
             self._newest.pop(slot, None)
             self._newest[slot] = key, prepare()
         return self._newest[slot][1]
@@ -42,20 +42,20 @@ class Task(Protocol):
     """One task of a sweep, made from its name and the sweep's settings."""
 
     def points(self) -> list[Point]:
-        """All that is to be measured.
+        """All points to measure.
 
         Raises:
             ValueError: the settings do not suit the task.
         """
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError where a length cannot hold the task, or the hold-back is longer than a question."""
+        """Raises ValueError if a length cannot hold the task, or the hold-back is longer than a question."""
 
     def cost(self, point: Point) -> int:
         """Roughly how long a point takes, in tokens read."""
 
     def facts(self, point: Point) -> dict[str, Any]:
-        """What decides a point's result beside the point itself, the model and the seed."""
+        """What decides a point's result, in addition to the point itself, the model and the seed."""
 
     def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
-        """A point's score with its standard error, and the measured bytes of a sequence."""
+        """A point's score with its standard error, and the measured bytes per sequence."""

@@ -1,4 +1,4 @@
-"""Plain text as a task of a sweep: how far a cache moves the model from what it says with all tokens (agreement.py)."""
+"""Plain text as a task of a sweep: how much a cache changes the model's predictions (agreement.py)."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ TEXT = "text"
 
 
 class TextTask:
-    """Windows of a text: contexts of the lengths asked for, and the tokens that follow them."""
+    """Windows of a text: contexts of the requested lengths, and the tokens that follow them."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
@@ -40,7 +40,7 @@ class TextTask:
             "continuation": settings.continuation,
             "chunk": settings.chunk,
             "hold_back": 1,
-            # rows of an older version lack the errors of attention
+            # rows of an older version lack attention errors
             "text_version": 2,
             "text": settings.text_hash,
         }

@@ -1,1 +1,1 @@
-"""The caches that one passes to generate, and their layers."""
+"""The caches that are passed to generate, and their layers."""

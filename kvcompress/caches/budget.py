@@ -11,14 +11,14 @@ _STEEPNESS = 20
 
 
 def count_or_fraction(given: Any, name: str, unit: str, whole: str) -> int | float:
-    """The number as Python's own int, or float within (0, 1], where NumPy's or a tensor of no dimension was given.
+    """A Python, NumPy or zero-dimensional torch number as a Python int, or as a float within (0, 1].
 
     Args:
-        name, unit, whole: for the errors: of the argument, what an int counts, and what a float is a fraction of.
+        name, unit, whole: for the errors: the argument, what an int counts, and what a float is a fraction of.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is a fraction outside of (0, 1].
+        TypeError: it is not a number.
+        ValueError: it is a fraction outside (0, 1].
     """
     number = given.item() if getattr(given, "ndim", None) == 0 else given
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
@@ -32,13 +32,13 @@ def count_or_fraction(given: Any, name: str, unit: str, whole: str) -> int | flo
 class Budget:
     """Tokens per sequence and KV head: `Budget(512)`, or as a fraction of the tokens seen `Budget(0.2)`.
 
-    amount: the count or the fraction; NumPy's and torch's numbers become Python's own.
-    least: the fewest tokens that it may come to. explained: how an error says what those are.
-    whole: what a fraction is of, where that is something else.
+    amount: the count or the fraction; NumPy and torch numbers become Python's.
+    least: the fewest tokens that it may allow. explained: how an error describes them.
+    whole: what a fraction is a fraction of, if not the tokens seen.
 
     Raises:
-        TypeError: the amount is no number.
-        ValueError: it is a count below the least, or a fraction outside of (0, 1].
+        TypeError: the amount is not a number.
+        ValueError: it is a count below the least, or a fraction outside (0, 1].
     """
 
     amount: int | float
@@ -54,7 +54,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """A budget as the command line has it: a count where it is written as an integer."""
+        """A budget written on the command line: a count if it is an integer, else a fraction."""
         for read in (int, float):
             try:
                 amount = read(text)
@@ -64,16 +64,16 @@ class Budget:
         raise ValueError(f"budget must be a count of tokens such as 512, or a fraction such as 0.2, got {text!r}")
 
     def tokens(self, seen: int) -> int:
-        """What it is of so many tokens seen."""
+        """How many tokens it allows after so many tokens seen."""
         return max(self.least, int(self.amount * seen)) if isinstance(self.amount, float) else self.amount
 
     def per_layer(self, allocation: Allocation, layers: int) -> list[Self]:
-        """Each layer's budget; their mean is this one, to within the rounding of token counts.
+        """Each layer's budget; their mean is this one, up to the rounding of token counts.
 
-        `pyramid` follows PyramidKV (arXiv:2406.02069): early layers attend broadly and get more, late layers less. The
-        least (sinks, recent tokens) every layer gets, of a count; the rest falls on a straight line from the first
-        layer to the last, which gets a twentieth of the mean. A sliding layer keeps no more than its window; what it
-        cannot use of its share is not given to others.
+        `pyramid` follows PyramidKV (arXiv:2406.02069): early layers attend broadly and get more, late layers less. Of a
+        count, every layer gets the least (sinks, recent tokens); the rest decreases linearly from the first layer to
+        the last, which gets a twentieth of the mean. A sliding layer keeps no more than its window; the part of its
+        share that it cannot use is not given to others.
 
         Raises:
             ValueError: an unknown allocation.
@@ -87,7 +87,7 @@ class Budget:
             shared = amount - self.least
             line = _line(2 * shared - shared / _STEEPNESS, shared / _STEEPNESS, layers)
             return [replace(self, amount=self.least + round(share)) for share in line]
-        # nobody keeps more than the whole prompt; what the first layers cannot use, the last ones get
+        # no layer keeps more than the whole prompt; the last layers get what the first ones cannot use
         most = min(1.0, 2 * amount - amount / _STEEPNESS)
         return [replace(self, amount=share) for share in _line(most, 2 * amount - most, layers)]
 

@@ -1,4 +1,4 @@
-"""The full cache, behind kvcompress's two doors: the ceiling that the others are measured against."""
+"""The full cache, with kvcompress's attention: the ceiling that the others are measured against."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ SLACK = 256
 
 
 class DenseStep(ForwardStep):
-    """A forward whose tokens are stored already."""
+    """A forward whose tokens are already stored."""
 
     def __init__(self, layer: "DenseLayer", x: AttentionInput) -> None:
         super().__init__(x)
@@ -49,7 +49,7 @@ class DenseLayer(CompressedLayer):
         return DenseStep(self, x)
 
     def _attend_dense(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
-        """Stores the chunk; its attention to what is stored here, and the log-sum-exp of that."""
+        """Stores the chunk, and returns its attention to what is stored here, with the log-sum-exp."""
         self._store(chunk)
         answer = self._read(chunk)
         self._drop()
@@ -57,9 +57,9 @@ class DenseLayer(CompressedLayer):
 
     @ordinary_tensors()
     def room(self, like: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Where the keys and values of the next tokens will lie, [batch, kv_heads, tokens, head_dim].
+        """The memory for keys and values of the next tokens, [batch, kv_heads, tokens, head_dim].
 
-        What is written there, and then handed to `update`, is stored without a copy.
+        What is written there, and then passed to `update`, is stored without a copy.
 
         Args:
             like: [batch, tokens, any], of the dtype and on the device of keys and values.
@@ -103,7 +103,7 @@ class DenseLayer(CompressedLayer):
             self._let_go()
 
     def _let_go(self) -> None:
-        """Lets go of what has left the window, but for a little."""
+        """Drops what has left the window, except a few tokens."""
         assert self.dense is not None
         if self.window is not None and self.dense.length >= self.window - 1 + 2 * SLACK:
             excess = self.dense.length - (self.window - 1 + SLACK)
@@ -119,7 +119,7 @@ class DenseLayer(CompressedLayer):
         self._hide(remap, remap.new_zeros(len(remap)))
 
     def _hide(self, remap: Tensor, apart: Tensor) -> None:
-        """Hides what a change of padding drops; `apart` [batch]: first tokens of each row that are held elsewhere."""
+        """Hides what a change of padding drops; `apart` [batch]: how many first tokens of a row are held elsewhere."""
         assert self.dense is not None
         assert self.padding.before is not None
         _, _, held = self.dense.held()
@@ -162,7 +162,7 @@ class DenseLayer(CompressedLayer):
 class DenseCache(CompressedCache):
     """Keeps every token, as transformers' DynamicCache does: `DenseCache(model)`.
 
-    Exact. It is the ceiling of every comparison, and what a cache with too large a budget must equal.
+    Exact. It is the ceiling in every comparison, and a cache whose budget is above the length must equal it.
     """
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:

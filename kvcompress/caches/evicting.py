@@ -1,9 +1,9 @@
-"""Caches of fixed capacity that keep, per sequence and KV head, the tokens a policy scores highest.
+"""Caches of fixed capacity that keep, per sequence and KV head, the tokens that a policy scores highest.
 
 Every forward ends with an eviction, in prefill and at every decode step: the tokens just fed join the slots, the
-policy scores them all, and what is over the budget goes. Kept tokens stay at their true positions, or, with
-`rerotated`, move up (kvcompress/storage/rerotated.py). Attention of a forward is exact over what was kept before and
-all that it was fed, causally.
+policy scores them all, and those over the budget are dropped. Kept tokens stay at their true positions, or, with
+`rerotated`, move up (kvcompress/storage/rerotated.py). A forward's attention is exact, and causal, over what was kept
+before and everything that it was fed.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from kvcompress.storage.rope import Rope
 
 Arguments = ParamSpec("Arguments")
 
-# parameters by their names before 0.2: in calls until 0.3; in saved files, specs and recorded rows for good
+# names of parameters before 0.2: accepted in calls until 0.3; in saved files, specs and recorded rows always
 RENAMED = {"rolled": "rerotated"}
 
 
 def _takes_old_names(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """An `__init__` that warns of a parameter's old name, and takes it."""
+    """An `__init__` that accepts a parameter's old name, with a warning."""
 
     @functools.wraps(init)
     def renaming(*args: Arguments.args, **settings: Arguments.kwargs) -> None:
@@ -48,7 +48,7 @@ def _takes_old_names(init: Callable[Arguments, None]) -> Callable[Arguments, Non
                     raise TypeError(f"{old} is the old name of {new}: pass {new} alone")
                 settings[new] = settings.pop(old)
                 warnings.warn(
-                    f"{old} is called {new} now, and goes in 0.3: write {new}={settings[new]!r}",
+                    f"{old} is now called {new}, and will be removed in 0.3: write {new}={settings[new]!r}",
                     FutureWarning,
                     stacklevel=2,
                 )
@@ -63,7 +63,7 @@ class EvictingCache(CompressedCache):
         cache = EvictingCache(model, policy=TOVA(), budget=512)
         output = model.generate(**inputs, cache=cache)
 
-    The policies are TOVA, KeyDiff, Knorm, ChunkKV, ExpectedAttention, Random and others of `kvcompress`, or your own.
+    Policies are TOVA, KeyDiff, Knorm, ChunkKV, ExpectedAttention, Random and others in `kvcompress`, or your own.
     """
 
     @_takes_old_names
@@ -82,16 +82,15 @@ class EvictingCache(CompressedCache):
             model: the model the cache will be used with.
             policy: what to keep.
             budget: tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of the
-                real tokens seen so far, which grows with them. Room is taken as it is needed, up to the budget.
+                real tokens seen so far, which grows with them. Memory is allocated as needed, up to the budget.
             allocation: how layers share the budget, "uniform" or "pyramid".
-            rerotated: close up the positions of the tokens kept, to go on past the length the model was trained for.
-            packed: keep them in few bits, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for as they
-                come.
+            rerotated: close gaps between the positions of kept tokens, to go past the length the model was trained for.
+            packed: store them as codes, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for unpacked.
 
         Raises:
-            ValueError: the budget leaves no room for the tokens the policy always keeps, settings do not go together,
-                or the model is unsupported; with `rerotated`, also a model without rotary embeddings, or whose
-                frequencies change with the length.
+            ValueError: the budget is too small for the tokens that the policy always keeps, settings cannot be
+                combined, or the model is unsupported; with `rerotated`, also if the model has no rotary embeddings, or
+                some whose frequencies change with the length.
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
@@ -105,13 +104,13 @@ class EvictingCache(CompressedCache):
         if packed is not None:
             packed.per_token_scheme(hf.head_counts(hf.text_config(model))[2])
             if rerotated:
-                raise ValueError("rerotated keeps keys without rotation, and cannot be combined with packed")
+                raise ValueError("rerotated stores keys without rotation, and cannot be combined with packed")
         super().__init__(model)
         if policy.rereads is not None and rerotated:
             raise ValueError(f"rerotated cannot be combined with {type(policy).__name__}, which reads tokens twice")
         if rerotated and not any(isinstance(layer, RerotatedLayer) or layer.is_sliding for layer in self.layers):
             raise ValueError(
-                f"rerotated closes up rotary positions, and {type(model).__name__} has none; leave it off, "
+                f"rerotated closes gaps between rotary positions, and {type(model).__name__} has none; leave it off, "
                 "and stay within the positions the model knows"
             )
 
@@ -128,7 +127,7 @@ class EvictingCache(CompressedCache):
         if self.policy.uses_rotary or (self.rerotated and window is None):
             rope = Rope.of(model, index)
         kind = EvictingLayer
-        # a sliding layer's distances never exceed its window, and a layer without positions has none to close up
+        # not needed where distances never exceed a window, nor in a layer without positions
         if self.rerotated and window is None and rope is not None:
             kind = RerotatedLayer
         elif self.policy.rereads is not None:
@@ -146,7 +145,7 @@ class EvictingCache(CompressedCache):
 
     @as_stored()
     def reserve(self) -> None:
-        """Takes room for a whole budget that is a count, for steps that you compile; `generate` does so by itself."""
+        """Allocates the whole budget, if it is a count, for steps that you compile; `generate` does so by itself."""
         for layer in self.layers:
             if isinstance(layer, EvictingLayer):
                 layer.reserve()
@@ -155,7 +154,7 @@ class EvictingCache(CompressedCache):
         super().forward_begins(decoder, input_ids)
         if self.policy.rereads is not None and input_ids is None:
             raise ValueError(
-                f"{type(self.policy).__name__} reads the tokens again: pass input_ids, and not inputs_embeds"
+                f"{type(self.policy).__name__} reads the tokens again: pass input_ids instead of inputs_embeds"
             )
 
     @ordinary_tensors()
@@ -190,7 +189,7 @@ class EvictingCache(CompressedCache):
             raise ValueError(f"the file's policy {name!r} is not imported; known: {', '.join(sorted(kinds))}")
         packed = None if settings["packed"] is None else GEAR(**settings["packed"])
         cache = cls.__new__(cls)
-        # the short names take a policy's settings one by one; the file has the policy itself
+        # the short names take a policy's settings one by one, but the file has the policy itself
         EvictingCache.__init__(cache, model, **{**settings, "policy": kinds[name](**policy), "packed": packed})
         return cache
 
@@ -203,7 +202,7 @@ class H2OCache(EvictingCache):
         cache = kvcompress.H2OCache(model, budget=512)
         output = model.generate(**inputs, cache=cache)
 
-    Half of the budget is for the newest tokens, unless `recent` says otherwise.
+    Half of the budget goes to the newest tokens, unless `recent` says otherwise.
     """
 
     @_takes_old_names
@@ -264,13 +263,13 @@ class SnapKVCache(EvictingCache):
 
 
 class KVzipCache(EvictingCache):
-    """Keeps what is needed to say the context again, for questions that nobody has asked yet (arXiv:2505.23416).
+    """Keeps what the model needs to repeat the context, for questions that nobody has asked yet (arXiv:2505.23416).
 
         cache = KVzipCache(model, budget=512)
         output = model.generate(**inputs, cache=cache)
 
-    Every forward of several tokens is followed by a second one over the same tokens. Until that ends, what the forward
-    was fed is held in full.
+    Every forward of several tokens is followed by a second one over the same tokens. Until that ends, all of them are
+    held.
     """
 
     @_takes_old_names
@@ -292,9 +291,9 @@ class KVzipCache(EvictingCache):
             model: the model the cache will be used with; it must be given input_ids.
             budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             sinks: first tokens always kept.
-            recent: newest tokens always kept: a count, or a fraction of the budget. What is decoded is scored by few
-                queries, what was read by many: for answers longer than a few sentences, tens of them.
-            chunk: tokens read again at a time.
+            recent: newest tokens always kept: a count, or a fraction of the budget. Decoded tokens are scored by few
+                queries, those of the prompt by many: for answers longer than a few sentences, keep tens of them.
+            chunk: how many tokens are read again at a time.
             prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
             allocation, packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
         """
@@ -308,8 +307,8 @@ class StreamingLLMCache(EvictingCache):
         cache = StreamingLLMCache(model, budget=512, rerotated=True)
         output = model.generate(**inputs, cache=cache)
 
-    The paper counts positions within the cache, which `rerotated=True` does; without it tokens keep their true
-    positions, which serves up to the length the model was trained for.
+    The paper counts positions within the cache, as `rerotated=True` does; without it tokens keep their true positions,
+    which works up to the length that the model was trained for.
     """
 
     @_takes_old_names

@@ -1,4 +1,4 @@
-"""One layer of an evicting cache: how tokens come into its slots, are scored, and go (caches/evicting.py)."""
+"""One layer of an evicting cache: how tokens enter its slots, are scored, and are evicted (caches/evicting.py)."""
 
 import dataclasses
 import warnings
@@ -23,12 +23,12 @@ from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.slots import SlotSegment
 
 _COUNTERS = ("lengths", "limits", "recents")
-# slots added at a time, and the share of those there
+# slots are added at least so many at a time, or one for every so many that exist
 _GROWTH, _SHARE = 8, 16
 
 
 class EvictingLayer(CompressedLayer):
-    """One layer's slots, and the policy that decides who stays."""
+    """One layer's slots, and the policy that decides which tokens stay."""
 
     is_compileable = True
     evicts = True
@@ -50,11 +50,11 @@ class EvictingLayer(CompressedLayer):
         """
         Args:
             policy: what to keep.
-            budget: tokens kept a sequence and KV head, or a fraction of the real tokens seen so far.
+            budget: tokens kept per sequence and KV head, or a fraction of the real tokens seen so far.
             padding, window, is_first: as in CompressedLayer.
-            rope: the layer's rotary embedding, where the policy uses it.
-            packed: how slots are encoded; None for as they come.
-            ranks: the processes that share the layer's heads; None: this one has them all.
+            rope: the layer's rotary embedding, if the policy uses it.
+            packed: how slots are encoded; None for unpacked.
+            ranks: the processes that share the layer's heads; None if this one has them all.
         """
         super().__init__(padding, window, is_first)
         self.ranks = ranks
@@ -68,7 +68,7 @@ class EvictingLayer(CompressedLayer):
         self.lengths: Tensor
         self.limits: Tensor
         self.recents: Tensor
-        # whether the slots hold the whole budget, where it is a number of tokens
+        # whether there are slots for the whole budget, if it is a count
         self._holds_budget = False
 
     @property
@@ -122,7 +122,7 @@ class EvictingLayer(CompressedLayer):
     def check_crop(self, tokens: int) -> None:
         if tokens > 0:
             raise ValueError(
-                f"{type(self.policy).__name__} cannot take back {tokens} tokens: what was evicted for them is gone; "
+                f"{type(self.policy).__name__} cannot take back {tokens} tokens: others were evicted for them; "
                 "use DenseCache for assisted or prompt-lookup decoding, or clone() the cache first"
             )
 
@@ -138,14 +138,14 @@ class EvictingLayer(CompressedLayer):
         self.lengths.copy_((remap != EMPTY).sum(-1))
 
     def _warn_of_filler(self, remap: Tensor) -> None:
-        """Tells of rows whose tokens were evicted for others that the mask hides now."""
+        """Warns of rows that evicted tokens for others that the mask now hides."""
         hidden = self.lengths - (remap != EMPTY).sum(-1).to(self.lengths.device)
         lost = hidden.minimum(self.lengths - self.limits)
         if bool((lost > 0).any()):
             warnings.warn(
                 f"attention_mask hides tokens that it showed when they were fed: up to {int(lost.max())} others were "
-                f"evicted for them in {int((lost > 0).sum())} of {len(lost)} sequences, and are gone. Rows that have "
-                "ended are known by a mask of 0, or by the token that model.generation_config.pad_token_id names",
+                f"evicted for them in {int((lost > 0).sum())} of {len(lost)} sequences, and are gone. To mark rows "
+                "that have ended, set model.generation_config.pad_token_id, or pass a mask of 0 for what they are fed",
                 stacklevel=2,
             )
 
@@ -155,19 +155,19 @@ class EvictingLayer(CompressedLayer):
         self._make_room(1)
         if isinstance(self.budget, float):
             self._follow_budget(self.lengths + x.real_tokens)
-        # scores that add up or fade, over plain slots, are one kernel; layers that share the tokens would ask after it
+        # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
         plain = self.rope is None and self.packed is None and not self.kv_consumers
         at_once = self.policy.decay is not None and plain and runs_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
     def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
-        """The chunk as it meets the slots' `rotated_keys`, and its queries' positions then, [batch, queries]."""
+        """The chunk rotated to match the slots' `rotated_keys`, and its queries' positions then, [batch, queries]."""
         return chunk, query_positions
 
     def _pin(self) -> None:
-        """Tells the compiler that the layer's tensors stay where they are: else CUDA graphs refuse to write to them."""
+        """Tells the compiler that the layer's tensors stay where they are; else CUDA graphs refuse to write to them."""
         assert self.slots is not None
-        # asked here: torch 2.11 fails at comparing with a budget that differs from that of the cache compiled before
+        # checked here: torch 2.11 fails to compare with a budget that differs from the previously compiled cache's
         self._holds_budget = not isinstance(self.budget, int) or self.slots.slots > self._limit(0)
         for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
             # unguarded: another cache of the same shapes records a graph, and compiles nothing
@@ -188,49 +188,49 @@ class EvictingLayer(CompressedLayer):
         return self.slots
 
     def reserve(self) -> None:
-        """Takes room for the whole budget, if it is a count, at once or with the first forward."""
+        """Allocates the whole budget, if it is a count, now or with the first forward."""
         self._reserves = True
         if self.slots is not None:
             self._make_room(0)
 
     def _limit(self, tokens: int) -> int:
-        """Tokens that a sequence of so many may keep."""
+        """How many tokens a sequence of this length may keep."""
         limit = self.budget if isinstance(self.budget, int) else int(self.budget * tokens)
         limit = max(limit, self.policy.least_budget())
         return limit if self.window is None else min(limit, self.window)
 
     def _most_slots(self, tokens: int) -> int:
-        """Slots that are enough after so many more tokens, a spare one included."""
+        """How many slots are enough after so many more tokens, with a free one."""
         seen = self.get_seq_length() + tokens
         if self._reserves and isinstance(self.budget, int):
             return self._limit(seen) + 1
         return min(self._limit(seen), seen) + 1
 
     def _make_room(self, tokens: int) -> None:
-        """Lets the slots grow to what so many more tokens need.
+        """Adds the slots that so many more tokens need.
 
         Raises:
-            RuntimeError: the step is compiled, in which nothing grows.
+            RuntimeError: the step is compiled, and cannot grow them.
         """
         slots = self.slots
         assert slots is not None
         if torch.compiler.is_compiling():
             if not self._holds_budget:
                 raise RuntimeError(
-                    f"a compiled step cannot take more room, and there is room for {slots.slots - 1} of the budget of "
-                    f"{self._limit(0)} tokens: call cache.reserve() before it is compiled"
+                    f"a compiled step cannot grow its cache, and there is room for {slots.slots - 1} of the budget of "
+                    f"{self._limit(0)} tokens: call cache.reserve() before compiling"
                 )
             return
         needed = self._most_slots(tokens)
         if needed > slots.slots:
-            # to no more than will ever be needed
+            # never more than will be needed
             enough = self._limit(2**40) + 1
             grown = slots.slots + max(_GROWTH, slots.slots // _SHARE) if tokens == 1 else needed
             slots.grow(min(max(needed, grown), enough))
             self._pin()
 
     def _follow_budget(self, lengths: Tensor) -> None:
-        """Sets what sequences of these lengths, [batch], may keep, and how many of the newest of it in any case."""
+        """Sets how many tokens sequences of these lengths, [batch], may keep, and how many newest ones always stay."""
         assert self.slots is not None
         least = self.policy.least_budget()
         if isinstance(self.budget, int):
@@ -239,7 +239,7 @@ class EvictingLayer(CompressedLayer):
             limits = (self.budget * lengths).int()
             if self.is_first and not self._told and not torch.compiler.is_compiling() and not lengths.is_cuda:
                 self._warn_of_floor(limits, lengths, least)
-            # what was granted stays; a compiled step cannot take more room
+            # limits never shrink; a compiled step cannot grow the slots
             limits = limits.clamp(min=least, max=self.window).clamp(max=self.slots.slots - 1).maximum(self.limits)
         recent = self.policy.recent
         recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
@@ -252,8 +252,8 @@ class EvictingLayer(CompressedLayer):
             self._told = True
             row = int(short.to(torch.uint8).argmax())
             warnings.warn(
-                f"a budget of {self.budget:g} of {int(lengths[row])} tokens is {int(limits[row])}, which leaves "
-                f"{self.policy} nothing to choose: {least} are kept while it is less",
+                f"a budget of {self.budget:g} of {int(lengths[row])} tokens is {int(limits[row])}, too few to leave "
+                f"{self.policy} a choice: {least} are kept as long as it is less",
                 stacklevel=2,
             )
 
@@ -287,7 +287,7 @@ class EvictingLayer(CompressedLayer):
 
 
 class RerotatedLayer(EvictingLayer):
-    """An evicting layer whose tokens are placed by their index among those kept."""
+    """An evicting layer that rotates keys to their index among the tokens kept."""
 
     @property
     def queries_watched(self) -> int | None:  # type: ignore[override]
@@ -298,7 +298,7 @@ class RerotatedLayer(EvictingLayer):
         assert isinstance(slots, RerotatedSlots)
         assert rope is not None
         indices = query_positions + (slots.held() - self.lengths)[:, None]
-        # float32 between the two turns: one rounding in place of two
+        # float32 between the two rotations: one rounding instead of two
         query, key = (
             rope.rotate(rope.unrotate(x.float(), query_positions[:, None]), indices[:, None]).to(x.dtype)
             for x in (chunk.query, chunk.key)

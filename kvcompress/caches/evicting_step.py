@@ -1,4 +1,4 @@
-"""A forward through a layer of an evicting cache: what its queries see, and who goes when it ends."""
+"""A forward through a layer of an evicting cache: what its queries see, and which tokens are evicted at its end."""
 
 from typing import TYPE_CHECKING
 
@@ -29,13 +29,13 @@ class EvictingStep(ForwardStep):
 
 
 class DecodeStep(EvictingStep):
-    """One token: it takes the spare slot, and the slots answer alone."""
+    """One token: it takes the free slot, and attention is to the slots alone."""
 
     def __init__(self, layer: "EvictingLayer", x: AttentionInput) -> None:
         super().__init__(layer, x)
-        # place of the token in each sequence, [batch] int32; EMPTY for padding
+        # position of the token in each sequence, [batch] int32; EMPTY for padding
         self.at = layer.lengths if x.visible is None else torch.where(x.visible[:, 0], layer.lengths, EMPTY)
-        # as the first query meets the slots, and the attention that it gave out
+        # the first query, rotated to match the slots, and the attention that it gave
         self.placed: AttentionInput | None = None
         self.query_positions: Tensor
         self.attention: Tensor
@@ -44,7 +44,7 @@ class DecodeStep(EvictingStep):
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone())
         if self.placed is not None:
-            # the token lies in the slots already, and counts in none of the lengths yet
+            # the token is already in the slots, but not yet counted in the lengths
             out, lse = self.slots.decode_again(placed.query, x.key, x.value, self.at, query_positions, x.spec)
             return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
         out, self.attention = self.slots.decode(placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks)
@@ -54,7 +54,7 @@ class DecodeStep(EvictingStep):
     def commit(self) -> None:
         visible = self.input.visible
         self.layer.lengths.add_(self.input.real_tokens)
-        # a query that is padding gives out no attention
+        # a query that is padding gives no attention
         self._score(self.attention if visible is None else self.attention * visible[..., None])
         self._evict()
 
@@ -98,7 +98,7 @@ class DecodeStep(EvictingStep):
 
 
 class FusedDecodeStep(EvictingStep):
-    """One token, and all of it in one op: attention, scores, who goes (kernels/decode_evict.py)."""
+    """One token, in one op: attention, scores and eviction (kernels/decode_evict.py)."""
 
     def attend(self, x: AttentionInput) -> Tensor:
         layer = self.layer
@@ -122,9 +122,9 @@ class FusedDecodeStep(EvictingStep):
 class ChunkStep(EvictingStep):
     """Several tokens: they see the slots and, causally, one another; then slots and tokens compete.
 
-    places: of the tokens in their sequences, [batch, tokens] int32; of no meaning for padding.
-    attention: what slots and tokens received of it, [batch, kv_heads, slots + tokens] float32; None where the policy
-        does not look.
+    places: the tokens' positions in their sequences, [batch, tokens] int32; arbitrary for padding.
+    attention: what slots and tokens received, [batch, kv_heads, slots + tokens] float32; None if the policy does not
+        observe it.
     """
 
     def __init__(self, layer: "EvictingLayer", x: AttentionInput) -> None:
@@ -160,7 +160,7 @@ class ChunkStep(EvictingStep):
         """Ends the forward.
 
         Args:
-            attention: what the policy is to judge by, where that is another than the step's own.
+            attention: what the policy is to score by, if not the step's own.
         """
         kept = self._choose(self.attention if attention is None else attention)
         self.slots.replace(self.input.key, self.input.value, *kept)
@@ -175,7 +175,7 @@ class ChunkStep(EvictingStep):
         if x.visible is None:
             first = 0 if last is None else max(0, x.queries - last)
         else:
-            # of each sequence its last real queries; those before them, and padding, are left out
+            # each sequence's last real queries; earlier ones, and padding, are left out
             from_end = x.visible.flip(-1).cumsum(-1).flip(-1)
             observed = x.visible if last is None else x.visible & (from_end <= last)
             observed = observed[:, -x.queries :]
@@ -191,7 +191,7 @@ class ChunkStep(EvictingStep):
         return torch.cat([past, within], -1)
 
     def _choose(self, attention: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What `SlotSegment.replace` needs: the tokens' positions, and the scores and the fate of all candidates."""
+        """What `SlotSegment.replace` needs: the tokens' positions, and all candidates' scores and whether they stay."""
         layer, slots, x = self.layer, self.slots, self.placed
         assert x is not None
         places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
@@ -201,7 +201,7 @@ class ChunkStep(EvictingStep):
             layer._follow_budget(layer.lengths)
         positions = torch.cat([slots.positions, places], -1)
         scores = torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1)
-        # scores that never change are those of the tokens as they came, whatever packing made of them since
+        # scores that never change are kept from the unpacked tokens, not computed again from packed ones
         first = slots.slots if layer.policy.static else 0
         candidates = Candidates(
             positions[..., first:],
@@ -230,9 +230,9 @@ class ChunkStep(EvictingStep):
         if layer.window is not None:
             gone = gone | (positions <= lengths - layer.window)
         worth = ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
-        # of equal scores the later token stays, whatever padding stands before it and whichever slot it has
+        # of equal scores the later token stays, independent of padding and slots
         if self.is_first:
-            # nothing was held before: the candidates stand as in the text
+            # nothing was held before: the candidates are in text order
             backwards = torch.arange(worth.shape[-1] - 1, -1, -1, device=worth.device).expand_as(worth)
         else:
             backwards = positions.argsort(dim=-1, descending=True, stable=True)

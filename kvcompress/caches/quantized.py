@@ -1,11 +1,11 @@
-"""GEAR and KIVI: every token is kept, in two to eight bits an element (arXiv:2403.05527, arXiv:2402.02750).
+"""GEAR and KIVI: every token is kept, in two to eight bits per element (arXiv:2403.05527, arXiv:2402.02750).
 
-The newest tokens stay as they came; as soon as `buffer` of them have gathered they are packed, once and for all
-(policies/gear.py says how, storage/quantized_blocks.py where). Attention reads the packed form: nothing is expanded in
-memory. The forward that brings tokens attends to them exactly; what it leaves behind is packed when it ends.
+The newest tokens stay unpacked; as soon as there are `buffer` of them they are packed, once and for all
+(policies/gear.py says how, storage/quantized_blocks.py where). Attention reads the codes: nothing is expanded in
+memory. A forward attends to its own tokens exactly; they are packed when it ends.
 
 Drafts of assisted and prompt-lookup decoding of any length can be taken back (caches/quantized_layer.py). A layer with
-a sliding window gives back 32 tokens of a prompt's own forward, or as many as generate drafts behind it.
+a sliding window can take back 32 tokens of a prompt's own forward, or as many as generate drafts after it.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from kvcompress.policies.gear import GEAR, Backbone, preset
 
 
 class GEARCache(CompressedCache):
-    """Every token in a few bits an element: `GEARCache(model, bits=3)`.
+    """Every token, in a few bits per element: `GEARCache(model, bits=3)`.
 
-    The defaults are what lost least at equal measured bits (README); the papers' settings go by name:
+    The defaults are what lost least at equal measured bits (README); the papers' settings have names:
     `GEARCache.preset(model, "gear")`.
     """
 
@@ -44,20 +44,20 @@ class GEARCache(CompressedCache):
         """
         Args:
             model: the model the cache will be used with.
-            bits: of a code: 2, 3, 4 or 8.
-            value_bits: of the codes of values; None for what loses least beside `bits`: one less for 3 and 4.
-            sinks: first tokens that stay as they are.
-            group_size: elements that share a scale and a zero, tokens of a channel for keys, channels of a token for
-                values; a power of two, at most `buffer`.
-            rank: of the correction of what a prompt packs; 0 for none.
+            bits: bits per code: 2, 3, 4 or 8.
+            value_bits: bits per code of values; None for what loses least with `bits`: one less for 3 and 4.
+            sinks: how many first tokens are never packed.
+            group_size: elements that share a scale and a zero point: tokens of a channel for keys, channels of a token
+                for values; a power of two, at most `buffer`.
+            rank: rank of the correction for what a prompt packs; 0 for none.
             rank_decode: the same for what decoding packs, a block at a time.
-            outliers: share of the elements kept in 16 bits, 0 to 1; of each vector, a channel of a block or a token of
-                a head, rounded up to as many at either end, so that 0.02 of 64 are 2, or 3.1 %.
-            buffer: tokens packed at a time, a power of two; fewer than that many newest tokens stay as they are.
+            outliers: share of the elements kept in 16 bits, 0 to 1; of each vector (a channel of a block, or a token of
+                a head), rounded up to equally many at either end, so that 0.02 of 64 are 2, or 3.1 %.
+            buffer: tokens packed at a time, a power of two; fewer newest tokens than that stay unpacked.
             backbone: "kivi", or "whole", whose groups are whole blocks of a channel and whole heads of a token.
 
         Raises:
-            ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not serve.
+            ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not support.
         """
         self.settings = GEAR(
             bits=bits,
@@ -76,19 +76,19 @@ class GEARCache(CompressedCache):
 
     @classmethod
     def preset(cls, model: PreTrainedModel, name: str, **changes: Any) -> "GEARCache":
-        """A cache with settings that have a name (policies/gear.py), some of them changed.
+        """A cache with the settings of a preset (policies/gear.py), and changes to them.
 
         Raises:
-            ValueError: no preset has the name.
+            ValueError: there is no preset of this name.
         """
         return GEARCache(model, **dataclasses.asdict(preset(name, **changes)))
 
     @as_stored()
     def fill(self, full: hf.Cache) -> Self:
-        """Packs what a full cache holds, as though this one had been fed it at once: `GEARCache(model).fill(cache)`.
+        """Packs what a full cache holds, as if this one had been fed it at once: `GEARCache(model).fill(cache)`.
 
         Args:
-            full: a DynamicCache of the same model, that saw no padding; it stays as it is.
+            full: a DynamicCache of the same model that has seen no padding; it is not changed.
 
         Raises:
             ValueError: this cache is not empty, or the other one does not hold every token of every layer.
@@ -96,7 +96,7 @@ class GEARCache(CompressedCache):
         if self.get_seq_length():
             raise ValueError(f"fill needs an empty cache, this one has seen {self.get_seq_length()} tokens")
         if len(full.layers) != len(self.layers):
-            raise ValueError(f"the model has {len(self.layers)} layers, the cache to take in {len(full.layers)}")
+            raise ValueError(f"the model has {len(self.layers)} layers, but the cache to fill from {len(full.layers)}")
         tokens = int(full.get_seq_length())
         held: list[tuple[Any, Any]] = [
             (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in full.layers
@@ -129,7 +129,7 @@ class GEARCache(CompressedCache):
 class KIVICache(GEARCache):
     """Codes and scales alone (arXiv:2402.02750): `KIVICache(model, bits=2)`.
 
-    Values are packed in blocks as keys are; the paper's own code moves its window of full values by one token a step.
+    Values are packed in blocks, like keys; the paper's own code moves its window of full values by one token per step.
     """
 
     def __init__(self, model: PreTrainedModel, *, bits: int = 2, group_size: int = 32, buffer: int = 128) -> None:

@@ -1,9 +1,9 @@
-"""A layer of GEARCache: packed blocks, and a dense tail in which the next block gathers (arXiv:2403.05527).
+"""A layer of GEARCache: packed blocks, and a dense tail that collects the next block (arXiv:2403.05527).
 
 Drafts of assisted and prompt-lookup decoding are taken back by `crop`. A forward that may be a draft stays in the tail
-until the next one, and is taken back exactly. A crop that reaches further and ends inside of a block takes the block
-apart: its tokens that stay go to the tail as attention saw them, decoded, and are packed once more in time. From then
-on forwards of twice as many tokens wait in the tail as well.
+until the next one, and can be taken back exactly. A crop that reaches further and ends inside a block takes the block
+apart: its remaining tokens go to the tail as attention saw them, decoded, and are packed again later. From then on,
+forwards of up to twice as many tokens wait in the tail too.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.tail import TailSegment
 
-# a forward of at most so many tokens may be a draft, which can be taken back: its tokens are not packed at once; a
-# layer that had to take back more expects longer ones
+# a forward of at most so many tokens may be a draft, which can be taken back, so its tokens are not packed at once; a
+# layer that had to take back more expects longer drafts
 DRAFT = 32
 
 
 class QuantizedStep(ForwardStep):
-    """A forward: what it brings is attended to as it came, and encoded when it ends; one token joins the tail at once.
+    """A forward: its tokens are attended to unpacked, and encoded when it ends; a single token joins the tail at once.
 
-    real: tokens of each row that are no padding. query_positions: [batch, queries] int32.
+    real: tokens of each row that are not padding. query_positions: [batch, queries] int32.
     """
 
     def __init__(self, layer: "QuantizedLayer", x: AttentionInput) -> None:
@@ -80,7 +80,7 @@ class QuantizedLayer(CompressedLayer):
         self.prompt: QuantizedBlocks | None = None
         self.decoded: QuantizedBlocks | None = None
         self.tail: TailSegment | None = None
-        # the first tokens of rows that have packed some: on a sliding layer they would soon be out of sight
+        # the first tokens of rows that have packed some; not on a sliding layer, where they would soon be out of sight
         self.first: TailSegment | None = None
         self.sinks = settings.sinks if window is None else 0
         # real tokens of each row so far
@@ -139,7 +139,7 @@ class QuantizedLayer(CompressedLayer):
             self.tail = TailSegment(key, value, self.settings.buffer)
             self.lengths = [0] * key.shape[0]
         elif self.tail.room <= max(self.tail.held):
-            # drafts that stayed have filled it
+            # accepted drafts have filled it
             self.tail.grow(self.tail.room + DRAFT)
         return self.tail
 
@@ -150,7 +150,7 @@ class QuantizedLayer(CompressedLayer):
     def _query_positions(self, chunk: AttentionInput) -> Tensor:
         device = chunk.key.device
         if self.window is None:
-            # nobody reads them
+            # not used
             return torch.empty(len(self.lengths), chunk.tokens, dtype=torch.int32, device=device)
         if chunk.visible is None:
             places = torch.arange(chunk.tokens, dtype=torch.int32, device=device)[None]
@@ -180,7 +180,7 @@ class QuantizedLayer(CompressedLayer):
         reach = is_real.shape[1] - is_real.flip(-1).to(torch.uint8).argmax(-1) - begins
         count = is_real.sum(-1)
         if bool(((reach == count) | (count == 0)).all()):
-            # no copy of a padded prompt
+            # avoids a copy of a padded prompt
             return key, value, begins.tolist()
         order = marked_first(is_real)
         return reordered(key, order), reordered(value, order), [0] * len(real)
@@ -189,7 +189,7 @@ class QuantizedLayer(CompressedLayer):
         """Packs the blocks that are complete, and leaves the rest in the tail.
 
         Args:
-            key, value: what is not packed yet, each row's real tokens side by side; for one token, the tail itself.
+            key, value: what is not packed yet, each row's real tokens contiguous; for one token, the tail itself.
             begins: where they begin.
             real: how many of them this forward brought.
         """
@@ -209,7 +209,7 @@ class QuantizedLayer(CompressedLayer):
             begins = [begin + sinks for begin, sinks in zip(begins, apart, strict=True)]
             totals = [total - sinks for total, sinks in zip(totals, apart, strict=True)]
         for of_prompt in (True, False):
-            # what decoding packs has a rank of its own; a row decides as it would alone
+            # what decoding packs has its own rank; a row decides as it would alone
             here = [count if (fresh > 1) == of_prompt else 0 for count, fresh in zip(ready, real, strict=True)]
             if any(here):
                 self._append(key, value, begins, here, totals, real, of_prompt)
@@ -221,7 +221,7 @@ class QuantizedLayer(CompressedLayer):
             self._drop_old(real)
 
     def _set_apart(self, key: Tensor, value: Tensor, begins: list[int], apart: list[int]) -> None:
-        """Keeps the first tokens of the rows whose `apart` is not 0 as they are."""
+        """Keeps the first `apart` tokens of each row unpacked."""
         if self.first is None:
             self.first = TailSegment(key, value, self.sinks)
         rows = [row for row, sinks in enumerate(apart) if sinks]
@@ -246,7 +246,7 @@ class QuantizedLayer(CompressedLayer):
         first = [length - total for length, total in zip(self.lengths, totals, strict=True)]
         skip = 0
         if self.window is not None:
-            # of a long chunk, what no later query sees is not packed at all
+            # tokens of a long chunk that no later query sees are not packed at all
             reach = self._reach(real)
             skip = min(max(0, min((r - f) // block, n)) for r, f, n in zip(reach, first, ready, strict=True) if n)
         rows = [row for row, count in enumerate(ready) if count > skip]
@@ -271,9 +271,9 @@ class QuantizedLayer(CompressedLayer):
         return self.prompt if of_prompt else self.decoded
 
     def _reach(self, real: list[int]) -> list[int]:
-        """Positions below which no later query of a sliding layer looks, whatever of this forward is taken back.
+        """Positions below which no later query of a sliding layer looks, however much of this forward is taken back.
 
-        Of a row's first forward, a prompt, no more than a draft is, unless drafts of any length come with it.
+        Of a row's first forward, a prompt, at most a draft is taken back, unless drafts of any length come with it.
         """
         assert self.window is not None
         behind = [
@@ -283,7 +283,7 @@ class QuantizedLayer(CompressedLayer):
         return [length - self.window - back for length, back in zip(self.lengths, behind, strict=True)]
 
     def _drop_old(self, real: list[int]) -> None:
-        """Lets go of the blocks that have left a sliding window, drafts that are taken back counted in."""
+        """Drops the blocks that have left a sliding window, even if drafts are then taken back."""
         for part in self._packed():
             ends = part.positions[:, 0].unflatten(1, (-1, part.block)).amax(-1)
             reach = torch.tensor(self._reach(real), device=ends.device)[:, None]
@@ -317,10 +317,10 @@ class QuantizedLayer(CompressedLayer):
             self._left_by(tokens)
 
     def _left_by(self, tokens: int) -> list[int]:
-        """Each row's tokens after a crop.
+        """How many tokens each row has after a crop.
 
         Raises:
-            ValueError: for more tokens than were seen, and where what the rest would look at has left the window.
+            ValueError: more tokens than were seen, or tokens that the rest would attend to have left the window.
         """
         if tokens > self.clock.seen:
             raise ValueError(f"crop can take back the {self.clock.seen} tokens seen, got {tokens}")
@@ -329,7 +329,7 @@ class QuantizedLayer(CompressedLayer):
         lengths = [length - count for length, count in zip(self.lengths, fresh, strict=True)]
         if self.window is not None:
             oldest = [n - kept for n, kept in zip(self.lengths, self.tokens_kept()[:, 0].tolist(), strict=True)]
-            # beyond what a window lacks already, where recent tokens were hidden
+            # beyond what the window already lacks where recent tokens were hidden
             room = [
                 count if before == 0 else max(0, n - self.window + 1 - before)
                 for n, count, before in zip(self.lengths, fresh, oldest, strict=True)
@@ -350,7 +350,7 @@ class QuantizedLayer(CompressedLayer):
         if self.first is not None:
             left.append(self.first.cut(lengths))
         if any(any(counts) for _, _, counts in left):
-            # each row's newest tokens lie in one of these, at its beginning
+            # each row's newest tokens are in one of these, at its beginning
             first, key, value = [0] * len(held), [tail.keys], [tail.values]
             for of_key, of_value, counts in left:
                 start = sum(part.shape[2] for part in key)
@@ -394,7 +394,7 @@ class QuantizedLayer(CompressedLayer):
 
 
 def _moved(positions: Tensor, remap: Tensor) -> Tensor:
-    """Positions [batch, ..., tokens] after a change of padding, remap [batch, past tokens]."""
+    """Positions [batch, ..., tokens] after a change of padding; remap: [batch, past tokens]."""
     flat = positions.flatten(1)
     to = remap.gather(1, flat.clamp(min=0).long())
     return torch.where(flat == EMPTY, EMPTY, to).to(torch.int32).view_as(positions)

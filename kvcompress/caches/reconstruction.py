@@ -1,7 +1,7 @@
-"""Reading twice: what a policy such as KVzip sees when a model is fed once more what it has just been fed.
+"""Reading twice: for policies such as KVzip, a model is fed again what it has just been fed.
 
-The tokens of a forward stay whole until the model has read them again behind themselves, some at a time, through a
-cache that stores nothing. Each layer notes the most attention that its tokens receive; then the policy chooses.
+All tokens of a forward stay until the model has read them again, after themselves, a chunk at a time, through a cache
+that stores nothing. Each layer records the most attention that each token receives; then the policy chooses.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ from kvcompress.storage.slots import SlotSegment
 class _Waiting:
     """The tokens of a forward that have been read once.
 
-    segment: all of them, whose scores are the most attention each has received. past: the same of the slots.
-    lengths: of the sequences, these included. twice: which sequences are read again, [batch] bool. step: the forward.
+    segment: all of them, whose scores are the most attention that each has received. past: the same for the slots.
+    lengths: of the sequences, with these. twice: which sequences are read again, [batch] bool. step: the forward's.
     """
 
     segment: SlotSegment
@@ -81,8 +81,8 @@ class RereadLayer(EvictingLayer):
         self.waiting = _Waiting(segment, torch.zeros_like(step.slots.scores), lengths, fresh > 1, step)
 
     def observe(self, chunk: AttentionInput) -> Tensor:
-        """The attention of tokens of the second reading, [batch, heads, queries, head_dim], and a note of what they
-        attend to."""
+        """The attention of tokens of the second reading, [batch, heads, queries, head_dim]; records what they attend
+        to."""
         waiting = self.waiting
         assert self.slots is not None
         assert waiting is not None
@@ -139,7 +139,7 @@ class _Witness(CompressedLayer):
 
 
 class ReconstructionCache(CompressedCache):
-    """What a model reads through the second time."""
+    """The cache through which a model reads the second time."""
 
     layers: list[_Witness]  # type: ignore[assignment]
 
@@ -160,19 +160,19 @@ def read_again(
     seen: int,
     how: SecondReading,
 ) -> None:
-    """Feeds a model the tokens of its last forward once more, behind themselves, and lets the layers choose.
+    """Feeds a model the tokens of its last forward again, after themselves, and lets the layers choose.
 
     Args:
-        model: what takes input_ids and a cache, without its head if need be.
+        model: a module that takes input_ids and a cache; it needs no head.
         ids: [batch, tokens], of that forward.
-        padding: which of the tokens seen are padding, and where the model has placed the last.
-        seen: tokens seen, these included.
-        how: each chunk is read at the same places.
+        padding: which of the tokens seen are padding, and where the model has placed the last one.
+        seen: how many tokens were seen, with these.
+        how: the prompt and the chunks to read; each chunk is read at the same positions.
     """
     batch, tokens = ids.shape
     visible = padding.visible
     fresh = ids.new_ones(batch, tokens, dtype=torch.bool) if visible is None else visible[:, -tokens:]
-    # behind the last token, wherever the model has placed it
+    # after the last token, wherever the model has placed it
     if padding.last_position is not None:
         lengths = ids.new_tensor(padding.last_position) + 1
     else:
@@ -186,7 +186,7 @@ def read_again(
         parts = [[*how.prompt, *row[start : start + how.chunk]] if row[start:] else [] for row in rows]
         width = max(map(len, parts))
         if sizes.learned_positions and sizes.longest is not None:
-            # a table of positions ends; the text then begins again before its end
+            # a table of positions has an end: there the text is placed so that it still fits
             lengths = lengths.clamp(max=max(0, sizes.longest - width))
         again = ids.new_tensor([[0] * (width - len(part)) + part for part in parts])
         mask = ids.new_tensor([[0] * (width - len(part)) + [1] * len(part) for part in parts])

@@ -1,13 +1,13 @@
 """ShadowKV (arXiv:2410.21465): keeps everything, reads little.
 
-Keys stay on the device as low-rank coefficients without rotation, values leave it. Each decode step picks, per KV
-head, the chunks whose landmarks its query scores highest, rebuilds their keys and fetches their values, and attends to
-those, the outliers and the newest tokens. Nothing is lost, so what a later question needs is still there.
+Keys stay on the device as low-rank coefficients without rotation; values are moved off it. Each decode step picks, per
+KV head, the chunks whose landmarks its query scores highest, rebuilds their keys and fetches their values, and attends
+to those, the outliers and the newest tokens. Nothing is evicted, so what a later question needs is still there.
 
 Where we depart from the paper: sequences that the budget would read whole stay dense; generated tokens are folded into
-chunks as they become many; the space of the keys is fitted anew when they leave it; a forward of many tokens reads all
+chunks once there are many; the low-rank space is fitted again when keys leave it; a forward of many tokens reads all
 chunks; selected chunks stay in place in an unordered buffer. On a tensor-parallel model each process factorises the
-keys of its own heads, with its share of the rank: other errors than one space of all heads has.
+keys of its own heads, with its share of the rank; its errors differ from those of one space for all heads.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ from kvcompress.storage.segment import Segment
 
 
 class ShadowLayer(CompressedLayer):
-    """One layer's segment, and when its tail is folded.
+    """One layer's segment, which decides when to fold its tail.
 
-    A fold is due at the start of a forward, so that what the last one fed can be taken back; only a long tail, as a
-    prompt leaves, is folded at once, unless the past is recorded, as generate asks where it drafts: a forward may then
-    hold drafts of any length, and what it feeds stays as it came until the next one.
+    A fold is done at the start of a forward, so that what the last one fed can be taken back. Only a long tail, as
+    after a prompt, is folded at once; but not while the past is recorded, as generate asks when it drafts: a forward
+    may then end in drafts of any length, and its tokens stay in the tail until the next one.
     """
 
     is_croppable = True
@@ -53,9 +53,9 @@ class ShadowLayer(CompressedLayer):
     ) -> None:
         """
         Args:
-            budget: tokens selected a sequence and KV head, or a fraction of the first forward's real tokens.
+            budget: tokens selected per sequence and KV head, or a fraction of the first forward's real tokens.
             host: where values go, as OffloadedPages takes it.
-            rope: the layer's rotary embedding, None where it has none.
+            rope: the layer's rotary embedding, None if it has none.
             padding, is_first: as in CompressedLayer.
         """
         super().__init__(padding, None, is_first)
@@ -112,7 +112,7 @@ class ShadowLayer(CompressedLayer):
         return merge_states(outs, lses)[0] if len(outs) > 1 else outs[0]
 
     def _read(self, chunk: AttentionInput, segment: ShadowSegment) -> tuple[Tensor, Tensor]:
-        """Attention to what the segment has, and its log-sum-exp."""
+        """Attention to what the segment holds, and its log-sum-exp."""
         self.fetching_forwards += bool((segment.folded > 0).any())
         positions = torch.zeros(chunk.query.shape[0], chunk.tokens, dtype=torch.int32, device=chunk.query.device)
         return segment.attend(chunk.query, positions, chunk.spec, chunk.visible)
@@ -125,7 +125,7 @@ class ShadowLayer(CompressedLayer):
         return ShadowSegment(self.settings, self.rope, self.host, chunk.key, chunk.value, limits)
 
     def _overdue(self, fresh: Tensor | int = 0) -> Tensor:
-        """Tokens by which each tail is too long, [batch] int64 on the CPU, once it has `fresh` more."""
+        """By how many tokens each tail is too long, [batch] int64 on the CPU, once it has `fresh` more."""
         segment, settings = self.segment, self.settings
         assert segment is not None
         dense = settings.dense_tokens(segment.limits).clamp(min=(settings.local_chunks + 1) * settings.chunk - 1)
@@ -133,7 +133,7 @@ class ShadowLayer(CompressedLayer):
         return fresh + torch.where(segment.folded > 0, segment.tails() - folding, segment.lengths - dense)
 
     def _chunks(self, due: Tensor, fresh: Tensor | int = 0) -> Tensor:
-        """Chunks to fold where a fold is due, [batch] int64 on the CPU, of the tail with `fresh` more tokens."""
+        """How many chunks to fold where a fold is due, [batch] int64 on the CPU, with `fresh` more tokens in a tail."""
         assert self.segment is not None
         whole = (self.segment.tails() + fresh) // self.settings.chunk - self.settings.local_chunks
         return whole.clamp(min=0) * due
@@ -148,12 +148,11 @@ class ShadowLayer(CompressedLayer):
         self.segment.hide(remap)
 
     def _removed(self, tokens: int) -> Tensor:
-        """Of the last columns, the real tokens of each sequence, [batch] int64 on the CPU."""
+        """How many of the last columns are real tokens, for each sequence, [batch] int64 on the CPU."""
         assert self.segment is not None
         visible = self.padding.visible
         if visible is None:
             return torch.full_like(self.segment.lengths, tokens)
-        # compiled steps left no record; what they fed is visible
         seen = self.clock.seen
         columns = visible[:, seen - tokens : seen]
         return columns.sum(-1).cpu()
@@ -163,7 +162,7 @@ class ShadowLayer(CompressedLayer):
             raise ValueError(f"crop can take back {self.clock.seen} tokens here, got {tokens}")
         if tokens and self.segment is not None and bool((self._removed(tokens) > self.segment.tails()).any()):
             raise ValueError(
-                f"ShadowKV can take back the tokens that are not folded, here {int(self.segment.tails().min())}, "
+                f"ShadowKV can take back only tokens that are not folded, here {int(self.segment.tails().min())}, "
                 f"got {tokens}; call activate_past_recording() before they are fed, clone() the cache first, or use "
                 "DenseCache"
             )
@@ -189,7 +188,7 @@ class ShadowLayer(CompressedLayer):
 
 
 class ShadowKVCache(CompressedCache):
-    """Low-rank keys on the device, values on the host, what matters fetched: `ShadowKVCache(model, budget=2048)`."""
+    """Low-rank keys on the device, values on the host, fetched as needed: `ShadowKVCache(model, budget=2048)`."""
 
     def __init__(
         self,
@@ -211,15 +210,14 @@ class ShadowKVCache(CompressedCache):
         Args:
             model: the model the cache will be used with.
             budget: tokens selected per sequence and KV head in each step: a count, or a fraction of the real tokens of
-                the first forward. Outliers and the newest tokens are read beside them.
-            host: "pinned" (page-locked memory where there is a GPU, else plain memory), or "mmap:" and a folder, where
-                values go to files that vanish with the cache.
+                the first forward. Outliers and the newest tokens are read in addition.
+            host: "pinned" (page-locked memory if there is a GPU, else plain memory), or "mmap:" and a folder, for files
+                that are deleted with the cache.
             rank, chunk, outlier_chunks, local_chunks, fold, dense_below, select_queries, drift, group: as in
                 kvcompress.policies.shadowkv.ShadowKV.
 
         Raises:
-            ValueError: a setting makes no sense, the model is unsupported, or its rotary embedding cannot be taken
-                back.
+            ValueError: a setting is out of range, the model is unsupported, or its rotary embedding cannot be undone.
         """
         self.settings = ShadowKV(
             rank, chunk, outlier_chunks, local_chunks, fold, dense_below, select_queries, drift, group
@@ -235,7 +233,7 @@ class ShadowKVCache(CompressedCache):
         assert model is not None
         settings, ranks = self.settings, TPGroup.of(model)
         if ranks is not None and settings.rank is not None:
-            # each process factorises the keys of its own heads, all together as many numbers as one would keep
+            # each process factorises the keys of its own heads; together they keep as many numbers as one would
             settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))
         return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == 0)
 

@@ -1,4 +1,4 @@
-"""The caches that a check knows beside those of the registry, and which it runs unless told."""
+"""The caches that only a check knows, in addition to the registry's, and those that it runs by default."""
 
 from typing import Any
 

@@ -1,21 +1,21 @@
-"""Whether kvcompress works here, with one model: every cache against the same model run without any cache.
+"""Whether kvcompress works here, with one model: compares every cache with the same model run without a cache.
 
 Two rows of random tokens, of different lengths and with a common beginning, are read, continued by a few single tokens,
 and fed a second turn: each row alone, both as a left-padded batch, and by `generate` with either name of the cache's
 argument. What must hold depends on the cache:
 
     every token kept      the logits of the model without a cache, to float tolerance
-    tokens evicted        those of the model with each layer's attention to what was evicted masked out, head by head;
+    tokens evicted        those of the model with each layer's attention to evicted tokens masked out, head by head;
                           as many tokens kept as the budget says; fewer bytes than the full cache
     tokens packed         the prompt's logits exact, as it attends to itself unpacked; then lost / worth within a bound,
-                          and in the first layer, which is fed what the full cache is, codes near what they stand for
-    selected (ShadowKV)   the prompt's logits exact; all of them where all chunks are selected at full rank
+                          and in the first layer, whose input is the full cache's, codes close to what they encode
+    selected (ShadowKV)   the prompt's logits exact; all logits if all chunks are selected at full rank
     layers shared         on a converted model its own logits; elsewhere, at share 1, those of the full cache
-    all                   a padded row is as the row alone; all that is fed is seen; memory() is what live tensors hold
+    all                   a padded row equals the row alone; all tokens fed are seen; memory() equals the live tensors
 
     worth = KL(with the prompt || without it)    lost = KL(without a cache || with it), both means over what follows it
 
-An evicting or selecting cache must also equal the full cache where its budget is above the length, and a packing one
+An evicting or selecting cache must also equal the full cache if its budget is above the length, and a packing one must
 lose next to nothing at 8 bits.
 """
 
@@ -40,18 +40,18 @@ def check(
     caches: Sequence[str] | None = None,
     tell: Callable[[Checked], None] = lambda checked: None,
 ) -> list[Checked]:
-    """Runs caches on a model, and compares what they give with the model run without a cache.
+    """Runs caches on a model, and compares their logits with those of the model without a cache.
 
         for checked in check(model, ["h2o", "gear:bits=2"]):
             print(checked.cache, checked.outcome, checked.reason)
 
-    The last row is of transformers' own DynamicCache, unless all caches refuse the model: where that is at fault,
-    nothing above it can be trusted. The model's attention is as it was afterwards. `small_model` makes a model that is
-    checked in seconds.
+    The last row is transformers' own DynamicCache, unless all caches refuse the model: if that is at fault, nothing
+    above it can be trusted. The model's attention is restored afterwards. `small_model` makes a model that is checked
+    in seconds.
 
     Args:
-        caches: as the registry writes them, and `across`, `swiftkv` and `prefix`; None for all, and variants.
-        tell: is called with each result as it comes.
+        caches: as the registry writes them, and `across`, `swiftkv` and `prefix`; None for all of them and variants.
+        tell: called with each result as it comes.
 
     Raises:
         ValueError: an unknown cache.
@@ -96,7 +96,7 @@ def _checked(spec: str, method: Method | None, settings: dict[str, Any], subject
 
 
 def _is_refusal(error: Exception, building: bool) -> bool:
-    """True for what kvcompress itself raised about the model, and did not stumble over."""
+    """True if kvcompress itself refused the model, and did not fail by accident."""
     if not isinstance(error, ValueError | TypeError) or error.__traceback__ is None:
         return False
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]

@@ -15,7 +15,7 @@ class HeldTokens:
 
     def __init__(self, cache: Any) -> None:
         self._follows = isinstance(cache, EvictingCache)
-        # the columns fed, and of each layer the places of tokens held, [batch, kv_heads, slots], -1 for none
+        # the columns fed, and for each layer the positions of the tokens held, [batch, kv_heads, slots], -1 for none
         self.forwards: list[tuple[int, list[Tensor]]] = []
 
     def note(self, cache: Any, stop: int) -> None:
@@ -23,7 +23,8 @@ class HeldTokens:
             self.forwards.append((stop, [layer.slots.positions.clone().long() for layer in cache.layers]))
 
     def allowed(self, row: int, pads: int, tokens: int) -> list[Tensor]:
-        """Who was held when whom was fed, of each layer, [kv_heads, tokens, tokens] bool."""
+        """For each layer, whether a token (last dimension) was held when another was fed: [kv_heads, tokens, tokens]
+        bool."""
         layers = []
         for layer in range(len(self.forwards[0][1])):
             kv_heads = self.forwards[0][1][layer].shape[1]
@@ -41,7 +42,7 @@ class HeldTokens:
 
 
 def overlap(held: Tensor, wanted: Tensor) -> float:
-    """Of the tokens wanted [kv_heads, slots], -1 for none, the share that is held."""
+    """The share of the tokens wanted, [kv_heads, slots], -1 for none, that is held."""
     pairs = zip(held.tolist(), wanted.tolist(), strict=True)
     sets = [({*one} - {-1}, {*other} - {-1}) for one, other in pairs]
     return sum(len(one & other) for one, other in sets) / max(1, sum(len(other) for _, other in sets))

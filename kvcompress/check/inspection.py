@@ -20,7 +20,7 @@ from kvcompress.registry import Method
 from kvcompress.swiftkv.cache import AcrossKVCache, SwiftKVCache
 
 _GENERATED = 4
-# settings with which texts as short as these do what long ones do
+# settings with which texts as short as these take the paths of long ones
 _SHORT: dict[str, dict[str, Any]] = {
     "kvzip": {"chunk": 64},
     "shadowkv": {"outlier_chunks": 2, "local_chunks": 2, "fold": 8},
@@ -30,7 +30,7 @@ _SHORT: dict[str, dict[str, Any]] = {
 class Inspection:
     """One cache on one model.
 
-    stage: where the check is. building: until the first cache is there. may_refuse: until a first forward went well.
+    stage: what is being checked. building: until the first cache is built. may_refuse: until a first forward succeeds.
     """
 
     def __init__(self, subject: Subject, method: Method | None, settings: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ class Inspection:
         self.method = method
         self.settings = settings
         self.stage = "building the cache"
-        # where it is another cache's than the one asked for
+        # names another cache than the one that was asked for, if that is at fault
         self.whose = ""
         self.building = self.may_refuse = True
         self.promises = Promises(subject)
@@ -53,13 +53,13 @@ class Inspection:
         self._generate(self._build)
         self._give_room(cache)
         if isinstance(cache, SwiftKVCache):
-            # a converted model has code of its own for any cache
+            # a converted model has its own code for any cache
             self.whose = f"{FULL}, "
             self._alone_and_padded(self.subject.model, self._full)
             self._generate(self._full)
 
     def _alone_and_padded(self, model: PreTrainedModel, build: Callable[[], Any]) -> Any:
-        """Feeds each row alone, then both as a batch; gives back a cache that was used."""
+        """Feeds each row alone, then both as a batch; returns a cache that was used."""
         subject = self.subject
         alone: list[tuple[Tensor, HeldTokens]] = []
         for index, row in enumerate(subject.rows):
@@ -102,10 +102,10 @@ class Inspection:
         stops: Sequence[int],
         held: HeldTokens | None = None,
     ) -> tuple[int, Tensor]:
-        """Feeds columns up to each stop; the first column that was fed, and the logits from there on.
+        """Feeds columns up to each stop; returns the first column that was fed, and the logits from there on.
 
         Args:
-            ids, mask: [batch, columns]; None: no padding, and the model finds positions by itself.
+            ids, mask: [batch, columns]; no mask: no padding, and the model finds positions by itself.
         """
         first = int(cache.get_seq_length())
         logits: list[Tensor] = []
@@ -123,7 +123,7 @@ class Inspection:
         return first, torch.cat(logits, 1)
 
     def _generate(self, build: Callable[[], Any]) -> None:
-        """Compares what `generate` gets from a cache, under each name, with what the same tokens get fed by hand."""
+        """Compares the logits of `generate`, with either argument name, with those of the same tokens fed by hand."""
         model: Any = self.subject.model
         prompt, fed = PROMPTS[0], PROMPTS[0] + _GENERATED - 1
         ids, mask = (part[:, :prompt] for part in self.subject.batch)
@@ -157,7 +157,7 @@ class Inspection:
                 self.promises.check_equal(got.to(wanted), wanted[row], 1)
 
     def _give_room(self, cache: Any) -> None:
-        """Compares a cache that has room for everything with none."""
+        """Compares a cache whose budget is above the length with the model without a cache."""
         subject = self.subject
         _, kv_heads, head_dim = hf.head_counts(subject.model.config)
         roomy = f"budget {ROOM}, above the length"

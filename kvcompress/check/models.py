@@ -12,24 +12,24 @@ from kvcompress.loading import ModelUnavailableError
 
 
 def small_model(name: str | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A tiny model of random weights, with the architecture of another: its kinds of layers and windows, head_dim,
-    query heads a KV head, rotary embeddings, biases, softcaps.
+    """A tiny model with random weights and the architecture of another: its kinds of layers and windows, head_dim,
+    query heads per KV head, rotary embeddings, biases, softcaps.
 
     Args:
         name: a hub id, a local folder, a .gguf file or a model type such as qwen3; None for the default model, or a
-            Llama where that is not installed.
+            Llama if that is not installed.
 
     Raises:
         ModelUnavailableError: there is no such config, or no small model can be made of it.
-        ValueError: it is of a kind that kvcompress does not serve, such as an encoder-decoder or a multimodal model, or
-            torch knows no such device here.
+        ValueError: it is of a kind that kvcompress does not support, such as an encoder-decoder or a multimodal model,
+            or torch has no such device here.
     """
     config = read_config(name)
     hf.check_served(config, config.model_type)
     text = config.get_text_config(decoder=True)
     if text is not config:
         raise ValueError(
-            f"{config.model_type} is multimodal; kvcompress serves text models: check its language model, "
+            f"{config.model_type} is multimodal; kvcompress supports text models: check its language model, "
             f"{text.model_type}"
         )
     loading.check_device(device)

@@ -1,4 +1,4 @@
-"""What came of checking a cache."""
+"""The result of checking a cache."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,13 +11,13 @@ Outcome = Literal["OK", "REFUSED", "FAULT"]
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of one cache.
+    """The result for one cache.
 
-    outcome: OK; REFUSED: the model has what the cache does not serve, and it said so; FAULT: it went wrong.
-    reason: of a refusal or a fault, in one line.
-    difference: the largest seen between logits that must be equal, over the largest logit; None: none were compared.
-    lost: by a packing cache, as a share of what the prompt is worth; None for others.
-    trace: of a refusal or a fault.
+    outcome: OK; REFUSED: the cache does not support something about the model, and said so; FAULT: it went wrong.
+    reason: of a refusal or a fault, on one line.
+    difference: the largest difference of logits that must be equal, over the largest logit; None: none were compared.
+    lost: what a packing cache loses, as a share of what the prompt is worth; None for others.
+    trace: the traceback of a refusal or a fault.
     """
 
     cache: str

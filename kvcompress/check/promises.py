@@ -1,4 +1,4 @@
-"""What each kind of cache promises; a `Fault` says what is not kept."""
+"""What each kind of cache promises; a `Fault` says which promise is broken."""
 
 import itertools
 import weakref
@@ -17,26 +17,26 @@ from kvcompress.check.outcome import Fault
 from kvcompress.check.subject import DOCUMENT, FED, PROMPTS, Subject, divergence, pads_before
 from kvcompress.swiftkv.cache import AcrossKVCache
 
-# tokens that evicting caches keep; more than all that is fed
+# the budget of evicting caches; one above the length of everything fed
 BUDGET, ROOM = 48, 320
-# largest difference of logits over the largest logit: sums in other order are far below, one token too few above
+# allowed difference of logits, over the largest logit: sums in another order are far below, a missing token above
 _TOLERANCE = 1e-3
-# the same, in what the prompt is worth, for a padded row and the row alone, where rounding may turn a choice over; in
-# half precision also for what must be exact
+# allowed KL, over what the prompt is worth, between a padded row and the row alone, where rounding may change a choice;
+# in half precision also for what must be exact
 _SAME = 0.1
-# what codes of so many bits may lose of the worth. How much they do differs with how sharply a model attends; what
+# what codes of so many bits may lose of the worth. How much they lose depends on how sharply a model attends; code that
 # reads them wrongly shows at 8 bits
 _LOST = {2: 1.0, 3: 0.8, 4: 0.6, 8: 0.05}
-# by how much codes of so many bits may miss keys and values, over their norm: twice what is measured; another token's
-# are missed by 1.4
+# allowed error of keys and values in codes of so many bits, over their norm: twice what is measured; another token's
+# have an error of 1.4
 _MISSED = {2: 0.8, 3: 0.4, 4: 0.2, 8: 0.01}
 _EXACT = (torch.float32, torch.float64)
 
 
 class Promises:
-    """What is compared with the model run without a cache.
+    """Compares a cache with the model run without one.
 
-    difference, lost: as `Checked` has them, so far.
+    difference, lost: as in `Checked`, so far.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -50,11 +50,11 @@ class Promises:
         for place, index in enumerate(rows):
             row, pads = subject.rows[index], pads_before(index) if len(rows) > 1 else 0
             prompt = PROMPTS[index]
-            # where a prefix was given, a shorter row is fed some of it again, for nothing
+            # with a prefix, a shorter row is fed part of it again, without effect
             at = max(first - pads, DOCUMENT if first else 0)
             got, truth = logits[place, at + pads - first :], subject.truth[index]
             if not bool(torch.isfinite(got).all()):
-                raise Fault("logits that are not finite numbers")
+                raise Fault("some logits are not finite numbers")
             if isinstance(cache, EvictingCache):
                 self._check_count(cache, held, place, pads)
             if isinstance(cache, EvictingCache) and not (cache.rerotated or cache.packed):
@@ -70,7 +70,7 @@ class Promises:
                 self.check_equal(got, truth[at:], prompt - at)
 
     def check_equal(self, got: Tensor, truth: Tensor, prompt: int) -> None:
-        """Raises where logits [tokens, vocabulary] differ, whose first `prompt` tokens are the prompt's."""
+        """Raises if logits [tokens, vocabulary] differ; the first `prompt` tokens are the prompt's."""
         single = sum(1 for _ in itertools.takewhile(lambda fed: fed == 1, FED))
         ends = [("the prompt", prompt), ("single tokens", prompt + single), ("second turn", len(truth))]
         start = 0
@@ -90,7 +90,7 @@ class Promises:
             start = end
 
     def check_lost(self, got: Tensor, truth: Tensor, bits: int) -> None:
-        """Raises where logits [tokens, vocabulary] after a prompt lost more than codes of so many bits may."""
+        """Raises if logits [tokens, vocabulary] after a prompt lost more than codes of so many bits may."""
         lost = float(divergence(truth, got)) / self.subject.worth
         self.lost = max(self.lost or 0.0, lost)
         if not lost <= _LOST[bits]:
@@ -99,7 +99,7 @@ class Promises:
             )
 
     def _check_codes(self, cache: Any, place: int, index: int) -> None:
-        """Raises where the first layer's codes of a row of the cache do not stand for what the layer was fed."""
+        """Raises if the first layer's codes of a row do not decode to what the layer was fed."""
         most = _MISSED[short_bits(cache)]
         for keys, values, positions in _stored(cache.layers[0]):
             held = positions[place] >= 0  # [kv_heads, tokens]
@@ -110,10 +110,10 @@ class Promises:
                 wanted = fed.gather(1, at)[held].float()
                 missed = float((said.float()[held] - wanted).norm() / wanted.norm().clamp(min=1e-6))
                 if not missed <= most:
-                    raise Fault(f"{name} of layer 0 are missed by {missed:.0%} of their norm, more than {most:.0%}")
+                    raise Fault(f"{name} of layer 0 are off by {missed:.0%} of their norm, more than {most:.0%}")
 
     def check_row(self, padded: Tensor, alone: Tensor) -> None:
-        """Raises where a row of the batch, [columns, vocabulary], is told other things than the row alone."""
+        """Raises if a row of the batch gets other logits, [columns, vocabulary], than the row alone."""
         follows = sum(FED)
         apart = float(divergence(alone[-follows:], padded[-follows:])) / self.subject.worth
         # two that lose something may lose different things
@@ -121,7 +121,7 @@ class Promises:
             raise Fault(f"it differs from the row alone by {apart:.0%} of what the prompt is worth")
 
     def check_kept(self, batch: HeldTokens, alone: HeldTokens, index: int) -> None:
-        """Raises where a padded row keeps other tokens than the row alone, but for a few that rounding turned over."""
+        """Raises if a padded row keeps other tokens than the row alone, except a few that rounding may change."""
         least = 1 - _SAME if self.subject.model.dtype in _EXACT else 0.5
         for (_, padded), (_, wanted) in zip(batch.forwards, alone.forwards, strict=True):
             shares = [overlap(one[index], own[0]) for one, own in zip(padded, wanted, strict=True)]
@@ -130,7 +130,7 @@ class Promises:
                 raise Fault(f"layer {layer} keeps {shares[layer]:.0%} of the tokens that it keeps of the row alone")
 
     def _check_count(self, cache: EvictingCache, held: HeldTokens, row: int, pads: int) -> None:
-        """Raises where the number of tokens kept of a row after any forward is not what the budget says."""
+        """Raises if the number of tokens kept of a row after any forward is not what the budget says."""
         for stop, positions in held.forwards:
             tokens = stop - pads
             kept = [(each[row] >= 0).sum(-1).float() for each in positions]
@@ -145,13 +145,13 @@ class Promises:
                     raise Fault(f"layer {index} keeps {span} of {tokens} tokens, with a budget of {BUDGET}")
 
     def check_memory(self, cache: CompressedCache) -> None:
-        """Raises where `memory()` does not tell what the cache holds, or an evicting cache holds too much."""
+        """Raises if `memory()` does not report what the cache holds, or an evicting cache holds too much."""
         report, held = cache.memory(), _live_bytes(cache)
         if report.total_bytes != held:
-            raise Fault(f"memory() tells {report.total_bytes} bytes, and the live tensors hold {held}")
+            raise Fault(f"memory() reports {report.total_bytes} bytes, but the live tensors hold {held}")
         windows = [layer.window for layer in cache.layers if layer.window is not None]
         if isinstance(cache, EvictingCache) and min(windows, default=ROOM) > BUDGET:
-            # what a policy knows of the queries does not grow with the text
+            # a policy's statistics of the queries do not grow with the text
             slots = held - report.by_component.get("statistics", 0)
             if slots >= report.full_bytes:
                 raise Fault(f"slots take {slots} bytes, the full cache {report.full_bytes}")
@@ -159,11 +159,11 @@ class Promises:
     def check_seen(self, cache: Any, fed: int) -> None:
         seen = int(cache.get_seq_length())
         if seen != fed:
-            raise Fault(f"{fed} tokens were fed, and the cache has seen {seen}")
+            raise Fault(f"{fed} tokens were fed, but the cache has seen {seen}")
 
 
 def short_bits(cache: Any) -> int:
-    """Of the shorter codes of a packing cache."""
+    """Bits of the shorter codes of a packing cache."""
     if isinstance(cache, EvictingCache):
         assert cache.packed is not None
         return cache.packed.bits
@@ -171,8 +171,8 @@ def short_bits(cache: Any) -> int:
 
 
 def _stored(layer: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What a packing layer holds, unpacked: keys, values [batch, kv_heads, tokens, head_dim] and places in their
-    sequences [batch, kv_heads, tokens] int64, -1 where there is none."""
+    """What a packing layer holds, unpacked: keys, values [batch, kv_heads, tokens, head_dim] and positions [batch,
+    kv_heads, tokens] int64, -1 for no token."""
     if isinstance(layer, EvictingLayer):
         assert layer.slots is not None
         return [(*layer.slots.contents(), layer.slots.positions.long())]
@@ -182,7 +182,7 @@ def _stored(layer: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _live_bytes(cache: Any) -> int:
-    """Bytes of every storage that an object holds on to; models are referred to, not held."""
+    """Bytes of every storage that an object refers to, without those of models."""
     found: dict[tuple[str, int], int] = {}
     visited: set[int] = set()
     queue = [cache]

@@ -1,4 +1,4 @@
-"""What a check feeds a model, and what the model gives without a cache.
+"""What a check feeds a model, and the model's logits without a cache.
 
 Two rows of random tokens, of different lengths and with a common beginning, each followed by a few single tokens, a
 second turn, and single tokens again.
@@ -18,12 +18,12 @@ from kvcompress.hf import judge
 from kvcompress.swiftkv.conversion import convert, first_later
 from kvcompress.swiftkv.model import SwiftKVModel
 
-# what the rows begin with, how long they are, and what they are then fed: single tokens, a second turn, single tokens
+# the rows' common beginning, their lengths, and what they are then fed: single tokens, a second turn, single tokens
 DOCUMENT, PROMPTS, FED = 64, (200, 153), (1, 1, 1, 9, 1, 1)
 
 
 class Subject:
-    """A model, what it is fed, and what it gives without a cache."""
+    """A model, what it is fed, and its logits without a cache."""
 
     # columns at which forwards end
     stops = tuple(itertools.accumulate(FED, initial=PROMPTS[0]))
@@ -43,27 +43,27 @@ class Subject:
 
     @functools.cached_property
     def judge(self) -> PreTrainedModel:
-        """The model without a cache, whose attention takes a mask for each head."""
+        """The model without a cache, with attention that takes a mask for each head."""
         return judge.judge_of(self.model)
 
     @functools.cached_property
     def converted(self) -> "Subject":
-        """The same of the model as SwiftKV has it."""
+        """The same subject with the model converted to SwiftKV."""
         if isinstance(self.model, SwiftKVModel):
             return self
         return Subject(convert(self.model, share=smallest_share(self.model.config)))
 
     @functools.cached_property
     def truth(self) -> list[Tensor]:
-        """Of each row the logits without a cache, [tokens, vocabulary]."""
+        """For each row, the logits without a cache, [tokens, vocabulary]."""
         return [self.without_cache(row) for row in self.rows]
 
     @functools.cached_property
     def first_layer(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each row the keys and values that the first layer is fed, [kv_heads, tokens, head_dim]."""
+        """For each row, the keys and values that the first layer is fed, [kv_heads, tokens, head_dim]."""
         fed = []
         for row in self.rows:
-            # without a config it keeps what has left a window
+            # without a config, DynamicCache keeps tokens that have left a window
             cache: Any = DynamicCache()
             with torch.no_grad():
                 self.judge(row[None], use_cache=True, **hf.cache_argument(self.judge, cache))
@@ -72,13 +72,13 @@ class Subject:
 
     @functools.cached_property
     def worth(self) -> float:
-        """What the prompt is worth to what follows it, in nats a token."""
+        """What the prompt is worth to what follows it, in nats per token."""
         follows = sum(FED)
         without = [self.without_cache(row[-follows:]) for row in self.rows]
         worth = torch.stack(
             [divergence(known[-follows:], bare) for known, bare in zip(self.truth, without, strict=True)]
         )
-        # a model that does not listen to its prompt could not be checked by what it says
+        # a model that ignores its prompt could not be checked by its logits
         return max(float(worth.mean()), 1e-4)
 
     @torch.no_grad()
@@ -86,7 +86,8 @@ class Subject:
         """The logits of one row [tokens] without a cache, [tokens, vocabulary].
 
         Args:
-            allowed: for each layer who may attend to whom beside what the model forbids, [kv_heads, tokens, tokens].
+            allowed: for each layer, which token may attend to which, within the model's own mask, as bool [kv_heads,
+                tokens, tokens].
         """
         with contextlib.ExitStack() as stack:
             for layer, seen in enumerate(allowed or ()):
@@ -95,17 +96,17 @@ class Subject:
 
 
 def pads_before(row: int) -> int:
-    """Columns of padding before a row of the batch."""
+    """How many columns of padding precede a row of the batch."""
     return PROMPTS[0] - PROMPTS[row]
 
 
 def rows_of(model: PreTrainedModel) -> list[Tensor]:
-    """Two rows of tokens, one after the other in length, which begin alike."""
+    """Two rows of tokens with a common beginning, the longer one first."""
     device, vocabulary = hf.input_device(model), hf.sizes(model.config).vocabulary
     follows = sum(FED)
     lengths = [prompt + follows for prompt in PROMPTS]
     generator = torch.Generator().manual_seed(7)
-    # no token twice, where there are enough: policies may score two of a kind alike up to rounding
+    # no token twice if there are enough: policies may score equal tokens alike up to rounding
     needed = sum(lengths) - DOCUMENT
     drawn = torch.cat([torch.randperm(vocabulary, generator=generator) for _ in range(-(-needed // vocabulary))])
     start = DOCUMENT
@@ -131,7 +132,7 @@ def pad_token(model: PreTrainedModel) -> int:
 
 
 def divergence(truth: Tensor, got: Tensor) -> Tensor:
-    """Mean KL divergence of logits [tokens, vocabulary] from the true ones, in nats a token."""
+    """Mean KL divergence of logits [tokens, vocabulary] from the true ones, in nats per token."""
     true, said = (logits.float().log_softmax(-1) for logits in (truth, got.to(truth.device)))
     return (true.exp() * (true - said)).sum(-1).mean()
 

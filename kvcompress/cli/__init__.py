@@ -1,6 +1,6 @@
 """The command line: sweep, report, eval, generate, plan, check, distill; bench, study and peers.
 
-Heavy imports wait until a command runs. A user's mistake is one line on stderr and exit status 2.
+Heavy imports wait until a command runs. A user's mistake gives one line on stderr and exit status 2.
 """
 
 import os
@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# what else is asked for is the harness's
+# all other flags are lm-eval's
 _OF_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("eval", context_settings=_OF_EVAL)(with_options(sweeps.evaluate))
 for function in (sweeps.sweep, sweeps.report, generation.generate, plans.plan, checks.check, distillation.distill):
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit status: 0, or 1 where a point failed, 2 for a mistake, 130 for an interruption.
+        The exit status: 0, or 1 if a point failed, 2 for a user's mistake, 130 for an interruption.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command: Any = typer.main.get_command(app)
@@ -42,14 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
-        # whoever read our output has gone; leave nothing for the interpreter to flush
+        # the reader of our output is gone; leave nothing for the interpreter to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if isinstance(error, UsageError):
             message = str(error)
         elif hasattr(error, "format_message"):
-            # typer carries click inside itself, or beside: its errors are known by this
+            # typer may bundle click or import it: its errors are recognised by this
             message = error.format_message()
         else:
             raise
@@ -95,7 +95,10 @@ def options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_versions, is_eager=True, help="Of kvcompress, and of what it stands on."
+            "--version",
+            callback=_show_versions,
+            is_eager=True,
+            help="Show kvcompress's version and its dependencies'.",
         ),
     ] = False,
 ) -> None:

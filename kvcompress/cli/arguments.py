@@ -1,4 +1,4 @@
-"""What the commands read from a user, and how a mistake is told."""
+"""What the commands read from a user, and how they report a mistake."""
 
 import contextlib
 import inspect
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# what is measured unless told: registry.USUAL
+# the default of --methods: registry.USUAL
 METHODS = "usual"
-# in a help text, until it is asked for: registry.METHODS, which takes seconds to import
+# stands in help texts for registry.METHODS, which takes seconds to import, until the help is shown
 KNOWN = "{methods}"
 
 ModelOption = Annotated[str | None, "Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct."]
-DeviceOption = Annotated[str | None, "cpu, cuda, cuda:1, ...; else a GPU where there is one."]
-CacheOption = Annotated[str, f"With settings as in h2o:sinks=4:bits=4. Of {KNOWN}."]
+DeviceOption = Annotated[str | None, "cpu, cuda, cuda:1, ...; else a GPU if there is one."]
+CacheOption = Annotated[str, f"With settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."]
 
 
 def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as typer takes it, whose parameters say in words what they are: `Annotated[int, "decode steps"]`."""
+    """The function as typer takes it; its parameters carry their help texts: `Annotated[int, "decode steps"]`."""
     hints = get_type_hints(function, include_extras=True)
     parameters = [
         parameter.replace(annotation=_option(parameter.name, hints[parameter.name]))
@@ -45,13 +45,13 @@ def _option(name: str, hint: Any) -> Any:
     kind, words = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
     if kind is typer.Context or not isinstance(words, str | None):
         return hint
-    # a flag is set, and not set to no
+    # a flag has no --no- form
     names = [f"--{name.replace('_', '-')}"] if kind is bool else []
     return Annotated[kind, typer.Option(*names, help=words)]
 
 
 class UsageError(Exception):
-    """A user's mistake, in one line."""
+    """A user's mistake, described on one line."""
 
 
 def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedModel, Any]":
@@ -62,7 +62,7 @@ def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedM
 
     logging.disable_progress_bar()
     if device is None:
-        # of the processes of a launcher, each has its own
+        # each process of a launcher has its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         with user_errors():
@@ -72,7 +72,7 @@ def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedM
 
 
 def check_extra(extra: str, *packages: str) -> None:
-    """Refuses to begin what would end, perhaps after hours, at an import."""
+    """Fails early if packages are missing, rather than at an import after hours of work."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise UsageError(f"this command needs {', '.join(missing)}: pip install 'kvcompress[{extra}]'")
@@ -89,7 +89,7 @@ def as_dtype(name: str) -> "torch.dtype":
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Within it, an error about values is the user's mistake, because nothing but the user's values is looked at."""
+    """Within it, errors about values count as the user's mistakes, because only the user's values are checked there."""
     from kvcompress.loading import ModelUnavailableError
 
     try:
@@ -115,7 +115,7 @@ def count(text: str) -> int:
 
 
 def as_budget(text: str) -> int | float:
-    """A count of tokens where it is written as an integer, else a fraction."""
+    """A count of tokens if it is written as an integer, else a fraction."""
     try:
         return Budget.parse(text).amount
     except ValueError as error:
@@ -133,7 +133,7 @@ def as_object(option: str, text: str) -> dict[str, Any]:
 
 
 def unescaped(text: str) -> str:
-    """A shell passes \\n as two characters."""
+    """Turns \\n, which a shell passes as two characters, into a line break."""
     return text.replace("\\n", "\n")
 
 

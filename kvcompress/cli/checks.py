@@ -1,4 +1,4 @@
-"""The command check: every cache against the model run without one."""
+"""The command check: compares every cache with the model run without one."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,16 +17,16 @@ def check(
     ] = None,
     caches: Annotated[
         str | None,
-        f"By commas, with settings as in h2o:bits=4. Of {KNOWN}, across, swiftkv, prefix; else all of them.",
+        f"Comma-separated, with settings as in h2o:bits=4; else all. Known: {KNOWN}, across, swiftkv, prefix.",
     ] = None,
-    weights: Annotated[bool, "Check the model itself, and not a tiny random one of its architecture."] = False,
-    verbose: Annotated[bool, "With the traceback of each refusal and fault."] = False,
+    weights: Annotated[bool, "Check the model itself instead of a tiny random one of its architecture."] = False,
+    verbose: Annotated[bool, "Show the traceback of each refusal and fault."] = False,
     dtype: Annotated[str, "With --weights: float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
 ) -> int:
-    """Tell whether kvcompress works here, with this model: every cache against the model run without one.
+    """Tell whether kvcompress works here, with this model: compare every cache with the model run without one.
 
-    What it prints is what a bug report needs. The exit status is 1 where a cache is at fault.
+    It prints what a bug report needs. The exit status is 1 if a cache is at fault.
     """
     import torch
     from transformers import logging
@@ -49,7 +49,7 @@ def check(
     if weights:
         checked_model, _ = load(model, dtype, device)
     else:
-        # products this small gain nothing from threads, and lose much where cores are busy
+        # products this small gain nothing from threads, and lose much if cores are busy
         torch.set_num_threads(1)
         with user_errors():
             checked_model = small_model(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -66,8 +66,8 @@ def check(
     rows = checking.check(checked_model, specs, show_one)
     count_of = {outcome: sum(row.outcome == outcome for row in rows) for outcome in ("OK", "REFUSED", "FAULT")}
     print(f"\n{count_of['OK']} OK, {count_of['REFUSED']} refused, {count_of['FAULT']} at fault")
-    print("difference: the largest between logits that must be equal, over the largest logit")
-    print("lost: by packed tokens, of what the prompt is worth to what follows it")
+    print("difference: the largest difference of logits that must be equal, over the largest logit")
+    print("lost: the share of the prompt's worth, to what follows it, that packing loses")
     return 1 if count_of["FAULT"] else 0
 
 

@@ -1,4 +1,4 @@
-"""The command distill: a model converted to SwiftKV, and what is new trained by its own teacher."""
+"""The command distill: converts a model to SwiftKV, and trains what is new with the original model as teacher."""
 
 import dataclasses
 import os
@@ -14,26 +14,26 @@ def distill(
     context: typer.Context,
     data: Annotated[list[Path], typer.Argument(help="Text files, or .jsonl with a text or a chat per line.")],
     model: ModelOption = None,
-    out: Annotated[Path, "Folder for the model, losses and checkpoints; an old run goes on."] = Path("swiftkv"),
-    skip_from: Annotated[str, "First layer the prompt skips: index, or fraction (0.5)."] = "0.5",
-    share: Annotated[int, "Later layers that share keys and values."] = 1,
+    out: Annotated[Path, "Folder for the model, losses and checkpoints; an earlier run is resumed."] = Path("swiftkv"),
+    skip_from: Annotated[str, "First layer that prompts skip: its index, or a fraction (0.5)."] = "0.5",
+    share: Annotated[int, "How many later layers share keys and values."] = 1,
     steps: Annotated[int, "Updates."] = 1000,
     batch: Annotated[int, "Rows per process and forward."] = 1,
     accumulate: Annotated[int, "Forwards per update."] = 1,
-    length: Annotated[int, "Tokens of a row at most."] = 2048,
-    fit_tokens: Annotated[int, "Fit keys and values to so many by least squares first."] = 0,
+    length: Annotated[int, "Maximum tokens per row."] = 2048,
+    fit_tokens: Annotated[int, "First fit keys and values to so many tokens by least squares."] = 0,
     learning_rate: Annotated[float, "The highest."] = 2e-4,
-    hidden_weight: Annotated[float, "Of the hidden states' squared error."] = 1.0,
-    precision: Annotated[str, "Of the forwards: no, bf16 or fp16."] = "no",
-    checkpointing: Annotated[bool, "Compute layers twice, hold less."] = False,
+    hidden_weight: Annotated[float, "Weight of the hidden states' squared error."] = 1.0,
+    precision: Annotated[str, "Precision of the forwards: no, bf16 or fp16."] = "no",
+    checkpointing: Annotated[bool, "Compute layers twice, to hold less memory."] = False,
     save_every: Annotated[int, "Updates between checkpoints."] = 100,
     log_every: Annotated[int, "Updates between lines of progress."] = 10,
-    seed: Annotated[int, "Of the data's order."] = 0,
-    dtype: Annotated[str, "Of the frozen weights: float32, bfloat16, float16 or auto."] = "float32",
+    seed: Annotated[int, "Seed of the data's order."] = 0,
+    dtype: Annotated[str, "Dtype of the frozen weights: float32, bfloat16, float16 or auto."] = "float32",
 ) -> None:
-    """Convert a model to SwiftKV and train what is new by its own teacher: accelerate launch -m kvcompress distill ...
+    """Convert a model to SwiftKV and distill the original into it: accelerate launch -m kvcompress distill ...
 
-    The folder then loads as any model: load_model("swiftkv").
+    The folder then loads like any model: load_model("swiftkv").
     """
     check_extra("distill", "accelerate")
     for path in data:
@@ -51,7 +51,7 @@ def distill(
     values = {name: value for name, value in context.params.items() if name in names}
     with user_errors():
         settings = distillation.Distillation(**values)
-    # each process then moves it to the device that is its own
+    # each process then moves it to its own device
     loaded, tokenizer = load(model, dtype, "cpu")
     with user_errors():
         student: Any = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)

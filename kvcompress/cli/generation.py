@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class _Clock:
-    """Notes when each token came, and hands it to what prints it."""
+    """Records when each token came, and passes it to the printer."""
 
     def __init__(self, printer: Any) -> None:
         self.printer = printer
@@ -34,7 +34,7 @@ def generate(
     budget: Annotated[str, "Tokens kept (512), or a fraction of those seen (0.2)."] = "512",
     max_new_tokens: Annotated[int, "At most so many."] = 256,
     temperature: Annotated[float, "0 is greedy."] = 0.0,
-    raw: Annotated[bool, "Continue the prompt, without the chat template."] = False,
+    raw: Annotated[bool, "Continue the prompt without the chat template."] = False,
     seed: Annotated[int, "Of sampling."] = 0,
     dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
@@ -65,7 +65,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answer: Any = loaded.generate
     answer(**inputs, **cache_argument(loaded, built), max_new_tokens=max_new_tokens, streamer=clock, **sampling)
-    # the first time is the prompt's, the second the first token's, which ends the prefill
+    # the first time is the prompt's; the second is the first token's, which ends the prefill
     prompt_tokens, new_tokens = inputs["input_ids"].shape[1], len(clock.times) - 1
     prefill, decode = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
     speed = f"{(new_tokens - 1) / decode:.1f} tokens/s" if new_tokens > 1 else "one token"

@@ -1,6 +1,7 @@
 """The commands `bench NAME`, `study NAME` and `peers NAME`: functions of evals, whose parameters are their options.
 
-Its docstring is the command's help. The functions need no typer: some run on a GPU where there is little else.
+A function's docstring is the command's help. The functions do not need typer, as some run on GPU machines that have
+little installed.
 """
 
 import functools
@@ -13,18 +14,18 @@ from typer.core import TyperCommand
 
 from kvcompress.cli.arguments import user_errors, with_options
 
-# of each group what it does, and of each of its commands module, function and what it does: known without the import of
-# the module, which takes seconds
+# for each group its help, and for each of its commands module, function and help: known without importing the module,
+# which takes seconds
 GROUPS: dict[str, tuple[str, dict[str, tuple[str, str, str]]]] = {
     "bench": (
-        "Measure speed and memory, beside transformers' own caches and torch's own attention.",
+        "Measure speed and memory against transformers' own caches and torch's own attention.",
         {
-            "speed": ("bench.speed", "main", "Decode and prefill beside transformers' DynamicCache."),
-            "shared-prefix": ("bench.shared_prefix", "main", "Prompts with one beginning, beside DynamicCache."),
+            "speed": ("bench.speed", "main", "Decode and prefill against transformers' DynamicCache."),
+            "shared-prefix": ("bench.shared_prefix", "main", "Prompts with a common beginning, against DynamicCache."),
             "stream": ("bench.stream", "main", "Perplexity past the length the model was trained for."),
-            "kernels": ("bench.kernels", "main", "Each kernel beside its reference and the best alternatives."),
-            "gpu": ("bench.gpu", "run", "All that needs a GPU, in under ten minutes."),
-            "aot": ("bench.aot", "main", "Compile every kernel for GPUs that are not there."),
+            "kernels": ("bench.kernels", "main", "Each kernel against its reference and the best alternatives."),
+            "gpu": ("bench.gpu", "run", "Everything that needs a GPU, in under ten minutes."),
+            "aot": ("bench.aot", "main", "Compile every kernel for GPUs that are not present."),
             "sass": ("bench.sass", "main", "A static roofline of every kernel, from its machine code."),
         },
     ),
@@ -36,7 +37,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, str, str]]]] = {
         },
     ),
     "peers": (
-        "Ask other libraries the prompts of a sweep.",
+        "Run the prompts of a sweep through other libraries.",
         {
             "prompts": ("peers.exchange", "prompts", "Write the prompts of a sweep for a peer."),
             "rows": ("peers.exchange", "rows", "Score a peer's answers, as rows of a sweep."),
@@ -46,7 +47,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, str, str]]]] = {
 
 
 class _RepeatsOptions(TyperCommand):
-    """Takes several words after an option that may be given more than once: --fit one.txt two.txt."""
+    """Takes several values after an option that may be given more than once: --fit one.txt two.txt."""
 
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
         repeated = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
@@ -62,7 +63,7 @@ class _RepeatsOptions(TyperCommand):
 
 
 def make_groups(arguments: Sequence[str]) -> dict[str, Any]:
-    """The groups of commands; the command that the arguments name comes with its options."""
+    """The groups of commands; the command that the arguments name has its options."""
     groups = {}
     for group, (about, commands) in GROUPS.items():
         app = typer.Typer(name=group, help=about, no_args_is_help=True, add_completion=False)
@@ -78,7 +79,7 @@ def make_groups(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _add(app: typer.Typer, name: str, measure: Callable[..., Any]) -> None:
     if name == "aot":
-        # it reads its words itself
+        # it parses its own arguments
         settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
         @app.command(name, context_settings=settings)
@@ -89,7 +90,7 @@ def _add(app: typer.Typer, name: str, measure: Callable[..., Any]) -> None:
 
     @functools.wraps(measure)
     def command(**values: Any) -> int:
-        # nothing but the user's values is looked at
+        # only the user's values are checked here
         with user_errors():
             return measure(**values) or 0
 

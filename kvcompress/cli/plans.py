@@ -17,15 +17,15 @@ from kvcompress.cli.arguments import (
 
 
 def plan(
-    context: Annotated[int, "Tokens a sequence will have in the end."],
+    context: Annotated[int, "Tokens that each sequence will have in the end."],
     model: ModelOption = None,
     batch: Annotated[int, "Sequences at a time."] = 1,
     budget: Annotated[str, "Tokens kept (2048), or a fraction of the context (0.2)."] = "0.2",
-    methods: Annotated[str, f"By commas. Of {KNOWN}."] = f"none,{METHODS}",
-    gpu_memory: Annotated[float, "Of the GPU, in GiB."] = 80.0,
-    dtype: Annotated[str, "Of weights and cache: float32, bfloat16, float16."] = "bfloat16",
+    methods: Annotated[str, f"Comma-separated. Known: {KNOWN}."] = f"none,{METHODS}",
+    gpu_memory: Annotated[float, "Memory of the GPU, in GiB."] = 80.0,
+    dtype: Annotated[str, "Dtype of weights and cache: float32, bfloat16, float16."] = "bfloat16",
 ) -> None:
-    """Tell, without loading weights, what each cache would need and which fits."""
+    """Tell, without loading weights, how much memory each cache would need and which fit."""
     tokens_kept = as_budget(budget)
     if not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be more than 0 GiB, got {gpu_memory}")
@@ -63,7 +63,7 @@ def plan(
     console = Console()
     console.print(table)
     console.print(
-        f"GPU of {gpu_memory:g} GiB. Prefill: activations of one forward over the context and, where a cache evicts, "
+        f"GPU of {gpu_memory:g} GiB. Prefill: activations of one forward over the context and, for caches that evict, "
         "the full keys and values of one layer (kvzip: of all). Feeding the prompt in chunks needs less."
     )
     if shape.longest is not None and context > shape.longest:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
 _TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
-# what --quick sets, where the user does not
+# what --quick sets, unless the user does
 _QUICK: dict[str, Any] = {
     "budgets": "0.2,0.5",
     "tasks": "needle,text",
@@ -50,14 +50,14 @@ _QUICK: dict[str, Any] = {
 def sweep(
     context: typer.Context,
     model: ModelOption = None,
-    methods: Annotated[str, f"By commas; with settings as in h2o:sinks=4:bits=4. Of {KNOWN}."] = METHODS,
+    methods: Annotated[str, f"Comma-separated, with settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."] = METHODS,
     budgets: Annotated[str, "Fractions of the length (0.2), or tokens (512)."] = _BUDGETS,
-    tasks: Annotated[str, "By commas; any other name is that of a task of lm-eval's."] = _TASKS,
+    tasks: Annotated[str, "Comma-separated; other names are tasks of lm-eval."] = _TASKS,
     lengths: Annotated[str, "Context lengths in tokens."] = "1024",
     samples: Annotated[int, "Prompts, or windows of text, per point."] = 20,
     protocols: Annotated[str, "By commas."] = "question-agnostic,question-aware",
     out: Annotated[Path, "Folder for rows, table, plot and page."] = Path("sweep"),
-    quick: Annotated[bool, "Some minutes on two cores; what else is set counts."] = False,
+    quick: Annotated[bool, "A few minutes on two cores; other options still apply."] = False,
     fresh: Annotated[bool, "Measure again what the folder already has."] = False,
     seed: Annotated[int, "Of the tasks."] = 0,
     hold_back: Annotated[int, "Question-aware: question tokens read after compression."] = 1,
@@ -77,7 +77,7 @@ def sweep(
 ) -> int:
     """Measure accuracy against memory: every method, at every budget, on every task.
 
-    Finished points are kept in the folder and not repeated; a point that fails is reported, and the rest goes on.
+    Finished points are kept in the folder and not repeated; a point that fails is reported, and the others continue.
     Several processes share the points of a folder: accelerate launch -m kvcompress sweep ...
     """
     check_extra("eval", "matplotlib")
@@ -128,8 +128,8 @@ def evaluate(
 ) -> int:
     """Run lm-eval's tasks through a cache. All other flags are those of `lm-eval run`: --tasks, --num_fewshot, ...
 
-    The context is compressed before what is held back is read, and every score comes through what is left. Bytes held
-    stand beside the scores, in the harness's own output.
+    The context is compressed before the part held back is read, and scores are computed with what is left. lm-eval's
+    own output then has the bytes held next to the scores.
     """
     check_extra("eval", "lm_eval")
     rest = list(context.args)
@@ -160,7 +160,7 @@ def run_sweep(
     dtype: str,
     device: str | None,
 ) -> int:
-    """One at a time in a folder, or several processes that share it; the tables in the end."""
+    """Runs one sweep at a time in a folder, or several processes that share it, and writes the tables at the end."""
     from filelock import FileLock, Timeout
 
     from kvcompress.evals.sweep import report
@@ -172,8 +172,7 @@ def run_sweep(
         read_text(settings.text)
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if fresh and processes > 1:
-        raise UsageError("--fresh is for a single process: several would forget one another's rows; use an empty --out")
-    # of several processes the first has the folder for all
+        raise UsageError("--fresh is for a single process: several would delete each other's rows; use an empty --out")
     lock = FileLock(folder / (".lock" if rank == 0 else f".lock.{rank}"), timeout=0)
     try:
         lock.acquire()
@@ -188,7 +187,7 @@ def run_sweep(
         try:
             rows = _run(work)
         except KeyboardInterrupt:
-            print(f"interrupted; the same command goes on from what {folder} has", file=sys.stderr)
+            print(f"interrupted; the same command continues from what {folder} has", file=sys.stderr)
             return 130
         if rank:
             return 0
@@ -197,7 +196,7 @@ def run_sweep(
 
 
 def _run(work: "Sweep") -> "list[Row]":
-    """Measures what is missing, with a bar of the time left; where there is no terminal, with a line per point."""
+    """Measures the missing points, with a progress bar, or without a terminal with a line per point."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -218,7 +217,7 @@ def _run(work: "Sweep") -> "list[Row]":
     hidden = not console.is_terminal or work.processes > 1
     bar = Progress(*columns, console=console, disable=hidden, speed_estimate_period=3600)
     with bar:
-        # progress counts tokens to read, so that long points weigh more
+        # progress counts tokens to read, so that long points count more
         total = sum(work.cost(point) for point in missing)
         task = bar.add_task(missing[0].title if missing else "", total=total, count=f"{done}/{len(work.points)}")
         finished = 0
@@ -227,7 +226,7 @@ def _run(work: "Sweep") -> "list[Row]":
             nonlocal finished
             finished += 1
             following = missing[finished].title if finished < len(missing) else "done"
-            # what other processes have done counts too
+            # points that other processes have done count too
             count = f"{max(done + finished, len(work.points) - len(work.missing()))}/{len(work.points)}"
             bar.update(task, advance=work.cost(point), description=following, count=count)
             said = f"{row['score']:.3f}" if row["status"] == "ok" else f"failed: {row['error'].splitlines()[0]}"

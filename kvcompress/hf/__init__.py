@@ -1,17 +1,17 @@
-"""All that kvcompress knows of transformers' names: one package, because those names move from release to release.
+"""Everything kvcompress knows of transformers' names, in one package, because they change from release to release.
 
-    calls       how a cache is handed to a model: argument names, hooks around a forward, both spellings
-    attention   the two doors: one attention function with its mask function
-    configs     what a config says, and which models are served
+    calls       how a cache is passed to a model: argument names, hooks around a forward, both spellings
+    attention   the attention function and its mask function
+    configs     what a config says, and which models are supported
     modules     where modules and devices are found
-    rotary      how a model makes its rotary embeddings
+    rotary      how a model computes its rotary embeddings
     parallel    how a model is split over processes
     fingerprint which model it is
     families    the model classes that a SwiftKV model is built on
     versions    which releases were tested
 
-Nothing outside of it matches, reads or passes a name of transformers' (tests/hf/test_seam.py): a cache among arguments
-is found by its type, and where a model was given one that its layers do not find, that is an error, never "no cache".
+No code outside it matches, reads or passes transformers' names (tests/hf/test_seam.py): a cache among arguments is
+found by its type, and if a model was given one that its layers do not find, that is an error, never "no cache".
 """
 
 from kvcompress.hf.attention import IMPLEMENTATION as IMPLEMENTATION

@@ -1,10 +1,10 @@
-"""The two doors into transformers: its Cache interface, and one attention function with its mask function.
+"""The two interfaces to transformers: its Cache, and one attention function with its mask function.
 
 In each attention layer a model calls its cache's `update(key, value, layer_idx)` and then the attention function
-registered under `config._attn_implementation`. A kvcompress layer's `update` hangs itself on the key tensor it returns;
-the attention function finds it there and lets it attend. A call whose key carries no such handle goes to the
-implementation the model had before, so other caches and training are as they were; unless it is part of a forward that
-was given a kvcompress cache, which is then an error.
+registered under `config._attn_implementation`. A kvcompress layer's `update` tags the key tensor that it returns with
+itself; the attention function finds it there and lets it attend. A call whose key carries no tag goes to the
+implementation the model had before, so other caches and training are unaffected; if the forward was given a kvcompress
+cache, such a call is an error.
 """
 
 import functools
@@ -26,18 +26,18 @@ IMPLEMENTATION = "kvcompress"
 _HANDLE = "_kvcompress_layer"
 # the implementation under each name of ours
 _PREVIOUS: dict[str, str] = {}
-# keyword arguments of an attention call: those heeded, and those that say nothing about who attends to whom
+# keyword arguments of an attention call: those used, and those that do not change which token attends to which
 _HEEDED = {"dropout", "is_causal", "position_ids", "s_aux", "scaling", "sliding_window", "softcap"}
 _WITHOUT_EFFECT = {
     "cache_position", "layer_type", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "use_cache",
-    # what a converted model hands to its layers
+    # what a converted model passes to its layers
     "single_input",
 }  # fmt: skip
 
 
 class Attends(Protocol):
-    """What the attention function asks of a cache layer. window: in tokens, None for full attention."""
+    """What the attention function needs of a cache layer. window: in tokens, None for full attention."""
 
     window: int | None
 
@@ -53,16 +53,16 @@ class Attends(Protocol):
 
 
 class TokensSeen(int):
-    """A number of tokens, from a kvcompress cache: how the mask function knows whom it works for."""
+    """A number of tokens, from a kvcompress cache: by this type the mask function knows the cache is one of ours."""
 
 
-# what a compiled step feeds: torch 2.11 cannot trace the making of one
+# what a compiled step feeds: torch 2.11 cannot trace the construction of one
 ONE_TOKEN = TokensSeen(1)
 
 
 def tag_key(key: Tensor, layer: Attends) -> Tensor:
-    """The key tensor with the handle by which the attention function finds the layer."""
-    # a view of its own: the caller's tensor stays free of the handle
+    """The key tensor with the tag by which the attention function finds the layer."""
+    # tag a view, so that the caller's tensor stays untagged
     key = key.view_as(key)
     setattr(key, _HANDLE, layer)
     return key
@@ -74,7 +74,7 @@ def register() -> None:
 
 
 def select_attention(model: PreTrainedModel) -> None:
-    """Makes the model's attention layers call kvcompress, which passes on what is not its own.
+    """Makes the model's attention layers call kvcompress, which passes on calls that are not for its caches.
 
     Raises:
         ValueError: the model's attention does not go through transformers' AttentionInterface.
@@ -103,17 +103,17 @@ def restore_attention(model: PreTrainedModel) -> None:
 
 
 def release(model: PreTrainedModel) -> None:
-    """Makes a model what it was before a cache was built for it: its attention, its hooks, its methods.
+    """Restores a model as it was before a cache was built for it: its attention, its hooks, its methods.
 
     Building a cache selects kvcompress's attention function in the model, which passes on what does not come through a
-    cache, and watches the model's forwards. Caches that were built for the model serve it no more: build them anew.
+    cache, and hooks the model's forwards. Caches that were built for the model no longer work with it: build new ones.
     """
     unwatch_forwards(model)
     restore_attention(model)
 
 
 class _BatchesContinuously(Shadow):
-    """Continuous batching has a cache of its own, and knows the attention by the name the model had before."""
+    """Continuous batching has its own cache, and needs the attention name that the model had before."""
 
     name = "init_continuous_batching"
 
@@ -129,7 +129,7 @@ def attention_name(module: nn.Module) -> str | None:
 
 
 def _register(previous: str) -> str:
-    """Registers the pair of functions over an implementation, and returns their name."""
+    """Registers both functions on top of an implementation, and returns their name."""
     # "flash" in a name makes transformers look for flash-attention
     name = IMPLEMENTATION if previous == "sdpa" else f"{IMPLEMENTATION}_{previous.replace('flash', 'fl')}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -161,21 +161,21 @@ def _attention(
     for name, value in kwargs.items():
         if value is not None and name not in _HEEDED and name not in _WITHOUT_EFFECT and not isinstance(value, Cache):
             raise ValueError(
-                f"{type(module).__name__} passes {name!r} to its attention, which kvcompress does not know; it serves "
-                f"attention with {', '.join(sorted(_HEEDED))}"
+                f"{type(module).__name__} passes {name!r} to its attention, which kvcompress does not know; it "
+                f"supports attention with {', '.join(sorted(_HEEDED))}"
             )
     window = kwargs.get("sliding_window", layer.window)
     if window != layer.window:
         raise ValueError(
             f"{type(module).__name__} in layer {layer_of(module)} attends within a window of {window}, where the "
-            f"model's config says {layer.window}; kvcompress does not serve this model"
+            f"model's config says {layer.window}; kvcompress does not support this model"
         )
     if kwargs.get("dropout"):
-        raise ValueError("a kvcompress cache is for inference: call model.eval(), attention dropout is on")
+        raise ValueError("a kvcompress cache is for inference, but attention dropout is on: call model.eval()")
     if kwargs.get("is_causal") is False:
-        raise ValueError("a kvcompress cache serves causal attention; got is_causal=False")
+        raise ValueError("a kvcompress cache supports only causal attention; got is_causal=False")
     scale = kwargs.get("scaling")
-    # nothing that is held may keep the graph of a whole forward alive
+    # without autograd: what is held must not keep the graph of a whole forward alive
     with torch.no_grad():
         out = layer.attend(
             query,
@@ -200,13 +200,13 @@ def _check_no_cache_was_given(module: nn.Module, kwargs: dict[str, Any]) -> None
         return
     raise RuntimeError(
         f"{type(module).__name__} in layer {layer_of(module)}{model} attends without the {type(cache).__name__} that "
-        "its model was given: it did not pass its keys through the cache's update. kvcompress does not serve models "
-        "some of whose layers go around their cache; run it without this cache"
+        "its model was given: it did not pass its keys through the cache's update. kvcompress does not support models "
+        "with layers that bypass their cache; run it without this cache"
     )
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """An output whose gradient is asked for in vain, so that none is silently wrong."""
+    """An output that raises when its gradient is asked for, so that none is silently wrong."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def _mask(
     if not allow_is_causal_skip and q_length > 1:
         raise ValueError(
             "this call overlays the causal mask (packed sequences, bidirectional blocks or a custom mask function); "
-            "kvcompress serves plain causal and sliding-window attention with padding"
+            "kvcompress supports only plain causal and sliding-window attention with padding"
         )
     if attention_mask is None:
         return None
@@ -258,7 +258,7 @@ def _mask(
             f"attention_mask must cover the {int(kv_length)} tokens seen, or the {q_length} new ones; "
             f"got {list(attention_mask.shape)}"
         )
-    # the compiled step wants a mask that does not grow: past tokens carry their padding in their slots
+    # the compiled step needs a mask that does not grow: slots record which past tokens are padding
     return attention_mask[:, -q_length:] if q_length == 1 and attention_mask.is_cuda else attention_mask
 
 

@@ -1,8 +1,8 @@
-"""How a cache is handed to a model: under which name, and what happens around a forward that was given one.
+"""How a cache is passed to a model: under which name, and what happens around a forward that was given one.
 
 transformers renamed the argument in 5.24, from past_key_values to cache, in every forward and in generate. Here a cache
 among arguments is found by its type. For a model that a cache was built for, both names work on every release: a hook
-hands on a cache under the name that the model's forward takes, and where generate knows the older name only, two of
+passes a cache on under the name that the model's forward takes, and where generate knows only the older name, two of
 the model's own methods are shadowed by ones that know both.
 """
 
@@ -41,37 +41,37 @@ _OTHER_SPELLINGS = ("past_key_value", "layer_past")
 
 
 class AttendingCache(Cache):
-    """A cache whose layers attend by themselves, and which is told of the forwards of the model it was built for."""
+    """A cache whose layers compute attention themselves, and which is told of the forwards of its model."""
 
-    # the next forward of generate would feed a whole prompt, of which some is seen
+    # generate's next forward would feed a whole prompt, part of which the cache has seen
     whole_prompt_comes = False
-    # what the generation in progress feeds to rows that have ended, and the ids that end them, as filler_tokens
+    # what the running generation feeds to ended rows, and the ids that end rows, as filler_tokens returns them
     fillers: tuple[int | None, list[int]] | None = None
 
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """Called before generate feeds a prompt of which it has all; it leaves out the columns seen.
+        """Called before generate feeds a prompt that it has whole; generate then leaves out the columns seen.
 
         Args:
-            input_ids: [batch, tokens], what was seen before included. attention_mask: of one shape with it, or None.
+            input_ids: [batch, tokens], with the tokens seen before. attention_mask: of the same shape, or None.
         """
 
     def is_traceable(self, tokens: int) -> bool:
-        """Whether torch.compile can take a forward of so many tokens into one graph."""
+        """Whether torch.compile can trace a forward of so many tokens into one graph."""
         return False
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Called before the decoder runs; input_ids [batch, tokens] is what it is fed, None for embeddings."""
+        """Called before the decoder runs; input_ids [batch, tokens] are the tokens fed, None for embeddings."""
 
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Called after the decoder has run without an exception."""
 
 
 class _Forwards(threading.local):
-    """The modules whose forward is in progress and was given a cache, that cache, and what keeps torch.compile out of
-    the forward, or None; innermost last."""
+    """Forwards in progress that were given a cache, innermost last: the module, the cache, and what keeps torch.compile
+    out of the forward, or None."""
 
     def __init__(self) -> None:
-        # whoever called holds them; a forward that was interrupted holds nothing
+        # weak: the caller holds them, and an interrupted forward must not keep them alive
         self.stack: list[tuple[weakref.ref[nn.Module], weakref.ref[AttendingCache], Any]] = []
 
 
@@ -79,9 +79,9 @@ _FORWARDS = _Forwards()
 
 
 def cache_name(module: nn.Module) -> str | None:
-    """The parameter by which a module's forward takes its cache; None where it has none.
+    """The name of the parameter by which a module's forward takes its cache; None if it has none.
 
-    A forward that takes any keywords takes the name of the class that it extends.
+    For a forward that takes any keywords, it is the one of the class that it extends.
     """
     extended = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
     for forward in (module.forward, *extended):
@@ -92,7 +92,7 @@ def cache_name(module: nn.Module) -> str | None:
 
 
 def _cache_parameter(function: Callable[..., Any]) -> str | None:
-    """Known names come first; then a parameter that is annotated as a Cache, whatever its name."""
+    """A parameter with a known name, else one that is annotated as a Cache."""
     parameters = inspect.signature(function).parameters
     for name in (*CACHE_SPELLINGS, *_OTHER_SPELLINGS):
         if name in parameters:
@@ -106,7 +106,7 @@ def _cache_parameter(function: Callable[..., Any]) -> str | None:
 
 
 def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
-    """The cache as the keyword argument that a module's forward takes, and a model's generate: `model(ids, **this)`.
+    """The cache as the keyword argument that a module's forward, or a model's generate, takes: `model(ids, **this)`.
 
     Raises:
         TypeError: the forward has no parameter for a cache.
@@ -120,17 +120,17 @@ def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def cache_in(arguments: Iterable[Any]) -> Cache | None:
-    """The first cache among values, whatever the name that each goes by."""
+    """The first cache among values, whatever their names."""
     return next((value for value in arguments if isinstance(value, Cache)), None)
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that a forward or generate gave back, under whichever name; None where it gave none."""
+    """The cache that a forward or generate returned, under either name; None if it returned none."""
     return cache_in(output.values() if isinstance(output, ModelOutput) else output)
 
 
 def take_cache(arguments: dict[str, Any], positional: tuple[Any, ...] = ()) -> Cache | None:
-    """The cache among arguments; it, and each name that says there is none, are taken out of the keyword arguments."""
+    """The cache among arguments; removes it, and cache arguments that are None, from the keyword arguments."""
     found = cache_in(positional)
     for name in list(arguments):
         value = arguments[name]
@@ -142,17 +142,17 @@ def take_cache(arguments: dict[str, Any], positional: tuple[Any, ...] = ()) -> C
 
 
 def forward_in_progress(part: nn.Module) -> tuple[nn.Module, AttendingCache] | None:
-    """The module and the cache of the innermost forward that was given one, has not ended, and has this part."""
+    """The module and the cache of the innermost forward in progress that was given a cache and contains this part."""
     for entered, given, _ in reversed(_FORWARDS.stack):
         module, cache = entered(), given()
-        # what was interrupted from the keyboard has never ended
+        # a forward interrupted from the keyboard never ended, so either may be gone
         if module is not None and cache is not None and any(each is part for each in module.modules()):
             return module, cache
     return None
 
 
 def _forget(module: nn.Module) -> AttendingCache | None:
-    """The cache of a module's forward in progress, which is over, as are those within it; None where it had none."""
+    """Ends a module's forward in progress, and those within it, and returns its cache; None if it had none."""
     stack = _FORWARDS.stack
     for index, (entered, cache, _) in enumerate(stack):
         if entered() is module:
@@ -172,7 +172,7 @@ def watch_forwards(model: PreTrainedModel) -> None:
             continue
         known: dict[str, Any] = {"name": cache_name(module), "is_decoder": module is decoder}
         module.register_forward_pre_hook(functools.partial(_before, **known), with_kwargs=True)
-        # also after an exception, so that nothing takes the forward for one still in progress
+        # also after an exception, so that the forward does not count as still in progress
         module.register_forward_hook(functools.partial(_after, **known), with_kwargs=True, always_call=True)
     takes = getattr(model, "prepare_inputs_for_generation", None)
     shadowed: Any = model
@@ -186,7 +186,7 @@ def watch_forwards(model: PreTrainedModel) -> None:
 
 
 def unwatch_forwards(model: PreTrainedModel) -> None:
-    """Takes away what `watch_forwards` has put on a model."""
+    """Removes what `watch_forwards` has put on a model."""
     for module in {id(module): module for module in (model, decoder_of(model))}.values():
         for hooks, ours in ((module._forward_pre_hooks, _before), (module._forward_hooks, _after)):
             for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is ours]:
@@ -216,14 +216,14 @@ def _before(
                 changed = {key: value for key, value in kwargs.items() if key not in (name, other)}
                 changed[name] = kwargs[other]
                 kwargs = changed
-    # of a compiled step nothing is to be told
+    # caches are not told of compiled steps
     if not torch.compiler.is_compiling():
         _forget(module)
         cache = cache_in((*args, *kwargs.values()))
         if isinstance(cache, AttendingCache):
             if kwargs.get("output_attentions"):
                 raise ValueError(
-                    f"{type(cache).__name__} gives no attention weights: nothing of size queries x keys is ever built; "
+                    f"{type(cache).__name__} gives no attention weights, as no queries x keys matrix is ever built; "
                     "leave output_attentions off, or run the model with use_cache=False"
                 )
             _FORWARDS.stack.append((weakref.ref(module), weakref.ref(cache), _eager(module, cache, args, kwargs)))
@@ -252,7 +252,7 @@ def _after(
 
 
 def _eager(module: nn.Module, cache: AttendingCache, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Keeps torch.compile out of a forward that was compiled, where the cache cannot be traced; None elsewhere."""
+    """Keeps torch.compile out of a compiled forward if the cache cannot be traced; None if nothing needs to be done."""
     if not hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
         return None
     ids = _tokens(args, kwargs)
@@ -267,19 +267,19 @@ def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _name_both_ways(output: Any) -> None:
-    """Makes `output.cache` what 5.24 makes it, where transformers is older; 5.24 itself knows the older name."""
+    """Adds `output.cache`, as 5.24 does, if transformers is older; 5.24 itself knows the older name."""
     held = cache_of(output) if isinstance(output, ModelOutput) else None
     if held is not None and not hasattr(output, CACHE_SPELLINGS[0]):
         setattr(output, CACHE_SPELLINGS[0], held)
 
 
 class Shadow:
-    """Stands before a method of one model's class; an object of a class, so that the model can be pickled."""
+    """Shadows a method in one model; an object of a class, and not a closure, so that the model can be pickled."""
 
     name: str
 
     def __init__(self, model: PreTrainedModel) -> None:
-        # the model holds this, and dies with its last user
+        # weak: the model holds this object, and must still be freed with its last user
         self._model = weakref.ref(model)
         shadow: Any = self
         functools.update_wrapper(shadow, getattr(type(model), self.name))
@@ -296,11 +296,11 @@ class Shadow:
 
 
 def _tell_prompt(input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> AttendingCache | None:
-    """Tells the cache among the arguments of a generation of its whole prompts, and gives it; None where there are
-    none, or only what is new of them."""
+    """Tells the cache among a generation's arguments its whole prompts, and returns it; None if there is no cache, or
+    if generate has only the new part of the prompts."""
     cache = cache_in(kwargs.values())
     mask = kwargs.get("attention_mask")
-    # generate leaves out a mask that hides nothing
+    # generate drops a mask that hides nothing
     covers = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
     if not isinstance(cache, AttendingCache):
         return None
@@ -313,7 +313,7 @@ def _tell_prompt(input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]) -> A
 
 
 class _Prefill(Shadow):
-    """Within generate, where it has the whole prompts before it feeds what is new of them."""
+    """Shadows the method of generate that has the whole prompts before it feeds the new part of them."""
 
     name = "_prefill"
 
@@ -323,7 +323,7 @@ class _Prefill(Shadow):
 
 
 class _Candidates(Shadow):
-    """The same within assisted generation, which then feeds all of the prompt, seen or not."""
+    """The same in assisted generation, which feeds the whole prompt, seen or not."""
 
     name = "_get_candidate_generator"
 
@@ -335,7 +335,7 @@ class _Candidates(Shadow):
 
 
 class _Inputs(Shadow):
-    """Within generate, where it makes the arguments of a forward."""
+    """Shadows the method of generate that prepares the arguments of a forward."""
 
     name = "prepare_inputs_for_generation"
 
@@ -348,9 +348,9 @@ class _Inputs(Shadow):
 
 
 class _GenerationArguments(Shadow):
-    """Within transformers' generate, before 5.24: where the arguments for the model are told from the settings.
+    """Before 5.24, shadows the method of generate that tells the model's arguments from the settings.
 
-    generate may be looked up before the cache is built that it is given, so this must not be a matter of generate.
+    A caller may have looked up generate before the cache was built, so generate itself cannot be shadowed for this.
     """
 
     name = "_prepare_generation_config"
@@ -366,7 +366,7 @@ class _GenerationArguments(Shadow):
 
 
 class _Generate(Shadow):
-    """A generate, before 5.24, whose output has its cache by either name."""
+    """Before 5.24, shadows generate, so that its output has the cache under both names."""
 
     name = "generate"
 

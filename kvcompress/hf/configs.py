@@ -1,4 +1,4 @@
-"""What a model's config says: which models are served, their sizes, and the window of each layer."""
+"""What a model's config says: whether the model is supported, its sizes, and the window of each layer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ _WINDOWS = {"full_attention": None, "sliding_attention": "sliding_window"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of a decoder. longest: tokens it was trained for, None where the config does not say.
+    """Sizes of a decoder. longest: tokens it was trained for, None if the config does not say.
 
     learned_positions: positions come from a table, which ends at `longest`.
     """
@@ -28,7 +28,7 @@ class Sizes:
 
 
 def sizes(config: PreTrainedConfig) -> Sizes:
-    """The numbers of a decoder's config."""
+    """The sizes in a decoder's config."""
     heads, kv_heads, head_dim = head_counts(config)
     hidden = config.hidden_size
     return Sizes(
@@ -53,36 +53,36 @@ def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The decoder's config, where kvcompress can serve the model.
+    """The decoder's config, if kvcompress supports the model.
 
     Raises:
-        ValueError: what the model has that kvcompress does not handle, by name.
+        ValueError: the model has something that kvcompress does not support; the message names it.
     """
     config = model.config
     name = type(model).__name__
     check_served(config, name)
     if config.get_text_config(decoder=True) is not config:
-        raise ValueError(f"{name} is multimodal; kvcompress serves text models: pass its language model")
+        raise ValueError(f"{name} is multimodal; kvcompress supports text models: pass its language model")
     return config
 
 
 def check_served(config: PreTrainedConfig, name: str) -> None:
     """
     Raises:
-        ValueError: what a config has that kvcompress does not handle, by name.
+        ValueError: the config has something that kvcompress does not support; the message names it.
     """
     if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; kvcompress serves decoder-only models")
+        raise ValueError(f"{name} is an encoder-decoder model; kvcompress supports decoder-only models")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(
             f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); "
-            "kvcompress serves MHA, GQA and MQA"
+            "kvcompress supports MHA, GQA and MQA"
         )
     shared = getattr(config, "num_kv_shared_layers", None)
     if shared:
         raise ValueError(
             f"{name} shares keys and values between layers (num_kv_shared_layers={shared}); "
-            "kvcompress serves models whose layers each have their own"
+            "kvcompress supports models in which each layer has its own"
         )
 
 
@@ -97,7 +97,7 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
         if kind not in _WINDOWS:
             raise ValueError(
                 f"layer {index} of model type {config.model_type!r} is of type {kind!r}; "
-                f"kvcompress serves {', '.join(_WINDOWS)}"
+                f"kvcompress supports {', '.join(_WINDOWS)}"
             )
     # transformers 5.17 has one dictionary of settings for all layers
     each = [settings] * len(types) if isinstance(settings, dict) else settings
@@ -105,25 +105,25 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def layer_kind(config: PreTrainedConfig, layer: int) -> str | None:
-    """The type of a layer as the config calls it, None where it has no types."""
+    """The type of a layer as the config names it, None if it names none."""
     types = getattr(config, "layer_types", None)
     return types[layer] if types else None
 
 
 def filler_tokens(model: Any) -> tuple[int | None, list[int]]:
-    """The id that `generate` feeds to rows that have ended, None where it is not known, and the ids that end a row."""
+    """The id that `generate` feeds to ended rows, None if it is not known, and the ids that end a row."""
     return fillers_of(getattr(model, "generation_config", None), model.config)
 
 
 def fillers_of(generation: Any, *further: Any) -> tuple[int | None, list[int]]:
-    """The same of one generation, by its generation config, and where that names no pad, the first config that does."""
+    """The same for one generation, from its generation config; the pad, if that has none, from the first that does."""
     ends = _ends(generation)
     pads = (getattr(settings, "pad_token_id", None) for settings in (generation, *further))
     return next((pad for pad in pads if pad is not None and pad >= 0), ends[0] if ends else None), ends
 
 
 def end_tokens(model: Any) -> list[int]:
-    """The ids that end a generation of a model."""
+    """The ids that end a model's generation."""
     return _ends(getattr(model, "generation_config", None))
 
 

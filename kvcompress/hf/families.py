@@ -1,4 +1,4 @@
-"""The classes of transformers that a SwiftKV model is made of, and the attention that its layers call."""
+"""transformers' classes that a SwiftKV model is made of, and the attention that its layers call."""
 
 from transformers import (
     LlamaConfig,

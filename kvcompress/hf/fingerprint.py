@@ -1,9 +1,9 @@
 """Which model this is: its config, as far as keys and values depend on it, and a sample of its weights.
 
-Two models of one fingerprint give the same keys and values, up to the rounding of their dtype, which is no part of it:
-weights are sampled as bfloat16. The sample is the same on every device, costs one copy a device, and reads a few
-numbers of each tensor of the decoder. Not read: what accelerate has put away (offloaded weights count as equal), and
-another process's share of a tensor-parallel model (each process has a fingerprint of its own).
+Two models with one fingerprint give the same keys and values, up to rounding: the dtype is not part of it, and weights
+are sampled as bfloat16. The sample is the same on every device, costs one copy per device, and reads a few numbers of
+each tensor of the decoder. Not read are weights that accelerate has offloaded (they count as equal), and another
+process's share of a tensor-parallel model (each process has its own fingerprint).
 """
 
 import base64
@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from kvcompress.hf.configs import attention_windows, sizes
 from kvcompress.hf.modules import decoder_of
 
-# numbers read of a tensor, and tensors read at most
+# how many numbers are read of a tensor, and how many tensors at most
 _NUMBERS, _TENSORS = 4, 1024
-# what a name of a config contains that is no part of the computation, or is compared as sizes, windows or rope
+# parts of config names that do not affect the computation, or that are compared as sizes, windows or rope
 _NO_MATTER = (
     *("_token", "_name", "architectures", "attn_impl", "chunk_size_feed", "context_len", "cross_attention", "decoder"),
     *("drop", "dtype", "encoder", "experts_impl", "gradient", "hidden_size", "init", "label", "layer_types", "loss"),
@@ -29,7 +29,7 @@ _NO_MATTER = (
     *("problem", "pruned", "return_dict", "rope", "rotary", "router_aux", "sliding_window", "swiftkv", "tie_"),
     *("torchscript", "use_cache", "version", "vocab"),
 )
-# in bfloat16 no weight: stands for what was not read
+# a bfloat16 that no weight has: stands for what was not read
 _UNREAD = 0x7FFF
 
 
@@ -37,10 +37,10 @@ _UNREAD = 0x7FFF
 class Fingerprint:
     """What tells one model from another.
 
-    architecture: the model's class. sizes: layers, widths, heads. windows: of the layers, as a text. rope: what the
-    config says of rotary embeddings, as JSON. weights: base64 of bfloat16 numbers. is_float16: a weight is, and so its
-    last bit as bfloat16 may be another. config: all else that its config says of the computation, as JSON; of two, what
-    both say is compared, as a release may add to it. Files of old have none.
+    architecture: the model's class. sizes: layers, widths, heads. windows: of the layers, as text. rope: the config's
+    rotary settings, as JSON. weights: base64 of bfloat16 numbers. is_float16: some weight is, so that its last bit as
+    bfloat16 may differ. config: all other settings that affect the computation, as JSON; of two models, only settings
+    that both have are compared, as a release may add some. Old files have none.
     """
 
     architecture: str
@@ -53,14 +53,14 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: PreTrainedModel, without: frozenset[str] = frozenset()) -> Self:
-        """A model's.
+        """The fingerprint of a model.
 
         Args:
-            without: weights of the decoder to leave out, by the names that the model gives to them.
+            without: names of the decoder's weights to leave out.
         """
         config: Any = model.config
         own = sizes(config)
-        # a converted model is another one while it is its own teacher
+        # a converted model computes differently while it is its own teacher
         taught = "" if getattr(model, "single_input", True) else " as its own teacher"
         windows = attention_windows(config)
         kinds = sorted({window or 0 for window in windows})
@@ -82,7 +82,7 @@ class Fingerprint:
         )
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """In what the other is another model; empty where it is the same."""
+        """What differs in the other model; empty if it is the same."""
         names = ["architecture", "sizes", "windows", "rope"]
         found = [name for name in names if getattr(self, name) != getattr(other, name)]
         ours, theirs = json.loads(self.config), json.loads(other.config)
@@ -92,35 +92,34 @@ class Fingerprint:
     def check(self, given: "Fingerprint", what: str) -> None:
         """
         Args:
-            what: what was made with the model of this fingerprint.
+            what: the thing that was made with this model, for the message.
 
         Raises:
-            ValueError: the model given is another one; both are named.
+            ValueError: the given model is another one; the message describes both.
         """
         differ = self.differences(given)
         if differ:
             raise ValueError(
                 f"{what} was made with {self.architecture} of {self.text()}; the model given, {given.architecture}, "
-                f"has {given.text()}. They differ in {', '.join(differ)}, so that keys and values of the one mean "
-                "nothing to the other: give the model that it was made with, or make it anew"
+                f"has {given.text()}. They differ in {', '.join(differ)}, so keys and values of one are of no use to "
+                "the other: give the model that it was made with, or make it again"
             )
 
     def text(self) -> str:
-        """All of it but the class, for a reader."""
+        """Everything but the class, as text for a reader."""
         rope = "" if self.rope == "{}" else f", rope {self.rope}"
         return f"{self.sizes}, {self.windows}{rope}, weights {hashlib.sha256(self.weights.encode()).hexdigest()[:12]}"
 
 
 def _plain(value: Any) -> Any:
-    """Settings without those that say nothing, as a release may add them."""
+    """Settings without empty ones, as a release may add these."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items() if each is not None}
     return value
 
 
 def _computed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Plain settings of a config without those on which no key or value depends, and what the rest of a fingerprint
-    has."""
+    """Plain settings of a config that keys and values depend on and that the rest of the fingerprint does not have."""
     return {
         name: value
         for name, value in settings.items()
@@ -130,13 +129,13 @@ def _computed(settings: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _sample(model: PreTrainedModel, without: frozenset[str]) -> tuple[str, bool]:
-    """Numbers of a decoder's weights, and whether one of these is of float16."""
+    """A sample of a decoder's weights, and whether any of them is float16."""
     left_out = {id(parameter) for name, parameter in model.named_parameters() if name in without}
     tensors: list[Any] = [tensor for tensor in decoder_of(model).parameters() if id(tensor) not in left_out]
     step = max(1, -(-len(tensors) // _TENSORS))
     chosen = tensors[::step]
     parts = [_numbers(tensor) for tensor in chosen]
-    # one copy a device
+    # one copy per device
     read = {}
     for device in {part.device for part in parts}:
         own = [part for part in parts if part.device == device]
@@ -147,7 +146,7 @@ def _sample(model: PreTrainedModel, without: frozenset[str]) -> tuple[str, bool]
 
 
 def _numbers(tensor: nn.Parameter) -> Tensor:
-    """A few numbers of a tensor as bfloat16, [numbers], where it lies."""
+    """A few numbers of a tensor as bfloat16, [numbers], on its device."""
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
     if local.device.type == "meta" or not local.numel():
         return torch.full((_NUMBERS,), _UNREAD, dtype=torch.int16).view(torch.bfloat16)
@@ -157,7 +156,7 @@ def _numbers(tensor: nn.Parameter) -> Tensor:
 
 
 def _agree(one: Fingerprint, other: Fingerprint) -> bool:
-    """True where all weights that both have read are equal."""
+    """True if all weights that both have read are equal."""
     ours, theirs = (
         torch.frombuffer(bytearray(base64.b64decode(each.weights)), dtype=torch.int16) if each.weights else None
         for each in (one, other)
@@ -170,6 +169,6 @@ def _agree(one: Fingerprint, other: Fingerprint) -> bool:
         return True
     if one.is_float16 == other.is_float16:
         return False
-    # rounded twice; below float16's range its numbers are as far apart as its least
+    # rounded twice, so one bit may differ; float16's smallest numbers are as far apart as its least positive one
     a, b = ours.view(torch.bfloat16).double(), theirs.view(torch.bfloat16).double()
     return bool(((a - b).abs() <= 2.0**-7 * a.abs() + 2.0**-24).all())

@@ -1,4 +1,4 @@
-"""The model without any cache, to hold a cache's answers against, with attention to some tokens taken away."""
+"""The model without a cache and with some attention forbidden, to compare a cache's answers with."""
 
 import contextlib
 import copy
@@ -14,12 +14,12 @@ from kvcompress.hf.attention import release
 from kvcompress.hf.configs import head_counts
 from kvcompress.hf.modules import attention_module
 
-# the implementation whose masks are [batch, heads, queries, tokens], and which has softcaps and sinks
+# the implementation that takes masks [batch, heads, queries, tokens], and supports softcaps and sinks
 _PLAIN = "eager"
 
 
 def judge_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in other modules on the same weights, with transformers' plainest attention."""
+    """A second model on the same weights, with transformers' plainest attention."""
     shared: dict[int, Any] = {id(held): held for held in (*model.parameters(), *model.buffers())}
     judge = copy.deepcopy(model, shared)
     release(judge)
@@ -29,14 +29,14 @@ def judge_of(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[None]:
-    """Within it, queries of a layer do not attend to tokens, beside those that the model itself forbids.
+    """Within it, a layer's queries do not attend to these tokens, nor to those that the model itself forbids.
 
     Args:
-        judge: as `judge_of` makes one; it is then run without a cache.
+        judge: a model that `judge_of` made, to be run without a cache.
         forbids: [kv_heads, queries, tokens] bool, True where a query must not attend.
 
     Raises:
-        RuntimeError: on entering or in the forward, where there is no place for a mask.
+        RuntimeError: on entering or in the forward, if the layer takes no mask.
     """
     attention = attention_module(judge, layer)
     if attention is None:
@@ -48,7 +48,7 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
         given = inspect.signature(module.forward).bind(*args, **kwargs)
         mask: Any = given.arguments.get("attention_mask")
         if mask is None or mask.dim() != 4:
-            raise RuntimeError(f"{type(module).__name__} is given no mask [batch, 1, queries, tokens]")
+            raise RuntimeError(f"{type(module).__name__} was given no mask [batch, 1, queries, tokens]")
         least = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         given.arguments["attention_mask"] = mask.masked_fill(forbids.to(mask.device), least)
         return given.args, given.kwargs

@@ -1,4 +1,4 @@
-"""Where the modules of a model are found, where they compute, and what goes into and out of them."""
+"""Finds the modules of a model and their devices, and records what goes into and out of them."""
 
 from collections.abc import Iterable
 from types import TracebackType
@@ -15,7 +15,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Every attention module that transformers numbers, in the order of the modules."""
+    """Every attention module that has a layer number, in the order of the modules."""
     return [
         module
         for module in model.modules()
@@ -24,17 +24,17 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
-    """The attention module of a layer, None where no module says that it is."""
+    """The attention module of a layer, None if no module has its number."""
     return next((module for module in attention_modules(model) if layer_of(module) == layer), None)
 
 
 def layer_of(module: nn.Module) -> int:
-    """The number of the layer that an attention module belongs to, -1 where it does not say."""
+    """The number of the layer that an attention module belongs to, -1 if it has none."""
     return getattr(module, "layer_idx", -1)
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes, wherever accelerate keeps its parameters meanwhile."""
+    """Where a module computes, even if accelerate keeps its parameters elsewhere."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
@@ -50,13 +50,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def layer_device(model: PreTrainedModel, layer: int) -> torch.device:
-    """Where a layer computes, and its part of a cache lies."""
+    """Where a layer computes, and where its part of a cache is."""
     attention = attention_module(model, layer)
     return input_device(model) if attention is None else device_of(attention)
 
 
 class Captured:
-    """What modules were given and gave in the latest forward.
+    """Inputs and outputs of modules in the latest forward.
 
     with Captured(inputs=[first], outputs=layers) as captured:
         model(ids)
@@ -69,8 +69,8 @@ class Captured:
         """
         Args:
             inputs: modules whose first positional argument is kept.
-            outputs: modules whose output is kept, of a tuple the first part.
-            first: keep what came first, and not what came last, until `clear`.
+            outputs: modules whose output is kept; of a tuple, the first part.
+            first: until `clear`, keep what came first instead of what came last.
         """
         self.inputs: dict[nn.Module, Tensor] = {}
         self.outputs: dict[nn.Module, Tensor] = {}
@@ -90,7 +90,7 @@ class Captured:
         self.inputs, self.outputs = {}, {}
 
     def close(self) -> None:
-        """Stops watching; what was kept stays."""
+        """Stops recording; what was kept stays."""
         while self._hooks:
             self._hooks.pop().remove()
 

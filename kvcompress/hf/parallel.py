@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-# projections that make keys, by themselves or with queries and values
+# projections that compute keys, alone or together with queries and values
 _MAKES_KEYS = ("k_proj", "qkv_proj", "query_key_value")
 
 
@@ -19,5 +19,5 @@ def head_group(model: PreTrainedModel) -> tuple[str, int] | None:
 
 
 def spread_over(model: PreTrainedModel) -> dict[str, object]:
-    """Where accelerate has put the parts of a model, empty where it has put nothing."""
+    """Where accelerate has put the parts of a model; empty if it has placed none."""
     return dict(getattr(model, "hf_device_map", None) or {})

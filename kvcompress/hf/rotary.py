@@ -1,4 +1,4 @@
-"""How a model makes its rotary embeddings: by which module, of which frequencies, and keys as a layer turns them."""
+"""How a model computes its rotary embeddings: the module, its frequencies, and keys as a layer rotates them."""
 
 import inspect
 import sys
@@ -17,11 +17,11 @@ from kvcompress.hf.modules import attention_module, device_of
 
 @dataclass(frozen=True)
 class Rotary:
-    """What a layer's rotary module says.
+    """The facts of a layer's rotary module.
 
-    name: of the module. rope_type: transformers' name for how the frequencies are made. scaling: of a turned vector.
-    inv_freq: [rotary_dim / 2] float32 on the layer's device. keys: what the layer hands to its cache for a fixed input
-    at positions [1, tokens], as [1, kv_heads, tokens, head_dim].
+    name: the module's. rope_type: transformers' name for how frequencies are computed. scaling: of a rotated vector.
+    inv_freq: [rotary_dim / 2] float32 on the layer's device. keys: gives the keys that the layer passes to its cache
+    for a fixed input at positions [1, tokens], as [1, kv_heads, tokens, head_dim].
     """
 
     name: str
@@ -32,24 +32,24 @@ class Rotary:
 
 
 def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
-    """The rotary embedding of a layer as the model has it; None where the model has none.
+    """The rotary embedding of a layer; None if the model has none.
 
     Raises:
         ValueError: the model has rotary embeddings that kvcompress cannot find or tell apart, or whose keys it cannot
-            look at.
+            obtain.
     """
     attention = attention_module(model, layer)
     found = _rotary_module(model, layer)
     takes = {} if attention is None else inspect.signature(attention.forward).parameters
     if found is None or attention is None or "position_embeddings" not in takes:
-        # a model without RoPE has no code for it either
+        # a model without RoPE has no code for it in its module
         source = vars(sys.modules[type(model).__module__])
         if found is None and not any("rotary" in known.lower() or "rope" in known.lower() for known in source):
             return None
         raise ValueError(
-            f"layer {layer} of {type(model).__name__} applies rotary embeddings in a way of its own; kvcompress knows "
-            "attention layers that take position_embeddings=(cos, sin), as Llama, Qwen, Gemma, Phi-3, GPT-NeoX and "
-            "Cohere have"
+            f"layer {layer} of {type(model).__name__} applies rotary embeddings in its own way; kvcompress knows "
+            "attention layers that take position_embeddings=(cos, sin), like those of Llama, Qwen, Gemma, Phi-3, "
+            "GPT-NeoX and Cohere"
         )
     module, kind, inv_freq = found
     rope_type = getattr(module, "rope_type", "default")
@@ -64,7 +64,7 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
 
 
 def _rotary_module(model: PreTrainedModel, layer: int) -> tuple[nn.Module, str | None, Tensor] | None:
-    """The rotary module that serves a layer, the layer type it knows it by (None: it knows one), and its inv_freq."""
+    """The rotary module of a layer, its name for the layer's type (None if it has one type), and its inv_freq."""
     kind = layer_kind(model.config, layer)
     found: list[tuple[nn.Module, str | None, Tensor]] = []
     for module in model.modules():
@@ -76,7 +76,7 @@ def _rotary_module(model: PreTrainedModel, layer: int) -> tuple[nn.Module, str |
         names = sorted({type(module).__name__ for module, _, _ in found})
         raise ValueError(
             f"{type(model).__name__} has several rotary modules of different frequencies ({', '.join(names)}); "
-            "kvcompress cannot tell which one serves which layer"
+            "kvcompress cannot tell which one belongs to which layer"
         )
     return found[0] if found else None
 
@@ -88,7 +88,7 @@ class _KeyTaken(Exception):  # noqa: N818 (it carries a result, and ends the att
 
 
 class _KeyTaker(Cache):
-    """Stands in for a cache, and ends the forward with the key it was given."""
+    """Stands in for a cache, and ends the forward with the key that it was given."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -101,9 +101,9 @@ class _KeyTaker(Cache):
 def _keys(
     attention: nn.Module, rotary: nn.Module, kind: str | None, model: PreTrainedModel, positions: Tensor
 ) -> Tensor:
-    """The keys a layer's attention module hands to its cache, [1, kv_heads, tokens, head_dim], for fixed input.
+    """The keys that a layer's attention module passes to its cache for a fixed input, [1, kv_heads, tokens, head_dim].
 
-    The positions are on the device of the rotary module, which need not be the layer's.
+    The positions are on the rotary module's device, which may differ from the layer's.
     """
     weight, device = next(attention.parameters()), device_of(attention)
     dtype = weight.dtype if weight.is_floating_point() else model.dtype
@@ -121,6 +121,7 @@ def _keys(
         return taken.key
     except Exception as error:
         raise ValueError(
-            f"{type(attention).__name__} could not be asked how it rotates its keys, so kvcompress cannot rotate them"
+            f"{type(attention).__name__} could not be run to see how it rotates its keys, so kvcompress cannot rotate "
+            "them"
         ) from error
-    raise ValueError(f"{type(attention).__name__} did not hand its keys to the cache, so kvcompress cannot rotate them")
+    raise ValueError(f"{type(attention).__name__} did not pass its keys to the cache, so kvcompress cannot rotate them")

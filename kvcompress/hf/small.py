@@ -1,4 +1,4 @@
-"""A tiny model of random weights with the architecture of a large one, for runs that take seconds and no download."""
+"""A tiny model with random weights and the architecture of a large one, for runs of seconds and without a download."""
 
 import copy
 import math
@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvcompress.hf.configs import head_counts, sizes
 
-# attention with peaks, by which faults show, and logits of a trained model's size
+# makes attention peaked, so that faults show, and logits as large as a trained model's
 _SPREAD = 1.2
 _WIDEST = 512
 
 
 def small_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of `small_config`, in float32, with random weights, biases and norms that are not trivial."""
+    """A model of `small_config`, in float32, with random weights, and biases and norms that are not trivial."""
     model = AutoModelForCausalLM.from_config(small_config(config), dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -30,8 +30,8 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of few and narrow layers, otherwise as this one: its kinds of layers, head_dim, query heads a KV head
-    (fewer where that would make it wide), rotary embeddings, biases, softcaps; its windows, of at most 64 tokens."""
+    """A config with fewer and narrower layers, otherwise like this one: the same kinds of layers, head_dim, query heads
+    per KV head (fewer if it would get wide), rotary embeddings, biases and softcaps; windows of at most 64 tokens."""
     small = copy.deepcopy(config)
     layers = _chosen_layers(config)
     heads, kv_heads, head_dim = head_counts(config)
@@ -84,7 +84,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def described(model: PreTrainedModel) -> str:
-    """A model's type and shape in a line."""
+    """A model's type and shape on one line."""
     shape, config = sizes(model.config), model.config
     kinds = getattr(config, "layer_types", None) or []
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
@@ -101,17 +101,17 @@ def described(model: PreTrainedModel) -> str:
 
 
 def _of_layers(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    """What a config says of each layer, by name."""
+    """A config's settings that have a value per layer, by name."""
     layers = config.num_hidden_layers
     return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == layers}
 
 
 def _chosen_layers(config: PreTrainedConfig) -> list[int]:
-    """The first layers, four or as many more as it takes to have each kind."""
+    """The first four layers, or as many more as it takes to have each kind."""
     lists = _of_layers(config).values()
     kinds = [str([value[layer] for value in lists]) for layer in range(config.num_hidden_layers)]
     firsts = sorted(kinds.index(kind) for kind in set(kinds))
     if firsts[-1] < 8:
         return list(range(min(len(kinds), max(4, firsts[-1] + 1))))
-    # a kind that comes late: the first layer of each, and the one before it
+    # if a kind comes late: the first layer of each kind, and the one before it
     return sorted({0, 1, *firsts, *(max(0, first - 1) for first in firsts)})

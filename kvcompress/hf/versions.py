@@ -1,4 +1,4 @@
-"""Which releases of transformers the tests have passed on, and a word where the installed one is newer."""
+"""The releases of transformers that the tests have passed on, and a warning if the installed one is newer."""
 
 import warnings
 
@@ -12,7 +12,7 @@ _told: set[str] = set()
 
 
 def warn_of_untested_release() -> None:
-    """Warns, once in a process, where transformers is newer than the newest release tested."""
+    """Warns, once per process, if transformers is newer than the newest release tested."""
     installed = transformers.__version__
     if installed not in _told and Version(installed).release > Version(NEWEST_TESTED).release:
         _told.add(installed)

@@ -2,8 +2,8 @@
 
 Hydragen, arXiv:2402.05099, for any model and any tree: a node holds the keys and values of tokens that several
 sequences have in common. Its tokens go through the model once, its storage is one tensor for all of its sequences, and
-the queries of all of them meet it as one matrix (kernels/prefix.py). What differs is each sequence's suffix. The
-answers of nodes and suffix merge by their log-sum-exps, which is exact.
+the queries of all of them attend to it as one matrix (kernels/prefix.py). What differs is each sequence's suffix. The
+outputs of nodes and suffix are merged by their log-sum-exps, which is exact.
 """
 
 import copy
@@ -24,30 +24,31 @@ from kvcompress.prefix.tree import ROOT, by_length
 from kvcompress.prefix.tree_cache import TreeCache
 from kvcompress.storage.rerotated import RerotatedSlots
 
-# fewer shared tokens than these cost more in another launch than they save
+# sharing fewer tokens than this costs more, in another launch, than it saves
 MIN_TOKENS = 32
 
 
 class HydragenCache(TreeCache):
-    """Keeps every token, those that sequences share once. Exact.
+    """Keeps every token; tokens that sequences share are kept once. Exact.
 
         HydragenCache(model, input_ids, attention_mask)     a batch of prompts: finds what they share, as a tree
         HydragenCache.from_prefix(model, prefix_ids)        one prefix, for any number of prompts that begin with it
         HydragenCache.from_tree(model, pieces, parents)     any tree
         HydragenCache.from_cache(cache)                     what another kvcompress cache holds of one sequence
-        HydragenCache(model)                                stores equal beginnings of the rows it meets once
+        HydragenCache(model)                                stores common beginnings of the rows that it is fed once
 
     The first four run shared tokens through the model once, and report them as seen: `model.generate` with the whole
     prompts feeds only what differs. It also takes the suffixes alone, with `attention_mask=cache.cover(mask)`. While no
-    row has tokens of its own, a batch of several times as many rows repeats each, so `num_return_sequences` and beams
-    share their prompt.
+    row has tokens of its own, a batch with several times as many rows repeats each row, so `num_return_sequences` and
+    beams share their prompt.
 
-    It remembers what it was fed, and refuses prompts that begin otherwise, or with the rows in another order. One cache
-    serves one conversation: `clone()` it before each call. A prompt that ends within a node leaves it there.
+    It remembers what it was fed, and refuses prompts with another beginning, or with the rows in another order. One
+    cache is for one conversation: `clone()` it before each call. A prompt may end within a node; its row then continues
+    from there.
 
-    What pays (measured, README): a node saves memory and prefill from its first token on, and costs a decode step one
-    more small attention and a merge. Shared runs of fewer than `min_tokens` tokens are therefore left in the suffixes,
-    and a cache without nodes attends as DenseCache does.
+    When it pays off (measured, README): a node saves memory and prefill from its first token on, and costs a decode
+    step one more small attention and a merge. Shared runs of fewer than `min_tokens` tokens are therefore left in the
+    suffixes, and a cache without nodes attends as DenseCache does.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class HydragenCache(TreeCache):
             min_tokens: shared runs of fewer tokens are stored for each row.
 
         Raises:
-            ValueError: the model has something kvcompress does not handle, or padding is not on the left.
+            ValueError: the model has something that kvcompress does not support, or padding is not on the left.
         """
         if min_tokens < 1 or copies < 1:
             raise ValueError(f"min_tokens and copies must be at least 1, got {min_tokens} and {copies}")
@@ -99,20 +100,20 @@ class HydragenCache(TreeCache):
 
         Args:
             pieces: the tokens of each node, [tokens] or [1, tokens].
-            parents: for each node the index of an earlier one, or -1 for a beginning.
-            rows: for each sequence the node that it goes on from; None: one for each node without children.
+            parents: for each node the index of an earlier one, or -1 for a root.
+            rows: for each sequence the node that it continues from; None: one sequence for each node without children.
 
         Raises:
-            ValueError: a parent or a row names no node, or a node has no token.
+            ValueError: a parent or a row does not name a node, or a node has no token.
         """
         cache = cls(model, **settings)
         ids = [torch.as_tensor(piece, device=hf.input_device(model)).reshape(-1) for piece in pieces]
         if len(ids) != len(parents) or not ids or any(not -1 <= parent < node for node, parent in enumerate(parents)):
             raise ValueError(
-                f"from_tree needs for each of {len(ids)} pieces the index of an earlier one, or -1; got {list(parents)}"
+                f"from_tree needs for each of {len(ids)} pieces the index of an earlier one or -1, got {list(parents)}"
             )
         if any(len(piece) == 0 for piece in ids):
-            raise ValueError("every node of a tree needs a token")
+            raise ValueError("every node of a tree needs at least one token")
         if rows is None:
             rows = [node for node in range(len(ids)) if node not in parents]
         if not rows or any(not 0 <= row < len(ids) for row in rows):
@@ -124,28 +125,27 @@ class HydragenCache(TreeCache):
 
     @classmethod
     def from_cache(cls, cache: CompressedCache, **settings: Any) -> Self:
-        """A cache whose prefix is what another one holds of one sequence, as that one holds it.
+        """A cache whose prefix is what another one holds of one sequence, in that one's form.
 
         An evicting cache gives a prefix of its slots, a quantising one a prefix of packed blocks, ShadowKV one whose
-        chunks the queries of all rows choose together: read once for all rows, whose suffixes are kept whole. The other
-        cache must not be used any more.
+        chunks the queries of all rows choose together. It is read once for all rows, whose suffixes are kept whole. The
+        other cache must not be used any more.
 
         Args:
             cache: of one sequence, without padding.
 
         Raises:
-            ValueError: it has seen nothing, or holds several sequences, padding, or keys that do not stand at their
-                true positions.
+            ValueError: it is empty, or holds several sequences, padding, or keys that are not at their true positions.
         """
         model = cache._model()
         if model is None:
-            raise ValueError("the model of the cache is gone")
+            raise ValueError("the cache's model has been deleted; from_cache needs it")
         if not cache.get_seq_length():
-            raise ValueError(f"from_cache takes a cache that has seen something, got an empty {type(cache).__name__}")
+            raise ValueError(f"from_cache takes a cache that has seen tokens, got an empty {type(cache).__name__}")
         if any(isinstance(segment, RerotatedSlots) for layer in cache.layers for segment in segments_of(layer)):
             raise ValueError(
-                f"a {type(cache).__name__} with rerotated=True holds RerotatedSlots, keys that stand at no position of "
-                "their own, and no sequence can go on from them; build it without rerotated=True"
+                f"a {type(cache).__name__} with rerotated=True holds RerotatedSlots, whose keys have no fixed "
+                "positions, so no sequence can continue from them; build it without rerotated=True"
             )
         if cache.batch_size != 1 or cache.padding.visible is not None:
             raise ValueError(
@@ -182,14 +182,14 @@ class HydragenCache(TreeCache):
         self._suffix_to_node()
         pieces = [ids[shown.bool()] for ids, shown in zip(input_ids, mask, strict=True)]
         if any(len(piece) == 0 for piece in pieces):
-            raise ValueError("push needs a token for every row")
+            raise ValueError("push needs at least one token for every row")
         parents = [leaf for leaf in (self.tree.leaves or [ROOT] * rows) for _ in range(batch // rows)]
         self._set_leaves(self._prefill(parents, pieces))
         self._lay_out()
 
     @as_stored()
     def pop(self) -> None:
-        """Takes the newest level back, and all tokens that came after it.
+        """Takes back the newest level, and all tokens that came after it.
 
         Raises:
             ValueError: there is no level.
@@ -206,9 +206,9 @@ class HydragenCache(TreeCache):
             self.tree.set_leaves([ROOT] * rows)
 
     def fork(self, copies: int = 1) -> Self:
-        """A cache of `copies` continuations of each row, which shares all that was seen until now with this one.
+        """A cache with `copies` continuations of each row, which shares all tokens seen so far with this one.
 
-        Both go on independently, the rows of a copy side by side. All tokens seen lie in nodes from then on.
+        Both continue independently; the copies of a row are adjacent. From then on all tokens seen so far are in nodes.
         """
         if copies < 1:
             raise ValueError(f"fork needs at least one copy, got {copies}")
@@ -218,7 +218,7 @@ class HydragenCache(TreeCache):
         return other
 
     def clone(self) -> Self:
-        """An independent copy; nodes are shared with it, as they never change."""
+        """An independent copy; the two share nodes, which never change."""
         shared: list[Any] = list(self.tree.nodes.values())
         for layer in self.layers:
             shared += [*layer.coded.values(), *(segment for node in layer.held.values() for segment in node)]
@@ -226,7 +226,7 @@ class HydragenCache(TreeCache):
         return copy.deepcopy(self, memo)
 
     def cover(self, mask: Tensor) -> Tensor:
-        """The attention mask of all tokens, for new ones alone.
+        """The attention mask of all tokens, from the mask of the new ones.
 
         Args:
             mask: of the new tokens, [batch, new].
@@ -240,20 +240,20 @@ class HydragenCache(TreeCache):
         return torch.cat([past.repeat_interleave(len(mask) // len(past), 0), mask], 1)
 
     def known_ids(self, row: int = 0) -> Tensor:
-        """The tokens of a row that the cache has seen, [tokens] int32 on the CPU, -1 where it was not told."""
+        """The tokens of a row that the cache has seen, [tokens] int32 on the CPU, -1 for unknown ones."""
         return torch.cat([self.tree.ids(self.tree.leaves[row]), self.padding.own_ids(row)])
 
     def own_lengths(self) -> list[int]:
-        """Tokens of each row that are its own and in no node."""
+        """For each row, how many of its tokens are its own, in no node."""
         return self.padding.own_lengths(int(self.get_seq_length()))
 
     # whole prompts
 
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """Compares whole prompts [batch, tokens] with what is held, and leaves of each a token to feed.
+        """Compares whole prompts [batch, tokens] with what is held, and leaves at least one token of each to feed.
 
         Raises:
-            ValueError: a prompt does not begin with what its row has seen; nothing has changed.
+            ValueError: a prompt does not begin with what its row has seen; the cache is unchanged.
         """
         rows, (batch, width) = len(self.tree.leaves), input_ids.shape
         if self.padding.columns_fixed or not self.tree.nodes:
@@ -265,7 +265,7 @@ class HydragenCache(TreeCache):
         if self.padding.columns_fixed:
             seen = int(self.get_seq_length())
             held = torch.ones(rows, seen, dtype=torch.bool) if self.padding.visible is None else self.padding.visible
-            # compiled steps left no record; what they fed is visible
+            # compiled steps leave no record; all tokens that they fed are real
             held = torch.nn.functional.pad(held.cpu(), (0, seen - held.shape[1]), value=True)
             for row in range(rows):
                 both = held[row] & mask[row, :seen]
@@ -288,7 +288,7 @@ class HydragenCache(TreeCache):
                 self.padding.visible = self.padding.visible[:, : width - 1]
 
     def _end_rows(self, ends: dict[int, int], batch: int) -> None:
-        """Rows of a batch go on from fewer tokens of their paths, at least one, than they hold."""
+        """Makes rows of a batch continue from fewer tokens of their paths than they hold, but at least one."""
         copies = batch // len(self.tree.leaves)
         leaves = [leaf for leaf in self.tree.leaves for _ in range(copies)]
         wanted: dict[tuple[int, int], int] = {}
@@ -333,7 +333,7 @@ class HydragenCache(TreeCache):
             )
         mask = mask.to(self._device()).bool()
         if bool((mask[:, 1:] < mask[:, :-1]).any()):
-            raise ValueError("HydragenCache takes prompts padded on the left; a row has padding behind a token")
+            raise ValueError("HydragenCache takes prompts padded on the left; a row has padding after a token")
         rows = [ids[shown] for ids, shown in zip(input_ids.to(mask.device), mask, strict=True)]
         found = tree_of_prompts(rows, mask.shape[1], copies, self.min_tokens)
         if not found.shared:
@@ -348,7 +348,7 @@ class HydragenCache(TreeCache):
     # running what is shared
 
     def _grow(self, pieces: list[Tensor], parents: list[int]) -> list[int]:
-        """Runs the pieces of a tree, given with the index of each one's parent, level by level; the nodes' names."""
+        """Runs the pieces of a tree, with the index of each one's parent, level by level; returns the nodes' names."""
         depth: list[int] = []
         for parent in parents:
             depth.append(0 if parent == ROOT else depth[parent] + 1)
@@ -361,7 +361,7 @@ class HydragenCache(TreeCache):
         return names
 
     def _prefill(self, parents: list[int], pieces: list[Tensor]) -> list[int]:
-        """Runs pieces of tokens, each once, as the continuation of a node each; the names of the new nodes."""
+        """Runs pieces of tokens, each once, each as a node's continuation; returns the names of the new nodes."""
         names = [ROOT] * len(pieces)
         for group in by_length(len(piece) for piece in pieces):
             self.tree.set_leaves([parents[index] for index in group])
@@ -374,7 +374,7 @@ class HydragenCache(TreeCache):
 
     @torch.no_grad()
     def _feed(self, pieces: list[Tensor]) -> None:
-        """One forward, without logits, of a piece of tokens for each row."""
+        """Runs one forward, without logits, over one piece of tokens per row."""
         model: Any = self._model()
         width = max(len(piece) for piece in pieces)
         ids = torch.stack([torch.nn.functional.pad(piece, (width - len(piece), 0)) for piece in pieces])

@@ -1,4 +1,4 @@
-"""A layer whose past is partly shared: nodes that many sequences pass through, and a suffix of each sequence's own."""
+"""A layer whose past is partly shared: nodes that many sequences pass through, and each sequence's own suffix."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,8 +24,8 @@ from kvcompress.storage.tail import TailSegment
 class SharedLayer(DenseLayer):
     """Keeps every token: those of nodes once, those of the suffixes for each row.
 
-    held: the segments of each node, in the tree's order. coded: for a node that another cache holds, that cache's
-    layer; its segments never change either.
+    held: the segments of each node, in the tree's order. coded: for a node made from another cache, that cache's layer;
+    its segments never change either.
     """
 
     storage = SuffixSegment
@@ -34,8 +34,8 @@ class SharedLayer(DenseLayer):
     def __init__(self, padding: PrefixPadding, window: int | None, is_first: bool, tree: Tree, min_tokens: int) -> None:
         """
         Args:
-            is_first: first layer of the cache.
-            tree: of the whole cache.
+            is_first: whether it is the first layer of the cache.
+            tree: the cache's.
             min_tokens: shared runs of fewer tokens stay in the suffixes.
         """
         super().__init__(padding, window, is_first)
@@ -43,13 +43,13 @@ class SharedLayer(DenseLayer):
         self.min_tokens = min_tokens
         self.held: dict[int, list[Segment]] = {}
         self.coded: dict[int, CompressedLayer] = {}
-        # nodes that another layer holds too
+        # nodes that another layer also holds
         self.borrowed: set[int] = set()
         self._last: tuple[Sharing, KeyBlocks, Sharing] | None = None
         padding.layers.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # addresses say nothing of a copy
+        # addresses are of no use in a copy
         return self.__dict__ | {"_last": None}
 
     def segments(self) -> list[Segment]:
@@ -75,7 +75,7 @@ class SharedLayer(DenseLayer):
                     self.padding.visible = None
                 out = super().attend(query, visible, spec, **kwargs)
             except ValueError:
-                # refused before anything was stored: all is as it was
+                # refused before anything was stored: nothing has changed
                 if self.forwards_begun == self.forwards_ended:
                     vars(self.padding).update(held[0])
                     self.tree.overlap = held[1]
@@ -106,7 +106,7 @@ class SharedLayer(DenseLayer):
         return merge_states(outs, lses)[0] if len(outs) > 1 else outs[0]
 
     def _find(self, chunk: AttentionInput) -> Promotion | None:
-        """What rows turn out to have in common: in the first layer a key says which token stands where."""
+        """What rows turn out to have in common: in the first layer, equal keys mean equal tokens at equal positions."""
         rows = [key.transpose(0, 1).flatten(1) for key in chunk.key]
         if chunk.visible is not None:
             rows = [row[shown] for row, shown in zip(rows, chunk.visible, strict=True)]
@@ -121,7 +121,7 @@ class SharedLayer(DenseLayer):
             names.append(self.tree.add(ROOT if shared.parent == ROOT else names[shared.parent], shared.tokens, ids))
             for row in shared.rows:
                 leaves[row], taken[row] = names[-1], shared.stop
-        # of a window, the row that goes least far beyond a node holds most of it: all that any row will look at
+        # on a sliding layer, the shortest row still holds most of a node's tokens, and all that any row will look at
         nodes = [
             (name, min(shared.rows, key=counts.__getitem__), shared.start, shared.stop)
             for name, shared in zip(names, found, strict=True)
@@ -151,10 +151,10 @@ class SharedLayer(DenseLayer):
         return merge_states(outs, lses) if len(outs) > 1 else (outs[0], lses[0])
 
     def _attend_coded(self, name: int, query: Tensor, at: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
-        """Attention of queries [rows, heads, queries, head_dim], at [rows, queries], to a node of another cache."""
+        """Attention of queries [rows, heads, queries, head_dim], at positions [rows, queries], to a coded node."""
         segments = self.held[name]
         self.fetching_forwards += any(tensors for one in segments for _, tensors in one.offloaded().values())
-        # all queries of the node as one row's
+        # all queries of the node as those of one row
         together = query.transpose(0, 1).flatten(1, 2)[None].contiguous()
         out, lse = _merged([segment.attend(together, at.reshape(1, -1), spec) for segment in segments])
         apart = (query.shape[0], query.shape[2])
@@ -171,7 +171,7 @@ class SharedLayer(DenseLayer):
         return out, lse
 
     def _node_blocks(self, sharing: Sharing) -> tuple[KeyBlocks, Sharing]:
-        """The nodes of plain tokens as blocks of keys, in the tree's order, and the rows of each."""
+        """The nodes with plain tokens as blocks of keys, in the tree's order, and the rows of each."""
         if self._last is None or self._last[0] is not sharing:
             names = [name for name in self.held if name not in self.coded]
             nodes: list[Any] = [self.held[name][0] for name in names]
@@ -192,7 +192,7 @@ class SharedLayer(DenseLayer):
             columns = torch.arange(self.dense.length, device=keys.device)
             if visible is not None:
                 columns = columns[visible[row]]
-            # a sliding layer may have let the first tokens go, and needs little more than its window of a node
+            # a sliding layer may have dropped the first tokens, and needs little more of a node than its window
             missing = move.counts[row] - len(columns)
             least = 0 if self.window is None else stop - self.window - SLACK
             first = max(first, missing, least)
@@ -213,8 +213,8 @@ class SharedLayer(DenseLayer):
             self.dense.visible = None
 
     def cuts(self, name: int, tokens: int | None = None) -> bool:
-        """True for a node of which the layer can give the first tokens alone, any number or this one: each lies here
-        for itself, and on a sliding layer all that what follows will see."""
+        """True if the layer can cut the node to its first tokens, to any number or to this one: they are stored one by
+        one, and on a sliding layer all that later queries will see are still held."""
         if name in self.coded:
             return False
         node: Any = self.held[name][0]
@@ -223,27 +223,27 @@ class SharedLayer(DenseLayer):
         return sees_from >= stop - node.tokens
 
     def cut(self, name: int, tokens: int, into: int) -> None:
-        """Makes a node of the first tokens of another, or of the same, where they lie."""
+        """Makes a node of the first tokens of another, or of the same, without a copy."""
         node: Any = self.held[name][0]
         held = max(0, tokens - (self.tree.nodes[name].tokens - node.tokens))
         self.held[into] = [NodeSegment(*(getattr(node, part)[:, :, :held] for part in NodeSegment.tensor_names))]
         self._last = None
 
     def check_reach(self, leaf: int, position: int) -> None:
-        """Raises ValueError where a token at this place of a path would see what has left the window of a node."""
+        """Raises ValueError if a token at this position of a path would see what has left the window of a node."""
         for name in self.tree.path(leaf) if self.window is not None else ():
             node: Any = self.held[name][0]
             start, held_from = self.tree.nodes[name].start, self.tree.nodes[name].stop - getattr(node, "tokens", 0)
             reaches = max(start, position - (self.window or 0) + 1)
             if name not in self.coded and position >= start and reaches < held_from:
                 raise ValueError(
-                    f"token {position} of a row is fed again, and of what its window of {self.window} sees, tokens "
+                    f"token {position} of a row is fed again, but of the tokens in its window of {self.window}, "
                     f"{reaches} to {held_from - 1} are gone; take back or feed again no more than {SLACK} tokens, or "
                     "use attention_mask=cache.cover(mask)"
                 )
 
     def check_own_reach(self, row: int, position: int, before: int) -> None:
-        """Raises ValueError where a token at this place of a row would see what has left the window of its own tokens.
+        """Raises ValueError if a token at this position of a row would see own tokens that have left the window.
 
         Args:
             before: tokens of the row until now.
@@ -255,12 +255,12 @@ class SharedLayer(DenseLayer):
         reaches = max(self.tree.length(self.tree.leaves[row]), position - self.window + 1)
         if reaches < min(position, own_from):
             raise ValueError(
-                f"token {position} of row {row} is fed again, and of what its window of {self.window} sees, tokens "
+                f"token {position} of row {row} is fed again, but of the tokens in its window of {self.window}, "
                 f"{reaches} to {min(position, own_from) - 1} are gone; take back no more than {SLACK} tokens"
             )
 
     def prune(self, names: list[int]) -> None:
-        """Lets nodes go."""
+        """Drops nodes."""
         for name in names:
             self.held.pop(name, None)
             self.coded.pop(name, None)
@@ -280,20 +280,20 @@ class SharedLayer(DenseLayer):
             self._hide(remap, torch.tensor(self.tree.lengths(), device=remap.device))
 
     def check_thaw(self) -> None:
-        """Raises ValueError where the nodes hold something else than keys and values of tokens."""
+        """Raises ValueError if the nodes hold anything but keys and values of tokens."""
         for name, segments in self.held.items():
             for segment in segments:
                 if not isinstance(segment, NodeSegment):
                     raise ValueError(
-                        f"node {name} is a {type(segment).__name__}: shared tokens in this form can be neither cropped "
-                        "nor forgotten by one sequence"
+                        f"node {name} is a {type(segment).__name__}: shared tokens in this form cannot be cropped, or "
+                        "dropped by one sequence"
                     )
 
     def node_to_suffix(self, visible: Tensor | None, before: Tensor, remap: Tensor | None) -> None:
         """Gives each row its own copy of what it holds in nodes.
 
         Args:
-            visible: where the tokens shall stand, [batch, columns] bool; None: every column is a token.
+            visible: the columns in which to put the tokens, [batch, columns] bool; None: every column is a token.
             before: tokens of each row until now, [batch].
             remap: [batch, tokens] int32, which of the visible columns each token goes to, EMPTY for those to drop;
                 None: in order.
@@ -316,7 +316,7 @@ class SharedLayer(DenseLayer):
                 parts.append((int(before[row]), own_keys[row, :, shown], own_values[row, :, shown]))
             for stop, key, value in parts:
                 place = torch.arange(stop - key.shape[1], stop, device=keys.device)
-                # what is ahead of its columns is fed again
+                # tokens beyond its columns will be fed again
                 known = place < int(before[row])
                 if remap is not None:
                     known &= remap[row, place.clamp(max=columns - 1)] >= 0
@@ -336,14 +336,14 @@ class SharedLayer(DenseLayer):
             self.dropped = gone
 
     def suffix_columns(self) -> int:
-        """Columns of the suffixes."""
+        """How many columns the suffixes have."""
         return 0 if self.dense is None else self.dense.length
 
     def adopt(self, name: int, other: CompressedLayer, plain: dict[int, Segment] | None = None) -> None:
-        """Takes what another layer holds of one sequence as a node.
+        """Makes a node of what another layer holds of one sequence.
 
         Args:
-            plain: the nodes made of segments of plain tokens, by their id, for layers that share one.
+            plain: nodes already made from segments of plain tokens, by the segment's id, for layers that share one.
         """
         segments = segments_of(other)
         if isinstance(segments[0], DenseSegment):
@@ -396,7 +396,7 @@ class SharedLayer(DenseLayer):
                 parts, coded[name] = self.coded[name].dump()
             else:
                 parts = segments[0].tensors()
-                # a file holds no memory twice
+                # a file stores shared memory once
                 if name in self.borrowed or any(x.nbytes < x.untyped_storage().nbytes() for x in parts.values()):
                     parts = {part: tensor.clone() for part, tensor in parts.items()}
             tensors |= {f"nodes.{name}.0.{part}": tensor for part, tensor in parts.items()}
@@ -436,7 +436,7 @@ class SharedLayer(DenseLayer):
 
 
 def segments_of(layer: CompressedLayer) -> list[Segment]:
-    """What a layer attends to: its segments that hold something, or those of the layer that it follows."""
+    """What a layer attends to: its segments that hold something, or those of the layer whose storage it shares."""
     layer = getattr(layer, "kv_source", layer)
     return [one for one in layer.segments() if not isinstance(one, TailSegment) or any(one.held)]
 

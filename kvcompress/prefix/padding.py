@@ -13,7 +13,7 @@ from kvcompress.storage.padding import PaddingRecord
 if TYPE_CHECKING:
     from kvcompress.prefix.layer import SharedLayer
 
-# in place of a token's id, in a column that holds no token of its row's own
+# stands for a token's id in a column that has no own token of its row
 PADDING = -2
 
 
@@ -21,9 +21,9 @@ PADDING = -2
 class Promotion:
     """Tokens of the suffix that become nodes.
 
-    nodes: for each new node its name, a row that holds its tokens, and which of the row's tokens in the suffix, padding
-    not counted: first .. stop. taken: for each row how many of its first tokens in the suffix are in nodes now.
-    counts: for each row how many tokens it has in the suffix. leaves: for each row the node that it then goes on from.
+    nodes: for each new node its name, a row that holds its tokens, and which of the row's suffix tokens they are,
+    padding not counted: first .. stop. taken: for each row how many of its first suffix tokens are now in nodes.
+    counts: for each row how many suffix tokens it has. leaves: for each row the node that it then continues from.
     """
 
     nodes: list[tuple[int, int, int, int]]
@@ -35,13 +35,13 @@ class Promotion:
 class PrefixPadding(PaddingRecord):
     """The padding record of a cache whose rows hold nodes.
 
-    Until a row has a suffix, the columns of what it holds are the caller's to lay out: its padding may come before
-    the prefix (whole prompts, padded on the left) or behind it (suffixes, padded on the left). Either way a row's past
-    columns show as many tokens as it holds, or fewer; in that case the missing ones come once more and are dropped.
+    Until a row has a suffix, the caller decides the columns of what it holds: padding may come before the prefix (whole
+    prompts, padded on the left) or after it (suffixes, padded on the left). Either way a row's past columns show as
+    many tokens as it holds, or fewer; then the missing ones are fed again and dropped.
 
-    stored: [batch, queries] bool, which tokens of the forward at hand go to the suffix; None: all.
+    stored: [batch, queries] bool, which tokens of the current forward go to the suffix; None: all.
     fed: [batch, columns] int32, the tokens of the columns fed since the rows were laid out: an id, UNKNOWN, or PADDING
-    for a column that holds no token of the row's own.
+    for a column that has no own token of the row.
     """
 
     def __init__(self, tree: Tree) -> None:
@@ -54,23 +54,23 @@ class PrefixPadding(PaddingRecord):
         self.forget()
 
     def forget(self) -> None:
-        """Lets go of what belongs to the forward at hand."""
+        """Forgets what belongs to the current forward."""
         self.stored: Tensor | None = None
         # tokens of nodes are fed again
         self.again = False
-        # [batch, queries], what the decoder is fed; None where nobody said
+        # [batch, queries], what the decoder is fed; None if unknown
         self.ids: Tensor | None = None
-        # takes back what was done to the rows, should the forward be refused
+        # undoes what was done to the rows, if the forward is refused
         self.undo: Callable[[], None] | None = None
         self.needs_suffix = False
         self.position_ids: Tensor | None = None
         self.before: Tensor | None = None
-        # tokens of each row's past as the forward's mask shows them
+        # how many tokens of each row's past the forward's mask shows
         self._past: Tensor | None = None
         self._fresh: Tensor | None = None
         self._positions: Tensor | None = None
         self._queries = 0
-        # what the first layer found to be shared, for the others to do as it does
+        # what the first layer found to be shared, for the other layers
         self.found: Promotion | None = None
 
     def settle(self, holds_suffix: bool) -> None:
@@ -78,7 +78,7 @@ class PrefixPadding(PaddingRecord):
         if self.found is not None:
             self.tree.set_leaves(self.found.leaves)
             self._take(self.found.taken)
-        # what was found in the rows stands where they were fed, even if it is all of them
+        # what was found in the rows keeps its columns, even if it is all of them
         self.columns_fixed = holds_suffix or self.found is not None
         self.forget()
 
@@ -92,7 +92,7 @@ class PrefixPadding(PaddingRecord):
         return torch.full((rows,), seen) if self.visible is None else self.visible.sum(-1)
 
     def own_lengths(self, seen: int) -> list[int]:
-        """Tokens of each row, of which so many columns were seen, that are its own and in no node."""
+        """For each row, after so many columns seen, how many of its tokens are its own, in no node."""
         rows, ahead = len(self.tree.leaves), self.tree.overlap
         if not self.columns_fixed or not rows:
             return [0] * rows
@@ -105,7 +105,7 @@ class PrefixPadding(PaddingRecord):
             self.fed = change(self.fed)
 
     def begins_again(self, mask: Tensor | None, queries: int, past: int) -> bool:
-        """True where the rows are fed from their first tokens on, though the nodes hold some."""
+        """True if the rows are fed from their first token on, although the nodes hold some."""
         given = self.position_ids
         if self.columns_fixed or not past or not self.tree.nodes or given is None or given.dim() != 2:
             return False
@@ -154,11 +154,11 @@ class PrefixPadding(PaddingRecord):
         self._note(batch, past, queries)
 
     def _last_positions(self, batch: int, past: int) -> Tensor:
-        # rows share tokens and part again: what each of them shows says how far it has come
+        # rows share tokens and then differ: the columns that each one shows say how far it has come
         return self.shown(batch, past) - 1
 
     def _check_fed_again(self, again: Tensor) -> None:
-        """Raises ValueError where what is fed again, [batch, queries] bool, is not what the nodes hold."""
+        """Raises ValueError if the tokens fed again, [batch, queries] bool, are not those that the nodes hold."""
         at = self.positions(again.device)
         known = None if self.ids is None or self.ids.shape != again.shape else self.ids.to(again.device)
         for row, leaf in enumerate(self.tree.leaves):
@@ -172,7 +172,7 @@ class PrefixPadding(PaddingRecord):
                 same_tokens(row, known[row, again[row]].cpu(), self.tree.ids(leaf)[places.cpu().long()], places.cpu())
 
     def _note(self, batch: int, past: int, queries: int) -> None:
-        """Remembers what the columns of the forward at hand are."""
+        """Records what the columns of the current forward are."""
         ids = self.ids
         if ids is None or ids.shape != (batch, queries):
             ids = torch.full((batch, queries), UNKNOWN)
@@ -187,12 +187,12 @@ class PrefixPadding(PaddingRecord):
         self.fed = torch.cat([self.fed, self.fed.new_full((batch, missing), UNKNOWN), ids.to(self.fed.device)], 1)
 
     def own_ids(self, row: int) -> Tensor:
-        """The tokens that are a row's own, [tokens] int32 on the CPU."""
+        """A row's own tokens, [tokens] int32 on the CPU."""
         own = torch.empty(0, dtype=torch.int32) if self.fed is None else self.fed[row].cpu()
         return own[own != PADDING]
 
     def row_ids(self, row: int, tokens: int) -> Tensor:
-        """The first tokens of a row, those of its nodes and its own, [tokens] int32 on the CPU."""
+        """The first tokens of a row, in its nodes and its own, [tokens] int32 on the CPU."""
         ids = torch.cat([self.tree.ids(self.tree.leaves[row]), self.own_ids(row)])
         # steps that were compiled left no record
         return torch.cat([ids, ids.new_full((tokens,), UNKNOWN)])[:tokens]
@@ -210,14 +210,14 @@ class PrefixPadding(PaddingRecord):
             self.fed = self.fed.masked_fill(~now.to(self.fed.device), PADDING)
 
     def lay_ids(self, rows: list[Tensor], visible: Tensor) -> None:
-        """Says what the rows' own tokens are: of each row [tokens], in its visible columns, [batch, columns] bool."""
+        """Sets the rows' own tokens: for each row [tokens], in its visible columns, [batch, columns] bool."""
         fed = torch.full(visible.shape, PADDING, dtype=torch.int32)
         for row, ids in enumerate(rows):
             fed[row, visible[row].cpu().nonzero()[: len(ids), 0]] = ids.to(torch.int32)
         self.fed, self.fed_from = fed.to(visible.device), 0
 
     def _take(self, taken: list[int]) -> None:
-        """The first own tokens of each row are in nodes now."""
+        """Records that the first own tokens of each row are now in nodes."""
         if self.fed is not None:
             own = self.fed != PADDING
             gone = own & (own.cumsum(-1) <= torch.tensor(taken, device=own.device)[:, None])
@@ -229,7 +229,7 @@ class PrefixPadding(PaddingRecord):
             self.fed = self.fed[:, : max(0, self.fed.shape[1] - tokens)].clone()
 
     def _hides_shared(self, remap: Tensor) -> bool:
-        """True where a token is to be forgotten that lies in a node."""
+        """True if a token that is in a node is to be dropped."""
         assert self.before is not None
         held = torch.tensor(self.tree.lengths(), device=remap.device)
         place = torch.arange(remap.shape[1], device=remap.device)
@@ -237,7 +237,7 @@ class PrefixPadding(PaddingRecord):
         return bool((in_nodes & (remap < 0)).any())
 
     def _lay_out(self, mask: Tensor | None, batch: int, past: int, queries: int) -> None:
-        """Takes the mask's word for where the tokens of the nodes stand."""
+        """Lets the mask decide which columns the tokens of the nodes are in."""
         self.remap = None
         told = self.visible
         if mask is not None and mask.shape == (batch, past + queries):
@@ -251,7 +251,7 @@ class PrefixPadding(PaddingRecord):
         if bool((shown > held).any()):
             row = int((shown - held).argmax())
             raise ValueError(
-                f"attention_mask shows {int(shown[row])} tokens of row {row} before the new ones, and the cache holds "
+                f"attention_mask shows {int(shown[row])} tokens of row {row} before the new ones, but the cache holds "
                 f"{int(held[row])}; pass whole prompts padded on the left, or suffixes with "
                 "attention_mask=cache.cover(mask)"
             )
@@ -271,13 +271,13 @@ class PrefixPadding(PaddingRecord):
             wrong = wrong & fresh
         if bool(wrong.any()):
             raise ValueError(
-                "the new tokens do not follow on the tokens that the cache holds: their position ids begin at "
+                "the new tokens do not follow those that the cache holds: their position ids begin at "
                 f"{given[:, 0].tolist()}, after {shown.tolist()} tokens; pass whole prompts, or suffixes with "
                 "attention_mask=cache.cover(mask)"
             )
 
     def positions(self, device: torch.device) -> Tensor:
-        """The positions of the queries at hand, padding not counted, [batch, queries] int32."""
+        """The positions of the current queries, padding not counted, [batch, queries] int32."""
         if self._positions is None:
             assert self._past is not None
             place = torch.arange(self._queries)[None] if self._fresh is None else self._fresh.cumsum(-1) - 1
@@ -289,22 +289,22 @@ class PrefixPadding(PaddingRecord):
         return tensor.to(device, torch.int32)
 
     def repeat(self, repeats: int) -> None:
-        """Each row several times."""
+        """Repeats each row several times."""
         self.visible = None if self.visible is None else self.visible.repeat_interleave(repeats, 0)
 
 
 def same_tokens(row: int, given: Tensor, held: Tensor, places: Tensor) -> None:
     """
     Raises:
-        ValueError: a row's tokens [tokens] are not what the cache holds at these places of the row, UNKNOWN apart.
+        ValueError: a row's tokens [tokens] are not those that the cache holds at these positions, except for UNKNOWN.
     """
     wrong = ((given != held) & (held != UNKNOWN)).nonzero()
     if len(wrong):
         first = int(wrong[0])
         raise ValueError(
-            f"row {row} does not go on as the tokens that the cache holds: its token {int(places[first])} is "
-            f"{int(given[first])}, and the cache was fed {int(held[first])}. Prompts begin with the cache's tokens, in "
-            "the order of its rows and padded as its attention_mask said; suffixes alone come with "
-            "attention_mask=cache.cover(mask). One cache serves one conversation: clone() it before each call, or "
+            f"row {row} does not match the tokens that the cache holds: its token {int(places[first])} is "
+            f"{int(given[first])}, but the cache was fed {int(held[first])}. Prompts must begin with the cache's "
+            "tokens, in the order of its rows and padded as in its attention_mask; suffixes alone need "
+            "attention_mask=cache.cover(mask). One cache is for one conversation: clone() it before each call, or "
             "build another"
         )

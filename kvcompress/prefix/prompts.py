@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvcompress.prefix.tree import ROOT, Shared, common_tokens, find_shared
 
-# tokens fed for nothing that are as dear as another node
+# feeding this many tokens for nothing costs as much as another node
 _OWN_NODE = 64
 
 
@@ -14,8 +14,8 @@ _OWN_NODE = 64
 class PromptTree:
     """The nodes of a batch of prompts.
 
-    shared: the nodes, parents before children. ends: for each row the index of the node that it goes on from, or ROOT.
-    seen: how many columns of the batch to report as seen.
+    shared: the nodes, parents before children. ends: for each row the index of the node that it continues from, or
+    ROOT. seen: how many columns of the batch to report as seen.
     """
 
     shared: list[Shared]
@@ -23,18 +23,18 @@ class PromptTree:
     seen: int
 
     def pieces(self, rows: list[Tensor]) -> list[Tensor]:
-        """The tokens of each node, of rows of ids [tokens]."""
+        """The tokens of each node, taken from rows of ids [tokens]."""
         return [rows[shared.rows[0]][shared.start : shared.stop] for shared in self.shared]
 
 
 def tree_of_prompts(rows: list[Tensor], columns: int, copies: int, least: int) -> PromptTree:
-    """The nodes that a batch of prompts is worth, of each of which a token is left to feed.
+    """The nodes to make of a batch of prompts, so that at least one token of each prompt is left to feed.
 
     Args:
-        rows: of each prompt the ids without padding, [tokens].
-        columns: of the batch, in which prompts are padded on the left.
-        copies: sequences that are made of each prompt; of more than one, all that they share is worth a node.
-        least: shared runs of fewer tokens are not.
+        rows: for each prompt the ids without padding, [tokens].
+        columns: the number of columns of the batch, in which prompts are padded on the left.
+        copies: sequences made of each prompt; with more than one, everything that they share becomes a node.
+        least: shared runs of fewer tokens become no node.
     """
     limits = [max(0, len(row) - 1) for row in rows]
     found = find_shared(limits, common_tokens(rows), least)
@@ -52,7 +52,7 @@ def tree_of_prompts(rows: list[Tensor], columns: int, copies: int, least: int) -
     elif found:
         seen = _columns_seen([pad + length for pad, length in zip(pads, held, strict=True)])
     for row, (pad, length) in enumerate(zip(pads, held, strict=True)):
-        # a row of its own up to there, so that the others need not be fed again what they share
+        # the row's own node up to there, so that the others need not be fed again what they share
         if min(seen - pad, limits[row]) > length:
             found.append(Shared(ends[row], length, min(seen - pad, limits[row]), (row,)))
             ends[row] = len(found) - 1
@@ -62,10 +62,10 @@ def tree_of_prompts(rows: list[Tensor], columns: int, copies: int, least: int) -
 def _columns_seen(ends: list[int]) -> int:
     """How many columns of a batch to report as seen.
 
-    A row that holds more is fed the rest again, for nothing; one that holds fewer must hold a node of its own.
+    A row whose nodes reach further is fed the rest again, for nothing; one whose nodes end earlier needs its own node.
 
     Args:
-        ends: for each row the column up to which it holds what others hold too.
+        ends: for each row the column up to which its tokens are shared.
     """
 
     def cost(seen: int) -> int:

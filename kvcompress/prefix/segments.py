@@ -1,4 +1,4 @@
-"""What nodes and suffixes hold of a layer."""
+"""The segments of nodes and suffixes in a layer."""
 
 from typing import ClassVar
 
@@ -10,13 +10,13 @@ from kvcompress.storage.segment import Segment
 
 
 class SuffixSegment(DenseSegment):
-    """The tokens of each sequence's own; many sequences have room to spare, so there is little of it."""
+    """Each sequence's own tokens; with many sequences spare room adds up, so it is kept small."""
 
     growth: ClassVar[int] = 16
 
 
 class NodeSegment(Segment):
-    """Every token of a node, or on a sliding layer its last ones. Never written to again, so copies share it.
+    """Every token of a node, or on a sliding layer its last ones. It never changes, so copies share it.
 
     prefix_keys, prefix_values: [1, kv_heads, tokens, head_dim].
     """

@@ -22,7 +22,7 @@ from kvcompress.prefix.tree import UNKNOWN, leading
 from kvcompress.storage.durable import PARTIAL
 from kvcompress.storage.tensor_file import DamagedFileError, TensorFile
 
-# times that a folder is read again because somebody changed it meanwhile
+# how often a folder is read again because another process changed it meanwhile
 _READINGS = 20
 
 
@@ -47,19 +47,19 @@ class PrefixStore:
         cache = store.prefix(prompts, attention_mask)           # [batch, tokens]: what these prompts begin with
         model.generate(prompts, attention_mask=attention_mask, cache=cache)
 
-    A stored prefix serves every shorter one, as keys and values depend on nothing that follows; caches given out share
-    its tensors, so what is stored twice or in use costs nothing more. Sizes are of live storages.
+    A stored prefix can be used for every shorter one, as keys and values do not depend on later tokens. Caches that the
+    store returns share its tensors, so what is stored twice or in use costs nothing more. Sizes are of live storages.
 
-    A document [tokens] is held to its last token by the cache given out, for prompts that are longer, or go on by
-    `push` or `cover`. Prompts [batch, tokens] are those that `generate` will be called with: each row has a token left
-    to run, be it the last one of a prompt that is stored whole.
+    For a document [tokens], the returned cache holds all of it, for prompts that are longer, or continue by `push` or
+    `cover`. Prompts [batch, tokens] are those that `generate` will be called with: at least one token of each row is
+    left to run, even if the whole prompt is stored.
     """
 
     def __init__(self, model: PreTrainedModel, max_bytes: int | None = None, *, min_tokens: int = MIN_TOKENS) -> None:
         """
         Args:
-            max_bytes: what all prefixes may take together; the least recently used ones go first. None: no limit.
-            min_tokens: shorter matches count as none.
+            max_bytes: how many bytes all prefixes may take; the least recently used are dropped first. None: no limit.
+            min_tokens: shorter matches do not count.
         """
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, or None for no limit, got {max_bytes}")
@@ -73,7 +73,7 @@ class PrefixStore:
         # entries by storage, and the bytes of all storages
         self._holders: dict[tuple[str, int], int] = {}
         self._nbytes = 0
-        # by folder, the files that this store has written there or taken from there
+        # by folder, the files that this store has written to it or loaded from it
         self._files: dict[Path, set[str]] = {}
         self._lock = threading.RLock()
 
@@ -88,16 +88,16 @@ class PrefixStore:
         return self._nbytes
 
     def prefix(self, input_ids: Tensor | Sequence[int], attention_mask: Tensor | None = None) -> HydragenCache:
-        """A cache of these tokens: as many as possible from the store, the others run now and stored.
+        """A cache of these tokens: as many as possible come from the store, the others are run now and stored.
 
         Args:
             input_ids: a document [tokens], all of which the cache then holds; or prompts [batch, tokens], padded on the
-                left, of which it holds what they all begin with. Prompts of which that is less than `min_tokens` leave
-                the store as it is, and share what some of them have in common: HydragenCache(model, prompts).
+                left, whose common beginning it holds. If that is shorter than `min_tokens`, the store is not changed,
+                and the cache is HydragenCache(model, prompts), which shares what some of them have in common.
             attention_mask: of prompts, [batch, tokens], 0 for padding; None: no padding.
 
         Raises:
-            ValueError: there is no token, or padding is not on the left.
+            ValueError: there are no tokens, or padding is not on the left.
         """
         ids, prompts = self._read(input_ids, attention_mask)
         if prompts is not None and len(prompts) > 1 and len(ids) < self.min_tokens:
@@ -114,28 +114,28 @@ class PrefixStore:
         return _leave_a_token(cache, prompts)
 
     def get(self, input_ids: Tensor | Sequence[int], attention_mask: Tensor | None = None) -> HydragenCache | None:
-        """A cache of the longest beginning of these tokens that is stored, None where there is none.
+        """A cache of the longest stored beginning of these tokens, None if there is none.
 
         Args:
             input_ids: a document [tokens], or prompts [batch, tokens] padded on the left, which begin with one.
             attention_mask: of prompts, [batch, tokens], 0 for padding; None: no padding.
 
         Raises:
-            ValueError: there is no token, or padding is not on the left.
+            ValueError: there are no tokens, or padding is not on the left.
         """
         ids, prompts = self._read(input_ids, attention_mask)
         cache = self._longest(ids)
         return None if cache is None else _leave_a_token(cache, prompts)
 
     def put(self, input_ids: Tensor | Sequence[int], cache: HydragenCache) -> None:
-        """Stores what a cache holds of these tokens; the cache may be used on.
+        """Stores what a cache holds of these tokens; the cache can still be used.
 
         Args:
-            input_ids: [tokens] or [1, tokens], the tokens that the cache's one sequence passes through.
+            input_ids: [tokens] or [1, tokens], the tokens on the cache's single path.
 
         Raises:
-            ValueError: the cache is of another model, holds several paths, other tokens or another number of them, or
-                is larger than the store.
+            ValueError: the cache is for another model, holds several paths, other tokens or another number of them, or
+                is larger than `max_bytes`.
         """
         self._put(self._document(input_ids), cache)
 
@@ -143,12 +143,12 @@ class PrefixStore:
         model = cache._model()
         if model is not self.model:
             if model is None:
-                raise ValueError("the model of the cache is gone, so it cannot be told whether it is the store's")
+                raise ValueError("the cache's model has been deleted, so it is unknown whether it was the store's")
             hf.Fingerprint.of(self.model).check(hf.Fingerprint.of(model), "the prefix store")
         kept = cache.fork() if any(cache.own_lengths()) else cache.clone()
         if len(set(kept.tree.leaves)) != 1 or kept.tree.lengths()[0] != len(ids):
             raise ValueError(
-                f"put takes a cache of one path of {len(ids)} tokens, got paths of {sorted(set(kept.tree.lengths()))}"
+                f"put takes a cache with one path of {len(ids)} tokens, got paths of {sorted(set(kept.tree.lengths()))}"
             )
         known = kept.known_ids()
         wrong = ((known != UNKNOWN) & (known != ids)).nonzero()
@@ -165,7 +165,7 @@ class PrefixStore:
             raise ValueError(f"the prefix takes {size} bytes, more than the store's max_bytes = {self.max_bytes}")
         key = ids.numpy().tobytes()
         with self._lock:
-            # what is a beginning of the new one is served by it, as far as it can be cut there
+            # prefixes that are a beginning of the new one are dropped, if it can be cut there
             for entry in [entry for entry in self._entries.values() if key.startswith(entry.key)]:
                 if kept.cut_length(len(entry.tokens)) == len(entry.tokens):
                     self._let_go(entry)
@@ -189,7 +189,7 @@ class PrefixStore:
                 self._nbytes -= size
 
     def _longest(self, ids: Tensor) -> HydragenCache | None:
-        """A cache of the longest stored beginning of a sequence [tokens]; None where there is none, or a short one."""
+        """A cache of the longest stored beginning of a sequence [tokens]; None if there is none long enough."""
         with self._lock:
             matches = [(_common(entry.tokens, ids), entry) for entry in self._entries.values()]
             best, longest = None, 0
@@ -209,16 +209,16 @@ class PrefixStore:
     # files
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Brings a folder, which is made where it is missing, to what the store holds.
+        """Updates a folder to what the store holds; creates it if it is missing.
 
-        Prefixes that this store has once saved there, or loaded from there, and holds no more go; what others have
-        saved there meanwhile stays. A prefix that lies there already is not written again. A reader, and who comes
-        after a crash, finds the folder as it was before or as it is then.
+        Prefixes that this store once saved there, or loaded from there, and no longer holds are deleted; what others
+        have saved there stays. A prefix that is already there is not written again. A reader, also after a crash, finds
+        the folder either as it was before or as it is afterwards.
 
         Raises:
             ValueError: the folder holds prefixes of another model, or some of an earlier kvcompress that this store
                 has not loaded.
-            OSError: the folder cannot be written; what was saved there is there still.
+            OSError: the folder cannot be written; what was saved there is still there.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ class PrefixStore:
         with self._lock:
             entries = list(self._entries.values())
             known = self._files.setdefault(folder.resolve(), set())
-        # nobody else writes here until it is let go, as the end of a process does too
+        # no other process writes here until this is released, by the end of the process at the latest
         with FileLock(folder / LOCK):
             index = FolderIndex.read(folder)
             if index is not None and index.fingerprint is not None:
@@ -235,7 +235,7 @@ class PrefixStore:
             if any(FIRST_FILE.fullmatch(name) for name in others):
                 raise ValueError(
                     f"{folder} holds prefixes saved by an earlier kvcompress, which this store has not loaded: save to "
-                    "another folder, or go on from PrefixStore.load(folder, model)"
+                    "another folder, or start from PrefixStore.load(folder, model)"
                 )
             for left in folder.glob(f"{STEM}-*{PARTIAL}"):
                 left.unlink(missing_ok=True)
@@ -254,23 +254,23 @@ class PrefixStore:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: PreTrainedModel, max_bytes: int | None = None) -> Self:
-        """The prefixes that `save` wrote, for the model they were made with, on its device.
+        """Loads the prefixes that `save` wrote, for the model that they were made with, on its device.
 
-        Of more than `max_bytes`, the most recently used ones are loaded. What is damaged is left out. Either is told by
-        a warning, and stays in the folder.
+        If they exceed `max_bytes`, the most recently used ones are loaded. Damaged ones are skipped. A warning tells of
+        either; the files stay in the folder.
 
         Raises:
-            ValueError: the folder holds none, they are of another model, or its list names what is no prefix.
+            ValueError: the folder holds no store, one for another model, or its index names a file that is no prefix.
         """
         folder = Path(folder)
         fingerprint = hf.Fingerprint.of(model)
-        # what was read, None for what is damaged
+        # what was read, None for a damaged file
         read: dict[str, tuple[Tensor, HydragenCache] | None] = {}
         before: list[str] | None = None
         for _ in range(_READINGS):
             index = FolderIndex.read(folder)
             if index is None:
-                raise ValueError(f"{folder} is no saved PrefixStore: it has no {INDEX}")
+                raise ValueError(f"{folder} is not a saved PrefixStore: it has no {INDEX}")
             if index.fingerprint is not None:
                 index.fingerprint.check(fingerprint, f"the prefix store in {folder}")
             store = cls(model, max_bytes, min_tokens=index.min_tokens)
@@ -289,7 +289,7 @@ class PrefixStore:
             warn_of_unchecked(folder)
         if not fits:
             warnings.warn(
-                f"{len(store)} of {len(index.files)} prefixes in {folder} are loaded: more do not fit into max_bytes = "
+                f"{len(store)} of {len(index.files)} prefixes in {folder} are loaded: more do not fit in max_bytes = "
                 f"{max_bytes}",
                 stacklevel=2,
             )
@@ -302,10 +302,10 @@ class PrefixStore:
         fingerprint: hf.Fingerprint,
         read: dict[str, tuple[Tensor, HydragenCache] | None],
     ) -> tuple[bool, list[str]]:
-        """Takes in what a folder holds, as far as it fits, newest first: whether all does, and the files not found.
+        """Loads what a folder holds, newest first, until the store is full; returns whether all fit, and missing files.
 
         Args:
-            read: what was read of the folder until now, which is added to.
+            read: what was read of the folder so far, which this extends.
         """
         room = self.max_bytes
         taken: list[str] = []
@@ -322,7 +322,7 @@ class PrefixStore:
                 gone.append(name)
             except DamagedFileError as error:
                 read[name] = None
-                warnings.warn(f"a prefix is left out: {error}", stacklevel=4)
+                warnings.warn(f"a prefix is skipped: {error}", stacklevel=4)
             found = read.get(name)
             if found is None:
                 continue
@@ -342,7 +342,7 @@ class PrefixStore:
     # what is asked for
 
     def _read(self, input_ids: Tensor | Sequence[int], attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is to be held, [tokens] int64 on the CPU, and for which prompts [batch, tokens]; None for a document."""
+        """The tokens to hold, [tokens] int64 on the CPU, and the prompts [batch, tokens] they are for, None if none."""
         ids = _as_ids(input_ids)
         if ids.dim() < 2 and attention_mask is None:
             return self._document(ids), None
@@ -354,10 +354,10 @@ class PrefixStore:
             )
         shown = mask.bool().cpu()
         if bool((shown[:, 1:] < shown[:, :-1]).any()):
-            raise ValueError("expected prompts padded on the left; a row has padding behind a token")
+            raise ValueError("expected prompts padded on the left; a row has padding after a token")
         rows = [row[visible] for row, visible in zip(ids.detach().cpu().long(), shown, strict=True)]
         if not rows or min(map(len, rows)) == 0:
-            raise ValueError("a prefix needs a token, and so does each prompt")
+            raise ValueError("a prefix needs at least one token, and so does each prompt")
         shared = rows[0]
         for row in rows[1:]:
             shared = shared[: leading(shared, row, torch.eq)]
@@ -370,30 +370,30 @@ class PrefixStore:
         if ids.dim() > 1 and ids.numel() != ids.shape[-1]:
             raise ValueError(f"expected one document, [tokens] or [1, tokens], got {list(ids.shape)}")
         if ids.numel() == 0:
-            raise ValueError("a prefix needs a token")
+            raise ValueError("a prefix needs at least one token")
         if bool((ids < 0).any()):
-            raise ValueError(f"expected token ids, integers from 0 on, got {int(ids.min())}")
+            raise ValueError(f"expected token ids, which are integers of at least 0, got {int(ids.min())}")
         return ids.detach().reshape(-1).cpu().long().clone()
 
 
 def _as_ids(input_ids: Tensor | Sequence[int]) -> Tensor:
     ids = torch.as_tensor(input_ids)
-    # an empty list is of floats
+    # torch makes floats of an empty list
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise ValueError(f"expected token ids, integers from 0 on, got {ids.dtype}")
+        raise ValueError(f"expected token ids, which are integers of at least 0, got {ids.dtype}")
     return ids
 
 
 def _leave_a_token(cache: HydragenCache, prompts: Tensor | None) -> HydragenCache:
     """A cache that reports fewer tokens as seen than prompts [batch, tokens] have columns, whatever it holds."""
     if prompts is not None and cache.get_seq_length() >= prompts.shape[1]:
-        # what it holds and does not report comes once more, and is dropped
+        # tokens that it holds but does not report are fed again, and dropped
         cache.padding.see(prompts.shape[1] - 1)
     return cache
 
 
 def _common(ours: Tensor, theirs: Tensor) -> int:
-    """`leading` of tokens on the CPU, where hundreds of documents are looked through for one."""
+    """`leading` for tokens on the CPU, fast enough to look through hundreds of documents."""
     size = min(len(ours), len(theirs))
     differs = ours.numpy()[:size] != theirs.numpy()[:size]
     first = int(differs.argmax())
@@ -401,7 +401,7 @@ def _common(ours: Tensor, theirs: Tensor) -> int:
 
 
 def _storages(cache: HydragenCache) -> dict[tuple[str, int], int]:
-    """The bytes of each storage that a cache's segments lie in."""
+    """The bytes of each storage behind a cache's segments."""
     tensors = [
         tensor for layer in cache.layers for segment in layer.segments() for tensor in segment.tensors().values()
     ]

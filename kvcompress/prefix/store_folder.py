@@ -1,4 +1,4 @@
-"""A folder of saved prefixes: a file for each, named by what it holds, and one that lists them, written last."""
+"""A folder of saved prefixes: a file for each, named after what it holds, and an index file, written last."""
 
 import dataclasses
 import hashlib
@@ -21,17 +21,17 @@ INDEX = "prefixes.json"
 _FORMAT = "kvcompress-prefixes-2"
 LOCK = "prefixes.lock"
 STEM = "prefix"
-# a prefix by the digest of all that it holds, its tokens included; and as names were before
+# file names: the digest of everything the prefix holds, with its tokens; and the names of the earlier format
 FILE = re.compile(r"[0-9a-f]{64}\.safetensors")
 FIRST_FILE = re.compile(r"prefix-[0-9]+\.safetensors")
 
 
 @dataclass(frozen=True)
 class FolderIndex:
-    """What a folder says of itself, in one small file, which is written last.
+    """The index of a folder: one small file, written last.
 
-    files: the least recently used first. fingerprint: None where the folder does not say. tokens: of each file, where
-    the index has them and not the files.
+    files: the least recently used first. fingerprint: None if the folder has none. tokens: those of each file, if the
+    index has them and not the files.
     """
 
     files: list[str]
@@ -41,10 +41,10 @@ class FolderIndex:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The index of a folder; None where there is none.
+        """The index of a folder; None if there is none.
 
         Raises:
-            ValueError: it names something else than prefixes of this folder.
+            ValueError: it names something other than prefixes in this folder.
         """
         try:
             text = (folder / INDEX).read_bytes()
@@ -61,7 +61,7 @@ class FolderIndex:
         except (ValueError, KeyError, TypeError):
             # each file says by itself what it holds
             files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-            warnings.warn(f"{folder / INDEX} is damaged; the prefixes are taken from the files beside it", stacklevel=3)
+            warnings.warn(f"{folder / INDEX} is damaged; prefixes are taken from the files next to it", stacklevel=3)
             return cls([path.name for path in files if FILE.fullmatch(path.name)], MIN_TOKENS, None)
         known = FILE if index.tokens is None else FIRST_FILE
         for name in index.files:
@@ -91,7 +91,7 @@ def _sum(told: dict[str, Any]) -> str:
 
 
 def write_prefix(folder: Path, tokens: Tensor, cache: HydragenCache, fingerprint: hf.Fingerprint) -> str:
-    """Writes a prefix to a folder; its name there."""
+    """Writes a prefix to a folder, and returns the file's name."""
 
     def write(file: BinaryIO) -> str:
         return cache._to_file(file, fingerprint, {"tokens": tokens}) + ".safetensors"
@@ -104,5 +104,5 @@ def tokens_of(file: TensorFile, index: FolderIndex) -> Tensor:
     if index.tokens is not None:
         return torch.tensor(index.tokens[file.path.name])
     if file.digest != file.path.stem:
-        raise file.damaged("it is named after another content")
+        raise file.damaged("its name does not match its content")
     return file.tensor("tokens")

@@ -1,4 +1,4 @@
-"""Which tokens which sequences share: a tree of nodes, the rows that go on from them, and how it is found."""
+"""Which tokens sequences share: a tree of nodes, the rows that continue from them, and how to find the tree."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 from kvcompress.kernels.common.shared_blocks import Sharing
 
 ROOT = -1
-# in place of a token's id: not told, as for embeddings
+# stands for a token's id that was not given, as with embeddings
 UNKNOWN = -1
 
 
@@ -17,7 +17,7 @@ UNKNOWN = -1
 class Node:
     """Tokens start .. start + tokens of every sequence that passes through the node; parent: ROOT or a node's name.
 
-    ids: [tokens] int32 on the CPU, what they are; None where nobody said.
+    ids: [tokens] int32 on the CPU, what they are; None if unknown.
     """
 
     parent: int
@@ -32,10 +32,10 @@ class Node:
 
 @dataclass
 class Tree:
-    """The nodes by name, and for each row the node that it goes on from, or ROOT.
+    """The nodes by name, and for each row the node that it continues from, or ROOT.
 
     overlap: [rows] int64, how many tokens a row's path holds beyond the columns that the cache reports as seen: they
-    come once more and are dropped. None where there are none.
+    will be fed again and dropped. None if there are none.
     """
 
     nodes: dict[int, Node] = field(default_factory=dict)
@@ -52,32 +52,32 @@ class Tree:
         return path[::-1]
 
     def length(self, leaf: int) -> int:
-        """Tokens on the path to a leaf: the position of what comes next."""
+        """How many tokens are on the path to a leaf, which is the next token's position."""
         return 0 if leaf == ROOT else self.nodes[leaf].stop
 
     def lengths(self) -> list[int]:
-        """Tokens each row's path holds."""
+        """How many tokens each row's path holds."""
         return [self.length(leaf) for leaf in self.leaves]
 
     def ids(self, leaf: int) -> Tensor:
-        """The tokens on the path to a leaf, [tokens] int32 on the CPU, UNKNOWN where nobody said."""
+        """The tokens on the path to a leaf, [tokens] int32 on the CPU, UNKNOWN where they were not given."""
         nodes = [self.nodes[name] for name in self.path(leaf)]
         parts = [torch.full((node.tokens,), UNKNOWN) if node.ids is None else node.ids for node in nodes]
         return torch.cat([torch.empty(0, dtype=torch.int32), *parts]).to(torch.int32)
 
     def add(self, parent: int, tokens: int, ids: Tensor | None = None) -> int:
-        """A new node below another; its name."""
+        """Adds a node below another, and returns its name."""
         name = max(self.nodes, default=ROOT) + 1
         self.nodes[name] = Node(parent, tokens, self.length(parent), ids)
         self._sharing = None
         return name
 
     def node_at(self, leaf: int, tokens: int) -> int:
-        """The node of a path that holds its token `tokens` - 1, ROOT for none."""
+        """The node of a path that holds its token number `tokens` - 1, ROOT if none does."""
         return next((name for name in self.path(leaf) if self.nodes[name].stop >= tokens), ROOT) if tokens else ROOT
 
     def set_leaves(self, leaves: list[int]) -> None:
-        """Says which node each row goes on from."""
+        """Sets which node each row continues from."""
         self.leaves = leaves
         self._sharing = None
 
@@ -89,12 +89,12 @@ class Tree:
             self.overlap = None if self.overlap is None else self.overlap[rows.to(self.overlap.device)]
 
     def repeat(self, repeats: int) -> None:
-        """Each row several times."""
+        """Repeats each row several times."""
         self.set_leaves([leaf for leaf in self.leaves for _ in range(repeats)])
         self.overlap = None if self.overlap is None else self.overlap.repeat_interleave(repeats, 0)
 
     def prune(self) -> list[int]:
-        """Forgets the nodes that no row passes through; their names."""
+        """Drops the nodes that no row passes through, and returns their names."""
         reached = {name for leaf in set(self.leaves) for name in self.path(leaf)}
         gone = [name for name in self.nodes if name not in reached]
         for name in gone:
@@ -104,17 +104,17 @@ class Tree:
         return gone
 
     def node_to_suffix(self) -> None:
-        """Forgets all nodes; the rows stay."""
+        """Drops all nodes; the rows stay."""
         self.nodes, self.overlap = {}, None
         self.set_leaves([ROOT] * len(self.leaves))
 
     def clear(self) -> None:
-        """Back to no node and no row."""
+        """Drops all nodes and rows."""
         self.node_to_suffix()
         self.set_leaves([])
 
     def tensors(self) -> list[Tensor]:
-        """What the tree itself takes."""
+        """The tensors of the tree itself."""
         own = [node.ids for node in self.nodes.values() if node.ids is not None]
         own += [] if self.overlap is None else [self.overlap]
         return own if self._sharing is None else own + self._sharing.tensors()
@@ -150,7 +150,7 @@ def find_shared(limits: Sequence[int], common: Callable[[int, int, int], int], l
     Args:
         limits: how many tokens of each row may be shared.
         common: (row, other, start) -> how many tokens from `start` on the two rows have in common.
-        least: fewer tokens are not worth a node; they count as the beginning of what follows.
+        least: fewer tokens get no node of their own, and count as the beginning of what follows.
     """
     found: list[Shared] = []
 
@@ -176,7 +176,7 @@ def find_shared(limits: Sequence[int], common: Callable[[int, int, int], int], l
 
 
 def common_tokens(rows: Sequence[Tensor]) -> Callable[[int, int, int], int]:
-    """How many tokens two rows of ids, each [tokens], have in common from a place on."""
+    """A function that tells how many tokens two rows of ids, each [tokens], have in common from a position on."""
 
     def common(row: int, other: int, start: int) -> int:
         return leading(rows[row][start:], rows[other][start:], torch.eq)
@@ -185,7 +185,7 @@ def common_tokens(rows: Sequence[Tensor]) -> Callable[[int, int, int], int]:
 
 
 def common_vectors(rows: Sequence[Tensor]) -> Callable[[int, int, int], int]:
-    """The same for rows of vectors [tokens, size], which are equal up to rounding where their tokens are."""
+    """The same for rows of vectors [tokens, size], which are equal up to rounding if their tokens are."""
     bound = 1e-5 * max((float(row.abs().amax()) for row in rows if row.numel()), default=0.0)
 
     def close(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def common_vectors(rows: Sequence[Tensor]) -> Callable[[int, int, int], int]:
 
 
 def leading(ours: Tensor, theirs: Tensor, equal: Callable[[Tensor, Tensor], Tensor]) -> int:
-    """How many places from the first on are equal."""
+    """How many positions, from the first on, are equal."""
     size = min(len(ours), len(theirs))
     if size == 0:
         return 0
@@ -207,7 +207,7 @@ def leading(ours: Tensor, theirs: Tensor, equal: Callable[[Tensor, Tensor], Tens
 
 
 def by_length(lengths: Iterable[int]) -> list[list[int]]:
-    """Indexes in groups of similar length, so that padding them to one length costs at most as much again."""
+    """Indexes in groups of similar length, so that padding a group to one length at most doubles its cost."""
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         groups.setdefault(length.bit_length(), []).append(index)

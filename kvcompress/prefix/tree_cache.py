@@ -1,4 +1,4 @@
-"""A cache of rows that go on from the nodes of a tree: tree, layers and padding record, kept in agreement."""
+"""A cache of rows that continue from the nodes of a tree: keeps tree, layers and padding record consistent."""
 
 import functools
 from dataclasses import replace
@@ -18,7 +18,7 @@ from kvcompress.storage.padding import PaddingRecord
 
 
 class TreeCache(CompressedCache):
-    """Rows, each of which holds the nodes of its path and a suffix of its own."""
+    """Rows, each of which holds the nodes of its path and its own suffix."""
 
     layers: list[SharedLayer]  # type: ignore[assignment]
     padding: PrefixPadding
@@ -30,7 +30,7 @@ class TreeCache(CompressedCache):
         """
         self.tree = Tree()
         self.min_tokens = min_tokens
-        # how to build the caches again that hold nodes
+        # how to build again the caches that nodes were made from
         self.donors: dict[int, dict[str, Any]] = {}
         super().__init__(model)
 
@@ -50,27 +50,27 @@ class TreeCache(CompressedCache):
 
     @as_stored()
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row several times; what they then have in common becomes a node, where it is long enough."""
+        """Repeats each row several times; what the copies have in common becomes a node if it is long enough."""
         if repeats > 1 and max(self.padding.own_lengths(int(self.get_seq_length())), default=0) >= self.min_tokens:
             self._suffix_to_node()
-            # the rows go on as they were fed: their columns stay what they are
+            # the rows continue as they were fed: their columns do not change
             self.padding.columns_fixed = True
         super().batch_repeat_interleave(repeats)
         self.tree.repeat(repeats)
 
     @as_stored()
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Takes back the last tokens, exactly; where suffixes are shorter, shared tokens become each row's own first.
+        """Takes back the last tokens, exactly; if suffixes are shorter, shared tokens first become each row's own.
 
         Raises:
-            ValueError: a node or a window cannot give them back; nothing has changed.
+            ValueError: a node or a window cannot give them back; the cache is unchanged.
         """
         tokens_to_remove = int(tokens_to_remove)
         seen = int(self.get_seq_length()) + tokens_to_remove
         visible, rows = self.padding.visible, len(self.tree.leaves)
         left = [seen] * rows if visible is None else visible[:, :seen].sum(-1).tolist()
         ahead = [0] * rows if self.tree.overlap is None else self.tree.overlap.tolist()
-        # a row may have fewer tokens of its own than the suffixes have columns
+        # a row may have fewer own tokens than the suffixes have columns
         in_nodes = any(stays < held - more for stays, held, more in zip(left, self.tree.lengths(), ahead, strict=True))
         if tokens_to_remove and self.tree.nodes and (in_nodes or -tokens_to_remove > self.layers[0].suffix_columns()):
             before = self.padding.shown(rows, int(self.get_seq_length())).tolist()
@@ -129,7 +129,7 @@ class TreeCache(CompressedCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _meet(self, batch: int) -> None:
-        """Before a forward of `batch` rows: as long as nothing is a row's own, each may stand for several."""
+        """Before a forward of `batch` rows: repeats each row if there are more, as long as no row has own tokens."""
         rows = len(self.tree.leaves)
         if not rows:
             self.tree.set_leaves([ROOT] * batch)
@@ -142,18 +142,18 @@ class TreeCache(CompressedCache):
             self._set_rows(batch)
 
     def _put_back(self, leaves: list[int], ahead: Tensor | None, visible: Tensor | None) -> None:
-        """The rows as they were before `_meet`."""
+        """Restores the rows as they were before `_meet`."""
         self.tree.set_leaves(leaves)
         self.tree.overlap, self.padding.visible = ahead, visible
         self._set_rows(len(leaves))
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
-        """Remembers what is fed."""
+        """Records what is fed."""
         super().forward_begins(decoder, input_ids)
         self.padding.ids, self.padding.undo = input_ids, None
 
     def _lay_out(self) -> None:
-        """Columns for what the rows hold, each padded on the left to the longest."""
+        """Makes columns for what the rows hold, each padded on the left to the longest."""
         lengths = self.tree.lengths()
         seen = max(lengths)
         self.padding.columns_fixed, self.padding.fed = False, None
@@ -215,7 +215,7 @@ class TreeCache(CompressedCache):
         self.padding.columns_fixed = True
 
     def cut_length(self, tokens: int) -> int:
-        """The most tokens, up to this number, to which the one path of all rows can be cut."""
+        """The most tokens, up to this number, to which the single path of all rows can be cut."""
         path = self.tree.path(self.tree.leaves[0])
         lengths = [0] + [self.tree.nodes[name].stop for name in path]
         if all(layer.cuts(name) for layer in self.layers for name in path):
@@ -223,7 +223,7 @@ class TreeCache(CompressedCache):
         return max(length for length in lengths if length <= tokens)
 
     def cut(self, tokens: int) -> None:
-        """Forgets all but the first tokens of the one path of all rows, as `cut_length` allows; nothing is copied."""
+        """Drops all but the first tokens of the single path of all rows, as `cut_length` allows, without a copy."""
         for name in reversed(self.tree.path(self.tree.leaves[0])):
             node = self.tree.nodes[name]
             if node.start >= tokens:
@@ -237,7 +237,7 @@ class TreeCache(CompressedCache):
         self._lay_out()
 
     def gather_rows(self) -> None:
-        """One row in place of several that go on from the same node."""
+        """Replaces several rows that continue from the same node by one."""
         self._set_leaves(self.tree.leaves[:1])
         self._lay_out()
 
@@ -250,4 +250,4 @@ def _kind(name: str) -> type[CompressedCache]:
         if kind.__name__ == name:
             return kind
         queue += kind.__subclasses__()
-    raise ValueError(f"the file's prefix lies in a {name}, and no cache of that name is imported")
+    raise ValueError(f"the file's prefix is in a {name}, but no cache of that name is imported")

@@ -1,1 +1,1 @@
-"""Where a layer's tokens lie: segments, by how they are encoded, and what writes them to files."""
+"""Where a layer's tokens are stored: a segment per encoding, and the code that writes them to files."""

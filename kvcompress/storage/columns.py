@@ -1,11 +1,11 @@
-"""Columns of tensors whose rows are sequences: room for more of them, and some chosen row by row."""
+"""Columns of tensors whose rows are sequences: adds columns, and chooses some row by row."""
 
 import torch
 from torch import Tensor
 
 
 def grown(tensor: Tensor, dim: int, columns: int, fill: float = 0) -> Tensor:
-    """A tensor with so many columns along a dimension: those it has, then `fill`."""
+    """The tensor with so many columns along a dimension: its own, then `fill`."""
     shape = list(tensor.shape)
     shape[dim] = columns
     wide = tensor.new_full(shape, fill)
@@ -14,12 +14,12 @@ def grown(tensor: Tensor, dim: int, columns: int, fill: float = 0) -> Tensor:
 
 
 def marked_first(marks: Tensor) -> Tensor:
-    """The order, [batch, columns] int64, that puts the columns marked True before the others, both as they were."""
+    """The order, [batch, columns] int64, that puts columns marked True before the others, stably."""
     return marks.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)
 
 
 def span_of_rows(first: list[int], counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Columns first .. first + count - 1 of each row, [batch, most] int64, and which of them are there."""
+    """Columns first .. first + count - 1 of each row, [batch, most] int64, and which of them exist."""
     number = torch.arange(max(counts, default=0), device=device)
     there = number < torch.tensor(counts, device=device)[:, None]
     at = torch.tensor(first, device=device)[:, None] + number
@@ -27,7 +27,7 @@ def span_of_rows(first: list[int], counts: list[int], device: torch.device) -> t
 
 
 def taken(tensor: Tensor, at: Tensor, dim: int) -> Tensor:
-    """Columns of a dimension, chosen by row, [batch, columns]."""
+    """Columns of a dimension, chosen row by row; at: [batch, columns]."""
     shape = [1] * tensor.dim()
     shape[0], shape[dim] = at.shape
     target = list(tensor.shape)

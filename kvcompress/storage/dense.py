@@ -19,7 +19,7 @@ class DenseSegment(Segment):
     """
 
     tensor_names = ("keys", "values", "visible")
-    # room added at least when it runs out
+    # the least room that is added when it runs out
     growth: ClassVar[int] = 256
 
     keys: Tensor
@@ -57,7 +57,7 @@ class DenseSegment(Segment):
         self._grow(stop)
         for held, fresh in ((self.keys, key), (self.values, value)):
             place = held[:, :, self.length : stop]
-            # what was written to `room` lies there already
+            # what was written to `room` is already there
             if fresh.data_ptr() != place.data_ptr() or fresh.stride() != place.stride():
                 place.copy_(fresh)
         if visible is not None and self.visible is None:
@@ -102,11 +102,11 @@ class DenseSegment(Segment):
             self.visible[:, :tokens] = self.visible[:, :tokens].gather(1, order)
 
     def drop_first(self, tokens: int) -> None:
-        """Lets the oldest tokens go, and their memory with them."""
+        """Drops the oldest tokens, and frees their memory."""
         self._reallocate(tokens, self.length - tokens)
 
     def drop_last(self, tokens: int) -> None:
-        """Lets the newest tokens go; the room stays."""
+        """Drops the newest tokens; the room stays."""
         self.length -= tokens
 
     def _grow(self, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whoever is killed meanwhile and however many processes write at once."""
+"""Files that appear whole or not at all, even if a writer is killed or several processes write at once."""
 
 import os
 import secrets
@@ -6,23 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-# what a writer that was killed leaves behind
+# the suffix of what a killed writer leaves behind
 PARTIAL = ".partial"
 
 
 def write_whole(folder: Path, stem: str, write: Callable[[BinaryIO], str]) -> Path:
-    """A file of a folder, which takes its place in one step after all of it has reached the disk.
+    """Writes a file in a folder; it gets its name in one step, after all of it has reached the disk.
 
     Args:
-        stem: how the name begins under which it is written, with a random part and PARTIAL after it.
-        write: writes the file, which is open for reading too, and gives the name that it shall have in the folder.
+        stem: the beginning of the temporary name, before a random part and PARTIAL.
+        write: writes the file, which is open for reading too, and returns its final name.
 
     Raises:
-        OSError: the folder cannot be written, or is full; what was there before is there still.
+        OSError: the folder cannot be written, or is full; what was there before is still there.
     """
     partial = folder / f"{stem}-{secrets.token_hex(8)}{PARTIAL}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    # unlike tempfile's, with the permissions that any other file gets
+    # with normal permissions, unlike tempfile's
     descriptor = os.open(partial, flags, 0o666)
     try:
         with os.fdopen(descriptor, "w+b") as file:
@@ -38,9 +38,9 @@ def write_whole(folder: Path, stem: str, write: Callable[[BinaryIO], str]) -> Pa
 
 
 def _sync(folder: Path) -> None:
-    """Makes names that were given or taken in a folder outlast a loss of power."""
+    """Makes new and deleted names in a folder survive a loss of power."""
     if os.name == "nt":
-        # there a folder cannot be opened
+        # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
 """How a ShadowKV segment's oldest tokens become chunks: values go to the host, keys into a space of few dimensions.
 
-A fold takes the oldest chunks of what is not folded yet, be it in the tail or part of the forward at hand, and lays
-the segment's buffer out anew (storage/low_rank.py).
+A fold takes the oldest chunks of what is not folded yet, in the tail or in the current forward, and lays out the
+segment's buffer again (storage/low_rank.py).
 """
 
 import math
@@ -17,18 +17,18 @@ from kvcompress.storage.segment import EMPTY
 if TYPE_CHECKING:
     from kvcompress.storage.low_rank import ShadowSegment
 
-# tokens whose keys are freed of their rotation at a time; of those that are folded an eighth, so that what is computed
-# in float32 stays little beside them, but enough to keep a GPU at work
+# how many tokens' keys are unrotated at a time: an eighth of those that are folded, so that the float32 intermediates
+# stay small beside them, but enough to keep a GPU busy
 _PIECE = 4096
 _LEAST_PIECE = 256
-# places that a full tail gets more, at a new copy of the buffer
+# how much room a full tail gets, with a new copy of the buffer
 GROWTH = 64
 
 
 class Newest:
     """The tokens of each sequence that are not folded, in order: those in its tail, and then those of a forward.
 
-    key_parts, value_parts: the tail and what a forward brings, [batch, kv_heads, any, head_dim] each.
+    key_parts, value_parts: the tail and a forward's tokens, [batch, kv_heads, any, head_dim] each.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class Newest:
         self.value_parts = segment.values[:, :, tail], value
         self._tails = tails.to(key.device)
         self._order = None if visible is None else real_first(visible)
-        # columns are places where no sequence is shorter than another
+        # if all sequences are equally long, columns are positions
         self._even = visible is None and bool((tails == longest).all())
 
     def keys(self, first: int, last: int) -> Tensor:
-        """The keys of so many tokens, [batch, kv_heads, last - first, head_dim]; past a sequence's end anything."""
+        """The keys of these tokens, [batch, kv_heads, last - first, head_dim]; arbitrary past a sequence's end."""
         return self._piece(self.key_parts, first, last)
 
     def values(self, first: int, last: int) -> Tensor:
@@ -68,14 +68,14 @@ class Newest:
         return torch.cat([mine, theirs], 2) if mine.shape[2] and theirs.shape[2] else mine if mine.shape[2] else theirs
 
     def rest(self, parts: tuple[Tensor, Tensor], moved: Tensor, count: int) -> Tensor:
-        """So many tokens of each sequence from `moved` [batch] on; past a sequence's end anything."""
+        """`count` tokens of each sequence from `moved` [batch] on; arbitrary past a sequence's end."""
         if self._even and bool((moved == moved[0]).all()):
             return self._piece(parts, int(moved[0]), int(moved[0]) + count)
         index = moved.to(self._tails.device)[:, None, None] + torch.arange(count, device=self._tails.device)
         return self.pick(parts, index)
 
     def pick(self, parts: tuple[Tensor, Tensor], index: Tensor) -> Tensor:
-        """Tokens by their places, [batch, kv_heads or 1, any] int64; past a sequence's end anything."""
+        """Tokens by index, [batch, kv_heads or 1, any] int64; arbitrary past a sequence's end."""
         tail, key = parts
         past = index - self._tails[:, None, None]
         if not key.shape[2]:
@@ -93,7 +93,7 @@ class Fold:
     """One fold of a segment.
 
     chunks: how many of each sequence, [batch] int64 on the CPU. is_new: [batch, most] bool, the first `chunks` of each
-    sequence; at: [batch, most] int64, which chunks they become. pieces: of `most`, what is computed at a time.
+    sequence; at: [batch, most] int64, which chunks they become. pieces: the parts of `most` computed at a time.
     """
 
     def __init__(self, segment: "ShadowSegment", newest: Newest, chunks: Tensor) -> None:
@@ -112,10 +112,10 @@ class Fold:
             lengths: tokens of each sequence, `newest` included, [batch] int64 on the CPU.
 
         Raises:
-            OSError: the values have no room; nothing has changed.
+            OSError: there is no room for the values; nothing has changed.
         """
         segment, chunk, device = self.segment, self.chunk, self.at.device
-        # first of all, as a disk may be full
+        # first, as a disk may be full
         pages = self._offload()
         _grow(segment, int(segment.folded.max()) + self.at.shape[1])
         row = torch.arange(len(self.at), device=device)[:, None]
@@ -134,13 +134,13 @@ class Fold:
         index = torch.arange(room + 1, device=device)
         is_open = (index < segment.folded.to(device)[:, None])[:, None].repeat(1, segment.keys.shape[1], 1)
         is_open.scatter_(2, segment.outliers.masked_fill(segment.outliers < 0, room), False)
-        # a copy: one row of one head is contiguous, and would hold on to the place that stands for no chunk
+        # a copy: one row of one head is contiguous, and as a view would keep the column for no chunk alive
         segment.is_open = is_open[..., :-1].clone(memory_format=torch.contiguous_format)
         selected = max(segment.held.shape[2], min(int(segment.limits.max()), int(segment.folded.max())))
         lay_out(segment, selected, exact, self.newest, self.chunks * chunk)
 
     def _offload(self) -> Tensor:
-        """Copies the values of new chunks to the host; the page of each chunk, [batch, most] int64, 0 for no chunk."""
+        """Copies the values of new chunks to the host; returns their pages, [batch, most] int64, 0 for no chunk."""
         chunk, chunks, is_new = self.chunk, self.chunks, self.is_new
         whole = bool((chunks == is_new.shape[1]).all())
 
@@ -167,13 +167,13 @@ class Fold:
         basis = segment.basis.float() / length
         norm, missed = torch.zeros_like(segment.missed), torch.zeros_like(segment.missed)
         folds = self.is_new.any(1)
-        # what has no space yet needs no measuring
+        # rows without a space yet need one; there is nothing to measure
         worse = folds & (segment.folded == 0).to(folds.device)
         if bool((worse != folds).any()):
             for keys, at in self._unrotated():
                 self._store(project(keys, basis, length), at)
                 norm, missed = (total + part for total, part in zip((norm, missed), measure(keys, basis), strict=True))
-            # not `>`: keys with NaN are worse
+            # written so that keys with NaN count as worse
             worse |= ~(missed <= norm * (segment.settings.drift**2 * segment.missed + 1e-6))
         if not bool(worse.any()):
             return
@@ -183,7 +183,7 @@ class Fold:
         for keys, _ in self._unrotated():
             inner += gram(keys[worse])
         fitted, share = fit_basis(inner, old.shape[1])
-        # rounded as it is stored, so that the coefficients belong to what is stored
+        # rounded as it will be stored, so that the coefficients fit the stored basis
         segment.basis[worse] = (fitted * length).to(segment.basis.dtype)
         fitted = segment.basis[worse].float() / length
         turned = old @ fitted.mT
@@ -197,7 +197,7 @@ class Fold:
             self._store(project(keys[worse], fitted, length), at[worse], worse)
 
     def _inner(self, rows: Tensor) -> Tensor:
-        """The gram matrices of the coefficients of what is folded, in some rows, [batch] bool."""
+        """The Gram matrices of the folded coefficients, in some rows, [batch] bool."""
         coefficients = self.segment.coefficients
         index = torch.arange(coefficients.shape[1])
         known = (index < (self.segment.folded * self.chunk)[:, None]).to(rows.device)[rows]
@@ -210,7 +210,7 @@ class Fold:
         self.segment.coefficients[row[:, None], at] = coefficients
 
     def _unrotated(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The new keys without rotation, 0 for no key, and their places, [batch, tokens, width] and [batch, tokens]."""
+        """The new keys without rotation, 0 for no key, and their places: [batch, tokens, width] and [batch, tokens]."""
         chunk, device, rope = self.chunk, self.at.device, self.segment.rope
         starts = (self.segment.folded * chunk).to(device)[:, None]
         for piece in self.pieces:
@@ -222,13 +222,13 @@ class Fold:
             yield keys.transpose(1, 2).flatten(2).masked_fill(absent[..., None], 0.0), places
 
     def _choose_outliers(self, cosines: Tensor) -> list[Tensor]:
-        """Takes the least alike of the outliers so far and the new chunks; their keys and values."""
+        """Chooses the outliers, the least alike of the old ones and the new chunks; returns their keys and values."""
         segment, newest, chunk = self.segment, self.newest, self.chunk
         had = segment.outliers.shape[2]
         candidates = torch.cat([segment.outliers, self.at[:, None].expand(-1, segment.keys.shape[1], -1)], 2)
         cosines = torch.cat([segment.cosines, cosines], 2)
         count = min(segment.settings.outlier_chunks, candidates.shape[2])
-        # stable: of equal ones the older chunk, whatever padding stands beside it
+        # stable: of equal ones the older chunk, independent of padding
         order = cosines.argsort(dim=-1, stable=True)[..., :count]
         segment.cosines = cosines.gather(2, order)
         segment.outliers = candidates.gather(2, order).masked_fill(segment.cosines == torch.inf, EMPTY)
@@ -246,12 +246,12 @@ class Fold:
 
 
 def lay_out(segment: "ShadowSegment", selected: int, exact: list[Tensor], newest: Newest, moved: Tensor) -> None:
-    """Lays a segment's buffer out anew.
+    """Lays out a segment's buffer again.
 
     Args:
-        selected: places of chunks; at least as many as now, or nothing is held.
+        selected: room for chunks; at least as much as now, or nothing is held.
         exact: keys and values of the outliers.
-        moved: tokens [batch] at the beginning of `newest` that are in the tail no more; the others are.
+        moved: how many tokens [batch] at the beginning of `newest` leave the tail; the others stay or join it.
     """
     chunk, had = segment.settings.chunk, min(selected, segment.held.shape[2])
     tails = segment.tails()
@@ -279,7 +279,7 @@ def lay_out(segment: "ShadowSegment", selected: int, exact: list[Tensor], newest
 
 
 def _grow(segment: "ShadowSegment", chunks: int) -> None:
-    """Room for so many folded chunks a sequence."""
+    """Makes room for so many folded chunks per sequence."""
     room = segment.is_open.shape[2]
     if chunks > room:
         room = chunks if room == 0 else chunks + room // 8
@@ -294,16 +294,16 @@ def _grow(segment: "ShadowSegment", chunks: int) -> None:
 
 
 def _columns(tensor: Tensor, index: Tensor) -> Tensor:
-    """Tokens of [batch, kv_heads, tokens, head_dim] by their columns, [batch, kv_heads or 1, any] int64."""
+    """Tokens of [batch, kv_heads, tokens, head_dim] by column, [batch, kv_heads or 1, any] int64."""
     return tensor.gather(2, index[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
 def real_first(visible: Tensor) -> Tensor:
-    """The order that puts padding behind all tokens, [batch, tokens] int64."""
+    """The order that puts padding after all tokens, [batch, tokens] int64."""
     return (~visible).to(torch.uint8).argsort(dim=-1, stable=True)
 
 
 def row_length(basis: Tensor) -> float:
-    """Of the rows of a basis as it is stored, [batch, rank, width]: 1, or for float16 a power of two that no key of
-    numbers in float16 has coefficients beyond."""
+    """The length of the rows of a stored basis [batch, rank, width]: 1, or for float16 a power of two such that no key
+    in float16 has coefficients that overflow."""
     return 2.0 ** math.ceil(math.log2(basis.shape[2]) / 2) if basis.dtype == torch.float16 else 1.0

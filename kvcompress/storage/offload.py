@@ -1,10 +1,10 @@
 """Values that live off the device: pages in pinned memory, or in a memory-mapped file.
 
 A page holds the values of one chunk in all KV heads, [kv_heads, chunk, head_dim]. It is written once and never changes,
-so that beams, repeated rows and clones share pages: what they have of their own is a table of page numbers. Pages lie
-in slabs; a page number is `slab * 2**32 + index within the slab` (kernels/pages.py). The pages of a slab that are not
-written yet are one owner's: a clone takes them over where the original is gone, a fork of the process never does, as
-it shares the file with its parent.
+so that beams, repeated rows and clones share pages: each has only its own table of page numbers. Pages are in slabs; a
+page number is `slab * 2**32 + index within the slab` (kernels/pages.py). The pages of a slab that are not written yet
+belong to one owner: a clone takes them over if the original is gone; a forked process never does, as it shares the
+file with its parent.
 """
 
 import os
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from kvcompress.kernels.pages import SLAB, collect_pages, fetch_pages
 
-# places in a table of addresses, and how many more it gets where they do not do
+# room in a table of addresses, and how much is added when it runs out
 ADDRESSES = 64
 # slabs grow by this share of what is written: few slabs, little room to spare
 _SPARE = 8
-# bytes of pages that move at a time, and of zeros that reserve a file where the system cannot
+# how many bytes of pages are moved at a time, and of zeros written to reserve a file if the system cannot reserve it
 _PIECE = 2**24
 
 
@@ -39,7 +39,7 @@ class OffloadedPages:
         Args:
             host: "pinned" or "mmap:/a/folder".
             page: kv_heads, chunk, head_dim.
-            device: where the values come from, and go to.
+            device: where the values come from and go to.
         """
         self.host = host
         self.page = page
@@ -51,14 +51,14 @@ class OffloadedPages:
 
     @property
     def tier(self) -> str:
-        """Where the pages lie: "host" or "disk"."""
+        """Where the pages are: "host" or "disk"."""
         return "disk" if self.host.startswith("mmap:") else "host"
 
     def append(self, count: int, parts: Iterable[Tensor]) -> Tensor:
-        """Copies values off the device, [pages, kv_heads, chunk, head_dim] a part; their page numbers, [count] int64.
+        """Copies values off the device, in parts [pages, kv_heads, chunk, head_dim]; returns page numbers, [count].
 
         Args:
-            count: pages of all parts together.
+            count: how many pages all parts have together.
 
         Raises:
             OSError: there is no room on the disk; nothing has changed.
@@ -84,13 +84,13 @@ class OffloadedPages:
         fetch_pages(values, pages, held, is_new, self.slabs, self.addresses)
 
     def keep(self, pages: Tensor, exactly: bool = False) -> Tensor:
-        """Lets all pages go but these, [any] int64; the numbers that they have from now on.
+        """Drops all pages but these, [any] int64; returns their new numbers.
 
-        A page that several tables name is there once. Slabs are shared with clones, which keep theirs.
+        A page that several tables name is kept once. Slabs are shared with clones, which keep theirs.
 
         Args:
-            exactly: though there be no more of the others than the room that slabs have to spare, unless they lie
-                behind these.
+            exactly: close every gap between these, and leave what comes after the last one; if False, move pages only
+                to free more than the usual spare room of slabs.
 
         Raises:
             OSError: there is no room on the disk to move them; nothing has changed.
@@ -114,7 +114,7 @@ class OffloadedPages:
         return places.to(pages.device)
 
     def written(self, pages: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Views of the slabs up to the last of these pages, [any] int64, and the pages' places in them together."""
+        """Views of the slabs up to the last of these pages, [any] int64, and the pages' indexes in all of them."""
         slab, index = pages.cpu() // SLAB, pages.cpu() % SLAB
         ends = self._ends(pages.cpu())
         starts = ends.cumsum(0) - ends
@@ -135,7 +135,7 @@ class OffloadedPages:
         return copy
 
     def _own_room(self) -> "_Room | None":
-        """The room in the last slab, where it belongs to these pages."""
+        """The room in the last slab, if it belongs to these pages."""
         return self._room if self._room is not None and self._room.belongs_to(self) else None
 
     def _add(self, slab: Tensor, written: int) -> "_Room":
@@ -148,7 +148,7 @@ class OffloadedPages:
         return self._room
 
     def _write(self, room: "_Room", values: Tensor) -> Tensor:
-        """Copies as many pages as the last slab has room for; their numbers."""
+        """Copies as many pages as the last slab has room for; returns their numbers."""
         slab, start = self.slabs[-1], room.filled
         count = min(len(slab) - start, len(values))
         slab[start : start + count].copy_(values[:count], non_blocking=True)
@@ -180,15 +180,15 @@ class OffloadedPages:
             ) from error
         finally:
             os.close(handle)
-            # the mapping keeps the file's room until it is let go, and nothing is left behind
+            # the mapping keeps the file's bytes until it is released, and no file is left behind
             Path(name).unlink()
 
 
 class _Room:
-    """Whose the pages of a slab are that are not written yet.
+    """The owner of those pages of a slab that are not written yet.
 
-    filled: pages of the slab that are written. written: pages that the owner has written in all, those before it
-    counted in whose room it took over.
+    filled: how many pages of the slab are written. written: how many pages the owner has written in all, with those of
+    earlier owners whose room it took over.
     """
 
     def __init__(self, owner: OffloadedPages, written: int) -> None:
@@ -198,7 +198,7 @@ class _Room:
         self._lock = threading.Lock()
 
     def belongs_to(self, pages: OffloadedPages) -> bool:
-        """Whether these pages may write here; where the owner is gone, whoever asks first is the next."""
+        """Whether these pages may write here; if the owner is gone, the first to ask becomes the next."""
         if self._process != os.getpid():
             return False
         with self._lock:
@@ -210,19 +210,19 @@ class _Room:
 def check_host(host: str) -> str:
     """
     Raises:
-        ValueError: not a place that pages can live.
+        ValueError: pages cannot be kept there.
     """
     kind, _, folder = host.partition(":")
     if host != "pinned" and not (kind == "mmap" and Path(folder).is_dir()):
         raise ValueError(
-            f"host must be 'pinned', or 'mmap:' and an existing folder such as 'mmap:/tmp', got {host!r}; "
-            "load takes a host too, for a saved cache whose folder is gone"
+            f"host must be 'pinned', or 'mmap:' and an existing folder such as 'mmap:/tmp', got {host!r}; for a saved "
+            "cache whose folder is gone, pass host to load"
         )
     return host
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Gives an empty file its bytes on the disk: a mapping of bytes that are not there ends the process on a write.
+    """Allocates an empty file's bytes on the disk: writing to mapped bytes that do not exist would kill the process.
 
     Raises:
         OSError: the disk has no room for them.

@@ -1,7 +1,7 @@
-"""Which of the tokens a cache has seen are padding.
+"""Which of the tokens that a cache has seen are padding.
 
 Caches place tokens by their position in their own sequence, pads not counted, so that a row of a padded batch is
-treated as if it were alone. The record is kept once a cache, and read by its first layer in each forward.
+treated as if it were alone. There is one record per cache; in each forward, the first layer reads the mask into it.
 """
 
 import warnings
@@ -12,28 +12,28 @@ from torch import Tensor
 
 from kvcompress.storage.segment import EMPTY
 
-# no position is so far off
+# no position is ever this far off
 _UNKNOWN = 2**62
 
 
 class PaddingRecord:
     """The padding mask of all tokens seen, [batch, tokens seen] bool; None while nothing is padded."""
 
-    # of what is saved, in the order of `tensors`
+    # names of what is saved, in the order of `tensors`
     names = ("padding", "filler", "last_position", "shift", "last_fed")
-    # the method at hand undoes rotations, so that a sequence's positions must go up by one a token
+    # the cache's method undoes rotations, so a sequence's positions must increase by one per token
     needs_even_positions = False
 
     def __init__(self) -> None:
         self.visible: Tensor | None = None
-        # columns that `generate` fed to rows that had ended, [batch, tokens seen] bool; None where there are none
+        # columns that `generate` fed to rows that had ended, [batch, tokens seen] bool; None if there are none
         self.filler: Tensor | None = None
-        # the position that the model gave to each sequence's last token; None where it is not known
+        # the position that the model gave to each sequence's last token; None if unknown
         self.last_position: list[int] | None = None
         # how far the model's positions are ahead of a count of real tokens, by row; None before the first forward
         self.shift: list[int] | None = None
-        # the last token fed to each row, an end where it is filler; and the rows whose token in the forward at hand is
-        # filler, [batch] bool
+        # the last token fed to each row, an end token if it was filler; then the rows whose token in the current
+        # forward is filler, [batch] bool
         self.last_fed: list[int] | None = None
         self.ended: Tensor | None = None
         self.remap: Tensor | None = None
@@ -43,7 +43,7 @@ class PaddingRecord:
         self._counted = False
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is to be saved, by name."""
+        """The tensors to save, by name."""
         numbers = (self.last_position, self.shift, self.last_fed)
         saved = [self.visible, self.filler, *(None if each is None else torch.tensor(each) for each in numbers)]
         return {name: tensor for name, tensor in zip(self.names, saved, strict=True) if tensor is not None}
@@ -53,7 +53,7 @@ class PaddingRecord:
         return [mask for mask in (self.visible, self.filler) if mask is not None]
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes on what `tensors` gave."""
+        """Restores what `tensors` returned."""
         self.visible, self.filler = tensors.get("padding"), tensors.get("filler")
         self.last_position, self.shift, self.last_fed = (
             tensors[name].tolist() if name in tensors else None for name in self.names[2:]
@@ -65,12 +65,12 @@ class PaddingRecord:
         self.restore({name: change(tensor) for name, tensor in self.tensors().items()})
 
     def note_fed(self, ids: Tensor | None, pad: int | None, ends: list[int]) -> None:
-        """Finds the rows that have ended, by what `generate` feeds them while others go on: behind an end only `pad`.
+        """Finds the rows that have ended, by what `generate` feeds them while others go on: after an end only `pad`.
 
         Args:
-            ids: [batch, tokens] that the next forward is fed, None where they are not known.
-            pad: the token fed to rows that have ended, None where it is not known.
-            ends: tokens that end a sequence. The first of them is the row's own.
+            ids: [batch, tokens] that the next forward is fed, None if they are not known.
+            pad: the token fed to ended rows, None if it is not known.
+            ends: tokens that end a sequence. The first one fed still counts as the row's own.
         """
         self.ended, before, self.last_fed = None, self.last_fed, None
         if ids is None or pad is None or not ends or ids.shape[0] == 1:
@@ -84,7 +84,7 @@ class PaddingRecord:
         self.last_fed = fed
 
     def fresh_of(self, mask: Tensor | None, queries: int) -> Tensor | None:
-        """Which of the tokens of the forward at hand are real, [batch, queries] bool; None for all.
+        """Which tokens of the current forward are real, [batch, queries] bool; None for all.
 
         Args:
             mask: as in `read`.
@@ -98,18 +98,18 @@ class PaddingRecord:
     def read(
         self, mask: Tensor | None, batch: int, past: int, queries: int, position_ids: Tensor | None = None
     ) -> None:
-        """Takes in the mask of a forward, once, before its first layer stores anything.
+        """Reads a forward's mask, once, before the first layer stores anything.
 
-        Leaves in `remap` how positions change, [batch, past tokens] int32 (EMPTY for a token that goes), where the
-        mask hides tokens that were visible; else None.
+        If the mask hides tokens that were visible, sets `remap` to how positions change, [batch, past tokens] int32
+        (EMPTY for a dropped token); else to None.
 
         Args:
             mask: [batch, past + queries] or [batch, queries] bool, or None.
-            position_ids: the model's own positions of the tokens, [batch or 1, queries], None where it has none.
+            position_ids: the model's own positions of the tokens, [batch or 1, queries], None if it has none.
 
         Raises:
             ValueError: the mask's size is wrong, it shows a token that was cached as padding, or the positions do not
-                follow on those before. Nothing has changed then.
+                follow those before. Nothing has changed then.
         """
         before = self.visible, self.last_position, self.shift
         self.remap = None
@@ -136,11 +136,11 @@ class PaddingRecord:
         """Compares the model's positions of a forward, [batch, queries], with those that came before.
 
         Raises:
-            ValueError: they go back, or leave a gap that the method at hand cannot serve.
+            ValueError: they go backwards, or leave a gap that the method does not support.
         """
         batch, queries = position_ids.shape
         if queries == 1 and position_ids.is_cuda:
-            # a decode step must not wait for the GPU, and what generate feeds follows on
+            # a decode step must not wait for the GPU, and generate's positions are in order
             return
         if fresh is None:
             fresh = torch.ones_like(position_ids, dtype=torch.bool)
@@ -152,22 +152,22 @@ class PaddingRecord:
         if bool(back.any()):
             row, column = back.nonzero()[0].tolist()
             raise ValueError(
-                f"position ids must follow on what the cache has seen: row {row} had a token at position "
-                f"{int(before[row, column])}, and its next one is at {int(position_ids[row, column])}; feed only what "
-                "is new, with the positions that come after; pad prompts on the left; or begin anew (cache.reset())"
+                f"position ids must continue from what the cache has seen: row {row} had a token at position "
+                f"{int(before[row, column])}, but its next one is at {int(position_ids[row, column])}; feed only what "
+                "is new, with the positions that come after; pad prompts on the left; or start over (cache.reset())"
             )
         self.last_position = reached[:, -1].maximum(last).tolist()
         if self.needs_even_positions:
             self._check_even(position_ids, fresh, past)
 
     def _last_positions(self, batch: int, past: int) -> Tensor:
-        """Positions that no token may come at or before, [batch]."""
+        """The positions that the next tokens must come after, [batch]."""
         return torch.tensor([-1] * batch if self.last_position is None else self.last_position)
 
     def _check_even(self, position_ids: Tensor, fresh: Tensor, past: int) -> None:
         shown = fresh.new_full((len(fresh),), past, dtype=torch.int64)
         if self.visible is not None:
-            # steps that were compiled left no record; what they fed is visible
+            # compiled steps leave no record; all tokens that they fed are real
             held = self.visible.to(fresh.device)
             shown = held.sum(-1) + past - held.shape[1]
         shifts = position_ids - (shown[:, None] + fresh.cumsum(-1) - 1)
@@ -178,10 +178,10 @@ class PaddingRecord:
         if bool(uneven.any()):
             row, column = uneven.nonzero()[0].tolist()
             raise ValueError(
-                "this cache takes rotations back, so a row's position ids must go up by one a token, padding not "
+                "this cache undoes rotations, so a row's position ids must increase by one per token, padding not "
                 f"counted; row {row} has {int(position_ids[row, column])} where "
                 f"{int(position_ids[row, column] - shifts[row, column] + known[row])} comes next; pass position_ids "
-                "that count the row's real tokens, or use a cache that keeps keys as they come"
+                "that count the row's real tokens, or use a cache that keeps keys rotated"
             )
         self.shift = known.tolist()
 
@@ -199,7 +199,7 @@ class PaddingRecord:
 
     def _compare(self, now: Tensor) -> None:
         if self.filler is not None:
-            # who feeds filler shows it too, as generate does
+            # generate shows filler in the mask, so this is not an error for it
             filler = self.filler.to(now.device)
             now = torch.cat([now[:, : filler.shape[1]] & ~filler, now[:, filler.shape[1] :]], 1)
         if self.visible is None and bool(now.all()):
@@ -213,12 +213,12 @@ class PaddingRecord:
             raise ValueError(
                 "attention_mask shows tokens that were padding when they were cached; their keys and values are gone"
             )
-        # the token at place p of its sequence goes to place remap[p]
+        # the token at position p of its sequence goes to position remap[p]
         place = (before.cumsum(-1) - 1).masked_fill(~before, now.shape[1])
         to = (now.cumsum(-1) - 1).masked_fill(~now, EMPTY).to(torch.int32)
         remap = torch.full((now.shape[0], now.shape[1] + 1), EMPTY, dtype=torch.int32, device=now.device)
         self.remap = remap.scatter_(1, place, to)[:, :-1]
-        # what is hidden may have been the last
+        # the last token may be among those hidden
         self.last_position = None
         self.before = before.sum(-1)
         self.visible = now.clone()
@@ -230,13 +230,13 @@ class PaddingRecord:
             self.visible = torch.ones(batch, past, dtype=torch.bool, device=fresh.device)
         missing = past - self.visible.shape[1]
         tail = fresh if fresh is not None else self.visible.new_ones(batch, queries)
-        # steps that were compiled left no record; what they fed is visible
+        # compiled steps leave no record; all tokens that they fed are real
         self.visible = torch.cat([self.visible, self.visible.new_ones(batch, missing), tail], 1)
 
     def counts(self, fresh: Tensor | None) -> list[int] | None:
-        """Real tokens of each sequence in the forward at hand, whose mask is [batch, queries]; None where all are real.
+        """Real tokens of each sequence in the current forward, whose mask is [batch, queries]; None if all are real.
 
-        Read from the device once a forward, whichever layers ask.
+        Read from the device once per forward, however many layers ask.
         """
         if not self._counted:
             self._counts = None if fresh is None or bool(fresh.all()) else fresh.sum(-1).tolist()
@@ -246,7 +246,7 @@ class PaddingRecord:
     def crop(self, tokens: int) -> None:
         """Forgets the last tokens."""
         if not tokens:
-            # which rows have ended, and where they stand, is known still
+            # which rows have ended, and their positions, are still known
             return
         for name in ("visible", "filler"):
             columns = getattr(self, name)
@@ -256,9 +256,9 @@ class PaddingRecord:
 
 
 def pads_first(visible: Tensor) -> Tensor | None:
-    """The order that puts padding before all tokens, [batch, tokens] int64, or None where it stands there already.
+    """The order that puts padding before all tokens, [batch, tokens] int64, or None if it is already there.
 
-    A window counts tokens and no padding. In this order it may count columns.
+    A window counts tokens without padding. In this order it can count columns.
     """
     if bool((visible[:, 1:] >= visible[:, :-1]).all()):
         return None
@@ -266,11 +266,11 @@ def pads_first(visible: Tensor) -> Tensor | None:
 
 
 def warn_of_short_windows(window: int, tokens: Tensor, held: Tensor) -> None:
-    """Tells of sequences that cannot be given their whole window any more, because recent tokens are hidden too late.
+    """Warns of sequences that no longer have their whole window, because recent tokens were hidden too late.
 
     Args:
         tokens: of each sequence that are not padding, [batch].
-        held: how many of them, the last ones, the layer holds, [batch].
+        held: how many of the last of them the layer holds, [batch].
     """
     short = tokens.clamp(max=window - 1) - held
     if bool((short > 0).any()):

@@ -1,4 +1,4 @@
-"""Tokens packed by blocks: codes, scales, outliers and low-rank factors.
+"""Tokens packed in blocks: codes, scales, outliers and low-rank factors.
 
 Rows of a padded batch differ in length. A row's tokens are packed as if it were alone: its own first `block` tokens
 are its first block. Rows therefore hold different numbers of blocks; positions tell what is there.
@@ -28,18 +28,18 @@ _COMPONENTS = {
     "left": "factors",
     "right": "factors",
 }
-# names that a saved segment had for its tensors
+# earlier names of a saved segment's tensors
 _SIDES = ("keys", "values")
 
 
 class QuantizedBlocks(Segment):
-    """Blocks of tokens as codes, scales, outliers and low-rank factors; never touched again once written.
+    """Blocks of tokens as codes, scales, outliers and low-rank factors; never changed once written.
 
     keys, values: as kernels/quantise.py lays them out, [batch, kv_heads, blocks, ...]; of the factors, `right` is
     [batch, kv_heads, spans, head_dim, rank], one basis for all blocks that were packed at once.
-    positions: [batch, 1, blocks * block] int32, place of each token in its sequence, or EMPTY.
+    positions: [batch, 1, blocks * block] int32, each token's position in its sequence, or EMPTY.
     spans: [batch, blocks] int32, the basis of each block; None without a low-rank part.
-    blocks: blocks that each row holds; the others up to the longest row's are there, and empty.
+    blocks: how many blocks each row holds; the others, up to the longest row's, exist but are empty.
     """
 
     keys: QuantizedTensor
@@ -48,7 +48,7 @@ class QuantizedBlocks(Segment):
     spans: Tensor | None
 
     def __init__(self, codings: tuple[QuantScheme, QuantScheme], block: int) -> None:
-        """An empty segment; it takes shapes from what is appended first."""
+        """An empty segment; its shapes follow from what is appended first."""
         self.codings = codings
         self.block = block
         self.blocks: list[int] = []
@@ -115,7 +115,7 @@ class QuantizedBlocks(Segment):
     def nbytes_for(
         batch: int, kv_heads: int, head_dim: int, codings: tuple[QuantScheme, QuantScheme], block: int, blocks: int
     ) -> int:
-        """Bytes of so many blocks that were encoded at once: codes, scales, outliers, factors, and positions."""
+        """Bytes of so many blocks encoded at once: codes, scales, outliers, factors, and positions."""
         rank = codings[0].rank
         a_head = blocks * sum(coding.bytes(block, head_dim) for coding in codings) + 2 * 2 * head_dim * rank
         return batch * (kv_heads * a_head + blocks * (4 * block + (4 if rank else 0))) if blocks else 0
@@ -129,7 +129,7 @@ class QuantizedBlocks(Segment):
         counts: Sequence[int],
         rows: Sequence[int],
     ) -> None:
-        """Packs blocks of some rows, each behind the blocks its row has.
+        """Packs blocks of some rows, each after the blocks that its row has.
 
         Args:
             key, value: [batch, kv_heads, any, head_dim].
@@ -150,7 +150,7 @@ class QuantizedBlocks(Segment):
                 taken = taken[:, :, begins[0] : begins[0] + most * self.block].unflatten(2, (-1, self.block))
                 packed = _encode(taken, coding, None if whole else present)
             else:
-                # row by row, so that there is never a second copy of them all
+                # row by row, to avoid a second copy of all of them
                 packed = _side_by_side(
                     [
                         _encode(x[row : row + 1, :, at : at + n * self.block].unflatten(2, (-1, self.block)), coding)
@@ -173,7 +173,7 @@ class QuantizedBlocks(Segment):
         for row, count in zip(rows, counts, strict=True):
             after[row] += count
         held = self.tensors() if self.blocks else {}
-        # rows that had more may have gone
+        # rows that had more may have left
         columns = max(*after, self.positions.shape[2] // self.block if held else 0)
         spans = [0] * batch
         if "spans" in fresh:
@@ -213,11 +213,11 @@ class QuantizedBlocks(Segment):
         return ((self.spans + 1) * held).amax(-1).tolist()
 
     def cut(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """Lets go of each row's blocks that reach beyond its first `lengths` tokens.
+        """Drops each row's blocks that reach beyond its first `lengths` tokens.
 
         Returns:
-            What they held of those, as attention saw it: keys and values [batch, kv_heads, any, head_dim], a row's
-            tokens in its first places, and how many those are.
+            Those of the row's first `lengths` tokens that were in these blocks, as attention saw them: keys and values
+            [batch, kv_heads, any, head_dim], each row's tokens first, and how many there are.
         """
         places = self.positions[:, 0].unflatten(1, (-1, self.block))
         limit = torch.tensor(lengths, device=places.device)[:, None]
@@ -239,13 +239,13 @@ class QuantizedBlocks(Segment):
             sides.append(
                 reordered(dequantise(QuantizedTensor._make([*one, packed.right]), coding, spans=spans)[:, :, 0], order)
             )
-        # what follows a block that goes goes too, hidden tokens or not
+        # blocks after a dropped one are dropped too, hidden tokens or not
         held = torch.tensor(self.blocks, device=at.device)
         self.keep([0] * len(places), torch.where(goes.any(1), at[:, 0], held).tolist())
         return sides[0], sides[1], stays.sum(-1).tolist()
 
     def keep(self, first: Sequence[int], last: Sequence[int]) -> None:
-        """Keeps of each row the blocks first .. last - 1 alone, and no memory for the others."""
+        """Keeps only blocks first .. last - 1 of each row, and frees the others' memory."""
         counts = [stop - start for start, stop in zip(first, last, strict=True)]
         device = self.positions.device
         tensors = self.tensors()
@@ -280,7 +280,7 @@ def _encode(x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> Qu
 
 
 def _side_by_side(rows: list[QuantizedTensor], blocks: int) -> QuantizedTensor:
-    """One batch of rows that were encoded alone, each as many blocks wide."""
+    """One batch of rows that were encoded separately, each padded to as many blocks."""
     parts: dict[str, Any] = {}
     for name, tensors in zip(QuantizedTensor._fields, zip(*rows, strict=True), strict=True):
         if tensors[0] is not None:
@@ -290,7 +290,7 @@ def _side_by_side(rows: list[QuantizedTensor], blocks: int) -> QuantizedTensor:
 
 
 def _room_for(old: Tensor | None, like: Tensor, batch: int, dim: int, columns: int, fill: int) -> Tensor:
-    """What is there, with columns for more along a dimension."""
+    """The tensor with columns for more along a dimension."""
     if old is None:
         shape = [batch, *like.shape[1:]]
         shape[dim] = 0

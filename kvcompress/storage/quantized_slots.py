@@ -1,18 +1,18 @@
 """Slots of an evicting cache whose tokens are packed: heavy hitters, in a few bits each.
 
-A slot is overwritten as soon as its token goes, so every token must be packed by itself: keys too are quantised per
-token (as GEAR, arXiv:2403.05527, packs values), with their own outliers. Nothing is ever packed twice, and
-no error grows with the length of the text. GEAR's groups along tokens and its low-rank part need blocks that stay.
+A slot is overwritten as soon as its token is evicted, so every token must be packed by itself: keys, too, are quantised
+per token (as GEAR, arXiv:2403.05527, packs values), with their own outliers. Nothing is ever packed twice, so errors do
+not grow with the length of the text. GEAR's groups along tokens and its low-rank part need blocks that stay.
 
-Some channels of keys are far from 0 or spread far wider than the others, by the weights or by a bias of the key
+Some channels of keys are far from 0 or vary far more than the others, because of the weights or a bias of the key
 projection (Qwen2), and would set the scale of every token. So what is packed is
 
     key' = (key - centre) / spread        q.key = (q * spread).key' + q.centre
 
-The centre, of the few channels that lie outside of what is typical, is the middle of their range, and 0 elsewhere; it
-reaches attention as one offset of a query's logits. A head learns both from the first tokens that come to it while it
-holds nothing, and keeps them. Channels that RoPE turns slowly, where models have their largest biases, stay where they
-were; one that turns away from its centre is packed more coarsely, and no answer is wrong for it.
+The centre is the middle of the range for the few channels outside the typical range, and 0 for the others; it reaches
+attention as one offset of a query's logits. A head learns both from the first tokens that it gets while it is empty,
+and keeps them. Channels that RoPE rotates slowly, where models have their largest biases, stay near their centre; one
+that rotates away from it is packed more coarsely, which is less precise but not wrong.
 """
 
 import torch
@@ -28,9 +28,9 @@ from kvcompress.storage.columns import grown
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
 
-# slots whose codes share bytes: few, as the slots are rounded up to it
+# how many slots share bytes of codes: few, as the number of slots is rounded up to a multiple
 BLOCK = 32
-# tokens that the quantiser takes at least
+# the fewest tokens that the quantiser takes
 _LEAST = 8
 _SIDES = ("keys", "values")
 _COMPONENTS = {"codes": "codes", "scales": "scales", "zeros": "scales", "centre": "scales", "spread": "scales"}
@@ -38,11 +38,11 @@ _LARGEST = torch.finfo(torch.float16).max
 
 
 class QuantizedSlots(SlotSegment):
-    """Slots that hold codes, scales and outliers in place of keys and values.
+    """Slots that hold codes, scales and outliers instead of keys and values.
 
-    packed: of keys, centred and divided by their spread, and of values, [batch, kv_heads, slots / BLOCK, ...] as
-    kernels/quantise.py lays them out, each token for itself. centre, spread: of the keys' channels,
-    [batch, kv_heads, head_dim] float16. positions, scores, spare: as in SlotSegment. coding: of both.
+    packed: keys, centred and divided by their spread, and values, [batch, kv_heads, slots / BLOCK, ...] as
+    kernels/quantise.py lays them out, each token by itself. centre, spread: of the keys' channels,
+    [batch, kv_heads, head_dim] float16. positions, scores, spare: as in SlotSegment. coding: of keys and values.
     """
 
     packed: dict[str, QuantizedTensor]
@@ -80,7 +80,7 @@ class QuantizedSlots(SlotSegment):
     def _set(self, tensors: dict[str, Tensor]) -> None:
         self.positions, self.scores, self.spare = (tensors[name] for name in ("positions", "scores", "spare"))
         if "keys.centre" not in tensors:
-            # a file of before keys were centred
+            # a file from before keys were centred
             codes = tensors["keys.codes"]
             plain = codes.new_zeros(*codes.shape[:2], codes.shape[-1], dtype=torch.float16)
             tensors = tensors | {"keys.centre": plain, "keys.spread": plain + 1}
@@ -92,7 +92,7 @@ class QuantizedSlots(SlotSegment):
 
     @staticmethod
     def nbytes_for(batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int) -> int:  # type: ignore[override]
-        """Bytes of at least so many slots: codes, position and score of each; centre and spread; which is spare."""
+        """Bytes of at least so many slots: codes, position and score of each; centre and spread; which one is free."""
         blocks = -(-slots // BLOCK)
         a_block = 2 * coding.bytes(BLOCK, head_dim) + BLOCK * (4 + 4)
         return batch * kv_heads * (blocks * a_block + 2 * 2 * head_dim + 8)
@@ -136,7 +136,7 @@ class QuantizedSlots(SlotSegment):
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         out, lse, logits = self._attend(query, query_positions, spec, with_logits=True)
-        # the token itself takes part as it came, and is packed for those that follow
+        # the token itself takes part unpacked, and is packed for later ones
         visible = (positions != EMPTY)[:, None]
         own_out, own_lse = causal_attention(query, key, value, spec, visible)
         outs, lses = [out, own_out], [lse, own_lse]
@@ -144,7 +144,7 @@ class QuantizedSlots(SlotSegment):
             outs, lses = with_sinks(outs, lses, sink_logits)
         out, lse = merge_states(outs, lses)
         self.put(key, value, positions)
-        # a query that sees nothing has lse = -inf, and so have all its logits
+        # a query that sees nothing has lse = -inf, as have all its logits
         shift = lse.masked_fill(lse == -torch.inf, 0.0)
         group = (self.positions.shape[1], -1)
         attention = (logits - shift).exp().unflatten(1, group).sum(2)
@@ -160,7 +160,7 @@ class QuantizedSlots(SlotSegment):
         query_positions: Tensor,
         spec: LogitSpec,
     ) -> tuple[Tensor, Tensor]:
-        # as in `decode`, the token takes part as it came and not as it lies in its slot
+        # as in `decode`, the token takes part unpacked, not as it is in its slot
         past = self.positions.scatter(2, self.spare[..., None], EMPTY)
         out, lse = self._attend(query, query_positions, spec, with_logits=False, positions=past)
         visible = (positions != EMPTY)[:, None]
@@ -200,7 +200,7 @@ class QuantizedSlots(SlotSegment):
         super().replace(key, value, positions, scores, kept)
 
     def _learn(self, key: Tensor, real: Tensor) -> None:
-        """Sets centre and spread where a head holds nothing, from tokens that come to it.
+        """Sets centre and spread of empty heads, from the tokens that they get.
 
         Args:
             key: [batch, kv_heads, tokens, head_dim].
@@ -228,11 +228,11 @@ class QuantizedSlots(SlotSegment):
                     old[row, head, block, place] = new[:, :, 0, 0]
 
     def _move(self, key: Tensor, value: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> None:
-        # the quantiser takes whole blocks: those beyond what moves are not wanted
+        # the quantiser takes whole blocks: tokens beyond those that move are not wanted
         excess = -source.shape[2] % BLOCK
         source, target, wanted = (torch.nn.functional.pad(x, (0, excess)) for x in (source, target, wanted))
         if excess:
-            # a slot that is not written to stands for all that do not move
+            # tokens that do not move all go to one slot that is not written
             target[..., -excess:] = self.slots
         target = target.masked_fill(~wanted, self.slots)
         for side, x in zip(_SIDES, (key, value), strict=True):
@@ -249,10 +249,10 @@ class QuantizedSlots(SlotSegment):
 
 
 def _channels(key: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre and spread of each channel, [batch, kv_heads, head_dim] float16; of no meaning where no token is real.
+    """Centre and spread of each channel, [batch, kv_heads, head_dim] float16; arbitrary if no token is real.
 
-    With few tokens their ranges say little, and the spread nears one for all channels. It keeps a share of the mean
-    over channels however many there are, as a channel may leave the range that the first tokens had.
+    With few tokens, ranges say little, and the spread approaches the same value for all channels. However many tokens
+    there are, it includes a share of the mean over channels, as a channel may leave the range of the first tokens.
 
     Args:
         key, real: as in `QuantizedSlots._learn`.
@@ -270,8 +270,8 @@ def _channels(key: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scatter(slots: Tensor, fresh: Tensor, target: Tensor) -> None:
-    """Writes tokens [batch, kv_heads, blocks, BLOCK, any] to the slots that target [batch, kv_heads, tokens] names;
-    one past the last slot is nowhere."""
+    """Writes tokens [batch, kv_heads, blocks, BLOCK, any] to slots; target: [batch, kv_heads, tokens], the number of
+    slots for a token not to write."""
     flat = slots.flatten(2, 3)
     room = torch.cat([flat, flat[:, :, :1]], 2)
     room.scatter_(2, target[..., None].expand(-1, -1, -1, room.shape[-1]), fresh.flatten(2, 3))
@@ -279,12 +279,12 @@ def _scatter(slots: Tensor, fresh: Tensor, target: Tensor) -> None:
 
 
 def _overwrite(codes: Tensor, fresh: Tensor, where: tuple[Tensor, Tensor, Tensor], place: Tensor, bits: int) -> None:
-    """Puts one token's codes in among those that share its bytes.
+    """Writes one token's codes among those that share its bytes.
 
     Args:
-        codes: as `pack_codes` gives them, [batch, kv_heads, blocks, BLOCK * bits / 8, head_dim].
+        codes: as `pack_codes` returns them, [batch, kv_heads, blocks, BLOCK * bits / 8, head_dim].
         fresh: of a block of _LEAST tokens that begins with the token, [batch, kv_heads, _LEAST * bits / 8, head_dim].
-        where: row, head and block of each. place: [batch, kv_heads], the token within its block.
+        where: row, head and block of each token. place: [batch, kv_heads], its index within the block.
     """
     # width, and first row in either block, of each plane of codes
     planes = [(2, 0, 0), (1, BLOCK // 4, _LEAST // 4)] if bits == 3 else [(bits, 0, 0)]

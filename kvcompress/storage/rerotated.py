@@ -1,10 +1,10 @@
-"""Slots whose tokens close up: each stands at its index among the tokens kept, not at its place in the text.
+"""Slots whose tokens close up: a token's position is its index among the tokens kept, not its place in the text.
 
-So distances never exceed what is held, and a stream may go on past the length the model was trained for, as in the
+So distances never exceed what is held, and a stream may go past the length that the model was trained for, as in the
 streaming modes of H2O (arXiv:2306.14048) and StreamingLLM (arXiv:2309.17453). Keys are stored without rotation; in
 every forward they are rotated to their index, 0 for the oldest token kept, and the queries to the indices that follow.
-Indices are counted per head, which keep different tokens. A chunk still has its own length: feed a long text in pieces
-that, with the budget, stay within what the model knows.
+Indices are counted per head, as heads keep different tokens. A chunk's own length is added: feed a long text in chunks
+that, together with the budget, stay within the trained length.
 """
 
 import torch
@@ -15,18 +15,18 @@ from kvcompress.storage.slots import SlotSegment
 
 
 class RerotatedSlots(SlotSegment):
-    """Slots with keys that are not rotated. What comes in is at its true position, and what `rotated_keys` gives out
-    is at its index."""
+    """Slots with keys that are not rotated. Keys come in at their true positions; `rotated_keys` returns them at their
+    indexes."""
 
     rope: Rope
 
     def __init__(self, key: Tensor, value: Tensor, slots: int, rope: Rope) -> None:
-        """Empty slots for tokens like these, [batch, kv_heads, any, head_dim], turned by this rotary embedding."""
+        """Empty slots for tokens like these, [batch, kv_heads, any, head_dim], rotated by this rotary embedding."""
         super().__init__(key, value, slots)
         self.rope = rope
 
     def rotated_keys(self) -> Tensor:
-        # few distinct angles: one table, and every slot takes its row
+        # few distinct angles: one table, from which every slot takes its row
         cos, sin = self.rope.turns(torch.arange(self.slots, device=self.keys.device))
         index = self._indices()
         return self.rope.turn(self.keys, cos[index], sin[index])
@@ -40,7 +40,7 @@ class RerotatedSlots(SlotSegment):
         return (rank - self.slots + self.held()[:, None, None]).clamp(min=0)
 
     def held(self) -> Tensor:
-        """Tokens held by each sequence's fullest head, [batch] int64: the index of the token that comes next."""
+        """How many tokens each sequence's fullest head holds, [batch] int64: the index of the next token."""
         return self.kept().amax(1)
 
     def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Segments: disjoint sets of cached tokens, each in one representation, that report attention with its log-sum-exp.
 
-Softmax over the union of segments is exact: `kvcompress.kernels.merge` weighs their answers by log-sum-exp.
-All tensors of a segment have the batch as their first dimension, which makes beam reordering, batch selection,
-cloning and saving one loop over them.
+Softmax over the union of segments is exact: `kvcompress.kernels.merge` weights their outputs by log-sum-exp.
+All tensors of a segment have the batch as their first dimension, so beam reordering, batch selection, cloning and
+saving are one loop over them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Segment:
-    """A set of cached tokens. Subclasses name their tensors, and answer `attend` and `kept`."""
+    """A set of cached tokens. Subclasses name their tensors, and define `attend` and `kept`."""
 
     tensor_names: ClassVar[tuple[str, ...]]
 
@@ -27,7 +27,7 @@ class Segment:
         return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name)) is not None}
 
     def component(self, name: str) -> str:
-        """What a tensor's bytes are counted as."""
+        """The component that a tensor's bytes count toward."""
         return name
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -35,19 +35,19 @@ class Segment:
         self._set({name: change(tensor) for name, tensor in self.tensors().items()})
 
     def trim(self) -> None:
-        """Gives back the room that no sequence needs any more, as others have left."""
+        """Frees room that no sequence needs any more, after others have left."""
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `load` needs: tensors by name, and facts that JSON can carry."""
+        """What `load` needs: tensors by name, and facts that JSON can hold."""
         return self.tensors(), {}
 
     @classmethod
     def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
-        """A segment of what `dump` gave.
+        """A segment made of what `dump` returned.
 
         Args:
-            facts: those of `dump`; others are of no interest.
-            built_with: what a segment of this class takes from its layer, and no file holds.
+            facts: those of `dump`; others are ignored.
+            built_with: what a segment of this class gets from its layer, and a file does not hold.
         """
         segment = cls.__new__(cls)
         for name, value in built_with.items():
@@ -56,7 +56,7 @@ class Segment:
         return segment
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
-        """Takes on tensors by name."""
+        """Sets the tensors by name."""
         for name in self.tensor_names:
             setattr(self, name, tensors.get(name))
 
@@ -65,9 +65,9 @@ class Segment:
         raise NotImplementedError
 
     def offloaded(self) -> dict[str, tuple[str, list[Tensor]]]:
-        """What the segment keeps off the model's device on purpose: by name its tier ("host" or "disk") and tensors.
+        """What the segment keeps off the model's device on purpose: by name, its tier ("host" or "disk") and tensors.
 
-        These are no part of `tensors`: rows that are moved or copied share them.
+        These are not part of `tensors`: rows that are moved or copied share them.
         """
         return {}
 
@@ -84,6 +84,6 @@ class Segment:
         raise NotImplementedError
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All that may be attended to, some at a time: keys, values [batch, kv_heads, tokens, head_dim], and positions
-        [batch, 1 or kv_heads, tokens] int32, EMPTY where there is no token."""
+        """Everything that can be attended to, a piece at a time: keys, values [batch, kv_heads, tokens, head_dim], and
+        positions [batch, 1 or kv_heads, tokens] int32, EMPTY where there is no token."""
         raise NotImplementedError

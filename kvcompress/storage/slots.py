@@ -1,4 +1,4 @@
-"""Slots: a fixed number of tokens per KV head, of which one that goes frees its slot for the next."""
+"""Slots: room for a fixed number of tokens per KV head; an evicted token frees its slot for the next one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +16,11 @@ from kvcompress.storage.segment import EMPTY, Segment
 
 
 class SlotSegment(Segment):
-    """A fixed number of slots per KV head, in no order; a token that goes frees its slot for the next.
+    """A fixed number of slots per KV head, in no order; an evicted token frees its slot for the next one.
 
     keys, values: [batch, kv_heads, slots, head_dim]. positions: [batch, kv_heads, slots] int32, which of its
     sequence's tokens a slot holds, pads not counted, or EMPTY. scores: [batch, kv_heads, slots] float32, what the
-    policy remembers of each token. spare: [batch, kv_heads] int64, the slot that the next token takes.
+    policy stores about each token. spare: [batch, kv_heads] int64, the free slot that the next token takes.
     """
 
     tensor_names = ("keys", "values", "positions", "scores", "spare")
@@ -42,28 +42,28 @@ class SlotSegment(Segment):
 
     @property
     def slots(self) -> int:
-        """Slots per KV head, the spare one included."""
+        """How many slots each KV head has, with the free one."""
         return self.keys.shape[2]
 
     def grow(self, slots: int) -> None:
-        """Makes it so many slots; what is held stays where it is."""
+        """Grows to so many slots; tokens stay where they are."""
         for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY), ("scores", 0)):
             setattr(self, name, grown(getattr(self, name), 2, slots, fill))
         torch.argmin(self.positions, -1, out=self.spare)
 
     def rotated_keys(self) -> Tensor:
-        """The keys as queries meet them, rotated to where they stand, [batch, kv_heads, slots, head_dim]."""
+        """The keys as queries see them, rotated to their positions, [batch, kv_heads, slots, head_dim]."""
         return self.keys
 
     def contents(self) -> tuple[Tensor, Tensor]:
-        """Keys, as queries meet them, and values, [batch, kv_heads, slots, head_dim]."""
+        """Keys, as queries see them, and values, [batch, kv_heads, slots, head_dim]."""
         return self.rotated_keys(), self.values
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield (*self.contents(), self.positions)
 
     def like(self) -> tuple[Tensor, Tensor]:
-        """Tensors of the type and, tokens aside, the shape of keys and of values."""
+        """Tensors with the dtype and, except for tokens, the shape of keys and of values."""
         return self.keys, self.values
 
     def decode(
@@ -76,17 +76,17 @@ class SlotSegment(Segment):
         spec: LogitSpec,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Takes in one token and answers its query.
+        """Stores one token and computes the attention of its query.
 
         Args:
-            query: [batch, heads, 1, head_dim], placed as `rotated_keys` will be.
+            query: [batch, heads, 1, head_dim], rotated to match `rotated_keys`.
             key, value, positions: as `put` takes them.
             query_positions: [batch, 1] int32.
             sink_logits: [heads], as in decode_attention.
 
         Returns:
-            The output, [batch, heads, 1, head_dim], and what each slot received of the attention, summed over the
-            query heads of a group, [batch, kv_heads, slots] float32.
+            The output, [batch, heads, 1, head_dim], and the attention that each slot received, summed over the query
+            heads of a group, [batch, kv_heads, slots] float32.
         """
         self.put(key, value, positions)
         keys = self.rotated_keys()
@@ -101,7 +101,7 @@ class SlotSegment(Segment):
         query_positions: Tensor,
         spec: LogitSpec,
     ) -> tuple[Tensor, Tensor]:
-        """What another query of the token that `decode` has taken in sees, sinks apart, and its log-sum-exp."""
+        """The attention of another query of the token that `decode` stored, without sinks, and its log-sum-exp."""
         return self.attend(query, query_positions, spec)
 
     def decode_and_evict(
@@ -115,7 +115,7 @@ class SlotSegment(Segment):
         spec: LogitSpec,
         **options: Any,
     ) -> Tensor:
-        """Takes in one token, answers its query, scores every slot and frees the one that goes, by `decode_and_evict`.
+        """Stores one token, computes its query's attention, scores every slot and evicts one, by `decode_and_evict`.
 
         Args:
             query, key, value, positions: as in `decode`. limits, recents, spec, options: as the op takes them.
@@ -127,7 +127,7 @@ class SlotSegment(Segment):
         return slot_attention(query, self.rotated_keys(), self.values, self.positions, query_positions, spec)
 
     def column_sums(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
-        """Attention each slot received, [batch, kv_heads, slots] float32, given the queries' whole log-sum-exp."""
+        """The attention each slot received, [batch, kv_heads, slots] float32; lse: the queries', over all they see."""
         return slot_column_sums(query, self.rotated_keys(), self.positions, query_positions, lse, spec)
 
     def column_maxima(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
@@ -135,7 +135,7 @@ class SlotSegment(Segment):
         return slot_column_maxima(query, self.rotated_keys(), self.positions, query_positions, lse, spec)
 
     def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        """Writes one token into the spare slots.
+        """Writes one token into the free slots.
 
         Args:
             key, value: [batch, kv_heads, 1, head_dim].
@@ -144,13 +144,13 @@ class SlotSegment(Segment):
         batch, kv_heads = self.spare.shape
         row = torch.arange(batch, device=key.device)[:, None]
         head = torch.arange(kv_heads, device=key.device)
-        # by index, as a compiled scatter writes a new copy of all slots
+        # by index, as a compiled scatter would copy all slots
         self._write(key, value)
         self.positions[row, head, self.spare] = positions[:, None].expand(-1, kv_heads)
         self.scores[row, head, self.spare] = 0.0
 
     def _write(self, key: Tensor, value: Tensor) -> None:
-        """Writes one token, [batch, kv_heads, 1, head_dim], to the spare slots."""
+        """Writes one token, [batch, kv_heads, 1, head_dim], to the free slots."""
         batch, kv_heads = self.spare.shape
         row = torch.arange(batch, device=key.device)[:, None]
         head = torch.arange(kv_heads, device=key.device)
@@ -158,7 +158,7 @@ class SlotSegment(Segment):
         self.values[row, head, self.spare] = value[:, :, 0]
 
     def free(self, victims: Tensor, over: Tensor) -> None:
-        """Empties the victim's slot where a head is over its budget, and finds the next spare slot.
+        """Empties the victim's slot if a head is over its budget, and finds the next free slot.
 
         Args:
             victims: [batch, kv_heads] int64.
@@ -170,13 +170,13 @@ class SlotSegment(Segment):
         torch.argmin(self.positions, -1, out=self.spare)
 
     def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
-        """Keeps some of the slots and of the tokens of a chunk: those of the chunk overwrite the slots let go.
+        """Keeps some of the slots and of a chunk's tokens; the chunk's tokens overwrite the slots that are not kept.
 
         Args:
             key, value: the chunk, [batch, kv_heads, tokens, head_dim].
             positions: of the chunk, [batch, kv_heads, tokens] int32.
             scores: of slots then chunk, [batch, kv_heads, slots + tokens] float32.
-            kept: of slots then chunk, [batch, kv_heads, slots + tokens] bool; at most `slots` a head.
+            kept: of slots then chunk, [batch, kv_heads, slots + tokens] bool; at most `slots` per head.
         """
         slots = self.slots
         stays, comes = kept[..., :slots], kept[..., slots:]
@@ -198,7 +198,7 @@ class SlotSegment(Segment):
         Args:
             key, value: the chunk, [batch, kv_heads, tokens, head_dim].
             source, target: token and slot of each move, [batch, kv_heads, moves] int64, no slot twice.
-            wanted: [batch, kv_heads, moves] bool, False for what only fills up the number of moves.
+            wanted: [batch, kv_heads, moves] bool, False for padding of the moves.
         """
         for slot_values, chunk_values in ((self.keys, key), (self.values, value)):
             width = slot_values.shape[-1]
@@ -211,7 +211,7 @@ class SlotSegment(Segment):
 
     @staticmethod
     def nbytes_for(batch: int, kv_heads: int, head_dim: int, itemsize: int, slots: int) -> int:
-        """Bytes of so many slots: keys, values, position and score of each, and which is spare."""
+        """Bytes of so many slots: keys, values, position and score of each, and which one is free."""
         return batch * kv_heads * (slots * (2 * head_dim * itemsize + 4 + 4) + 8)
 
 

@@ -1,4 +1,4 @@
-"""The newest tokens of a cache that packs its tokens, as they came."""
+"""The newest tokens of a cache that packs its tokens, still unpacked."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -12,15 +12,15 @@ from kvcompress.storage.columns import grown, marked_first, span_of_rows, taken
 from kvcompress.storage.padding import reordered
 from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
 
-# places that a tail keeps beside the tokens it holds, when sequences leave
+# how much spare room a tail keeps when sequences leave
 _SPARE = 64
 
 
 class TailSegment(Segment):
-    """The newest tokens as they came, until there are enough for a block.
+    """The newest tokens, unpacked, until there are enough for a block.
 
     keys, values: [batch, kv_heads, room, head_dim]. positions: [batch, room] int32, or EMPTY.
-    held: tokens of each row, in the first slots, in order.
+    held: how many tokens each row has, in the first columns, in order.
     """
 
     tensor_names = ("keys", "values", "positions")
@@ -81,7 +81,7 @@ class TailSegment(Segment):
         yield self.keys, self.values, self.positions[:, None]
 
     def put(self, key: Tensor, value: Tensor, real: Sequence[int], lengths: Sequence[int]) -> None:
-        """Adds one token a row, [batch, kv_heads, 1, head_dim]: real is 0 for a row whose token is padding."""
+        """Adds one token per row, [batch, kv_heads, 1, head_dim]; real is 0 for a row whose token is padding."""
         at = self.held[0]
         if all(real) and all(held == at for held in self.held):
             self.keys[:, :, at] = key[:, :, 0]
@@ -102,10 +102,10 @@ class TailSegment(Segment):
         self.held = [held + is_real for held, is_real in zip(self.held, real, strict=True)]
 
     def refill(self, key: Tensor, value: Tensor, first: list[int], held: list[int], lengths: Sequence[int]) -> None:
-        """Holds, of each row of these [batch, kv_heads, any, head_dim], the `held` tokens from `first` on.
+        """Replaces each row's tokens by `held` tokens from `first` on, of [batch, kv_heads, any, head_dim].
 
         Args:
-            lengths: tokens of each row, these included.
+            lengths: tokens of each row, with these.
         """
         at, there = span_of_rows(first, held, key.device)
         if at.shape[1] > self.room:
@@ -119,7 +119,7 @@ class TailSegment(Segment):
         self.held = list(held)
 
     def drop_last(self, counts: Sequence[int]) -> None:
-        """Lets each row's newest tokens go."""
+        """Drops each row's newest tokens."""
         self.held = [held - count for held, count in zip(self.held, counts, strict=True)]
         limit = torch.tensor(self.held, device=self.positions.device)[:, None]
         gone = torch.arange(self.room, device=limit.device) >= limit
@@ -129,14 +129,14 @@ class TailSegment(Segment):
         """Empties the rows that reach beyond their first `lengths` tokens.
 
         Returns:
-            What they held of those: keys and values [batch, kv_heads, room, head_dim], a row's tokens in its first
-            places, and how many those are.
+            Those of the row's first `lengths` tokens that were here: keys and values [batch, kv_heads, room, head_dim],
+            each row's tokens first, and how many there are.
         """
         limit = torch.tensor(lengths, device=self.positions.device)[:, None]
         goes = (self.positions >= limit).any(-1, keepdim=True)
         if not bool(goes.any()):
             return self.keys, self.values, [0] * len(lengths)
-        # tokens may have been hidden since
+        # tokens may have been hidden in the meantime
         stays = goes & (self.positions != EMPTY) & (self.positions < limit)
         order = marked_first(stays)
         key, value = reordered(self.keys, order), reordered(self.values, order)

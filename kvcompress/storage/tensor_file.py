@@ -1,8 +1,8 @@
 """Tensors and facts in one safetensors file: written one tensor at a time, and every byte of it checked when read.
 
-The facts are a JSON text among the file's metadata, with the sha256 of each tensor; the file's `digest` is the sha256
-of its header, and so says what all of it holds. Any reader of safetensors can read the tensors. Files without a digest,
-as safetensors itself writes them, are read unchecked.
+The facts are JSON in the file's metadata, with the sha256 of each tensor; the file's `digest` is the sha256 of its
+header, and so identifies the whole content. Any reader of safetensors can read the tensors. Files without a digest, as
+safetensors itself writes them, are read unchecked.
 """
 
 import hashlib
@@ -24,24 +24,24 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLANK = "0" * 64
-# where tensors begin, so that other readers may map them into memory
+# tensors begin at multiples of this, so that other readers can map them into memory
 _ALIGNMENT = 8
 
 Parts = Callable[[], Iterator[tuple[dict[str, Tensor], dict[str, Any]]]]
 
 
 class DamagedFileError(ValueError):
-    """A file does not hold what was written to it."""
+    """A file no longer holds what was written to it."""
 
 
 def write_tensors(file: BinaryIO, format: str, facts: dict[str, Any], parts: Parts) -> str:
-    """Writes a file; its digest, 64 hexadecimal digits.
+    """Writes a file, and returns its digest, 64 hexadecimal digits.
 
     Args:
-        format: what the file says that it is.
-        facts: what JSON can carry.
-        parts: gives tensors by name, and facts of theirs, part by part, of which one is held at a time. It is called
-            twice, and must give the same again.
+        format: the name of the file's format.
+        facts: facts that JSON can hold.
+        parts: gives tensors by name, with their facts, part by part; one part is held at a time. It is called twice,
+            and must give the same both times.
     """
     header: dict[str, Any] = {}
     sums: dict[str, str] = {}
@@ -54,7 +54,7 @@ def write_tensors(file: BinaryIO, format: str, facts: dict[str, Any], parts: Par
             header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, stop]}
             sums[name], at = _BLANK, stop
             if at % _ALIGNMENT:
-                # the format knows no gaps
+                # the format allows no gaps
                 stop = at + -at % _ALIGNMENT
                 header[f"gap.{at}"] = {"dtype": "U8", "shape": [stop - at], "data_offsets": [at, stop]}
                 sums[f"gap.{at}"], at = _BLANK, stop
@@ -73,7 +73,7 @@ def write_tensors(file: BinaryIO, format: str, facts: dict[str, Any], parts: Par
             if f"gap.{stop}" in sums:
                 sums[f"gap.{stop}"] = _write(file, memoryview(bytes(-stop % _ALIGNMENT)))
     if file.tell() != start + at:
-        raise RuntimeError(f"the tensors of a file took {file.tell() - start} bytes, after they said {at}")
+        raise RuntimeError(f"the tensors of a file took {file.tell() - start} bytes, but had announced {at}")
     digest = hashlib.sha256(head(_BLANK)).hexdigest()
     text = head(digest)
     file.seek(0)
@@ -92,12 +92,12 @@ def _write(file: BinaryIO, data: memoryview) -> str:
 
 
 class TensorFile:
-    """A file open for reading. `metadata`: texts by name. `names`: of the tensors. `digest`: None where it has none."""
+    """A file open for reading. `metadata`: texts by name. `names`: of the tensors. `digest`: None if it has none."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """
         Raises:
-            DamagedFileError: the file is no safetensors file, or not as it was written.
+            DamagedFileError: the file is not a safetensors file, or not as it was written.
         """
         self.path = Path(path)
         self._file = self.path.open("rb")
@@ -120,13 +120,13 @@ class TensorFile:
             raise self.damaged("its header cannot be read") from error
         self._start = 8 + length
         if self._start + stop != size:
-            raise self.damaged(f"it should have {self._start + stop} bytes and has {size}")
+            raise self.damaged(f"it should have {self._start + stop} bytes, but has {size}")
         self.digest = self.metadata.get("digest")
         self._sums: dict[str, str] = {}
         if self.digest is not None:
             blank = text.replace(self.digest.encode(), _BLANK.encode(), 1)
             if hashlib.sha256(blank).hexdigest() != self.digest:
-                raise self.damaged("its header does not agree with its digest")
+                raise self.damaged("its header does not match its digest")
             self._sums = json.loads(self.metadata["sums"])
 
     @property
@@ -135,11 +135,11 @@ class TensorFile:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return max((place["data_offsets"][1] for place in self._places.values()), default=0)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, in memory of its own on the CPU.
+        """A tensor, in its own memory on the CPU.
 
         Raises:
             DamagedFileError: it is not as it was written.
@@ -152,11 +152,11 @@ class TensorFile:
         if self._file.readinto(data) != stop - start:
             raise self.damaged(f"it ends within {name}")
         if self.digest is not None and hashlib.sha256(data).hexdigest() != self._sums[name]:
-            raise self.damaged(f"{name} does not agree with its checksum")
+            raise self.damaged(f"{name} does not match its checksum")
         return held.view(_DTYPES[place["dtype"]]).reshape(place["shape"])
 
     def damaged(self, how: str) -> DamagedFileError:
-        return DamagedFileError(f"{self.path} is no safetensors file or is damaged ({how}); write it anew")
+        return DamagedFileError(f"{self.path} is not a safetensors file or is damaged ({how}); write it again")
 
     def __enter__(self) -> Self:
         return self

@@ -1,10 +1,10 @@
 """AcrossKV: consecutive layers that share one storage of keys and values (arXiv:2410.03960).
 
-    layers held = first + (layers - first) / share         of the full cache's bytes, that over the layers
+    layers held = first + (layers - first) / share         share of the full cache's bytes = layers held / layers
 
-The first layer of a group stores what it is fed, in whatever form the storage has; the others attend, with their own
-queries, to what it attends to in the same forward. Only when the whole group has attended are tokens let go or packed.
-A policy that scores by attention sees that of the group's first layer.
+The first layer of a group stores what it is fed, in the form of its storage; the others attend, with their own queries,
+to what it attends to in the same forward. Tokens are evicted or packed only after the whole group has attended. A
+policy that scores by attention sees that of the group's first layer.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from kvcompress.storage.segment import Segment
 from kvcompress.swiftkv.conversion import first_later
 from kvcompress.swiftkv.model import SwiftKVModel
 
-# whose layers know how others attend to what they hold
+# caches whose layers let other layers attend to what they hold
 _STORAGES = (DenseCache, EvictingCache, GEARCache)
 _KINDS = {
     kind.__name__: kind
@@ -36,7 +36,7 @@ Storage = Callable[[PreTrainedModel], CompressedCache]
 
 
 class FollowingLayer(CompressedLayer):
-    """A layer that stores nothing, and attends to another's tokens."""
+    """A layer that stores nothing and attends to another's tokens."""
 
     queries_watched = 0
 
@@ -50,7 +50,7 @@ class FollowingLayer(CompressedLayer):
         return []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes nothing in: the group's first layer has; the key finds its way back to `attend`."""
+        """Stores nothing, as the group's first layer does; returns the key with its tag."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.pending_kv = (key_states, value_states)
@@ -82,7 +82,7 @@ class FollowingLayer(CompressedLayer):
         return self.kv_source.tokens_kept()
 
     def _crop(self, tokens: int) -> None:
-        """The group's first layer does."""
+        """Does nothing, as the group's first layer crops."""
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {}
@@ -101,11 +101,11 @@ class SharedStorageCache(CompressedCache):
         Args:
             model: the model the cache will be used with.
             first: the first layer of the first group.
-            share: layers of a group, a divisor of the number of layers from `first` on.
+            share: layers per group, a divisor of the number of layers from `first` on.
             storage: makes the cache whose layers the groups share: DenseCache, an evicting cache or a packing one.
 
         Raises:
-            ValueError: the layers cannot be grouped so, or the storage cannot be shared.
+            ValueError: the layers cannot be grouped like this, or the storage cannot be shared.
         """
         windows = hf.attention_windows(hf.text_config(model))
         if share < 1 or (len(windows) - first) % share:
@@ -116,8 +116,8 @@ class SharedStorageCache(CompressedCache):
         for start in range(first, len(windows), share):
             if len(set(windows[start : start + share])) > 1:
                 raise ValueError(
-                    f"layers {start} to {start + share - 1} have windows {windows[start : start + share]} and can "
-                    "share no storage; choose skip_from and share so that a group has one kind of attention"
+                    f"layers {start} to {start + share - 1} have windows {windows[start : start + share]} and cannot "
+                    "share storage; choose skip_from and share so that a group has one kind of attention"
                 )
         self.first, self.share = first, share
         stored = storage(model)
@@ -168,12 +168,12 @@ class SharedStorageCache(CompressedCache):
 
 
 class SwiftKVCache(SharedStorageCache):
-    """The cache of a SwiftKV model, each of whose groups of later layers stores once: `SwiftKVCache(model)`."""
+    """The cache of a SwiftKV model; each group of later layers stores tokens once: `SwiftKVCache(model)`."""
 
     def __init__(self, model: PreTrainedModel, *, storage: Storage = DenseCache) -> None:
         """
         Args:
-            model: a model that `convert` converted, or that was loaded.
+            model: a SwiftKV model, from `convert` or loaded.
             storage: makes the cache whose layers the groups share: `lambda model: GEARCache(model, bits=4)`.
 
         Raises:
@@ -181,8 +181,8 @@ class SwiftKVCache(SharedStorageCache):
         """
         if not isinstance(model, SwiftKVModel):
             raise ValueError(
-                f"SwiftKVCache serves converted models, got {type(model).__name__}: "
-                "convert it by kvcompress.convert(model), or look at what sharing costs with AcrossKVCache"
+                f"SwiftKVCache supports converted models, got {type(model).__name__}: "
+                "convert it with kvcompress.convert(model), or see what sharing costs with AcrossKVCache"
             )
         config = model.config
         super().__init__(model, first=config.num_key_value_layers, share=config.key_value_group_size, storage=storage)
@@ -191,8 +191,8 @@ class SwiftKVCache(SharedStorageCache):
 class AcrossKVCache(SharedStorageCache):
     """Layers that share storage on any model: `AcrossKVCache(model, share=2)`.
 
-    On a model converted with the same groups this is SwiftKVCache. On any other it is a diagnostic: the layers of a
-    group attend to keys and values made for its first, which no model was trained for, and it warns of that.
+    On a model converted with the same groups this is SwiftKVCache. On any other it is a diagnostic, with a warning: the
+    layers of a group attend to keys and values made for the first, which no model was trained for.
     """
 
     def __init__(
@@ -201,14 +201,14 @@ class AcrossKVCache(SharedStorageCache):
         """
         Args:
             model: the model the cache will be used with.
-            share: layers of a group.
-            skip_from: first layer of the first group: its index, or a fraction of the layers; of a converted model
-                its own.
+            share: layers per group.
+            skip_from: first layer of the first group: its index, or a fraction of the layers; ignored for a converted
+                model, which has its own.
             storage: as in SwiftKVCache.
 
         Raises:
-            ValueError: the layers cannot be grouped so, a converted model has other groups, or the storage cannot be
-                shared.
+            ValueError: the layers cannot be grouped like this, a converted model has other groups, or the storage
+                cannot be shared.
         """
         config = hf.text_config(model)
         if isinstance(model, SwiftKVModel):
@@ -222,7 +222,7 @@ class AcrossKVCache(SharedStorageCache):
             first = first_later(skip_from, hf.sizes(config).layers)
             warnings.warn(
                 f"AcrossKVCache on {type(model).__name__}, which was not trained to share keys and values between "
-                "layers, is a diagnostic: expect poor text; kvcompress.convert and kvcompress distill train one",
+                "layers, is a diagnostic: expect poor text; kvcompress.convert and kvcompress distill make one that is",
                 stacklevel=2,
             )
         super().__init__(model, first=first, share=share, storage=storage)

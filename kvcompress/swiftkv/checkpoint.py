@@ -1,4 +1,4 @@
-"""What a run of distillation leaves in its folder: a checkpoint that it goes on from, and the losses so far."""
+"""What a run of distillation writes to its folder: a checkpoint to resume from, and the losses so far."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ _LOSSES = "losses.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """What the course of a run depends on. base: the model without what trains. rows: how much there is, a digest."""
+    """What a run's results depend on. base: the model without what is trained. rows: how many, and a digest."""
 
     settings: dict[str, Any]
     base: hf.Fingerprint
@@ -36,7 +36,7 @@ class Run:
     def of(cls, model: SwiftKVModel, rows: Sequence[Row], settings: Mapping[str, Any]) -> "Run":
         """
         Args:
-            settings: on which the course of the run depends.
+            settings: those on which the run's results depend.
         """
         digest = hashlib.sha256()
         for row in rows:
@@ -54,7 +54,7 @@ class Run:
     def check(self, state: dict[str, Any], folder: Path) -> None:
         """
         Raises:
-            ValueError: the state of a folder is of another run.
+            ValueError: the folder's state is of another run.
         """
         then = json.loads(json.dumps(state["settings"]))
         differ = [name for name, value in self.settings.items() if value != then.get(name)]
@@ -62,7 +62,7 @@ class Run:
             raise ValueError(f"{folder} holds another run, which differs in {', '.join(differ)}; choose another folder")
         if "base" not in state:
             warnings.warn(
-                f"{folder} was written by an earlier kvcompress, and does not say of which base model and data",
+                f"{folder} was written by an earlier kvcompress, and does not say for which base model and data",
                 stacklevel=4,
             )
             return
@@ -81,9 +81,9 @@ class Checkpoint:
     ) -> None:
         """
         Args:
-            folder: in which there may be the state of a run that was interrupted.
-            trained: what trains, by name.
-            scaler: of the gradients in float16, or None.
+            folder: may hold the state of an interrupted run.
+            trained: the parameters that are trained, by name.
+            scaler: for gradients in float16, or None.
         """
         self._folder = folder
         self._run = run
@@ -96,7 +96,7 @@ class Checkpoint:
         return (self._folder / _CHECKPOINT).exists()
 
     def save(self, step: int, lines: list[dict[str, float]]) -> None:
-        """Writes all that a run goes on from after so many updates, and then the losses for a reader."""
+        """Writes everything needed to resume after so many updates, and then the losses for a reader."""
         state = {
             "trained": {name: parameter.detach().cpu() for name, parameter in self._trained.items()},
             "optimiser": self._optimiser.state_dict(),
@@ -125,7 +125,7 @@ class Checkpoint:
         write_whole(self._folder, _LOSSES, write)
 
     def resume(self, device: torch.device) -> tuple[int, list[dict[str, float]]]:
-        """Takes on what the folder holds of the run: the updates done, and their lines.
+        """Restores what the folder holds of the run; returns the updates done, and their lines.
 
         Raises:
             ValueError: it holds another run, or is damaged.
@@ -136,9 +136,7 @@ class Checkpoint:
         state = _read_state(folder / _CHECKPOINT, device)
         self._run.check(state, folder)
         if set(state["trained"]) != set(self._trained):
-            raise ValueError(
-                f"{folder} holds another run, which differs in the layers that train; choose another folder"
-            )
+            raise ValueError(f"{folder} holds another run, which differs in the layers trained; choose another folder")
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(state["trained"][name])
@@ -158,7 +156,7 @@ def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
         ValueError: the checkpoint is not as it was written.
     """
     try:
-        # torch reads its archives without looking at their checksums
+        # torch reads its archives without checking their checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is None:
@@ -171,5 +169,5 @@ def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
         RuntimeError,
         EOFError,
     ) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from error
-    raise ValueError(f"{path} is damaged ({damaged} within it); delete it to begin anew")
+        raise ValueError(f"{path} is damaged ({error}); delete it to start over") from error
+    raise ValueError(f"{path} is damaged ({damaged} within it); delete it to start over")

@@ -13,19 +13,19 @@ from kvcompress.swiftkv.model import CONVERTED
 
 
 def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1) -> Any:
-    """A SwiftKV model of the weights of a model, which stays as it was and shares them.
+    """A SwiftKV model with the weights of a model, which is not changed; the two share them.
 
     The common norm begins as the input norm of the first later layer; queries, keys and values begin as the later
-    layers' own, in a group of layers keys and values as the mean over the group.
+    layers' own. In a group, keys and values begin as the mean over its layers.
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 model.
-        skip_from: the first layer that the prompt skips: its index, or a fraction of the layers.
+        skip_from: the first layer that prompts skip: its index, or a fraction of the layers.
         share: consecutive later layers that share one set of keys and values (AcrossKV), a divisor of their number.
 
     Raises:
-        ValueError: the model is of no family that is served, is spread over devices or quantised, or the later layers
-            cannot be grouped so.
+        ValueError: the model's family is not supported, the model is spread over devices or quantised, or the later
+            layers cannot be grouped like this.
     """
     if type(model) not in CONVERTED:
         served = ", ".join(kind.__name__ for kind in CONVERTED)
@@ -56,7 +56,7 @@ def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1
 
 
 def first_later(skip_from: int | float, layers: int) -> int:
-    """The index of the first later layer, which may be given as a fraction of the layers."""
+    """The index of the first later layer, given as an index or as a fraction of the layers."""
     skip_from = count_or_fraction(skip_from, "skip_from", "a layer", "the layers")
     if isinstance(skip_from, float):
         return max(1, round(skip_from * layers))
@@ -66,7 +66,7 @@ def first_later(skip_from: int | float, layers: int) -> int:
 
 
 def _take_over(converted: Any, model: Any) -> None:
-    """Puts the modules of a model, which hold its weights, into the converted one, built without."""
+    """Moves a model's modules, with their weights, into the converted model, which was built without any."""
     for name in ("embed_tokens", "norm", "rotary_emb"):
         setattr(converted.model, name, getattr(model.model, name))
     converted.lm_head = model.lm_head
@@ -81,7 +81,7 @@ def _take_over(converted: Any, model: Any) -> None:
 
 @torch.no_grad()
 def _begin(later: Any, layers: Any) -> None:
-    """The first weights of a group of later layers."""
+    """Sets the initial weights of a group of later layers."""
     for index, (to, of) in enumerate(zip(later, layers, strict=True)):
         names = ["q_proj", "q_norm"] + ([] if index else ["k_proj", "v_proj", "k_norm"])
         for name in names:
@@ -91,7 +91,7 @@ def _begin(later: Any, layers: Any) -> None:
             if name[0] != "q":
                 for part, parameter in begun.named_parameters():
                     own = [getattr(layer.self_attn, name).get_parameter(part) for layer in layers]
-                    # one layer alone: its weights, to the bit
+                    # a single layer keeps its weights, bit for bit
                     if len(own) > 1:
                         parameter.copy_(torch.stack([weight.double() for weight in own]).mean(0))
             setattr(to.self_attn, f"{name}_swiftkv", begun)

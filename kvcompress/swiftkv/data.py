@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens to learn from. ids: [tokens] int64. answered: [tokens] bool, False for those nobody need predict."""
+    """Tokens to learn from. ids: [tokens] int64. answered: [tokens] bool, False for those not to predict."""
 
     ids: Tensor
     answered: Tensor
@@ -23,11 +23,11 @@ class Row:
 def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: int) -> list[Row]:
     """Rows of at most `length` tokens from text files and .jsonl files, in UTF-8.
 
-    A line of a .jsonl is {"messages": [{"role", "content"}, ...]}, a chat, of which the assistant's tokens count, or
-    {"text": ...}. Texts are joined and cut to rows; a chat is a row, cut at its end.
+    A line of a .jsonl file is a chat, {"messages": [{"role", "content"}, ...]}, in which the assistant's tokens count,
+    or {"text": ...}. Texts are joined and cut into rows; a chat is one row, with its end cut off if it is too long.
 
     Raises:
-        ValueError: a file holds neither, or nothing, or is not UTF-8; file and line are named.
+        ValueError: a file holds neither, or nothing, or is not UTF-8; the message names file and line.
     """
     rows: list[Row] = []
     for path in map(Path, paths):
@@ -35,7 +35,7 @@ def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: i
         text = _read_text(path)
         if path.suffix == ".jsonl":
             texts = []
-            # JSON's strings may hold what else Python takes for the end of a line
+            # not splitlines: JSON strings may hold other characters that Python takes for line ends
             for number, line in enumerate(text.split("\n"), 1):
                 if not line.strip():
                     continue
@@ -46,7 +46,7 @@ def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: i
                 try:
                     row = chat_row(entry, tokenizer, length)
                 except Exception as error:
-                    # templates raise what they like
+                    # templates may raise anything
                     raise ValueError(f"{path}:{number} cannot be rendered: {error}") from error
                 if bool(row.answered.any()):
                     rows.append(row)
@@ -73,7 +73,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_entry(line: str, place: str) -> str | list[dict[str, str]]:
-    """The text or the messages of a line of a .jsonl."""
+    """The text or the messages in a line of a .jsonl file."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -90,10 +90,10 @@ def _read_entry(line: str, place: str) -> str | list[dict[str, str]]:
 
 
 def chat_row(messages: list[dict[str, str]], tokenizer: Any, length: int) -> Row:
-    """A conversation in the model's chat template, of which the assistant's turns count.
+    """A conversation in the model's chat template, in which the assistant's turns count.
 
-    A template may leave out of an earlier answer what the last one begins with (Qwen3: its thoughts, or that it had
-    none): such an answer counts as it stands in the whole conversation.
+    For an earlier answer, a template may leave out what the last one begins with (Qwen3: its thoughts, or an empty
+    block for them): such an answer counts as rendered in the whole conversation.
 
     Raises:
         ValueError: the template renders an earlier answer in yet another way.
@@ -133,13 +133,13 @@ def _end_of_answer(whole: str, start: int, begun: str, last: str, content: str) 
         if whole.startswith(answer[skipped:], start):
             return start + len(answer) - skipped
     raise ValueError(
-        f"the chat template renders the answer {content[:40]!r} otherwise within the conversation than at its end, so "
-        "that its tokens cannot be told; cut the conversation after it"
+        f"the chat template renders the answer {content[:40]!r} differently within the conversation and at its end, so "
+        "its tokens cannot be found; cut the conversation after it"
     )
 
 
 def batches(rows: Sequence[Row], batch: int, rank: int, world: int, seed: int = 0) -> Iterator[list[Row]]:
-    """What one process of a run is fed, forward by forward, without end: each epoch in an order of its own."""
+    """The rows that one process of a run is fed, forward by forward, endlessly: each epoch in its own order."""
     count, at = batch * world, 0
     order: list[int] = []
     epoch = 0
@@ -152,7 +152,7 @@ def batches(rows: Sequence[Row], batch: int, rank: int, world: int, seed: int = 
 
 
 def first_rows(rows: Sequence[Row], tokens: int, seed: int = 0) -> list[Tensor]:
-    """Token ids of the rows that a run of this seed reads first: so many tokens in all, or all there are."""
+    """Token ids of the rows that a run with this seed reads first: so many tokens in all, or all there are."""
     found: list[Tensor] = []
     left = tokens
     for (row,) in itertools.islice(batches(rows, 1, 0, 1, seed), len(rows)):

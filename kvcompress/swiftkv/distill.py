@@ -1,11 +1,11 @@
-"""Distillation of a SwiftKV model: the same network, conversion off, teaches the later layers (arXiv:2410.03960).
+"""Distillation of a SwiftKV model: the same network with the conversion off is the teacher (arXiv:2410.03960).
 
     loss = T^2 KL(teacher || student) + MSE of the hidden states before the last layer          T = 2
 
-Only the common norm and the later layers' query, key and value projections train. KL is taken over log-probabilities
-on both sides, of the tokens to be answered (all tokens of a text, an assistant's in a chat), divided by all tokens.
-Runs in one process, or in several under `accelerate launch`; the order of the data depends on the seed alone, so that
-an interrupted run goes on as if it had not stopped.
+Only the common norm and the later layers' query, key and value projections are trained. KL is taken over
+log-probabilities on both sides, summed over the tokens to be answered (all tokens of a text, the assistant's in a
+chat), and divided by the number of all tokens. Runs in one process, or in several under `accelerate launch`; the order
+of the data depends only on the seed, so a resumed run continues as if it had not stopped.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ class Distillation:
     """Settings of a run; the defaults are the paper's.
 
     temperature: of both distributions. hidden_weight: of the hidden states' mean squared error.
-    learning_rate: the highest; it rises over the first `warmup` of the steps and falls by a cosine to 0.
-    steps: updates. batch: rows a process and forward. accumulate: forwards an update.
-    length: tokens of a row at most. fit_tokens: of these, which keys and values are fitted to by least squares
-    before the first update (kvcompress/swiftkv/least_squares.py); 0, the paper's, for none.
+    learning_rate: the highest; it rises over the first `warmup` share of the steps, then falls by a cosine to 0.
+    steps: updates. batch: rows per process and forward. accumulate: forwards per update.
+    length: maximum tokens per row. fit_tokens: how many tokens to fit keys and values to by least squares before the
+    first update (kvcompress/swiftkv/least_squares.py); 0, as in the paper, for none.
     precision: "no", "bf16" or "fp16", of the forwards under autocast.
-    checkpointing: layers are computed again in the backward pass, to hold less.
+    checkpointing: compute layers again in the backward pass, to hold less memory.
     save_every: updates between checkpoints. log_every: updates between lines of progress. seed: of the data's order.
     """
 
@@ -74,7 +74,7 @@ class Distillation:
             raise ValueError(f"precision must be 'no', 'bf16' or 'fp16', got {self.precision!r}")
 
     def course(self) -> dict[str, Any]:
-        """The settings on which it depends what comes of a run."""
+        """The settings on which a run's results depend."""
         facts = dataclasses.asdict(self)
         return {name: facts[name] for name in facts if name not in ("save_every", "log_every", "checkpointing")}
 
@@ -93,18 +93,18 @@ def distill(
     folder: str | os.PathLike[str],
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Trains a converted model in place, and writes losses and checkpoints to a folder; goes on from what it holds.
+    """Trains a converted model in place, and writes losses and checkpoints to a folder; resumes from what it holds.
 
-    Of the model only what `convert` added changes. The rest is shared with the model it was converted from: what moves
-    or casts the one (`to`, as distillation does to the device of its process) moves and casts the other. Which weights
-    require gradients is afterwards as it was before.
+    Only what `convert` added to the model changes. The rest is shared with the model it was converted from: moving or
+    casting one (`to`, as distillation does to the device of its process) moves and casts the other. Afterwards the same
+    weights require gradients as before.
 
     Args:
-        model: as `kvcompress.convert` gives it.
-        rows: what `read_rows` gives.
+        model: as returned by `kvcompress.convert`.
+        rows: as returned by `read_rows`.
         settings: of the run.
-        folder: checkpoint.pt, of which a run goes on that has the same settings, base model and rows; losses.jsonl, a
-            line an update; and losses.png where matplotlib is installed.
+        folder: gets checkpoint.pt, from which a run with the same settings, base model and rows resumes; losses.jsonl,
+            with a line per update; and losses.png if matplotlib is installed.
         on_step: called after every update, in the first process, with its line.
 
     Returns:
@@ -132,7 +132,7 @@ def _train(
     folder: Path,
     on_step: Callable[[dict[str, float]], None] | None,
 ) -> list[dict[str, float]]:
-    """`distill`, which leaves all but what trains without gradients."""
+    """`distill`, which turns gradients off for everything that is not trained."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -148,7 +148,7 @@ def _train(
         fit(model, first_rows(rows, settings.fit_tokens, settings.seed))
     begun, lines = checkpoint.resume(accelerator.device)
     if begun and accelerator.is_main_process:
-        # who was killed between the two files
+        # for a run that was killed between the two files
         checkpoint.write_losses(lines)
     network, prepared = accelerator.prepare(model, optimiser)
     feed = batches(rows, settings.batch, accelerator.process_index, accelerator.num_processes, settings.seed)
@@ -156,7 +156,7 @@ def _train(
         next(feed)
     folder.mkdir(parents=True, exist_ok=True)
     was_training, objective = model.training, Objective(network, model, settings.temperature, accelerator)
-    # dropout off, for teacher and student to differ by the conversion alone
+    # dropout is off, so that teacher and student differ only by the conversion
     network.train(settings.checkpointing)
     started = time.perf_counter()
     try:
@@ -183,13 +183,13 @@ def _train(
 def _update(
     step: int, parts: list[list[Row]], objective: Objective, optimiser: Any, settings: Distillation, accelerator: Any
 ) -> dict[str, float]:
-    """One update, the number `step` from 1 on, by the rows of some forwards: what `distill` says of it."""
+    """One update, number `step` counted from 1, on the rows of some forwards; returns its line, as `distill` does."""
     rate = settings.rate(step - 1)
     for group in optimiser.param_groups:
         group["lr"] = rate
     own = sum(len(row.ids) for part in parts for row in part)
     tokens = int(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum"))
-    # every token weighs the same, however many are in its forward; Accelerate takes means over forwards
+    # every token counts the same, however many are in its forward; Accelerate takes means over forwards
     share = settings.accumulate * accelerator.num_processes / tokens
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for part in parts:
@@ -210,7 +210,7 @@ def _update(
 
 
 def _freeze(model: SwiftKVModel, settings: Distillation) -> dict[str, nn.Parameter]:
-    """Leaves gradients to what trains, and gives it, by name."""
+    """Turns on gradients for what is trained alone, and returns it, by name."""
     trained = trained_parameters(model)
     if not any("proj" in name for name in trained):
         raise ValueError("the model has no later layers, so there is nothing to train")
@@ -226,7 +226,7 @@ def _freeze(model: SwiftKVModel, settings: Distillation) -> dict[str, nn.Paramet
 
 
 def plot_losses(lines: Sequence[dict[str, float]], path: Path) -> bool:
-    """Draws loss, divergence and hidden error against the tokens learned from; False where matplotlib is missing."""
+    """Plots loss, divergence and hidden error against the tokens learned from; False if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -3,10 +3,10 @@
     x = RMSNorm_swift(h_l)        K_j = RoPE(Wk_j x),  V_j = Wv_j x        for every later layer j >= l
 
 h_l is the residual stream that enters layer l, the first of the later ones. Because no later key or value depends on
-what the later layers compute, only the positions whose logits are asked for have to run them; the others end at l.
-AcrossKV: in a group of later layers only the first has Wk and Wv, the others attend to its keys and values.
+what the later layers compute, only the positions whose logits are asked for have to run them; the others stop at l.
+AcrossKV: in a group of later layers only the first has Wk and Wv; the others attend to its keys and values.
 
-`SingleInput` is the state of one such forward. The model hands it to its layers as the keyword `single_input`, layer l
+`SingleInput` is the state of one such forward. The model passes it to its layers as the keyword `single_input`, layer l
 fills it and narrows the residual stream, and every later attention takes its keys and values from it.
 """
 
@@ -29,12 +29,12 @@ from kvcompress.hf.families import (
 )
 from kvcompress.kernels.bulk_kv import bulk_key_values
 
-# attention functions that take a mask [batch, 1, queries, keys] or none; others want the last queries, in order
+# attention functions that take a mask [batch, 1, queries, keys] or none; others need the last queries, in order
 _TAKES_ROWS = ("sdpa", "eager", hf.IMPLEMENTATION, f"{hf.IMPLEMENTATION}_eager")
 
 
 class SingleInput:
-    """Where one forward keeps what its later layers share.
+    """What the later layers of one forward share.
 
     asked: [batch, positions] int64, the columns whose output is wanted; None for all.
     """
@@ -53,8 +53,8 @@ class SingleInput:
         Args:
             norm: the later layers' common norm.
             leaders: the attention of each group's first layer.
-            first: the first of them.
-            share: layers of a group.
+            first: the index of the first later layer.
+            share: layers per group.
             asked: as above.
             visible: [batch, columns] padding mask of at least the forward's columns, or None.
             given: the cache that the model was given, or None.
@@ -82,11 +82,11 @@ class SingleInput:
     def enter(
         self, hidden: Tensor, turns: tuple[Tensor, Tensor], mask: Any, cache: hf.Cache | None, implementation: str
     ) -> Tensor:
-        """Takes in layer l's input [batch, columns, hidden_size], and gives what runs on, [batch, positions, ...].
+        """Takes layer l's input [batch, columns, hidden_size], and returns what continues, [batch, positions, ...].
 
         Args:
             turns: cosines and sines of all columns, [batch or 1, columns, rotary_dim].
-            mask: what transformers made for the layer.
+            mask: the one that transformers made for the layer.
             cache: the forward's cache, or None.
             implementation: the name of the attention function.
 
@@ -114,13 +114,13 @@ class SingleInput:
         """
         if given is not None and found is not given:
             raise RuntimeError(
-                f"the model has a {type(given).__name__}, and its layer {self.first} was given "
-                f"{'no cache' if found is None else f'a {type(found).__name__}'}: this transformers hands a cache to "
+                f"the model has a {type(given).__name__}, but its layer {self.first} was given "
+                f"{'no cache' if found is None else f'a {type(found).__name__}'}: this transformers passes a cache to "
                 "its layers in a way that kvcompress does not know; run the model with use_cache=False"
             )
 
     def _in_bulk(self, cache: Any) -> bool:
-        """True where all later keys and values can be written into the cache's layers at once."""
+        """True if all later keys and values can be written into the cache's layers at once."""
         hidden = self._entering
         assert hidden is not None
         if not isinstance(cache, CompressedCache) or self.columns == 1 or torch.is_grad_enabled():
@@ -133,12 +133,12 @@ class SingleInput:
             for p in projections
         )
         layers = [cache.layers[a.layer_idx] for a in self.leaders]
-        # a cache of another batch is refused by its layers, in their words
+        # a cache for another batch is refused by its layers, with their own message
         fits = all(layer.kv_shape is None or layer.kv_shape[0] == len(hidden) for layer in layers)
         return plain and fits and all(type(layer) is DenseLayer for layer in layers)
 
     def _project_at_once(self, cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and values of every group's first layer, by its index, where the cache will keep them."""
+        """Keys and values of every group's first layer, by its index, in the memory where the cache will keep them."""
         if not self.leaders:
             return {}
         assert self._turns is not None
@@ -196,13 +196,13 @@ class SingleInput:
 
     @property
     def narrow(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions that run on, [batch or 1, positions, rotary_dim]."""
+        """Cosines and sines of the positions that continue, [batch or 1, positions, rotary_dim]."""
         assert self._narrow is not None
         return self._narrow
 
     def mask(self, mask: Any, keys: int, device: torch.device) -> Any:
-        """The layer's mask for the positions that run on, where it attends to this many keys on this device."""
-        # the last columns, in order, are placed by the attention function itself
+        """The layer's mask for the positions that continue and this many keys, on this device."""
+        # for the last columns, in order, the attention function needs no mask
         if self.rows is not self.asked or self.rows is None:
             return mask
         known = self._masks.get(keys)
@@ -216,7 +216,7 @@ class SingleInput:
         if mask is not None:
             rows = self.rows.to(mask.device)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
             return mask.expand(len(self.rows), -1, -1, -1).gather(2, rows)
-        # transformers leaves the mask out where all is causal and nothing padded
+        # transformers makes no mask if everything is causal and nothing padded
         last = self.rows + (keys - self.columns)
         if bool((last == keys - 1).all()):
             return None
@@ -225,7 +225,7 @@ class SingleInput:
     def key_value(self, attention: "SingleInputAttention", cache: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         """A later layer's keys and values, [batch, kv_heads, tokens, head_dim], with those of the cache.
 
-        device: the layer's, where the model is spread over several.
+        device: the layer's, as the model may be spread over several.
         """
         is_source = (attention.layer_idx - self.first) % self.share == 0
         recomputed = attention.recomputes
@@ -236,7 +236,7 @@ class SingleInput:
         assert self._leader is not None
         key, value = self._leader
         if cache is None or (not is_source and not isinstance(cache, CompressedCache)):
-            # under a cache of transformers the group attends to what its first layer's entry gave
+            # with a cache of transformers, the group attends to what its first layer's update returned
             return key.to(device), value.to(device)
         given = cache.update(key, value, attention.layer_idx)
         if is_source and not isinstance(cache, CompressedCache):
@@ -246,7 +246,7 @@ class SingleInput:
     def _project(self, attention: "SingleInputAttention", fresh: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         assert self._entering is not None
         assert self._turns is not None
-        # under gradient checkpointing a layer's own graph must hold all that it trains
+        # with gradient checkpointing, a layer's own graph must hold everything that it trains
         if fresh or self._normed is None:
             self._normed = self.norm(self._entering)
         key, value = attention.project(self._normed.to(device))
@@ -254,7 +254,7 @@ class SingleInput:
         return rotated(key, cos, sin), value
 
     def answer(self, hidden: Tensor) -> Tensor:
-        """The columns asked for, [batch, asked, hidden_size], of the model's output [batch, positions, hidden_size]."""
+        """The wanted columns, [batch, asked, hidden_size], of the model's output [batch, positions, hidden_size]."""
         if self.asked is None:
             return hidden
         if self.rows is None:
@@ -265,7 +265,7 @@ class SingleInput:
 
 
 class SingleInputAttention(nn.Module):
-    """The attention of a later layer, over its family's: a query of its own, keys and values of the common input.
+    """The attention of a later layer, on top of its family's: its own query, keys and values of the common input.
 
     Without a `single_input` it is the family's attention, unchanged: the teacher.
     """
@@ -286,7 +286,7 @@ class SingleInputAttention(nn.Module):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self._lead: tuple[SingleInputAttention, ...] = ()
-        # Qwen3 norms queries and keys by head
+        # Qwen3 normalises queries and keys per head
         self.norms = hasattr(self, "q_norm")
         is_source = (layer_idx - config.num_key_value_layers) % config.key_value_group_size == 0
         names = [*("qkv" if is_source else "q")]
@@ -303,7 +303,7 @@ class SingleInputAttention(nn.Module):
 
     def follow(self, kv_source: "SingleInputAttention") -> None:
         """Makes this the attention of a layer that attends to another's keys and values."""
-        # in a tuple it is no submodule
+        # inside a tuple it is not registered as a submodule
         self._lead = (kv_source,)
 
     def kv_source(self) -> "SingleInputAttention":
@@ -311,7 +311,7 @@ class SingleInputAttention(nn.Module):
         return self._lead[0] if self._lead else self
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, not rotated yet, and values of the common input [batch, tokens, hidden_size]."""
+        """Keys, not yet rotated, and values of the common input [batch, tokens, hidden_size]."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         key, value = self.k_proj_swiftkv(x).view(shape), self.v_proj_swiftkv(x).view(shape)
         if self.norms:
@@ -327,12 +327,12 @@ class SingleInputAttention(nn.Module):
         single_input: SingleInput | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The family's forward, which takes a cache under the name that the family has for it."""
+        """The family's forward, which takes a cache under the family's name for it."""
         if single_input is None:
             if not self.config.swiftkv_teacher:
                 raise ValueError(
-                    f"layer {self.layer_idx} has no attention of its own to fall back on: the checkpoint was published "
-                    "without the teacher's query, key and value projections"
+                    f"layer {self.layer_idx} cannot run as the teacher: the checkpoint was published without the "
+                    "teacher's query, key and value projections"
                 )
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
         cache = hf.take_cache(kwargs, args)
@@ -361,14 +361,14 @@ class SingleInputAttention(nn.Module):
         return self.o_proj(out.reshape(*shape, -1).contiguous()), weights
 
     def _window(self) -> int | None:
-        # Mistral has one window in its config, Qwen one a layer
+        # Mistral's config has one window, Qwen's one per layer
         if hasattr(self, "sliding_window"):
             return self.sliding_window  # type: ignore[return-value]
         return getattr(self.config, "sliding_window", None)
 
 
 class SingleInputLayer(GradientCheckpointingLayer):
-    """A later decoder layer, over its family's: the first of them narrows the residual stream."""
+    """A later decoder layer, on top of its family's; the first one narrows the residual stream."""
 
     def forward(
         self, hidden_states: Tensor, *args: Any, single_input: SingleInput | None = None, **kwargs: Any
@@ -389,12 +389,12 @@ class SingleInputLayer(GradientCheckpointingLayer):
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys [batch, heads, tokens, head_dim] turned by cosines and sines [batch or 1, tokens, head_dim]."""
+    """Queries or keys [batch, heads, tokens, head_dim] rotated by cosines and sines [batch or 1, tokens, head_dim]."""
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """What this process has of a parameter that a tensor-parallel model splits."""
+    """This process's part of a parameter that a tensor-parallel model splits."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 

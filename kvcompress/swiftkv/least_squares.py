@@ -1,10 +1,10 @@
-"""Where a SwiftKV conversion may begin: later keys and values by least squares, without a gradient.
+"""A start for a SwiftKV conversion: later keys and values fitted by least squares, without gradients.
 
     W_j = argmin over W of  sum_t |W x_t - y_jt|^2 + ridge * mean(diag X^T X) * |W - W0_j|^2
 
-x_t is what the common norm gives for token t, y_jt what the teacher's key or value projection of later layer j gives
-for it, before RoPE, and W0_j the weights that the conversion began with. All layers have x in common, so one forward of
-the teacher and one factorisation serve them all. In a group of layers that share keys and values y is the group's mean.
+x_t is the common norm's output for token t, y_jt the output for it of the teacher's key or value projection in later
+layer j, before RoPE, and W0_j the weights that the conversion began with. All layers have x in common, so one forward
+of the teacher and one factorisation suffice. In a group of layers that share keys and values, y is the group's mean.
 arXiv:2410.03960 has no such step: there training begins from the layers' own weights, as `convert` leaves them.
 """
 
@@ -20,17 +20,18 @@ from kvcompress.swiftkv.model import SwiftKVModel, as_teacher
 
 @torch.no_grad()
 def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dict[str, tuple[float, float]]:
-    """Fits the later layers' key and value projections to what the teacher's give, in place.
+    """Fits the later layers' key and value projections to the teacher's outputs, in place.
 
     Sums are float64: for hidden_size h and c key and value channels of all groups, 8 h (h + c) bytes.
 
     Args:
-        model: as `kvcompress.convert` gives it.
-        rows: token ids, each [tokens] int64; some 16k tokens in all.
-        ridge: how much the fit is held to where the weights are; above 0.
+        model: as returned by `kvcompress.convert`.
+        rows: token ids, each [tokens] int64; about 16k tokens in all.
+        ridge: how strongly the fit is pulled toward the current weights; above 0.
 
     Returns:
-        For each projection, by name, its squared error on these rows over the teacher's energy, before and after.
+        For each projection, by name, its squared error on these rows over the squared norm of the teacher's output,
+        before and after.
 
     Raises:
         ValueError: the model has no teacher or no later layers, there are no rows, or ridge is not above 0.
@@ -74,7 +75,7 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
 def _sums(model: Any, rows: Sequence[Tensor], entered: Any, groups: list[list[Any]]) -> tuple[Tensor, Tensor, Tensor]:
     """X^T X, X^T Y and the column sums of Y^2 over all tokens, of inputs [tokens, in] and outputs [tokens, out].
 
-    Where the projections have biases a column of ones is the last of X.
+    If the projections have biases, the last column of X is ones.
     """
     has_bias = groups[0][0].bias is not None
     device = groups[0][0].weight.device
@@ -95,6 +96,6 @@ def _sums(model: Any, rows: Sequence[Tensor], entered: Any, groups: list[list[An
 
 
 def _weights(projection: Any) -> Tensor:
-    """[in, out] float64, with the bias as a last row."""
+    """The weights, [in, out] float64, with the bias as the last row."""
     weight = projection.weight.T.double()
     return weight if projection.bias is None else torch.cat([weight, projection.bias[None].double()])

@@ -3,18 +3,18 @@
     model = convert(model, skip_from=0.5)           # the second half of the layers is skipped by the prompt
     model.generate(**inputs)                        # any cache; SwiftKVCache(model) where groups share storage
 
-A converted model is a class of its own (LlamaSwiftKVForCausalLM, ...) over transformers' class of that family, with
-the weights of the model it was made from, which stays as it was. No class is patched. It differs in two places: its
-later decoder layers (kvcompress/swiftkv/forward.py), and a forward that tells them which positions are asked for. All
+A converted model has its own class (LlamaSwiftKVForCausalLM, ...) on top of transformers' class of that family, with
+the weights of the original model, which is not changed. No class is patched. It differs in two places: its later
+decoder layers (kvcompress/swiftkv/forward.py), and a forward that tells them which positions are asked for. Everything
 else (masks, caches, rotary embeddings, generate) is transformers' code. Importing this module registers the classes
-with AutoConfig and AutoModelForCausalLM, so that checkpoints in the layout published with the paper load by
+with AutoConfig and AutoModelForCausalLM, so that checkpoints in the layout published with the paper load with
 `AutoModelForCausalLM.from_pretrained`: config fields num_key_value_layers and key_value_group_size, tensors
 norm_swiftkv and {q,k,v}_proj_swiftkv.
 
-Which positions run the later layers: those of `logits_to_keep`, and with padding at the end of a row the last real
-tokens before it (transformers would give the logits of the padding). A call for all logits, labels, hidden states or
-attentions runs all of them, with the same numbers. A conversion changes what the model computes: it needs the
-distillation of kvcompress/swiftkv/distill.py before it is of use.
+The positions that run the later layers are those of `logits_to_keep`; if a row ends in padding, the last real tokens
+before it (transformers would give the logits of the padding). A call for all logits, labels, hidden states or
+attentions runs all positions, with the same numbers. A conversion changes what the model computes: it needs the
+distillation of kvcompress/swiftkv/distill.py before it is useful.
 """
 
 import functools
@@ -61,7 +61,7 @@ class _Config:
     """The config fields of a converted model.
 
     num_key_value_layers: layers before the later ones. key_value_group_size: later layers that share keys and values.
-    swiftkv: False starts the model as its own teacher. swiftkv_teacher: it has the teacher's projections too.
+    swiftkv: False starts the model as its own teacher. swiftkv_teacher: it also has the teacher's projections.
     """
 
     num_key_value_layers: int | None = None
@@ -72,7 +72,7 @@ class _Config:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # the later layers' projections are split as the family's own
+        # the later layers' projections are split like the family's own
         plan = dict(cls.base_model_tp_plan or {})
         later = {f"{rule}_swiftkv": how for rule, how in plan.items() if rule.rpartition(".")[2] in _PROJECTIONS}
         cls.base_model_tp_plan = plan | later
@@ -143,7 +143,7 @@ class Qwen3SwiftKVDecoderLayer(SingleInputLayer, Qwen3DecoderLayer):
 
 
 class _Decoder(nn.Module):
-    """The decoder of a converted model, over its family's."""
+    """The decoder of a converted model, on top of its family's."""
 
     config: Any
     layers: nn.ModuleList
@@ -167,7 +167,7 @@ class _Decoder(nn.Module):
                 layer.self_attn.follow(layers[index - within].self_attn)
         norm: Any = type(self.norm)
         self.norm_swiftkv = norm(config.hidden_size, eps=config.rms_norm_eps)
-        # what device_map and FSDP keep whole
+        # modules that device_map and FSDP must not split
         self._no_split_modules: Any = {*self._no_split_modules, layer_kind.__name__}
         self.post_init()
 
@@ -179,18 +179,18 @@ class _Decoder(nn.Module):
         mask = kwargs.get("attention_mask")
         visible = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         first, share = config.num_key_value_layers, config.key_value_group_size
-        # with hidden states or attentions asked for, every position runs every layer
+        # if hidden states or attentions are asked for, every position runs every layer
         wants_all = any(
             kwargs.get(name, getattr(config, name, None)) for name in ("output_hidden_states", "output_attentions")
         )
         leaders: Any = [layer.self_attn for layer in self.layers[first::share]]
-        # checkpointed layers run without a cache, and say so
+        # checkpointed layers run without a cache, and warn of it
         checkpointed = self.training and getattr(self, "gradient_checkpointing", False)
         given = None if checkpointed else hf.cache_in((*args, *kwargs.values()))
         state = SingleInput(self.norm_swiftkv, leaders, first, share, None if wants_all else asked, visible, given)
         output = super().forward(*args, single_input=state, **kwargs)
         if leaders and not checkpointed:
-            # the decoder may have made one itself
+            # the decoder may have created one itself
             state.check_reached(hf.cache_of(output), state.cache)
         if asked is not None:
             state.asked = asked
@@ -199,7 +199,7 @@ class _Decoder(nn.Module):
 
 
 class SwiftKVModel(nn.Module):
-    """What converted models have in common, beside their family's ForCausalLM class."""
+    """What converted models have in common, in addition to their family's ForCausalLM class."""
 
     config: Any
     model: _Decoder
@@ -213,7 +213,7 @@ class SwiftKVModel(nn.Module):
 
     @property
     def single_input(self) -> bool:
-        """True where the later layers take the common input; False where the model is its own teacher."""
+        """True if the later layers take the common input; False if the model is its own teacher."""
         return self.model.single_input
 
     @single_input.setter
@@ -226,13 +226,13 @@ class SwiftKVModel(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # over the family's class, which comes next in line
+        # on top of the family's class, which is next in the method resolution order
         family: Any = cls.__mro__[cls.__mro__.index(SwiftKVModel) + 1]
         cls.forward = _narrowing(family.forward)
 
 
 def _narrowing(family: Callable[..., Any]) -> Callable[..., Any]:
-    """A family's forward, whose prompt ends at the first later layer where not all logits are asked for."""
+    """A family's forward, in which prompts stop at the first later layer unless all logits are asked for."""
     names = list(inspect.signature(family).parameters)[1:]
 
     @functools.wraps(family)
@@ -313,7 +313,7 @@ for _kind in CONVERTED.values():
 
 @contextmanager
 def as_teacher(model: SwiftKVModel) -> Iterator[None]:
-    """Within it the model computes what it computed before it was converted."""
+    """Within it, the model computes what it computed before it was converted."""
     before, model.single_input = model.single_input, False
     try:
         yield
@@ -339,7 +339,7 @@ def _check_split(config: Any, first: int, share: int) -> None:
         kinds = sorted(set(types[start : start + share]))
         if len(kinds) > 1:
             raise ValueError(
-                f"layers {start} to {start + share - 1} would share keys and values, and are of types {kinds}; "
+                f"layers {start} to {start + share - 1} would share keys and values, but are of types {kinds}; "
                 "choose skip_from and share so that a group has one type"
             )
 

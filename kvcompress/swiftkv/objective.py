@@ -1,9 +1,9 @@
-"""What a SwiftKV model learns from its teacher: to give the same probabilities, and the same input to the last layer.
+"""What a SwiftKV model learns from its teacher: the same probabilities, and the same input to the last layer.
 
     divergence = T^2 KL(teacher || student)        error = MSE of the hidden states before the last layer
 
-KL is taken over log-probabilities on both sides, of the tokens to be answered (all tokens of a text, an assistant's in
-a chat).
+KL is taken over log-probabilities on both sides, of the tokens to be answered (all tokens of a text, the assistant's
+in a chat).
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from kvcompress import hf
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.model import SwiftKVModel, as_teacher
 
-# tokens whose probabilities are compared at a time: two float32 rows of the vocabulary each
+# how many tokens' probabilities are compared at a time: each takes two float32 rows of the vocabulary's size
 _TOKENS_AT_ONCE = 512
 
 
@@ -40,7 +40,7 @@ def distillation_loss(
 
 
 class Objective:
-    """Divergence and hidden error of forwards of a student and of the same model as its teacher."""
+    """Divergence and hidden error between a student and the same model as its teacher."""
 
     def __init__(self, network: nn.Module, model: SwiftKVModel, temperature: float, accelerator: Any) -> None:
         """
@@ -54,7 +54,7 @@ class Objective:
         self._accelerator = accelerator
         layers: Any = model.model.layers
         self._later, self._last = layers[model.config.num_key_value_layers], layers[-1]
-        # what enters the first later layer and the last layer, of the latest forward
+        # the inputs of the first later layer and of the last layer, in the latest forward
         self._captured = hf.Captured(inputs={self._later, self._last})
         self.close = self._captured.close
 
@@ -83,7 +83,7 @@ class Objective:
 
 
 class _Passed(nn.Module):
-    """Stands for an early layer whose output is at hand."""
+    """Replaces an early layer whose output is already known."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -91,7 +91,7 @@ class _Passed(nn.Module):
 
 @contextmanager
 def _later_only(model: SwiftKVModel) -> Iterator[None]:
-    """Within it `inputs_embeds` is what enters the first later layer; the early ones, which nobody trains, rest."""
+    """Within it, `inputs_embeds` is the first later layer's input; the early layers, which do not train, do not run."""
     layers: Any = model.model.layers
     first = model.config.num_key_value_layers
     model.model.layers = nn.ModuleList([*(_Passed() for _ in range(first)), *layers[first:]])

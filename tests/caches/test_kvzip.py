@@ -178,7 +178,7 @@ def test_embeddings_are_refused_before_anything_is_stored():
     model = tiny()
     cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)
     embeddings = model.get_input_embeddings()(prompt(20))
-    with pytest.raises(ValueError, match="KVzip reads the tokens again: pass input_ids, and not inputs_embeds"):
+    with pytest.raises(ValueError, match="KVzip reads the tokens again: pass input_ids instead of inputs_embeds"):
         model(inputs_embeds=embeddings, **cache_argument(model, cache))
     assert cache.get_seq_length() == 0
     feed(model, cache, prompt(20))

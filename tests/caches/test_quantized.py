@@ -124,7 +124,7 @@ def test_bytes_are_those_of_the_formula_and_of_the_live_storages(settings):
     report = cache.memory()
     assert report.total_bytes == 3 * expected_bytes(model, settings, (blocks, spans, 3))
     assert report.bits_per_element == 8 * report.total_bytes / (2 * 3 * 3 * 2 * 16 * 240)
-    assert f"{report.bits_per_element:.2f} bits a number" in str(report)
+    assert f"{report.bits_per_element:.2f} bits per number" in str(report)
 
 
 # README: unpacking where attention reads

@@ -304,7 +304,7 @@ def test_a_saved_cache_goes_to_another_host_where_its_folder_is_gone(as_prefix, 
     tokens = [prompt(1, seed=step) for step in range(3)]
     expected = [feed(model, cache, token) for token in tokens]
     shutil.rmtree(tmp_path / "pages")
-    with pytest.raises(ValueError, match=r"existing folder .* load takes a host too"):
+    with pytest.raises(ValueError, match=r"existing folder .* pass host to load"):
         type(cache).load(tmp_path / "cache", model)
     (tmp_path / "new").mkdir()
     for host in ("pinned", f"mmap:{tmp_path / 'new'}"):
@@ -567,7 +567,7 @@ def test_crop_refuses_what_is_folded_and_changes_nothing():
     cache = small(model)
     feed(model, cache, prompt(60, 2))
     other = cache.clone()
-    with pytest.raises(ValueError, match="can take back the tokens that are not folded, here 4, got 5.*DenseCache"):
+    with pytest.raises(ValueError, match="can take back only tokens that are not folded, here 4, got 5.*DenseCache"):
         cache.crop(-5)
     assert torch.equal(feed(model, cache, prompt(1, 2)), feed(model, other, prompt(1, 2)))
     cache.crop(-5 + 0)

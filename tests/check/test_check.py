@@ -102,8 +102,8 @@ def test_what_a_cache_does_not_serve_is_refused_with_the_reason():
     assert rows["h2o"][0] == "OK"
     assert rows["h2o:rerotated=true"] == (
         "REFUSED",
-        "rerotated closes up rotary positions, and OPTForCausalLM has none; leave it off, and stay within the "
-        "positions the model knows",
+        "rerotated closes gaps between rotary positions, and OPTForCausalLM has none; leave it off, and stay within "
+        "the positions the model knows",
     )
     assert rows["swiftkv"][0] == "REFUSED"
     assert "got OPTForCausalLM" in rows["swiftkv"][1]
@@ -250,7 +250,7 @@ def test_codes_that_stand_for_other_numbers_are_found(monkeypatch, cache):
         return real(self, key.roll(1, -2), value, *args, **kwargs)
 
     monkeypatch.setattr(QuantizedBlocks, "append", append)
-    assert "keys of layer 0 are missed by" in fault(cache)
+    assert "keys of layer 0 are off by" in fault(cache)
 
 
 @pytest.mark.parametrize("cache", ["gear", "kivi"])

@@ -65,11 +65,11 @@ def test_a_fault_makes_the_status_1_and_has_its_reason_in_the_row(verbose, monke
     ("arguments", "message"),
     [
         (["--caches", "h3o"], "unknown method 'h3o'; known: "),
-        (["--caches", "h2o:"], "a method's settings are written h2o:setting=value"),
+        (["--caches", "h2o:"], "settings must be written as h2o:setting=value"),
         (["--caches", ","], "--caches names no cache"),
         (["--model", "/nowhere"], "there is no folder /nowhere"),
         (["--model", "/nowhere", "--weights"], "there is no folder /nowhere"),
-        (["--model", "t5"], "t5 is an encoder-decoder model; kvcompress serves decoder-only models"),
+        (["--model", "t5"], "t5 is an encoder-decoder model; kvcompress supports decoder-only models"),
         (["--model", "llama", "--device", "gpu"], "device must be one that torch knows"),
         (["--model", "llama", "--weights", "--dtype", "int8"], "--dtype must be one of"),
     ],

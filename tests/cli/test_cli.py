@@ -61,7 +61,7 @@ def rows(tmp_path):
         (["sweep", "--samples", "many"], "Invalid value for '--samples'"),
         (["sweep", "--samples", "0"], "samples must be at least 1, got 0"),
         (["sweep", "--methods", "h2o,h3o"], "unknown method 'h3o'; known: none, random, h2o, streaming"),
-        (["sweep", "--methods", "h2o:sinks"], "settings are written h2o:setting=value"),
+        (["sweep", "--methods", "h2o:sinks"], "settings must be written as h2o:setting=value"),
         (["sweep", "--methods", ","], "methods must name at least one"),
         (["sweep", "--tasks", "haystack"], "unknown task 'haystack'; known: needle, "),
         (["sweep", "--protocols", "aware"], "unknown protocol 'aware'; known: question-agnostic"),
@@ -151,7 +151,7 @@ def test_help_is_printed(arguments, capsys):
 def test_help_names_every_method(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     assert main([command, "--help"]) == 0
-    assert f"Of {', '.join(registry.METHODS)}." in capsys.readouterr().out
+    assert f"Known: {', '.join(registry.METHODS)}." in capsys.readouterr().out
 
 
 def test_help_takes_what_a_user_has_registered(capsys, monkeypatch):
@@ -274,7 +274,7 @@ def test_an_interruption_says_how_to_go_on(sweep, capsys, monkeypatch):
 
     monkeypatch.setattr(Sweep, "measure", interrupted)
     assert sweep() == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):

@@ -71,7 +71,7 @@ def test_a_compiled_step_looks_neither_at_ended_rows_nor_at_positions():
             run(token, position, cache)
             # whether each row has taken in what it was fed
             kept.append([20 in row for row in cache.layers[0].slots.positions.flatten(1).tolist()])
-        with pytest.raises(ValueError, match="follow on"):
+        with pytest.raises(ValueError, match="continue from"):
             step(token, back, cache)
     assert kept == [[False, True], [True, True]]
 
@@ -87,7 +87,7 @@ def test_a_compiled_step_of_a_model_that_attends_otherwise_by_now_is_refused(ent
         feed(model, cache, prompt(20, 1))
         compiled(token, position, cache)
         part(model)
-        with pytest.raises(RuntimeError, match="did not attend by it"):
+        with pytest.raises(RuntimeError, match="did not attend through it"):
             compiled(token, position + 1, cache)
 
 

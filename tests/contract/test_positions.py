@@ -26,7 +26,7 @@ def test_a_prompt_fed_a_second_time_is_refused_and_nothing_is_lost(entry):
         for each in (cache, other):
             model(ids, **cache_argument(model, each))
         with pytest.raises(
-            ValueError, match=r"follow on.*row 0 had (a token at position 19|20 tokens).* at 0.*cache\.reset"
+            ValueError, match=r"continue from.*row 0 had (a token at position 19|20 tokens).* at 0.*cache\.reset"
         ):
             model(ids, position_ids=at(0, 20), **cache_argument(model, cache))
         assert cache.get_seq_length() == 20
@@ -35,7 +35,7 @@ def test_a_prompt_fed_a_second_time_is_refused_and_nothing_is_lost(entry):
             model(following, position_ids=at(20, 3), **cache_argument(model, each)).logits for each in (cache, other)
         )
         assert torch.equal(found, expected)
-        with pytest.raises(ValueError, match="follow on"):
+        with pytest.raises(ValueError, match="continue from"):
             model(following[:, :1], position_ids=at(22, 1), **cache_argument(model, cache))
 
 
@@ -137,7 +137,7 @@ def test_padding_behind_a_prompt_is_refused_in_generate(entry, continues):
     if continues:
         with torch.no_grad():
             model(ids[:, :5], **cache_argument(model, cache))
-    with pytest.raises(ValueError, match="row 1 .*padding|padded on the left; a row has padding behind"):
+    with pytest.raises(ValueError, match="row 1 .*padding|padded on the left; a row has padding after"):
         model.generate(ids, attention_mask=mask, **cache_argument(model, cache), max_new_tokens=4, do_sample=False)
 
 
@@ -150,9 +150,7 @@ def test_the_forward_of_another_model_is_refused_and_nothing_is_lost(entry):
     with torch.no_grad():
         for each in (cache, straight):
             model(ids, **cache_argument(model, each))
-        with pytest.raises(
-            ValueError, match="was filled by another model than the LlamaModel .*a cache for each model"
-        ):
+        with pytest.raises(ValueError, match="was filled by another model than the LlamaModel .*one cache per model"):
             other(token, **cache_argument(other, cache))
         found, expected = (model(token, **cache_argument(model, each)).logits for each in (cache, straight))
     assert torch.equal(found, expected)
@@ -164,7 +162,7 @@ def test_positions_that_go_back_within_a_forward_are_refused(entry):
     cache = entry.build(model)
     with torch.no_grad():
         for seen in (0, 20):
-            with pytest.raises(ValueError, match="position ids must follow on what the cache has seen"):
+            with pytest.raises(ValueError, match="position ids must continue from what the cache has seen"):
                 model(prompt(20), position_ids=at(seen, 20).flip(1), **cache_argument(model, cache))
             assert cache.get_seq_length() == seen
             model(prompt(20), position_ids=at(seen, 20), **cache_argument(model, cache))

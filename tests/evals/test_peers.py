@@ -99,7 +99,7 @@ def test_answers_to_other_prompts_are_refused(sweep, prompts, tmp_path):
     with pytest.raises(ValueError, match=r"answers 1 of the 2|1 answers .* to no prompt"):
         read_rows(sweep, answered(tmp_path, prompts, lambda prompt: [5]))
     extra = [dict(prompts[-1], id="needle/900/question-aware/0")]
-    with pytest.raises(ValueError, match=r"1 answers in .* are to no prompt of these settings"):
+    with pytest.raises(ValueError, match=r"1 answers in .* belong to no prompt of these settings"):
         read_rows(sweep, answered(tmp_path, prompts[2:] + extra, lambda prompt: [5]))
-    with pytest.raises(ValueError, match=r"answers needle/.* twice by tova at 0.5"):
+    with pytest.raises(ValueError, match=r"has two answers to needle/.* by tova at 0.5"):
         read_rows(sweep, answered(tmp_path, prompts[-1:] * 2, lambda prompt: [5]))

@@ -237,7 +237,7 @@ class _Game:
             # one that takes rotations back serves no gaps; nodes stand where they were counted
             if gaps.any() and "comes next" in str(error) and live.cache.padding.needs_even_positions:
                 gaps = torch.zeros_like(counted)
-            elif live.ahead is not None and "follow on the tokens that the cache holds" in str(error):
+            elif live.ahead is not None and "follow those that the cache holds" in str(error):
                 gaps, live.ahead = torch.zeros_like(counted), torch.zeros_like(live.ahead)
                 counted = places(mask)[:, -tokens:]
             else:
@@ -315,7 +315,7 @@ class _Game:
                 self._feed(rng, live, past)
             except ValueError as error:
                 # what another cache holds for all of its rows
-                if live.entry.name != "shared" or "neither cropped nor forgotten" not in str(error):
+                if live.entry.name != "shared" or "cannot be cropped" not in str(error):
                     raise
                 assert live.cache.get_seq_length() == seen
         live.short = live.short or any("gone since" in str(warning.message) for warning in told)

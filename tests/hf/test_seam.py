@@ -396,7 +396,7 @@ def test_release_makes_the_model_what_it_was():
     assert set(vars(model)) == before
     assert not model._forward_hooks
     assert torch.equal(model.generate(ids, **GREEDY), expected)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="build the cache anew"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="build a new cache"):
         model(ids, **hf.cache_argument(model, cache))
     release(model)
     model = build("gemma2")
@@ -453,7 +453,7 @@ def test_the_last_layer_is_checked_too():
     attention = model.model.layers[0].self_attn
     attention.config = copy.deepcopy(attention.config)
     attention.config._attn_implementation = "sdpa"
-    with torch.no_grad(), pytest.raises(RuntimeError, match="layer 0 of LlamaForCausalLM handed its keys"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="layer 0 of LlamaForCausalLM gave its keys"):
         model(prompt(20), **hf.cache_argument(model, cache))
 
 

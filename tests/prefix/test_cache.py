@@ -415,7 +415,7 @@ def test_what_is_wrong_is_said():
     model = tiny()
     cache = HydragenCache.from_prefix(model, PREFIX)
     suffix = prompt(4, 2)
-    with pytest.raises(ValueError, match=r"row 0 does not go on as the tokens that the cache holds: its token 0 is"):
+    with pytest.raises(ValueError, match=r"row 0 does not match the tokens that the cache holds: its token 0 is"):
         model(suffix, position_ids=places(torch.ones_like(suffix)), **cache_argument(model, cache))
     tree = HydragenCache.from_tree(model, *TREE, rows=[1, 2])
     with pytest.raises(ValueError, match=r"shows 32 tokens of row 0.*holds 28"):
@@ -424,7 +424,7 @@ def test_what_is_wrong_is_said():
         HydragenCache(model, prompt(4, 2), torch.tensor([[1, 1, 1, 0]] * 2))
     with pytest.raises(ValueError, match="an earlier one"):
         HydragenCache.from_tree(model, [A, B], [1, -1])
-    with pytest.raises(ValueError, match="needs a token"):
+    with pytest.raises(ValueError, match="needs at least one token"):
         HydragenCache.from_tree(model, [A, []], [-1, 0])
     with pytest.raises(ValueError, match="at least one copy"):
         cache.fork(0)

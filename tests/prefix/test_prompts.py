@@ -173,7 +173,7 @@ def test_a_node_in_slots_is_cut_nowhere_but_at_its_end(length):
 # prompts that do not begin with what is held
 
 
-def refused(model, cache, ids, mask=None, message="does not go on", **settings):
+def refused(model, cache, ids, mask=None, message="does not match", **settings):
     """The cache refuses these prompts, and stays as it was."""
     before = cache.get_seq_length(), cache.batch_size, cache.tree.lengths(), cache.memory().total_bytes
     with pytest.raises(ValueError, match=message):
@@ -211,14 +211,14 @@ def test_a_padded_batch_without_its_mask_is_refused():
     model = tiny()
     ids, mask = left_padded([LONGER, torch.cat([LONGER, LONGER[:4]]), torch.cat([LONGER, LONGER[7:9]])])
     cache = HydragenCache(model, ids, min_tokens=1, copies=2)
-    refused(model, cache, ids, mask, "padded as its attention_mask said", num_beams=2)
+    refused(model, cache, ids, mask, "padded as in its attention_mask", num_beams=2)
 
 
 def test_rows_that_are_fed_by_hand_are_compared_where_they_are_fed_again():
     model = tiny()
     cache = HydragenCache.from_prefix(model, PREFIX)
     ids, mask = left_padded([LONGER, LONGER[3:]])
-    with pytest.raises(ValueError, match=r"row 1 does not go on.*token 37"):
+    with pytest.raises(ValueError, match=r"row 1 does not match.*token 37"):
         feed(model, cache, ids[:, 40:], mask)
     assert cache.batch_size == 1
     assert cache.get_seq_length() == 40
@@ -250,7 +250,7 @@ def test_a_second_turn_must_go_on_with_the_first(way, tmp_path):
     for row, column in ((0, 9), (1, 50), (0, 56)):
         other = ids.clone()
         other[row, column] += 1
-        refused(model, cache, other, mask, f"row {row} does not go on")
+        refused(model, cache, other, mask, f"row {row} does not match")
     assert torch.equal(generate(model, cache, ids, mask), wanted)
 
 

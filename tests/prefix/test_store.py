@@ -14,7 +14,7 @@ import kvcompress.prefix.store
 from kvcompress import DenseCache, HydragenCache, PrefixStore
 from tests.contract.drive import feed, full, generate
 from tests.contract.models import build, left_padded, prompt, tiny
-from tests.prefix.test_cache import alone, pointers, run_through  # noqa: F401
+from tests.prefix.rows import alone, pointers
 
 DOCUMENT = prompt(60, seed=3)[0]
 OTHER = torch.cat([DOCUMENT[:50], prompt(20, seed=8)[0]])
@@ -31,7 +31,7 @@ def check(model, cache, prefix):
 
 # README: `PrefixStore` keeps documents for `HydragenCache` from call to call
 # docs: keeps documents from call to call
-def test_a_document_is_run_once(run_through):  # noqa: F811
+def test_a_document_is_run_once(run_through):
     model = tiny()
     counted = run_through(model)
     store = PrefixStore(model)
@@ -47,7 +47,7 @@ def test_a_document_is_run_once(run_through):  # noqa: F811
 
 # docs: and runs only what is not stored yet
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_the_longest_beginning_is_taken_and_the_rest_run(family, run_through):  # noqa: F811
+def test_the_longest_beginning_is_taken_and_the_rest_run(family, run_through):
     model = tiny(family)
     counted = run_through(model)
     store = PrefixStore(model)
@@ -108,10 +108,10 @@ def test_a_conversation_is_put_back():
 def test_what_is_no_token_is_refused(ids):
     store = PrefixStore(tiny())
     for take in (store.prefix, store.get):
-        with pytest.raises(ValueError, match="expected token ids, integers from 0 on, got"):
+        with pytest.raises(ValueError, match="expected token ids, which are integers of at least 0, got"):
             take(ids)
     for take in (store.prefix, store.get):
-        with pytest.raises(ValueError, match="expected token ids, integers from 0 on, got torch.float32"):
+        with pytest.raises(ValueError, match="expected token ids, which are integers of at least 0, got torch.float32"):
             take(torch.rand(2, 5))
     assert len(store) == 0
 
@@ -144,7 +144,7 @@ def test_a_saved_store_is_loaded(family, tmp_path):
     assert len(loaded) == 3
     for document in (OTHER, DOCUMENT, prompt(33, seed=1)[0]):
         check(model, loaded.get(document), document)
-    with pytest.raises(ValueError, match="no saved PrefixStore"):
+    with pytest.raises(ValueError, match="not a saved PrefixStore"):
         PrefixStore.load(tmp_path, model)
 
 
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused():
         store.put(DOCUMENT[:5], HydragenCache.from_prefix(model, DOCUMENT))
     with pytest.raises(ValueError, match="one path"):
         store.put(DOCUMENT, HydragenCache.from_tree(model, [DOCUMENT, OTHER], [-1, -1]))
-    with pytest.raises(ValueError, match="needs a token"):
+    with pytest.raises(ValueError, match="needs at least one token"):
         store.get([])
     with pytest.raises(ValueError, match="at least 1"):
         PrefixStore(model, 0)
@@ -194,7 +194,7 @@ def check_prompts(model, cache, rows, held):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_prompt_that_is_stored_whole_is_generated_from(family, run_through):  # noqa: F811
+def test_a_prompt_that_is_stored_whole_is_generated_from(family, run_through):
     model = tiny(family)
     store = PrefixStore(model)
     wanted = full(model, DOCUMENT[None], max_new_tokens=1)
@@ -215,7 +215,7 @@ def test_after_prompts_that_are_stored_whole_a_level_follows_the_last_token():
 
 # docs: `store.prefix(ids)` takes a document, or a batch of prompts that begin with one
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_prompts_of_one_document_share_it(family, run_through):  # noqa: F811
+def test_prompts_of_one_document_share_it(family, run_through):
     model = tiny(family)
     store = PrefixStore(model)
     counted = run_through(model)
@@ -405,7 +405,7 @@ def test_a_file_under_the_name_of_another_is_left_out(tmp_path):
     stored(model, *documents(2)).save(tmp_path)
     one, other = sorted(tmp_path.glob("*.safetensors"))
     one.write_bytes(other.read_bytes())
-    with pytest.warns(UserWarning, match="named after another content"):
+    with pytest.warns(UserWarning, match="its name does not match its content"):
         assert len(PrefixStore.load(tmp_path, model)) == 1
     one.unlink()
     with pytest.warns(UserWarning, match="1 of 2 prefixes.*missing"):

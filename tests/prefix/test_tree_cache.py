@@ -203,7 +203,7 @@ def test_a_crop_to_own_tokens_that_have_left_the_window_is_refused(monkeypatch):
     cache = HydragenCache.from_prefix(model, prompt(5)[0])
     feed(model, cache, prompt(13, 2))
     kept, step = cache.clone(), prompt(3, 2, seed=5)
-    with pytest.raises(ValueError, match="of what its window of 3 sees, tokens 7 to 8 are gone"):
+    with pytest.raises(ValueError, match="of the tokens in its window of 3, 7 to 8 are gone"):
         cache.crop(-9)
     assert torch.equal(feed(model, cache, step), feed(model, kept.clone(), step))
     # back in the shared tokens alone, nothing is missing

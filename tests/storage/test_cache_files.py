@@ -128,7 +128,7 @@ def test_a_cache_whose_model_is_gone_is_not_saved(tmp_path):
     model = build("llama")
     cache = DenseCache(model)
     del model
-    with pytest.raises(ValueError, match="the model of the cache is gone"):
+    with pytest.raises(ValueError, match="the cache's model has been deleted"):
         cache.save(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
 

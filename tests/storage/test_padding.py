@@ -83,10 +83,10 @@ class OnAGPU(torch.Tensor):
 def test_a_step_of_one_token_on_a_gpu_compares_no_positions():
     record = PaddingRecord()
     record.read(None, 1, 0, 3, torch.arange(3)[None])
-    with pytest.raises(ValueError, match="follow on"):
+    with pytest.raises(ValueError, match="continue from"):
         record.read(None, 1, 3, 1, torch.tensor([[2]]))
     record.read(None, 1, 3, 1, torch.tensor([[2]]).as_subclass(OnAGPU))
-    with pytest.raises(ValueError, match="follow on"):
+    with pytest.raises(ValueError, match="continue from"):
         record.read(None, 1, 3, 2, torch.tensor([[1, 2]]).as_subclass(OnAGPU))
 
 

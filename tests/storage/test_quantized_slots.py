@@ -90,7 +90,7 @@ def test_what_does_not_go_together_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match="slots are packed a token at a time.*got 4 and 2"):
         H2OCache(model, budget=20, packed=GEAR(rank=4, rank_decode=2))
-    with pytest.raises(ValueError, match="rerotated keeps keys without rotation"):
+    with pytest.raises(ValueError, match="rerotated stores keys without rotation"):
         EvictingCache(model, policy=H2O(), budget=20, rerotated=True, packed=GEAR())
 
 

@@ -184,7 +184,7 @@ def test_sliding_layers_keep_their_positions():
 
 
 def test_a_model_whose_positions_cannot_roll_is_refused_by_name():
-    with pytest.raises(ValueError, match="rerotated closes up rotary positions, and OPTForCausalLM has none"):
+    with pytest.raises(ValueError, match="rerotated closes gaps between rotary positions, and OPTForCausalLM has none"):
         H2OCache(tiny("opt"), budget=10, rerotated=True)
     dynamic = build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ValueError, match="RoPE of type 'dynamic', whose frequencies change"):

@@ -199,7 +199,7 @@ def test_frequencies_that_change_with_the_length_are_refused_by_name(model_type,
 
 def test_rotary_embeddings_of_an_unknown_kind_are_refused_by_name():
     model = make("gptj", n_embd=64, n_layer=4, n_head=4, rotary_dim=8)
-    with pytest.raises(ValueError, match="layer 0 of GPTJForCausalLM applies rotary embeddings in a way of its own"):
+    with pytest.raises(ValueError, match="layer 0 of GPTJForCausalLM applies rotary embeddings in its own way"):
         Rope.of(model, 0)
 
 

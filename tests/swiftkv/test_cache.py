@@ -263,7 +263,7 @@ def test_it_is_silent_on_a_model_converted_so_and_refuses_other_groups():
 
 
 def test_what_cannot_be_shared_is_refused_by_name():
-    with pytest.raises(ValueError, match="serves converted models, got LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="supports converted models, got LlamaForCausalLM"):
         SwiftKVCache(build("llama"))
     model = converted("llama", 2)
     with pytest.raises(ValueError, match="DenseCache, EvictingCache, GEARCache; got HydragenCache"):
@@ -288,7 +288,7 @@ def test_a_following_layer_is_not_run_alone():
     cache = SwiftKVCache(model)
     layer = cache.layers[FIRST + 1]
     layer.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
-    with pytest.raises(RuntimeError, match="run without it"):
+    with pytest.raises(RuntimeError, match="ran without it"):
         layer.attend(torch.zeros(1, 4, 1, 16), None, LogitSpec(1.0), sinks=None, position_ids=None)
 
 

@@ -93,7 +93,7 @@ def test_thoughts_that_only_the_last_answer_keeps_leave_the_earlier_answers_whol
 def test_an_answer_that_an_end_renders_in_other_words_is_refused():
     shown = "{{ m.content if loop.last else m.content.upper() }}"
     tokenizer = letters(LINE_BY_LINE.replace("{LAST}", "").replace("{{ m.content }}", shown))
-    with pytest.raises(ValueError, match=r"renders the answer 'Blue\.' otherwise within the conversation"):
+    with pytest.raises(ValueError, match=r"renders the answer 'Blue\.' differently within the conversation"):
         chat_row(CHAT, tokenizer, 500)
 
 

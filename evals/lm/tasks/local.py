@@ -1,14 +1,14 @@
-"""Loads lm-eval tasks from files of one's own, without a network.
+"""Loads lm-eval tasks from your own files, without a network.
 
     kvcompress eval --tasks local_piqa --metadata '{"data": "/my/data"}' --num_fewshot 5 --cache h2o --budget 0.2
 
-`data` is a folder; a task's file is the first below it with the task's name, such as piqa.jsonl or piqa.jsonl.gz.
-Rows of a choice are {query, choices, gold}, of WinoGrande {context_options, continuation, gold}, of LAMBADA {context,
-continuation}, of GSM8K {question, answer}; wikitext-2 is its plain text, an article a document. For the same tasks from
-the hub, use the harness's own (piqa, arc_easy, ...): `kvcompress eval` runs any of its tasks.
+`data` is a folder; a task's file is the first one in it or below with the task's name, such as piqa.jsonl or
+piqa.jsonl.gz. Rows of multiple choice are {query, choices, gold}, of WinoGrande {context_options, continuation, gold},
+of LAMBADA {context, continuation}, of GSM8K {question, answer}; wikitext-2 is its plain text, with one document per
+article. For the same tasks from the hub, use lm-eval's own (piqa, arc_easy, ...): `kvcompress eval` runs any of them.
 
-`local_needle` and its like need no data: they are made here (evals/sweep/samples.py), of a length and number given as
-`--metadata '{"length": 2048, "samples": 20}'`; their question begins with a line of its own.
+`local_needle` and the like need no data: they are synthetic (evals/sweep/samples.py), with length and number given as
+`--metadata '{"length": 2048, "samples": 20}'`; their question begins on its own line.
 """
 
 import gzip
@@ -25,7 +25,7 @@ from kvcompress.evals.sweep.samples import make_samples
 
 Splits = dict[str, datasets.Dataset]
 
-# the names under which a data set may lie in the folder
+# the names that a data set's file may have in the folder
 _FILES = {
     "piqa": ("piqa",),
     "arc_easy": ("arc_easy",),
@@ -49,9 +49,9 @@ def find_file(data: str, name: str) -> Path:
         ValueError: no folder was given, or it has no such file.
     """
     if not data:
-        raise ValueError(f'local_{name} needs a folder of data: --metadata \'{{"data": "/folder"}}\'')
+        raise ValueError(f'local_{name} needs a folder with data: --metadata \'{{"data": "/folder"}}\'')
     wanted = [f"{stem}{ending}" for stem in _FILES[name] for ending in _ENDINGS]
-    # a name that many sets share, such as GSM8K's test.jsonl, counts in a folder of the set's own
+    # a name that many sets share, such as GSM8K's test.jsonl, counts only in the set's own folder
     shared = {f"test{ending}" for ending in _ENDINGS}
     files = sorted(file for file in Path(data).rglob("*") if file.is_file())
     for candidate in wanted:
@@ -108,18 +108,18 @@ needle, kv, variables = _made("needle"), _made("kv"), _made("variables")
 
 
 def found(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The share of a document's answers that the prediction contains, without regard to case."""
+    """The share of a document's answers that the prediction contains, ignoring case."""
     said = results[0].casefold()
     return {"found": sum(answer.casefold() in said for answer in document["answers"]) / len(document["answers"])}
 
 
 def partial_contexts(document: dict[str, Any]) -> list[str]:
-    """WinoGrande's sentence up to each of its two candidates, included."""
+    """WinoGrande's sentence up to and including each of its two candidates."""
     return list(document["context_options"])
 
 
 def gold(document: dict[str, Any]) -> int:
-    """Which of them is right."""
+    """Which candidate is right."""
     return int(document["gold"])
 
 

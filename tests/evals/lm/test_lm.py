@@ -193,7 +193,7 @@ def test_a_cache_that_keeps_more_than_its_budget_is_an_error(loaded, monkeypatch
 
     lm = CompressedLM(**loaded, cache="h2o", budget=10)
     monkeypatch.setattr(module, "build", lambda spec, model, budget: DenseCache(model))
-    with pytest.raises(NotCompressedError, match=r"h2o was to keep 10.0 of 84.0 tokens, and kept 84.0"):
+    with pytest.raises(NotCompressedError, match=r"h2o should keep 10.0 of 84.0 tokens, but kept 84.0"):
         lm._loglikelihood_tokens([(("", ""), list(range(5, 90)), [7])], disable_tqdm=True)
 
 

@@ -124,7 +124,7 @@ def test_an_answer_counts_where_it_is_found():
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="local_piqa needs a folder of data"):
+    with pytest.raises(ValueError, match="local_piqa needs a folder with data"):
         local.piqa()
     with pytest.raises(ValueError, match=r"no file for local_gsm8k below .*expected one of gsm8k.jsonl, "):
         local.gsm8k(data=str(tmp_path))

@@ -52,7 +52,7 @@ def test_transformers_own_caches_are_measured_beside_ours(study):
 
 
 def test_other_caches_are_refused(study):
-    with pytest.raises(ValueError, match="bits are measured of gear, kivi, dynamic, quanto, hqq, fp8, got 'none'"):
+    with pytest.raises(ValueError, match="bits can be measured for gear, kivi, dynamic, quanto, hqq, fp8, got 'none'"):
         study.measure("none")
 
 

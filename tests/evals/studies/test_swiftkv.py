@@ -73,4 +73,4 @@ def test_rows_of_an_earlier_call_stay_and_folders_are_measured_again(smollm2, tm
     assert rows[names[2]]["perplexity"] != pytest.approx(rows[names[1]]["perplexity"], rel=1e-5)
     assert "recovered" in capsys.readouterr().out
     assert cli.main([*command, "--text-tokens", "64"]) == 2
-    assert "rows of other settings" in capsys.readouterr().err
+    assert "rows with other settings" in capsys.readouterr().err

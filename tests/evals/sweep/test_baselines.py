@@ -123,7 +123,7 @@ def test_sequences_are_not_taken_out_where_packed_ones_would_stay():
 
     cache = baselines.MeasuredQuantizedCache.__new__(baselines.MeasuredQuantizedCache)
     cache.layers = [Layer()]
-    with pytest.raises(NotImplementedError, match="cannot take sequences out of a batch: read one at a time"):
+    with pytest.raises(NotImplementedError, match="cannot select sequences of a batch: read one at a time"):
         cache.batch_select_indices(torch.tensor([0]))
 
 

@@ -82,7 +82,7 @@ def test_it_works_in_a_sweep(spec, model, tokenizer, data, out):
 
 def test_swiftkv_is_refused_for_a_model_that_was_not_converted(model):
     settings = Settings(("swiftkv",), (0.5,), ("passkey",), (600,), 1)
-    with pytest.raises(ValueError, match=r"swiftkv: SwiftKVCache serves converted models, got LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"swiftkv: SwiftKVCache supports converted models, got LlamaForCausalLM"):
         check_budgets(model, make_tasks(settings)["passkey"].points())
 
 
