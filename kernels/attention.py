@@ -7,7 +7,7 @@ recompute any probability, `exp(logit - lse)`, without a queries x tokens tensor
     lse = log(sum(exp(logit)))        out = sum(exp(logit - lse) * v)
 
 Flops 4 * batch * heads * (query, key) pairs * head_dim. Bytes: queries and outputs once, keys and values
-once a query block (causal) or once (slots, decode).
+once per query block (causal) or once (slots, decode).
 
 All log-sum-exps are natural logarithms in float32; a query that sees no key has lse = -inf and out = 0.
 """
@@ -57,7 +57,7 @@ from kvcompress.kernels.common.torch_attention import (
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the last tokens of a chunk to the chunk, each to itself and what stands before it.
+    """Attention of the last tokens of a chunk to the chunk, each to itself and the tokens before it.
 
     Args:
         query: [batch, heads, queries, head_dim]; query i is token `tokens - queries + i`.
@@ -137,7 +137,7 @@ def slot_attention_reference(
 
 
 def _heads_side_by_side(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the results of causal_attention, as torch's fused attention and what comes after it have it."""
+    """Empty results of causal_attention, in the layout of torch's fused attention and of the code that follows it."""
     batch, heads, queries, _ = query.shape
     out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
     return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -196,7 +196,7 @@ def _launch_causal(
     return out, lse
 
 
-# queries from which on the causal kernel is tuned anew
+# from this many queries on, the causal kernel is tuned separately
 _LONG = 512
 
 
@@ -213,7 +213,7 @@ class _Config(NamedTuple):
         return triton.Config(blocks, num_warps=self.warps, num_stages=self.stages)
 
 
-# by element size, then by head_dim at most: the largest tiles that spill nowhere (evals/bench/aot.py), and a smaller
+# by element size, then by the largest head_dim: the largest tiles that never spill (evals/bench/aot.py), and a smaller
 _CAUSAL_CONFIGS = {
     2: {
         64: [_Config(64, 32, 4, 3), _Config(128, 64, 8, 3), _Config(64, 64, 4, 3, needs_wgmma=True)],
@@ -260,7 +260,7 @@ def _causal_kernel(
     key_batch_stride, key_head_stride, key_stride,
     value_batch_stride, value_head_stride, value_stride,
     heads, queries, tokens, window, scale, softcap,
-    long,  # only a key of the autotuner: whether the queries are many
+    long,  # only a key of the autotuner: whether there are many queries
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
@@ -301,7 +301,7 @@ def _causal_kernel(
         low = 0
         full_low = 0
 
-    # base 2 inside: exp2 is one instruction, and a factor that is met there alone costs none
+    # base 2 inside: exp2 is one instruction, and a factor that is applied only there costs none
     to_base_2 = LOG2E if SOFTCAPPED else scale * LOG2E
     peak = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
@@ -342,7 +342,7 @@ def _causal_kernel(
                 logits = tl.where((visible != 0)[None, :], logits, float("-inf"))
 
             risen = tl.maximum(peak, tl.max(logits, 1) * to_base_2)
-            # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+            # a query that has seen nothing yet: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
             shift = tl.where(risen == float("-inf"), 0.0, risen)
             fade = tl.exp2(peak - shift)
             weight = tl.exp2(logits * to_base_2 - shift[:, None])  # [Q, T]
@@ -372,7 +372,7 @@ def aot_calls() -> None:
             visible, positions = shaped(1, 900, dtype=torch.bool), shaped(1, 4, 900, dtype=torch.int32)
             key = shaped(1, 4, 900, head_dim, dtype=dtype)
             plain, bounded = LogitSpec(0.1), LogitSpec(0.1, window=700, softcap=30.0)
-            # rows of one tile of the split kernel, of its largest, and of causal tiles
+            # as many rows as a tile of the split kernel has, as its largest has, and enough for causal tiles
             for queries in (1, 16, 128):
                 query = shaped(1, 16, queries, head_dim, dtype=dtype)
                 causal_attention(query, key, key, plain)

@@ -2,11 +2,11 @@
 
     key[j] = RoPE(norm(x @ Wk[j]^T + bk[j]))        value[j] = x @ Wv[j]^T + bv[j]        for every layer j
 
-They are written where each layer's cache has room for them. The norm over a head, of Qwen3, may be left out. RoPE pairs
-dimensions half of head_dim apart, with cosines and sines [tokens, head_dim] as transformers makes them.
+They are written where each layer's cache has room for them. The norm over a head (Qwen3 has one) is optional. RoPE
+pairs dimensions half of head_dim apart, with cosines and sines [tokens, head_dim] as transformers makes them.
 
-Flops 4 * tokens * hidden * kv_heads * head_dim a layer. Bytes: x once a group of programs that share it in the L2
-cache, the weights once a group of token blocks, keys and values once.
+Flops 4 * tokens * hidden * kv_heads * head_dim per layer. Bytes: x once per group of programs that share it in the L2
+cache, the weights once per group of token blocks, keys and values once.
 """
 
 from collections.abc import Sequence
@@ -39,9 +39,9 @@ def bulk_key_values(
         key_weights, value_weights: of each layer, [kv_heads * head_dim, hidden], in x's dtype.
         cos, sin: [batch or 1, tokens, head_dim], of which the first half is read.
         keys, values: of each layer, [batch, kv_heads, tokens, head_dim], views of the caches with the same strides in
-            all layers, head_dim next to each other.
+            all layers, contiguous along head_dim.
         key_biases, value_biases: of each layer, [kv_heads * head_dim]; None for none.
-        norms: of each layer the weight of the norm over a key's head, [head_dim]; None for none.
+        norms: of each layer, the weight of the norm over a key's head, [head_dim]; None for none.
         epsilon: of that norm.
 
     Raises:
@@ -58,7 +58,7 @@ def bulk_key_values(
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     addresses = _addresses(key_weights, value_weights, key_biases, value_biases, keys, values, norms)
     aligned = x.element_size() if any(address % 16 for of_layer in addresses for address in of_layer) else 16
-    # what is loaded number by number needs registers that the larger tiles do not leave
+    # loading number by number needs registers that the larger tiles do not leave
     larger = has_wgmma(x.device) and aligned == 16 and x.shape[-1] % 16 == 0
     sizes, options = _sizes(head_dim, x.element_size(), larger)
     rows = batch * tokens
@@ -93,7 +93,7 @@ def bulk_key_values_reference(
     norms: Sequence[Tensor] | None = None,
     epsilon: float = 1e-6,
 ) -> None:
-    """What bulk_key_values means, in plain PyTorch, and its path on a CPU: a product a layer."""
+    """What bulk_key_values means, in plain PyTorch, and its path on a CPU: one product per layer."""
     wide_type = torch.promote_types(x.dtype, torch.float32)
     half = keys[0].shape[-1] // 2 if keys else 0
     cos, sin = (turn[:, None, :, :half].to(wide_type) for turn in (cos, sin))
@@ -119,7 +119,7 @@ def _check(
 ) -> None:
     if not len(key_weights) == len(value_weights) == len(keys) == len(values):
         raise ValueError(
-            "bulk_key_values needs a weight and a place of keys and of values for every layer, got "
+            "bulk_key_values needs, for every layer, weights of keys and values and a place for both, got "
             f"{len(key_weights)}, {len(value_weights)}, {len(keys)} and {len(values)}"
         )
     if not keys:
@@ -138,12 +138,12 @@ def _check(
 
 
 def _sizes(head_dim: int, element_size: int, larger: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Sides of a program's tiles, and its launch options; float32 is multiplied without matrix units, by operands in
+    """Sides of a program's tiles, and its launch options; float32 is multiplied without matrix units, from operands in
     registers."""
     side = max(MIN_SIDE, triton.next_power_of_2(head_dim // 2))
     if element_size == 2:
-        # 256 columns at least, 64 of each half of keys and of values: a step's product outlasts its way from the L2
-        # cache
+        # at least 256 columns, 64 of each half of keys and of values: a step's product takes longer than its load from
+        # the L2 cache
         width = max(64, side)
         rows, hidden, stages = (8192 // width, 64, 4) if larger else (4096 // width, 32, 3)
         stages -= width > 64
@@ -171,7 +171,7 @@ def _bulk_kv_kernel(
 ):  # fmt: skip
     # one program owns some tokens of some heads of one layer's keys and values: one product of x for both, no branch
     # between them. GROUP blocks of tokens go through all heads together: x stays in the L2 cache, and the weights are
-    # read once a group
+    # read once per group
     HALF: tl.constexpr = HEAD_DIM // 2
     WIDTH: tl.constexpr = HEADS * SIDE
     head_blocks = tl.cdiv(kv_heads, HEADS)
@@ -258,7 +258,7 @@ def aot_calls() -> None:
             arguments = x, [weight] * 4, [weight] * 4, turn, turn, [place] * 4, [place] * 4
             bulk_key_values(*arguments)
             if head_dim == 96:
-                # what begins at no multiple of 16 bytes
+                # what does not begin at a multiple of 16 bytes
                 weights = [shaped(weight.numel() + 1, dtype=dtype)[1:].view_as(weight)] * 4
                 bulk_key_values(x, weights, weights, *arguments[3:])
             if (head_dim, dtype) == (128, torch.bfloat16):

@@ -1,12 +1,12 @@
-"""How much queries care for chunks of the cache, by their landmarks (ShadowKV, arXiv:2410.21465, algorithm 2).
+"""How relevant chunks of the cache are to queries, by their landmarks (ShadowKV, arXiv:2410.21465, algorithm 2).
 
     probability[query, head, c] = softmax over the open chunks c of logit(query, landmark[c])
     score[kv_head, c] = max over the heads of the group of ( sum over queries of probability )
 
-A chunk that is not open (an outlier, which is read anyway, or a place no chunk has taken) takes no part and scores
--inf. Logits are those of attention: scaled, and bounded where attention bounds them.
+A chunk that is not open (an outlier, which is read anyway, or a place without a chunk) takes no part and scores -inf.
+Logits are those of attention: scaled, and bounded where attention bounds them.
 
-Bytes: the landmarks once for one query, batch * kv_heads * chunks * head_dim * element size, beside 8 bytes a chunk and
+Bytes: the landmarks once for one query, batch * kv_heads * chunks * head_dim * element size, plus 8 bytes per chunk and
 query head for their logits; twice for several queries, whose logits are not kept. Flops 2 * batch * heads * queries *
 chunks * head_dim, twice for several queries: bound by bandwidth, 1 / (2 * chunk) of what dense decoding reads.
 """
@@ -50,14 +50,14 @@ def chunk_scores(
         landmarks: [batch, kv_heads, chunks, head_dim].
         is_open: [batch, kv_heads, chunks] bool.
         visible: [batch, queries] bool, False for queries that are padding. None: all count.
-        spec: of the attention's logits, without a window: a landmark stands for no position.
+        spec: as in the attention itself, but without a window, because a landmark has no position.
         group: how the query heads of a KV head agree.
 
     Returns:
         [batch, kv_heads, chunks] float32, -inf for chunks that are not open.
 
     Raises:
-        ValueError: shapes that do not belong together, or a window.
+        ValueError: shapes that do not fit together, or a window.
     """
     if (
         query.shape[0] != landmarks.shape[0]
@@ -72,7 +72,7 @@ def chunk_scores(
         )
     if spec.window is not None:
         raise ValueError(
-            f"chunk_scores knows no window, as a landmark stands for no position; got one of {spec.window}"
+            f"chunk_scores takes no window, because a landmark has no position; got window = {spec.window}"
         )
     run = _launch if runs_triton(query) and query.numel() and is_open.numel() else chunk_scores_reference
     return run(query, landmarks, is_open, spec, visible, group)
@@ -88,7 +88,7 @@ def chunk_scores_reference(
 ) -> Tensor:
     """What chunk_scores means, in plain PyTorch: the oracle of its test and its path on a CPU."""
     logits = query_logits(query, landmarks, spec)
-    # a finite floor: where nothing is open a flat softmax and not NaN, and the mask below clears it
+    # a finite floor: where nothing is open, the softmax is flat instead of NaN, and the mask below clears it
     shares = logits.masked_fill_(~is_open[:, :, None, None], -1e30).softmax(-1)
     if visible is not None:
         shares = shares.masked_fill(~visible[:, None, None, :, None], 0.0)
@@ -143,7 +143,7 @@ def _launch(
 
 # rows (query heads times queries) of a tile
 _ROWS = MIN_SIDE
-# the first kernel reads all landmarks, three tiles ahead; in the second the queries of a loop are few
+# the first kernel reads all landmarks, three tiles ahead; the loop of the second is over queries, which are few
 _PREFETCHING, _STAGES = 4, 2
 
 
@@ -255,7 +255,7 @@ def _chunk_scores_kernel(
                 lse = tl.where(lse == float("-inf"), 0.0, lse)
                 logits = dot(query, tl.trans(landmark), tl.zeros([BLOCK_ROWS, BLOCK_CHUNKS], tl.float32))  # [R, C]
                 logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
-                # what is not open may exceed the log-sum-exp
+                # the logits of chunks that are not open may exceed the log-sum-exp
                 logits = tl.where(is_open[None, :] & counts[:, None], logits, float("-inf"))
                 share += tl.sum(tl.exp(logits - lse[:, None]), 0)
         scores = tl.maximum(scores, share, tl.PropagateNan.ALL) if TAKES_MAX else scores + share

@@ -6,8 +6,8 @@
 Sums are what H2O (arXiv:2306.14048) asks for, maxima what KVzip (arXiv:2505.23416) does.
 
 The log-sum-exp comes from the attention pass, so probabilities are recomputed a tile at a time and the
-queries x tokens matrix never exists. Flops 2 * batch * heads * (query, key) pairs * head_dim, half an
-attention; bytes (heads + kv_heads) * head_dim a token and the lse.
+queries x tokens matrix never exists. Flops 2 * batch * heads * (query, key) pairs * head_dim, half of
+attention's; bytes (heads + kv_heads) * head_dim per token, and the lse.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ def causal_column_sums(
     Args:
         query: [batch, heads, queries, head_dim]; query i is token `tokens - queries + i`.
         key: [batch, kv_heads, tokens, head_dim].
-        lse: [batch, heads, queries] float32, over all keys the query saw, be they here or elsewhere.
+        lse: [batch, heads, queries] float32, over all keys that the query saw, here or elsewhere.
             A query with lse of +inf or -inf is left out; one with NaN gives NaN to all it sees.
         visible: as in causal_attention.
 
@@ -83,7 +83,7 @@ def slot_column_sums(
         query: [batch, heads, queries, head_dim].
         key: [batch, kv_heads, slots, head_dim].
         positions, query_positions: as in slot_attention.
-        lse: [batch, heads, queries] float32, over all keys the query saw, be they here or elsewhere.
+        lse: [batch, heads, queries] float32, over all keys that the query saw, here or elsewhere.
             A query with lse of +inf or -inf is left out; one with NaN gives NaN to all it sees.
 
     Returns:
@@ -164,7 +164,7 @@ def _launch(
     query, key = rows_aligned(query), rows_aligned(key)
     group = heads // kv_heads
     inner = _heads_at_once(group)
-    # as the rows run, and in base 2: both once here and not for each block of tokens
+    # in the order of the rows, and in base 2: both once here instead of for each block of tokens
     by_row = lse.detach().reshape(batch, -1, inner, queries).mT
     lse = torch.mul(by_row, LOG2E.value, out=lse.new_empty(by_row.shape))
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
@@ -193,7 +193,7 @@ def _heads_at_once(group: int) -> int:
     return min(group & -group, MIN_SIDE)
 
 
-# queries from which on the kernel is tuned anew
+# from this many queries on, the kernel is tuned separately
 _LONG = 512
 
 
@@ -202,7 +202,7 @@ def _config(tokens: int, rows: int, warps: int, stages: int) -> triton.Config:
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
-# by element size, then by head_dim at most
+# by element size, then by the largest head_dim
 _CONFIGS = {
     2: {
         64: [_config(64, 64, 4, 3), _config(64, 128, 4, 2)],
@@ -236,7 +236,7 @@ def _column_sums_kernel(
     query_batch_stride, query_head_stride, query_stride,
     key_batch_stride, key_head_stride, key_stride,
     kv_heads, queries, tokens, window, scale, softcap,
-    long,  # only a key of the autotuner: whether the queries are many
+    long,  # only a key of the autotuner: whether there are many queries
     GROUP: tl.constexpr,
     INNER: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -295,11 +295,11 @@ def _column_sums_kernel(
     row = tl.arange(0, BLOCK_ROWS)  # [R]
     query_offset = (row % INNER).to(tl.int64) * query_head_stride + (row // INNER).to(tl.int64) * query_stride
     if not SOFTCAPPED:
-        # to base 2 along with the lse: one multiplication and addition for a logit
+        # to base 2 along with the lse: one multiplication and one addition per logit
         scale *= LOG2E
     sums = tl.zeros([BLOCK_TOKENS], tl.float32)
     for _ in range(GROUP // INNER):
-        # slots without a window are all of the second kind
+        # without a window, all slots are of the second kind
         for part in tl.static_range(1 if SLOTTED and not WINDOWED else 0, 2 if SLOTTED and not WINDOWED else 3):
             if part == 0:
                 from_query = start
@@ -320,7 +320,7 @@ def _column_sums_kernel(
                     query_tail = load_tile(tile_ptr, query_offset, row_ok, DIM, TAIL, HEAD_DIM)
                     logits = dot(key_tail, tl.trans(query_tail), logits)
                 lse = tl.load(lse_ptr + wide(first) * INNER + row, mask=row_ok, other=float("inf"))
-                # a row that is not there, one left out and one that saw nothing count for exp2(-inf) = 0
+                # rows that are absent, left out, or saw nothing count as exp2(-inf) = 0
                 lse = tl.where(lse == float("-inf"), float("inf"), lse)
                 logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
                 if SOFTCAPPED:
@@ -337,7 +337,7 @@ def _column_sums_kernel(
                             seen = seen & (token_position[:, None] > position[None, :] - window)
                     probability = tl.where(seen, probability, 0.0)
                 if TAKES_MAX:
-                    # tl.max knows of no NaN
+                    # tl.max ignores NaN
                     unknown = tl.sum(tl.where(probability == probability, 0.0, probability), 1)
                     sums = tl.maximum(sums, tl.max(probability, 1) + unknown, tl.PropagateNan.ALL)
                 else:

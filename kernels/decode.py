@@ -1,14 +1,14 @@
 """One decode step over cache slots: attention, and the attention each slot received, in one pass.
 
 Bytes 2 * batch * kv_heads * slots * head_dim * element size + 8 * batch * kv_heads * slots;
-flops 4 * batch * heads * slots * head_dim: bound by bandwidth. Reading `budget` slots in place of
-`tokens` is the speed-up over a full cache, tokens / budget at best.
+flops 4 * batch * heads * slots * head_dim: bound by bandwidth. The speed-up over a full cache comes from reading
+`budget` slots instead of `tokens`: tokens / budget at best.
 
-A probability needs the log-sum-exp over all slots, which no split of them knows. The splits therefore leave their
-logits, in float32, and a second launch makes probabilities of them while it merges the splits: 8 more bytes a slot and
-query head (group / head_dim * 2 of K and V in 16 bits: 6 % at group 4 and head_dim 128, most of it in the L2 cache),
-where a second reading of K would be 50 %. Summing over the group before storing is not possible, as each head has its
-own log-sum-exp.
+A probability needs the log-sum-exp over all slots, which no split knows. So the splits store their logits in float32,
+and a second launch turns them into probabilities while it merges the splits: 8 more bytes per slot and query head
+(group / head_dim * 2 of K and V in 16 bits: 6 % at group 4 and head_dim 128, most of it in the L2 cache), where reading
+K again would cost 50 %. Logits cannot be summed over the group before they are stored, as each head has its own
+log-sum-exp.
 """
 
 import torch
@@ -54,14 +54,14 @@ def decode_attention(
         value: [batch, kv_heads, slots, value_dim].
         positions: [batch, kv_heads, slots] int32, -1 marks an empty slot.
         query_positions: [batch, 1] int32; read only where there is a window.
-        sink_logits: [heads], one learned logit a head that takes weight and has no value (attention sinks of gpt-oss).
+        sink_logits: [heads], one learned logit per head that takes weight and has no value (gpt-oss).
 
     Returns:
         The output, [batch, heads, 1, value_dim] in query's dtype, and the probabilities summed over the
         query heads of each group, [batch, kv_heads, slots] float32. A query that sees no slot gives 0.
     """
     if query.shape[2] != 1:
-        raise ValueError(f"decode_attention takes one query a sequence, got query {list(query.shape)}")
+        raise ValueError(f"decode_attention takes one query per sequence, got query {list(query.shape)}")
     run = _launch if runs_triton(query) and query.numel() else _decode_in_pytorch
     return run(query, key, value, positions, query_positions, spec, sink_logits)
 
@@ -94,12 +94,12 @@ def _decode_in_pytorch(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
-    # logits of 16 bits are off by as much as they are large, and may leave the range
+    # in 16 bits, the error of a logit grows with the logit, and large ones overflow
     dtype = torch.promote_types(query.dtype, torch.float32)
     rows = query.to(dtype).view(batch, kv_heads, heads // kv_heads, head_dim) * spec.scale
     logits = spec.cap_(rows @ key.to(dtype).mT)  # [batch, kv_heads, group, slots]
     seen = slots_seen(positions, query_positions, spec.window)
-    # a finite floor: a query that sees nothing gets a flat softmax and not NaN, and the mask then clears it
+    # a finite floor: a query that sees nothing gets a flat softmax instead of NaN, and the mask then clears it
     logits.masked_fill_(~seen, -1e30)
     if sink_logits is not None:
         of_sinks = sink_logits.to(dtype).view(kv_heads, -1, 1).expand(batch, -1, -1, -1)
@@ -133,7 +133,7 @@ def _launch(
     return out, probabilities
 
 
-# slots a program of the second launch turns into probabilities
+# slots that a program of the second launch turns into probabilities
 _CHUNK = 512
 
 
@@ -182,7 +182,7 @@ def merge_head(
     VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    # the splits' outputs [splits, rows, VALUE_DIM] of one row, weighed by their share of its whole log-sum-exp
+    # the splits' outputs [splits, rows, VALUE_DIM] of one row, weighted by their share of its whole log-sum-exp
     dim = tl.arange(0, BLOCK_VALUE)  # [V]
     shift = tl.where(lse == float("-inf"), 0.0, lse)
     merged = tl.zeros([16, BLOCK_VALUE], tl.float32)
@@ -216,7 +216,7 @@ def load_logits(
 def group_probabilities(logits, lse):
     # exp(logit - lse), summed over the rows of a group
     shift = tl.where(lse == float("-inf"), 0.0, lse)
-    # what a head does not see gets nothing, be its log-sum-exp NaN
+    # what a head does not see gets nothing, even if its log-sum-exp is NaN
     return tl.sum(tl.where(logits == float("-inf"), 0.0, tl.exp(logits - shift[None, :])), 1)  # [S]
 
 
@@ -244,7 +244,7 @@ def _finish_kernel(
     dim = tl.arange(0, BLOCK_VALUE)
     for g in range(tl.program_id(0), GROUP, tl.num_programs(0)):
         row = first_row + g
-        # a sum: the largest would not be NaN
+        # a sum, as a maximum would drop NaN
         head_lse = tl.sum(tl.where(head == g, lse, 0.0), 0)
         out = merge_head(parts_ptr, lses_ptr, row, rows, splits, head_lse, VALUE_DIM, BLOCK_VALUE)
         tl.store(out_ptr + row * VALUE_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < VALUE_DIM)

@@ -7,10 +7,10 @@
 The first launch is that of `decode_attention`: the splits' outputs, their log-sum-exps, and the logits of the old
 slots. The second adds the new token's own logit, which it computes itself, so that the token need not be stored
 before it is attended to. It merges the splits, turns logits into probabilities, adds them to the scores and finds the
-victim on the way. Several programs share a head; the last of them to end compares their candidates.
+victim on the way. Several programs share a head; the last to finish compares their candidates.
 
 Bytes 2 * batch * kv_heads * slots * head_dim * element size for K and V; 8 * heads for the logits, 8 * kv_heads for
-the scores and 4 * kv_heads for the positions, each * batch * slots. The same as separate operations costs ten
+the scores and 4 * kv_heads for the positions, each * batch * slots. As separate operations, the same step takes ten
 launches and reads scores and positions four times.
 """
 
@@ -74,7 +74,8 @@ def decode_and_evict(
     Args:
         query: [batch, heads, 1, head_dim].
         key, value: of the new token, [batch, kv_heads, 1, head_dim] and value_dim.
-        slots: all written to: the token goes into the spare slot, scores grow, who goes becomes the next spare slot.
+        slots: all are written to: the token goes into the spare slot, scores are updated, and the victim's slot becomes
+            the next spare one.
         token_positions: [batch] int32, position of the new token; -1 where it is padding, which changes no slot.
         limits: [batch] int32, tokens a head may hold, fewer than slots.
         recents: [batch] int32, newest tokens that stay, at least 1.
@@ -88,7 +89,7 @@ def decode_and_evict(
     """
     if query.shape[2] != 1 or key.shape[2] != 1:
         raise ValueError(
-            f"decode_and_evict takes one token a sequence, got query {list(query.shape)}, key {list(key.shape)}"
+            f"decode_and_evict takes one token per sequence, got query {list(query.shape)}, key {list(key.shape)}"
         )
     if not all(tensor.is_contiguous() for tensor in slots[2:]):
         raise ValueError("decode_and_evict writes to positions, scores and spare, which must be contiguous")
@@ -111,7 +112,7 @@ def decode_then_evict(
     attend: Callable[..., tuple[Tensor, Tensor]] = decode_attention,
     choose: Callable[..., Tensor] = choose_victim,
 ) -> Tensor:
-    """decode_and_evict from its parts: what a CPU runs, and what one op has to beat on a GPU."""
+    """decode_and_evict in separate operations: what a CPU runs, and what one op has to beat on a GPU."""
     keys, values, positions, scores, spare = slots
     real = (token_positions != EMPTY)[:, None, None]
     slot = spare[..., None]
@@ -169,7 +170,7 @@ def _launch(
     chunk = _chunk(batch * kv_heads, count, query.device)
     chunks = triton.cdiv(count, chunk)
     window, scale, softcap = spec.arguments
-    # what each program found: a score; a position, a slot, an empty slot and how many tokens it counted
+    # what each program found: a score; a position, a slot, an empty slot, and the number of tokens it counted
     least = scores.new_empty(batch * kv_heads, chunks)
     found = positions.new_empty(4, batch * kv_heads, chunks)
     launch(
@@ -185,25 +186,25 @@ def _launch(
     return out
 
 
-# slots of a program of the second launch, or a multiple; how many programs a multiprocessor holds, a head is shared by
+# slots of a program of the second launch, or a multiple; programs per multiprocessor; the most programs per head
 _CHUNK = 512
 _PROGRAMS_PER_CORE = 4
 _MOST_CHUNKS = 128
 
 
 def _chunk(owners: int, slots: int, device: torch.device) -> int:
-    """How many slots each program takes: as few as fill the GPU once, for each repeats what a head needs once."""
+    """How many slots each program takes: as few programs as fill the GPU, as each repeats what a head needs once."""
     programs = max(1, min(_PROGRAMS_PER_CORE * core_count(device) // owners, _MOST_CHUNKS))
     return -(-slots // (programs * _CHUNK)) * _CHUNK
 
 
 @triton.jit
 def settle(positions_ptr, spare_ptr, slots, token_position, limit, taken, victim, empty, kept):
-    # the new token's slot is occupied and, over the limit, the victim's is freed; the two may be one
+    # the new token's slot is taken and, over the limit, the victim's is freed; the two may be the same
     over = kept > limit
     tl.store(positions_ptr + taken, tl.where(over & (victim == taken), -1, token_position))
     tl.store(positions_ptr + victim, -1, mask=over & (victim != taken))
-    # the free slot of the lowest index; no slot is free only if the limit is not below the slots
+    # the free slot of the lowest index; there is none only if the limit is not below the number of slots
     free = tl.minimum(empty, tl.where(over, victim, 2147483647))
     tl.store(spare_ptr, free.to(tl.int64), mask=free < slots)
 
@@ -243,7 +244,7 @@ def _evict_kernel(
     value_dim = tl.arange(0, BLOCK_VALUE)  # [V]
     column = tl.arange(0, BLOCK_SLOTS)  # [S]
 
-    # loaded a block ahead, so that nobody waits
+    # loaded a block ahead, to hide the latency
     first_slot = tl.program_id(0) * chunk
     last_slot = tl.minimum(first_slot + chunk, slots)
     logits_ptr += owner * slots * GROUP
@@ -326,7 +327,7 @@ def _evict_kernel(
     tl.store(found_ptr + field + place, slot)
     tl.store(found_ptr + 2 * field + place, tl.min(empty, 0))
     tl.store(found_ptr + 3 * field + place, tl.sum(kept, 0))
-    # whoever draws the last ticket sees what all others of this head have stored, and none of them still reads
+    # the program with the last ticket sees what all others of this head have stored, and none of them still reads
     tl.debug_barrier()
     ticket = tl.atomic_add(tickets_ptr + owner, 1, sem="acq_rel")
     if (ticket == chunks - 1) & real:

@@ -1,7 +1,7 @@
 """The slot to give up: the lowest score among those that are neither recent nor a sink (H2O, arXiv:2306.14048).
 
 Eviction frees the victim's slot and the next token overwrites it: 2 * batch * kv_heads * head_dim elements
-a step, where compacting the cache would move every slot. Choosing reads 8 * batch * kv_heads * slots bytes.
+per step, where compacting the cache would move every slot. Choosing reads 8 * batch * kv_heads * slots bytes.
 """
 
 import torch
@@ -15,7 +15,7 @@ def choose_victim(scores: Tensor, positions: Tensor, recent_from: Tensor, sinks:
     """The occupied slot of least score outside the recent window and the sinks.
 
     Args:
-        scores: [batch, kv_heads, slots] float32. NaN counts as the largest number: what nobody can judge goes last.
+        scores: [batch, kv_heads, slots] float32. NaN counts as the largest: what cannot be judged goes last.
         positions: [batch, kv_heads, slots] int32, -1 marks an empty slot.
         recent_from: [batch] int32; this position and those after it are protected.
         sinks: positions below it are protected.
@@ -46,7 +46,7 @@ def choose_victim_reference(scores: Tensor, positions: Tensor, recent_from: Tens
 
 
 def ranked(scores: Tensor) -> Tensor:
-    """Scores that can be compared: NaN becomes the largest number, so that it stands behind what is protected."""
+    """Scores that can be compared: NaN becomes the largest finite number, below only what is protected."""
     return scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).max)
 
 
@@ -55,7 +55,7 @@ _BLOCK_SLOTS = 1024
 
 @triton.jit
 def rank(score):
-    # as `ranked`; all comparisons with NaN fail, and no slot at all would be found
+    # as `ranked`; all comparisons with NaN are false, and no slot would be found
     return tl.where(score == score, score, 3.4028234663852886e38)
 
 

@@ -1,13 +1,13 @@
 """Low-rank factors of what quantisation loses.
 
 GEAR (arXiv:2403.05527) adds to each quantised tensor the best few directions of its residual R = x - decoded, found
-by power iteration. R is computed anew from x and its codes in every pass and never stored.
+by power iteration. R is recomputed from x and its codes in every pass and never stored.
 
     P = uniform [head_dim, rank];  `loops` times:  P = orthonormal(R^T (R P))
     left = R P        right = P        R ~ left @ right^T = R P P^T
 
-Departure from the paper: it projects on the column space, Q Q^T R with Q = orthonormal(R P), after one half step less.
-Projecting on the row space takes as many passes, brings the better directions, orthonormalises only a small matrix, and
+Departure from the paper: it projects onto the column space, Q Q^T R with Q = orthonormal(R P), after half a step less.
+Projecting onto the row space takes as many passes, finds better directions, orthonormalises only a small matrix, and
 lets later blocks share a basis. Both are projections of R: the error never grows, whatever the basis.
 
 Bytes: x and its packed form are read loops + 1 times, left is written once. Flops: (4 * loops + 2) * batch * kv_heads *
@@ -51,11 +51,11 @@ def residual_factors(
     loops: int = 3,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the residual of one span of blocks, for each row and KV head by itself.
+    """Factors of the residual of one span of blocks, for each row and KV head separately.
 
     Args:
         x: [batch, kv_heads, blocks, block, head_dim], what was packed.
-        packed: its packed form; left and right are not looked at.
+        packed: its packed form; left and right are ignored.
         coding: of the packed form.
         rank: at most head_dim.
         present: [batch, blocks] bool; the tokens of other blocks take no part, and their left is 0. None: all are.
@@ -66,11 +66,11 @@ def residual_factors(
         left [batch, kv_heads, blocks, block, rank] and right [batch, kv_heads, head_dim, rank].
 
     Raises:
-        ValueError: for a rank that head_dim does not hold, or loops below 1.
+        ValueError: for a rank outside of 1 to head_dim, or loops below 1.
     """
     check_coding(coding, x.shape[-2], x.shape[-1])
     if not 1 <= rank <= x.shape[-1]:
-        raise ValueError(f"rank must be 1 to head_dim = {x.shape[-1]}, got {rank}")
+        raise ValueError(f"rank must be from 1 to head_dim = {x.shape[-1]}, got {rank}")
     if loops < 1:
         raise ValueError(f"loops must be at least 1, got {loops}")
     if runs_triton(x) and x.numel():
@@ -85,7 +85,7 @@ def residual_factors(
             residual = _residual(x, packed, coding, present, piece)
             grown += residual.mT @ (residual @ basis)
         basis = torch.linalg.qr(grown).Q
-    # the error is that of a projection on what is stored
+    # so that the error is that of a projection onto what is stored
     right = basis.to(dtype)
     for piece in pieces:
         residual = _residual(x, packed, coding, present, piece)
@@ -171,7 +171,7 @@ def _launch(
                 _orthonormal_kernel, (owners,), grown, basis, owners, rank, splits,
                 HEAD_DIM=head_dim, DIM=width, RANK=_STEP, num_warps=4,
             )  # fmt: skip
-    # the error is that of a projection on what is stored
+    # so that the error is that of a projection onto what is stored
     right = basis.view(batch, kv_heads, head_dim, rank).to(dtype)
     each_tile(right.float(), True)
     return left, right
@@ -270,12 +270,12 @@ def _orthonormal_kernel(
     basis = tl.zeros([DIM, RANK], tl.float32)
     for split in range(splits):
         basis += tl.load(grown_ptr + wide(split) * owners * HEAD_DIM * rank + at, mask=ok, other=0.0)
-    # squares of what is left of small residuals must not vanish
+    # the squares of small remainders must not underflow
     largest = tl.max(tl.max(tl.abs(basis), 1), 0)
     basis = basis * tl.where(largest > 0, 1.0 / largest, 0.0)
     for n in range(rank):
         one = tl.sum(tl.where(direction[None, :] == n, basis, 0.0), 1)  # [D]
-        # twice: what the others leave of a direction that depends on them is noise, not orthogonal to them
+        # twice: what remains of a direction that depends on the others is noise, and not orthogonal to them
         for _ in tl.static_range(2):
             share = tl.sum(basis * one[:, None], 0)  # [rank]
             share = tl.where(direction < n, share, 0.0)

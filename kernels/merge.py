@@ -7,7 +7,7 @@ how much weight each deserves (Hydragen, arXiv:2402.05099, eq. 4, for any number
     out = sum_n exp(lse_n - lse) * out_n
 
 Bytes: every state is read once and the result written once, (states + 1) * batch * heads * queries *
-(head_dim * element size + 4); one multiplication and one addition an element, so bound by bandwidth.
+(head_dim * element size + 4); one multiplication and one addition per element: bound by bandwidth.
 
 All log-sum-exps here are natural logarithms in float32.
 """
@@ -70,7 +70,7 @@ def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
     lse = lses[0].clone() if len(lses) == 1 else torch.logaddexp(lses[0], lses[1])
     for other in lses[2:]:
         lse = torch.logaddexp(lse, other)
-    # where all are empty lse = -inf; shifting by 0 there keeps exp(-inf - shift) = 0 and not NaN
+    # where all are empty lse = -inf; shifting by 0 there makes exp(-inf - shift) 0 instead of NaN
     shift = lse.masked_fill(lse == -torch.inf, 0.0)
     merged = torch.zeros((), dtype=torch.promote_types(outs[0].dtype, torch.float32), device=lse.device)
     for out, part in zip(outs, lses, strict=True):
@@ -81,7 +81,7 @@ def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
 
 
 def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """merge_states of the parts that a kernel's splits left.
+    """merge_states of the partial results of a kernel's splits.
 
     Args:
         outs: [parts, batch, heads, queries, head_dim] float32, contiguous.
@@ -98,7 +98,7 @@ def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return out, lse
 
 
-# elements of a program's tile, some eight a thread: what a program holds limits how many fill the GPU
+# elements of a program's tile, about eight per thread: larger tiles would leave fewer programs on the GPU
 _TILE = 1024
 _BLOCK_PARTS = 16
 
@@ -122,7 +122,7 @@ def _merge_states_kernel(
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     for n in tl.static_range(STATES):
         peak = tl.maximum(peak, tl.load(lse_ptrs[n] + row, mask=row_ok, other=float("-inf")))
-    # all states of a row empty: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+    # all states of a row are empty: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
     shift = tl.where(peak == float("-inf"), 0.0, peak)
 
     total = tl.zeros([BLOCK_ROWS], tl.float32)

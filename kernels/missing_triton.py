@@ -1,7 +1,7 @@
-"""What `triton` and `tl` stand for where Triton cannot be imported: by it kernels are defined, and cannot be launched.
+"""Stand-ins for `triton` and `tl` where Triton cannot be imported: kernels can be defined, but not launched.
 
-It has what the files of this folder take from Triton before a launch. All else that is asked of it is an error that
-names the remedy.
+They have what the files of this folder use of Triton before a launch. Any other attribute is an error that names the
+remedy.
 """
 
 import functools
@@ -48,7 +48,7 @@ class MissingTriton:
         self.language = self
 
     def __getattr__(self, name: str) -> Any:
-        # Python asks for some of its own
+        # Python itself asks for some dunder names
         raise AttributeError(name) if name.startswith("__") else self.error(f"triton.{name}")
 
     def error(self, what: str) -> ImportError:

@@ -5,11 +5,11 @@ low-rank factors; kernels/quantise.py says how they are stored)
 
     logits = scale * (q (D_k + S_k)^T + (q B_k) A_k^T)        out = p (D_v + S_v) + (p A_v) B_v^T
 
-so that the low-rank terms cost rank, not head_dim, operations a token, and nothing of full size is ever built.
+so that the low-rank terms cost rank, not head_dim, operations per token, and nothing of full size is ever built.
 
 Bytes: batch * kv_heads * blocks * (QuantScheme.bytes of keys + that of values), each read once for all query heads of a
-group. Flops 4 * batch * heads * queries * tokens * (head_dim + rank), and some 5 operations to decode a number:
-bound by bandwidth at 8 bits, by the decoding below. The bound on the speed-up over 16-bit keys and values is
+group. Flops 4 * batch * heads * queries * tokens * (head_dim + rank), and about 5 operations to decode a number:
+bound by bandwidth at 8 bits, by decoding at fewer. The bound on the speed-up over 16-bit keys and values is
 32 * block * head_dim / (8 * (both QuantScheme.bytes)), 6.4 at 2 bits and groups of 64.
 """
 
@@ -68,17 +68,17 @@ def packed_attention(
     offsets: Tensor | None = None,
     with_logits: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    """Attention of queries to packed tokens, all of which stand before every query.
+    """Attention of queries to packed tokens, all of which precede every query.
 
     Args:
         query: [batch, heads, queries, head_dim], heads a multiple of kv_heads.
         keys, values: packed blocks, [batch, kv_heads, blocks, ...], of one block size.
         key_coding, value_coding: how they are packed.
-        positions: [batch, 1 or kv_heads, blocks * block] int32, the position of each token; -1: nothing there.
+        positions: [batch, 1 or kv_heads, blocks * block] int32, the position of each token; -1 where there is none.
         query_positions: [batch, queries] int32; read only where there is a window.
         spans: [batch, blocks] int32, which basis (`QuantizedTensor.right`) a block has. None: all have the first.
-        offsets: [batch, heads, queries] float32, added to a query's q.k with every token: what the part of the keys
-            comes to that all of them share and none has packed. None: nothing.
+        offsets: [batch, heads, queries] float32, added to a query's q.k with every token: its product with a
+            part that all keys share and that is not packed. None: no such part.
         with_logits: also returns the logits; for one query.
 
     Returns:
@@ -87,11 +87,11 @@ def packed_attention(
         [batch, heads, blocks * block] float32, -inf where unseen.
 
     Raises:
-        ValueError: for shapes or codings that do not fit each other.
+        ValueError: for shapes or codings that do not fit together.
     """
     _check(query, keys, values, key_coding, value_coding, positions, spans, offsets, with_logits)
     width = tile_width(max(query.shape[-1], values.codes.shape[-1]))
-    # products of wide float32 rows would take more registers than a thread has
+    # products of wide float32 rows would need more registers than a thread has
     too_wide = not INTERPRETED and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
     is_empty = not query.numel() or not positions.numel()
     run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
@@ -125,7 +125,7 @@ def packed_attention_reference(
     seen = slots_seen(positions, query_positions, spec.window)[:, :, None]
     logits = spec.cap_(logits * spec.scale).masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(-1)
-    # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+    # a query that sees nothing: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
     out = (weights @ value[:, :, None]).flatten(1, 2).to(query.dtype)
     lse = lse.flatten(1, 2).float()
@@ -231,9 +231,9 @@ def _constants(
     return constants
 
 
-# numbers that a 16-bit product sums over at least. Where codes come out of joins, Triton 3.6 has each of 4 lanes hold 8
-# numbers of a sum, as if they were read at 4 bits; of a sum of 16 it then takes half twice and leaves half out. Triton
-# 3.9 does not
+# the fewest numbers that a 16-bit product may sum over. Where codes come out of joins, Triton 3.6 has each of 4 lanes
+# hold 8 numbers of a sum, as if they were read at 4 bits; of a sum of 16 it then counts half twice and drops the rest.
+# Triton 3.9 does not
 _LEAST_SUM = 32
 # the widest tile of float32 queries; wider ones take the PyTorch path on a GPU
 _WIDEST_FLOAT32 = 64
@@ -258,7 +258,7 @@ def _tiles(
     else:
         block_rows = min(block_rows, 32 if width > 64 else _MOST_ROWS)
         tokens = 64 if block_rows == MIN_SIDE else 32
-    # to compare every number with the index of an outlier takes registers
+    # comparing every number with the index of an outlier takes registers
     warps = 8 if has_outliers or width > 128 or element_size == 4 else 4
     return block_rows, tile_shape(block, bits, tokens), warps, 1 if element_size == 4 else 2
 
@@ -365,7 +365,7 @@ def _packed_kernel(
 
         logits *= LOG2E
         risen = tl.maximum(peak, tl.max(logits, 1))
-        # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+        # a query that has seen nothing yet: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
         shift = tl.where(risen == float("-inf"), 0.0, risen)
         fade = tl.exp2(peak - shift)
         weight = tl.exp2(logits - shift[:, None])  # [R, T]
@@ -416,7 +416,7 @@ def aot_calls() -> None:
         for head_dim in head_dims:
             for coding in _AOT_CODINGS if head_dim != 80 else _AOT_CODINGS[:3]:
                 _aot_call(head_dim, dtype, 4, 1, coding)
-            # many rows, of queries or of heads; other codings only mask more
+            # many rows, from queries or from heads; other codings only mask more
             for coding in _AOT_CODINGS[:3]:
                 _aot_call(head_dim, dtype, 4, 16, coding)
                 _aot_call(head_dim, dtype, 64, 1, coding)

@@ -2,9 +2,9 @@
 
 A page holds the values of one chunk in all KV heads and lies in one of several slabs; a page number is
 `slab * 2**32 + index within the slab`. From pinned memory a kernel reads by address: only what is new crosses the bus,
-in one launch that waits for nobody. From other memory (a file) the pages are collected on the host and copied at once.
+in one launch without a sync. From other memory (a file) the pages are gathered on the host and copied at once.
 
-Bytes over the bus: new slots * chunk * head_dim * element size. PCIe bounds it: 63 GB/s at best for generation 5.
+Bytes over the bus: new slots * chunk * head_dim * element size. Bound by PCIe: 63 GB/s at best in generation 5.
 """
 
 import torch
@@ -21,7 +21,7 @@ def fetch_pages(
 ) -> None:
     """Writes the values of new chunks into their slots of a buffer.
 
-    Not an op for torch.compile: the slabs become more as the cache grows.
+    Not an op for torch.compile: the number of slabs grows with the cache.
 
     Args:
         values: [batch, kv_heads, slots * chunk, head_dim], written where a slot is new; a view of a larger buffer will
@@ -30,7 +30,7 @@ def fetch_pages(
         held: [batch, kv_heads, slots] int64, the chunk in each slot.
         is_new: [batch, kv_heads, slots] bool.
         slabs: each [pages, kv_heads, chunk, head_dim] in CPU memory.
-        addresses: int64 where `values` is, of the slabs' memory, in order.
+        addresses: int64 on the device of `values`, of the slabs' memory, in order.
     """
     if not held.numel() or not slabs:
         return
@@ -72,7 +72,7 @@ def collect_pages(pages: Tensor, heads: Tensor, slabs: list[Tensor]) -> Tensor:
 
 # slots that a program reads at a time, and bytes of each
 _SLOTS, _BLOCK = 8, 2048
-# programs a multiprocessor: enough reads under way to fill the bus, and room for others beside them
+# programs per multiprocessor: enough reads in flight to fill the bus, and room for other kernels
 _PROGRAMS = 2
 
 
@@ -97,7 +97,7 @@ def _fetch_pages_kernel(
             chunk = tl.load(held_ptr + at, mask=is_new, other=0)
             page = tl.load(pages_ptr + batch * pages_stride + chunk, mask=is_new, other=0)
             slab = tl.load(addresses_ptr + (page >> 32), mask=is_new, other=0)
-            # what is read from memory comes without the alignment that the launch has seen
+            # the compiler cannot know the alignment of an address read from memory; the launch has checked it
             source_ptr = slab.to(tl.pointer_type(values_ptr.dtype.element_ty), bitcast=True)
             source_ptr = tl.multiple_of(source_ptr, [ALIGNED])
             source_ptr += ((page & 4294967295) * kv_heads + kv_head) * chunk_stride

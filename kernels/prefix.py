@@ -1,15 +1,15 @@
 """Attention of each row of a batch to blocks of keys that several rows share.
 
 Hydragen (arXiv:2402.05099): the queries of all rows that share a block become one matrix, so that the block is read
-once and not once a row, and its products are products of matrices. A row may see any number of blocks (a path through
+once instead of once per row, and its products are matrix products. A row may see any number of blocks (a path through
 a tree); the answers merge exactly by their log-sum-exps (kernels/merge.py). As a rule every token of a block precedes
 every query of its rows, and within a block nothing is causal. Where tokens of a block are fed again, `causal` bounds
 what a query sees by its position.
 
-Bytes: every block once, 2 * kv_heads * tokens * head_dim * element size, and queries and outputs once a block of
+Bytes: every block once, 2 * kv_heads * tokens * head_dim * element size, and queries and outputs once per block of
 their rows, batch * heads * queries * (2 * head_dim * element size + 4). Flops 4 * heads * queries * head_dim *
-(rows * tokens, summed over the blocks). That is rows * group flops a byte in 16 bits: bound by arithmetic from some
-200 rows * group on (H200), by bandwidth below.
+(rows * tokens, summed over the blocks). That is rows * group flops per byte in 16 bits: bound by arithmetic from about
+rows * group = 200 on (H200), by bandwidth below.
 """
 
 import torch
@@ -112,7 +112,7 @@ def prefix_attention_reference(
 def bounded_attention(
     query: Tensor, key: Tensor, value: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries that stand among the tokens of a block, each to the positions up to its own.
+    """Attention of queries that lie among the tokens of a block, each to the positions up to its own.
 
     Args:
         query: [rows, heads, queries, head_dim].
@@ -133,7 +133,7 @@ def bounded_attention(
 def merge_blocks(
     outs: dict[int, Tensor], lses: dict[int, Tensor], sharing: Sharing, query: Tensor, value_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The merged answers of blocks, given by block for its rows, [rows, heads, queries, value_dim] and less that."""
+    """Merges the answers of blocks, each for the block's rows: out [rows, heads, queries, value_dim] and lse."""
     part_outs: list[Tensor | None] = [None] * sharing.parts
     part_lses: list[Tensor | None] = [None] * sharing.parts
     for block in outs:
@@ -159,7 +159,7 @@ def merge_blocks(
 def _one_block(
     query: Tensor, key: Tensor, value: Tensor, relative: Tensor | None, spec: LogitSpec
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the rows [rows, heads, queries, head_dim] of one block, as one matrix a KV head."""
+    """Attention of the rows [rows, heads, queries, head_dim] of one block, as one matrix per KV head."""
     rows, heads, queries, head_dim = query.shape
     kv_heads, tokens, value_dim = value.shape
     if tokens == 0:
@@ -242,12 +242,12 @@ def _launch(
     return (out, lse) if whole else merge_stack(out, lse, query.dtype)
 
 
-# rows from which on a tile is as large as registers allow
+# from this many rows on, a tile is as large as registers allow
 _MANY_ROWS = 128
 
 
 def _blocks(rows: int, width: int, element_size: int, wgmma: bool, plain: bool) -> tuple[int, int, int, int]:
-    """Rows and tokens a tile, warps and pipeline stages; plain: no window, bound or softcap, which take registers."""
+    """Rows and tokens per tile, warps and pipeline stages; plain: no window, bound or softcap, which take registers."""
     few = min(64, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
         return (min(few, 32), 16, 4 if width <= 64 else 8, 2) if width <= 128 else (MIN_SIDE, 16, 8, 2)
@@ -262,7 +262,7 @@ def _blocks(rows: int, width: int, element_size: int, wgmma: bool, plain: bool) 
 
 @triton.jit
 def _load_rows(ptr, offset, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    # load_tile of rows that are all there: no predicates, which take registers
+    # load_tile where all rows exist: no predicates, which take registers
     dim = tl.arange(0, WIDTH)
     if WIDTH <= DIM:
         tile = tl.load(ptr + offset[:, None] + dim[None, :])
@@ -298,7 +298,7 @@ def _prefix_kernel(
     rows = tl.load(tiles_ptr + tile * 5 + 2)
     members = tl.load(tiles_ptr + tile * 5 + 3)
     level = tl.load(tiles_ptr + tile * 5 + 4)
-    # an address is all that is known of a block: that its rows are aligned, the compiler must be told
+    # only the address of a block is known: the compiler must be told that its rows are aligned
     key_ptr = tl.multiple_of(tl.load(blocks_ptr + block * 6).to(query_ptr.dtype), 16)
     value_ptr = tl.multiple_of(tl.load(blocks_ptr + block * 6 + 1).to(query_ptr.dtype), 16)
     key_ptr += kv_head * tl.multiple_of(tl.load(blocks_ptr + block * 6 + 2), 16)
@@ -314,7 +314,7 @@ def _prefix_kernel(
     query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
     query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
 
-    # in one number, where the row's results go: more would be kept in registers through the loop
+    # where the row's results go, in one number: more of them would occupy registers through the loop
     result = ((batch * kv_heads * GROUP + head) * queries + index).to(tl.int32)
 
     begin = split * split_tokens
@@ -357,7 +357,7 @@ def _prefix_kernel(
             if CAUSAL:
                 behind = position[:, None] - token[None, :]  # [R, T]
                 if WINDOWED:
-                    # one comparison for both bounds, as registers are few: a negative number is a large one unsigned
+                    # one comparison for both bounds saves registers: a negative number is a large one when unsigned
                     seen = behind.to(tl.uint32, bitcast=True) < tl.cast(window, tl.uint32)
                 else:
                     seen = behind >= 0
@@ -365,7 +365,7 @@ def _prefix_kernel(
             elif WINDOWED:
                 logits = tl.where(token[None, :] > position[:, None] - window, logits, float("-inf"))
             risen = tl.maximum(peak, tl.max(logits, 1))
-            # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+            # a query that has seen nothing yet: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
             shift = tl.where(risen == float("-inf"), 0.0, risen)
             fade = tl.exp2(peak - shift)
             weight = tl.exp2(logits - shift[:, None])  # [R, T]
@@ -392,7 +392,7 @@ def aot_calls() -> None:
             # four rows of each member
             for batch in (1, 8, 16, _MANY_ROWS // 4):
                 query, at = shaped(batch, 32, 1, head_dim, dtype=dtype), shaped(batch, 1, dtype=torch.int32)
-                # two blocks that all see have results apart
+                # two blocks that all rows see have separate results
                 blocks, sharing = KeyBlocks([key] * 2, [key] * 2), Sharing([range(batch)] * 2, batch)
                 prefix_attention(query, blocks, sharing, LogitSpec(0.1))
                 prefix_attention(query, blocks, sharing, LogitSpec(0.1, window=300, softcap=30.0), at, causal=True)

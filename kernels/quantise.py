@@ -1,4 +1,4 @@
-"""Quantised keys and values: groups of numbers as 2, 3, 4 or 8-bit codes with a scale and a zero, and outliers apart.
+"""Quantised keys and values: groups of numbers as 2-, 3-, 4- or 8-bit codes, a scale and a zero, and outliers apart.
 
 GEAR (arXiv:2403.05527) on KIVI's groups (arXiv:2402.02750): keys share a scale along the tokens of a channel, values
 along the channels of a token, because the outliers of keys sit in few channels and those of values do not.
@@ -7,17 +7,17 @@ along the channels of a token, because the outliers of keys sit in few channels 
     zero = min, scale = (max - zero) / levels, code = round((x - zero) / scale)
 
 Minimum and maximum are of a group's numbers without its outliers: the c largest and the c smallest of each vector (a
-channel of a block, a token of a head), kept as the float16 difference to what their own code decodes to. The zero is
+channel of a block, a token of a head), kept as their float16 difference from what their code decodes to. The zero is
 rounded down and the scale up to float16, and the codes are computed against the rounded ones, so that no number is
-further than scale / 2 from its decoding; a group of one value needs no case of its own. What float16 cannot hold
+further than scale / 2 from its decoded value; a constant group needs no special case. What float16 cannot hold
 (beyond 65504) saturates.
 
 Departures from the paper: outliers leave the ranges instead of counting as their vector's mean, which can lie outside
-of the range of a group of the rest; the outliers of a value are chosen within each KV head and not over all of them,
+the range of what remains of a group; the outliers of a value are chosen within each KV head and not over all of them,
 so that heads stay independent.
 
-Bytes a block and head: block * head_dim * element size read, block * head_dim * bits / 8 and what scales, zeros and
-outliers take (`QuantScheme.bytes`) written, in one pass; some 6 + 6 c operations a number: bound by bandwidth.
+Bytes per block and head: block * head_dim * element size read, block * head_dim * bits / 8 and what scales, zeros and
+outliers take (`QuantScheme.bytes`) written, in one pass; about 6 + 6 c operations per number: bound by bandwidth.
 """
 
 from typing import get_args
@@ -48,7 +48,7 @@ def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
 
     Args:
         x: [batch, kv_heads, blocks, block, head_dim], any floating dtype; block is a power of two, 8 to 256.
-        coding: its rank is not looked at: the factors are `residual_factors`' business.
+        coding: its rank is ignored: the factors come from `residual_factors`.
 
     Returns:
         The packed tensors, left and right None.
@@ -71,7 +71,7 @@ def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
 
 def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     """What quantise means, in plain PyTorch: the oracle of its test and its path on a CPU."""
-    # what is not finite has no place in an order: it makes its group NaN, and is 0 in all else
+    # a number that is not finite cannot be ordered: it makes its group NaN, and counts as 0 otherwise
     unknown = x.float() - x.float()
     x = x.float().nan_to_num(0.0, 0.0, 0.0)
     dim = -2 if coding.axis == "channel" else -1
@@ -81,12 +81,12 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
         index = _outlier_index(x, coding.outliers, dim)
         low, high = x.scatter(dim, index, torch.inf), x.scatter(dim, index, -torch.inf)
     low, high = _group(low, coding, torch.inf).amin(-1), _group(high, coding, -torch.inf).amax(-1)
-    # a group of nothing but outliers
+    # a group that has only outliers
     empty = low > high
     low, high = (bound.clamp(-_LARGEST, _LARGEST).masked_fill(empty, 0.0) for bound in (low, high))
     zeros = _round_down(low)
     levels = 2**coding.bits - 1
-    # by a tensor: divided by a number, CUDA multiplies by its inverse, which rounds otherwise
+    # by a tensor: instead of dividing by a number, CUDA multiplies by its inverse, which rounds differently
     scales = -_round_down(-((high - zeros.float()) / torch.full_like(high, levels)))
     steps = scales.float()
     inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
@@ -131,7 +131,7 @@ def dequantise(
 
 
 def _outlier_index(x: Tensor, outliers: int, dim: int) -> Tensor:
-    """Of each vector the `outliers` largest, then the smallest; the first of equals, and none twice."""
+    """The `outliers` largest of each vector, then its smallest; the first of equals, and none twice."""
     rest, found = x.clone(), []
     for _ in range(outliers):
         found.append(rest.max(dim, keepdim=True).indices)
@@ -145,7 +145,7 @@ def _outlier_index(x: Tensor, outliers: int, dim: int) -> Tensor:
 
 
 def _group(x: Tensor, coding: QuantScheme, fill: float) -> Tensor:
-    """[..., block, head_dim] with the numbers of a group as the last dimension, behind those of scales and zeros."""
+    """[..., block, head_dim] with a group's numbers as the last dimension, after those of scales and zeros."""
     block, head_dim = x.shape[-2:]
     grouped: Tensor
     if coding.axis == "channel":
@@ -161,20 +161,20 @@ def _group(x: Tensor, coding: QuantScheme, fill: float) -> Tensor:
 def _round_down(x: Tensor) -> Tensor:
     """float32 as float16, never above it."""
     half = x.half()
-    # of a positive number the one before it, of a negative one the one behind it; below 0 is the least negative
+    # a step down in the bits of a positive number, up in those of a negative one; below 0 comes the least negative
     bits = half.view(torch.int16)
     below = torch.where(half > 0, bits - 1, torch.where(half == 0, -0x7FFF, bits + 1)).view(torch.float16)
     return torch.where(half.float() > x, below, half)
 
 
 def blocks_apart(x: Tensor) -> list[slice]:
-    """Pieces of the blocks of [batch, kv_heads, blocks, block, head_dim]: a sixteenth, unless that is very little."""
+    """Runs of blocks of [batch, kv_heads, blocks, block, head_dim]: a sixteenth of them, more where that is little."""
     blocks = x.shape[2]
     step = max(1, blocks // 16, _PIECE // max(1, x[:, :, :1].numel()))
     return [slice(start, start + step) for start in range(0, blocks, step)]
 
 
-# numbers of a piece at least: 256 KiB in float32
+# the fewest numbers of a piece: 256 KiB in float32
 _PIECE = 2**16
 
 
@@ -191,7 +191,7 @@ def _launch(x: Tensor, coding: QuantScheme, packed: QuantizedTensor) -> None:
 
 
 def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:
-    """The compile-time arguments, the programs of a block, and warps."""
+    """The compile-time arguments, programs per block, and warps."""
     per_channel = coding.axis == "channel"
     planes = 8 if coding.bits == 3 else planes_of(coding.bits)
     width = tile_width(head_dim)
@@ -225,7 +225,7 @@ def _round_half_down(x):
     # float32 as float16, never above it
     half = x.to(tl.float16)
     bits = half.to(tl.int16, bitcast=True)
-    # of a positive number the one before it, of a negative one the one behind it; below 0 is the least negative
+    # a step down in the bits of a positive number, up in those of a negative one; below 0 comes the least negative
     below = tl.where(half > 0, bits - 1, tl.where(half == 0, -0x7FFF, bits + 1)).to(tl.int16)
     return tl.where(half.to(tl.float32) > x, below.to(tl.float16, bitcast=True), half)
 
@@ -264,7 +264,7 @@ def _quantise_kernel(
     x_at = block_at + owner % blocks * x_block_stride + token.to(tl.int64)[:, None] * x_stride + dim[None, :]
     x = tl.load(x_ptr + x_at, mask=dim_ok[None, :], other=0.0).to(tl.float32)  # [T, D]
 
-    # NaN where a number is not finite: it makes its group NaN, and is 0 in all else, as it has no place in an order
+    # NaN where a number is not finite: it makes its group NaN, and counts as 0 otherwise, as it cannot be ordered
     unknown = x - x
     x = tl.where(unknown == 0, x, 0.0)
     low = tl.where(dim_ok[None, :], x, float("inf"))
@@ -293,7 +293,7 @@ def _quantise_kernel(
         low = tl.min(tl.reshape(low, [TOKENS, COLUMNS // GROUP, GROUP]), 2)  # [T, groups]
         high = tl.max(tl.reshape(high, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
         unknown = tl.sum(tl.reshape(unknown, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
-    # a group of nothing but outliers, or of no channel
+    # a group that has only outliers, or of no channel
     empty = low > high
     # what float16 cannot hold saturates
     low = tl.where(empty, 0.0, tl.minimum(tl.maximum(low, -65504.0), 65504.0))

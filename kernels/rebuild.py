@@ -2,11 +2,11 @@
 
     keys[slot] = RoPE(coefficients[chunk of the slot] @ basis of the KV head, place of the token)
 
-The rotation is that of storage/rope.py: pairs half of rotary_dim apart or side by side, angle place * inv_freq,
-length times scaling.
+The rotation is that of storage/rope.py: pairs half of rotary_dim apart or side by side, turned by place * inv_freq and
+multiplied by scaling.
 
-Bytes for each token and KV head rebuilt: rank + head_dim elements, and the basis once a program, which the L2 cache
-holds; flops 2 * rank * head_dim. Reading the key itself would take head_dim: this saves memory, not bandwidth.
+Bytes for each token and KV head rebuilt: rank + head_dim elements, and the basis once per program, from the L2
+cache; flops 2 * rank * head_dim. Reading the key itself would take head_dim: this saves memory, not bandwidth.
 """
 
 import torch
@@ -36,12 +36,12 @@ def rebuild_keys(
         basis: [batch, rank, kv_heads * head_dim].
         held: [batch, kv_heads, slots] int64, the chunk in each slot.
         is_new: [batch, kv_heads, slots] bool.
-        inv_freq: [rotary_dim / 2] float32, the angle of each pair a position; None: keys are not rotated.
+        inv_freq: [rotary_dim / 2] float32, the angle of each pair per position; None: keys are not rotated.
         scaling: factor of a rotated key.
         interleaved: pairs are neighbours; else half of rotary_dim apart.
 
     Raises:
-        ValueError: the buffer does not hold a whole number of tokens a slot.
+        ValueError: the buffer does not hold a whole number of tokens per slot.
     """
     if held.shape[2] and keys.shape[2] % held.shape[2]:
         raise ValueError(
@@ -93,8 +93,8 @@ def rebuild_keys_reference(
 
 
 def new_first(is_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices [batch, kv_heads, most] of rows, heads and slots: each head's new slots, and as many others as fill the
-    row of the head that has most; what an op writes there must be what is there already."""
+    """Indices [batch, kv_heads, most] of rows, heads and slots: each head's new slots, padded with
+    others to as many as the head that has most; what an op writes to those must be what is there already."""
     batch, kv_heads, _ = is_new.shape
     most = int(is_new.sum(-1).amax()) if is_new.numel() else 0
     slots = is_new.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)[..., :most]
@@ -107,7 +107,7 @@ _STAGES = 4
 
 
 def _sizes(chunk: int, head_dim: int, pairs: int, element_size: int) -> dict[str, int]:
-    """Sides of a program's tiles; float32 is multiplied without matrix units, by operands in registers."""
+    """Sides of a program's tiles; float32 is multiplied without matrix units, from operands in registers."""
     tokens, block_rank = (32, 32) if element_size == 2 else (16, 16)
     padded = triton.next_power_of_2(chunk)
     rest = head_dim - 2 * pairs
@@ -127,9 +127,9 @@ def _warps(head_dim: int, element_size: int) -> int:
 
 @triton.jit
 def _cos_sin(angle):
-    # cosine and sine of angles up to 1e5 to the last digits; the device's own keep a table in local memory for those
-    # beyond. First to the nearest quarter turn, subtracted in three parts of few bits, then by polynomials made for an
-    # eighth of a turn
+    # cosine and sine of angles up to 1e5 to the last digits; the device's own functions keep a table in local memory
+    # for larger ones. First to the nearest quarter turn, subtracted in three parts of few bits, then by polynomials
+    # made for an eighth of a turn
     turns = tl.floor(angle * 0.6366197723675814 + 0.5)
     rest = tl.fma(turns, -1.5703125, angle)
     rest = tl.fma(turns, -4.837512969970703125e-4, rest)

@@ -1,7 +1,7 @@
 """Which selected chunks are in the buffer already, and where the others go (ShadowKV, arXiv:2410.21465, section 4).
 
-A chunk that was selected before and is again stays in its slot; one that is new takes a slot whose chunk is no longer
-selected. Bytes 25 * batch * kv_heads * slots; slots^2 comparisons a KV head, a few microseconds whatever the batch.
+A chunk that was selected before and is selected again stays in its slot; a new one takes a slot whose chunk is no
+longer selected. Bytes 25 * batch * kv_heads * slots; slots^2 comparisons per KV head, a few microseconds at any batch.
 """
 
 import torch
@@ -17,7 +17,7 @@ def reuse_slots(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tens
     Args:
         held: [batch, kv_heads, slots] int64, the chunk in each slot, -1 for none.
         wanted: [batch, kv_heads, slots] int64, distinct chunks in any order, -1 for none.
-        chunks: more than any chunk's number.
+        chunks: greater than any chunk's number.
 
     Returns:
         The chunk each slot has now, [batch, kv_heads, slots] int64, and which of them are new there, bool. The i-th new
@@ -38,7 +38,7 @@ def reuse_slots(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tens
 
 def reuse_slots_reference(held: Tensor, wanted: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
     """What reuse_slots means, in plain PyTorch: the oracle of its test and its path on a CPU."""
-    # -1 is the last place
+    # -1 is the index of the last place
     marks = torch.zeros(*held.shape[:2], chunks + 1, dtype=torch.bool, device=held.device)
     at_held, at_wanted = (x.masked_fill(x < 0, chunks) for x in (held, wanted))
     stays = marks.scatter(2, at_wanted, True).gather(2, at_held) & (held >= 0)

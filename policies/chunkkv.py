@@ -3,11 +3,11 @@
     score[j] = mean over heads, and over tokens t of j's chunk, of attention[t],
     attention[t] = sum over the last `window` queries i of softmax(q_i . k)[t]
 
-A chunk is `chunk` tokens in a row, counted from the beginning of the sequence. Words that belong together stay
-together, and all heads of a layer keep the same ones. The window's own tokens are kept whatever they score, and count
-in no chunk. Where the budget ends within a chunk, that one is cut.
+A chunk is `chunk` consecutive tokens, counted from the beginning of the sequence. Words that belong together stay
+together, and all heads of a layer keep the same ones. The window's own tokens are kept whatever they score, and belong
+to no chunk. Where the budget ends within a chunk, that chunk is cut.
 
-The paper also has layers reuse the choice of the layer before; here each chooses by itself.
+The paper also has layers reuse the choice of the layer before; here each makes its own.
 
 As with SnapKV, the window slides while decoding: scores fade, and the attention of a single query is each token's own.
 """

@@ -1,17 +1,18 @@
 """ExpectedAttention: keep what the queries to come are expected to attend to (arXiv:2510.00636).
 
 Queries before rotation are taken to be Gaussian. Their mean and covariance, over all queries seen so far, turned by
-the average rotation R over the next `future` positions, give what a future query thinks of a key in closed form:
+the average rotation R over the next `future` positions, give the expected attention of a future query to a key in
+closed form:
 
     mu = R mean          S = R covariance R^T
     logit[j] = scale * mu . k_j + scale^2 / 2 * k_j^T S k_j          (the log of E exp(scale * q . k_j))
     score[j] = (mean over the group of softmax(logit)[j] + epsilon) * |v_j|
 
-The softmax runs over the candidates that are no sinks, and the first tokens' queries, which are outliers, are left
-out of the statistics, as in the authors' code. There the statistics come from the prompt, once; here decoding goes on
-updating them. They take heads * (head_dim^2 + head_dim) floats a layer, the covariance's part of which is as much as
-the 16-bit keys and values of group * head_dim tokens; scoring costs heads * head_dim^2 multiplications a candidate.
-`covariance=False` does without both.
+The softmax runs over the candidates other than sinks, and the first tokens' queries, which are outliers, are left
+out of the statistics, as in the authors' code. There the statistics come from the prompt, once; here decoding keeps
+updating them. They take heads * (head_dim^2 + head_dim) floats per layer, of which the covariance is as large as the
+16-bit keys and values of group * head_dim tokens; scoring costs heads * head_dim^2 multiplications per candidate.
+`covariance=False` saves both.
 """
 
 from dataclasses import dataclass
@@ -36,9 +37,9 @@ class ExpectedAttention(Policy):
     """The authors' defaults.
 
     future: how many positions after the newest token the queries to come are spread over.
-    covariance: use the second moment too, not the mean alone.
+    covariance: use the second moment too, not only the mean.
     value_norm: weigh by the norm of the value.
-    epsilon: added to the attention before the weighing.
+    epsilon: added to the attention before it is weighted.
     """
 
     uses_rotary: ClassVar[bool] = True
@@ -78,7 +79,7 @@ class ExpectedAttention(Policy):
                 spread = ((keys @ covariance[:, :, head]) * keys).sum(-1)
                 logits[:, :, head] += candidates.scale**2 / 2 * spread
         left_out = candidates.positions < self.sinks
-        # finite, so that a head with nothing but sinks gets a flat softmax and not NaN
+        # finite, so that a head that has only sinks gets a flat softmax instead of NaN
         logits = logits.masked_fill(left_out[:, :, None], torch.finfo(logits.dtype).min)
         expected: Tensor = logits.softmax(-1).mean(2) + self.epsilon
         if self.value_norm:
@@ -93,7 +94,7 @@ class ExpectedAttention(Policy):
         visible = candidates.visible
         if visible is None:
             visible = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
-        # how many of its sequence's tokens stand before a query
+        # how many of its sequence's tokens precede a query
         places = candidates.lengths[:, None] - visible.flip(-1).cumsum(-1).flip(-1)
         weight = (visible & (places >= self.sinks))[:, None, :, None].float()
 

@@ -4,20 +4,20 @@
 
 Tokens are compressed in blocks of `buffer`. Keys are quantised per channel, in groups of tokens of the block; values
 per token, in groups of channels (KIVI, arXiv:2402.02750; backbone "kivi"), or keys over the whole block and values
-over the whole head (backbone "whole"). The outliers of a vector, the `outliers / 2` largest and smallest shares
-of it, leave before the range of its groups is found. The low-rank part approximates what then remains,
+over the whole head (backbone "whole"). The outliers of a vector, the `outliers / 2` share of it at
+either end, are taken out before the range of its groups is found. The low-rank part approximates what then remains,
 `X - decoded - outliers`, over all tokens that one forward compresses.
 
-Where the paper's code departs from its text, the text is followed: 2^bits - 1 levels, ceil(outliers * n / 2) outliers
-a side of a vector of n. One departure of our own: a value vector is one KV head's part of a token and not all heads
-side by side, so that heads stay independent and no kernel reads the outliers of other heads. Rounding up then weighs
-more: 2 % of the 64 channels of a value, or of the 64 tokens of a block's channel, are 2 numbers, 3.1 %. The paper's
-backbone KCVT, one group of keys along the whole sequence, is not offered: tokens are packed as they come. "whole" is
-as near as blocks get, and the same as "kivi" where group_size is both buffer and head_dim.
+Where the paper's code departs from its text, we follow the text: 2^bits - 1 levels, ceil(outliers * n / 2) outliers at
+either end of a vector of n. One departure of our own: a value vector is one KV head's part of a token instead of all
+heads side by side, so that heads stay independent and no kernel reads the outliers of other heads. Rounding up then
+weighs more: 2 % of the 64 channels of a value, or of the 64 tokens of a block's channel, are 2 numbers, 3.1 %. The
+paper's backbone KCVT, one group of keys along the whole sequence, is not offered: tokens are packed as they come.
+"whole" is as close as blocks get, and the same as "kivi" where group_size equals both buffer and head_dim.
 
-The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; evals/studies/bits.py): plain codes,
-keys of 4 bits and values of 3, and the first 4 tokens as they are. There neither rank 4 nor 2 % of outliers
-repays its bits. PRESETS has the papers' settings.
+The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; evals/studies/bits.py): plain codes, 4
+bits for keys and 3 for values, and the first 4 tokens as they are. There neither rank 4 nor 2 % of outliers is worth
+its bits. PRESETS has the papers' settings.
 """
 
 import math
@@ -28,7 +28,7 @@ from kvcompress.kernels.common.quantized import QuantScheme, check_coding
 
 Backbone = Literal["kivi", "whole"]
 
-# values bear fewer bits than keys
+# values tolerate fewer bits than keys
 _FEWER = {4: 3, 3: 2}
 
 
@@ -38,10 +38,11 @@ class GEAR:
 
     bits: of a code: 2, 3, 4 or 8. group_size: elements that share a scale. rank, rank_decode: of the correction, for
     what a prompt and what decoding compresses. outliers: share of a vector's elements that stay in 16 bits, rounded up
-    to as many at either end. buffer: tokens of a block, a power of two; up to as many newest tokens stay as they are.
+    to as many at either end. buffer: tokens of a block, a power of two; up to that many of the newest tokens stay as
+    they are.
     backbone: how groups are cut. value_bits: of the codes of values; None for what loses least beside `bits`, one bit
     less where those are 3 or 4. sinks: first tokens that stay as they are, because their keys and values are outliers
-    to all others'.
+    among all others.
     """
 
     bits: int = 4
@@ -72,7 +73,7 @@ class GEAR:
             )
         if self.backbone == "kivi" and self.group_size > self.buffer:
             raise ValueError(
-                f"group_size must be at most buffer = {self.buffer} tokens, as keys are grouped inside of a block, "
+                f"group_size must be at most buffer = {self.buffer} tokens, as keys are grouped within a block, "
                 f"got {self.group_size}"
             )
         if not 0.0 <= self.outliers <= 1.0:
@@ -104,7 +105,7 @@ class GEAR:
         return found
 
     def per_token_scheme(self, head_dim: int) -> QuantScheme:
-        """How keys, and values, are encoded where every token is packed by itself. Sinks are the policy's there.
+        """How keys and values are encoded where every token is packed by itself. There the policy keeps the sinks.
 
         Raises:
             ValueError: a low-rank part is asked for, which needs blocks, or a vector of this head_dim cannot be packed.
@@ -121,7 +122,7 @@ class GEAR:
         return coding
 
     def _of_a_vector(self, head_dim: int) -> int:
-        """Numbers of a token that share a scale; a group is a power of two, and one that is longer takes them all."""
+        """Numbers of a token that share a scale; a power of two; a group longer than a token takes it whole."""
         whole = max(8, 1 << (head_dim - 1).bit_length())
         return min(self.group_size, whole) if self.backbone == "kivi" else whole
 
@@ -135,7 +136,7 @@ def _power_of_two(number: int) -> bool:
     return isinstance(number, int) and number > 0 and number & (number - 1) == 0
 
 
-# the default and a smaller one, and the settings of the papers; "whole" stands where they have KCVT (see above)
+# the default, a smaller one, and the settings of the papers; "whole" stands in for their KCVT (see above)
 PRESETS = {
     "default": GEAR(),
     "small": GEAR(bits=3),

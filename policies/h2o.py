@@ -2,8 +2,8 @@
 
     score[j] = sum over all queries i >= j seen so far of softmax(q_i . k)[j]
 
-summed over the query heads that share a KV head (for one query head a KV head this is the paper's score). The paper's
-formal algorithm writes the last step's attention; its text, its figures and all of its code accumulate, as here.
+summed over the query heads that share a KV head (with one query head per KV head this is the paper's score). The
+paper's formal algorithm uses the last step's attention; its text, its figures and all of its code accumulate, as here.
 Sums are float32: in half precision a running sum stops growing at 2048.
 """
 
@@ -24,7 +24,7 @@ from kvcompress.policies.policy import Candidates, Policy
 )
 @dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
-    """Half of the budget for the newest tokens, half for the heavy hitters, as in the paper."""
+    """Half of the budget goes to the newest tokens, half to the heavy hitters, as in the paper."""
 
     recent: int | float = 0.5
 

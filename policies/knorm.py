@@ -20,7 +20,7 @@ class Knorm(Policy):
     """No settings of its own; a token's score never changes.
 
     A quarter of the budget goes to the newest tokens, where the paper keeps one: otherwise a question is evicted while
-    it is being answered (needle at 1k tokens, budget 20 %: 0.2 of the answers right, 1.0 with the quarter).
+    it is being answered (needle at 1k tokens, budget 20 %: 0.2 of the answers are right, 1.0 with the quarter).
     """
 
     recent: int | float = 0.25

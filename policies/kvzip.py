@@ -1,12 +1,12 @@
-"""KVzip: keep what is needed to say the context again (arXiv:2505.23416).
+"""KVzip: keep what is needed to repeat the context (arXiv:2505.23416).
 
     score[j] = max over queries i of the second reading, and over the heads of j's group, of softmax(q_i . k)[j]
 
-The context is fed once more, behind itself: what a model looks up to repeat a text is what any question about the text
-may need, so the choice serves questions that nobody has asked yet, and all of them. It costs a second prefill.
+The context is fed once more, after itself: what a model looks up to repeat a text is what any question about the text
+may need, so the choice serves all questions, even those not asked yet. It costs a second prefill.
 
 The paper writes "Repeat the previous context exactly." before each chunk (`prompt`); on SmolLM2-135M the bare text does
-as well. It compares all heads of all layers; here each keeps the same number, as memory that is freed wants.
+as well. It compares all heads of all layers; here each keeps the same number, so that memory is really freed.
 
 While decoding, a token keeps the highest score it ever had, and the newest query adds its attention, averaged over the
 heads of a group.
@@ -50,7 +50,7 @@ class KVzip(Policy):
 
     @property
     def observes(self) -> int | None:
-        # of the first reading
+        # seen in the first reading
         return 1
 
     @property

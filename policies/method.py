@@ -1,4 +1,4 @@
-"""Methods by name: what a policy, or a cache, says of itself to the command line, to README's table and to the tests.
+"""Methods by name: what a policy or a cache tells the command line, README's table and the tests about itself.
 
     @register("tova", "what the newest query attends to", costs="sums of one query", paper="2401.06104")
     @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,11 @@ Kind = TypeVar("Kind", bound=type)
 class Listed:
     """A method that has a name.
 
-    about: what it keeps, in a few words. costs: what that takes beside memory. paper: its arXiv id.
-    kind: a Policy, which an EvictingCache follows, or a cache; None for what only builds like one.
+    about: what it keeps, in a few words. costs: what that takes apart from memory. paper: its arXiv id.
+    kind: a Policy, which an EvictingCache follows, or a cache; None for what is only built like one.
     label: how a user writes it, where that is not the class's name.
     takes_budget: False for what keeps every token and takes no budget. reads_budget: it keeps every token, and its
-        budget is of those that a step reads.
+        budget counts those that a step reads.
     usual: a sweep measures it unless told otherwise.
     aliases: other names of it, in lower case.
     tried: for settings of its own, values that make sense on a few dozen tokens: the contract's tests take the first
@@ -56,10 +56,10 @@ def register(name: str, about: str, **facts: Any) -> Callable[[Kind], Kind]:
     """Lists the class below it under a name; `facts` are fields of `Listed`.
 
     Raises:
-        ValueError: the name holds a character that a spec gives a meaning, or belongs to another class.
+        ValueError: the name contains a character that has a meaning in a spec, or belongs to another class.
     """
     if name != name.lower() or set(name) & set(":=, "):
-        raise ValueError(f"a method's name is in lower case and without any of ':=, ', got {name!r}")
+        raise ValueError(f"a method's name must be in lower case, without any of ':=, ', got {name!r}")
 
     def listing(kind: Kind) -> Kind:
         there = LISTED.get(name)
@@ -75,7 +75,7 @@ def register(name: str, about: str, **facts: Any) -> Callable[[Kind], Kind]:
 
 
 def describe(name: str, about: str, kind: type[Any], **facts: Any) -> Listed:
-    """A class under a name; unless `facts` say so, its label and whether it takes a budget follow from the class."""
+    """A class under a name; label and takes_budget follow from the class, unless `facts` say otherwise."""
     is_policy = issubclass(kind, Policy)
     facts.setdefault("label", f"EvictingCache(policy={kind.__name__}())" if is_policy else kind.__name__)
     facts.setdefault("takes_budget", is_policy or "budget" in inspect.signature(kind).parameters)

@@ -37,12 +37,12 @@ class Candidates:
 
     positions: [batch, kv_heads, candidates] int32, place in the token's own sequence; -1 is an empty slot or padding.
     scores: [batch, kv_heads, candidates] float32, what the policy returned last time; 0 for a token just fed.
-    attention: [batch, kv_heads, candidates] float32, attention received in this forward from the queries the policy
-        observes, summed over them and over the query heads of the group; None where it observes none.
+    attention: [batch, kv_heads, candidates] float32, attention received in this forward from the queries that the
+        policy observes, summed over them and over the query heads of the group; None where it observes none.
     query: [batch, heads, queries, head_dim], this forward's queries; in models that do not run them all, as SwiftKV's,
         the last of them, as many as the policy needs.
     query_positions: [batch, queries] int32, the positions to which the queries are rotated (their places in the
-        sequence, or among the tokens kept where a cache rolls positions); for padding, at most one more than the
+        sequence, or among the tokens kept in a rerotated cache); for padding, at most one more than the
         newest real token's.
     visible: [batch, tokens fed] bool, False where the token is padding; None where none is.
     lengths: [batch] int32, real tokens of each sequence so far.
@@ -113,7 +113,7 @@ class Policy:
 
     # scores of a token never change, so only new tokens are scored
     static: ClassVar[bool] = False
-    # keeps its sinks and the newest tokens, and chooses none of the others
+    # keeps its sinks and the newest tokens, and none of the others
     chooses: ClassVar[bool] = True
     # wants `Candidates.rotary`; a model whose rotary embedding cannot be taken back is then refused
     uses_rotary: ClassVar[bool] = False
@@ -141,7 +141,7 @@ class Policy:
     @property
     def queries_needed(self) -> int | None:
         """How many of a forward's last queries must be run for the policy, where a model could leave them out; None
-        for all. At least as many as it observes; a policy that reads `Candidates.query` says how many."""
+        for all. At least as many as it observes; a policy that reads `Candidates.query` overrides it."""
         return self.observes
 
     @property
@@ -155,23 +155,23 @@ class Policy:
     @property
     def decay(self) -> float | None:
         """Where decoding scores by `decay * score + attention`, that factor: one kernel then does a whole step.
-        None: scores come from `score` alone. What both say must agree."""
+        None: scores come from `score` alone. The two must agree."""
         return None
 
     def state_bytes(self, heads: int, head_dim: int) -> int:
-        """Bytes of `Candidates.state` per sequence and layer, for what plans before anything runs."""
+        """Bytes of `Candidates.state` per sequence and layer, for planning before anything runs."""
         return 0
 
     def score(self, candidates: Candidates) -> Tensor:
         """How much each candidate is worth keeping.
 
         Returns:
-            [batch, kv_heads, candidates] float32. What stands at empty slots and padding is not read.
+            [batch, kv_heads, candidates] float32. What it returns for empty slots and padding is not read.
         """
         raise NotImplementedError
 
     def least_budget(self) -> int:
-        """The smallest budget in tokens that leaves the protected tokens room, and the policy something to choose."""
+        """The smallest budget in tokens that has room for the protected tokens and leaves the policy a choice."""
         return self.sinks + (1 if isinstance(self.recent, float) else self.recent) + self.chooses
 
 

@@ -2,8 +2,8 @@
 
     score[j] = hash(seed, place of j in its sequence)
 
-Scores never change, so what is kept is at any length a sample without replacement of all tokens so far, as reservoir
-sampling gives it. A token's score depends on nothing else: a row keeps the same tokens alone, in any batch and behind
+Scores never change, so at any length what is kept is a sample without replacement of all tokens so far, as in
+reservoir sampling. A token's score depends on nothing else: a row keeps the same tokens alone, in any batch and behind
 any padding, and so does every head of every layer.
 """
 

@@ -1,8 +1,8 @@
 """ShadowKV's settings, and what it computes from keys (arXiv:2410.21465).
 
 Keys before their rotation lie close to a space of few dimensions, jointly over the KV heads; rotated keys of
-neighbouring tokens are alike, so that a chunk's mean, its landmark, tells whether a query cares for the chunk. With
-the keys of all heads of a token side by side, `keys [tokens, width]`, width = kv_heads * head_dim:
+neighbouring tokens are alike, so that a chunk's mean, its landmark, tells whether the chunk is relevant to a query.
+With the keys of all heads of a token side by side, `keys [tokens, width]`, width = kv_heads * head_dim:
 
     gram = keys.T keys = V diag(e) V.T          basis = the eigenvectors of the `rank` largest e, [rank, width]
     coefficients = keys basis.T                 keys ~ coefficients basis, error the sum of the eigenvalues left out
@@ -26,11 +26,12 @@ class ShadowKV:
     """Settings of ShadowKV.
 
     rank: dimensions of the space the keys are kept in; None: 15.6 % of kv_heads * head_dim.
-    chunk: tokens a chunk, which are fetched together. outlier_chunks: chunks a KV head that stay exact on the device.
+    chunk: tokens per chunk, which are fetched together. outlier_chunks: chunks per KV head that stay exact on the
+    device.
     local_chunks: newest chunks that stay exact. fold: tokens the exact tail may grow by before its oldest are folded
     into chunks. dense_below: sequences of at most so many tokens stay dense; None: as many as would be read anyway.
     select_queries: a forward of more queries than this reads every chunk, as they would choose most of them.
-    drift: how much worse, as a factor, the old space may hold new keys than it held those it was made for.
+    drift: by what factor the old space's error may be larger for new keys than for those it was fitted to.
     group: how the query heads of a KV head agree on a chunk.
     """
 
@@ -75,7 +76,7 @@ class ShadowKV:
         return rank
 
     def dense_tokens(self, selected: Tensor) -> Tensor:
-        """Tokens up to which sequences stay dense that would select so many chunks, [batch] int64."""
+        """Up to how many tokens sequences that would select so many chunks stay dense, [batch] int64."""
         if self.dense_below is not None:
             return torch.full_like(selected, self.dense_below)
         return (selected + self.outlier_chunks + self.local_chunks) * self.chunk
@@ -91,7 +92,7 @@ def gram(keys: Tensor, largest: int = 8192) -> Tensor:
 
 
 def fit_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The space that holds most of the keys with this gram matrix.
+    """The space that captures most of the keys with this gram matrix.
 
     Args:
         gram: [batch, width, width] float32.
@@ -100,7 +101,7 @@ def fit_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         Orthonormal rows, [batch, rank, width] float32, and the share of the keys' squared norm that they miss, [batch].
         Both NaN where the keys are not all finite.
     """
-    # LAPACK refuses what is not finite
+    # LAPACK refuses numbers that are not finite
     known = gram.isfinite().all(-1).all(-1)[:, None]
     values, vectors = torch.linalg.eigh(gram.where(known[..., None], 0.0))
     values, vectors = values.where(known, torch.nan), vectors.where(known[..., None], torch.nan)
@@ -120,7 +121,7 @@ def project(keys: Tensor, basis: Tensor, length: float = 1.0) -> Tensor:
 
 
 def measure(keys: Tensor, basis: Tensor, largest: int = 8192) -> tuple[Tensor, Tensor]:
-    """The squared norm of keys [batch, tokens, width], and that of what a basis misses, [batch] float32 each."""
+    """The squared norm of keys [batch, tokens, width], and of the part that a basis misses, [batch] float32 each."""
     norm, missed = [], []
     for piece in keys.split(largest, 1):
         wide = piece.float()
@@ -131,8 +132,8 @@ def measure(keys: Tensor, basis: Tensor, largest: int = 8192) -> tuple[Tensor, T
 
 
 def landmarks_of(keys: Tensor, largest: int = 1024) -> tuple[Tensor, Tensor]:
-    """Of rotated keys [batch, kv_heads, chunks, chunk, head_dim] each chunk's mean, [batch, kv_heads, chunks, head_dim]
-    in their dtype, and the least cosine between it and its keys, [batch, kv_heads, chunks] float32."""
+    """The mean of each chunk of rotated keys [batch, kv_heads, chunks, chunk, head_dim], [batch, kv_heads, chunks,
+    head_dim] in their dtype, and the least cosine between it and its keys, [batch, kv_heads, chunks] float32."""
     means, cosines = [], []
     for piece in keys.split(largest, 2):
         wide = piece.float()

@@ -2,11 +2,11 @@
 
     score[j] = pool over neighbours of j of sum over the last `window` queries i of softmax(q_i . k)[j]
 
-The window's own tokens are kept whatever they score, and lend nothing to their neighbours before the window.
+The window's own tokens are kept whatever they score, and add nothing to the scores of those before the window.
 
 The paper compresses once, after the prompt. Here eviction goes on while decoding, so the observation window slides:
 a forward of n < window queries adds its attention and what was observed before fades,
-`score = (1 - n / window) * score + attention`, which remembers `window` queries. Without that, what is generated could
+`score = (1 - n / window) * score + attention`, which remembers `window` queries. Without that, generated tokens could
 never be judged against the prompt. The attention of a single query is not pooled.
 """
 
@@ -93,7 +93,7 @@ class SnapKV(ObservationWindow):
         if self.kernel == 1:
             return attention
         within = positions >= (candidates.lengths - self.window)[:, None, None]
-        # neighbours in the text: slots are in no order, and what is missing has no attention to lend
+        # neighbours in the text: slots are in no order, and a missing token adds no attention
         order = positions.argsort(dim=-1, stable=True)
         in_order = attention.masked_fill(within | (positions < 0), 0.0).gather(-1, order)
         pool = torch.nn.functional.avg_pool1d if self.pooling == "avg" else torch.nn.functional.max_pool1d

@@ -1,4 +1,4 @@
-"""StreamingLLM: keep the first tokens, on which attention rests, and the newest (arXiv:2309.17453)."""
+"""StreamingLLM: keep the first tokens, where attention collects, and the newest (arXiv:2309.17453)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

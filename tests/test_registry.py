@@ -190,7 +190,7 @@ def test_a_name_belongs_to_one_class(listed):
         ValueError, match=r"the name 'h2o' belongs to kvcompress.policies.h2o.H2O; register .*Mine under"
     ):
         register("h2o", "anything")(Mine)
-    with pytest.raises(ValueError, match="a method's name is in lower case and without any of ':=, ', got 'my:h2o'"):
+    with pytest.raises(ValueError, match="a method's name must be in lower case, without any of ':=, ', got 'my:h2o'"):
         register("my:h2o", "anything")
 
 

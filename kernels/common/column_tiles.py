@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.torch_attention import slots_seen
 
-# the lse of a query that is left out: exp(logit - it) is 0 in float32, and it survives arithmetic that inf does not
+# the lse of a query that is left out: exp(logit - lse) is 0 in float32, and no arithmetic makes NaN of it, as of inf
 _IGNORED = 1e4
 _TILE_COLUMNS = 256
 # 4 MB in float32: about what two cores' caches hold, and few enough calls that their overhead does not show

@@ -1,4 +1,4 @@
-"""What attention makes of a query and a key before the softmax."""
+"""How attention makes logits of queries and keys."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class LogitSpec(NamedTuple):
-    """How a query and a key make a logit, and how far back a query sees. All ops over logits take one.
+    """How a query and a key make a logit, and how far back a query sees. Every op that computes logits takes one.
 
         logit = scale * q.k        or, with a softcap c,        c * tanh(scale * q.k / c)
 
@@ -22,11 +22,11 @@ class LogitSpec(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether logits are scaled products and no more, of all earlier tokens: what fused attention knows."""
+        """Whether logits are only scaled, and all earlier tokens are seen: what fused attention can do."""
         return self.window is None and self.softcap is None
 
     def within(self, tokens: int) -> "LogitSpec":
-        """The same for queries that have so many tokens to see: without a window that leaves none of them out."""
+        """The same for a chunk of so many tokens: without a window that would leave none of them out."""
         if self.window is None or self.window < tokens:
             return self
         return LogitSpec(self.scale, None, self.softcap)
@@ -37,10 +37,10 @@ class LogitSpec(NamedTuple):
 
     @property
     def arguments(self) -> tuple[int, float, float]:
-        """What kernels take: window, scale and softcap, 0 for those that there are not."""
+        """What a kernel takes: window, scale and softcap, 0 where there is none."""
         return self.window or 0, self.scale, self.softcap or 0.0
 
     @property
     def constants(self) -> dict[str, bool]:
-        """What kernels are compiled for: whether there is a window, and a softcap."""
+        """What a kernel is compiled for: whether there is a window, and a softcap."""
         return {"WINDOWED": self.window is not None, "SOFTCAPPED": self.softcap is not None}

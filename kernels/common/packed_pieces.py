@@ -1,7 +1,7 @@
 """Attention to packed keys and values in plain PyTorch, a piece of blocks at a time: packed_attention's path on a CPU.
 
-What a piece costs is mostly its calls, so all that is small (scales, zeros, factors) meets the queries once for all
-blocks, and a piece only unpacks its codes into a room that stays in a core's cache, and multiplies.
+A piece costs mostly its calls, so what is small (scales, zeros, factors) meets the queries once for all blocks, and a
+piece only unpacks its codes into a buffer that stays in a core's cache, and multiplies.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from kvcompress.kernels.common.torch_attention import slots_seen
 _PIECE = 2**18
 # logits held at once: 8 MB in float32
 _LOGITS = 2**21
-# numbers of a group to each row from which on scales meet rows and not codes
+# from this many numbers of a group per row on, scales are applied to rows instead of codes
 _FOLDED = 8
 
 
@@ -43,7 +43,7 @@ def attend_in_pieces(
     out = query.new_empty(batch, heads, queries, value_dim)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     kept = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
-    # by position of the query, so that a row sees what its query does
+    # ordered by query first, so that the rows of a query are masked together
     rows = query.view(batch, kv_heads, group, queries, head_dim).transpose(2, 3)
     shared = None if offsets is None else offsets.view(batch, kv_heads, group, queries).transpose(2, 3)
     step = max(1, _LOGITS // max(1, batch * heads * tokens))
@@ -62,7 +62,7 @@ def attend_in_pieces(
         if with_logits:
             kept.copy_(logits.view_as(kept))
         part_lse = logits.logsumexp(-1, keepdim=True)
-        # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+        # a query that sees nothing: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
         weights = logits.sub_(part_lse.masked_fill(part_lse == -torch.inf, 0.0)).exp_()
         found = _value_products(weights, values, value_coding, pieces, spans, room)
         by_head = found.unflatten(2, (-1, group)).transpose(2, 3)
@@ -72,7 +72,7 @@ def attend_in_pieces(
 
 
 def _pieces(blocks: int, numbers: int) -> list[slice]:
-    """Runs of blocks of like length, of `numbers` numbers a block."""
+    """Runs of blocks of nearly equal length; a block has so many numbers."""
     count = -(-blocks * numbers // _PIECE)
     ends = [blocks * n // count for n in range(count + 1)] if count else [0]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends) if stop > start]
@@ -88,7 +88,7 @@ def _key_products(
     products = rows.new_empty(*rows.shape[:2], blocks * per_block, rows.shape[2], block // per_block)
     folded = _is_folded(keys, coding, rows.shape[2], "channel", block)
     if folded:
-        # the scales of a channel meet the few rows in place of its many codes
+        # the scales of a channel are applied to the few rows instead of its many codes
         scaled = rows[:, :, None] * keys.scales.to(rows.dtype).flatten(2, 3)[:, :, :, None]
     for piece in pieces:
         of_piece = slice(piece.start * per_block, piece.stop * per_block)
@@ -146,13 +146,13 @@ def _is_folded(packed: QuantizedTensor, coding: QuantScheme, rows: int, axis: st
 
 
 def _codes(packed: QuantizedTensor, coding: QuantScheme, piece: slice, room: Tensor) -> Tensor:
-    """Codes of some blocks as floats, in the room: [batch, kv_heads, blocks, block, head_dim]."""
+    """Codes of some blocks as floats, in `room`: [batch, kv_heads, blocks, block, head_dim]."""
     codes = unpack_codes(packed.codes[:, :, piece], coding.bits)
     return room[: codes.numel()].view(codes.shape).copy_(codes)
 
 
 def _decoded(codes: Tensor, packed: QuantizedTensor, coding: QuantScheme, piece: slice) -> Tensor:
-    """What codes stand for, in place; low-rank terms are not in it."""
+    """Decodes codes in place, without low-rank terms."""
     scales, zeros = (
         spread_groups(x[:, :, piece].to(codes.dtype), coding, codes) for x in (packed.scales, packed.zeros)
     )

@@ -1,8 +1,8 @@
-"""Device functions of packed blocks: decoding a tile in registers, and multiplying with its low-rank factors.
+"""Device functions for packed blocks: decoding a tile in registers, and multiplying by its low-rank factors.
 
-A tile has the tokens of one or several whole blocks in their order, or a part of one block: of each of its PLANES
-planes (stretches of BLOCK / PLANES tokens, whose codes lie in the same rows) RUN tokens from the same offset on. Keys
-and values that are packed at different bits have tiles of the same tokens when both take the larger PLANES.
+A tile has the tokens of one or several whole blocks in order, or a part of one block: from each of its PLANES planes
+(stretches of BLOCK / PLANES tokens, whose codes lie in the same rows) RUN tokens from the same offset on. Keys and
+values packed at different bits have tiles of the same tokens when both use the larger PLANES.
 """
 
 from typing import NamedTuple

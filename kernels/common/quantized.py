@@ -15,7 +15,7 @@ class QuantScheme(NamedTuple):
 
     Attributes:
         bits: of a code: 2, 3, 4 or 8.
-        group: numbers that share a scale and a zero, a power of two from 8 on; no more than the vector has are used.
+        group: numbers that share a scale and a zero, a power of two, at least 8; at most the whole vector.
         axis: "channel": a group is `group` consecutive tokens of a channel (keys); "token": `group` consecutive
             channels of a token (values).
         outliers: numbers that leave each vector at either end.
@@ -35,7 +35,7 @@ class QuantScheme(NamedTuple):
         return block, -(-head_dim // self.group)
 
     def bytes(self, block: int, head_dim: int) -> int:
-        """Bytes of one packed block of one KV head, its basis `right` apart, which many blocks may share."""
+        """Bytes of one packed block of one KV head, without its basis `right`, which many blocks may share."""
         groups, vectors = self.groups(block, head_dim), head_dim if self.axis == "channel" else block
         codes = block * self.bits // 8 * head_dim
         return codes + 4 * groups[0] * groups[1] + 6 * self.outliers * vectors + 2 * block * self.rank
@@ -87,7 +87,7 @@ def check_coding(coding: QuantScheme, block: int, head_dim: int) -> None:
 
 
 def empty_packed(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
-    """Room for what `quantise` makes of these blocks."""
+    """Empty tensors for what `quantise` makes of these blocks."""
     batch, kv_heads, blocks, block, head_dim = x.shape
     shape = (batch, kv_heads, blocks)
     codes = x.new_empty(*shape, block * coding.bits // 8, head_dim, dtype=torch.uint8)
@@ -101,11 +101,11 @@ def empty_packed(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
 
 
 def stored_blocks(packed: QuantizedTensor) -> tuple[QuantizedTensor, int, int]:
-    """The packed tensors as kernels address them: a block is contiguous, and the one behind it lies behind it.
+    """The packed tensors as kernels address them: each block is contiguous, and the blocks follow one another.
 
     Returns:
         The tensors, and how many blocks lie between rows and between heads. Slices of a larger storage are taken as
-        they are, tensors laid out otherwise are copied; the factor `right` is passed through.
+        they are, other layouts are copied; the factor `right` is passed through.
     """
     parts = [part for part in packed[:6] if part is not None]
     strides = {(part.stride(0) / part[0, 0, 0].numel(), part.stride(1) / part[0, 0, 0].numel()) for part in parts}
@@ -139,8 +139,8 @@ def spread_groups(groups: Tensor, coding: QuantScheme, x: Tensor) -> Tensor:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Packs codes along the tokens of a block, without interleaving.
 
-    With rows = block * bits / 8 for 2, 4 and 8 bits, bits j * bits and on of row r hold the code of token r + j * rows.
-    Codes of 3 bits are two such planes one below the other: their low 2 bits, then their high bit.
+    With rows = block * bits / 8 for 2, 4 and 8 bits, the bits of row r from j * bits on hold the code of token
+    r + j * rows. Codes of 3 bits are two such planes, one below the other: their low 2 bits, then their high bit.
 
     Args:
         codes: [..., block, head_dim] uint8, below 2^bits.
@@ -177,7 +177,7 @@ def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
     flat = packed.flatten(-2)
     mask, words = 2**bits - 1, flat
     if not any(size % 8 for size in (flat.shape[-1], flat.storage_offset(), *flat.stride()[:-1])):
-        # eight bytes at a time: what a shift brings over from the byte above, the mask removes
+        # eight bytes at a time: the mask removes what a shift brings in from the byte above
         mask, words = mask * 0x0101010101010101, flat.view(torch.int64)
     shifts = torch.arange(0, 8, bits, dtype=words.dtype, device=words.device)
     codes = (words[..., None, :] >> shifts[:, None]).bitwise_and_(mask).view(torch.uint8)

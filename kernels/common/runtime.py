@@ -23,7 +23,7 @@ from kvcompress.kernels.missing_triton import MissingTriton
 
 _missing: MissingTriton | None = None
 if TYPE_CHECKING:
-    # by this name, as others take it from here
+    # under its own name: a re-export, which other files import
     import triton as triton
     import triton.language
 else:
@@ -35,17 +35,17 @@ tl = triton.language
 
 HAS_TRITON = _missing is None
 if _missing is not None and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true"):
-    # whoever asks for the kernels must not get something else
+    # who asks for the kernels must not get anything else
     raise _missing.error("TRITON_INTERPRET=1")
 
-# read once: Triton decides at import too, and torch.compile cannot trace a look at the environment
+# read once: Triton too decides at import, and torch.compile cannot trace reading the environment
 INTERPRETED: bool = HAS_TRITON and triton.knobs.runtime.interpret
 
-# launch options that let a kernel use what registers there are: left to itself, ptxas spills a few of them to make room
-# for one block more on a multiprocessor (AMD's compiler does not)
+# launch options that let a kernel use all registers: left to itself, ptxas spills a few of them to fit one more block
+# on a multiprocessor (AMD's compiler does not)
 ALL_REGISTERS: dict[str, int] = {"maxnreg": 255} if torch.version.hip is None else {}
 
-# the dtypes that kernels are compiled for ahead of time: float16 is as bfloat16
+# the dtypes that kernels are compiled for ahead of time: float16 behaves like bfloat16
 AOT_DTYPES = (torch.bfloat16, torch.float32)
 # every pair of a tile and a tail up to the widest (common/tile.py); others only mask more
 AOT_HEAD_DIMS = (64, 80, 96, 128, 144, 192, 256)
@@ -58,7 +58,7 @@ def runs_triton(tensor: Tensor) -> bool:
     """True where a Triton kernel can take this tensor; ops use their PyTorch path elsewhere.
 
     The kernels compute in float32, so float64 always takes the PyTorch path. A GPU without Triton takes it too, which
-    is right and slow: the first time there is a warning.
+    is right but slow: the first time, it warns.
     """
     if _missing is not None:
         # torch.compile cannot trace a warning
@@ -80,7 +80,7 @@ def autotune(
     """triton.autotune on a GPU. The interpreter has no clock to tune by, so it takes the first config.
 
     Args:
-        key: arguments whose values, like all dtypes, call for tuning anew. None of them may change while decoding.
+        key: arguments on whose values, as on all dtypes, tuning depends. None of them may change while decoding.
         prune: (configs, arguments, **constants) to the configs worth trying there.
     """
     if INTERPRETED:
@@ -93,7 +93,7 @@ def autotune(
 
 @functools.lru_cache
 def core_count(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of no matter elsewhere, so few that the interpreter's tests split keys too."""
+    """Multiprocessors of a GPU; elsewhere a small number, so that the interpreter's tests split keys too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -108,7 +108,7 @@ def _has_wgmma(device: torch.device) -> bool:
 
 
 def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-    """Launches a kernel on the device of its tensors, with all the registers there are.
+    """Launches a kernel on the device of its tensors, with all registers.
 
     Args:
         grid: how many programs, a tuple, or a function of the compile-time arguments that returns it.
@@ -122,7 +122,7 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
 
 
 class Launch(NamedTuple):
-    """What `launch` was called with, but for the grid."""
+    """What `launch` was called with, except for the grid."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -139,9 +139,9 @@ _recording: _Recording | None = None
 
 @contextmanager
 def recording(has_wgmma: bool = False) -> Iterator[list[Launch]]:
-    """Lists what ops would launch on a GPU that has wgmma or not; nothing is launched, and results hold anything.
+    """Lists what ops would launch on a GPU with or without wgmma; nothing is launched, and results are undefined.
 
-    Wherever their tensors are, ops take the path of a GPU: those of `shaped` will do.
+    Ops take the GPU's path wherever their tensors are: those of `shaped` will do.
     """
     global _recording
     if _missing is not None:
@@ -154,12 +154,12 @@ def recording(has_wgmma: bool = False) -> Iterator[list[Launch]]:
 
 
 def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor that has a shape and a dtype, and no numbers: for the calls that a file makes in its `aot_calls`."""
+    """A tensor with a shape and a dtype but no numbers, for the calls in a file's `aot_calls`."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Op(NamedTuple):
-    """What `op` made of a function: its fake, the torch.library op, and by name how this takes the arguments."""
+    """What `op` made of a function: its fake, the torch.library op, and what turns a call's arguments into the op's."""
 
     function: Callable[..., Any]
     fake: Callable[..., Any]
@@ -183,11 +183,11 @@ def op(
     """Makes a function one opaque node of a compiled graph, the torch.library op kvcompress::<its name>; see `OPS`.
 
     Only a call that torch.compile is tracing goes through the op; an eager call runs the function itself,
-    because the dispatch of a custom op costs some 30 us, more than many of these functions.
+    because dispatching a custom op costs about 30 us, more than many of these functions.
 
-    A schema knows no named tuples: those among the arguments enter the op as their fields. A result that is neither
-    nothing, a tensor nor a tuple of a fixed length leaves it as a list of its tensors, less those at the end that are
-    None. Nor does it know tensors by keyword only: the op takes all arguments in their order.
+    A schema has no named tuples: those among the arguments enter the op as their fields. A result that is not None, a
+    tensor or a tuple of fixed length leaves it as a list of its tensors, without those at the end that are None. Nor
+    does a schema have keyword-only tensors: the op takes all arguments in order.
 
     Args:
         fake: takes all arguments by name and returns empty tensors as the function would.
@@ -224,7 +224,7 @@ def op(
 
 
 def _is_listed(returns: Any) -> bool:
-    """Whether a result leaves an op as a list: one that a schema cannot say."""
+    """Whether a result leaves an op as a list, because a schema cannot express it."""
     return returns not in (None, Tensor) and typing.get_origin(returns) is not tuple
 
 
@@ -260,7 +260,7 @@ def _taking_apart(function: Callable[..., Any], tuples: dict[str, Any]) -> Calla
 def _of_leaves(
     run: Callable[..., Any], function: Callable[..., Any], tuples: dict[str, Any]
 ) -> Callable[..., list[Tensor] | Any]:
-    """What runs with the arguments of a function, as its op: it takes the leaves, and a schema can say its result."""
+    """`run`, which takes the function's arguments, as its op: from leaves, with a result that a schema can express."""
     signature = inspect.signature(function)
     is_listed = _is_listed(signature.return_annotation)
     flat = signature.replace(
@@ -280,7 +280,7 @@ def _of_leaves(
 
 
 def _leaves(parameter: inspect.Parameter) -> list[inspect.Parameter]:
-    """A parameter as a schema can say it: of a named tuple its fields, of literals a string."""
+    """A parameter as a schema can express it: a named tuple as its fields, literals as a string."""
     kind = parameter.annotation
     fields = typing.get_type_hints(kind) if hasattr(kind, "_fields") else {}
     if fields:

@@ -11,7 +11,7 @@ from kvcompress.kernels.common.tile import rows_aligned
 
 
 class KeyBlocks:
-    """Blocks of keys and values, each a tensor of its own; what a kernel must know of them is made once.
+    """Blocks of keys and values, each a tensor of its own; what a kernel needs to know about them is computed once.
 
     keys: [kv_heads, tokens, head_dim] each. values: [kv_heads, tokens, value_dim] each. starts: the position of each
     block's first token, read only where positions are.
@@ -33,7 +33,7 @@ class KeyBlocks:
 
     @functools.cached_property
     def laid_out(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Keys and values with rows that kernels load 16 bytes at a time, and a row of facts of each block:
+        """Keys and values with rows that kernels can load 16 bytes at a time, and a row of facts for each block:
         [blocks, 6] int64, the two addresses, elements from one head to the next in both, tokens and start."""
         keys, values = ([_packed_rows(tensor) for tensor in tensors] for tensors in (self.keys, self.values))
         facts = [
@@ -70,7 +70,8 @@ class Tiles(NamedTuple):
 class Sharing:
     """Which rows of a batch see which block.
 
-    rows: for each block its rows, ascending; none for a block that waits. batch: rows in all; one may see no block.
+    rows: the rows of each block, ascending; none for a block that no row sees yet. batch: number of rows; a row may see
+    no block.
     """
 
     def __init__(self, rows: Sequence[Sequence[int]], batch: int) -> None:
@@ -93,7 +94,7 @@ class Sharing:
 
     @functools.cached_property
     def parts(self) -> int:
-        """Parts a result has: the most blocks that one row sees."""
+        """Number of parts of a result: the most blocks that one row sees."""
         return max(self.levels, default=-1) + 1
 
     def pick(self, block: int, device: torch.device) -> slice | Tensor:

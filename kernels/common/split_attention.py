@@ -31,7 +31,7 @@ _PROGRAMS_PER_CORE = 4
 # keys below which a part does not repay its share of the merge
 _LEAST_SPLIT = 256
 MOST_SPLITS = 64
-# tiles that take as long as what a program does before and after its own
+# what a program does before and after its tiles takes as long as so many tiles
 _STARTING = 2
 
 
@@ -88,7 +88,7 @@ def launch_split(
 
 
 def split_keys(programs: int, tokens: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts to split the keys, and how many keys are in a part, a multiple of the block."""
+    """How many parts to split the keys into, and how many keys are in a part, a multiple of the block."""
     wanted = triton.cdiv(_PROGRAMS_PER_CORE * core_count(device), programs)
     splits = max(1, min(wanted, triton.cdiv(tokens, _LEAST_SPLIT), MOST_SPLITS))
     part = triton.cdiv(triton.cdiv(tokens, splits), block) * block
@@ -97,7 +97,7 @@ def split_keys(programs: int, tokens: int, block: int, device: torch.device) -> 
 
 @functools.lru_cache(1024)
 def _parts(programs: int, tokens: int, block: int, resident: int) -> tuple[int, int]:
-    """As split_keys, where a GPU holds `resident` programs at once: rounds of them times a part's tiles are least."""
+    """As split_keys, where a GPU holds `resident` programs at once: the fewest rounds times tiles per part."""
     # triton.cdiv takes microseconds
     tiles = max(1, -(-tokens // block))
     found, least = (1, tiles), math.inf
@@ -112,7 +112,7 @@ def _parts(programs: int, tokens: int, block: int, resident: int) -> tuple[int, 
 
 
 def _split_blocks(rows: int, width: int, element_size: int, deep: bool) -> tuple[int, int, int, int]:
-    """Rows and tokens a tile, warps and stages of the split kernel; deep: with shared memory for Hopper's."""
+    """Rows and tokens per tile, warps and stages of the split kernel; deep: shared memory as large as Hopper's."""
     block_rows = min(FEW_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
         if width <= 64:
@@ -208,7 +208,7 @@ def _split_kernel(
 
         logits *= LOG2E
         risen = tl.maximum(peak, tl.max(logits, 1))
-        # a query that has seen nothing yet: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+        # a query that has seen nothing yet: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
         shift = tl.where(risen == float("-inf"), 0.0, risen)
         fade = tl.exp2(peak - shift)
         weight = tl.exp2(logits - shift[:, None])  # [R, T]

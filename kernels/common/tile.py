@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # the interpreter multiplies the bit patterns of bfloat16 operands
 _WIDENS_OPERANDS = tl.constexpr(INTERPRETED)
 
-# what the matrix units take at least, along every side
+# the least that the matrix units take, along every side
 MIN_SIDE = 16
 
 

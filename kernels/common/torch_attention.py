@@ -9,13 +9,13 @@ from torch import Tensor
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states
 
-# logits a block of the CPU path may hold: 2 MB in float32, about one core's share of the cache
+# logits that a block of the CPU path may hold: 2 MB in float32, about one core's share of the cache
 _BLOCK_LOGITS = 2**19
 
 
 def slots_seen(positions: Tensor, query_positions: Tensor, window: int | None, causal: bool = False) -> Tensor:
-    """Which slots a query sees, [batch, kv_heads, queries or 1, slots]; one row for all queries where nothing but
-    whether a slot is taken counts. causal: none behind the query."""
+    """Which slots a query sees, [batch, kv_heads, queries or 1, slots]; one row for all queries where only
+    whether a slot is taken matters. causal: no position after the query's own."""
     seen, places = (positions >= 0)[:, :, None, :], query_positions[:, None, :, None]
     if window is not None:
         seen = seen & (positions[:, :, None, :] > places - window)
@@ -113,7 +113,7 @@ def cpu_flash(
         out, lse = out.masked_fill(~seen[..., None], 0.0), lse.masked_fill(~seen, -torch.inf)
     unsure = lse == 0
     if bool(unsure.any()):
-        # and so is one whose few logits are all NaN: what multiplies with 0 to something else is not finite
+        # and so is one whose few logits are all NaN: what is not 0 when multiplied by 0 is not finite
         of_keys = (key * 0).sum((2, 3)).repeat_interleave(query.shape[1] // key.shape[1], 1)
         lost = torch.where(unsure, (query * 0).sum(-1) + of_keys[..., None], 0.0)
         out, lse = out + lost[..., None], lse + lost
@@ -148,7 +148,7 @@ def causal_flash(
 def slot_flash(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, queries, head_dim = query.shape
     kv_heads = key.shape[1]
-    # the heads of a group become more queries of their kv head: keys are read once a group
+    # the heads of a group become more queries of their kv head: keys are read once per group
     rows = query.reshape(batch, kv_heads, -1, head_dim)
     bias = torch.zeros_like(positions, dtype=query.dtype).masked_fill_(positions < 0, -torch.inf)[:, :, None, :]
     seen = (positions >= 0).any(-1)[..., None]
@@ -184,8 +184,8 @@ def causal_mask(queries: int, tokens: int, window: int | None, device: torch.dev
 
 
 def softmax_values(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Of masked logits, the output [batch, kv_heads, group, queries, value_dim] and lse, the same less value_dim."""
+    """Output [batch, kv_heads, group, queries, value_dim] of masked logits, and its log-sum-exp."""
     lse = logits.logsumexp(-1)
-    # a query that sees nothing: shifting by 0 keeps exp(-inf - shift) = 0 and not NaN
+    # a query that sees nothing: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
     return weights @ value.float()[:, :, None], lse

@@ -99,7 +99,7 @@ def test_weights_that_begin_anywhere_give_the_same():
 def test_layers_that_differ_are_refused():
     _, arguments, _ = scene(*CASES[1])
     x, key_weights, *rest = arguments
-    with pytest.raises(ValueError, match="a weight and a place of keys and of values for every layer"):
+    with pytest.raises(ValueError, match="weights of keys and values and a place for both, got"):
         bulk_key_values(x, key_weights[:1], *rest)
     with pytest.raises(ValueError, match=r"weights \[kv_heads \* head_dim, hidden\]"):
         bulk_key_values(x[..., :-1], key_weights, *rest)

@@ -72,7 +72,7 @@ def test_the_scores_are_the_formula(queries):
             torch.testing.assert_close(found[row, kv_head][chosen], expected)
 
 
-def test_with_one_head_a_kv_head_all_ways_to_agree_are_one():
+def test_with_one_head_per_kv_head_all_ways_to_agree_give_the_same():
     arguments = scene(1, 4, 50, 64)
     scores = [chunk_scores(*arguments, LogitSpec(0.2), group=group) for group in ("max", "mean", "sum")]
     torch.testing.assert_close(scores[0], scores[1])
@@ -87,14 +87,14 @@ def test_a_query_that_is_padding_chooses_nothing():
     torch.testing.assert_close(found[1:], alone)
 
 
-def test_shapes_that_do_not_belong_together_are_refused():
+def test_shapes_that_do_not_fit_together_are_refused():
     query, landmarks, is_open = scene(2, 1, 40, 64)
     with pytest.raises(ValueError, match=r"is_open \[batch, kv_heads, chunks\].*\[2, 2, 39\]"):
         chunk_scores(query, landmarks, is_open[..., 1:], LogitSpec(1.0))
 
 
 def test_a_window_is_refused():
-    with pytest.raises(ValueError, match="a landmark stands for no position; got one of 8"):
+    with pytest.raises(ValueError, match="a landmark has no position; got window = 8"):
         chunk_scores(*scene(2, 1, 40, 64), LogitSpec(1.0, window=8))
 
 

@@ -94,7 +94,7 @@ def test_the_maximum_is_over_queries_and_the_heads_of_a_group():
     torch.testing.assert_close(found[0].cpu(), wanted)
 
 
-def test_every_query_hands_out_one():
+def test_every_query_gives_out_an_attention_of_one():
     query, key = heads(2, 6, 90, 64), heads(2, 2, 90, 64)
     _, lse = causal_attention_reference(query, key, key, LogitSpec(0.125))
     sums = causal_column_sums(query, key, lse, LogitSpec(0.125))

@@ -96,7 +96,7 @@ def test_the_probabilities_of_a_head_sum_to_its_group():
 
 def test_two_queries_are_refused():
     query, *rest = step(1, 5, 64, 64, torch.float32)
-    with pytest.raises(ValueError, match=r"one query a sequence, got query \[2, 2, 2, 64\]"):
+    with pytest.raises(ValueError, match=r"one query per sequence, got query \[2, 2, 2, 64\]"):
         decode_attention(torch.cat([query, query], 2), *rest, LogitSpec(1.0))
 
 

@@ -61,7 +61,7 @@ def test_steps_agree_with_the_reference_to_the_last_slot(group, slots, head_dim,
         torch.testing.assert_close(state.slots(), expected.slots(), rtol=1e-5, atol=1e-5)
 
 
-def test_heads_with_many_slots_are_shared_out(monkeypatch):
+def test_heads_with_many_slots_are_shared_among_programs(monkeypatch):
     monkeypatch.setattr(decode_evict, "_CHUNK", 64)
     test_steps_agree_with_the_reference_to_the_last_slot(2, 300, 64, 64, {"sinks": 2}, torch.float32)
 

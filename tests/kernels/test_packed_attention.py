@@ -125,7 +125,7 @@ def test_the_size_of_the_pieces_changes_nothing(piece, queries, monkeypatch):
 # one token's groups of 8, as slots have them
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [16, 64])
-def test_tokens_packed_each_for_itself_agree_with_the_reference(head_dim, dtype):
+def test_tokens_packed_one_by_one_agree_with_the_reference(head_dim, dtype):
     case = (3, 3, 8, 8, 0, 0, 2, 32, 3, head_dim, {})
     (query, _, values, _, coding, *rest), options = scene(case, dtype)
     keys = packed_blocks(blocks(2, 2, 3, 32, head_dim, dtype) * 0.5, coding)

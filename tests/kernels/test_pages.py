@@ -31,7 +31,7 @@ def fetch(buffer, pages, held, is_new, slabs):
 @pytest.mark.parametrize(
     ("chunk", "head_dim", "sizes"), [(8, 64, [30]), (8, 96, [5, 1, 17]), (1, 80, [7, 7]), (5, 129, [40]), (64, 64, [3])]
 )
-def test_values_that_are_fetched_are_those_of_the_page_bit_for_bit(chunk, head_dim, sizes, dtype):
+def test_fetched_values_are_those_of_the_page_bit_for_bit(chunk, head_dim, sizes, dtype):
     buffer, pages, held, is_new, slabs = scene(chunk, head_dim, sizes, dtype)
     fetch(buffer, pages, held, is_new, slabs)
     found = buffer[:, :, : SLOTS * chunk].unflatten(2, (SLOTS, chunk))

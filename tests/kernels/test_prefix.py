@@ -92,7 +92,7 @@ def test_the_reference_is_attention_to_all_tokens_of_the_path():
         torch.testing.assert_close(lse[row], logits.logsumexp(-1))
 
 
-def test_a_query_that_stands_within_a_block_sees_what_stands_before_it():
+def test_a_query_within_a_block_sees_what_precedes_it():
     own = blocks([40, 20], 2, 64, 64)
     query = heads(2, 4, 3, 64)
     at = torch.tensor([[37, 38, 39], [58, 59, 60]], dtype=torch.int32, device=DEVICE)
@@ -146,7 +146,7 @@ def test_a_row_in_no_block_sees_nothing_and_merges_to_what_else_it_sees():
     assert torch.isfinite(merged).all()
 
 
-def test_no_block_at_all_is_nothing():
+def test_without_blocks_nothing_is_seen():
     query = heads(3, 4, 2, 64)
     out, lse = prefix_attention(query, KeyBlocks([], []), Sharing([], 3), LogitSpec(1.0))
     assert (out == 0).all()

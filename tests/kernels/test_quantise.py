@@ -97,7 +97,7 @@ def test_a_constant_that_float16_lacks_is_kept_better_than_by_float16(axis):
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
-def test_vectors_of_nothing_but_outliers_are_exact(axis):
+def test_vectors_that_are_all_outliers_are_exact(axis):
     x = blocks(1, 1, 2, 16, 64, torch.float16).float()
     coding = QuantScheme(2, 16, axis, outliers=8 if axis == "channel" else 32)
     packed = quantise(x, coding)
@@ -123,7 +123,7 @@ def test_the_extremes_of_each_vector_are_its_outliers(axis):
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
-def test_of_equal_extremes_the_first_are_the_outliers_and_none_is_two(axis):
+def test_among_equal_extremes_the_first_are_outliers_and_none_counts_twice(axis):
     x = torch.zeros(1, 1, 1, 8, 8, device=DEVICE)
     index = quantise(x, QuantScheme(2, 8, axis, outliers=3)).outlier_index
     expected = torch.tensor([0, 1, 2, 3, 4, 5], device=DEVICE)

@@ -122,7 +122,7 @@ def test_an_op_gives_what_its_reference_gives(name):
     torch.testing.assert_close(tensors(arguments), tensors(others), rtol=1e-4, atol=1e-4)
 
 
-def test_an_eager_call_passes_the_dispatcher_by():
+def test_an_eager_call_bypasses_the_dispatcher():
     arguments, options = fresh("choose_victim")
     with Watch() as watch:
         public("choose_victim")(*arguments, **options)

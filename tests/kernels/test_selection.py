@@ -39,7 +39,7 @@ def test_hits_stay_where_they_are_and_hits_and_misses_are_the_selection(slots, c
             assert {chunk for chunk, fresh in zip(after, new, strict=True) if fresh} == asked - set(before)
 
 
-def test_wanting_the_same_again_moves_nothing():
+def test_selecting_the_same_again_moves_nothing():
     held = some(40, 90, 0.7, 4)
     now, is_new = reuse_slots(held, held.flip(-1), 90)
     assert torch.equal(now, held)

@@ -101,7 +101,7 @@ def test_queries_of_the_first_tokens_are_left_out_of_the_statistics(padded):
     check(made, policy.score(made.candidates), reference(made, policy, ROPE))
 
 
-def test_statistics_go_on_from_forward_to_forward():
+def test_statistics_carry_over_from_forward_to_forward():
     policy = ExpectedAttention(future=20, sinks=2)
     made, state, earlier = None, {}, []
     for number, (queries, padded) in enumerate([(6, True), (1, False), (1, False), (5, False)]):
@@ -118,7 +118,7 @@ def test_statistics_go_on_from_forward_to_forward():
         )
 
 
-def test_nothing_but_sinks_gives_finite_scores():
+def test_sinks_alone_get_finite_scores():
     policy = ExpectedAttention(sinks=100)
     made = scene(policy, 3)
     assert policy.score(made.candidates).isfinite().all()

@@ -27,7 +27,7 @@ def test_every_place_is_kept_as_often_as_any_other(seed):
     assert len(row.unique()) > 0.99 * tokens
 
 
-def test_seeds_choose_apart_and_one_seed_alike():
+def test_different_seeds_choose_differently_and_one_seed_alike():
     one, other = scores(Random(), 1000)[0, 0], scores(Random(seed=1), 1000)[0, 0]
     assert torch.equal(one, scores(Random(seed=0), 1000)[1, 1])
     assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.1
