@@ -353,7 +353,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         """Raises ValueError if the last tokens cannot be taken back exactly."""
 
     def _crop(self, tokens: int) -> None:
-        """Takes back the last tokens, which the clock counts still."""
+        """Takes back the last tokens, which the clock still counts."""
         raise NotImplementedError
 
     def offload(self) -> None:

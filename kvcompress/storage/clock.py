@@ -7,8 +7,8 @@ from torch import Tensor
 class TokenClock:
     """The columns that a layer was fed, padding included.
 
-    tensor: the same number as a tensor [] int64, in layers whose steps are compiled: such a step advances it and does
-    not read it, so that the number on the host is not known until somebody asks. None in other layers.
+    tensor: the same number as a tensor [] int64, in layers whose steps are compiled: such a step advances it without
+    reading it, so the number is not known on the host until it is asked for. None in other layers.
     """
 
     def __init__(self) -> None:
@@ -22,13 +22,13 @@ class TokenClock:
             if torch.compiler.is_compiling():
                 return self.tensor  # type: ignore[return-value]
             if self._seen is None:
-                # to read a tensor is to wait for the GPU
+                # reading a tensor means waiting for the GPU
                 self._seen = int(self.tensor)
         assert self._seen is not None
         return self._seen
 
     def advance(self, tokens: int) -> None:
-        """Counts so many columns more, or fewer."""
+        """Counts so many more columns, or fewer if negative."""
         if self.tensor is not None:
             self.tensor.add_(tokens)
             if torch.compiler.is_compiling():
@@ -38,10 +38,10 @@ class TokenClock:
             self._seen += tokens
 
     def begin_at(self, seen: int) -> None:
-        """Says how many columns were fed."""
+        """Sets how many columns were fed."""
         assert self.tensor is None
         self._seen = seen
 
     def count_on(self, tensor: Tensor, seen: int | None = None) -> None:
-        """Goes on from a tensor's number, in this tensor; seen: the number, where it is known."""
+        """Continues from a tensor's number, in this tensor; seen: the number, if it is known."""
         self.tensor, self._seen = tensor, seen
