@@ -1,14 +1,17 @@
 """The full cache, with kvcompress's attention: the ceiling that the others are measured against."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcompress import hf
 from kvcompress.cache import CompressedCache
+from kvcompress.caches.compiled_steps import CompiledSteps
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored, ordinary_tensors
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.storage.segment import Segment
@@ -32,19 +35,119 @@ class DenseStep(ForwardStep):
         self.layer._drop()
 
 
+class CompiledStep(ForwardStep):
+    """A token that a compiled model feeds."""
+
+    def __init__(self, steps: CompiledSteps, x: AttentionInput) -> None:
+        super().__init__(x)
+        self.steps = steps
+        steps.store(x)
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        out, lse = self.steps.attend(x)
+        return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
+
+    def commit(self) -> None:
+        self.steps.count(self.input)
+
+
 class DenseLayer(CompressedLayer):
     """Keeps every token; on a sliding layer, those of the window and a little more."""
 
     is_croppable = True
     queries_watched = 0
     storage: type[DenseSegment] = DenseSegment
-    dense: DenseSegment | None = None
     dropped = 0
+    _dense: DenseSegment | None = None
+    # where compiled steps write; columns seen when they were last counted; whether nothing else has come since
+    _steps: CompiledSteps | None = None
+    _counted = 0
+    _is_ready = False
+    # steps asked for at a time, 0: none are compiled; those that may come until there is no room
+    _reserved = 0
+    _left = 0
+
+    @property
+    def dense(self) -> DenseSegment | None:
+        """All tokens held; None before the first."""
+        if self._steps is not None and self._is_ready and not torch.compiler.is_compiling():
+            written = self.clock.seen - self._counted
+            if written:
+                self._steps.take_in(written)
+                self._counted += written
+        return self._dense
+
+    @dense.setter
+    def dense(self, segment: DenseSegment | None) -> None:
+        self._dense, self._steps = segment, None
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return self._reserved > 0
+
+    def is_traceable(self, tokens: int) -> bool:
+        return tokens == 1 and self._steps is not None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            return hf.ONE_TOKEN, 0
+        return super().get_mask_sizes(query_length)
+
+    def reserve(self, steps: int) -> None:
+        """Takes room for so many steps that are compiled, and as many whenever that is used up."""
+        self._reserved = steps
+        self._make_ready(steps)
+
+    def forward_comes(self) -> None:
+        """Called by generate before a forward, outside of what it compiles."""
+        if not self._reserved:
+            return
+        if not (self._is_ready and self._left):
+            self._make_ready(1)
+        self._left -= 1
+
+    def _make_ready(self, steps: int) -> None:
+        """Lets so many compiled steps follow on what is held."""
+        dense = self.dense
+        if dense is None:
+            return
+        room = dense.keys.shape[2] - dense.length
+        if room < steps:
+            # a step is compiled anew for each room
+            dense.take_room(max(self._reserved, dense.length // 4))
+        if self._steps is None:
+            self._steps = CompiledSteps(dense)
+        else:
+            self._steps.catch_up()
+        if self.clock.tensor is None:
+            seen = self.clock.seen
+            self.clock.count_on(torch.full((), seen, dtype=torch.int64, device=dense.keys.device), seen)
+            torch._dynamo.mark_static_address(self.clock.tensor, guard=False)
+        self._counted, self._is_ready = self.clock.seen, True
+        self._left = dense.keys.shape[2] - dense.length
+
+    def counters(self) -> dict[str, Tensor]:
+        if self._steps is None or self.clock.tensor is None:
+            return {}
+        positions, lengths, column = self._steps.tensors()
+        return {"positions": positions, "lengths": lengths, "column": column, "seen": self.clock.tensor}
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(change)
+        if self._is_ready:
+            self._make_ready(0)
 
     def segments(self) -> list[Segment]:
         return [] if self.dense is None else [self.dense]
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
+        if torch.compiler.is_compiling():
+            if self._steps is None or not self._is_ready:
+                raise RuntimeError(
+                    "a compiled step must follow on compiled steps, or on cache.reserve(steps), which makes room for "
+                    "as many: call it anew after a forward that was not compiled, and after crop"
+                )
+            return CompiledStep(self._steps, x)
         self._store(x)
         return DenseStep(self, x)
 
@@ -75,6 +178,8 @@ class DenseLayer(CompressedLayer):
             self.dense = self.storage(chunk.key, chunk.value)
         elif self.record_past:
             self._let_go()
+        assert self.dense is not None
+        self._is_ready = False
         self.dense.append(chunk.key, chunk.value, chunk.visible)
 
     def _read(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
@@ -122,6 +227,7 @@ class DenseLayer(CompressedLayer):
         """Hides what a change of padding drops; `apart` [batch]: how many first tokens of a row are held elsewhere."""
         assert self.dense is not None
         assert self.padding.before is not None
+        self._is_ready = False
         _, _, held = self.dense.held()
         held = remap.new_ones(len(remap), self.dense.length, dtype=torch.bool) if held is None else held
         # columns may have been reordered, and hold the last tokens of their rows
@@ -140,6 +246,7 @@ class DenseLayer(CompressedLayer):
 
     def _crop(self, tokens: int) -> None:
         assert self.dense is not None
+        self._is_ready = False
         self.dense.drop_last(tokens)
 
     def reset(self) -> None:
@@ -167,3 +274,28 @@ class DenseCache(CompressedCache):
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         return DenseLayer(self.padding, window, is_first=index == 0)
+
+    @as_stored()
+    def reserve(self, steps: int) -> None:
+        """Takes room for steps that you compile; with it, `generate` compiles its own on a GPU, as for a StaticCache.
+
+        A compiled step reads the room as well as the tokens. It takes no more room: call this anew before it runs out,
+        and after a forward that was not compiled, crop, or a change of the batch.
+
+        Args:
+            steps: tokens per sequence that are to come. `generate` takes room for as many again where they are used up.
+
+        Raises:
+            ValueError: steps is less than 1.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        for layer in self.layers:
+            if isinstance(layer, DenseLayer):
+                layer.reserve(steps)
+
+    @as_stored()
+    def forward_comes(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, DenseLayer):
+                layer.forward_comes()

@@ -55,6 +55,9 @@ class AttendingCache(Cache):
             input_ids: [batch, tokens], with the tokens seen before. attention_mask: of the same shape, or None.
         """
 
+    def forward_comes(self) -> None:
+        """Called before generate feeds a forward, outside of what it compiles: here a compiled step is made ready."""
+
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can trace a forward of so many tokens into one graph."""
         return False
@@ -341,9 +344,11 @@ class _Inputs(Shadow):
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = cache_in(kwargs.values())
-        if isinstance(cache, AttendingCache) and cache.whole_prompt_comes:
-            cache.whole_prompt_comes = False
-            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        if isinstance(cache, AttendingCache):
+            if cache.whole_prompt_comes:
+                cache.whole_prompt_comes = False
+                kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+            cache.forward_comes()
         return self.shadowed(input_ids, *args, **kwargs)
 
 

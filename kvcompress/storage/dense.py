@@ -72,6 +72,10 @@ class DenseSegment(Segment):
         self._grow(stop)
         return self.keys[:, :, self.length : stop], self.values[:, :, self.length : stop]
 
+    def take_room(self, tokens: int) -> None:
+        """Takes room for so many more tokens, and no more than that."""
+        self._reallocate(0, self.length + tokens)
+
     def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Views of the tokens held: keys, values [batch, kv_heads, length, head_dim], visible [batch, length]."""
         visible = None if self.visible is None else self.visible[:, : self.length]

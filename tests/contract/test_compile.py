@@ -1,5 +1,7 @@
 """Decode compiles to one graph that serves every step, with the answers of eager mode."""
 
+import dataclasses
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -7,9 +9,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext
 
-from kvcompress import H2OCache, release
+from kvcompress import DenseCache, H2OCache, release
 from kvcompress.hf import cache_argument, cache_name
-from tests.contract.caches import caches, those
+from tests.contract.caches import ENTRIES, caches, those
 from tests.contract.drive import assert_same_state, feed
 from tests.contract.models import DEVICE, END, PAD, left_padded, prompt, tiny
 
@@ -115,6 +117,47 @@ def test_the_real_model_decodes_two_hundred_steps_in_one_graph(smollm2):
     assert torch.equal(ours, decode(step_function(model), straight, token, position, STEPS))
 
 
+# docs: A `DenseCache` decodes compiled after `cache.reserve(steps)`
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_full_cache_with_room_decodes_two_hundred_steps_as_one_graph(family):
+    check(dataclasses.replace(ENTRIES[0], compileable=True), family)
+
+
+def test_a_compiled_step_of_a_full_cache_must_follow_on_compiled_steps_or_on_reserve():
+    model = tiny()
+    cache = DenseCache(model)
+    assert not cache.is_compileable
+    step = step_function(model)
+    compiled = torch.compile(step, backend="eager")
+    with torch.no_grad():
+        feed(model, cache, prompt(20, 2))
+        cache.reserve(4)
+        assert cache.is_compileable
+        token, position = torch.tensor([[3], [5]], device=DEVICE), torch.full((2, 1), 20, device=DEVICE)
+        compiled(token, position, cache)
+        # it takes in what was compiled, and goes on
+        step(token, position + 1, cache)
+        assert cache.get_seq_length() == 22
+        with pytest.raises(RuntimeError, match="call it anew"):
+            compiled(token, position + 2, cache)
+
+
+def test_a_compiled_step_of_a_full_cache_without_room_is_refused():
+    model = tiny()
+    cache = DenseCache(model)
+    compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        feed(model, cache, prompt(300, 2))
+        cache.reserve(1)
+        room = cache.layers[0].dense.keys.shape[2]
+        token, position = torch.tensor([[3], [5]], device=DEVICE), torch.full((2, 1), 300, device=DEVICE)
+        for _ in range(room - 300):
+            compiled(token, position, cache)
+            position = position + 1
+        with pytest.raises(RuntimeError, match="no room"):
+            compiled(token, position, cache)
+
+
 def check(entry, family):
     if not entry.compileable:
         pytest.skip("not compileable")
@@ -123,6 +166,7 @@ def check(entry, family):
     cache, straight = entry.build(model), entry.build(model)
     for each in (cache, straight):
         logits = feed(model, each, ids, mask)
+    make_ready(cache)
     token, position = logits[:, -1:].argmax(-1), mask.sum(-1, keepdim=True)
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(step_function(model), fullgraph=True, backend=backend)
@@ -150,6 +194,12 @@ def test_caches_of_other_budgets_are_compiled_for_one_after_the_other():
         steps = (compiled, cache), (step_function(model), straight)
         assert torch.equal(*(decode(step, each, token, position, 4) for step, each in steps))
         assert cache.layers[0].slots.kept().max() == budget
+
+
+def make_ready(cache):
+    """For compiled steps, where a cache must be."""
+    if isinstance(cache, DenseCache):
+        cache.reserve(STEPS)
 
 
 def addresses(cache):
