@@ -306,13 +306,17 @@ by_name = {entry.name: entry for entry in ENTRIES}
 every_cache = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 
 
-def caches(*names: str) -> pytest.MarkDecorator:
+# steps of this one are compiled once it has taken room for them
+RESERVED = dataclasses.replace(ENTRIES[0], name="dense_reserved", compileable=True)
+
+
+def caches(*names: str, also: tuple[Entry, ...] = ()) -> pytest.MarkDecorator:
     """These caches by default, and the others too where slow tests run."""
     return pytest.mark.parametrize(
         "entry",
         [
-            pytest.param(entry, marks=() if entry.name in names else pytest.mark.slow, id=entry.name)
-            for entry in ENTRIES
+            pytest.param(entry, marks=() if entry in also or entry.name in names else pytest.mark.slow, id=entry.name)
+            for entry in (*ENTRIES, *also)
         ],
     )
 

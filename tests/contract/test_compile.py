@@ -1,17 +1,16 @@
 """Decode compiles to one graph that serves every step, with the answers of eager mode."""
 
-import dataclasses
-
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext
+from transformers import CompileConfig
 
 from kvcompress import DenseCache, H2OCache, release
 from kvcompress.hf import cache_argument, cache_name
-from tests.contract.caches import ENTRIES, caches, those
+from tests.contract.caches import RESERVED, caches, those
 from tests.contract.drive import assert_same_state, feed
 from tests.contract.models import DEVICE, END, PAD, left_padded, prompt, tiny
 
@@ -117,10 +116,10 @@ def test_the_real_model_decodes_two_hundred_steps_in_one_graph(smollm2):
     assert torch.equal(ours, decode(step_function(model), straight, token, position, STEPS))
 
 
-# docs: A `DenseCache` decodes compiled after `cache.reserve(steps)`
+# docs: A `DenseCache` has a fixed capacity once `cache.reserve(steps)` gave it room
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_full_cache_with_room_decodes_two_hundred_steps_as_one_graph(family):
-    check(dataclasses.replace(ENTRIES[0], compileable=True), family)
+    check(RESERVED, family)
 
 
 def test_a_compiled_step_of_a_full_cache_must_follow_on_compiled_steps_or_on_reserve():
@@ -138,8 +137,34 @@ def test_a_compiled_step_of_a_full_cache_must_follow_on_compiled_steps_or_on_res
         # it takes in what was compiled, and goes on
         step(token, position + 1, cache)
         assert cache.get_seq_length() == 22
-        with pytest.raises(RuntimeError, match="call it anew"):
-            compiled(token, position + 2, cache)
+        whole = torch.compile(step, fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match="call it anew"):
+            whole(token, position + 2, cache)
+        # a compiled model that may break its graph runs this step as it is
+        straight = cache.clone()
+        assert torch.equal(compiled(token, position + 2, cache), step(token, position + 2, straight))
+
+
+# docs: `generate` takes as much room again where it runs out
+def test_generate_compiles_the_steps_of_a_full_cache_that_has_room_and_takes_more_where_it_runs_out():
+    model = tiny()
+    ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
+    cache = DenseCache(model)
+    cache.reserve(16)
+    options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
+    found = model.generate(ids, **cache_argument(model, cache), compile_config=config, **options)
+    assert torch.equal(found, model.generate(ids, **cache_argument(model, DenseCache(model)), **options))
+    # the mask grows by a column, and the room once
+    assert 1 <= len(graphs) <= 4
+    assert cache.get_seq_length() == 59
 
 
 def test_a_compiled_step_of_a_full_cache_without_room_is_refused():
@@ -179,7 +204,12 @@ def check(entry, family):
     assert cache.get_seq_length() == 20 + STEPS
     assert_same_state(entry, cache, straight)
     # and eager mode takes over where the graph left
-    assert torch.equal(feed_on(model, cache, mask), feed_on(model, straight, mask))
+    found, wanted = feed_on(model, cache, mask), feed_on(model, straight, mask)
+    if entry.exact:
+        # compiled steps attend through another function, which sums in another order
+        torch.testing.assert_close(found, wanted)
+    else:
+        assert torch.equal(found, wanted)
 
 
 def test_caches_of_other_budgets_are_compiled_for_one_after_the_other():
@@ -215,7 +245,7 @@ def feed_on(model, cache, mask):
     return feed(model, cache, prompt(3, 2), mask)
 
 
-@caches("h2o", "h2o_packed", "expected")
+@caches("h2o", "h2o_packed", "expected", also=(RESERVED,))
 def test_the_compiled_step_writes_only_to_tensors_that_stay_where_they_are(entry):
     """CUDA graphs refuse a step that writes to other inputs, and torch then runs it without them."""
     if not entry.compileable:
@@ -232,6 +262,7 @@ def test_the_compiled_step_writes_only_to_tensors_that_stay_where_they_are(entry
     model = tiny()
     first = entry.build(model)
     feed(model, first, prompt(20, 2))
+    make_ready(first)
     copies = [first.clone(), first]
     first.batch_repeat_interleave(1)
     compiled = torch.compile(step_function(model), fullgraph=True, backend=backend)
@@ -243,13 +274,14 @@ def test_the_compiled_step_writes_only_to_tensors_that_stay_where_they_are(entry
     assert written[0] <= pinned[0]
 
 
-@caches("h2o")
+@caches("h2o", also=(RESERVED,))
 def test_eager_steps_after_compiled_ones_count_right(entry):
     if not entry.compileable:
         pytest.skip("not compileable")
     model = tiny()
     cache = entry.build(model)
     feed(model, cache, prompt(20, 2))
+    make_ready(cache)
     compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
     with torch.no_grad():
         for place in (20, 21):
