@@ -20,12 +20,13 @@ def count_or_fraction(given: Any, name: str, unit: str, whole: str) -> int | flo
         TypeError: it is not a number.
         ValueError: it is a fraction outside (0, 1].
     """
-    number = given.item() if getattr(given, "ndim", None) == 0 else given
-    is_number = isinstance(number, int | float) and not isinstance(number, bool)
-    if not is_number or (isinstance(number, float) and not 0.0 < number <= 1.0):
-        expected = f"{unit} (int), or a fraction of {whole} in (0, 1] (float)"
-        raise (ValueError if is_number else TypeError)(f"{name} must be {expected}, got {given!r}")
-    return number
+    number: object = given.item() if getattr(given, "ndim", None) == 0 else given
+    error: type[Exception] = TypeError
+    if isinstance(number, int | float) and not isinstance(number, bool):
+        if isinstance(number, int) or 0.0 < number <= 1.0:
+            return number
+        error = ValueError
+    raise error(f"{name} must be {unit} (int), or a fraction of {whole} in (0, 1] (float), got {given!r}")
 
 
 @dataclass(frozen=True)

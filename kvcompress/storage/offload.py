@@ -95,6 +95,8 @@ class OffloadedPages:
         Raises:
             OSError: there is no room on the disk to move them; nothing has changed.
         """
+        used: Tensor
+        places: Tensor
         used, places = pages.cpu().unique(return_inverse=True)
         spare = 0 if exactly else len(used) // _SPARE
         there = int(self._ends(used).sum()) if exactly else sum(map(len, self.slabs))
