@@ -239,6 +239,8 @@ class PaddingRecord:
         Read from the device once per forward, however many layers ask.
         """
         if not self._counted:
+            # where no token was ever padding, the record knows without a look at the device
+            fresh = None if self.visible is None else fresh
             self._counts = None if fresh is None or bool(fresh.all()) else fresh.sum(-1).tolist()
             self._counted = True
         return self._counts
