@@ -281,7 +281,7 @@ def test_chunks_rebuilt_from_the_wrong_space_are_found(monkeypatch):
 
 def test_memory_that_is_not_told_is_found(monkeypatch):
     monkeypatch.setattr(EvictingLayer, "counters", lambda self: {})
-    assert "memory: memory() tells" in fault("h2o")
+    assert "memory: memory() reports" in fault("h2o")
 
 
 def test_slots_that_take_more_than_the_full_cache_are_found(monkeypatch):
@@ -304,7 +304,7 @@ def test_a_follower_that_stores_is_found(monkeypatch):
         layer.hoarded = key_states.clone()
 
     monkeypatch.setattr(FollowingLayer, "update", after(FollowingLayer.update, hoard))
-    assert "memory: memory() tells" in fault("across")
+    assert "memory: memory() reports" in fault("across")
 
 
 def losing(base, where):
@@ -331,12 +331,12 @@ def test_a_model_that_swallows_the_cache_is_found():
     model.__class__ = losing(type(model), "forward")
     rows = outcomes(["none", "h2o"], model)
     assert {outcome for outcome, _ in rows.values()} == {"FAULT"}
-    assert rows[FULL][1] == "row 1 alone: 200 tokens were fed, and the cache has seen 0"
+    assert rows[FULL][1] == "row 1 alone: 200 tokens were fed, but the cache has seen 0"
 
 
 def test_a_generate_that_loses_the_cache_is_found():
     model = small_model(AutoConfig.for_model("llama"))
     model.__class__ = losing(type(model), "generate")
     assert (
-        fault("none", model) == f"generate({hf.CACHE_SPELLINGS[0]}=...): 203 tokens were fed, and the cache has seen 0"
+        fault("none", model) == f"generate({hf.CACHE_SPELLINGS[0]}=...): 203 tokens were fed, but the cache has seen 0"
     )
