@@ -1,67 +1,20 @@
-"""Keys of chunks, rebuilt from their low-rank coefficients where they are new in a buffer (ShadowKV, arXiv:2410.21465).
+"""Keys of chunks, rebuilt from their low-rank coefficients where they are new in a buffer (ShadowKV, arXiv:2410.21465);
+a part of kernels/fill.py.
 
     keys[slot] = RoPE(coefficients[chunk of the slot] @ basis of the KV head, place of the token)
 
-The rotation is that of storage/rope.py: pairs half of rotary_dim apart or side by side, turned by place * inv_freq and
-multiplied by scaling.
+The rotation is that of storage/rope.py: pairs half of rotary_dim apart or side by side, angle place * inv_freq,
+length times scaling.
 
-Bytes for each token and KV head rebuilt: rank + head_dim elements, and the basis once per program, from the L2
-cache; flops 2 * rank * head_dim. Reading the key itself would take head_dim: this saves memory, not bandwidth.
+Bytes for each token and KV head rebuilt: rank + head_dim elements, and the basis once a program, which the L2 cache
+holds; flops 2 * rank * head_dim. Reading the key itself would take head_dim: this saves memory, not bandwidth.
 """
 
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import AOT_DTYPES, launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.runtime import tl, triton
 from kvcompress.kernels.common.tile import MIN_SIDE, dot, wide
-
-
-@op(fake=lambda **_: None, mutates=("keys",))
-def rebuild_keys(
-    keys: Tensor,
-    coefficients: Tensor,
-    basis: Tensor,
-    held: Tensor,
-    is_new: Tensor,
-    inv_freq: Tensor | None = None,
-    scaling: float = 1.0,
-    interleaved: bool = False,
-) -> None:
-    """Writes the keys of new chunks into their slots of a buffer.
-
-    Args:
-        keys: [batch, kv_heads, slots * chunk, head_dim], written where a slot is new; a view of a larger buffer will
-            do.
-        coefficients: [batch, tokens, rank], of each token in its sequence.
-        basis: [batch, rank, kv_heads * head_dim].
-        held: [batch, kv_heads, slots] int64, the chunk in each slot.
-        is_new: [batch, kv_heads, slots] bool.
-        inv_freq: [rotary_dim / 2] float32, the angle of each pair per position; None: keys are not rotated.
-        scaling: factor of a rotated key.
-        interleaved: pairs are neighbours; else half of rotary_dim apart.
-
-    Raises:
-        ValueError: the buffer does not hold a whole number of tokens per slot.
-    """
-    if held.shape[2] and keys.shape[2] % held.shape[2]:
-        raise ValueError(
-            "keys must be [batch, kv_heads, slots * chunk, head_dim] for held [batch, kv_heads, slots], got "
-            f"{list(keys.shape)} and {list(held.shape)}"
-        )
-    if not runs_triton(keys) or not held.numel():
-        rebuild_keys_reference(keys, coefficients, basis, held, is_new, inv_freq, scaling, interleaved)
-        return
-    batch, kv_heads, slots = held.shape
-    chunk, head_dim, rank = keys.shape[2] // slots, keys.shape[3], basis.shape[1]
-    sizes = _sizes(chunk, head_dim, 0 if inv_freq is None else inv_freq.shape[0], keys.element_size())
-    launch(
-        _rebuild_keys_kernel, (triton.cdiv(slots, sizes["SLOTS"]), kv_heads, batch),
-        keys, coefficients.contiguous(), basis.contiguous(), held.contiguous(),
-        is_new.contiguous().view(torch.uint8), inv_freq,
-        *keys.stride()[:3], slots, coefficients.shape[1], rank, scaling,
-        CHUNK=chunk, HEAD_DIM=head_dim, INTERLEAVED=interleaved, **sizes,
-        num_warps=_warps(head_dim, keys.element_size()), num_stages=_STAGES,
-    )  # fmt: skip
 
 
 def rebuild_keys_reference(
@@ -74,7 +27,19 @@ def rebuild_keys_reference(
     scaling: float = 1.0,
     interleaved: bool = False,
 ) -> None:
-    """What rebuild_keys means, in plain PyTorch: the oracle of its test and its path on a CPU."""
+    """Writes the keys of new chunks into their slots of a buffer, in plain PyTorch.
+
+    Args:
+        keys: [batch, kv_heads, slots * chunk, head_dim], written where a slot is new; a view of a larger buffer will
+            do.
+        coefficients: [batch, tokens, rank], of each token in its sequence.
+        basis: [batch, rank, kv_heads * head_dim].
+        held: [batch, kv_heads, slots] int64, the chunk in each slot.
+        is_new: [batch, kv_heads, slots] bool.
+        inv_freq: [rotary_dim / 2] float32, the angle of each pair per position; None: keys are not rotated.
+        scaling: factor of a rotated key.
+        interleaved: pairs are neighbours; else half of rotary_dim apart.
+    """
     row, head, slots = new_first(is_new)
     chunk = keys.shape[2] // max(1, held.shape[2])
     places = held[row, head, slots].clamp(min=0)[..., None] * chunk + torch.arange(chunk, device=held.device)
@@ -93,8 +58,8 @@ def rebuild_keys_reference(
 
 
 def new_first(is_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices [batch, kv_heads, most] of rows, heads and slots: each head's new slots, padded with
-    others to as many as the head that has most; what an op writes to those must be what is there already."""
+    """Indices [batch, kv_heads, most] of rows, heads and slots: each head's new slots, and as many others as fill the
+    row of the head that has most; what an op writes there must be what is there already."""
     batch, kv_heads, _ = is_new.shape
     most = int(is_new.sum(-1).amax()) if is_new.numel() else 0
     slots = is_new.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)[..., :most]
@@ -103,11 +68,8 @@ def new_first(is_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row.expand_as(slots), head.expand_as(slots), slots
 
 
-_STAGES = 4
-
-
-def _sizes(chunk: int, head_dim: int, pairs: int, element_size: int) -> dict[str, int]:
-    """Sides of a program's tiles; float32 is multiplied without matrix units, from operands in registers."""
+def rebuild_sizes(chunk: int, head_dim: int, pairs: int, element_size: int) -> dict[str, int]:
+    """Sides of a program's tiles; float32 is multiplied without matrix units, by operands in registers."""
     tokens, block_rank = (32, 32) if element_size == 2 else (16, 16)
     padded = triton.next_power_of_2(chunk)
     rest = head_dim - 2 * pairs
@@ -121,15 +83,15 @@ def _sizes(chunk: int, head_dim: int, pairs: int, element_size: int) -> dict[str
     }
 
 
-def _warps(head_dim: int, element_size: int) -> int:
+def rebuild_warps(head_dim: int, element_size: int) -> int:
     return 8 if head_dim * element_size > 256 else 4
 
 
 @triton.jit
 def _cos_sin(angle):
-    # cosine and sine of angles up to 1e5 to the last digits; the device's own functions keep a table in local memory
-    # for larger ones. First to the nearest quarter turn, subtracted in three parts of few bits, then by polynomials
-    # made for an eighth of a turn
+    # cosine and sine of angles up to 1e5 to the last digits; the device's own keep a table in local memory for those
+    # beyond. First to the nearest quarter turn, subtracted in three parts of few bits, then by polynomials made for an
+    # eighth of a turn
     turns = tl.floor(angle * 0.6366197723675814 + 0.5)
     rest = tl.fma(turns, -1.5703125, angle)
     rest = tl.fma(turns, -4.837512969970703125e-4, rest)
@@ -172,11 +134,11 @@ def _low_rank(
     return out
 
 
-@triton.jit(do_not_specialize=["slots", "tokens"])
-def _rebuild_keys_kernel(
-    keys_ptr, coefficients_ptr, basis_ptr, held_ptr, new_ptr, inv_freq_ptr,
+@triton.jit
+def rebuild_slots(
+    program, keys_ptr, coefficients_ptr, basis_ptr, held_ptr, new_ptr, inv_freq_ptr,
     key_batch_stride, key_head_stride, key_stride,
-    slots, tokens, rank_stride, scaling,
+    kv_heads, slots, tokens, rank_stride, scaling,
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -187,13 +149,13 @@ def _rebuild_keys_kernel(
     PAIRS_SIDE: tl.constexpr,
     REST_SIDE: tl.constexpr,
 ):  # fmt: skip
-    # one program owns some slots of one KV head; where none is new it has nothing to do
-    batch = wide(tl.program_id(2))
-    kv_heads = tl.num_programs(1)
-    kv_head = wide(tl.program_id(1))
+    # a program's share: some slots of one KV head; where none is new it has nothing to do
+    blocks = tl.cdiv(slots, SLOTS)
+    kv_head = wide(program // blocks % kv_heads)
+    batch = wide(program // blocks // kv_heads)
     TOKENS: tl.constexpr = SLOTS * CHUNK_SIDE
     line = tl.arange(0, TOKENS)
-    slot = tl.program_id(0) * SLOTS + line // CHUNK_SIDE
+    slot = program % blocks * SLOTS + line // CHUNK_SIDE
     within = line % CHUNK_SIDE
     at = (batch * kv_heads + kv_head) * slots + slot
     is_new = tl.load(new_ptr + at, mask=slot < slots, other=0) != 0
@@ -258,12 +220,3 @@ def _rebuild_keys_kernel(
             )
             store = ok[:, None] & column_ok[None, :]
             tl.store(keys_ptr + out[:, None] + column[None, :], rest.to(keys_ptr.dtype.element_ty), mask=store)
-
-
-def aot_calls() -> None:
-    for head_dim, pairs in ((64, 32), (80, 40), (80, 10), (128, 64), (128, 0), (256, 128)):
-        for dtype in AOT_DTYPES:
-            shapes = (2, 8, 256, head_dim), (2, 1000, 160), (2, 160, 8 * head_dim)
-            keys, coefficients, basis = (shaped(*shape, dtype=dtype) for shape in shapes)
-            held, is_new = (shaped(2, 8, 32, dtype=kind) for kind in (torch.int64, torch.bool))
-            rebuild_keys(keys, coefficients, basis, held, is_new, shaped(pairs) if pairs else None)

@@ -179,6 +179,6 @@ def _packed(shape: Shape, settings: GEAR, context: int, window: int | None, batc
 def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:
     """Bytes of one layer of ShadowKV on the device, after a prefill of the whole context."""
     size, selected = (batch, shape.kv_heads, shape.head_dim), max(1, budget // settings.chunk)
-    # fetched bytes, addresses of slabs, frequencies
-    beside = 8 + 8 * ADDRESSES + 4 * (shape.head_dim // 2)
+    # what was fetched, and in how many forwards; tokens seen; addresses of slabs; frequencies
+    beside = 3 * 8 + 8 * ADDRESSES + 4 * (shape.head_dim // 2)
     return ShadowSegment.nbytes_for(*size, item, settings, selected, context) + beside

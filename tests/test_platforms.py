@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map_only
 from kvcompress import cli
 from kvcompress.evals.bench import gpu
 from kvcompress.evals.bench import kernels as bench
-from kvcompress.kernels import pages
 from kvcompress.kernels.common import runtime
 from kvcompress.kernels.missing_triton import MissingTriton
+from kvcompress.storage.offload import OffloadedPages
 from tests.kernels.test_runtime import CALLS, fresh, public, tensors
 from tests.test_layout import MAY_IMPORT, ROOT, imports, sources
 
@@ -221,14 +221,21 @@ def test_the_ops_give_on_a_gpu_without_triton_what_they_give_on_a_cpu(no_triton,
 
 
 @pytest.mark.filterwarnings("ignore:kvcompress computes in PyTorch")
-def test_a_gpu_without_triton_collects_pages_on_the_host(no_triton, monkeypatch):
-    values = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
-    collected = []
-    monkeypatch.setattr(pages, "fetch_pages_reference", lambda *arguments: collected.append(arguments))
-    pinned = SimpleNamespace(is_pinned=lambda: True, device=torch.device("cpu"))
-    arguments = values, torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), [pinned]
-    pages.fetch_pages(*arguments, torch.zeros(1))
-    assert collected == [arguments]
+def test_a_gpu_without_triton_collects_pages_on_the_host(no_triton):
+    values = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    pages = OffloadedPages("pinned", (1, 1, 1), torch.float32, torch.device("cpu"))
+    pages.append(1, [torch.zeros(1, 1, 1, 1)])
+    assert pages.slabs_for(values) is pages.slabs
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(("host", "by_address"), [("pinned", True), ("mmap:", False)])
+def test_a_gpu_with_triton_finds_what_is_pinned_by_its_address(host, by_address, tmp_path):
+    values = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    host = f"{host}{tmp_path}" if host.endswith(":") else host
+    pages = OffloadedPages(host, (1, 1, 1), torch.float32, torch.device("cpu"))
+    pages.append(1, [torch.zeros(1, 1, 1, 1)])
+    assert bool(pages.slabs_for(values)) is not by_address
 
 
 def _plain(result):

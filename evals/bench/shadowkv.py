@@ -1,8 +1,8 @@
 """Rows of kvcompress bench kernels for ShadowKV: a decode step at a context of `tokens`, with the paper's sizes.
 
 Chunks of 8, 2048 tokens selected (or a quarter of the context) of which 60 % were there before, rank 15.6 % of
-kv_heads * head_dim. What fetch_pages moves crosses the bus, so that beside the device's own bandwidth it looks slow:
-PCIe generation 5 has 63 GB/s at best.
+kv_heads * head_dim. Values that fill_buffer fetches cross the bus, so that beside the device's own bandwidth it looks
+slow: PCIe generation 5 has 63 GB/s at best.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +14,8 @@ from kvcompress.evals.bench.case import Case, Shape, beside_reference, make_rand
 from kvcompress.evals.timing import Call
 from kvcompress.kernels.chunk_scores import chunk_scores, chunk_scores_reference
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.pages import fetch_pages, fetch_pages_reference
-from kvcompress.kernels.rebuild import rebuild_keys, rebuild_keys_reference
-from kvcompress.kernels.selection import reuse_slots, reuse_slots_reference
+from kvcompress.kernels.fill import FoldedChunks, Rotation, fill_buffer, fill_buffer_reference
+from kvcompress.kernels.selection import chunk_positions, reuse_slots, select_chunks, select_chunks_reference
 from kvcompress.policies.shadowkv import ShadowKV
 
 # Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
@@ -29,63 +28,77 @@ _HIT_RATE = 0.6
 
 
 def shadow_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """Scores of the chunks, the plan of what stays, keys rebuilt, values fetched."""
+    """Scores of the chunks; their selection, scores included; keys rebuilt, values fetched and a token added."""
     batch, heads, kv_heads, tokens, head_dim = shape
     chunks, size = tokens // _CHUNK, dtype.itemsize
     slots = max(1, min(2048, tokens // 4) // _CHUNK)
 
     random = make_random(dtype, device)
     query, landmarks = random(batch, heads, 1, head_dim), random(batch, kv_heads, chunks, head_dim)
-    is_open = torch.rand(batch, kv_heads, chunks, device=device) < 0.99
+    is_open, spec = torch.rand(batch, kv_heads, chunks, device=device) < 0.99, LogitSpec(head_dim**-0.5)
     yield beside_reference(
-        "chunk_scores", shape, chunk_scores, chunk_scores_reference,
-        query, landmarks, is_open, LogitSpec(head_dim**-0.5),
+        "chunk_scores", shape, chunk_scores, chunk_scores_reference, query, landmarks, is_open, spec,
         bytes=landmarks.numel() * size + 8 * batch * heads * chunks,
         # in 16 bits the reference rounds its logits: shares of a few percent
         compared=lambda scores: scores.exp(),
     )  # fmt: skip
 
-    order = torch.rand(batch, kv_heads, chunks, device=device).argsort(-1)
-    held = order[..., :slots].contiguous()
+    limits, scores = torch.full((batch,), slots, device=device), chunk_scores_reference(query, landmarks, is_open, spec)
+    order = scores.argsort(-1, descending=True)
     moved = max(1, round((1 - _HIT_RATE) * slots))
-    wanted = torch.cat([held[..., moved:], order[..., slots : slots + moved]], -1)[..., :slots].contiguous()
-    yield beside_reference(
-        "reuse_slots", shape, reuse_slots, reuse_slots_reference, held, wanted, chunks, bytes=25 * held.numel()
-    )
+    before = order[..., moved : moved + slots].contiguous()
 
-    now, is_new = reuse_slots_reference(held, wanted, chunks)
-    new_tokens = int(is_new.sum()) * _CHUNK
-    rank = ShadowKV().rank_of(kv_heads * head_dim)
-    coefficients, basis = random(batch, chunks * _CHUNK, rank), random(batch, rank, kv_heads * head_dim) / rank**0.5
-    inv_freq = 1.0 / 500000 ** (torch.arange(head_dim // 2, device=device) * 2 / head_dim)
-
-    def writing(write: Callable[[Tensor], None]) -> Call:
-        buffer = random(batch, kv_heads, slots * _CHUNK, head_dim)
+    def selecting(select: Callable[..., Tensor]) -> Call:
+        held, fetched = before.clone(), torch.zeros(2, dtype=torch.int64, device=device)
+        positions = chunk_positions(held, _CHUNK, None)
 
         def call() -> Tensor:
-            write(buffer)
-            return _of_new(buffer, is_new)
+            held.copy_(before)
+            select(query, landmarks, is_open, held, positions, limits, fetched, spec, _CHUNK)
+            return held
 
         return call
 
-    given = (coefficients, basis, now, is_new, inv_freq)
-    rebuilding: dict[str, Call] = {
-        "ours": writing(lambda keys: rebuild_keys(keys, *given)),
-        "reference": writing(lambda keys: rebuild_keys_reference(keys, *given)),
-    }
-    yield Case("rebuild_keys", shape, rebuilding, "reference", bytes=new_tokens * (rank + head_dim) * size)
+    yield Case(
+        "select_chunks", shape, {"ours": selecting(select_chunks), "reference": selecting(select_chunks_reference)},
+        "reference", bytes=landmarks.numel() * size + 12 * (heads + kv_heads) * batch * chunks,
+        # in 16 bits the reference rounds its logits, and may choose another chunk of about the same score
+        compared=lambda held: scores.gather(2, held).sum(-1),
+    )  # fmt: skip
+
+    now, is_new = reuse_slots(before, order[..., :slots].contiguous(), chunks)
+    new_tokens = int(is_new.sum()) * _CHUNK
+    rank = ShadowKV().rank_of(kv_heads * head_dim)
+    coefficients, basis = random(batch, chunks * _CHUNK, rank), random(batch, rank, kv_heads * head_dim) / rank**0.5
+    rotation = Rotation(1.0 / 500000 ** (torch.arange(head_dim // 2, device=device) * 2 / head_dim))
 
     # as many pages as the context has, whatever the batch: sequences share them, and the bus is crossed all the same
     slab = torch.randn(chunks, kv_heads, _CHUNK, head_dim).to(dtype)
     slab = slab.pin_memory() if device.type == "cuda" else slab
     pages = torch.arange(chunks, device=device).expand(batch, -1).contiguous()
     addresses = torch.tensor([slab.data_ptr()], device=device)
+    token = random(batch, kv_heads, 1, head_dim)
 
-    fetching: dict[str, Call] = {
-        "ours": writing(lambda values: fetch_pages(values, pages, now, is_new, [slab], addresses)),
-        "one copy": writing(lambda values: fetch_pages_reference(values, pages, now, is_new, [slab])),
-    }
-    yield Case("fetch_pages", shape, fetching, "one copy", bytes=new_tokens * head_dim * size)
+    def filling(fill: Callable[..., None], slabs: list[Tensor]) -> Call:
+        first = slots * _CHUNK
+        keys, values = (random(batch, kv_heads, first + 1, head_dim) for _ in range(2))
+        positions = torch.full((batch, kv_heads, first + 1), -1, dtype=torch.int32, device=device)
+        marks = torch.zeros(batch, 3, dtype=torch.int64, device=device)
+        folded = FoldedChunks(coefficients, basis, pages, addresses, slabs)
+
+        def call() -> Tensor:
+            marks.zero_()
+            fill(keys, values, positions, marks, now, is_new, folded, rotation, _CHUNK, first, token, token)
+            return torch.cat([_of_new(buffer[:, :, :first], is_new) for buffer in (keys, values)], -1)
+
+        return call
+
+    by_address = [] if device.type == "cuda" else [slab]
+    yield Case(
+        "fill_buffer", shape,
+        {"ours": filling(fill_buffer, by_address), "one copy": filling(fill_buffer_reference, [slab])}, "one copy",
+        bytes=new_tokens * (rank + 2 * head_dim) * size,
+    )  # fmt: skip
 
 
 def _of_new(buffer: Tensor, is_new: Tensor) -> Tensor:

@@ -11,23 +11,26 @@ keys of its own heads, with its share of the rank; its errors differ from those 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import Budget
 from kvcompress.caches.dense import DenseLayer
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer
+from kvcompress.layer import AttentionInput, CompressedLayer, as_stored
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import check_host
 from kvcompress.storage.padding import PaddingRecord
+from kvcompress.storage.room import make_room_for_one, reserve_tail
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import Segment
 
@@ -41,6 +44,12 @@ class ShadowLayer(CompressedLayer):
     """
 
     is_croppable = True
+    is_compileable = True
+    # tokens that may come before a fold can be due; less than 0 where that is not known
+    _patience = -1
+    # whether steps are compiled, and those that may come until there is more to make ready
+    _reserves = False
+    _steps_ready = 0
 
     def __init__(
         self,
@@ -71,66 +80,132 @@ class ShadowLayer(CompressedLayer):
     def counters(self) -> dict[str, Tensor]:
         if self.segment is None:
             return {}
-        counters = {"counters": self.segment.fetched, "page table": self.segment.host.addresses}
+        segment = self.segment
+        counters = {"counters": segment.fetched, "marks": segment.marks, "page table": segment.host.addresses}
+        counters |= {} if self.clock.tensor is None else {"seen": self.clock.tensor}
         return counters if self.rope is None else counters | {"inv_freq": self.rope.inv_freq}
 
     def fetched_bytes(self) -> int:
         if self.segment is None:
             return 0
         values = self.segment.values
-        return int(self.segment.fetched) * self.settings.chunk * values.shape[3] * values.element_size()
+        return int(self.segment.fetched[0]) * self.settings.chunk * values.shape[3] * values.element_size()
+
+    @property
+    def fetching_forwards(self) -> int:  # type: ignore[override]
+        return 0 if self.segment is None else int(self.segment.fetched[1])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            return hf.ONE_TOKEN, 0
+        return super().get_mask_sizes(query_length)
+
+    def is_traceable(self, tokens: int) -> bool:
+        # what lies in a file is collected by the host
+        reads_files = self.host != "pinned" and self.is_initialized and self.device.type == "cuda"
+        return self.segment is not None and tokens == 1 and self._reserves and not reads_files
+
+    def reserve(self, steps: int | None = None) -> None:
+        """Makes ready for so many steps that are compiled, which fold nothing; None: until the next fold is due."""
+        self._reserves, self._steps_ready = True, 0
+        segment = self.segment
+        if segment is None:
+            return
+        self._fold_when_due()
+        folding = self.settings.local_chunks * self.settings.chunk + self.settings.fold
+        longest = torch.where(segment.folded > 0, folding, self._dense_tokens()) + 1
+        reserve_tail(segment, max(int(longest.max()), int(segment.tails().max()) + (steps or 0)))
+        self._steps_ready = self._patience + 1
+
+    def forward_comes(self) -> None:
+        """Called by generate before a forward, outside of what it compiles."""
+        if self._reserves and self.segment is not None:
+            if not self._steps_ready:
+                self.reserve()
+            self._steps_ready -= 1
 
     def _attend(self, chunk: AttentionInput) -> Tensor:
-        known = self.padding.counts(chunk.visible)
-        counts = None if known is None else torch.tensor(known)
-        if counts is None:
+        if torch.compiler.is_compiling():
+            assert self.segment is not None
+            # when a fold is due the host must look
+            self._patience = -1
+            return _alone(*self._read(chunk, self.segment), chunk.sinks)
+        counts = self._counts(chunk)
+        if counts is None and not (chunk.tokens == 1 and chunk.query.is_cuda):
             chunk = dataclasses.replace(chunk, visible=None)
         if self.segment is None:
-            self.segment = self._new_segment(chunk, counts)
-        segment = self.segment
-        self._fold_if(self._overdue() > 0)
-
-        outs, lses = [], []
+            self._new_segment(chunk, counts)
+        assert self.segment is not None
+        self._fold_when_due()
+        self._patience -= chunk.tokens
         if chunk.tokens == 1:
-            # its own key is in the tail, which is read anyway
-            segment.append(chunk.key, chunk.value, chunk.visible, counts)
-        else:
-            out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
-            outs, lses = [out], [lse]
-        if chunk.tokens == 1 or bool((segment.lengths > 0).any()):
+            make_room_for_one(self.segment)
+            return _alone(*self._read(chunk, self.segment), chunk.sinks)
+        return self._attend_chunk(chunk, self.segment, counts)
+
+    def _counts(self, chunk: AttentionInput) -> Tensor | None:
+        """Real tokens of each sequence, [batch] on the CPU, where not all are; not asked for where one token comes to a
+        segment on a GPU, as to look is to wait."""
+        if chunk.tokens == 1 and chunk.query.is_cuda and self.segment is not None:
+            return None
+        known = self.padding.counts(chunk.visible)
+        return None if known is None else torch.tensor(known)
+
+    def _attend_chunk(self, chunk: AttentionInput, segment: ShadowSegment, counts: Tensor | None) -> Tensor:
+        """Several tokens attend to one another and to what is held, and are stored."""
+        out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
+        outs, lses = [out], [lse]
+        if bool((segment.lengths > 0).any()):
             out, lse = self._read(chunk, segment)
             outs, lses = [*outs, out], [*lses, lse]
-        if chunk.tokens > 1:
-            fresh = torch.full_like(segment.lengths, chunk.tokens) if counts is None else counts
-            overdue, was_empty = self._overdue(fresh), segment.lengths == 0
-            due = (overdue > self.settings.fold) | (was_empty & (overdue > 0))
-            folding = torch.zeros_like(fresh) if self.record_past else self._chunks(due, fresh)
-            segment.append(chunk.key, chunk.value, chunk.visible, counts, folding)
-
+        fresh = torch.full_like(segment.lengths, chunk.tokens) if counts is None else counts
+        overdue, was_empty = self._overdue(fresh), segment.lengths == 0
+        due = (overdue > self.settings.fold) | (was_empty & (overdue > 0))
+        folding = torch.zeros_like(fresh) if self.record_past else self._chunks(due, fresh)
+        segment.append(chunk.key, chunk.value, chunk.visible, counts, folding)
+        self._patience, self._steps_ready = -1, 0
         if chunk.sinks is not None:
             outs, lses = with_sinks(outs, lses, chunk.sinks)
         return merge_states(outs, lses)[0] if len(outs) > 1 else outs[0]
 
     def _read(self, chunk: AttentionInput, segment: ShadowSegment) -> tuple[Tensor, Tensor]:
-        """Attention to what the segment holds, and its log-sum-exp."""
-        self.fetching_forwards += bool((segment.folded > 0).any())
+        """Attention to what the segment holds, and its log-sum-exp; one token goes into the tail first."""
+        if chunk.tokens == 1:
+            return segment.decode(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
         positions = torch.zeros(chunk.query.shape[0], chunk.tokens, dtype=torch.int32, device=chunk.query.device)
         return segment.attend(chunk.query, positions, chunk.spec, chunk.visible)
 
-    def _new_segment(self, chunk: AttentionInput, counts: Tensor | None) -> ShadowSegment:
+    def _new_segment(self, chunk: AttentionInput, counts: Tensor | None) -> None:
         batch = chunk.key.shape[0]
         real = torch.full((batch,), chunk.tokens) if counts is None else counts
         tokens = torch.full_like(real, self.budget) if isinstance(self.budget, int) else (self.budget * real).long()
         limits = (tokens // self.settings.chunk).clamp(min=1)
-        return ShadowSegment(self.settings, self.rope, self.host, chunk.key, chunk.value, limits)
+        self.segment = ShadowSegment(self.settings, self.rope, self.host, chunk.key, chunk.value, limits)
+        self._begin_counting()
+        # generate compiles the decode step on a GPU
+        self._reserves |= chunk.key.is_cuda
+
+    def _begin_counting(self) -> None:
+        assert self.segment is not None
+        seen = self.clock.seen
+        counted = torch.full((), seen, dtype=torch.int64, device=self.segment.keys.device)
+        torch._dynamo.mark_static_address(counted, guard=False)
+        self.clock.count_on(counted, seen)
+        self._patience, self._steps_ready = -1, 0
 
     def _overdue(self, fresh: Tensor | int = 0) -> Tensor:
         """By how many tokens each tail is too long, [batch] int64 on the CPU, once it has `fresh` more."""
         segment, settings = self.segment, self.settings
         assert segment is not None
-        dense = settings.dense_tokens(segment.limits).clamp(min=(settings.local_chunks + 1) * settings.chunk - 1)
         folding = settings.local_chunks * settings.chunk + settings.fold
-        return fresh + torch.where(segment.folded > 0, segment.tails() - folding, segment.lengths - dense)
+        dense = segment.lengths - self._dense_tokens()
+        return fresh + torch.where(segment.folded > 0, segment.tails() - folding, dense)
+
+    def _dense_tokens(self) -> Tensor:
+        """Tokens up to which each sequence stays dense, [batch] int64 on the CPU."""
+        segment, settings = self.segment, self.settings
+        assert segment is not None
+        return settings.dense_tokens(segment.limits).clamp(min=(settings.local_chunks + 1) * settings.chunk - 1)
 
     def _chunks(self, due: Tensor, fresh: Tensor | int = 0) -> Tensor:
         """How many chunks to fold where a fold is due, [batch] int64 on the CPU, with `fresh` more tokens in a tail."""
@@ -138,14 +213,24 @@ class ShadowLayer(CompressedLayer):
         whole = (self.segment.tails() + fresh) // self.settings.chunk - self.settings.local_chunks
         return whole.clamp(min=0) * due
 
-    def _fold_if(self, due: Tensor) -> None:
+    def _fold_when_due(self) -> None:
+        """Folds where tails are too long; looks only where one may be."""
         assert self.segment is not None
-        if bool(due.any()):
-            self.segment.fold(self._chunks(due))
+        if self._patience < 0:
+            overdue = self._overdue()
+            if bool((overdue > 0).any()):
+                self.segment.fold(self._chunks(overdue > 0))
+                overdue = self._overdue()
+            self._patience = -int(overdue.max())
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(change)
+        self._patience, self._steps_ready = -1, 0
 
     def _remap(self, remap: Tensor) -> None:
         assert self.segment is not None
         self.segment.hide(remap)
+        self._patience, self._steps_ready = -1, 0
 
     def _removed(self, tokens: int) -> Tensor:
         """How many of the last columns are real tokens, for each sequence, [batch] int64 on the CPU."""
@@ -174,7 +259,6 @@ class ShadowLayer(CompressedLayer):
     def reset(self) -> None:
         super().reset()
         self.segment = None
-        self.fetching_forwards = 0
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, facts = ({}, {}) if self.segment is None else self.segment.dump()
@@ -185,6 +269,12 @@ class ShadowLayer(CompressedLayer):
         if tensors:
             self.segment = ShadowSegment.load(tensors, facts, settings=self.settings, rope=self.rope, host=self.host)
             self.lazy_initialization(self.segment.keys, self.segment.values)
+            self._begin_counting()
+
+
+def _alone(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """An output that is all there is but for sinks."""
+    return out if sinks is None else merge_states(*with_sinks([out], [lse], sinks))[0]
 
 
 class ShadowKVCache(CompressedCache):
@@ -236,6 +326,23 @@ class ShadowKVCache(CompressedCache):
             # each process factorises the keys of its own heads; together they keep as many numbers as one would
             settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))
         return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == 0)
+
+    @as_stored()
+    def reserve(self, steps: int | None = None) -> None:
+        """Makes ready for steps that you compile, which neither fold nor take room; `generate` does so by itself.
+
+        Args:
+            steps: how many come before the next call. None: as many as come until a fold is due.
+        """
+        for layer in self.layers:
+            if isinstance(layer, ShadowLayer):
+                layer.reserve(steps)
+
+    @as_stored()
+    def forward_comes(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, ShadowLayer):
+                layer.forward_comes()
 
     def _settings(self) -> dict[str, Any]:
         return {"budget": self.budget, "host": self.host, **dataclasses.asdict(self.settings)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.policies.shadowkv import fit_basis, gram, landmarks_of, measure, project
+from kvcompress.storage.room import grow_folded, lay_out
 from kvcompress.storage.segment import EMPTY
 
 if TYPE_CHECKING:
@@ -21,14 +22,12 @@ if TYPE_CHECKING:
 # stay small beside them, but enough to keep a GPU busy
 _PIECE = 4096
 _LEAST_PIECE = 256
-# how much room a full tail gets, with a new copy of the buffer
-GROWTH = 64
 
 
 class Newest:
     """The tokens of each sequence that are not folded, in order: those in its tail, and then those of a forward.
 
-    key_parts, value_parts: the tail and a forward's tokens, [batch, kv_heads, any, head_dim] each.
+    key_parts, value_parts: the tail and a forward's tokens, [batch, kv_heads, any, head_dim] each. parts: both.
     """
 
     def __init__(
@@ -45,6 +44,7 @@ class Newest:
         value = segment.values[:, :, :0] if value is None else value
         self.key_parts = segment.keys[:, :, tail], key
         self.value_parts = segment.values[:, :, tail], value
+        self.parts = self.key_parts, self.value_parts
         self._tails = tails.to(key.device)
         self._order = None if visible is None else real_first(visible)
         # if all sequences are equally long, columns are positions
@@ -117,7 +117,7 @@ class Fold:
         segment, chunk, device = self.segment, self.chunk, self.at.device
         # first, as a disk may be full
         pages = self._offload()
-        _grow(segment, int(segment.folded.max()) + self.at.shape[1])
+        grow_folded(segment, int(segment.folded.max()) + self.at.shape[1])
         row = torch.arange(len(self.at), device=device)[:, None]
         segment.pages[row, self.at] = pages
         cosines = []
@@ -137,7 +137,8 @@ class Fold:
         # a copy: one row of one head is contiguous, and as a view would keep the column for no chunk alive
         segment.is_open = is_open[..., :-1].clone(memory_format=torch.contiguous_format)
         selected = max(segment.held.shape[2], min(int(segment.limits.max()), int(segment.folded.max())))
-        lay_out(segment, selected, exact, self.newest, self.chunks * chunk)
+        tail = [self.newest.rest(part, self.chunks * chunk, int(segment.tails().max())) for part in self.newest.parts]
+        lay_out(segment, selected, exact, tail)
 
     def _offload(self) -> Tensor:
         """Copies the values of new chunks to the host; returns their pages, [batch, most] int64, 0 for no chunk."""
@@ -243,54 +244,6 @@ class Fold:
         ):
             exact.append(torch.where(stays, _columns(mine, old), theirs) if had else theirs)
         return exact
-
-
-def lay_out(segment: "ShadowSegment", selected: int, exact: list[Tensor], newest: Newest, moved: Tensor) -> None:
-    """Lays out a segment's buffer again.
-
-    Args:
-        selected: room for chunks; at least as much as now, or nothing is held.
-        exact: keys and values of the outliers.
-        moved: how many tokens [batch] at the beginning of `newest` leave the tail; the others stay or join it.
-    """
-    chunk, had = segment.settings.chunk, min(selected, segment.held.shape[2])
-    tails = segment.tails()
-    longest, first = int(tails.max()), selected * chunk + exact[0].shape[2]
-    grown = segment.held.new_full((*segment.held.shape[:2], selected), EMPTY)
-    grown[..., :had] = segment.held[..., :had]
-    buffers = []
-    for old, middle, tail in zip(
-        (segment.keys, segment.values),
-        exact,
-        (newest.rest(part, moved, longest) for part in (newest.key_parts, newest.value_parts)),
-        strict=True,
-    ):
-        buffer = old.new_zeros(*old.shape[:2], first + longest + GROWTH, old.shape[3])
-        buffer[:, :, : had * chunk] = old[:, :, : had * chunk]
-        buffer[:, :, selected * chunk : first] = middle
-        buffer[:, :, first : first + longest] = tail
-        buffers.append(buffer)
-    segment.held, (segment.keys, segment.values) = grown, buffers
-    segment.positions = segment.positions.new_full((*grown.shape[:2], segment.keys.shape[2]), EMPTY)
-    index = torch.arange(longest)
-    places = ((segment.folded * chunk)[:, None] + index).masked_fill(index >= tails[:, None], EMPTY)
-    segment.positions[:, :, first : first + longest] = places.to(segment.positions.device, torch.int32)[:, None]
-    segment.place()
-
-
-def _grow(segment: "ShadowSegment", chunks: int) -> None:
-    """Makes room for so many folded chunks per sequence."""
-    room = segment.is_open.shape[2]
-    if chunks > room:
-        room = chunks if room == 0 else chunks + room // 8
-        for name, dim, size in segment.folded_sizes(room):
-            tensor = getattr(segment, name)
-            if tensor is not None:
-                shape = list(tensor.shape)
-                shape[dim] = size
-                grown = tensor.new_zeros(shape)
-                grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-                setattr(segment, name, grown)
 
 
 def _columns(tensor: Tensor, index: Tensor) -> Tensor:

@@ -9,24 +9,27 @@ keys and values in one buffer that attention reads at once:
 
 Selected chunks lie in no order, and stay where they are for as long as they are selected; only what is new is rebuilt
 and fetched.
+
+A step of decoding asks the device nothing: what it needs to know of each sequence is counted there, in `marks`. The
+host counts for itself what changes otherwise, and looks at the device's count when it next wants to know.
 """
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
-from kvcompress.kernels.chunk_scores import chunk_scores
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.common.runtime import runs_triton
+from kvcompress.kernels.fill import FoldedChunks, Rotation, fill_buffer
 from kvcompress.kernels.merge import merge_states
-from kvcompress.kernels.rebuild import rebuild_keys
-from kvcompress.kernels.selection import reuse_slots
+from kvcompress.kernels.selection import chunk_positions, select_chunks
 from kvcompress.policies.shadowkv import ShadowKV
-from kvcompress.storage.fold import GROWTH, Fold, Newest, lay_out, real_first, row_length
+from kvcompress.storage.fold import Fold, Newest, real_first, row_length
 from kvcompress.storage.offload import OffloadedPages
+from kvcompress.storage.room import GROWTH, make_room, put_back, trim
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
 
@@ -69,12 +72,21 @@ class ShadowSegment(Segment):
     hidden: Tensor | None
     limits: Tensor
     folded: Tensor
-    lengths: Tensor
 
     settings: ShadowKV
     rope: Rope | None
     host: OffloadedPages
+    # (chunk, KV head) pairs whose values came from the host, and forwards that fetched, [2] int64 on the device
     fetched: Tensor
+    # tokens held, those of them that are folded, and chunks selected at most, [batch, 3] int64 on the device
+    marks: Tensor
+    # places that the tail has at least, whoever lays the buffer out
+    reserved = 0
+    # places of the tail that are surely free
+    free = 0
+    _lengths: Tensor
+    # whether the device has counted on
+    _is_behind = False
 
     def __init__(
         self, settings: ShadowKV, rope: Rope | None, host: str, key: Tensor, value: Tensor, limits: Tensor
@@ -103,8 +115,42 @@ class ShadowSegment(Segment):
     def attach(self, settings: ShadowKV, rope: Rope | None, host: OffloadedPages) -> None:
         """Gives the segment what is no tensor of its own."""
         self.settings, self.rope, self.host = settings, rope, host
-        # (chunk, KV head) pairs whose values came from the host; a tensor, as to read one is to wait for the GPU
-        self.fetched = torch.zeros((), dtype=torch.int64, device=self.keys.device)
+        self.fetched = torch.zeros(2, dtype=torch.int64, device=self.keys.device)
+        self.marks = torch.zeros(len(self.keys), 3, dtype=torch.int64, device=self.keys.device)
+        self.mark()
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, [batch] int64 on the CPU; to ask may be to wait for the device."""
+        if self._is_behind:
+            self._lengths.copy_(self.marks[:, 0])
+            self._is_behind = False
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
+        self._lengths, self._is_behind = lengths, False
+
+    def mark(self) -> None:
+        """Tells the device what the host has counted, and the compiler that tensors stay where they are."""
+        counts = torch.stack([self.lengths, self.folded * self.settings.chunk, self.limits], 1)
+        if counts.shape == self.marks.shape:
+            self.marks.copy_(counts)
+        else:
+            self.marks = counts.to(self.marks.device)
+        self.free = 0
+        self.pin()
+
+    def pin(self) -> None:
+        """Tells the compiler that the tensors of a step stay in place: else CUDA graphs refuse to write to them."""
+        counted = (self.marks, self.fetched, self.host.addresses)
+        for tensor in (*counted, *(each for each in self.tensors().values() if each.device == self.marks.device)):
+            # unguarded: another cache of the same shapes records a graph, and compiles nothing
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(change)
+        self.mark()
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.tensors() | (self._saved_pages() if self.host.slabs else {}), {}
@@ -114,9 +160,8 @@ class ShadowSegment(Segment):
         """As Segment.load; built_with: settings, rope, and host, where values go now."""
         settings, rope, host = (built_with[name] for name in ("settings", "rope", "host"))
         segment = super().load(tensors)
-        segment.limits, segment.folded, segment.lengths = (
-            x.cpu() for x in (segment.limits, segment.folded, segment.lengths)
-        )
+        for name in ("limits", "folded", "lengths"):
+            setattr(segment, name, tensors[name].cpu())
         length = row_length(segment.basis)
         if length > 1 and float(segment.basis.float().norm(dim=-1).max()) < 1.5:
             # as files had it whose float16 coefficients were those of rows of length 1
@@ -134,7 +179,7 @@ class ShadowSegment(Segment):
         """The host's values that are in use, [pages, kv_heads, chunk, head_dim] by name, and the table `pages` for
         them."""
         places = torch.zeros_like(self.pages)
-        is_used = self._is_folded()
+        is_used = self.is_chunk()
         self.pages[is_used] = self.host.keep(self.pages[is_used], exactly=True)
         parts, places[is_used] = self.host.written(self.pages[is_used])
         return {"pages": places} | {_of_host(number): part for number, part in enumerate(parts)}
@@ -174,8 +219,8 @@ class ShadowSegment(Segment):
         low_rank = itemsize * rank * (folded * chunk + width)
         a_chunk = kv_heads * (head_dim * itemsize + 1) + 8
         a_head = slots * (2 * head_dim * itemsize + 4) + 8 * selected + 12 * outliers
-        # counted: what the basis missed, limits, chunks and tokens
-        return batch * (low_rank + folded * a_chunk + kv_heads * a_head + 4 + 3 * 8)
+        # counted: what the basis missed, limits, chunks and tokens, here and there
+        return batch * (low_rank + folded * a_chunk + kv_heads * a_head + 4 + 6 * 8)
 
     # tokens come
 
@@ -203,7 +248,7 @@ class ShadowSegment(Segment):
             return
         tokens, tails = key.shape[2], self.tails()
         longest, first = int(tails.max()), self.tail_from
-        self._make_room(longest + tokens)
+        make_room(self, longest + tokens)
         if counts is None and bool((tails == longest).all()):
             slots = slice(first + longest, first + longest + tokens)
             self.keys[:, :, slots], self.values[:, :, slots] = key, value
@@ -222,6 +267,7 @@ class ShadowSegment(Segment):
             self.values.transpose(1, 2)[row, slot] = value.transpose(1, 2)[row, order]
             self.positions.transpose(1, 2)[row, slot] = places.to(torch.int32)[..., None]
         self.lengths += fresh
+        self.mark()
 
     def drop_last(self, counts: Tensor) -> None:
         """Lets the newest tokens of each sequence go, [batch] int64 on the CPU; all of them in the tail."""
@@ -229,6 +275,7 @@ class ShadowSegment(Segment):
         slot = torch.arange(self.keys.shape[2] - self.tail_from)
         gone = (slot >= self.tails()[:, None]).to(self.positions.device)
         self.positions[:, :, self.tail_from :].masked_fill_(gone[:, None], EMPTY)
+        self.mark()
 
     def hide(self, remap: Tensor) -> None:
         """Forgets tokens that became padding.
@@ -265,20 +312,7 @@ class ShadowSegment(Segment):
         places = (starts[:, None] + slot).masked_fill(slot >= stays[:, None], EMPTY)
         self.positions[:, :, first:] = places.to(torch.int32)[:, None]
         self.lengths = (starts + stays).cpu()
-
-    def _make_room(self, tail: int) -> None:
-        needed = self.tail_from + tail
-        if needed > self.keys.shape[2]:
-            room = tail if self.keys.shape[2] == 0 else tail + max(GROWTH, tail // 8)
-            self._reallocate(self.tail_from + room)
-
-    def _reallocate(self, slots: int) -> None:
-        held = self.keys.shape[2]
-        for name, empty in (("keys", 0), ("values", 0), ("positions", EMPTY)):
-            tensor = getattr(self, name)
-            grown = tensor.new_full((*tensor.shape[:2], slots, *tensor.shape[3:]), empty)
-            grown[:, :, :held] = tensor
-            setattr(self, name, grown)
+        self.mark()
 
     # tokens are folded
 
@@ -289,53 +323,23 @@ class ShadowSegment(Segment):
             OSError: their values have no room; nothing has changed.
         """
         if bool(chunks.any()):
+            before = self.tensors()
             Fold(self, Newest(self), chunks).run(self.lengths)
+            if self.reserved:
+                put_back(self, before)
 
     def trim(self) -> None:
-        chunk, first = self.settings.chunk, self.exact_from
-        held = min(self.held.shape[2], int(torch.minimum(self.limits, self.folded).max()))
-        outliers = int((self.outliers != EMPTY).sum(-1).amax()) if self.outliers.numel() else 0
-        if (held + outliers) * chunk + int(self.tails().max()) + GROWTH < self.keys.shape[2]:
-            newest = Newest(self)
-            exact = [x[:, :, first : first + outliers * chunk] for x in (self.keys, self.values)]
-            if held < self.held.shape[2]:
-                # they lie anywhere in their places, and are soon fetched again
-                self.held = torch.full_like(self.held[..., :held], EMPTY)
-            self.outliers, self.cosines = self.outliers[..., :outliers].clone(), self.cosines[..., :outliers].clone()
-            lay_out(self, held, exact, newest, torch.zeros_like(self.lengths))
-        # chunks to choose from for every place that stays
-        for name, dim, size in self.folded_sizes(max(int(self.folded.max()), self.held.shape[2])):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.shape[dim] > size:
-                setattr(self, name, tensor.narrow(dim, 0, size).clone(memory_format=torch.contiguous_format))
-        is_used = self._is_folded()
-        self.pages[is_used] = self.host.keep(self.pages[is_used])
+        trim(self)
 
-    def _is_folded(self) -> Tensor:
+    def is_chunk(self) -> Tensor:
         """Which chunks of the tables are there, [batch, chunks] bool."""
         index = torch.arange(self.pages.shape[1], device=self.pages.device)
         return index < self.folded.to(index.device)[:, None]
 
     def place(self) -> None:
         """Writes the positions of selected chunks and outliers."""
-        self.positions[:, :, : self.tail_from] = self._places_of(torch.cat([self.held, self.outliers], 2))
-
-    def _places_of(self, chunks: Tensor) -> Tensor:
-        """Positions of the tokens of chunks [batch, kv_heads, any], EMPTY for none, [batch, kv_heads, any * chunk]."""
-        chunk = self.settings.chunk
-        within = torch.arange(chunk, dtype=torch.int32, device=chunks.device)
-        places = chunks.to(torch.int32)[..., None] * chunk + within
-        places = places.masked_fill((chunks == EMPTY)[..., None], EMPTY).flatten(2)
-        if self.hidden is not None:
-            rows = self.hidden[:, None].expand(-1, places.shape[1], -1)
-            places = places.masked_fill(rows.gather(2, places.clamp(min=0).long()), EMPTY)
-        return places
-
-    def folded_sizes(self, chunks: int) -> list[tuple[str, int, int]]:
-        """Of the tensors that grow with what is folded the name, the dimension, and its size for so many chunks."""
-        tokens = chunks * self.settings.chunk
-        return [("coefficients", 1, tokens), ("hidden", 1, tokens), ("landmarks", 2, chunks), ("is_open", 2, chunks),
-                ("pages", 1, chunks)]  # fmt: skip
+        chunks = torch.cat([self.held, self.outliers], 2)
+        self.positions[:, :, : self.tail_from] = chunk_positions(chunks, self.settings.chunk, self.hidden)
 
     # queries come
 
@@ -349,61 +353,77 @@ class ShadowSegment(Segment):
             visible: [batch, queries] bool, False for queries that are padding and choose nothing.
         """
         assert spec.window is None
-        is_folded = bool((self.folded > 0).any())
-        reads_all = is_folded and query.shape[2] > self.settings.select_queries
-        if is_folded and not reads_all:
-            self.select(query, visible, spec)
+        reads_all = self.is_folded and query.shape[2] > self.settings.select_queries
+        if self.is_folded and not reads_all:
+            is_new = self._select(query, visible, spec)
+            self._fill(self.keys, self.values, self.held, is_new)
         # at least one slot, though it be empty: padding may be all that was ever fed
         tail = max(1, int(self.tails().max()))
         buffer = slice(self.exact_from if reads_all else 0, self.tail_from + tail)
-        state = self._attend_slots(query, self.keys, self.values, self.positions, buffer, query_positions, spec)
+        state = slot_attention(query, *self._slots(buffer), query_positions, spec)
         if reads_all:
+            self.fetched[1] += 1
             for keys, values, positions in self._everything():
-                part = self._attend_slots(query, keys, values, positions, slice(None), query_positions, spec)
+                part = slot_attention(query, keys, values, positions, query_positions, spec)
                 state = merge_states([state[0], part[0]], [state[1], part[1]])
         return state
 
-    @staticmethod
-    def _attend_slots(
-        query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slots: slice, at: Tensor, spec: LogitSpec
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return slot_attention(query, keys[:, :, slots], values[:, :, slots], positions[:, :, slots], at, spec)
+        """Adds one token to the tail, which has room for it, and attends to all that `attend` does and to the token.
+
+        Args:
+            query: [batch, heads, 1, head_dim]. key, value: [batch, kv_heads, 1, head_dim].
+            visible: [batch, 1] bool, False where the token is padding. None: all are tokens.
+        """
+        # a view of no slots, where nothing is folded
+        is_new = self._select(query, visible, spec) if self.is_folded else self.is_open[..., :0]
+        self._fill(self.keys, self.values, self.held, is_new, key, value, visible)
+        self._is_behind = True
+        if torch.compiler.is_compiling():
+            # a graph knows no place from another
+            self.free, slots = 0, slice(None)
+        else:
+            self.free -= 1
+            # kernels would copy a part of the positions, and where steps are compiled all read the same
+            is_whole = runs_triton(query) or self.reserved > 0
+            slots = slice(None) if is_whole else slice(0, self.keys.shape[2] - self.free)
+        # there is no window, and where the query stands is not looked at
+        at = self.positions[:, 0, :1]
+        return slot_attention(query, *self._slots(slots), at, spec)
+
+    def _slots(self, places: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of a part of the buffer."""
+        return self.keys[:, :, places], self.values[:, :, places], self.positions[:, :, places]
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        exact = slice(self.exact_from, None)
-        yield self.keys[:, :, exact], self.values[:, :, exact], self.positions[:, :, exact]
+        yield self._slots(slice(self.exact_from, None))
         yield from self._everything()
 
-    def select(self, query: Tensor, visible: Tensor | None, spec: LogitSpec) -> None:
-        """Puts the chunks that these queries care for most into the buffer."""
-        selected = self.held.shape[2]
-        scores = chunk_scores(query, self.landmarks, self.is_open, spec, visible, self.settings.group)
-        found, wanted = scores.topk(selected, -1)
-        wanted = wanted.masked_fill(found == -torch.inf, EMPTY)
-        if bool((self.limits < selected).any()):
-            rank = torch.arange(selected)
-            over = rank >= self.limits[:, None]
-            wanted = wanted.masked_fill(over.to(query.device)[:, None], EMPTY)
-        self.held, is_new = reuse_slots(self.held, wanted, self.is_open.shape[2])
-        places = slice(None, self.exact_from)
-        self._fill(self.keys[:, :, places], self.values[:, :, places], self.held, is_new)
-        self.place()
+    @property
+    def is_folded(self) -> bool:
+        """Whether there are chunks to select."""
+        return self.held.shape[2] > 0
 
-    def _fill(self, keys: Tensor, values: Tensor, held: Tensor, is_new: Tensor) -> None:
-        """Rebuilds keys and fetches values of new chunks into [batch, kv_heads, slots * chunk, head_dim]."""
-        self.fetched += is_new.sum()
-        rope = () if self.rope is None else (self.rope.inv_freq, self.rope.scaling, self.rope.interleaved)
-        if not keys.is_cuda:
-            rebuild_keys(keys, self.coefficients, self.basis, held, is_new, *rope)
-            self.host.fetch(values, self.pages, held, is_new)
-            return
-        # the bus is slow: keys are rebuilt meanwhile
-        here, bus = torch.cuda.current_stream(keys.device), _copy_stream(keys.device)
-        bus.wait_stream(here)
-        with torch.cuda.stream(bus):
-            self.host.fetch(values, self.pages, held, is_new)
-        rebuild_keys(keys, self.coefficients, self.basis, held, is_new, *rope)
-        here.wait_stream(bus)
+    def _select(self, query: Tensor, visible: Tensor | None, spec: LogitSpec) -> Tensor:
+        """Gives the chunks that these queries care for most their slots; which of those are new there."""
+        return select_chunks(
+            query, self.landmarks, self.is_open, self.held, self.positions, self.marks[:, 2], self.fetched,
+            spec, self.settings.chunk, self.hidden, visible, self.settings.group,
+        )  # fmt: skip
+
+    def _fill(self, keys: Tensor, values: Tensor, held: Tensor, is_new: Tensor, *token: Tensor | None) -> None:
+        """Rebuilds keys and fetches values of new chunks into [batch, kv_heads, at least slots * chunk, head_dim], and
+        adds a token to the tail, if there is one."""
+        rope = self.rope
+        rotation = Rotation() if rope is None else Rotation(rope.inv_freq, rope.scaling, rope.interleaved)
+        slabs = self.host.slabs_for(values)
+        folded = FoldedChunks(self.coefficients, self.basis, self.pages, self.host.addresses, slabs)
+        fill_buffer(
+            keys, values, self.positions, self.marks, held, is_new, folded, rotation, self.settings.chunk,
+            self.tail_from, *token,
+        )  # fmt: skip
 
     def _everything(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and positions of all folded chunks that are no outliers, a piece at a time."""
@@ -416,14 +436,9 @@ class ShadowSegment(Segment):
             held = held.expand(batch, kv_heads, -1)
             shape = (batch, kv_heads, held.shape[2] * chunk)
             keys, values = (x.new_zeros(*shape, x.shape[3]) for x in (self.keys, self.values))
+            self.fetched[0] += is_open.sum()
             self._fill(keys, values, held, is_open)
-            yield keys, values, self._places_of(held.masked_fill(~is_open, EMPTY))
-
-
-@functools.lru_cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that values cross over to a device on."""
-    return torch.cuda.Stream(device)
+            yield keys, values, chunk_positions(held.masked_fill(~is_open, EMPTY), chunk, self.hidden)
 
 
 def _of_host(number: int) -> str:

@@ -18,7 +18,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.pages import SLAB, collect_pages, fetch_pages
+from kvcompress.kernels.common.runtime import runs_triton
+from kvcompress.kernels.pages import SLAB, collect_pages
 
 # room in a table of addresses, and how much is added when it runs out
 ADDRESSES = 64
@@ -79,9 +80,9 @@ class OffloadedPages:
                 part = part[len(numbers[-1]) :]
         return torch.cat(numbers) if numbers else torch.empty(0, dtype=torch.int64, device=self.device)
 
-    def fetch(self, values: Tensor, pages: Tensor, held: Tensor, is_new: Tensor) -> None:
-        """`kernels.pages.fetch_pages` from these pages."""
-        fetch_pages(values, pages, held, is_new, self.slabs, self.addresses)
+    def slabs_for(self, values: Tensor) -> list[Tensor]:
+        """The slabs for a kernel that fetches values; none where it finds them by their addresses alone."""
+        return [] if values.is_cuda and self.tier == "host" and runs_triton(values) else self.slabs
 
     def keep(self, pages: Tensor, exactly: bool = False) -> Tensor:
         """Drops all pages but these, [any] int64; returns their new numbers.

@@ -6,9 +6,13 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompress import DenseCache, H2OCache, HydragenCache, ShadowKVCache
+from kvcompress.hf import cache_argument, cache_name
 from kvcompress.kernels.chunk_scores import chunk_scores_reference
+from kvcompress.kernels.common import runtime
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
@@ -16,6 +20,7 @@ from kvcompress.storage.segment import EMPTY
 from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
 from tests.contract.test_memory import storages
+from tests.kernels.inputs import needs_triton
 from tests.peak import peak_bytes
 
 SMALL = {"budget": 8, "chunk": 2, "outlier_chunks": 2, "local_chunks": 2, "fold": 8, "rank": 12}
@@ -187,6 +192,110 @@ def test_more_is_read_as_the_budget_grows_and_the_error_does_not():
         assert more < 1.1 * less + 1e-3
 
 
+class Dispatched(TorchDispatchMode):
+    """Writes down what is computed; neither views nor memory that is only taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if not function.is_view and "empty" not in name:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton to name its kernels")
+@pytest.mark.parametrize("tokens", [12, 60], ids=["dense", "folded"])
+def test_a_step_of_a_layer_is_four_launches_and_few_other_operations_and_asks_the_device_nothing(tokens):
+    model = tiny()
+    cache = small(model)
+    feed(model, cache, prompt(tokens, 2))
+    feed(model, cache, prompt(1, 2))
+    assert (cache.memory().host_bytes > 0) == (tokens == 60)
+    seen = [Dispatched() for _ in cache.layers]
+    for layer, dispatched in zip(cache.layers, seen, strict=True):
+        attend = layer._attend
+        layer._attend = lambda chunk, attend=attend, dispatched=dispatched: _within(dispatched, attend, chunk)
+    # a mask is looked at once a forward
+    with runtime.recording() as launches, torch.no_grad():
+        model(prompt(1, 2), **cache_argument(model, cache))
+    assert len(launches) <= 4 * len(cache.layers)
+    for dispatched in seen:
+        assert len(dispatched.names) <= 12
+        assert not {"_local_scalar_dense", "nonzero", "equal", "_to_copy"} & set(dispatched.names)
+
+
+def _within(mode, attend, chunk):
+    with mode:
+        return attend(chunk)
+
+
+# docs: Compiled steps of ShadowKV fold nothing into chunks
+# docs: `cache.reserve(steps)`, called again after so many, folds what is due
+def test_between_compiled_steps_folds_what_is_due_and_graphs_go_on():
+    torch._dynamo.reset()
+    model, backend = tiny(), CompileCounterWithBackend("eager")
+    name = cache_name(model)
+
+    def step(token, position, cache):
+        return model(token, position_ids=position, **{name: cache}).logits
+
+    compiled, logits = torch.compile(step, fullgraph=True, backend=backend), []
+    # both rows are folded from the first, and have as many chunks as are selected
+    for run in (step, compiled):
+        cache, position = small(model), torch.full((2, 1), 60, device=DEVICE)
+        feed(model, cache, prompt(60, 2))
+        logits.append([])
+        before = cache.layers[0].segment.folded.clone()
+        # as many as come until a step that is not compiled would fold
+        for seed, steps in enumerate((9, 8, 8)):
+            cache.reserve(steps)
+            places = [layer.segment.keys.data_ptr() for layer in cache.layers]
+            for token in prompt(steps, 2, seed=seed).split(1, 1):
+                with torch.no_grad():
+                    logits[-1].append(run(token, position, cache))
+                position = position + 1
+            assert places == [layer.segment.keys.data_ptr() for layer in cache.layers]
+        assert (cache.layers[0].segment.folded > before).all()
+        assert cache.get_seq_length() == 60 + 25
+        assert cache.layers[0].segment.lengths.tolist() == [85, 85]
+    assert torch.equal(*(torch.cat(each, 1) for each in logits))
+    # and another graph where folded chunks took more room
+    assert backend.frame_count <= 3
+
+
+def test_generate_folds_between_its_compiled_steps():
+    torch._dynamo.reset()
+    model, backend = build("llama"), CompileCounterWithBackend("eager")
+    cache, straight = small(model), small(model)
+    for each in (cache, straight):
+        each.reserve()
+    expected = generate(model, straight, prompt(60, 2), max_new_tokens=30)
+    model.forward = torch.compile(model.forward, backend=backend)
+    assert torch.equal(generate(model, cache, prompt(60, 2), max_new_tokens=30), expected)
+    assert 0 < backend.frame_count < 10
+    for layer, other in zip(cache.layers, straight.layers, strict=True):
+        assert torch.equal(layer.segment.folded, other.segment.folded)
+        assert int(layer.segment.tails().max()) <= 2 * 2 + 8 + 1
+
+
+@needs_triton
+def test_what_is_fed_past_the_room_is_nan_and_no_wrong_answer():
+    model = tiny()
+    cache = small(model)
+    feed(model, cache, prompt(60, 2))
+    cache.reserve()
+    segment = cache.layers[0].segment
+    room = segment.keys.shape[2] - segment.tail_from
+    segment.marks[1, 0] = segment.marks[1, 1] + room
+    query, key = (torch.randn(2, heads, 1, 16, device=DEVICE) for heads in (4, 2))
+    out, _ = segment.decode(query, key, key, LogitSpec(0.25), None)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
 # what lies where
 
 
@@ -221,7 +330,7 @@ def test_the_bytes_are_the_formula(batch, rank):
         "limits": batch * 8,
         "folded": batch * 8,
         "lengths": batch * 8,
-        "counters": 8,
+        "counters": 2 * 8 + batch * 3 * 8 + 8,
         "page table": 64 * 8,
         "inv_freq": dim // 2 * 4,
         "host values": batch * heads * folded * chunk * dim * 4,

@@ -49,6 +49,7 @@ class Entry:
     exact: it equals the full cache, to float tolerance.
     croppable: it takes back tokens exactly; else it must refuse and stay as it was.
     compileable: its decode step compiles to one graph.
+    between_folds: the same cache, where steps that are not compiled would change what it holds otherwise than these do.
     roomy: the same cache with more room than any test fills; it must equal the full cache.
     budget: the most tokens it may keep a layer, sequence and KV head, given the layer and the real tokens seen.
     kept: which places each layer holds, for the oracle.
@@ -67,6 +68,7 @@ class Entry:
     exact: bool = False
     croppable: bool = False
     compileable: bool = False
+    between_folds: Callable[[PreTrainedModel], Any] | None = None
     roomy: Callable[[PreTrainedModel], Any] | None = None
     budget: Callable[[int, int], int] | None = None
     decoded: Callable[[Cache], Decoded] | None = None
@@ -223,6 +225,8 @@ def _shadow(name: str, promises: dict[str, Any], **settings: Any) -> Entry:
         kept=attended,
         decoded=rebuilt,
         croppable=True,
+        compileable=True,
+        between_folds=lambda model: ShadowKVCache(model, **SHADOW | settings | {"fold": 300, "dense_below": 0}),
         during="_read",
         **promises,
     )
@@ -258,9 +262,10 @@ def _pyramid(layer: int, tokens: int) -> int:
     return (14, 8, 2)[layer]
 
 
-def _whole(model: PreTrainedModel) -> ShadowKVCache:
+def _whole(model: PreTrainedModel, **settings: Any) -> ShadowKVCache:
     _, kv_heads, head_dim = head_counts(model.config)
-    return ShadowKVCache(model, **SHADOW | {"budget": LARGE, "rank": kv_heads * head_dim, "dense_below": 0})
+    whole = {"budget": LARGE, "rank": kv_heads * head_dim, "dense_below": 0}
+    return ShadowKVCache(model, **SHADOW | whole | settings)
 
 
 ENTRIES = [
@@ -296,7 +301,11 @@ ENTRIES = [
     _packing("gear_whole", bits=4, rank=2, rank_decode=2, outliers=0.05, backbone="whole"),
     _packing("kivi", bits=3, outliers=0.0),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
-    dataclasses.replace(_shadow("shadowkv_whole", {"exact": True}), make=_whole),
+    dataclasses.replace(
+        _shadow("shadowkv_whole", {"exact": True}),
+        make=_whole,
+        between_folds=lambda model: _whole(model, fold=300),
+    ),
     _evicting("h2o_packed", H2O(sinks=1), packed=GEAR(bits=3, group_size=8), decoded=closed_up, dtype=torch.float64),
     _evicting("h2o_rolled", H2O(), rerotated=True, decoded=closed_up, refuses=("opt",)),
 ]

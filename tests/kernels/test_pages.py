@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from kvcompress.kernels.pages import SLAB, fetch_pages, fetch_pages_reference
+from kvcompress.kernels.fill import FoldedChunks, Rotation, fill_buffer
+from kvcompress.kernels.pages import SLAB, fetch_pages_reference
 from tests.kernels.inputs import DEVICE, DTYPES
 
 SLOTS = 9
@@ -24,7 +25,13 @@ def scene(chunk, head_dim, sizes, dtype=torch.float32):
 
 def fetch(buffer, pages, held, is_new, slabs):
     addresses = torch.tensor([slab.data_ptr() for slab in slabs], device=DEVICE)
-    fetch_pages(buffer[:, :, : SLOTS * slabs[0].shape[2]], pages, held, is_new, slabs, addresses)
+    batch, kv_heads, room, head_dim = buffer.shape
+    chunk = slabs[0].shape[2]
+    low_rank = buffer.new_zeros(batch, 20 * chunk, 1), buffer.new_zeros(batch, 1, kv_heads * head_dim)
+    positions = torch.zeros(batch, kv_heads, room, dtype=torch.int32, device=DEVICE)
+    marks = torch.zeros(batch, 3, dtype=torch.int64, device=DEVICE)
+    folded = FoldedChunks(*low_rank, pages, addresses, slabs)
+    fill_buffer(torch.empty_like(buffer), buffer, positions, marks, held, is_new, folded, Rotation(), chunk, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

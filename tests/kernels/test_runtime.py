@@ -13,6 +13,8 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.common.runtime import ALL_REGISTERS, OPS, launch, op, recording, runs_triton, shaped
 from kvcompress.kernels.decode_evict import Slots
+from kvcompress.kernels.fill import FoldedChunks, Rotation
+from kvcompress.kernels.selection import chunk_positions
 from tests.kernels.inputs import DEVICE, blocks, heads, packed_blocks, slot_positions
 
 for module in pkgutil.iter_modules(kvcompress.kernels.__path__, "kvcompress.kernels."):
@@ -32,6 +34,13 @@ PACKED = packed_blocks(X, CODING)
 THERE = torch.arange(48, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
 NEW = KEY[:, :, :1]
 SPEC = LogitSpec(0.1)
+HELD_PLACES = chunk_positions(HELD, 2, None)
+# read by its address, so that it is not to go
+SLAB = torch.randn(1, 2, 2, 64, device=DEVICE)
+FOLDED = FoldedChunks(
+    *(torch.randn(2, 12, 5), torch.randn(2, 5, 128), torch.zeros(2, 6, dtype=torch.int64)),
+    *(torch.tensor([SLAB.data_ptr()]), [SLAB]),
+)
 
 # arguments of every op
 CALLS = {
@@ -50,11 +59,18 @@ CALLS = {
     ),
     "chunk_scores": ((STEP, KEY, POSITIONS >= 0, SPEC), {"group": "mean"}),
     "quantise": ((X, CODING), {}),
-    "rebuild_keys": (
-        (heads(2, 2, 12, 64), torch.randn(2, 12, 5), torch.randn(2, 5, 128), HELD, HELD < 3),
-        {"interleaved": True},
+    "select_chunks": (
+        # one chunk: between several that are new it does not matter which takes which slot
+        (STEP, KEY, POSITIONS >= 0, HELD, HELD_PLACES, *torch.tensor([[1, 1], [0, 0]])),
+        {"spec": SPEC, "chunk": 2},
     ),
-    "reuse_slots": ((HELD, HELD.flip(-1) + 2, 9), {}),
+    "fill_buffer": (
+        (
+            *(heads(2, 2, 14, 64).contiguous(), heads(2, 2, 14, 64).contiguous(), THERE[:, :, :14].repeat(1, 2, 1)),
+            *(torch.tensor([[12, 12], [13, 12]]), HELD, HELD >= 0, FOLDED, Rotation(interleaved=True), 2, 12, NEW, NEW),
+        ),
+        {},
+    ),
 }
 
 
