@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -145,6 +146,19 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.forwards_begun = self.forwards_ended = 0
         self.kv_shape: tuple[int, int, int] | None = None
         self.clock = TokenClock()
+        self._module: weakref.ref[torch.nn.Module] | None = None
+
+    def belongs_to(self, module: torch.nn.Module) -> None:
+        """Raises ValueError where this attention module of a model is not the one that filled the layer."""
+        if self._module is not None and self._module() is module:
+            return
+        if self._module is not None and int(self.get_seq_length()):
+            self.pending_kv = None
+            raise ValueError(
+                f"a {type(module).__name__} attends to what the attention of another model stored here: use one cache "
+                "per model; save() and load(path, model) carry what it has seen to another model with the same weights"
+            )
+        self._module = weakref.ref(module)
 
     def segments(self) -> list[Segment]:
         """The segments that the layer holds."""

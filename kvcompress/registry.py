@@ -152,7 +152,11 @@ def _errors_about_settings(method: Listed, settings: Mapping[str, Any]) -> Itera
         yield
     except TypeError as error:
         if settings and "argument" in str(error):
-            raise ValueError(f"the method {method.name} does not take these settings: {error}") from None
+            known = [] if method.kind is None else list(inspect.signature(method.kind).parameters)
+            taken = ", ".join(name for name in known if name not in ("model", "budget", "packed", "kwargs"))
+            raise ValueError(
+                f"the method {method.name} does not take these settings: {error}; it takes {taken or 'none'}"
+            ) from None
         raise
 
 

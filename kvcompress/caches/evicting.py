@@ -88,6 +88,7 @@ class EvictingCache(CompressedCache):
             packed: store them as codes, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for unpacked.
 
         Raises:
+            TypeError: the policy is no Policy, or packed is no GEAR.
             ValueError: the budget is too small for the tokens that the policy always keeps, settings cannot be
                 combined, or the model is unsupported; with `rerotated`, also if the model has no rotary embeddings, or
                 some whose frequencies change with the length.
@@ -102,6 +103,8 @@ class EvictingCache(CompressedCache):
         self.rerotated = rerotated
         self.packed = packed
         if packed is not None:
+            if not isinstance(packed, GEAR):
+                raise TypeError(f"packed must be how tokens are encoded, such as GEAR(bits=4), got {packed!r}")
             packed.per_token_scheme(hf.head_counts(hf.text_config(model))[2])
             if rerotated:
                 raise ValueError("rerotated stores keys without rotation, and cannot be combined with packed")

@@ -79,7 +79,7 @@ class DecodeStep(EvictingStep):
             layer.rope,
             mean_over_ranks=layer._mean_over_ranks,
         )
-        scored = layer.policy.score(candidates)
+        scored = _scores(layer, candidates)
         if static:
             slots.scores.scatter_(2, spare, scored)
         else:
@@ -218,7 +218,7 @@ class ChunkStep(EvictingStep):
             x.tokens,
             layer._mean_over_ranks,
         )
-        scores = torch.cat([scores[..., :first], layer.policy.score(candidates)], -1)
+        scores = torch.cat([scores[..., :first], _scores(layer, candidates)], -1)
         return places, scores, self._kept(scores, positions)
 
     def _kept(self, scores: Tensor, positions: Tensor) -> Tensor:
@@ -239,3 +239,14 @@ class ChunkStep(EvictingStep):
         order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
         chosen = torch.arange(order.shape[-1], device=order.device) < layer.limits[:, None, None]
         return torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)) & ~gone
+
+
+def _scores(layer: "EvictingLayer", candidates: Candidates) -> Tensor:
+    """What the policy makes of the candidates; ValueError: something of another shape."""
+    scores = layer.policy.score(candidates)
+    if scores.shape != candidates.positions.shape:
+        raise ValueError(
+            f"{type(layer.policy).__name__}.score must return a score per candidate, [batch, kv_heads, candidates] = "
+            f"{list(candidates.positions.shape)}, got {list(scores.shape)}"
+        )
+    return scores

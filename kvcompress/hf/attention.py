@@ -41,6 +41,8 @@ class Attends(Protocol):
 
     window: int | None
 
+    def belongs_to(self, module: nn.Module) -> None: ...
+
     def attend(
         self,
         query: Tensor,
@@ -153,6 +155,8 @@ def _attention(
     if layer is None:
         _check_no_cache_was_given(module, kwargs)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
+    if not torch.compiler.is_compiling():
+        layer.belongs_to(module)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "kvcompress takes a padding mask [batch, tokens seen] or none, because it never builds a "

@@ -56,8 +56,11 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The decoder's config, if kvcompress supports the model.
 
     Raises:
+        TypeError: it is no model, but perhaps its config or its name.
         ValueError: the model has something that kvcompress does not support; the message names it.
     """
+    if not hasattr(model, "config"):
+        raise TypeError(f"a cache is built for a loaded model, got {type(model).__name__}: pass the model itself")
     config = model.config
     name = type(model).__name__
     check_served(config, name)

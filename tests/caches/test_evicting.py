@@ -66,3 +66,30 @@ def test_policies_that_use_old_names_are_told_the_new_ones():
     candidates = scene(Old(), 3).candidates
     with pytest.warns(FutureWarning, match="Candidates.queries is called tokens_fed now"):
         assert candidates.queries == candidates.tokens_fed == 3
+
+
+class Flat(Policy):
+    """Scores of the wrong shape."""
+
+    def score(self, candidates):
+        return candidates.scores.sum(1)
+
+
+def test_a_policy_that_scores_in_another_shape_is_named():
+    model = tiny()
+    cache = EvictingCache(model, policy=Flat(), budget=8)
+    with pytest.raises(
+        ValueError, match=r"Flat.score must return a score per candidate.* = \[1, 2, \d+\], got \[1, \d+\]"
+    ):
+        feed(model, cache, prompt(20))
+
+
+@pytest.mark.parametrize("what", [lambda model: model.config, lambda model: "org/name"], ids=["config", "name"])
+def test_a_cache_for_something_else_than_a_model_is_refused(what):
+    with pytest.raises(TypeError, match="pass the model itself"):
+        H2OCache(what(tiny()), budget=8)
+
+
+def test_packed_that_is_no_encoding_is_refused():
+    with pytest.raises(TypeError, match=r"GEAR\(bits=4\), got 4"):
+        H2OCache(tiny(), budget=8, packed=4)

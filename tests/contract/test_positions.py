@@ -6,7 +6,7 @@ import torch
 from kvcompress import EvictingCache, H2OCache, HydragenCache, KVzipCache, ShadowKVCache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.expected_attention import ExpectedAttention
-from tests.contract.caches import every_cache, those
+from tests.contract.caches import caches, every_cache, those
 from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -151,6 +151,22 @@ def test_the_forward_of_another_model_is_refused_and_nothing_is_lost(entry):
         for each in (cache, straight):
             model(ids, **cache_argument(model, each))
         with pytest.raises(ValueError, match="was filled by another model than the LlamaModel .*one cache per model"):
+            other(token, **cache_argument(other, cache))
+        found, expected = (model(token, **cache_argument(model, each)).logits for each in (cache, straight))
+    assert torch.equal(found, expected)
+
+
+@caches("dense", "h2o", "gear", "shadowkv", "hydragen")
+def test_the_forward_of_a_model_that_shares_the_config_and_has_no_cache_is_refused_too(entry):
+    model = tiny("llama")
+    cache, straight = entry.build(model), entry.build(model)
+    # kvcompress's attention is selected in the config, and nothing watches this model's forwards
+    other = type(model)(model.config).eval()
+    ids, token = prompt(20, 2), prompt(1, 2, seed=3)
+    with torch.no_grad():
+        for each in (cache, straight):
+            model(ids, **cache_argument(model, each))
+        with pytest.raises(ValueError, match="another model stored here: use one cache per model"):
             other(token, **cache_argument(other, cache))
         found, expected = (model(token, **cache_argument(model, each)).logits for each in (cache, straight))
     assert torch.equal(found, expected)
