@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
-from kvcompress import CompressedCache, GEARCache, H2OCache, HydragenCache, ShadowKVCache
+from kvcompress import CompressedCache, DenseCache, GEARCache, H2OCache, HydragenCache, ShadowKVCache
 from kvcompress.evals.timing import Clock, spread, wait
 from kvcompress.evals.timing import limits as measure_limits
 from kvcompress.hf import cache_argument, cache_name, sizes
@@ -34,8 +34,8 @@ _COMPILED_STEPS = 128
 class Case:
     """What to measure: a prefill, steps of decoding (eager or compiled), the largest batch, or a whole `generate`.
 
-    cache: "dynamic", "static", "hydragen" (the rows share the context), "h2o" with its share of the context,
-        "shadowkv" with the tokens it selects, or "gear" with its bits.
+    cache: "dynamic", "static", "full" (DenseCache), "hydragen" (the rows share the context), "h2o" with its share of the
+        context, "shadowkv" with the tokens it selects, or "gear" with its bits.
     """
 
     kind: str
@@ -76,7 +76,7 @@ def _cases(far: int, long: int, short: int, batches: tuple[int, int, int], selec
         *(Case("decode", cache, long, many) for cache in caches[2:]),
         *(Case("largest batch", cache, long) for cache in caches[2:]),
         Case("compiled", h2o, long, some),
-        Case("compiled", "static", long, some),
+        *(Case("compiled", cache, long, some) for cache in ("full", "static")),
         *(Case("compiled", cache, long, many) for cache in caches[2:]),
         *(Case("decode", cache, short, batch) for batch in (some, one) for cache in caches[:2]),
     ]
@@ -161,8 +161,8 @@ class EndToEndCases:
         if cache is None:
             return {"fits": False, "needs_bytes": self._needs(case, case.batch)}
         compiled = case.kind == "compiled"
-        if compiled and isinstance(cache, ShadowKVCache):
-            # compiled steps fold nothing
+        if compiled and isinstance(cache, DenseCache | ShadowKVCache):
+            # compiled steps take no room, and fold nothing
             cache.reserve(_COMPILED_STEPS)
         step = self._step(compiled)
         token, position = self._next(case, case.batch)
@@ -259,10 +259,10 @@ class EndToEndCases:
     # memory
 
     def _needs(self, case: Case, batch: int) -> int:
-        """Bytes of the model, of a batch's caches and of those at hand. DynamicCache grows by a copy of a layer."""
+        """Bytes of the model, of a batch's caches and of those at hand. DynamicCache and DenseCache grow by a copy of a layer."""
         of = sizes(self.model.config)
         each = _bytes(self._first(case))
-        grows = 1 + 2 / of.layers if case.cache == "dynamic" else 1
+        grows = 1 + 2 / of.layers if case.cache in ("dynamic", "full") else 1
         at_hand = sum(_bytes(cache) for cache in self.prefilled.values())
         logits = batch * of.vocabulary * (self.model.dtype.itemsize + 4)
         copies = each if case.cache == "hydragen" else batch * each * grows
@@ -332,8 +332,8 @@ class EndToEndCases:
     def _build(self, case: Case) -> Cache:
         if case.cache in ("dynamic", "static"):
             return DynamicCache(config=self.model.config)
-        if case.cache == "hydragen":
-            return HydragenCache(self.model)
+        if case.cache in ("full", "hydragen"):
+            return (DenseCache if case.cache == "full" else HydragenCache)(self.model)
         name, size = case.cache.split()
         if name == "shadowkv":
             # the official code's share of outliers

@@ -190,6 +190,8 @@ def check(entry, family):
     ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
     make = entry.between_folds or entry.build
     cache, straight = make(model), make(model)
+    if isinstance(getattr(cache, "budget", None), float) and not entry.between_folds:
+        pytest.skip("a share grows with the tokens seen, where compiled steps keep to what was granted")
     for each in (cache, straight):
         logits = feed(model, each, ids, mask)
     make_ready(cache)
