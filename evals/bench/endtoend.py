@@ -34,8 +34,8 @@ _COMPILED_STEPS = 128
 class Case:
     """What to measure: a prefill, steps of decoding (eager or compiled), the largest batch, or a whole `generate`.
 
-    cache: "dynamic", "static", "full" (DenseCache), "hydragen" (the rows share the context), "h2o" with its share of the
-        context, "shadowkv" with the tokens it selects, or "gear" with its bits.
+    cache: "dynamic", "static", "full" (DenseCache), "hydragen" (the rows share the context), "h2o" with its share of
+        the context, "shadowkv" with the tokens it selects, or "gear" with its bits.
     """
 
     kind: str
@@ -259,7 +259,7 @@ class EndToEndCases:
     # memory
 
     def _needs(self, case: Case, batch: int) -> int:
-        """Bytes of the model, of a batch's caches and of those at hand. DynamicCache and DenseCache grow by a copy of a layer."""
+        """Bytes of the model, of a batch's caches and of those at hand. Full caches grow by a copy of a layer."""
         of = sizes(self.model.config)
         each = _bytes(self._first(case))
         grows = 1 + 2 / of.layers if case.cache in ("dynamic", "full") else 1
