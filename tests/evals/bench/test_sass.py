@@ -256,6 +256,7 @@ def test_an_option_that_is_not_known_is_refused_with_those_that_are(options, mes
 NARROW = {
     "_causal_kernel": {"LDG.E.U8": "the padding mask, a byte a token"},
     "_chunk_scores_kernel": {"LDG.E.U8": "whether a chunk is there, a byte each"},
+    "_fill_kernel": {"LDG.E.U16": "coefficients, whose mask is not known to be constant over 16 bytes: a loss"},
     "_landmark_lse_kernel": {"LDG.E.U8": "whether a chunk is open, a byte each"},
     "_packed_kernel": {
         "LDG.E.U16": "scales and zeros, one for a group; outliers",
@@ -269,11 +270,15 @@ NARROW = {
         ("LDS.U8", "LDS.U16", "STS.U8", "STS.U16", "STG.E.U8", "STG.E.U16"),
         "codes and outliers leave as bytes and 16-bit numbers, once a block",
     ),
-    "_rebuild_keys_kernel": {"LDG.E.U16": "coefficients, whose mask is not known to be constant over 16 bytes: a loss"},
     "_residual_kernel": {
         "LDG.E.U16": "scales and outliers",
         "LDG.E.U8": "codes and places of outliers",
         "STG.E.U16": "a factor of few columns",
+    },
+    "_select_chunks_kernel": {
+        "LDG.E.U8": "whether a chunk is open, a byte each",
+        "STS.U8": "which slots have a new chunk, a byte each",
+        "STG.E.U8": "which slots have a new chunk, a byte each",
     },
     "_split_kernel": {"LDG.E.U8": "the padding mask, a byte a token", "LDGSTS.E": "positions, one a token"},
 }
