@@ -244,11 +244,13 @@ def _taking_apart(function: Callable[..., Any], tuples: dict[str, Any]) -> Calla
     parameters = inspect.signature(function).parameters
     defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
     positions = sum(each.kind is not each.KEYWORD_ONLY for each in parameters.values())
+    # not the mapping itself: torch 2.11 gives up tracing over one once a model has changed any dict
+    names = tuple(parameters)
 
     def leaves(*args: Any, **kwargs: Any) -> dict[str, Any]:
         if len(args) > positions:
             raise TypeError(f"{function.__name__} takes {positions} arguments by position, got {len(args)}")
-        given = defaults | dict(zip(parameters, args, strict=False)) | kwargs
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs
         for name in tuples:
             for field, leaf in given.pop(name)._asdict().items():
                 given[f"{name}_{field}"] = leaf
