@@ -142,7 +142,8 @@ def _launch(
     pairs = 0 if rotation.inv_freq is None else rotation.inv_freq.shape[0]
     rebuilding = rebuild_sizes(chunk, head_dim, pairs, size)
     rebuilders = batch * kv_heads * triton.cdiv(slots, rebuilding["SLOTS"])
-    by_address = not folded.slabs or folded.slabs[0].device == values.device
+    # also of no slabs, as of those that the caller knows to be pinned
+    by_address = all(slab.device == values.device or slab.is_pinned() for slab in folded.slabs)
     fetchers = fetch_programs(held.numel(), device) if by_address else 0
     appenders = 0 if key is None else batch
     key, value = (None if token is None else token.contiguous() for token in (key, value))
