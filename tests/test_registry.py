@@ -83,7 +83,7 @@ def test_a_policy_is_registered_by_its_own_file_alone():
     assert all(getattr(kvcompress, kind.__name__) is kind for kind in policies)
 
 
-# README: `--cache` and `--methods` take the names above, with settings as in `h2o:sinks=4`
+# README: `--cache` and `--methods` take the names above but the last two, with settings as in `h2o:sinks=4`
 def test_settings_go_to_the_policy_and_the_cache(model):
     cache = registry.build("h2o:sinks=4:recent=0.25:allocation=pyramid", model, 64)
     assert (cache.policy.sinks, cache.policy.recent, cache.allocation) == (4, 0.25, "pyramid")
