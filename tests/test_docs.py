@@ -205,7 +205,8 @@ def test_the_site_has_every_page():
     site = yaml.safe_load(read("mkdocs.yml"))
     assert sorted(files(site["nav"])) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
     for page, shown in [*((name, name) for name in SHOWN), ("results.md", "evals/results/README.md")]:
-        assert (DOCS / page).read_text() == f'--8<-- "{shown}"\n'
+        # the second line is for those who read it in the project's folder, where nothing is inserted
+        assert (DOCS / page).read_text() == f'--8<-- "{shown}"\n\n*This page is {shown} of the project.*\n'
 
 
 def test_the_changelog_tells_where_modules_lie_now():
