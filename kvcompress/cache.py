@@ -130,15 +130,16 @@ class CompressedCache(hf.AttendingCache):
     def _without_attention(self, layer_idx: int) -> str:
         model = self._model()
         chosen = None if model is None else hf.attention_name(model)
-        begins = f"layer {layer_idx} gave its keys to this {type(self).__name__}, but did not attend through it: "
+        begins = (
+            f"layer {layer_idx} of {type(model).__name__} gave its keys to {type(self).__name__}, but did not attend "
+            "through it: "
+        )
         if chosen is not None and chosen.startswith(hf.IMPLEMENTATION):
-            return f"{begins}was it a layer of another {type(model).__name__} than the cache was built for? " + (
-                "Build a cache for each model"
-            )
+            return f"{begins}was it a layer of another model than the cache was built for? Build one cache per model"
         return (
-            f"{begins}the attention implementation of {type(model).__name__} is {chosen!r}, not the "
-            f"{hf.IMPLEMENTATION!r} that this cache selected when it was built; build a new cache for the model that "
-            f"uses it, or call model.set_attn_implementation({hf.IMPLEMENTATION!r})"
+            f"{begins}the model's attention implementation is {chosen!r}, not the {hf.IMPLEMENTATION!r} that this "
+            "cache selected when it was built; build a new cache for the model that uses it, or call "
+            f"model.set_attn_implementation({hf.IMPLEMENTATION!r})"
         )
 
     def prompt_begins(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:

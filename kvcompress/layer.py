@@ -148,11 +148,15 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.clock = TokenClock()
         self._module: weakref.ref[torch.nn.Module] | None = None
 
-    def belongs_to(self, module: torch.nn.Module) -> None:
-        """Raises ValueError where this attention module of a model is not the one that filled the layer."""
+    def belongs_to(self, module: torch.nn.Module, is_watched: bool) -> None:
+        """Raises ValueError where this attention module of a model is not the one that filled the layer.
+
+        Args:
+            is_watched: the forward is one that the cache was told of, and would have refused.
+        """
         if self._module is not None and self._module() is module:
             return
-        if self._module is not None and int(self.get_seq_length()):
+        if not is_watched and self._module is not None and int(self.get_seq_length()):
             self.pending_kv = None
             raise ValueError(
                 f"a {type(module).__name__} attends to what the attention of another model stored here: use one cache "

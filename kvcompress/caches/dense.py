@@ -276,7 +276,7 @@ class DenseCache(CompressedCache):
         return DenseLayer(self.padding, window, is_first=index == 0)
 
     @as_stored()
-    def reserve(self, steps: int) -> None:
+    def reserve(self, steps: int = DenseSegment.growth) -> None:
         """Takes room for steps that you compile; with it, `generate` compiles its own on a GPU, as for a StaticCache.
 
         A compiled step reads the room as well as the tokens. It takes no more room: call this anew before it runs out,

@@ -18,7 +18,7 @@ from kvcompress.cli.arguments import user_errors, with_options
 # which takes seconds
 GROUPS: dict[str, tuple[str, dict[str, tuple[str, str, str]]]] = {
     "bench": (
-        "Measure speed and memory against transformers' own caches and torch's own attention.",
+        "Measure speed and memory, against transformers' own caches and torch's own attention.",
         {
             "speed": ("bench.speed", "main", "Decode and prefill against transformers' DynamicCache."),
             "shared-prefix": ("bench.shared_prefix", "main", "Prompts with a common beginning, against DynamicCache."),

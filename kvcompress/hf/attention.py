@@ -17,7 +17,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcompress.hf.calls import AttendingCache, Cache, Shadow, cache_in, forward_in_progress, unwatch_forwards
+from kvcompress.hf.calls import (
+    AttendingCache,
+    Cache,
+    Shadow,
+    cache_in,
+    forward_in_progress,
+    is_watched,
+    unwatch_forwards,
+)
 from kvcompress.hf.modules import layer_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
@@ -41,7 +49,7 @@ class Attends(Protocol):
 
     window: int | None
 
-    def belongs_to(self, module: nn.Module) -> None: ...
+    def belongs_to(self, module: nn.Module, is_watched: bool) -> None: ...
 
     def attend(
         self,
@@ -156,7 +164,7 @@ def _attention(
         _check_no_cache_was_given(module, kwargs)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
     if not torch.compiler.is_compiling():
-        layer.belongs_to(module)
+        layer.belongs_to(module, is_watched())
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "kvcompress takes a padding mask [batch, tokens seen] or none, because it never builds a "

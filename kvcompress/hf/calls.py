@@ -154,6 +154,11 @@ def forward_in_progress(part: nn.Module) -> tuple[nn.Module, AttendingCache] | N
     return None
 
 
+def is_watched() -> bool:
+    """Whether a forward that was given a cache, of a model that a cache was built for, is in progress."""
+    return bool(_FORWARDS.stack)
+
+
 def _forget(module: nn.Module) -> AttendingCache | None:
     """Ends a module's forward in progress, and those within it, and returns its cache; None if it had none."""
     stack = _FORWARDS.stack

@@ -25,7 +25,7 @@ from tests.policies.scene import scene
 )
 def test_rolled_is_an_old_name_of_rerotated(build):
     model = tiny()
-    with pytest.warns(FutureWarning, match="rolled is called rerotated now, .*: write rerotated=True") as caught:
+    with pytest.warns(FutureWarning, match="rolled is now called rerotated, .*: write rerotated=True") as caught:
         assert build(model, rolled=True).rerotated
     assert [warning.filename for warning in caught] == [__file__]
     with pytest.raises(TypeError, match="rolled is the old name of rerotated: pass rerotated alone"):

@@ -57,7 +57,7 @@ def command(tmp_path):
 def test_an_installed_method_is_in_the_commands_list(command):
     done = command("generate", "--help")
     assert done.returncode == 0, done.stderr
-    (listed,) = [line for line in done.stdout.splitlines() if "Of none, random, h2o" in line]
+    (listed,) = [line for line in done.stdout.splitlines() if "Known: none, random, h2o" in line]
     assert ", newest." in listed
 
 

@@ -45,7 +45,7 @@ NAMES = {
     "num_kv_shared_layers", "prepare_inputs_for_generation", "register_forward_hook", "register_forward_pre_hook",
     "rope_parameters", "sliding_window", "vocab_size",
 }  # fmt: skip
-MODEL_CLASSES = {ROOT / "kvcompress" / "swiftkv" / name for name in ("model.py", "forward.py")}
+MODEL_CLASSES = {ROOT / "kvcompress" / "swiftkv" / name for name in ("conversion.py", "forward.py", "model.py")}
 # written down under transformers' own names, or running where kvcompress is not installed
 APART = {"kvpress_answers.py"}
 OLDER = {"past_key_values", "past_key_value", "layer_past"}

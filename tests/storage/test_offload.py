@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvcompress import ShadowKVCache
+from kvcompress.kernels.pages import fetch_pages_reference
 from kvcompress.storage.offload import ADDRESSES, OffloadedPages
 from tests.contract.drive import feed
 from tests.contract.models import DEVICE, prompt, tiny
@@ -29,7 +30,7 @@ def read(pages, numbers):
     count = len(numbers)
     held = torch.arange(count, device=DEVICE).expand(1, PAGE[0], -1)
     found = torch.empty(1, PAGE[0], count * PAGE[1], PAGE[2], device=DEVICE)
-    pages.fetch(found, numbers[None], held, torch.ones_like(held, dtype=torch.bool))
+    fetch_pages_reference(found, numbers[None], held, torch.ones_like(held, dtype=torch.bool), pages.slabs)
     found = found.unflatten(2, (count, -1)).transpose(1, 2).flatten(2)[0]
     assert (found == found[:, :1]).all()
     return found[:, 0].tolist()
