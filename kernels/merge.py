@@ -65,6 +65,11 @@ def with_sinks(outs: list[Tensor], lses: list[Tensor], sinks: Tensor) -> tuple[l
     return [*outs, outs[0].new_zeros(()).expand_as(outs[0])], [*lses, lse]
 
 
+def output_of(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """The output of an attention with which nothing but learned sink logits [heads] is to be merged."""
+    return out if sinks is None else merge_states(*with_sinks([out], [lse], sinks))[0]
+
+
 def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """What merge_states means, in plain PyTorch: the oracle of its test and its path on a CPU."""
     lse = lses[0].clone() if len(lses) == 1 else torch.logaddexp(lses[0], lses[1])

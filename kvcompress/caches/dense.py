@@ -10,7 +10,7 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.compiled_steps import CompiledSteps
 from kvcompress.kernels.attention import causal_attention
-from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.kernels.merge import output_of
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored, ordinary_tensors
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
@@ -28,8 +28,7 @@ class DenseStep(ForwardStep):
         self.layer = layer
 
     def attend(self, x: AttentionInput) -> Tensor:
-        out, lse = self.layer._read(x)
-        return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
+        return output_of(*self.layer._read(x), x.sinks)
 
     def commit(self) -> None:
         self.layer._drop()
@@ -44,8 +43,7 @@ class CompiledStep(ForwardStep):
         steps.store(x)
 
     def attend(self, x: AttentionInput) -> Tensor:
-        out, lse = self.steps.attend(x)
-        return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
+        return output_of(*self.steps.attend(x), x.sinks)
 
     def commit(self) -> None:
         self.steps.count(self.input)

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.evict import choose_victim, ranked
-from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.kernels.merge import merge_states, output_of, with_sinks
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
 from kvcompress.storage.segment import EMPTY
@@ -46,7 +46,7 @@ class DecodeStep(EvictingStep):
         if self.placed is not None:
             # the token is already in the slots, but not yet counted in the lengths
             out, lse = self.slots.decode_again(placed.query, x.key, x.value, self.at, query_positions, x.spec)
-            return out if x.sinks is None else merge_states(*with_sinks([out], [lse], x.sinks))[0]
+            return output_of(out, lse, x.sinks)
         out, self.attention = self.slots.decode(placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks)
         self.placed, self.query_positions = placed, query_positions
         return out

@@ -24,7 +24,7 @@ from kvcompress.caches.budget import Budget
 from kvcompress.caches.dense import DenseLayer
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.attention import causal_attention
-from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.kernels.merge import merge_states, output_of, with_sinks
 from kvcompress.layer import AttentionInput, CompressedLayer, as_stored
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
@@ -129,7 +129,7 @@ class ShadowLayer(CompressedLayer):
             assert self.segment is not None
             # when a fold is due the host must look
             self._patience = -1
-            return _alone(*self._read(chunk, self.segment), chunk.sinks)
+            return output_of(*self._read(chunk, self.segment), chunk.sinks)
         counts = self._counts(chunk)
         if counts is None and not (chunk.tokens == 1 and chunk.query.is_cuda):
             chunk = dataclasses.replace(chunk, visible=None)
@@ -140,7 +140,7 @@ class ShadowLayer(CompressedLayer):
         self._patience -= chunk.tokens
         if chunk.tokens == 1:
             make_room_for_one(self.segment)
-            return _alone(*self._read(chunk, self.segment), chunk.sinks)
+            return output_of(*self._read(chunk, self.segment), chunk.sinks)
         return self._attend_chunk(chunk, self.segment, counts)
 
     def _counts(self, chunk: AttentionInput) -> Tensor | None:
@@ -270,11 +270,6 @@ class ShadowLayer(CompressedLayer):
             self.segment = ShadowSegment.load(tensors, facts, settings=self.settings, rope=self.rope, host=self.host)
             self.lazy_initialization(self.segment.keys, self.segment.values)
             self._begin_counting()
-
-
-def _alone(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """An output that is all there is but for sinks."""
-    return out if sinks is None else merge_states(*with_sinks([out], [lse], sinks))[0]
 
 
 class ShadowKVCache(CompressedCache):
