@@ -120,6 +120,30 @@ class CompressedCache(hf.AttendingCache):
         """Whether torch.compile can trace a forward of so many tokens into one graph."""
         return all(layer.is_traceable(tokens) for layer in self.layers)
 
+    @as_stored()
+    def reserve(self, steps: int | None = None) -> None:
+        """Makes ready for steps that you compile; `generate` compiles its own on a GPU, where the cache promises to be
+        compileable, and makes ready by itself.
+
+        What a compiled step cannot do is done here: taking room, folding, packing. Call it anew before so many steps
+        are used up, and after a forward that was not compiled, crop, or a change of the batch.
+
+        Args:
+            steps: tokens per sequence that are to come. None: as many as the cache can make ready for at no great cost.
+
+        Raises:
+            ValueError: steps is less than 1.
+        """
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        for layer in self.layers:
+            layer.reserve(steps)
+
+    @as_stored()
+    def forward_comes(self) -> None:
+        for layer in self.layers:
+            layer.forward_comes()
+
     def _check_attention(self, layer_idx: int) -> None:
         """Raises RuntimeError if this forward would not reach the layers through the attention function."""
         model = self._model()

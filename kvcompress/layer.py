@@ -307,6 +307,12 @@ class CompressedLayer(hf.CacheLayerMixin):
         """Whether torch.compile can trace a forward of so many tokens into one graph."""
         return False
 
+    def reserve(self, steps: int | None) -> None:
+        """Makes ready for so many steps that are compiled, now and after the next forward; None: it chooses."""
+
+    def forward_comes(self) -> None:
+        """Called by generate before a forward, outside of what it compiles."""
+
     def _attend_pending(
         self,
         query: Tensor,
@@ -339,6 +345,9 @@ class CompressedLayer(hf.CacheLayerMixin):
         return self.clock.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling() and query_length == 1:
+            # the mask of one token depends on no length, and a length would be compiled in
+            return hf.ONE_TOKEN, 0
         return hf.TokensSeen(self.get_seq_length() + query_length), 0
 
     def get_max_length(self) -> int:

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.compiled_steps import CompiledSteps
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import output_of
-from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored, ordinary_tensors
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.storage.segment import Segment
@@ -61,6 +60,8 @@ class DenseLayer(CompressedLayer):
     _steps: CompiledSteps | None = None
     _counted = 0
     _is_ready = False
+    # whether steps on a GPU are compiled without reserve()
+    reserves_on_gpu = False
     # steps asked for at a time, 0: none are compiled; those that may come until there is no room
     _reserved = 0
     _left = 0
@@ -81,20 +82,15 @@ class DenseLayer(CompressedLayer):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        return self._reserved > 0
+        return self._reserved > 0 or self.reserves_on_gpu
 
     def is_traceable(self, tokens: int) -> bool:
         return tokens == 1 and self._steps is not None
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if torch.compiler.is_compiling():
-            return hf.ONE_TOKEN, 0
-        return super().get_mask_sizes(query_length)
-
-    def reserve(self, steps: int) -> None:
+    def reserve(self, steps: int | None) -> None:
         """Takes room for so many steps that are compiled, and as many whenever that is used up."""
-        self._reserved = steps
-        self._make_ready(steps)
+        self._reserved = steps or self.storage.growth
+        self._make_ready(self._reserved)
 
     def forward_comes(self) -> None:
         """Called by generate before a forward, outside of what it compiles."""
@@ -109,6 +105,8 @@ class DenseLayer(CompressedLayer):
         dense = self.dense
         if dense is None:
             return
+        if not self.record_past:
+            self._let_go()
         room = dense.keys.shape[2] - dense.length
         if room < steps:
             # a step is compiled anew for each room
@@ -174,6 +172,8 @@ class DenseLayer(CompressedLayer):
     def _store(self, chunk: AttentionInput) -> None:
         if self.dense is None:
             self.dense = self.storage(chunk.key, chunk.value)
+            if self.reserves_on_gpu and chunk.key.is_cuda:
+                self._reserved = self._reserved or self.storage.growth
         elif self.record_past:
             self._let_go()
         assert self.dense is not None
@@ -272,28 +272,3 @@ class DenseCache(CompressedCache):
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         return DenseLayer(self.padding, window, is_first=index == 0)
-
-    @as_stored()
-    def reserve(self, steps: int = DenseSegment.growth) -> None:
-        """Takes room for steps that you compile; with it, `generate` compiles its own on a GPU, as for a StaticCache.
-
-        A compiled step reads the room as well as the tokens. It takes no more room: call this anew before it runs out,
-        and after a forward that was not compiled, crop, or a change of the batch.
-
-        Args:
-            steps: tokens per sequence that are to come. `generate` takes room for as many again where they are used up.
-
-        Raises:
-            ValueError: steps is less than 1.
-        """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        for layer in self.layers:
-            if isinstance(layer, DenseLayer):
-                layer.reserve(steps)
-
-    @as_stored()
-    def forward_comes(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer, DenseLayer):
-                layer.forward_comes()

@@ -21,7 +21,7 @@ from kvcompress.caches.budget import Allocation, Budget
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
-from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
+from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
@@ -145,13 +145,6 @@ class EvictingCache(CompressedCache):
             packed=self.packed,
             ranks=TPGroup.of(model),
         )
-
-    @as_stored()
-    def reserve(self) -> None:
-        """Allocates the whole budget, if it is a count, for steps that you compile; `generate` does so by itself."""
-        for layer in self.layers:
-            if isinstance(layer, EvictingLayer):
-                layer.reserve()
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         super().forward_begins(decoder, input_ids)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress import hf
 from kvcompress.caches.evicting_step import ChunkStep, DecodeStep, FusedDecodeStep
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.common.runtime import runs_triton
@@ -109,11 +108,6 @@ class EvictingLayer(CompressedLayer):
     def is_traceable(self, tokens: int) -> bool:
         return self.slots is not None and tokens == 1
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if torch.compiler.is_compiling():
-            return hf.ONE_TOKEN, 0
-        return super().get_mask_sizes(query_length)
-
     def reset(self) -> None:
         super().reset()
         self.slots = None
@@ -187,8 +181,8 @@ class EvictingLayer(CompressedLayer):
         self._make_room(chunk.tokens)
         return self.slots
 
-    def reserve(self) -> None:
-        """Allocates the whole budget, if it is a count, now or with the first forward."""
+    def reserve(self, steps: int | None) -> None:
+        """Allocates the whole budget, if it is a count, now or with the first forward, for any number of steps."""
         self._reserves = True
         if self.slots is not None:
             self._make_room(0)

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import Budget
 from kvcompress.caches.dense import DenseLayer
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, output_of, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer, as_stored
+from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import check_host
@@ -94,11 +93,6 @@ class ShadowLayer(CompressedLayer):
     @property
     def fetching_forwards(self) -> int:  # type: ignore[override]
         return 0 if self.segment is None else int(self.segment.fetched[1])
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if torch.compiler.is_compiling():
-            return hf.ONE_TOKEN, 0
-        return super().get_mask_sizes(query_length)
 
     def is_traceable(self, tokens: int) -> bool:
         # what lies in a file is collected by the host
@@ -313,7 +307,9 @@ class ShadowKVCache(CompressedCache):
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
         if window is not None:
-            return DenseLayer(self.padding, window, is_first=index == 0)
+            sliding = DenseLayer(self.padding, window, is_first=index == 0)
+            sliding.reserves_on_gpu = True
+            return sliding
         model = self._model()
         assert model is not None
         settings, ranks = self.settings, TPGroup.of(model)
@@ -321,23 +317,6 @@ class ShadowKVCache(CompressedCache):
             # each process factorises the keys of its own heads; together they keep as many numbers as one would
             settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))
         return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == 0)
-
-    @as_stored()
-    def reserve(self, steps: int | None = None) -> None:
-        """Makes ready for steps that you compile, which neither fold nor take room; `generate` does so by itself.
-
-        Args:
-            steps: how many come before the next call. None: as many as come until a fold is due.
-        """
-        for layer in self.layers:
-            if isinstance(layer, ShadowLayer):
-                layer.reserve(steps)
-
-    @as_stored()
-    def forward_comes(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer, ShadowLayer):
-                layer.forward_comes()
 
     def _settings(self) -> dict[str, Any]:
         return {"budget": self.budget, "host": self.host, **dataclasses.asdict(self.settings)}
