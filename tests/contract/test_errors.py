@@ -182,6 +182,14 @@ def test_crop_of_more_than_there_is(entry):
 
 
 @every_cache
+def test_room_for_no_step(entry):
+    model = tiny()
+    cache = entry.build(model)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        cache.reserve(0)
+
+
+@every_cache
 def test_moving_layers_between_devices(entry):
     cache = entry.build(tiny())
     with pytest.raises(NotImplementedError, match="ShadowKVCache keeps values off the device"):

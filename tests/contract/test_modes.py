@@ -205,3 +205,20 @@ def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_tra
     # and what has nothing to do with a cache is compiled as before
     model(ids, use_cache=False)
     assert backend.frame_count > graphs
+
+
+# what is reserved is folded, and read in other pieces
+@those(lambda entry: entry.between_folds is None)
+@pytest.mark.parametrize("when", ["before", "between", "both"])
+def test_room_for_compiled_steps_changes_no_token_of_eager_ones(entry, when):
+    model, question = tiny("mistral"), prompt(6, 2, seed=4)
+    answers = []
+    for reserves in (False, True):
+        cache = entry.build(model)
+        if reserves and when != "between":
+            cache.reserve()
+        first = generate(model, cache, prompt(20, 2))
+        if reserves and when != "before":
+            cache.reserve(3)
+        answers.append(generate(model, cache, torch.cat([first, question], 1)))
+    assert torch.equal(*answers)
