@@ -1,12 +1,17 @@
-"""Steps of a compiled model into a full cache's buffers: what changes from step to step is counted on the device."""
+"""Steps of a compiled model into buffers with room: what changes from step to step is counted on the device."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
-from kvcompress.layer import AttentionInput
+from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.tail import TailSegment
+
+Places = tuple[Tensor, Tensor, Tensor]
 
 
 class CompiledSteps:
@@ -16,40 +21,32 @@ class CompiledSteps:
     lengths: [batch] int32, real tokens held. column: [1] int64, which column comes next.
     """
 
-    def __init__(self, dense: DenseSegment) -> None:
-        self.dense = dense
-        self.positions, self.lengths, self.column = self._counted()
+    def __init__(self, segment: DenseSegment | TailSegment, places: Places) -> None:
+        """
+        Args:
+            segment: whose keys and values the steps write to.
+            places: positions, lengths and column as they are now.
+        """
+        self.segment = segment
+        self.positions, self.lengths, self.column = places
         self.pin()
 
     def tensors(self) -> list[Tensor]:
         return [self.positions, self.lengths, self.column]
 
     def pin(self) -> None:
-        """Tells the compiler that tensors stay where they are: else CUDA graphs refuse to write to them."""
-        for tensor in (self.dense.keys, self.dense.values, *self.tensors()):
-            # unguarded: another cache of the same shapes records a graph, and compiles nothing
-            torch._dynamo.mark_static_address(tensor, guard=False)
+        """Tells the compiler that tensors stay where they are."""
+        pin(self.segment.keys, self.segment.values, *self.tensors())
 
-    def catch_up(self) -> None:
+    def catch_up(self, places: Places) -> None:
         """Counts anew, after the segment was changed by other means."""
-        counted = self._counted()
-        if [each.shape for each in counted] != [each.shape for each in self.tensors()]:
-            self.positions, self.lengths, self.column = counted
+        if [each.shape for each in places] != [each.shape for each in self.tensors()]:
+            self.positions, self.lengths, self.column = places
         else:
-            for held, fresh in zip(self.tensors(), counted, strict=True):
-                held.copy_(fresh)
+            for held, fresh in zip(self.tensors(), places, strict=True):
+                if held is not fresh:
+                    held.copy_(fresh)
         self.pin()
-
-    def _counted(self) -> tuple[Tensor, Tensor, Tensor]:
-        keys, _, visible = self.dense.held()
-        batch, room = keys.shape[0], self.dense.keys.shape[2]
-        if visible is None:
-            visible = torch.ones(batch, self.dense.length, dtype=torch.bool, device=keys.device)
-        positions = torch.full((batch, room), EMPTY, dtype=torch.int32, device=keys.device)
-        counted = visible.cumsum(-1, dtype=torch.int32) - 1
-        positions[:, : self.dense.length] = counted.masked_fill(~visible, EMPTY)
-        column = torch.full((1,), self.dense.length, dtype=torch.int64, device=keys.device)
-        return positions, visible.sum(-1, dtype=torch.int32), column
 
     def store(self, x: AttentionInput) -> None:
         """Writes a token, with which `attend` counts from now on; RuntimeError: there is no room."""
@@ -57,26 +54,117 @@ class CompiledSteps:
             (self.column < self.positions.shape[1]).all(),
             "a compiled step has no room for its token: call cache.reserve() with as many steps as will come",
         )
-        self.dense.keys.index_copy_(2, self.column, x.key)
-        self.dense.values.index_copy_(2, self.column, x.value)
+        self.segment.keys.index_copy_(2, self.column, x.key)
+        self.segment.values.index_copy_(2, self.column, x.value)
         at = self.lengths if x.visible is None else torch.where(x.visible[:, 0], self.lengths, EMPTY)
         self.positions.index_copy_(1, self.column, at[:, None])
 
     def attend(self, x: AttentionInput) -> tuple[Tensor, Tensor]:
         """Attention of one token to all that is held, its own among it, and the log-sum-exp."""
-        keys = self.dense.keys
+        keys = self.segment.keys
         positions = self.positions[:, None].expand(keys.shape[:3])
-        return slot_attention(x.query, keys, self.dense.values, positions, self.lengths[:, None], x.spec)
+        return slot_attention(x.query, keys, self.segment.values, positions, self.lengths[:, None], x.spec)
 
     def count(self, x: AttentionInput) -> None:
         """Counts the token that `store` wrote."""
         self.lengths.add_(x.real_tokens)
         self.column.add_(1)
 
-    def take_in(self, tokens: int) -> None:
-        """Tells the segment of so many tokens that compiled steps wrote, of which the host knows nothing else."""
-        length = self.dense.length + tokens
-        shown = self.positions[:, self.dense.length : length] != EMPTY
-        self.dense.length = length
-        if self.dense.visible is not None or not bool(shown.all()):
-            self.dense.show(self.positions[:, :length] != EMPTY)
+
+def pin(*tensors: Tensor) -> None:
+    """Tells the compiler that tensors stay where they are: else CUDA graphs copy them, and refuse to write to them."""
+    for tensor in tensors:
+        # unguarded: another cache of the same shapes records a graph, and compiles nothing
+        torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+class SteppedLayer(CompressedLayer):
+    """A layer whose compiled steps write where tensors on the device say, so that the host learns of them afterwards.
+
+    Subclasses define `_make_ready` and `_take_in`, and look (`_look`) before they read or change what they hold.
+    """
+
+    # whether steps on a GPU are compiled without reserve()
+    reserves_on_gpu = False
+    # where compiled steps write; columns seen when they were last counted; whether nothing else has come since
+    _steps: CompiledSteps | None = None
+    _counted = 0
+    _is_ready = False
+    # steps asked for at a time, 0: none are compiled; those that may come until there is more to make ready
+    _reserved = 0
+    _left = 0
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return self._reserved > 0 or self.reserves_on_gpu
+
+    def is_traceable(self, tokens: int) -> bool:
+        return tokens == 1 and self._steps is not None
+
+    def reserve(self, steps: int | None) -> None:
+        """Takes room for so many steps that are compiled, and as many whenever that is used up."""
+        self._reserved = steps or DenseSegment.growth
+        self._make_ready(self._reserved)
+
+    def forward_comes(self) -> None:
+        """Called by generate before a forward, outside of what it compiles."""
+        if not self._reserved:
+            return
+        if not (self._is_ready and self._left):
+            self._make_ready(1)
+        self._left -= 1
+
+    def _make_ready(self, steps: int) -> None:
+        """Lets so many compiled steps follow on what is held, where it holds something."""
+        raise NotImplementedError
+
+    def _take_in(self, written: int) -> None:
+        """Tells the host of so many tokens that compiled steps wrote, of which it knows nothing else."""
+        raise NotImplementedError
+
+    def _look(self) -> None:
+        """Takes in what compiled steps have written since it was last asked for."""
+        if self._steps is None or not self._is_ready or torch.compiler.is_compiling():
+            return
+        written = self.clock.seen - self._counted
+        if written:
+            self._counted += written
+            self._take_in(written)
+
+    def _count_on(self, segment: DenseSegment | TailSegment, places: Places) -> None:
+        """Compiled steps may now write to the segment."""
+        if self._steps is None:
+            self._steps = CompiledSteps(segment, places)
+        else:
+            self._steps.catch_up(places)
+        if self.clock.tensor is None:
+            seen = self.clock.seen
+            self.clock.count_on(torch.full((), seen, dtype=torch.int64, device=segment.keys.device), seen)
+            pin(self.clock.tensor)
+        self._counted, self._is_ready = self.clock.seen, True
+
+    def _ready_steps(self) -> CompiledSteps:
+        """Where a compiled step writes; RuntimeError if it follows on what was not compiled."""
+        if self._steps is None or not self._is_ready:
+            raise RuntimeError(
+                "a compiled step must follow on compiled steps, or on cache.reserve(steps), which makes room for "
+                "as many: call it anew after a forward that was not compiled, and after crop"
+            )
+        return self._steps
+
+    def counters(self) -> dict[str, Tensor]:
+        if self._steps is None or self.clock.tensor is None:
+            return {}
+        positions, lengths, column = self._steps.tensors()
+        return {"positions": positions, "lengths": lengths, "column": column, "seen": self.clock.tensor}
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(change)
+        if self._is_ready:
+            self._make_ready(0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self._is_ready:
+            # room may have gone with the rows
+            self._make_ready(0)

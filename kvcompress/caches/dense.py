@@ -1,19 +1,18 @@
 """The full cache, with kvcompress's attention: the ceiling that the others are measured against."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompress.cache import CompressedCache
-from kvcompress.caches.compiled_steps import CompiledSteps
+from kvcompress.caches.compiled_steps import CompiledSteps, SteppedLayer
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import output_of
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
-from kvcompress.storage.segment import Segment
+from kvcompress.storage.segment import EMPTY, Segment
 
 # tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
 SLACK = 256
@@ -48,7 +47,7 @@ class CompiledStep(ForwardStep):
         self.steps.count(self.input)
 
 
-class DenseLayer(CompressedLayer):
+class DenseLayer(SteppedLayer):
     """Keeps every token; on a sliding layer, those of the window and a little more."""
 
     is_croppable = True
@@ -56,52 +55,18 @@ class DenseLayer(CompressedLayer):
     storage: type[DenseSegment] = DenseSegment
     dropped = 0
     _dense: DenseSegment | None = None
-    # where compiled steps write; columns seen when they were last counted; whether nothing else has come since
-    _steps: CompiledSteps | None = None
-    _counted = 0
-    _is_ready = False
-    # whether steps on a GPU are compiled without reserve()
-    reserves_on_gpu = False
-    # steps asked for at a time, 0: none are compiled; those that may come until there is no room
-    _reserved = 0
-    _left = 0
 
     @property
     def dense(self) -> DenseSegment | None:
         """All tokens held; None before the first."""
-        if self._steps is not None and self._is_ready and not torch.compiler.is_compiling():
-            written = self.clock.seen - self._counted
-            if written:
-                self._steps.take_in(written)
-                self._counted += written
+        self._look()
         return self._dense
 
     @dense.setter
     def dense(self, segment: DenseSegment | None) -> None:
         self._dense, self._steps = segment, None
 
-    @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
-        return self._reserved > 0 or self.reserves_on_gpu
-
-    def is_traceable(self, tokens: int) -> bool:
-        return tokens == 1 and self._steps is not None
-
-    def reserve(self, steps: int | None) -> None:
-        """Takes room for so many steps that are compiled, and as many whenever that is used up."""
-        self._reserved = steps or self.storage.growth
-        self._make_ready(self._reserved)
-
-    def forward_comes(self) -> None:
-        """Called by generate before a forward, outside of what it compiles."""
-        if not self._reserved:
-            return
-        if not (self._is_ready and self._left):
-            self._make_ready(1)
-        self._left -= 1
-
     def _make_ready(self, steps: int) -> None:
-        """Lets so many compiled steps follow on what is held."""
         dense = self.dense
         if dense is None:
             return
@@ -111,39 +76,25 @@ class DenseLayer(CompressedLayer):
         if room < steps:
             # a step is compiled anew for each room
             dense.take_room(max(self._reserved, dense.length // 4))
-        if self._steps is None:
-            self._steps = CompiledSteps(dense)
-        else:
-            self._steps.catch_up()
-        if self.clock.tensor is None:
-            seen = self.clock.seen
-            self.clock.count_on(torch.full((), seen, dtype=torch.int64, device=dense.keys.device), seen)
-            torch._dynamo.mark_static_address(self.clock.tensor, guard=False)
-        self._counted, self._is_ready = self.clock.seen, True
+        self._count_on(dense, dense.places())
         self._left = dense.keys.shape[2] - dense.length
 
-    def counters(self) -> dict[str, Tensor]:
-        if self._steps is None or self.clock.tensor is None:
-            return {}
-        positions, lengths, column = self._steps.tensors()
-        return {"positions": positions, "lengths": lengths, "column": column, "seen": self.clock.tensor}
-
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        super().map_tensors(change)
-        if self._is_ready:
-            self._make_ready(0)
+    def _take_in(self, written: int) -> None:
+        dense, steps = self._dense, self._steps
+        assert dense is not None
+        assert steps is not None
+        length = dense.length + written
+        shown = steps.positions[:, :length] != EMPTY
+        fresh, dense.length = shown[:, dense.length :], length
+        if dense.visible is not None or not bool(fresh.all()):
+            dense.show(shown)
 
     def segments(self) -> list[Segment]:
         return [] if self.dense is None else [self.dense]
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
         if torch.compiler.is_compiling():
-            if self._steps is None or not self._is_ready:
-                raise RuntimeError(
-                    "a compiled step must follow on compiled steps, or on cache.reserve(steps), which makes room for "
-                    "as many: call it anew after a forward that was not compiled, and after crop"
-                )
-            return CompiledStep(self._steps, x)
+            return CompiledStep(self._ready_steps(), x)
         self._store(x)
         return DenseStep(self, x)
 

@@ -90,6 +90,19 @@ class DenseSegment(Segment):
         positions = positions.to(torch.int32)[:, None].expand(key.shape[:3])
         return slot_attention(query, key, value, positions, query_positions, spec)
 
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What changes from step to step, counted: each column's position [batch, room] int32, EMPTY for padding and
+        room; each row's real tokens [batch] int32; the column that comes next [1] int64."""
+        batch, room, device = self.keys.shape[0], self.keys.shape[2], self.keys.device
+        _, _, visible = self.held()
+        if visible is None:
+            visible = torch.ones(batch, self.length, dtype=torch.bool, device=device)
+        positions = torch.full((batch, room), EMPTY, dtype=torch.int32, device=device)
+        counted = visible.cumsum(-1, dtype=torch.int32) - 1
+        positions[:, : self.length] = counted.masked_fill(~visible, EMPTY)
+        column = torch.full((1,), self.length, dtype=torch.int64, device=device)
+        return positions, visible.sum(-1, dtype=torch.int32), column
+
     def show(self, visible: Tensor) -> None:
         """Sets which tokens are visible, [batch, length] bool."""
         if self.visible is None:
