@@ -248,7 +248,7 @@ class CompressedCache(hf.AttendingCache):
         for layer in self.layers:
             layer.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
-        self.padding.crop(-tokens_to_remove)
+        self.padding.crop(-tokens_to_remove, int(self.get_seq_length()))
 
     @as_stored()
     def reorder_cache(self, beam_idx: Tensor) -> None:

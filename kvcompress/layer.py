@@ -259,7 +259,8 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keeps the new tokens, [batch, kv_heads, tokens, head_dim], until `attend`; returns the key with its tag."""
-        if not self.segments():
+        # what is held changes between the steps that a graph serves
+        if not (self.is_initialized if torch.compiler.is_compiling() else self.segments()):
             dtype, device = key_states.dtype, key_states.device.type
             if torch.is_autocast_enabled(device) and dtype != torch.float64:
                 # the dtype in which attention would take them

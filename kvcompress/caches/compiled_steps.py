@@ -108,6 +108,8 @@ class SteppedLayer(CompressedLayer):
 
     def forward_comes(self) -> None:
         """Called by generate before a forward, outside of what it compiles."""
+        if self.reserves_on_gpu and self.is_initialized and self.device.type == "cuda":
+            self._reserved = self._reserved or DenseSegment.growth
         if not self._reserved:
             return
         if not (self._is_ready and self._left):

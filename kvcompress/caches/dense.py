@@ -123,8 +123,6 @@ class DenseLayer(SteppedLayer):
     def _store(self, chunk: AttentionInput) -> None:
         if self.dense is None:
             self.dense = self.storage(chunk.key, chunk.value)
-            if self.reserves_on_gpu and chunk.key.is_cuda:
-                self._reserved = self._reserved or self.storage.growth
         elif self.record_past:
             self._let_go()
         assert self.dense is not None

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import causal_attention
-from kvcompress.kernels.merge import merge_states, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
+from kvcompress.caches.compiled_steps import SteppedLayer, pin
+from kvcompress.caches.quantized_step import CompiledQuantizedStep, QuantizedStep
+from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.gear import GEAR
 from kvcompress.storage.columns import marked_first
 from kvcompress.storage.padding import PaddingRecord, reordered, warn_of_short_windows
@@ -27,45 +27,14 @@ from kvcompress.storage.tail import TailSegment
 DRAFT = 32
 
 
-class QuantizedStep(ForwardStep):
-    """A forward: its tokens are attended to unpacked, and encoded when it ends; a single token joins the tail at once.
-
-    real: tokens of each row that are not padding. query_positions: [batch, queries] int32.
-    """
-
-    def __init__(self, layer: "QuantizedLayer", x: AttentionInput) -> None:
-        super().__init__(x)
-        self.layer = layer
-        self.tail = layer._tail(x.key, x.value)
-        self.real = layer._real(x)
-        self.query_positions = layer._query_positions(x)[:, -x.queries :]
-        if x.tokens == 1:
-            self.tail.put(x.key, x.value, self.real, layer.lengths)
-
-    def attend(self, x: AttentionInput) -> Tensor:
-        outs, lses = self.layer._past(x, self.query_positions)
-        if x.tokens > 1:
-            out, lse = causal_attention(x.query, x.key, x.value, x.spec, x.visible)
-            outs, lses = [*outs, out], [*lses, lse]
-        if x.sinks is not None:
-            outs, lses = with_sinks(outs, lses, x.sinks)
-        return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
-
-    def commit(self) -> None:
-        layer, x, real = self.layer, self.input, self.real
-        layer.lengths = [length + fresh for length, fresh in zip(layer.lengths, real, strict=True)]
-        if x.tokens == 1:
-            layer._pack(self.tail.keys, self.tail.values, [0] * len(real), real, 1)
-        else:
-            layer._pack(*layer._behind_the_tail(x, real), real, x.tokens)
-
-
-class QuantizedLayer(CompressedLayer):
+class QuantizedLayer(SteppedLayer):
     """One layer's packed blocks, of prompts and of decoded tokens, and the tail before them."""
 
     is_croppable = True
     pads_first = True
     queries_watched = 0
+    reserves_on_gpu = True
+    _tail: TailSegment | None = None
 
     def __init__(
         self, padding: PaddingRecord, settings: GEAR, window: int | None = None, is_first: bool = False
@@ -79,13 +48,25 @@ class QuantizedLayer(CompressedLayer):
         self.settings = settings
         self.prompt: QuantizedBlocks | None = None
         self.decoded: QuantizedBlocks | None = None
-        self.tail: TailSegment | None = None
         # the first tokens of rows that have packed some; not on a sliding layer, where they would soon be out of sight
         self.first: TailSegment | None = None
         self.sinks = settings.sinks if window is None else 0
         # real tokens of each row so far
         self.lengths: list[int] = []
         self.draft = DRAFT
+        # the segments beside the tail that compiled steps attend to; tokens that such steps fed each row, until packed
+        self._parts: list[Segment] = []
+        self._fed: list[int] = []
+
+    @property
+    def tail(self) -> TailSegment | None:
+        """The newest tokens; None before the first."""
+        self._look()
+        return self._tail
+
+    @tail.setter
+    def tail(self, segment: TailSegment | None) -> None:
+        self._tail, self._steps = segment, None
 
     def _packed(self) -> list[QuantizedBlocks]:
         parts = [self.prompt] if self.decoded is self.prompt else [self.prompt, self.decoded]
@@ -97,9 +78,12 @@ class QuantizedLayer(CompressedLayer):
         return [*self._packed(), *([] if self.first is None else [self.first]), self.tail]
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        super().map_tensors(change)
+        self._look()
+        self._pack_fed()
         if self.lengths:
             self.lengths = change(torch.tensor(self.lengths)).tolist()
+        self._fed = [0] * len(self.lengths)
+        super().map_tensors(change)
 
     def reset(self) -> None:
         super().reset()
@@ -108,6 +92,8 @@ class QuantizedLayer(CompressedLayer):
         self.draft = DRAFT
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
+        if torch.compiler.is_compiling():
+            return CompiledQuantizedStep(self._ready_steps(), self._parts, x)
         return QuantizedStep(self, x)
 
     def _past(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -129,19 +115,73 @@ class QuantizedLayer(CompressedLayer):
         """Packs tokens [batch, kv_heads, tokens, head_dim] that nothing attends to now; the layer is empty before."""
         self.lazy_initialization(key, value)
         batch, _, tokens, _ = key.shape
-        self._tail(key, value)
+        self._tail_for(key, value)
         self.lengths = [tokens] * batch
         self._pack(key, value, [0] * batch, self.lengths, tokens)
         self.clock.advance(tokens)
 
-    def _tail(self, key: Tensor, value: Tensor) -> TailSegment:
-        if self.tail is None:
-            self.tail = TailSegment(key, value, self.settings.buffer)
+    def _tail_for(self, key: Tensor, value: Tensor) -> TailSegment:
+        """The tail, with room for one token more."""
+        tail = self.tail
+        self._pack_fed()
+        self._is_ready = False
+        if tail is None:
+            self.tail = tail = TailSegment(key, value, self.settings.buffer)
             self.lengths = [0] * key.shape[0]
-        elif self.tail.room <= max(self.tail.held):
+        elif tail.room <= max(tail.held):
             # accepted drafts have filled it
-            self.tail.grow(self.tail.room + DRAFT)
-        return self.tail
+            tail.grow(tail.room + DRAFT)
+        return tail
+
+    def _take_in(self, written: int) -> None:
+        assert self._tail is not None
+        counts = self._tail.take_in(written)
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self._fed = [count + fed for count, fed in zip(counts, self._fed, strict=True)]
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        tail = self._tail
+        assert tail is not None
+        if self._steps is not None and self._steps.positions is not tail.positions:
+            self._steps = None
+        self._count_on(tail, tail.places(self.lengths))
+
+    def _make_ready(self, steps: int) -> None:
+        tail, block = self.tail, self.settings.buffer
+        if tail is None:
+            return
+        self._pack_fed()
+        if self.sinks and self.first is None:
+            self.first = TailSegment(tail.keys, tail.values, self.sinks)
+        apart = [0] * len(self.lengths) if self.first is None else self.first.held
+        due = min(block + self.sinks - first - held for first, held in zip(apart, tail.held, strict=True))
+        # a flush may come when so many steps have come, or, after a prompt that may be a draft, after the next one
+        self._left = max(1, due)
+        longest = max(tail.held)
+        if tail.room < longest + max(steps, self._left):
+            tail.grow(max(longest + steps, block + self.sinks + DRAFT))
+        self._take_room(longest + max(steps, self._left), tail)
+        self._parts = [*self._packed(), *([] if self.first is None else [self.first])]
+        self._fed = [0] * len(self.lengths)
+        self._catch_up()
+        pin(*(tensor for part in self._parts for tensor in part.tensors().values()))
+
+    def _take_room(self, tokens: int, tail: TailSegment) -> None:
+        """Makes room for so many tokens in blocks, for as many steps as are reserved at a time."""
+        block, settings = self.settings.buffer, self.settings
+        target = self._target(tail.keys.shape[-1], settings.rank == settings.rank_decode)
+        held = max(target.blocks, default=0)
+        if target.room() < held + tokens // block:
+            # a step is compiled anew for each room
+            more = max(tokens, self._reserved + block) // block + 1
+            target.take_room(max(more, held // 4 if self.window is None else 0), tail.keys, tail.values)
+
+    def _pack_fed(self) -> None:
+        """Packs what eager steps would have packed of what compiled steps have written."""
+        if self._is_ready and any(self._fed):
+            assert self._tail is not None
+            self._pack(self._tail.keys, self._tail.values, [0] * len(self._fed), [min(1, n) for n in self._fed], 1)
 
     def _real(self, chunk: AttentionInput) -> list[int]:
         counts = self.padding.counts(chunk.visible)
@@ -296,6 +336,7 @@ class QuantizedLayer(CompressedLayer):
     def _remap(self, remap: Tensor) -> None:
         tail = self.tail
         assert tail is not None
+        self._is_ready = False
         device = tail.positions.device
         moved = [_moved(segment.positions, remap) for segment in self._packed()]
         of_tail = _moved(tail.positions, remap)
@@ -324,8 +365,7 @@ class QuantizedLayer(CompressedLayer):
         """
         if tokens > self.clock.seen:
             raise ValueError(f"crop can take back the {self.clock.seen} tokens seen, got {tokens}")
-        visible = self.padding.visible
-        fresh = [tokens] * len(self.lengths) if visible is None else visible[:, -tokens:].sum(-1).tolist()
+        fresh = self.padding.real_of_last(tokens, self.clock.seen) or [tokens] * len(self.lengths)
         lengths = [length - count for length, count in zip(self.lengths, fresh, strict=True)]
         if self.window is not None:
             oldest = [n - kept for n, kept in zip(self.lengths, self.tokens_kept()[:, 0].tolist(), strict=True)]
@@ -344,6 +384,7 @@ class QuantizedLayer(CompressedLayer):
     def _crop(self, tokens: int) -> None:
         tail = self.tail
         assert tail is not None
+        self._is_ready = False
         lengths = self._left_by(tokens)
         held = [max(0, count - before + n) for count, before, n in zip(tail.held, self.lengths, lengths, strict=True)]
         left = [part.cut(lengths) for part in self._packed()]

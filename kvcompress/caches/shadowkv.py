@@ -229,12 +229,8 @@ class ShadowLayer(CompressedLayer):
     def _removed(self, tokens: int) -> Tensor:
         """How many of the last columns are real tokens, for each sequence, [batch] int64 on the CPU."""
         assert self.segment is not None
-        visible = self.padding.visible
-        if visible is None:
-            return torch.full_like(self.segment.lengths, tokens)
-        seen = self.clock.seen
-        columns = visible[:, seen - tokens : seen]
-        return columns.sum(-1).cpu()
+        real = self.padding.real_of_last(tokens, self.clock.seen)
+        return torch.full_like(self.segment.lengths, tokens) if real is None else torch.tensor(real)
 
     def check_crop(self, tokens: int) -> None:
         if tokens > self.clock.seen:

@@ -223,8 +223,8 @@ class PrefixPadding(PaddingRecord):
             gone = own & (own.cumsum(-1) <= torch.tensor(taken, device=own.device)[:, None])
             self.fed = self.fed.masked_fill(gone, PADDING)
 
-    def crop(self, tokens: int) -> None:
-        super().crop(tokens)
+    def crop(self, tokens: int, seen: int) -> None:
+        super().crop(tokens, seen)
         if self.fed is not None:
             self.fed = self.fed[:, : max(0, self.fed.shape[1] - tokens)].clone()
 

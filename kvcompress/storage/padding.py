@@ -245,15 +245,25 @@ class PaddingRecord:
             self._counted = True
         return self._counts
 
-    def crop(self, tokens: int) -> None:
-        """Forgets the last tokens."""
+    def real_of_last(self, tokens: int, seen: int) -> list[int] | None:
+        """How many of the last columns seen are real tokens, for each sequence; None if all are.
+
+        Columns that compiled steps fed are not in the record, and real.
+        """
+        if self.visible is None:
+            return None
+        recorded = self.visible[:, max(0, seen - tokens) : seen]
+        return (recorded.sum(-1) + min(tokens, seen) - recorded.shape[1]).tolist()
+
+    def crop(self, tokens: int, seen: int) -> None:
+        """Forgets the last tokens, after which `seen` are left."""
         if not tokens:
             # which rows have ended, and their positions, are still known
             return
         for name in ("visible", "filler"):
             columns = getattr(self, name)
             if columns is not None:
-                setattr(self, name, columns[:, : columns.shape[1] - tokens].clone())
+                setattr(self, name, columns[:, :seen].clone())
         self.last_position = self.last_fed = None
 
 

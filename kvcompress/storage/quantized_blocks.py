@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, empty_packed
 from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import dequantise, quantise
@@ -40,8 +40,10 @@ class QuantizedBlocks(Segment):
     positions: [batch, 1, blocks * block] int32, each token's position in its sequence, or EMPTY.
     spans: [batch, blocks] int32, the basis of each block; None without a low-rank part.
     blocks: how many blocks each row holds; the others, up to the longest row's, exist but are empty.
+    has_room: whether there is room for more (`take_room`), so that blocks come and go in place.
     """
 
+    has_room = False
     keys: QuantizedTensor
     values: QuantizedTensor
     positions: Tensor
@@ -58,6 +60,21 @@ class QuantizedBlocks(Segment):
         for side in _SIDES:
             found |= {f"{side}.{name}": tensor for name, tensor in getattr(self, side)._asdict().items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors without room for more."""
+        if not self.has_room:
+            return self.tensors(), {}
+        most, spans = max(self.blocks), max(self._spans_used(len(self.blocks)), default=0)
+        found = {}
+        for name, tensor in self.tensors().items():
+            if name == "positions":
+                found[name] = tensor[:, :, : most * self.block]
+            elif name == "spans":
+                found[name] = tensor[:, :most]
+            else:
+                found[name] = tensor[:, :, : spans if name.endswith(".right") else most]
+        return found, {}
 
     def component(self, name: str) -> str:
         part = name.partition(".")[2]
@@ -82,20 +99,21 @@ class QuantizedBlocks(Segment):
         self.positions, self.spans = tensors["positions"], tensors.get("spans")
 
     def trim(self) -> None:
+        self.has_room = False
         if max(self.blocks, default=0) * self.block < self.positions.shape[2]:
             self.keep([0] * len(self.blocks), self.blocks)
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
-        return packed_attention(
-            query,
-            self.keys,
-            self.values,
-            *self.codings,
-            self.positions,
-            query_positions,
-            spec,
-            self.spans,
-        )[:2]
+        keys, values, positions, spans = self.keys, self.values, self.positions, self.spans
+        if self.has_room and not torch.compiler.is_compiling():
+            # a graph attends to the room too, where nothing is
+            most = max(self.blocks)
+            keys, values = (
+                QuantizedTensor(*(None if part is None else part[:, :, :most] for part in side[:6]), side.right)  # type: ignore[arg-type]
+                for side in (keys, values)
+            )
+            positions, spans = positions[:, :, : most * self.block], None if spans is None else spans[:, :most]
+        return packed_attention(query, keys, values, *self.codings, positions, query_positions, spec, spans)[:2]
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield (*self.decoded(), self.positions)
@@ -119,6 +137,46 @@ class QuantizedBlocks(Segment):
         rank = codings[0].rank
         a_head = blocks * sum(coding.bytes(block, head_dim) for coding in codings) + 2 * 2 * head_dim * rank
         return batch * (kv_heads * a_head + blocks * (4 * block + (4 if rank else 0))) if blocks else 0
+
+    def room(self) -> int:
+        """For how many blocks a row there is room, with those held."""
+        return self.positions.shape[2] // self.block if self.blocks else 0
+
+    def take_room(self, blocks: int, key: Tensor, value: Tensor) -> None:
+        """Makes room for so many more blocks a row, each with a basis of its own; what comes is stored in place.
+
+        Args:
+            key, value: [batch, kv_heads, any, head_dim], like what is to come.
+        """
+        batch = key.shape[0]
+        if not self.blocks:
+            self._set(self._nothing(key, value))
+            self.blocks = [0] * batch
+        columns, bases = max(self.blocks) + blocks, max(self._spans_used(batch)) + blocks
+        grown_to = {}
+        for name, tensor in self.tensors().items():
+            if name == "positions":
+                grown_to[name] = grown(tensor, 2, columns * self.block, EMPTY)
+            elif name == "spans":
+                grown_to[name] = grown(tensor, 1, columns)
+            else:
+                grown_to[name] = grown(tensor, 2, bases if name.endswith(".right") else columns)
+        self._set(grown_to)
+        self.has_room = True
+
+    def _nothing(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """The tensors of no block."""
+        batch, kv_heads, _, head_dim = key.shape
+        tensors = {"positions": key.new_empty(batch, 1, 0, dtype=torch.int32)}
+        for side, x, coding in zip(_SIDES, (key, value), self.codings, strict=True):
+            packed = empty_packed(x.new_empty(batch, kv_heads, 0, self.block, head_dim), coding)
+            if coding.rank:
+                shapes = (0, self.block, coding.rank), (0, head_dim, coding.rank)
+                left, right = (x.new_empty(batch, kv_heads, *shape, dtype=torch.float16) for shape in shapes)
+                packed = packed._replace(left=left, right=right)
+                tensors["spans"] = x.new_empty(batch, 0, dtype=torch.int32)
+            tensors |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
+        return tensors
 
     def append(
         self,
@@ -201,7 +259,9 @@ class QuantizedBlocks(Segment):
                     old = None if old is None else old.unflatten(2, (-1, self.block))
                 filled = _room_for(old, tensor, batch, 2, columns, fill)
                 filled[target[0], :, target[1]] = tensor[there[0], :, there[1]]
-            grown[name] = filled.flatten(2, 3) if name == "positions" else filled
+            if name == "positions":
+                filled = held[name] if filled is old else filled.flatten(2, 3)
+            grown[name] = filled
         self._set(grown)
         self.blocks = after
 
@@ -267,6 +327,8 @@ class QuantizedBlocks(Segment):
         tensors["positions"] = tensors["positions"].masked_fill(empty, EMPTY).flatten(2, 3)
         if self.spans is not None:
             tensors["spans"] = tensors["spans"].masked_fill(~there, 0)
+        if self.has_room:
+            tensors = {name: _in_place(held, tensors[name], name) for name, held in self.tensors().items()}
         self._set(tensors)
         self.blocks = counts
 
@@ -295,4 +357,13 @@ def _room_for(old: Tensor | None, like: Tensor, batch: int, dim: int, columns: i
         shape = [batch, *like.shape[1:]]
         shape[dim] = 0
         old = like.new_empty(shape)
-    return grown(old, dim, columns, fill)
+    return old if old.shape[dim] == columns else grown(old, dim, columns, fill)
+
+
+def _in_place(held: Tensor, fewer: Tensor, name: str) -> Tensor:
+    """What is held, replaced where it is by what has fewer columns."""
+    dim = 1 if name == "spans" else 2
+    columns = fewer.shape[dim]
+    held.narrow(dim, 0, columns).copy_(fewer)
+    held.narrow(dim, columns, held.shape[dim] - columns).fill_(EMPTY if name == "positions" else 0)
+    return held

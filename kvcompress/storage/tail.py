@@ -73,7 +73,8 @@ class TailSegment(Segment):
                 setattr(self, name, tensor.clone(memory_format=torch.contiguous_format))
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
-        used = max(self.held)
+        # a graph serves however many there are
+        used = self.room if torch.compiler.is_compiling() else max(self.held)
         positions = self.positions[:, None, :used].expand(-1, self.keys.shape[1], -1)
         return slot_attention(query, self.keys[:, :, :used], self.values[:, :, :used], positions, query_positions, spec)
 
@@ -86,11 +87,7 @@ class TailSegment(Segment):
         if all(real) and all(held == at for held in self.held):
             self.keys[:, :, at] = key[:, :, 0]
             self.values[:, :, at] = value[:, :, 0]
-            self.positions[:, at] = (
-                lengths[0]
-                if len(set(lengths)) == 1
-                else torch.tensor(lengths, dtype=torch.int32, device=self.positions.device)
-            )
+            self.positions[:, at] = lengths[0] if len(set(lengths)) == 1 else numbers(lengths, key.device)
         else:
             rows = [row for row, is_real in enumerate(real) if is_real]
             row = torch.tensor(rows, dtype=torch.int64, device=key.device)
@@ -117,6 +114,31 @@ class TailSegment(Segment):
         self.positions.fill_(EMPTY)
         self.positions[:, used] = places.masked_fill(~there, EMPTY).to(torch.int32)
         self.held = list(held)
+
+    def places(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What changes from step to step: `positions` itself; each row's real tokens [batch] int32, here `lengths`; the
+        column behind every row's tokens [1] int64."""
+        device = self.positions.device
+        column = torch.full((1,), max(self.held), dtype=torch.int64, device=device)
+        return self.positions, numbers(lengths, device), column
+
+    def take_in(self, tokens: int) -> list[int]:
+        """Counts what was written to so many columns behind every row's tokens, and closes the gaps between rows.
+
+        Returns:
+            How many of them each row has taken.
+        """
+        start = max(self.held)
+        written = self.positions[:, start : start + tokens] != EMPTY
+        counts = [tokens] * len(self.held)
+        if min(self.held) < start or not bool(written.all()):
+            counts = written.sum(-1).tolist()
+            order = marked_first(self.positions != EMPTY)
+            self.keys.copy_(reordered(self.keys, order))
+            self.values.copy_(reordered(self.values, order))
+            self.positions.copy_(self.positions.gather(1, order))
+        self.held = [held + count for held, count in zip(self.held, counts, strict=True)]
+        return counts
 
     def drop_last(self, counts: Sequence[int]) -> None:
         """Drops each row's newest tokens."""
@@ -148,3 +170,10 @@ class TailSegment(Segment):
         """Makes room for so many tokens."""
         for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY)):
             setattr(self, name, grown(getattr(self, name), 1 if name == "positions" else 2, room, fill))
+
+
+def numbers(each: Sequence[int], device: torch.device) -> Tensor:
+    """A number for each row, [batch] int32, without a copy to the device where all are one."""
+    if len(set(each)) == 1:
+        return torch.full((len(each),), each[0], dtype=torch.int32, device=device)
+    return torch.tensor(each, dtype=torch.int32, device=device)

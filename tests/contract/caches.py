@@ -50,6 +50,7 @@ class Entry:
     croppable: it takes back tokens exactly; else it must refuse and stay as it was.
     compileable: its decode step compiles to one graph.
     between_folds: the same cache, where steps that are not compiled would change what it holds otherwise than these do.
+    packs_between: it packs between compiled steps, where `forward_comes` is called as generate does.
     roomy: the same cache with more room than any test fills; it must equal the full cache.
     budget: the most tokens it may keep a layer, sequence and KV head, given the layer and the real tokens seen.
     kept: which places each layer holds, for the oracle.
@@ -69,6 +70,7 @@ class Entry:
     croppable: bool = False
     compileable: bool = False
     between_folds: Callable[[PreTrainedModel], Any] | None = None
+    packs_between: bool = False
     roomy: Callable[[PreTrainedModel], Any] | None = None
     budget: Callable[[int, int], int] | None = None
     decoded: Callable[[Cache], Decoded] | None = None
@@ -157,6 +159,8 @@ def _packing(name: str, **settings: Any) -> Entry:
         build,
         kept=everything,
         croppable=True,
+        compileable=True,
+        packs_between=True,
         roomy=lambda model: build(model, 256),
         decoded=unpacked,
         dtype=torch.float64,

@@ -9,7 +9,7 @@ from torch._guards import TracingContext
 from transformers import CompileConfig
 
 from kvcompress import DenseCache, H2OCache, release
-from kvcompress.caches.dense import DenseLayer
+from kvcompress.caches.compiled_steps import SteppedLayer
 from kvcompress.hf import cache_argument, cache_name
 from tests.contract.caches import RESERVED, caches, those
 from tests.contract.drive import assert_same_state, feed
@@ -51,7 +51,8 @@ def test_the_promise_is_what_transformers_reads(entry):
 
 
 # docs: Fixed-capacity caches decode under `torch.compile(fullgraph=True)` as one graph
-@caches("h2o", "h2o_packed", "snapkv", "shadowkv")
+# docs: packs what is due between its compiled steps, which one graph serves
+@caches("h2o", "h2o_packed", "snapkv", "shadowkv", "gear", "kivi")
 @pytest.mark.parametrize("family", ["llama"])
 def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, family):
     check(entry, family)
@@ -188,7 +189,7 @@ def test_a_compiled_step_of_a_full_cache_without_room_is_refused():
 def check(entry, family):
     if not entry.compileable:
         pytest.skip("not compileable")
-    model = tiny(family)
+    model = tiny(family, dtype=entry.dtype)
     ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
     make = entry.between_folds or entry.build
     cache, straight = make(model), make(model)
@@ -203,8 +204,14 @@ def check(entry, family):
     token, position = logits[:, -1:].argmax(-1), mask.sum(-1, keepdim=True)
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(step_function(model), fullgraph=True, backend=backend)
+
+    def step(token, position, cache):
+        if entry.packs_between:
+            cache.forward_comes()
+        return compiled(token, position, cache)
+
     before = addresses(cache)
-    ours = decode(compiled, cache, token, position, STEPS)
+    ours = decode(step, cache, token, position, STEPS)
     # in place: what a CUDA graph has recorded it will find again
     assert addresses(cache) == before
     assert backend.frame_count == 1, f"compiled {backend.frame_count} times"
@@ -213,7 +220,7 @@ def check(entry, family):
     assert_same_state(entry, cache, straight)
     # and eager mode takes over where the graph left
     found, wanted = feed_on(model, cache, mask), feed_on(model, straight, mask)
-    if any(isinstance(layer, DenseLayer) for layer in cache.layers):
+    if any(isinstance(layer, SteppedLayer) for layer in cache.layers):
         # compiled steps attend through another function, which sums in another order
         torch.testing.assert_close(found, wanted)
     else:
@@ -247,7 +254,7 @@ def feed_on(model, cache, mask):
     return feed(model, cache, prompt(3, 2), mask)
 
 
-@caches("h2o", "h2o_packed", "expected", also=(RESERVED,))
+@caches("h2o", "h2o_packed", "expected", "gear", also=(RESERVED,))
 def test_the_compiled_step_writes_only_to_tensors_that_stay_where_they_are(entry):
     """CUDA graphs refuse a step that writes to other inputs, and torch then runs it without them."""
     if not entry.compileable:
@@ -276,7 +283,7 @@ def test_the_compiled_step_writes_only_to_tensors_that_stay_where_they_are(entry
     assert written[0] <= pinned[0]
 
 
-@caches("h2o", also=(RESERVED,))
+@caches("h2o", "gear", also=(RESERVED,))
 def test_eager_steps_after_compiled_ones_count_right(entry):
     if not entry.compileable:
         pytest.skip("not compileable")

@@ -1,0 +1,69 @@
+"""A forward through a layer of GEARCache, eager or compiled."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvcompress.caches.compiled_steps import CompiledSteps
+from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.layer import AttentionInput, ForwardStep
+from kvcompress.storage.segment import Segment
+
+if TYPE_CHECKING:
+    from kvcompress.caches.quantized_layer import QuantizedLayer
+
+
+class QuantizedStep(ForwardStep):
+    """A forward: its tokens are attended to unpacked, and encoded when it ends; a single token joins the tail at once.
+
+    real: tokens of each row that are not padding. query_positions: [batch, queries] int32.
+    """
+
+    def __init__(self, layer: "QuantizedLayer", x: AttentionInput) -> None:
+        super().__init__(x)
+        self.layer = layer
+        self.tail = layer._tail_for(x.key, x.value)
+        self.real = layer._real(x)
+        self.query_positions = layer._query_positions(x)[:, -x.queries :]
+        if x.tokens == 1:
+            self.tail.put(x.key, x.value, self.real, layer.lengths)
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        outs, lses = self.layer._past(x, self.query_positions)
+        if x.tokens > 1:
+            out, lse = causal_attention(x.query, x.key, x.value, x.spec, x.visible)
+            outs, lses = [*outs, out], [*lses, lse]
+        if x.sinks is not None:
+            outs, lses = with_sinks(outs, lses, x.sinks)
+        return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
+
+    def commit(self) -> None:
+        layer, x, real = self.layer, self.input, self.real
+        layer.lengths = [length + fresh for length, fresh in zip(layer.lengths, real, strict=True)]
+        if x.tokens == 1:
+            layer._pack(self.tail.keys, self.tail.values, [0] * len(real), real, 1)
+        else:
+            layer._pack(*layer._behind_the_tail(x, real), real, x.tokens)
+
+
+class CompiledQuantizedStep(ForwardStep):
+    """A token that a compiled model feeds: it joins the tail, and nothing is packed."""
+
+    def __init__(self, steps: CompiledSteps, parts: list[Segment], x: AttentionInput) -> None:
+        super().__init__(x)
+        self.steps = steps
+        self.parts = parts
+        steps.store(x)
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        places = self.steps.lengths[:, None]
+        answers = [part.attend(x.query, places, x.spec) for part in self.parts]
+        answers.append(self.steps.attend(x))
+        outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
+        if x.sinks is not None:
+            outs, lses = with_sinks(outs, lses, x.sinks)
+        return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
+
+    def commit(self) -> None:
+        self.steps.count(self.input)
