@@ -178,10 +178,19 @@ class QuantizedLayer(SteppedLayer):
             target.take_room(max(more, held // 4 if self.window is None else 0), tail.keys, tail.values)
 
     def _pack_fed(self) -> None:
-        """Packs what eager steps would have packed of what compiled steps have written."""
-        if self._is_ready and any(self._fed):
-            assert self._tail is not None
-            self._pack(self._tail.keys, self._tail.values, [0] * len(self._fed), [min(1, n) for n in self._fed], 1)
+        """Packs what eager steps would have packed of what compiled steps have written: whole blocks one by one, or as
+        many as there were when the first step came."""
+        if not (self._is_ready and any(self._fed)):
+            return
+        tail, fed = self._tail, self._fed
+        assert tail is not None
+        apart = [0] * len(fed) if self.first is None else self.first.held
+        most = [
+            max(1, (held - came + 1 - self.sinks + first) // self.settings.buffer)
+            for held, came, first in zip(tail.held, fed, apart, strict=True)
+        ]
+        while self._pack(tail.keys, tail.values, [0] * len(fed), [min(1, came) for came in fed], 1, most):
+            most = [1] * len(fed)
 
     def _real(self, chunk: AttentionInput) -> list[int]:
         counts = self.padding.counts(chunk.visible)
@@ -201,37 +210,25 @@ class QuantizedLayer(SteppedLayer):
             lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)[:, None]
         return lengths + places
 
-    def _behind_the_tail(self, chunk: AttentionInput, real: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """The tail's tokens and the chunk's, [batch, kv_heads, any, head_dim], and where each row's real ones begin."""
-        tail = self.tail
-        assert tail is not None
-        used = max(tail.held)
-        key, value = chunk.key, chunk.value
-        if used:
-            key = torch.cat([tail.keys[:, :, :used], key], 2)
-            value = torch.cat([tail.values[:, :, :used], value], 2)
-        if all(fresh == chunk.tokens for fresh in real) and all(held == used for held in tail.held):
-            return key, value, [0] * len(real)
-        is_real = torch.ones(chunk.key.shape[0], chunk.tokens, dtype=torch.bool, device=key.device)
-        if chunk.visible is not None:
-            is_real = chunk.visible
-        is_real = torch.cat([tail.positions[:, :used] != EMPTY, is_real], 1)
-        begins = is_real.to(torch.uint8).argmax(-1)
-        reach = is_real.shape[1] - is_real.flip(-1).to(torch.uint8).argmax(-1) - begins
-        count = is_real.sum(-1)
-        if bool(((reach == count) | (count == 0)).all()):
-            # avoids a copy of a padded prompt
-            return key, value, begins.tolist()
-        order = marked_first(is_real)
-        return reordered(key, order), reordered(value, order), [0] * len(real)
-
-    def _pack(self, key: Tensor, value: Tensor, begins: list[int], real: list[int], tokens: int) -> None:
+    def _pack(
+        self,
+        key: Tensor,
+        value: Tensor,
+        begins: list[int],
+        real: list[int],
+        tokens: int,
+        most: list[int] | None = None,
+    ) -> bool:
         """Packs the blocks that are complete, and leaves the rest in the tail.
 
         Args:
             key, value: what is not packed yet, each row's real tokens contiguous; for one token, the tail itself.
             begins: where they begin.
             real: how many of them this forward brought.
+            most: of how many blocks at most, for each row; None: of all.
+
+        Returns:
+            Whether there were any.
         """
         tail, block = self.tail, self.settings.buffer
         assert tail is not None
@@ -243,6 +240,8 @@ class QuantizedLayer(SteppedLayer):
             max(0, total - sinks - (fresh if 1 < fresh <= self.draft else 0)) // block if fresh else 0
             for total, fresh, sinks in zip(totals, real, missing, strict=True)
         ]
+        if most is not None:
+            ready = [min(count, limit) for count, limit in zip(ready, most, strict=True)]
         if any(count and sinks for count, sinks in zip(ready, missing, strict=True)):
             apart = [sinks if count else 0 for count, sinks in zip(ready, missing, strict=True)]
             self._set_apart(key, value, begins, apart)
@@ -259,6 +258,7 @@ class QuantizedLayer(SteppedLayer):
             tail.refill(key, value, first, rest, self.lengths)
         if any(ready) and self.window is not None:
             self._drop_old(real)
+        return any(ready)
 
     def _set_apart(self, key: Tensor, value: Tensor, begins: list[int], apart: list[int]) -> None:
         """Keeps the first `apart` tokens of each row unpacked."""

@@ -2,13 +2,17 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kvcompress.caches.compiled_steps import CompiledSteps
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, ForwardStep
-from kvcompress.storage.segment import Segment
+from kvcompress.storage.columns import marked_first
+from kvcompress.storage.padding import reordered
+from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.tail import TailSegment
 
 if TYPE_CHECKING:
     from kvcompress.caches.quantized_layer import QuantizedLayer
@@ -44,7 +48,7 @@ class QuantizedStep(ForwardStep):
         if x.tokens == 1:
             layer._pack(self.tail.keys, self.tail.values, [0] * len(real), real, 1)
         else:
-            layer._pack(*layer._behind_the_tail(x, real), real, x.tokens)
+            layer._pack(*behind_the_tail(self.tail, x, real), real, x.tokens)
 
 
 class CompiledQuantizedStep(ForwardStep):
@@ -67,3 +71,26 @@ class CompiledQuantizedStep(ForwardStep):
 
     def commit(self) -> None:
         self.steps.count(self.input)
+
+
+def behind_the_tail(tail: TailSegment, chunk: AttentionInput, real: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """The tail's tokens and the chunk's, [batch, kv_heads, any, head_dim], and where each row's real ones begin."""
+    used = max(tail.held)
+    key, value = chunk.key, chunk.value
+    if used:
+        key = torch.cat([tail.keys[:, :, :used], key], 2)
+        value = torch.cat([tail.values[:, :, :used], value], 2)
+    if all(fresh == chunk.tokens for fresh in real) and all(held == used for held in tail.held):
+        return key, value, [0] * len(real)
+    is_real = torch.ones(chunk.key.shape[0], chunk.tokens, dtype=torch.bool, device=key.device)
+    if chunk.visible is not None:
+        is_real = chunk.visible
+    is_real = torch.cat([tail.positions[:, :used] != EMPTY, is_real], 1)
+    begins = is_real.to(torch.uint8).argmax(-1)
+    reach = is_real.shape[1] - is_real.flip(-1).to(torch.uint8).argmax(-1) - begins
+    count = is_real.sum(-1)
+    if bool(((reach == count) | (count == 0)).all()):
+        # avoids a copy of a padded prompt
+        return key, value, begins.tolist()
+    order = marked_first(is_real)
+    return reordered(key, order), reordered(value, order), [0] * len(real)

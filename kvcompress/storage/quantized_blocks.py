@@ -153,15 +153,18 @@ class QuantizedBlocks(Segment):
             self._set(self._nothing(key, value))
             self.blocks = [0] * batch
         columns, bases = max(self.blocks) + blocks, max(self._spans_used(batch)) + blocks
-        grown_to = {}
-        for name, tensor in self.tensors().items():
+        tensors = self.tensors()
+        for name, tensor in tensors.items():
+            dim, room = 2, columns
             if name == "positions":
-                grown_to[name] = grown(tensor, 2, columns * self.block, EMPTY)
+                room = columns * self.block
             elif name == "spans":
-                grown_to[name] = grown(tensor, 1, columns)
-            else:
-                grown_to[name] = grown(tensor, 2, bases if name.endswith(".right") else columns)
-        self._set(grown_to)
+                dim = 1
+            elif name.endswith(".right"):
+                room = bases
+            if tensor.shape[dim] < room:
+                tensors[name] = grown(tensor, dim, room, EMPTY if name == "positions" else 0)
+        self._set(tensors)
         self.has_room = True
 
     def _nothing(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:

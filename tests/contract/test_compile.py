@@ -189,7 +189,8 @@ def test_a_compiled_step_of_a_full_cache_without_room_is_refused():
 def check(entry, family):
     if not entry.compileable:
         pytest.skip("not compileable")
-    model = tiny(family, dtype=entry.dtype)
+    # the experts of gpt_oss compile in float32 alone
+    model = tiny(family, dtype=entry.dtype if entry.packs_between and family != "gpt_oss" else torch.float32)
     ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
     make = entry.between_folds or entry.build
     cache, straight = make(model), make(model)
@@ -221,8 +222,9 @@ def check(entry, family):
     # and eager mode takes over where the graph left
     found, wanted = feed_on(model, cache, mask), feed_on(model, straight, mask)
     if any(isinstance(layer, SteppedLayer) for layer in cache.layers):
-        # compiled steps attend through another function, which sums in another order
-        torch.testing.assert_close(found, wanted)
+        # compiled steps attend through another function, which sums in another order, and where there are windows in
+        # float32; at its rounding errors codes turn over
+        torch.testing.assert_close(found, wanted, **({"rtol": 0.01, "atol": 0.01} if entry.packs_between else {}))
     else:
         assert torch.equal(found, wanted)
 
