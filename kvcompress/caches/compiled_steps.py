@@ -141,8 +141,9 @@ class SteppedLayer(CompressedLayer):
             self._steps.catch_up(places)
         if self.clock.tensor is None:
             seen = self.clock.seen
-            self.clock.count_on(torch.full((), seen, dtype=torch.int64, device=segment.keys.device), seen)
-            pin(self.clock.tensor)
+            counted = torch.full((), seen, dtype=torch.int64, device=segment.keys.device)
+            pin(counted)
+            self.clock.count_on(counted, seen)
         self._counted, self._is_ready = self.clock.seen, True
 
     def _ready_steps(self) -> CompiledSteps:

@@ -109,7 +109,9 @@ class QuantizedBlocks(Segment):
             # a graph attends to the room too, where nothing is
             most = max(self.blocks)
             keys, values = (
-                QuantizedTensor(*(None if part is None else part[:, :, :most] for part in side[:6]), side.right)  # type: ignore[arg-type]
+                QuantizedTensor(*(None if part is None else part[:, :, :most] for part in side[:6]))._replace(  # type: ignore[arg-type]
+                    right=side.right
+                )
                 for side in (keys, values)
             )
             positions, spans = positions[:, :, : most * self.block], None if spans is None else spans[:, :most]

@@ -71,7 +71,7 @@ def assert_same(found, wanted):
 FACTORS = {"bits": 2, "rank": 3, "rank_decode": 2, "outliers": 0.1}
 
 
-# docs: those of GEAR and KIVI pack nothing: `cache.reserve(steps)`, called again after so many, packs or folds what is
+# docs: those of GEAR and KIVI pack nothing: `cache.reserve(steps)`, called again after so many, folds or packs what is due
 @pytest.mark.parametrize("settings", [{}, FACTORS, {"rank": 2, "rank_decode": 2}], ids=["codes", "factors", "shared"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_what_steps_by_hand_left_unpacked_is_packed_when_more_are_reserved(family, settings):
@@ -150,6 +150,7 @@ def test_what_comes_after_compiled_steps_finds_what_they_wrote(change, tmp_path)
     torch.testing.assert_close(*logits)
 
 
+# docs: `generate` packs between its compiled steps, all of which one graph serves
 @pytest.mark.parametrize("make", [gear, lambda model: KIVICache(model, group_size=8, buffer=8)], ids=["gear", "kivi"])
 def test_generate_packs_between_its_compiled_steps_what_eager_steps_would_have_packed(make):
     model = tiny(dtype=torch.float64)

@@ -233,7 +233,7 @@ def _within(mode, attend, chunk):
 
 
 # docs: Compiled steps of ShadowKV fold nothing into chunks
-# docs: `cache.reserve(steps)`, called again after so many, folds what is due
+# docs: `cache.reserve(steps)`, called again after so many, folds or packs what is due
 def test_between_compiled_steps_folds_what_is_due_and_graphs_go_on():
     torch._dynamo.reset()
     model, backend = tiny(), CompileCounterWithBackend("eager")

@@ -51,7 +51,6 @@ def test_the_promise_is_what_transformers_reads(entry):
 
 
 # docs: Fixed-capacity caches decode under `torch.compile(fullgraph=True)` as one graph
-# docs: packs what is due between its compiled steps, which one graph serves
 @caches("h2o", "h2o_packed", "snapkv", "shadowkv", "gear", "kivi")
 @pytest.mark.parametrize("family", ["llama"])
 def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, family):
