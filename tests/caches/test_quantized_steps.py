@@ -71,7 +71,7 @@ def assert_same(found, wanted):
 FACTORS = {"bits": 2, "rank": 3, "rank_decode": 2, "outliers": 0.1}
 
 
-# docs: those of GEAR and KIVI pack nothing: `cache.reserve(steps)`, called again after so many, folds or packs what is due
+# docs: and those of GEAR and KIVI pack nothing
 @pytest.mark.parametrize("settings", [{}, FACTORS, {"rank": 2, "rank_decode": 2}], ids=["codes", "factors", "shared"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_what_steps_by_hand_left_unpacked_is_packed_when_more_are_reserved(family, settings):
