@@ -92,7 +92,20 @@ def test_a_step_of_one_token_on_a_gpu_compares_no_positions():
 
 def test_cropping_forgets_the_last_tokens():
     record = PaddingRecord()
-    record.crop(1)
+    record.crop(1, 0)
     record.read(mask("..xxx"), 1, 0, 5)
-    record.crop(2)
+    record.crop(2, 3)
     assert torch.equal(record.visible, mask("..x"))
+
+
+def test_columns_that_compiled_steps_fed_are_not_recorded_and_count_as_real():
+    record = PaddingRecord()
+    assert record.real_of_last(3, 5) is None
+    record.read(mask("..xxx", "xxxxx"), 2, 0, 5)
+    # four more came
+    assert record.real_of_last(2, 9) == [2, 2]
+    assert record.real_of_last(8, 9) == [7, 8]
+    record.crop(2, 7)
+    assert record.visible.shape == (2, 5)
+    record.crop(3, 4)
+    assert torch.equal(record.visible, mask("..xx", "xxxx"))
