@@ -16,7 +16,7 @@ updating them. They take heads * (head_dim^2 + head_dim) floats per layer, of wh
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class ExpectedAttention(Policy):
     """
 
     uses_rotary: ClassVar[bool] = True
+    compares: ClassVar[Literal["no", "heads", "layers"]] = "heads"
 
     sinks: int = 4
     future: int = 512

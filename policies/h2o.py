@@ -8,6 +8,7 @@ Sums are float32: in half precision a running sum stops growing at 2048.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from kvcompress.policies.policy import Candidates, Policy
 @dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
     """Half of the budget goes to the newest tokens, half to the heavy hitters, as in the paper."""
+
+    compares: ClassVar[Literal["no", "heads", "layers"]] = "heads"
 
     recent: int | float = 0.5
 

@@ -13,6 +13,7 @@ heads of a group.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class KVzip(Policy):
     chunk: tokens of the context read again at a time.
     prompt: token ids fed before each chunk of the second reading.
     """
+
+    compares: ClassVar[Literal["no", "heads", "layers"]] = "layers"
 
     sinks: int = 4
     chunk: int = 2048

@@ -9,7 +9,7 @@ sequence (scores, `Candidates.state`) belongs to the cache.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -115,6 +115,8 @@ class Policy:
     static: ClassVar[bool] = False
     # keeps its sinks and the newest tokens, and none of the others
     chooses: ClassVar[bool] = True
+    # whose scores it can rank against one another: those of a head alone, of the heads of a layer, or of all layers
+    compares: ClassVar[Literal["no", "heads", "layers"]] = "no"
     # wants `Candidates.rotary`; a model whose rotary embedding cannot be taken back is then refused
     uses_rotary: ClassVar[bool] = False
 

@@ -11,7 +11,7 @@ never be judged against the prompt. The attention of a single query is not poole
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class SnapKV(ObservationWindow):
     kernel: tokens pooled together, an odd number; 1 for none.
     pooling: "avg" or "max".
     """
+
+    compares: ClassVar[Literal["no", "heads", "layers"]] = "heads"
 
     kernel: int = 5
     pooling: Literal["avg", "max"] = "avg"

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-Allocation = Literal["uniform", "pyramid"]
-ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "pyramid")
+Allocation = Literal["uniform", "pyramid", "heads", "global"]
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "pyramid", "heads", "global")
+# heads compete for the budget
+COMPETING = ("heads", "global")
 
 # PyramidKV's beta: the last layer gets 1 / 20 of the mean, the first 39 / 20
 _STEEPNESS = 20
@@ -81,7 +83,7 @@ class Budget:
         """
         if allocation not in ALLOCATIONS:
             raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
-        if allocation == "uniform" or layers == 1:
+        if allocation != "pyramid" or layers == 1:
             return [self] * layers
         amount = self.amount
         if isinstance(amount, int):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
-from kvcompress.caches.budget import Allocation, Budget
+from kvcompress.caches.budget import COMPETING, Allocation, Budget
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
@@ -83,7 +83,9 @@ class EvictingCache(CompressedCache):
             policy: what to keep.
             budget: tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of the
                 real tokens seen so far, which grows with them. Memory is allocated as needed, up to the budget.
-            allocation: how layers share the budget, "uniform" or "pyramid".
+            allocation: how layers and heads share the budget, of which each sequence has its own. "uniform": equally.
+                "pyramid": early layers get more. "heads": the heads of a layer compete. "global": all heads of all
+                layers compete. Where they compete, memory is what is kept, not the longest head times all.
             rerotated: close gaps between the positions of kept tokens, to go past the length the model was trained for.
             packed: store them as codes, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for unpacked.
 
@@ -95,6 +97,7 @@ class EvictingCache(CompressedCache):
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
+        _check_allocation(allocation, policy, rerotated, packed, model)
         self.policy = policy
         least = policy.least_budget()
         explained = f"sinks + recent{' + 1 to choose' if policy.chooses else ''} = {least} tokens for {policy}"
@@ -144,6 +147,7 @@ class EvictingCache(CompressedCache):
             rope=rope,
             packed=self.packed,
             ranks=TPGroup.of(model),
+            competes=self.allocation in COMPETING,
         )
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
@@ -159,7 +163,8 @@ class EvictingCache(CompressedCache):
         how = self.policy.rereads
         waiting = [layer for layer in self.layers if isinstance(layer, RereadLayer) and layer.waiting is not None]
         if waiting and how is not None and input_ids is not None:
-            read_again(decoder, waiting, input_ids, self.padding, int(self.get_seq_length()), how)
+            seen, all_compete = int(self.get_seq_length()), self.allocation == "global"
+            read_again(decoder, waiting, input_ids, self.padding, seen, how, all_compete)
 
     def _shown(self) -> dict[str, Any]:
         return {"policy": self.policy, **super()._shown(), "packed": self.packed}
@@ -188,6 +193,29 @@ class EvictingCache(CompressedCache):
         # the short names take a policy's settings one by one, but the file has the policy itself
         EvictingCache.__init__(cache, model, **{**settings, "policy": kinds[name](**policy), "packed": packed})
         return cache
+
+
+def _check_allocation(
+    allocation: Allocation, policy: Policy, rerotated: bool, packed: GEAR | None, model: PreTrainedModel
+) -> None:
+    """Raises ValueError if heads are to compete where their scores cannot be compared, or cannot differ in number."""
+    if allocation not in COMPETING:
+        return
+    name, asked = type(policy).__name__, f"allocation={allocation!r}"
+    if policy.compares == "no" or (allocation == "global" and policy.compares != "layers"):
+        among = "heads" if policy.compares == "no" else "layers"
+        instead = "uniform' or 'pyramid" if policy.compares == "no" else "heads"
+        raise ValueError(
+            f"{asked} ranks the tokens of different {among} against one another, and scores of {name} do not compare "
+            f"across {among}: use allocation='{instead}'"
+        )
+    if allocation == "global" and policy.rereads is None:
+        raise ValueError(f"{asked} needs a policy that reads tokens twice, such as KVzip, got {name}: use 'heads'")
+    if rerotated or packed is not None:
+        given = "rerotated" if rerotated else "packed"
+        raise ValueError(f"{asked} gives heads different numbers of slots, and cannot be combined with {given}")
+    if TPGroup.of(model) is not None:
+        raise ValueError(f"{asked} compares all heads, and {type(model).__name__} has them in several processes")
 
 
 class H2OCache(EvictingCache):

@@ -16,6 +16,7 @@ from kvcompress.policies.gear import GEAR
 from kvcompress.policies.policy import Policy
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.quantized_slots import QuantizedSlots
+from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.rerotated import RerotatedSlots
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import EMPTY, Segment
@@ -24,6 +25,7 @@ from kvcompress.storage.slots import SlotSegment
 _COUNTERS = ("lengths", "limits", "recents")
 # slots are added at least so many at a time, or one for every so many that exist
 _GROWTH, _SHARE = 8, 16
+_FOREVER = -1
 
 
 class EvictingLayer(CompressedLayer):
@@ -45,6 +47,7 @@ class EvictingLayer(CompressedLayer):
         rope: Rope | None = None,
         packed: GEAR | None = None,
         ranks: TPGroup | None = None,
+        competes: bool = False,
     ) -> None:
         """
         Args:
@@ -54,6 +57,7 @@ class EvictingLayer(CompressedLayer):
             rope: the layer's rotary embedding, if the policy uses it.
             packed: how slots are encoded; None for unpacked.
             ranks: the processes that share the layer's heads; None if this one has them all.
+            competes: heads compete for the budget, and keep different numbers of tokens.
         """
         super().__init__(padding, window, is_first)
         self.ranks = ranks
@@ -69,6 +73,11 @@ class EvictingLayer(CompressedLayer):
         self.recents: Tensor
         # whether there are slots for the whole budget, if it is a count
         self._holds_budget = False
+        self.competes = competes
+        # where heads compete: what each may keep beyond its sequence's limit, [batch, kv_heads] int32
+        self.surplus: Tensor | None = None
+        # steps that may come until a head that is below its limit needs room
+        self._steps_left = 0
 
     @property
     def queries_watched(self) -> int | None:  # type: ignore[override]
@@ -89,6 +98,7 @@ class EvictingLayer(CompressedLayer):
             "limits": self.limits,
             "recents": self.recents,
             "seen": self.clock.tensor,
+            **({} if self.surplus is None else {"surplus": self.surplus}),
         } | ({} if self.rope is None else {"inv_freq": self.rope.inv_freq})
 
     def statistics(self) -> dict[str, Tensor]:
@@ -98,6 +108,7 @@ class EvictingLayer(CompressedLayer):
         super().map_tensors(change)
         if self.slots is not None:
             self.lengths, self.limits, self.recents = change(self.lengths), change(self.limits), change(self.recents)
+            self.surplus = None if self.surplus is None else change(self.surplus)
             self.state = {name: change(tensor) for name, tensor in self.state.items()}
             self._pin()
 
@@ -110,7 +121,7 @@ class EvictingLayer(CompressedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.slots = None
+        self.slots = self.surplus = None
         self.state = {}
 
     def check_crop(self, tokens: int) -> None:
@@ -150,7 +161,7 @@ class EvictingLayer(CompressedLayer):
         if isinstance(self.budget, float):
             self._follow_budget(self.lengths + x.real_tokens)
         # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
-        plain = self.rope is None and self.packed is None and not self.kv_consumers
+        plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.competes
         at_once = self.policy.decay is not None and plain and runs_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
@@ -162,7 +173,10 @@ class EvictingLayer(CompressedLayer):
         """Tells the compiler that the layer's tensors stay where they are; else CUDA graphs refuse to write to them."""
         assert self.slots is not None
         # checked here: torch 2.11 fails to compare with a budget that differs from the previously compiled cache's
-        self._holds_budget = not isinstance(self.budget, int) or self.slots.slots > self._limit(0)
+        if isinstance(self.slots, RaggedSlots):
+            self._holds_budget = not isinstance(self.budget, int) or self._steps_left == _FOREVER
+        else:
+            self._holds_budget = not isinstance(self.budget, int) or self.slots.slots > self._limit(0)
         for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
             # unguarded: another cache of the same shapes records a graph, and compiles nothing
             torch._dynamo.mark_static_address(tensor, guard=False)
@@ -176,7 +190,9 @@ class EvictingLayer(CompressedLayer):
             self.clock.count_on(torch.zeros((), dtype=torch.int64, device=device), 0)
             # generate compiles the decode step on a GPU
             self._reserves |= chunk.key.is_cuda
-            self.slots = self._new_slots(chunk, self._most_slots(chunk.tokens))
+            self.slots = self._new_slots(chunk, 1 if self.competes else self._most_slots(chunk.tokens))
+            if self.competes:
+                self.surplus = torch.zeros(chunk.key.shape[:2], dtype=torch.int32, device=device)
             self._follow_budget(self.lengths)
         self._make_room(chunk.tokens)
         return self.slots
@@ -215,6 +231,11 @@ class EvictingLayer(CompressedLayer):
                     f"{self._limit(0)} tokens: call cache.reserve() before compiling"
                 )
             return
+        if isinstance(slots, RaggedSlots):
+            # a chunk's tokens get room when it is known which of them stay
+            if tokens <= 1:
+                self._room_for_steps(slots, tokens)
+            return
         needed = self._most_slots(tokens)
         if needed > slots.slots:
             # never more than will be needed
@@ -234,11 +255,54 @@ class EvictingLayer(CompressedLayer):
             if self.is_first and not self._told and not torch.compiler.is_compiling() and not lengths.is_cuda:
                 self._warn_of_floor(limits, lengths, least)
             # limits never shrink; a compiled step cannot grow the slots
-            limits = limits.clamp(min=least, max=self.window).clamp(max=self.slots.slots - 1).maximum(self.limits)
+            limits = limits.clamp(min=least, max=self.window)
+            if not self.competes:
+                limits = limits.clamp(max=self.slots.slots - 1)
+            limits = limits.maximum(self.limits)
         recent = self.policy.recent
         recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
         self.limits.copy_(limits)
         self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
+
+    def limits_by_head(self) -> Tensor:
+        """How many tokens each head may keep, [batch, kv_heads] int32; [batch, 1] where all of a sequence may as many."""
+        if self.surplus is None:
+            return self.limits[:, None]
+        limits = self.limits[:, None] + self.surplus
+        return limits if self.window is None else limits.clamp(max=self.window)
+
+    def nominal_limits(self) -> Tensor:
+        """How many tokens the heads of each sequence may keep on average, [batch], whatever the layer's window."""
+        granted = self.budget if isinstance(self.budget, int) else (self.budget * self.lengths).int()
+        return self.limits.clamp(min=granted)
+
+    def take_shares(self, shares: Tensor) -> None:
+        """Lets each head keep so many tokens, [batch, kv_heads] int64."""
+        assert self.surplus is not None
+        self.surplus.copy_(shares - self.limits[:, None])
+
+    def refill(
+        self, slots: RaggedSlots, key: Tensor, value: Tensor, places: Tensor, scores: Tensor, kept: Tensor
+    ) -> None:
+        """Keeps what was chosen of slots and chunk, as RaggedSlots.refill, with room for the next steps."""
+        slots.refill(key, value, places, scores, kept, self._capacities(kept.sum(-1)))
+
+    def _capacities(self, kept: Tensor) -> Tensor:
+        """How many slots heads need that keep so many tokens, [batch, kv_heads] int64 on the CPU: for steps to come."""
+        growth = max(_GROWTH, int(kept.max()) // _SHARE)
+        limits, is_count = self.limits_by_head().long(), isinstance(self.budget, int)
+        later = limits if is_count else limits + int(self.budget * growth) + 1
+        wanted = limits if is_count and self._reserves else later.minimum(kept + growth)
+        self._steps_left = _FOREVER if is_count and bool((wanted >= limits).all()) else growth
+        return wanted.maximum(kept).cpu() + 1
+
+    def _room_for_steps(self, slots: RaggedSlots, steps: int) -> None:
+        if self._steps_left == 0 or steps == 0:
+            capacities = self._capacities(slots.kept())
+            if bool((capacities > slots.capacities.cpu()).any()):
+                slots.resize(capacities)
+            self._pin()
+        self._steps_left -= 0 if self._steps_left == _FOREVER else steps
 
     def _warn_of_floor(self, limits: Tensor, lengths: Tensor, least: int) -> None:
         short = (limits < least) & (lengths > least)
@@ -254,12 +318,15 @@ class EvictingLayer(CompressedLayer):
     def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         if self.packed is not None:
             return QuantizedSlots(chunk.key, chunk.value, slots, self.packed.per_token_scheme(chunk.key.shape[-1]))
+        if self.competes:
+            return RaggedSlots(chunk.key, chunk.value, slots)
         return SlotSegment(chunk.key, chunk.value, slots)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.slots is None or self.clock.tensor is None:
             return {}, {}
         counters = {name: getattr(self, name) for name in _COUNTERS} | {"seen": self.clock.tensor}
+        counters |= {} if self.surplus is None else {"surplus": self.surplus}
         facts = {"dtype": str(self.dtype).removeprefix("torch.")}
         return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, facts
 
@@ -269,6 +336,7 @@ class EvictingLayer(CompressedLayer):
             for name in _COUNTERS:
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
+            self.surplus, self._steps_left = tensors.get("surplus"), 0
             self.lazy_initialization(*self.slots.like())
             self.clock.count_on(tensors["seen"])
             self._pin()
@@ -277,7 +345,7 @@ class EvictingLayer(CompressedLayer):
         if self.packed is not None:
             coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
             return QuantizedSlots.load(tensors, facts, coding=coding, dtype=getattr(torch, facts["dtype"]))
-        return SlotSegment.load(tensors, facts)
+        return (RaggedSlots if self.competes else SlotSegment).load(tensors, facts)
 
 
 class RerotatedLayer(EvictingLayer):

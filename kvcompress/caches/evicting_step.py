@@ -1,16 +1,20 @@
 """A forward through a layer of an evicting cache: what its queries see, and which tokens are evicted at its end."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvcompress.caches.competition import shares
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.evict import choose_victim, ranked
 from kvcompress.kernels.merge import merge_states, output_of, with_sinks
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
+from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
 
@@ -94,7 +98,7 @@ class DecodeStep(EvictingStep):
             out_of_window = slots.positions <= (layer.lengths - layer.window)[:, None, None]
             scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
         victims = choose_victim(scores, slots.positions, layer.lengths - layer.recents, sinks)
-        slots.free(victims, slots.kept() > layer.limits[:, None])
+        slots.free(victims, slots.kept() > layer.limits_by_head())
 
 
 class FusedDecodeStep(EvictingStep):
@@ -162,9 +166,19 @@ class ChunkStep(EvictingStep):
         Args:
             attention: what the policy is to score by, if not the step's own.
         """
-        kept = self._choose(self.attention if attention is None else attention)
-        self.slots.replace(self.input.key, self.input.value, *kept)
-        self.layer._pin()
+        ranking = self.rank(self.attention if attention is None else attention)
+        if self.layer.competes:
+            self.layer.take_shares(*shares_of([self.layer], [ranking]))
+        self.keep(ranking)
+
+    def keep(self, ranking: "Ranking") -> None:
+        """Ends the forward by what candidates are worth: as many stay as each head may keep."""
+        layer, x, held = self.layer, self.input, (ranking.places, ranking.scores, self._kept(ranking))
+        if isinstance(self.slots, RaggedSlots):
+            layer.refill(self.slots, x.key, x.value, *held)
+        else:
+            self.slots.replace(x.key, x.value, *held)
+        layer._pin()
 
     def _observe(self, x: AttentionInput, lse: Tensor) -> Tensor | None:
         """Attention received from the queries that the policy observes; lse: of the queries, over all they see."""
@@ -190,8 +204,8 @@ class ChunkStep(EvictingStep):
             past = self.slots.column_sums(query, self.query_positions[:, first:], lse, x.spec)
         return torch.cat([past, within], -1)
 
-    def _choose(self, attention: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What `SlotSegment.replace` needs: the tokens' positions, and all candidates' scores and whether they stay."""
+    def rank(self, attention: Tensor | None) -> "Ranking":
+        """Counts the tokens, and scores all candidates."""
         layer, slots, x = self.layer, self.slots, self.placed
         assert x is not None
         places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
@@ -219,17 +233,21 @@ class ChunkStep(EvictingStep):
             layer._mean_over_ranks,
         )
         scores = torch.cat([scores[..., :first], _scores(layer, candidates)], -1)
-        return places, scores, self._kept(scores, positions)
+        return Ranking(places, positions, scores, self._worth(scores, positions))
 
-    def _kept(self, scores: Tensor, positions: Tensor) -> Tensor:
-        """Which candidates stay, [batch, kv_heads, candidates] bool: per sequence, as many as it may keep."""
+    def _worth(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Scores to rank by, [batch, kv_heads, candidates]: inf for what always stays, -inf for what goes."""
         layer = self.layer
         lengths, recents = layer.lengths[:, None, None], layer.recents[:, None, None]
         protected = (positions < layer.policy.sinks) | (positions >= lengths - recents)
         gone = positions == EMPTY
         if layer.window is not None:
             gone = gone | (positions <= lengths - layer.window)
-        worth = ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
+        return ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
+
+    def _kept(self, ranking: "Ranking") -> Tensor:
+        """Which candidates stay, [batch, kv_heads, candidates] bool: per head, as many as it may keep."""
+        worth, positions = ranking.worth, ranking.positions
         # of equal scores the later token stays, independent of padding and slots
         if self.is_first:
             # nothing was held before: the candidates are in text order
@@ -237,8 +255,34 @@ class ChunkStep(EvictingStep):
         else:
             backwards = positions.argsort(dim=-1, descending=True, stable=True)
         order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
-        chosen = torch.arange(order.shape[-1], device=order.device) < layer.limits[:, None, None]
-        return torch.zeros_like(gone).scatter_(-1, order, chosen.expand_as(order)) & ~gone
+        chosen = torch.arange(order.shape[-1], device=order.device) < self.layer.limits_by_head()[..., None]
+        return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order)) & (
+            worth > -torch.inf
+        )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the candidates of a chunk are worth: a cache's slots, then the chunk's tokens.
+
+    places: of the chunk's tokens, [batch, kv_heads, tokens] int32, EMPTY for padding. positions: of all candidates,
+    [batch, kv_heads, candidates] int32. scores: the policy's. worth: the same with inf for what always stays, -inf for
+    what goes.
+    """
+
+    places: Tensor
+    positions: Tensor
+    scores: Tensor
+    worth: Tensor
+
+
+def shares_of(layers: "Sequence[EvictingLayer]", rankings: Sequence[Ranking]) -> list[Tensor]:
+    """How many tokens the heads of each of these layers, which compete with one another, may keep."""
+    first = layers[0]
+    heads = sum(ranking.worth.shape[1] for ranking in rankings)
+    nominal = first.nominal_limits().long()
+    floor = (first.policy.sinks + first.recents + first.policy.chooses).long().minimum(nominal)
+    return shares([ranking.worth for ranking in rankings], nominal * heads, floor)
 
 
 def _scores(layer: "EvictingLayer", candidates: Candidates) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting_layer import EvictingLayer
-from kvcompress.caches.evicting_step import ChunkStep
+from kvcompress.caches.evicting_step import ChunkStep, shares_of
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored
@@ -107,14 +107,13 @@ class RereadLayer(EvictingLayer):
             torch.maximum(most, segment.column_maxima(chunk.query, places, lse, chunk.spec), out=most)
         return out
 
-    @as_stored()
-    def finish(self) -> None:
-        """Ends the forward: the policy chooses by what the second reading attended to."""
+    def received(self) -> tuple[ChunkStep, Tensor]:
+        """Ends the wait: the forward's step, and what the policy is to score by, the second reading's attention."""
         waiting, self.waiting = self.waiting, None
         assert waiting is not None
         own, most = waiting.step.attention, torch.cat([waiting.past, waiting.segment.scores], -1)
         assert own is not None
-        waiting.step.commit(torch.where(waiting.twice[:, None, None], most, own))
+        return waiting.step, torch.where(waiting.twice[:, None, None], most, own)
 
 
 class _Witness(CompressedLayer):
@@ -159,6 +158,7 @@ def read_again(
     padding: PaddingRecord,
     seen: int,
     how: SecondReading,
+    all_compete: bool = False,
 ) -> None:
     """Feeds a model the tokens of its last forward again, after themselves, and lets the layers choose.
 
@@ -168,6 +168,7 @@ def read_again(
         padding: which of the tokens seen are padding, and where the model has placed the last one.
         seen: how many tokens were seen, with these.
         how: the prompt and the chunks to read; each chunk is read at the same positions.
+        all_compete: the heads of all layers compete for one budget, instead of each layer choosing alone.
     """
     batch, tokens = ids.shape
     visible = padding.visible
@@ -198,5 +199,19 @@ def read_again(
             use_cache=True,
             **hf.cache_argument(model, reading),
         )
-    for layer in layers:
-        layer.finish()
+    with as_stored():
+        _choose(layers, all_compete)
+
+
+def _choose(layers: Sequence[RereadLayer], all_compete: bool) -> None:
+    """Lets the policy choose in each layer, or in all at once, by what the second reading attended to."""
+    ended = [layer.received() for layer in layers]
+    if not all_compete:
+        for step, attention in ended:
+            step.commit(attention)
+        return
+    rankings = [step.rank(attention) for step, attention in ended]
+    for layer, count in zip(layers, shares_of(layers, rankings), strict=True):
+        layer.take_shares(count)
+    for (step, _), ranking in zip(ended, rankings, strict=True):
+        step.keep(ranking)

@@ -23,6 +23,7 @@ from kvcompress import (
     ShadowKVCache,
     registry,
 )  # fmt: skip
+from kvcompress.caches.budget import Allocation
 from kvcompress.hf import head_counts
 from kvcompress.storage.rerotated import RerotatedSlots
 from tests.contract.oracle import Decoded, Kept, Transcript, recording
@@ -60,6 +61,7 @@ class Entry:
     during: the method by which its layers attend to what they hold, for a cache whose queries choose what they attend
         to: `kept` and `decoded` are then read right after it.
     refuses: model types it does not serve; a test elsewhere sees it refuse them.
+    competes: its heads compete for the budget, which is what they keep on average.
     shares: it stores what rows have in common once, in tensors called prefix_*.
     """
 
@@ -77,6 +79,7 @@ class Entry:
     dtype: torch.dtype = torch.float32
     during: str | None = None
     refuses: tuple[str, ...] = ()
+    competes: bool = False
     shares: bool = False
 
     def recording(
@@ -242,10 +245,13 @@ def _evicting(
     budget: int | float = BUDGET,
     rerotated: bool = False,
     packed: GEAR | None = None,
+    allocation: Allocation = "uniform",
     **promises: Any,
 ) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
-        return EvictingCache(model, policy=policy, budget=budget, rerotated=rerotated, packed=packed)
+        return EvictingCache(
+            model, policy=policy, budget=budget, rerotated=rerotated, packed=packed, allocation=allocation
+        )
 
     def limit(layer: int, tokens: int) -> int:
         return budget if isinstance(budget, int) else max(policy.least_budget(), int(budget * tokens))
@@ -311,6 +317,8 @@ ENTRIES = [
         between_folds=lambda model: _whole(model, fold=300),
     ),
     _evicting("h2o_packed", H2O(sinks=1), packed=GEAR(bits=3, group_size=8), decoded=closed_up, dtype=torch.float64),
+    _evicting("h2o_heads", H2O(recent=2), allocation="heads", competes=True),
+    _evicting("kvzip_global", POLICIES["kvzip"], allocation="global", competes=True),
     _evicting("h2o_rolled", H2O(), rerotated=True, decoded=closed_up, refuses=("opt",)),
 ]
 

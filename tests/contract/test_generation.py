@@ -20,7 +20,7 @@ def test_greedy_decoding_equals_the_oracle(entry):
 
 
 # README: The evicting caches evict at the end of every forward, in prefill and at each decode step
-@those(lambda entry: entry.budget)
+@those(lambda entry: entry.budget and not entry.competes)
 def test_what_is_kept_stays_within_the_budget_at_every_step(entry):
     model = tiny()
     _, cache, transcript = recorded(entry, model, prompt(20, 2), max_new_tokens=20)
@@ -32,6 +32,23 @@ def test_what_is_kept_stays_within_the_budget_at_every_step(entry):
             assert kept[..., -1].all(), f"step {step}, layer {layer}: the newest token is gone"
     for layer, kept in enumerate(tokens_kept(cache)):
         assert (kept == entry.budget(layer, transcript.seen)).all()
+
+
+@those(lambda entry: entry.competes)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_heads_that_compete_keep_the_budget_on_average_and_different_numbers(entry, family):
+    model = tiny(family)
+    _, cache, transcript = recorded(entry, model, prompt(60, 2), max_new_tokens=20)
+    for step, forward in enumerate(transcript.forwards[1:], 1):
+        kept = torch.stack([each.sum(-1) for each in forward.kept]).float()  # [layers, batch, kv_heads]
+        assert all(each[..., -1].all() for each in forward.kept), f"step {step}: the newest token is gone"
+        # of each layer where only its own heads compete
+        means = kept.mean((0, 2)) if cache.allocation == "global" else kept.mean(-1)
+        seen = sum(transcript.fed[:step])
+        assert (means <= entry.budget(0, seen)).all(), f"step {step}: more than the budget"
+        # few tokens are lost to rounding
+        assert (means >= 0.85 * entry.budget(0, seen)).all(), f"step {step}: less than the budget"
+    assert len({int(count) for each in tokens_kept(cache) for count in each.flatten()}) > 1
 
 
 # README: | `DenseCache` | every token | the full cache: the ceiling, exact | |

@@ -174,6 +174,13 @@ def _shadow(rng: random.Random) -> dict[str, Any]:
     }
 
 
+def _allocation(rng: random.Random, policy: Policy, entry: Entry) -> str:
+    plain = entry.name not in ("h2o_packed", "h2o_rolled")
+    heads = ["heads"] if plain and policy.compares != "no" else []
+    layers = ["global"] if plain and policy.compares == "layers" else []
+    return rng.choice(["uniform", "uniform", "pyramid", *heads, *layers])
+
+
 def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     # a model may be refused to a policy that uses its rotary embedding, and other settings to one that reads twice
     names = [name for name, policy in POLICIES.items() if not policy.uses_rotary and policy.rereads is None]
@@ -195,7 +202,7 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     return {
         "policy": policy,
         "budget": rng.choice([least, least + 1, least + 5, least + 17, 0.1, 0.5, 1.0]),
-        "allocation": rng.choice(["uniform", "uniform", "pyramid"]),
+        "allocation": _allocation(rng, policy, entry),
         "rerotated": entry.name == by_name["h2o_rolled"].name,
         "packed": packed,
     }

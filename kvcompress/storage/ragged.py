@@ -1,0 +1,226 @@
+"""Slots of which each KV head has as many as it needs: what is held is what is kept.
+
+A tensor of all heads must be as wide as the longest, and where one head keeps ten times as much as another most of it
+would be empty. So keys and values lie in rows one after another, head by head, heads of equal capacity side by side:
+those are one tensor again, and every operation on slots runs once for each capacity, without a loop over heads. What
+is small, positions and scores, stays as wide as the longest head.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
+from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.decode import decode_attention
+from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.slots import SlotSegment
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Heads of equal capacity.
+
+    first: their first slot in `keys`. start, stop: their places in `order`. capacity: slots of each.
+    """
+
+    first: int
+    start: int
+    stop: int
+    capacity: int
+
+    @property
+    def heads(self) -> int:
+        return self.stop - self.start
+
+
+class RaggedSlots(SlotSegment):
+    """Slots whose number differs from head to head.
+
+    keys, values: [slots of all heads, head_dim]. positions, scores: [batch, kv_heads, most slots of a head], EMPTY and
+    of no meaning from a head's capacity on. spare: as in SlotSegment. capacities: [batch, kv_heads] int64, slots of a
+    head, of which one at least is free. starts: [batch, kv_heads] int64, a head's first slot in `keys`. order: [heads
+    of all sequences] int64, their numbers in the order in which they lie there.
+    """
+
+    tensor_names = (*SlotSegment.tensor_names, "capacities", "starts", "order")
+
+    capacities: Tensor
+    starts: Tensor
+    order: Tensor
+    buckets: tuple[Bucket, ...]
+
+    def __init__(self, key: Tensor, value: Tensor, slots: int) -> None:
+        super().__init__(key, value, slots)
+        self._lay_out(torch.full(key.shape[:2], slots))
+        self.keys, self.values = self.keys.flatten(0, 2), self.values.flatten(0, 2)
+
+    def _lay_out(self, capacities: Tensor) -> None:
+        """Says where the slots of each head are; capacities: [batch, kv_heads] int64 on the CPU."""
+        order = capacities.flatten().argsort(stable=True)
+        sizes = capacities.flatten()[order]
+        starts = torch.empty_like(order)
+        starts[order] = sizes.cumsum(0) - sizes
+        device = self.positions.device
+        self.capacities, self.starts, self.order = (
+            x.to(device) for x in (capacities, starts.view_as(capacities), order)
+        )
+        buckets, first, start = [], 0, 0
+        for capacity, heads in itertools.groupby(sizes.tolist()):
+            count = len(list(heads))
+            buckets.append(Bucket(first, start, start + count, capacity))
+            first, start = first + count * capacity, start + count
+        self.buckets = tuple(buckets)
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        super()._set(tensors)
+        self._lay_out(self.capacities.cpu())
+
+    @property
+    def slots(self) -> int:
+        """How many slots the longest head has, with the free one."""
+        return self.positions.shape[2]
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        keys, values, starts = self.keys, self.values, change(self.starts)
+        for name in ("positions", "scores", "spare"):
+            setattr(self, name, change(getattr(self, name)))
+        self._lay_out(change(self.capacities).cpu())
+        sizes = self.capacities.flatten()[self.order]
+        # in the new order of slots, where each one was
+        moved = (starts - self.starts).flatten()[self.order].repeat_interleave(sizes)
+        source = torch.arange(len(moved), device=moved.device) + moved
+        self.keys, self.values = keys[source], values[source]
+
+    def rotated_keys(self) -> Tensor:
+        return self.contents()[0]
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, [batch, kv_heads, most slots, head_dim]: a copy, with anything from a head's capacity on."""
+        column = torch.arange(self.slots, device=self.starts.device)
+        index = (self.starts[..., None] + column).clamp(max=len(self.keys) - 1)
+        return self.keys[index], self.values[index]
+
+    def like(self) -> tuple[Tensor, Tensor]:
+        return tuple(x.new_empty(*self.starts.shape, 0, x.shape[-1]) for x in (self.keys, self.values))  # type: ignore[return-value]
+
+    def _parts(self) -> Iterator[tuple[Tensor, int, tuple[Tensor, Tensor, Tensor]]]:
+        """By capacity: the heads' numbers, the capacity, and keys, values and positions, [heads, 1, capacity, any]."""
+        positions = self.positions.flatten(0, 1)
+        for bucket in self.buckets:
+            held = slice(bucket.first, bucket.first + bucket.heads * bucket.capacity)
+            heads = self.order[bucket.start : bucket.stop]
+            keys, values = (
+                x[held].view(bucket.heads, 1, bucket.capacity, x.shape[-1]) for x in (self.keys, self.values)
+            )
+            yield heads, bucket.capacity, (keys, values, positions[heads, None, : bucket.capacity])
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[batch, heads, ...] as [heads of all sequences, group, ...]."""
+        return x.reshape(self.starts.numel(), -1, *x.shape[2:])
+
+    def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
+        out = query.new_empty(*query.shape[:-1], self.values.shape[-1])
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        queries, outs, lses = self._by_head(query), self._by_head(out), self._by_head(lse)
+        for heads, _, (keys, values, positions) in self._parts():
+            at = query_positions[heads // self.starts.shape[1]]
+            outs[heads], lses[heads] = slot_attention(queries[heads], keys, values, positions, at, spec)
+        return outs.view_as(out), lses.view_as(lse)
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        spec: LogitSpec,
+        sink_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self.put(key, value, positions)
+        if sink_logits is not None:
+            out, lse = self.attend(query, query_positions, spec)
+            whole = torch.logaddexp(lse, sink_logits.float()[:, None])
+            out = (out * (lse - whole).exp()[..., None]).to(query.dtype)
+            return out, self.column_sums(query, query_positions, whole, spec)
+        out = query.new_empty(*query.shape[:-1], self.values.shape[-1])
+        queries, outs, received = self._by_head(query), self._by_head(out), torch.zeros_like(self.scores)
+        attention = received.flatten(0, 1)
+        for heads, capacity, (keys, values, places) in self._parts():
+            at = query_positions[heads // self.starts.shape[1]]
+            outs[heads], given = decode_attention(queries[heads], keys, values, places, at, spec)
+            attention[heads, :capacity] = given[:, 0]
+        return outs.view_as(out), received
+
+    def decode_and_evict(self, *args: Any, **options: Any) -> Tensor:
+        raise NotImplementedError("a step of ragged slots is not one op")
+
+    def column_sums(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
+        return self._columns(slot_column_sums, query, query_positions, lse, spec)
+
+    def column_maxima(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
+        return self._columns(slot_column_maxima, query, query_positions, lse, spec)
+
+    def _columns(
+        self, op: Callable[..., Tensor], query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
+    ) -> Tensor:
+        received = torch.zeros_like(self.scores)
+        queries, lses, columns = self._by_head(query), self._by_head(lse), received.flatten(0, 1)
+        for heads, capacity, (keys, _, positions) in self._parts():
+            at = query_positions[heads // self.starts.shape[1]]
+            columns[heads, :capacity] = op(queries[heads], keys, positions, at, lses[heads], spec)[:, 0]
+        return received
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        free = self.starts + self.spare
+        self.keys[free], self.values[free] = key[:, :, 0], value[:, :, 0]
+
+    def grow(self, slots: int) -> None:
+        raise NotImplementedError("ragged slots take room head by head: call `resize`")
+
+    def resize(self, capacities: Tensor) -> None:
+        """Gives each head another number of slots, [batch, kv_heads] int64 on the CPU, more than it holds tokens."""
+        nothing = self.keys.new_empty(*self.starts.shape, 0, self.keys.shape[-1])
+        kept = self.positions != EMPTY
+        self.refill(nothing, nothing, self.positions[..., :0], self.scores, kept, capacities)
+
+    def refill(
+        self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor, capacities: Tensor
+    ) -> None:
+        """Keeps some of the slots and of a chunk's tokens, in new slots.
+
+        Args:
+            key, value, positions, scores, kept: as in `replace`.
+            capacities: [batch, kv_heads] int64 on the CPU, slots of each head, more than it keeps.
+        """
+        old, starts, held = self.slots, self.starts, (self.keys, self.values)
+        columns = int(capacities.max())
+        # those kept, in order; of the others as many as there are columns
+        order = kept.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)[..., :columns]
+        there = kept.gather(-1, order)
+        places = torch.cat([self.positions, positions], -1).gather(-1, order)
+        missing = columns - order.shape[-1]
+        self.positions = torch.nn.functional.pad(places.masked_fill(~there, EMPTY), (0, max(0, missing)), value=EMPTY)
+        self.scores = torch.nn.functional.pad(scores.gather(-1, order).masked_fill(~there, 0.0), (0, max(0, missing)))
+        self._lay_out(capacities)
+        row, head, column = there.nonzero(as_tuple=True)
+        source, target = order[row, head, column], self.starts[row, head] + column
+        of_slots, of_chunk = source < old, source >= old
+        fed = row[of_chunk], head[of_chunk], source[of_chunk] - old
+        fresh = []
+        for stored, chunk in zip(held, (key, value), strict=True):
+            slots = stored.new_zeros(int(capacities.sum()), stored.shape[-1])
+            slots[target[of_slots]] = stored[(starts[row, head] + source)[of_slots]]
+            slots[target[of_chunk]] = chunk[fed]
+            fresh.append(slots)
+        self.keys, self.values = fresh
+        self.spare = self.positions.argmin(-1)
+
+    def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
+        raise NotImplementedError("ragged slots are laid out anew: call `refill`")
