@@ -6,7 +6,7 @@ The context is fed once more, after itself: what a model looks up to repeat a te
 may need, so the choice serves all questions, even those not asked yet. It costs a second prefill.
 
 The paper writes "Repeat the previous context exactly." before each chunk (`prompt`); on SmolLM2-135M the bare text does
-as well. It compares all heads of all layers; here each keeps the same number, so that memory is really freed.
+as well. It compares all heads of all layers, as `allocation="global"` does; without it each keeps the same number.
 
 While decoding, a token keeps the highest score it ever had, and the newest query adds its attention, averaged over the
 heads of a group.

@@ -48,15 +48,12 @@ def shares(worth: Sequence[Tensor], pool: Tensor, floor: Tensor) -> list[Tensor]
 
 
 def _rounded(counts: Tensor, available: Tensor, floor: Tensor) -> Tensor:
-    """Numbers of few kinds with nearly the same sum, [batch, heads], none above `available` or below `floor`; rows
-    that keep all that there is are left as they are."""
+    """Numbers of few kinds with nearly the same sum, [batch, heads], none above `available` or below `floor`."""
     step = 2 ** (counts.clamp(min=4).log2().floor().long() - 2)
-    down = (counts // step * step).maximum(floor[:, None].minimum(counts))
-    lost = counts - down
+    down = torch.where(counts == available, counts, counts // step * step).maximum(floor[:, None].minimum(counts))
+    lost, gain = counts - down, step.minimum(available - down)
     # whoever lost most of a step first
-    order = (lost / step).masked_fill(down + step > available, -1.0).argsort(dim=-1, descending=True, stable=True)
-    steps = step.gather(1, order)
-    given = (steps.cumsum(-1) <= lost.sum(-1, keepdim=True)) & (down + step <= available).gather(1, order)
-    up = torch.zeros_like(counts).scatter(1, order, steps * given)
-    keeps_all = (counts == available).all(-1, keepdim=True)
-    return torch.where(keeps_all, counts, down + up)
+    order = (lost / step).masked_fill(gain == 0, -1.0).argsort(dim=-1, descending=True, stable=True)
+    gain = gain.gather(1, order)
+    given = gain.cumsum(-1) <= lost.sum(-1, keepdim=True)
+    return down + torch.zeros_like(counts).scatter(1, order, gain * given)

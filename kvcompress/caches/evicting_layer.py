@@ -265,7 +265,7 @@ class EvictingLayer(CompressedLayer):
         self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
 
     def limits_by_head(self) -> Tensor:
-        """How many tokens each head may keep, [batch, kv_heads] int32; [batch, 1] where all of a sequence may as many."""
+        """How many tokens each head may keep, [batch, kv_heads] int32; [batch, 1] where heads do not compete."""
         if self.surplus is None:
             return self.limits[:, None]
         limits = self.limits[:, None] + self.surplus
@@ -276,10 +276,12 @@ class EvictingLayer(CompressedLayer):
         granted = self.budget if isinstance(self.budget, int) else (self.budget * self.lengths).int()
         return self.limits.clamp(min=granted)
 
-    def take_shares(self, shares: Tensor) -> None:
-        """Lets each head keep so many tokens, [batch, kv_heads] int64."""
+    def take_shares(self, shares: Tensor, fresh: int | Tensor) -> None:
+        """Lets each head keep so many tokens, [batch, kv_heads] int64, of sequences fed several, `fresh` [batch]: a
+        single token goes where it would alone, in a step."""
         assert self.surplus is not None
-        self.surplus.copy_(shares - self.limits[:, None])
+        shares = shares - self.limits[:, None]
+        self.surplus.copy_(shares if isinstance(fresh, int) else torch.where(fresh[:, None] > 1, shares, self.surplus))
 
     def refill(
         self, slots: RaggedSlots, key: Tensor, value: Tensor, places: Tensor, scores: Tensor, kept: Tensor

@@ -211,7 +211,7 @@ def _choose(layers: Sequence[RereadLayer], all_compete: bool) -> None:
             step.commit(attention)
         return
     rankings = [step.rank(attention) for step, attention in ended]
-    for layer, count in zip(layers, shares_of(layers, rankings), strict=True):
-        layer.take_shares(count)
-    for (step, _), ranking in zip(ended, rankings, strict=True):
+    counts = shares_of(layers, rankings)
+    for layer, (step, _), ranking, count in zip(layers, ended, rankings, counts, strict=True):
+        layer.take_shares(count, step.input.real_tokens)
         step.keep(ranking)

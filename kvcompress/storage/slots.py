@@ -1,7 +1,7 @@
 """Slots: room for a fixed number of tokens per KV head; an evicted token frees its slot for the next one."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class SlotSegment(Segment):
     policy stores about each token. spare: [batch, kv_heads] int64, the free slot that the next token takes.
     """
 
-    tensor_names = ("keys", "values", "positions", "scores", "spare")
+    tensor_names: ClassVar[tuple[str, ...]] = ("keys", "values", "positions", "scores", "spare")
 
     keys: Tensor
     values: Tensor
