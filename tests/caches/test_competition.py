@@ -11,7 +11,7 @@ from kvcompress import TOVA, EvictingCache, H2OCache, KeyDiff, KVzipCache, Polic
 from kvcompress.caches.competition import shares
 from kvcompress.policies.gear import GEAR
 from tests.contract.drive import feed, tokens_kept
-from tests.contract.models import DEVICE, prompt, tiny
+from tests.contract.models import DEVICE, left_padded, prompt, tiny
 
 INF = torch.inf
 # batches of other sizes sum in another order
@@ -189,3 +189,24 @@ def test_a_policy_of_ones_own_may_compare_heads():
         model.model.layers[0].self_attn.v_proj.weight[:4] *= 100
     feed(model, cache, prompt(40))
     assert tokens_kept(cache)[0][0, 0] > tokens_kept(cache)[0][0, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("allocation", ["heads", "global"])
+def test_a_padded_row_keeps_what_it_does_alone_one_token_or_many_at_a_time(family, allocation):
+    model, rows = tiny(family), [prompt(50)[0], prompt(31, seed=2)[0]]
+    ids, mask = left_padded(rows)
+    # the second row gets a single token where the first gets several
+    more, shown = prompt(9, 2, seed=3), torch.ones(2, 9, dtype=torch.long, device=DEVICE)
+    shown[1, :8] = 0
+    cache, alone = (KVzipCache(model, budget=10, allocation=allocation, sinks=1) for _ in range(2))
+    feed(model, cache, ids, mask)
+    whole = torch.cat([mask, shown], 1)
+    feed(model, cache, more, whole)
+    last = feed(model, cache, prompt(1, 2, seed=7), torch.cat([whole, whole[:, -1:]], 1))
+    feed(model, alone, rows[1][None])
+    feed(model, alone, more[1:, 8:])
+    close(last[1:], feed(model, alone, prompt(1, 2, seed=7)[1:]))
+    for together, single in zip(cache.layers, alone.layers, strict=True):
+        held = [[sorted(p for p in head if p >= 0) for head in row] for row in together.slots.positions.tolist()]
+        assert held[1] == [sorted(p for p in head if p >= 0) for head in single.slots.positions[0].tolist()]
