@@ -168,7 +168,8 @@ class ChunkStep(EvictingStep):
         """
         ranking = self.rank(self.attention if attention is None else attention)
         if self.layer.competes:
-            self.layer.take_shares(*shares_of([self.layer], [ranking]), self.input.real_tokens)
+            (own,) = shares_of([self.layer], [ranking])
+            self.layer.take_shares(own, self.input.real_tokens)
         self.keep(ranking)
 
     def keep(self, ranking: "Ranking") -> None:
