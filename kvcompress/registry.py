@@ -5,14 +5,14 @@ own is written as the path of its class, `my_policies:MyPolicy:recent=8`, or by 
 it in the entry point group `kvcompress.methods`. A `budget=0.3` among the settings overrides one given separately.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import inspect
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeGuard
@@ -20,14 +20,15 @@ from typing import Any, TypeGuard
 from transformers import PreTrainedModel
 
 from kvcompress.cache import CompressedCache
-from kvcompress.caches.budget import Budget
+from kvcompress.caches.budget import Allocation, Budget
 from kvcompress.caches.dense import DenseCache
 from kvcompress.caches.evicting import RENAMED, EvictingCache
 from kvcompress.caches.quantized import GEARCache, KIVICache
 from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.policies.gear import GEAR
-from kvcompress.policies.method import LISTED, Listed, describe, import_policies, register
+from kvcompress.policies.method import LISTED, Listed, describe, import_policies, is_own, register
 from kvcompress.policies.policy import Policy
+from kvcompress.policies.settings import declared, read
 from kvcompress.prefix.cache import HydragenCache
 
 FULL = "none"
@@ -37,39 +38,73 @@ USUAL = "usual"
 GROUP = "kvcompress.methods"
 
 
+# what a spec may set of an evicting cache, beside its policy's own settings
+_OF_CACHE = {"allocation": Allocation, "rerotated": bool}
+_OF_CODES = {name: declared(GEAR)[name] for name in ("bits", "group_size", "outliers")}
+_OF_GEAR = {"preset": str, **declared(GEAR)}
+
+
 @dataclass(frozen=True)
 class Method(Listed):
-    """A method, and the function that builds its cache: (model, budget, settings) -> cache."""
+    """A method, and the function that builds its cache: (model, budget, settings) -> cache.
+
+    settings: what a spec may set, with the types that are declared; None where that is not known.
+    """
 
     build: Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache] = field(kw_only=False)
+    settings: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
 
 def parse(spec: str, methods: Mapping[str, Listed] | None = None) -> tuple[Method, dict[str, Any]]:
     """The method and the settings that a spec names; `methods` are the known ones, by default METHODS.
 
     Raises:
-        ValueError: an unknown method, a class that is not one, a part that is not `setting=value`, or a bad budget.
+        ValueError: an unknown method, a class that is not one, a part that is not `setting=value`, a setting that the
+            method does not have or that is given twice, a value of another type than the setting's, or a bad budget.
     """
-    name, *pairs = spec.strip().split(":")
+    # a colon ends a value only where another setting begins: host=mmap:/folder is one
+    head, *pairs = re.split(r":(?=\w+=)", spec.strip())
+    name, colon, of_module = head.partition(":")
     methods = METHODS if methods is None else methods
     # also as papers and classes spell them: H2O, SnapKV
     lower = name.lower()
-    method = methods.get(lower) or next((each for each in methods.values() if lower in each.aliases), None)
-    if method is None and pairs and "=" not in pairs[0]:
-        method = _of_class(name, pairs.pop(0))
-    if method is None:
+    listed = methods.get(lower) or next((each for each in methods.values() if lower in each.aliases), None)
+    if listed is None and of_module:
+        listed = _of_class(name, of_module)
+    elif listed is None:
         raise ValueError(
             f"unknown method {name!r}; known: {', '.join(methods)}, or module:Class of your own, such as "
             "my_policies:MyPolicy"
         )
+    elif colon:
+        raise ValueError(f"settings must be written as {listed.name}:setting=value, got {spec!r}")
+    method = listed if isinstance(listed, Method) else _buildable(listed)
     settings: dict[str, Any] = {}
     for pair in pairs:
-        setting, equals, value = pair.partition("=")
-        if not (setting and equals and value):
+        setting, _, text = pair.partition("=")
+        if method.settings is None or setting not in method.settings:
+            setting = RENAMED.get(setting, setting)
+        if not text:
             raise ValueError(f"settings must be written as {method.name}:setting=value, got {spec!r}")
+        if setting in settings:
+            raise ValueError(f"{setting} must be given once, got {spec!r}")
         is_budget = method.takes_budget and setting == "budget"
-        settings[RENAMED.get(setting, setting)] = Budget.parse(value).amount if is_budget else _value(value)
-    return method if isinstance(method, Method) else _buildable(method), settings
+        settings[setting] = Budget.parse(text).amount if is_budget else _value(method, setting, text)
+    return method, settings
+
+
+def _value(method: Method, setting: str, text: str) -> Any:
+    known = method.settings
+    if known is None:
+        return read(text)
+    if setting not in known:
+        raise ValueError(
+            f"the method {method.name} does not take these settings: {setting}; it takes {', '.join(known) or 'none'}"
+        )
+    try:
+        return read(text, known[setting])
+    except ValueError as error:
+        raise ValueError(f"the method {method.name} takes as {setting} {error}") from None
 
 
 def spelled(method: Listed, settings: Mapping[str, Any]) -> str:
@@ -103,32 +138,51 @@ def build(
         methods: the known ones, by default METHODS.
 
     Raises:
-        ValueError: an unknown method or setting, or a budget that is missing or out of range.
+        ValueError: an unknown method or setting, one that is missing, or a budget that is missing or out of range.
     """
     method, settings = parse(spec, methods)
     if method.takes_budget:
         budget = settings.pop("budget", budget)
         if budget is None:
             raise ValueError(f"the method {method.name} needs a budget: tokens to keep, or a fraction of those seen")
-    with _errors_about_settings(method, settings):
-        return method.build(model, 0 if budget is None else budget, settings)
+    _check_complete(method, settings)
+    return method.build(model, 0 if budget is None else budget, settings)
 
 
 def policy_of(method: Listed, settings: Mapping[str, Any]) -> tuple[Policy, dict[str, Any]]:
     """The policy of an evicting method, and those of its settings that are the EvictingCache's, such as `packed`.
 
     Raises:
-        ValueError: the method has no policy, or the policy no such setting.
+        ValueError: the method has no policy, the policy needs a setting that is missing, or has one that the cache
+            has too.
     """
     if method.kind is None or not issubclass(method.kind, Policy):
         raise ValueError(f"the method {method.name} has no policy")
+    _check_complete(method, settings)
     own = dict(settings)
-    of_cache: dict[str, Any] = {name: own.pop(name) for name in ("allocation", "rerotated") if name in own}
-    of_codes = {name: own.pop(name) for name in ("bits", "group_size", "outliers") if name in own}
+    of_cache: dict[str, Any] = {name: own.pop(name) for name in _OF_CACHE if name in own}
+    of_codes = {name: own.pop(name) for name in _OF_CODES if name in own}
     if of_codes:
         of_cache["packed"] = GEAR(**of_codes)
-    with _errors_about_settings(method, own):
-        return method.kind(**own), of_cache
+    return method.kind(**own), of_cache
+
+
+def _check_complete(method: Listed, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError where settings do not say all that the method needs, or say what two may have meant."""
+    if method.kind is None:
+        return
+    parameters = inspect.signature(method.kind).parameters.values()
+    if issubclass(method.kind, Policy):
+        twice = {each.name for each in parameters} & {*_OF_CACHE, *_OF_CODES, "budget"} & settings.keys()
+        if twice:
+            raise ValueError(
+                f"{', '.join(sorted(twice))} may be {method.kind.__name__}'s or the cache's: give the policy's setting "
+                "another name, or build an EvictingCache with it in Python"
+            )
+    wanted = [each.name for each in parameters if each.default is each.empty and each.kind is each.KEYWORD_ONLY]
+    missing = [name for name in wanted if name not in ("budget", *settings)]
+    if missing:
+        raise ValueError(f"the method {method.name} needs {', '.join(missing)}: {method.name}:{missing[0]}=...")
 
 
 def _buildable(method: Listed) -> Method:
@@ -143,31 +197,29 @@ def _buildable(method: Listed) -> Method:
         made: CompressedCache = kind(model, **settings, **({"budget": budget} if method.takes_budget else {}))
         return made
 
-    return Method(**vars(method), build=evicting if issubclass(kind, Policy) else cache)
-
-
-@contextlib.contextmanager
-def _errors_about_settings(method: Listed, settings: Mapping[str, Any]) -> Iterator[None]:
-    try:
-        yield
-    except TypeError as error:
-        if settings and "argument" in str(error):
-            known = [] if method.kind is None else list(inspect.signature(method.kind).parameters)
-            taken = ", ".join(name for name in known if name not in ("model", "budget", "packed", "kwargs"))
-            raise ValueError(
-                f"the method {method.name} does not take these settings: {error}; it takes {taken or 'none'}"
-            ) from None
-        raise
+    parameters, known = inspect.signature(kind).parameters, declared(kind)
+    settings = {name: known.get(name, Any) for name in parameters if name not in ("model", "budget", "packed")}
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return Method(**vars(method), build=cache)
+    if not issubclass(kind, Policy):
+        return Method(**vars(method), build=cache, settings=settings)
+    return Method(**vars(method), build=evicting, settings=settings | _OF_CACHE | _OF_CODES)
 
 
 def _of_class(module: str, name: str) -> Listed:
     """The method that a user's class is, under the name module:Class."""
     where = f"{module}:{name}"
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(
+            f"a class of your own must be written as module:Class, such as my_policies:MyPolicy, got {where!r}"
+        )
     # `python -m kvcompress` would look there too
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        kind = getattr(importlib.import_module(module), name, None)
+        kind: Any = importlib.import_module(module)
+        for part in name.split("."):
+            kind = getattr(kind, part, None)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
@@ -182,7 +234,10 @@ def _of_class(module: str, name: str) -> Listed:
 
 
 def _is_method(found: Any) -> TypeGuard[type[Any]]:
-    return isinstance(found, type) and issubclass(found, Policy | CompressedCache)
+    if not (isinstance(found, type) and issubclass(found, Policy | CompressedCache)):
+        return False
+    # classes to derive from are none
+    return found.score is not Policy.score if issubclass(found, Policy) else found._layer is not CompressedCache._layer
 
 
 def _described(name: str, kind: type[Any]) -> Listed:
@@ -192,13 +247,21 @@ def _described(name: str, kind: type[Any]) -> Listed:
 def _import_installed() -> None:
     """Lists the methods of other packages; one that cannot be imported is skipped, with a warning."""
     for point in entry_points(group=GROUP):
+        before = dict(LISTED)
         try:
             found = point.load()
-            if _is_method(found) and found not in [each.kind for each in LISTED.values()]:
+            known = next((each for each in LISTED.values() if each.kind is found), None)
+            if known is not None:
+                # it has registered itself under another name: now it has both
+                register(known.name, known.about, **_facts(known, point.name))(found)
+            elif _is_method(found):
                 register(point.name, _described(point.name, found).about)(found)
-            elif not (_is_method(found) or inspect.ismodule(found)):
+            elif not inspect.ismodule(found):
                 raise TypeError(f"expected a Policy, a CompressedCache or a module that registers some, got {found!r}")
-        except Exception as error:
+        # a package may even end the process when it is imported
+        except (Exception, SystemExit) as error:
+            LISTED.clear()
+            LISTED.update(before)
             package = "an unknown package" if point.dist is None else point.dist.name
             warnings.warn(
                 f"the method {point.name!r} of {package} ({GROUP}: {point.value}) is skipped: "
@@ -207,13 +270,11 @@ def _import_installed() -> None:
             )
 
 
-def _value(text: str) -> Any:
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text.lower(), text)
+def _facts(known: Listed, name: str) -> dict[str, Any]:
+    """What a class was registered with, and a name beside its own."""
+    facts = {each.name: getattr(known, each.name) for each in dataclasses.fields(known)}
+    del facts["name"], facts["about"], facts["kind"]
+    return facts | {"aliases": tuple(dict.fromkeys([*known.aliases, *([] if name == known.name else [name])]))}
 
 
 def _gear(name: str) -> Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache]:
@@ -224,8 +285,8 @@ def _gear(name: str) -> Callable[[PreTrainedModel, int | float, dict[str, Any]],
     return gear
 
 
-def _list_all() -> dict[str, Listed]:
-    """Every method: those of this package by the date of their papers, then those that others installed."""
+def _list_own() -> None:
+    """Lists this package's methods, by the date of their papers, before those of others."""
     import_policies()
     register("none", "every token", costs="the full cache: the ceiling, exact", usual=False, aliases=("dense", "full"))(
         DenseCache
@@ -250,19 +311,46 @@ def _list_all() -> dict[str, Listed]:
         Method(
             "gear", "every token: keys in 4 bits, values in 3; or 2, 3, 8 bits, outliers, low rank", _gear("default"),
             costs="packing once, unpacking where attention reads", paper="2403.05527",
-            kind=GEARCache, label="GEARCache", takes_budget=False,
+            kind=GEARCache, label="GEARCache", takes_budget=False, settings=_OF_GEAR,
         ),
         Method(
             "kivi", "every token, 2-bit codes", _gear("kivi"),
             costs="as `gear`", paper="2402.02750", kind=KIVICache, label="KIVICache", takes_budget=False,
+            settings=_OF_GEAR,
         ),
     ):  # fmt: skip
         LISTED[method.name] = method
-    ordered = sorted(LISTED.values(), key=lambda each: (each.paper, each.name))
+    ordered = sorted(LISTED.values(), key=lambda each: (not is_own(each.kind), each.paper, each.name))
     LISTED.clear()
     LISTED.update({each.name: each for each in ordered})
-    _import_installed()
-    return LISTED
 
 
-METHODS = _list_all()
+class _Methods(MutableMapping[str, Listed]):
+    """LISTED, completed by what other packages installed when it is first looked at: they may import this module."""
+
+    _is_complete = False
+
+    def _all(self) -> dict[str, Listed]:
+        if not self._is_complete:
+            self._is_complete = True
+            _import_installed()
+        return LISTED
+
+    def __getitem__(self, name: str) -> Listed:
+        return self._all()[name]
+
+    def __setitem__(self, name: str, method: Listed) -> None:
+        self._all()[name] = method
+
+    def __delitem__(self, name: str) -> None:
+        del self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+_list_own()
+METHODS: MutableMapping[str, Listed] = _Methods()

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvcompress.kernels.common.quantized import QuantScheme, check_coding
+from kvcompress.policies.settings import settle
 
 Backbone = Literal["kivi", "whole"]
 
@@ -56,11 +57,12 @@ class GEAR:
     sinks: int = 4
 
     def __post_init__(self) -> None:
+        settle(self)
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits!r}")
         if self.value_bits not in (None, 2, 3, 4, 8):
             raise ValueError(f"value_bits must be 2, 3, 4 or 8, or None, got {self.value_bits!r}")
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+        if self.sinks < 0:
             raise ValueError(f"sinks must be 0 tokens or more, got {self.sinks!r}")
         if not _power_of_two(self.buffer) or not 8 <= self.buffer <= 256:
             raise ValueError(f"buffer must be a power of two from 8 to 256 tokens, got {self.buffer!r}")

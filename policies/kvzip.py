@@ -48,8 +48,6 @@ class KVzip(Policy):
         super().__post_init__()
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
-        # a saved cache has a list
-        object.__setattr__(self, "prompt", tuple(self.prompt))
 
     @property
     def observes(self) -> int | None:

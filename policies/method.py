@@ -11,6 +11,7 @@ This is all that makes `tova` known to every `--methods` and `--cache`. Policies
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,27 +52,56 @@ class Listed:
 
 LISTED: dict[str, Listed] = {}
 
+# names that nobody else's method can have, though no policy has them: of caches that kvcompress/registry.py lists, of
+# what a sweep or a check compares with them, and the word for all usual methods
+RESERVED = frozenset({
+    *("none", "dense", "full", "hydragen", "shadowkv", "gear", "kivi", "usual"),
+    *("across", "swiftkv", "prefix", "dynamic", "quanto", "hqq", "fp8"),
+})  # fmt: skip
+_NAME = re.compile(r"[a-z0-9]([a-z0-9_.+-]*[a-z0-9+])?")
+
 
 def register(name: str, about: str, **facts: Any) -> Callable[[Kind], Kind]:
     """Lists the class below it under a name; `facts` are fields of `Listed`.
 
     Raises:
-        ValueError: the name contains a character that has a meaning in a spec, or belongs to another class.
+        ValueError: a name that a spec or a table cannot hold, or that belongs to another class; or a policy without
+            a score of its own.
+        TypeError: no class, or a class that is neither a policy nor a cache.
     """
-    if name != name.lower() or set(name) & set(":=, "):
-        raise ValueError(f"a method's name must be in lower case, without any of ':=, ', got {name!r}")
+    names = (name, *facts.get("aliases", ()))
+    for each in names:
+        if not _NAME.fullmatch(each):
+            raise ValueError(
+                f"a method's name must be letters in lower case and digits, with any of '_.+-' within, got {each!r}"
+            )
 
     def listing(kind: Kind) -> Kind:
-        there = LISTED.get(name)
-        # a cell of a notebook may run twice
-        if there is not None and _path(there.kind) != _path(kind):
-            raise ValueError(
-                f"the name {name!r} belongs to {_path(there.kind)}; register {_path(kind)} under another one"
-            )
+        if not isinstance(kind, type) or not (issubclass(kind, Policy) or hasattr(kind, "get_seq_length")):
+            raise TypeError(f"{name!r} must be a Policy or a CompressedCache, got {kind!r}")
+        if issubclass(kind, Policy) and kind.score is Policy.score:
+            raise ValueError(f"the policy {_path(kind)} must define score(candidates), which says what to keep")
+        for each in names:
+            _check_free(each, kind)
         LISTED[name] = describe(name, about, kind, **facts)
         return kind
 
     return listing
+
+
+def _check_free(name: str, kind: type[Any]) -> None:
+    """Raises ValueError if another class than this one has the name."""
+    if not is_own(kind):
+        # ours come first, whoever registers first
+        import_policies()
+        if name in RESERVED:
+            raise ValueError(f"the name {name!r} is kvcompress's own; register {_path(kind)} under another one")
+    for each in LISTED.values():
+        # a cell of a notebook may run twice
+        if name in (each.name, *each.aliases) and _path(each.kind) != _path(kind):
+            raise ValueError(
+                f"the name {name!r} belongs to {_path(each.kind)}; register {_path(kind)} under another one"
+            )
 
 
 def describe(name: str, about: str, kind: type[Any], **facts: Any) -> Listed:
@@ -93,6 +123,11 @@ def own_policies() -> list[type[Policy]]:
     import_policies()
     kinds = [each.kind for each in LISTED.values() if each.kind is not None and issubclass(each.kind, Policy)]
     return [kind for kind in kinds if kind.__module__.startswith(f"{__package__}.")]
+
+
+def is_own(kind: type[Any] | None) -> bool:
+    """Whether a class is kvcompress's own."""
+    return kind is not None and kind.__module__.partition(".")[0] == "kvcompress"
 
 
 def _path(kind: type[Any] | None) -> str:

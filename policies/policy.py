@@ -14,6 +14,8 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from kvcompress.policies.settings import settle
+
 
 class Rotary(Protocol):
     """A layer's rotary position embedding, as a policy may ask for it.
@@ -127,6 +129,7 @@ class Policy:
             )
 
     def __post_init__(self) -> None:
+        settle(self)
         if isinstance(self.recent, float):
             if not 0.0 < self.recent <= 1.0:
                 raise ValueError(f"recent must be a count of tokens or a fraction in (0, 1], got {self.recent}")

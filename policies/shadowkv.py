@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvcompress.policies.settings import settle
+
 # the paper's rank is 160 of 8 KV heads * 128
 _RANK_SHARE = 160 / 1024
 
@@ -46,6 +48,7 @@ class ShadowKV:
     group: Literal["max", "mean", "sum"] = "max"
 
     def __post_init__(self) -> None:
+        settle(self)
         for name, least in (
             ("chunk", 1),
             ("outlier_chunks", 0),
@@ -61,8 +64,6 @@ class ShadowKV:
                 raise ValueError(f"{name} must be None or at least {least}, got {getattr(self, name)}")
         if self.drift < 1.0:
             raise ValueError(f"drift must be at least 1, or every fold would fit the space anew; got {self.drift}")
-        if self.group not in ("max", "mean", "sum"):
-            raise ValueError(f"group must be 'max', 'mean' or 'sum', got {self.group!r}")
 
     def rank_of(self, width: int) -> int:
         """The rank for keys of kv_heads * head_dim = `width`.

@@ -86,8 +86,6 @@ class SnapKV(ObservationWindow):
         super().__post_init__()
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be an odd number of tokens, got {self.kernel}")
-        if self.pooling not in ("avg", "max"):
-            raise ValueError(f"pooling must be 'avg' or 'max', got {self.pooling!r}")
 
     def _pool(self, candidates: Candidates) -> Tensor:
         attention, positions = candidates.attention, candidates.positions

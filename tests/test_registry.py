@@ -11,9 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress
 from kvcompress import H2O, TOVA, DenseCache, EvictingCache, Policy, ShadowKVCache, register, registry
+from kvcompress.check.caches import known_caches
+from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.rows import read_rows
 from kvcompress.plan import make_plan, read_shape
-from kvcompress.policies.method import LISTED
+from kvcompress.policies.method import LISTED, RESERVED
 
 ROOT = Path(__file__).parents[1]
 MINE = '''
@@ -31,11 +33,35 @@ class Oldest(Policy):
     def score(self, candidates):
         return -candidates.positions.float()
 
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Oldest):
+    weight: float
+    bits: int = 8
+    label: str = "x"
+    least: int | None = 3
+    rolled: bool = False
+
+    def __post_init__(self):
+        if self.label == "wrong":
+            raise TypeError("an argument of mine")
+
 class Full(DenseCache):
     """All of them."""
 
+    class Within(DenseCache):
+        pass
+
 number = 3
 '''
+
+NAMED = """
+from kvcompress import Policy, register
+
+@register("first", "as Oldest")
+class Named(Policy):
+    def score(self, candidates):
+        return -candidates.positions.float()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +146,35 @@ def test_usual_stands_for_what_a_sweep_measures_unless_told():
     [
         ("h3o", 64, r"unknown method 'h3o'; known: none, random, h2o, .*, or module:Class of your own"),
         ("h2o:sinks", 64, "settings must be written as h2o:setting=value, got 'h2o:sinks'"),
+        ("h2o:sinks=", 64, "settings must be written as h2o:setting=value, got 'h2o:sinks='"),
+        ("h2o:sinks=abc", 64, "the method h2o takes as sinks a whole number, got 'abc'"),
+        ("h2o:sinks=0.5", 64, "the method h2o takes as sinks a whole number, got '0.5'"),
+        ("h2o:sinks=true", 64, "the method h2o takes as sinks a whole number, got 'true'"),
+        ("h2o:sinks=4:recent", 64, "the method h2o takes as sinks a whole number, got '4:recent'"),
+        ("h2o:recent=nan", 64, "the method h2o takes as recent a whole number or a number, got 'nan'"),
+        ("h2o:rerotated=no", 64, "the method h2o takes as rerotated true or false, got 'no'"),
+        ("h2o:allocation=flat", 64, "the method h2o takes as allocation 'uniform' or 'pyramid', got 'flat'"),
+        ("h2o:outliers=abc", 64, "the method h2o takes as outliers a number, got 'abc'"),
+        ("expected:covariance=off", 64, "the method expected takes as covariance true or false, got 'off'"),
+        ("snapkv:pooling=mean", 64, "the method snapkv takes as pooling 'avg' or 'max', got 'mean'"),
+        ("kvzip:prompt=abc", 64, "the method kvzip takes as prompt tuple"),
+        ("gear:preset=3:rank=x", 64, "the method gear takes as rank a whole number, got 'x'"),
+        ("hydragen:attention_mask=3", 64, "the method hydragen takes as attention_mask Tensor or none, got '3'"),
+        ("h2o:sinks=1:sinks=2", 64, "sinks must be given once, got 'h2o:sinks=1:sinks=2'"),
+        ("h2o:rolled=true:rerotated=false", 64, "rerotated must be given once"),
+        ("shadowkv:host=mmap:/tmp:rank=x", 64, "the method shadowkv takes as rank a whole number or none, got 'x'"),
+        (":Mine", 64, "a class of your own must be written as module:Class, .* got ':Mine'"),
+        (".x:Mine", 64, "a class of your own must be written as module:Class, .* got '.x:Mine'"),
+        ("kvcompress:Policy", 64, "kvcompress:Policy must be a Policy or a CompressedCache"),
+        ("kvcompress:CompressedCache", 64, "kvcompress:CompressedCache must be a Policy or a CompressedCache"),
+        ("kvcompress:EvictingCache", 64, "the method kvcompress:EvictingCache needs policy"),
+        ("my_policies:Weighted", 64, "the method my_policies:Weighted needs weight: my_policies:Weighted:weight=..."),
+        ("my_policies:Weighted:sinks=2", 64, "the method my_policies:Weighted needs weight"),
+        (
+            "my_policies:Weighted:weight=2:bits=4",
+            64,
+            "bits may be Weighted's or the cache's: give the policy's setting",
+        ),
         ("h2o:size=1", 64, "the method h2o does not take these settings: .*size"),
         ("none:budget=3", None, "the method none does not take these settings: .*budget"),
         ("h2o", None, "the method h2o needs a budget"),
@@ -158,6 +213,20 @@ def test_a_class_of_ones_own_is_a_method_by_where_it_is(model, mine):
     assert registry.parse("kvcompress.policies.tova:TOVA")[0].kind is TOVA
 
 
+def test_a_setting_is_read_as_the_type_that_it_declares(model, mine):
+    policy = registry.build("my_policies:Weighted:weight=1:label=007:least=none:rolled=True", model, 8).policy
+    assert (policy.weight, policy.label, policy.least, policy.rolled, policy.bits) == (1, "007", None, True, 8)
+    assert registry.build("my_policies:Weighted:weight=1:label=a=b:c", model, 8).policy.label == "a=b:c"
+    assert type(registry.build("my_policies:Full.Within", model)).__name__ == "Within"
+    # an error of the class's own says what it says
+    with pytest.raises(TypeError, match="^an argument of mine$"):
+        registry.build("my_policies:Weighted:weight=1:label=wrong", model, 8)
+
+
+def test_a_host_of_a_spec_may_be_a_folder(model, tmp_path):
+    assert registry.build(f"shadowkv:host=mmap:{tmp_path}:rank=2", model, 64).layers[0].host == f"mmap:{tmp_path}"
+
+
 def test_a_command_finds_a_class_in_the_folder_that_it_runs_in(mine):
     code = "from kvcompress import registry; print(registry.canonical('my_policies:Oldest:budget=0.30'))"
     # as the installed command is started: its own folder is first on the path, not the one it runs in
@@ -190,21 +259,100 @@ def test_a_name_belongs_to_one_class(listed):
         ValueError, match=r"the name 'h2o' belongs to kvcompress.policies.h2o.H2O; register .*Mine under"
     ):
         register("h2o", "anything")(Mine)
-    with pytest.raises(ValueError, match="a method's name must be in lower case, without any of ':=, ', got 'my:h2o'"):
-        register("my:h2o", "anything")
+    # an alias is a name too, and an older one's
+    register("mine", "anything", aliases=("mine2",))(Mine)
+    with pytest.raises(ValueError, match=r"the name 'mine2' belongs to .*Mine; register .*Other under"):
+        register("mine2", "anything")(type("Other", (Mine,), {}))
+    assert "mine2" not in LISTED
+
+
+@pytest.mark.parametrize(
+    "name", ["my:h2o", "My", "", " ", "a b", "a\nb", "a|b", "a=b", "a,b", "[red]", "-x", "x-", "é"]
+)
+def test_a_name_is_letters_digits_and_a_few_signs(name, listed):
+    for facts in ({"name": name}, {"name": "mine", "aliases": (name,)}):
+        with pytest.raises(ValueError, match="a method's name must be letters in lower case and digits") as told:
+            register(about="anything", **facts)
+        assert repr(name) in str(told.value)
+
+
+def test_kvcompresss_own_names_stay_its_own_whoever_registers_first(listed):
+    assert {*baselines.METHODS, *known_caches(), registry.USUAL} - {*LISTED} <= RESERVED
+    names = {name for each in LISTED.values() for name in (each.name, *each.aliases)}
+    assert names <= RESERVED | {name for each in LISTED.values() if issubclass(each.kind, Policy)
+                                for name in (each.name, *each.aliases)}  # fmt: skip
+    for name in (*RESERVED, *names):
+        with pytest.raises(ValueError, match=f"the name '{name}' (is kvcompress's own|belongs to kvcompress)"):
+            register(name, "anything")(type("Mine", (H2O,), {}))
+    code = """
+from kvcompress import Policy, register
+class Mine(Policy):
+    def score(self, candidates):
+        return candidates.scores
+for name in ("h2o", "tova", "gear", "none", "dense", "expected_attention"):
+    try:
+        register(name, "mine")(Mine)
+    except ValueError as error:
+        print(error)
+from kvcompress import H2OCache, registry
+print(registry.METHODS["h2o"].kind.__name__)
+"""
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.splitlines()[-1] == "H2O", done.stderr
+    assert len(done.stdout.splitlines()) == 7
+
+
+def test_what_is_registered_is_a_policy_with_a_score_or_a_cache(listed):
+    before = dict(LISTED)
+    for kind in (object, lambda: 1, 3):
+        with pytest.raises(TypeError, match="'mine' must be a Policy or a CompressedCache, got"):
+            register("mine", "anything")(kind)
+    with pytest.raises(ValueError, match=r"the policy .*Blank must define score\(candidates\)"):
+        register("mine", "anything")(type("Blank", (Policy,), {}))
+    assert before == LISTED
 
 
 # docs: Packages name theirs in the entry point group `kvcompress.methods`
 def test_methods_of_installed_packages_are_listed_by_their_entry_points(model, mine, monkeypatch, listed):
     values = {"oldest": "my_policies:Oldest", "broken": "nowhere:Mine", "number": "my_policies:number"}
-    points = [EntryPoint(name, value, registry.GROUP) for name, value in (values | {"module": "my_policies"}).items()]
+    values |= {"half": "half_done", "exits": "exits", "dense": "my_policies:Weighted", "second": "named:Named"}
+    values |= {"looks": "looks:Looks", "module": "my_policies"}
+    (mine / "half_done.py").write_text(f"{NAMED}\nraise RuntimeError('half')")
+    (mine / "exits.py").write_text("raise SystemExit(3)")
+    (mine / "named.py").write_text(NAMED)
+    (mine / "looks.py").write_text(f"from kvcompress.registry import METHODS\n{MINE}\nclass Looks(Oldest): pass")
+    points = [EntryPoint(name, value, registry.GROUP) for name, value in values.items()]
     monkeypatch.setattr(sys, "path", [str(mine), *sys.path])
     monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in points if group == registry.GROUP])
     with pytest.warns(UserWarning, match="is skipped") as caught:
         registry._import_installed()
+    for name in ("half_done", "exits", "named", "looks"):
+        sys.modules.pop(name, None)
     assert registry.build("oldest:bias=2", model, 8).policy.bias == 2
+    # registered by itself under one name, installed under another
+    assert registry.canonical("second:recent=2") == registry.canonical("first:recent=2") == "first:recent=2"
+    assert "looks" in registry.METHODS
     texts = [str(warning.message) for warning in caught]
-    assert len(texts) == 2
+    assert len(texts) == 5
     assert "the method 'broken' of an unknown package (kvcompress.methods: nowhere:Mine) is skipped" in texts[0]
     assert "expected a Policy, a CompressedCache or a module that registers some, got 3" in texts[1]
-    assert not {"broken", "number", "module"} & set(registry.METHODS)
+    assert "the method 'half' of an unknown package (kvcompress.methods: half_done) is skipped: RuntimeErr" in texts[2]
+    assert "the method 'exits' of an unknown package (kvcompress.methods: exits) is skipped: SystemExit: 3" in texts[3]
+    assert "the name 'dense' is kvcompress's own" in texts[4]
+    assert not {"broken", "number", "module", "dense", "exits", "half"} & set(registry.METHODS)
+    assert registry.METHODS["first"].kind.__module__ == "named"
+    assert registry.parse("dense")[0].kind is DenseCache
+
+
+def test_an_installed_method_may_import_the_registry_first(mine):
+    (mine / "looks.py").write_text(f"from kvcompress import registry\n{MINE}\nclass Looks(Oldest): pass")
+    metadata = mine / "looks-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: looks\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[kvcompress.methods]\nlooks = looks:Looks\n")
+    code = "import looks; from kvcompress.registry import METHODS; print(METHODS['looks'].kind is looks.Looks)"
+    environment = {"PYTHONPATH": f"{mine}:{ROOT}", "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "True\n", done.stderr
+    assert "skipped" not in done.stderr
