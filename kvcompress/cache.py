@@ -18,10 +18,13 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
+from kvcompress.storage.classes import class_name, is_named, is_own
 from kvcompress.storage.durable import write_whole
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.tensor_file import TensorFile, write_tensors
 
+# attributes that a forward sets
+_OF_FORWARDS = ("fillers",)
 _FORMAT = "kvcompress-cache-2"
 # without fingerprint and checksums
 _FIRST_FORMAT = "kvcompress-cache-1"
@@ -294,12 +297,14 @@ class CompressedCache(hf.AttendingCache):
         copy of the whole is made.
 
         Raises:
-            ValueError: the model has been deleted.
+            ValueError: the model has been deleted, or the cache would not come back as it is: a class of your own has
+                settings that a file cannot hold, or that `_settings` leaves out.
             OSError: the file cannot be written; an existing one is still there.
         """
         model = self._model()
         if model is None:
             raise ValueError("the cache's model has been deleted; save a cache while its model exists")
+        self._check_settings(model)
         path, fingerprint = Path(path), hf.Fingerprint.of(model)
 
         def write(file: BinaryIO) -> str:
@@ -318,7 +323,7 @@ class CompressedCache(hf.AttendingCache):
             yield self.padding.tensors() | (beside or {}), {}
 
         facts = {
-            "cache": type(self).__name__,
+            "cache": class_name(type(self)),
             "settings": self._settings(),
             "layers": len(self.layers),
             "fingerprint": dataclasses.asdict(fingerprint),
@@ -354,7 +359,7 @@ class CompressedCache(hf.AttendingCache):
         if given == _FORMAT and file.digest is None:
             raise file.damaged("it has no digest")
         facts = json.loads(file.metadata["facts"])
-        if facts["cache"] != cls.__name__:
+        if not is_named(cls, facts["cache"]):
             raise ValueError(f"{path} holds a {facts['cache']}; load it with {facts['cache']}.load")
         if given == _FORMAT:
             hf.Fingerprint(**facts["fingerprint"]).check(fingerprint, str(path))
@@ -381,9 +386,54 @@ class CompressedCache(hf.AttendingCache):
         """What `_rebuild` needs to build this cache again; JSON can hold it."""
         return {}
 
+    def _parts_of_others(self) -> dict[str, Any]:
+        """What may be of a class that is not kvcompress's, by name: objects whose settings `_settings` has to tell."""
+        return {type(self).__name__: self}
+
+    def _check_settings(self, model: PreTrainedModel) -> None:
+        """Raises ValueError unless `_rebuild` makes the same of what a file holds of the settings."""
+        parts = {name: part for name, part in self._parts_of_others().items() if not is_own(type(part))}
+        if not parts:
+            return
+        try:
+            again = self._rebuild(model, json.loads(json.dumps(self._settings())))
+        except (TypeError, ValueError) as error:
+            names = ", ".join(parts)
+            raise ValueError(
+                f"a file cannot hold the settings of {names}, for it to be built again: {error}"
+            ) from error
+        for name, part in parts.items():
+            kept = _told(again._parts_of_others()[name])
+            lost = [f"{each}={value!r}" for each, value in _told(part).items() if kept.get(each) != value]
+            if lost:
+                raise ValueError(
+                    f"{name} would be loaded without {', '.join(lost)}: a cache's `_settings` must return them, and a "
+                    "policy must be a dataclass whose fields are numbers, words, or tuples of them"
+                )
+
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         return cls(model, **settings)
+
+
+def _told(part: Any) -> dict[str, Any]:
+    """What an object was told, by name: its fields, and those of its attributes that are plain values."""
+    fields = [each.name for each in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
+    found = {name: getattr(part, name) for name in fields} | {
+        name: value
+        for name, value in getattr(part, "__dict__", {}).items()
+        if name not in _OF_FORWARDS and _is_plain(value)
+    }
+    # not all can be compared, and NaN differs from itself
+    return {name: value if _is_plain(value) and value == value else repr(value) for name, value in found.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list | set | frozenset):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str | bytes)
 
 
 def _hosted(settings: Any, host: str | None) -> Any:

@@ -7,6 +7,7 @@ token kept is one.
 import dataclasses
 import inspect
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -57,9 +58,10 @@ def settled(value: Any, declared_as: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         number = value.item()
         value = number if isinstance(number, bool | int | float) else value
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list):
         parts = [settled(part, Any) for part in value]
-        value = tuple(parts) if type(value) is tuple else parts if type(value) is list else value
+        if any(map(operator.is_not, parts, value)):
+            value = type(value)(parts)
     if isinstance(value, list) and not suits(value, declared_as) and suits(tuple(value), declared_as):
         value = tuple(value)
     return value
@@ -79,7 +81,7 @@ def settle(settings: Any) -> None:
             is_choice = typing.get_origin(declared_as) is Literal and isinstance(value, str)
             error: type[Exception] = ValueError if is_choice else TypeError
             raise error(f"{name} must be {spoken(declared_as)}, got {given!r}")
-        if type(value) is not type(given) or value != given:
+        if value is not given:
             object.__setattr__(settings, name, value)
 
 

@@ -29,6 +29,7 @@ from kvcompress.policies.method import import_policies
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
+from kvcompress.storage.classes import class_name, class_named, is_own
 from kvcompress.storage.rope import Rope
 
 Arguments = ParamSpec("Arguments")
@@ -169,10 +170,14 @@ class EvictingCache(CompressedCache):
     def _shown(self) -> dict[str, Any]:
         return {"policy": self.policy, **super()._shown(), "packed": self.packed}
 
+    def _parts_of_others(self) -> dict[str, Any]:
+        return super()._parts_of_others() | {type(self.policy).__name__: self.policy}
+
     def _settings(self) -> dict[str, Any]:
-        policy = {"name": type(self.policy).__name__, **dataclasses.asdict(self.policy)}
+        name, settings = class_name(type(self.policy)), dataclasses.asdict(self.policy)
         return {
-            "policy": policy,
+            # settings of others may have any name
+            "policy": {"name": name, **settings} if is_own(type(self.policy)) else {"of": name, "settings": settings},
             "budget": self.budget,
             "allocation": self.allocation,
             "rerotated": self.rerotated,
@@ -184,14 +189,12 @@ class EvictingCache(CompressedCache):
         settings = {RENAMED.get(name, name): value for name, value in settings.items()}
         policy = dict(settings["policy"])
         import_policies()
-        kinds = {kind.__name__: kind for kind in _subclasses(Policy)}
-        name = policy.pop("name")
-        if name not in kinds:
-            raise ValueError(f"the file's policy {name!r} is not imported; known: {', '.join(sorted(kinds))}")
+        kind = class_named(Policy, policy.pop("of" if "of" in policy else "name"))
+        chosen = kind(**policy.get("settings", policy))
         packed = None if settings["packed"] is None else GEAR(**settings["packed"])
         cache = cls.__new__(cls)
         # the short names take a policy's settings one by one, but the file has the policy itself
-        EvictingCache.__init__(cache, model, **{**settings, "policy": kinds[name](**policy), "packed": packed})
+        EvictingCache.__init__(cache, model, **{**settings, "policy": chosen, "packed": packed})
         return cache
 
 
@@ -355,7 +358,3 @@ class StreamingLLMCache(EvictingCache):
         """
         policy = StreamingLLM(sinks=sinks)
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
-
-
-def _subclasses(kind: type[Policy]) -> set[type[Policy]]:
-    return {kind}.union(*(_subclasses(child) for child in kind.__subclasses__()))

@@ -14,6 +14,7 @@ from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.policy import Policy
+from kvcompress.storage.classes import is_own
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.ragged import RaggedSlots
@@ -62,6 +63,7 @@ class EvictingLayer(CompressedLayer):
         super().__init__(padding, window, is_first)
         self.ranks = ranks
         self.policy = policy
+        self.scores_are_finite = is_own(type(policy))
         self.budget = budget
         self.rope = rope
         self.packed = packed

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from kvcompress.caches.evicting_layer import EvictingLayer
 
 
+_MOST = torch.finfo(torch.float32).max
+
+
 class EvictingStep(ForwardStep):
     """A forward through a layer's slots."""
 
@@ -287,11 +290,20 @@ def shares_of(layers: "Sequence[EvictingLayer]", rankings: Sequence[Ranking]) ->
 
 
 def _scores(layer: "EvictingLayer", candidates: Candidates) -> Tensor:
-    """What the policy makes of the candidates; ValueError: something of another shape."""
-    scores = layer.policy.score(candidates)
-    if scores.shape != candidates.positions.shape:
+    """What the policy makes of the candidates, float32 and finite or NaN; ValueError: it is no score for each."""
+    scores, wanted = layer.policy.score(candidates), candidates.positions
+    if (
+        not isinstance(scores, Tensor)
+        or scores.shape != wanted.shape
+        or scores.device != wanted.device
+        or scores.is_complex()
+    ):
+        found: object = scores
+        if isinstance(found, Tensor):
+            found = f"{list(found.shape)}, {str(found.dtype).removeprefix('torch.')} on {found.device}"
         raise ValueError(
-            f"{type(layer.policy).__name__}.score must return a score per candidate, [batch, kv_heads, candidates] = "
-            f"{list(candidates.positions.shape)}, got {list(scores.shape)}"
+            f"{type(layer.policy).__name__}.score must return a score per candidate, real numbers on {wanted.device}, "
+            f"[batch, kv_heads, candidates] = {list(wanted.shape)}, got {found}"
         )
-    return scores
+    # infinities stand for what always stays, and for places without a token; our own policies return none
+    return scores.float() if layer.scores_are_finite else scores.float().clamp(-_MOST, _MOST)

@@ -22,6 +22,7 @@ from kvcompress.prefix.padding import same_tokens
 from kvcompress.prefix.prompts import tree_of_prompts
 from kvcompress.prefix.tree import ROOT, by_length
 from kvcompress.prefix.tree_cache import TreeCache
+from kvcompress.storage.classes import class_name
 from kvcompress.storage.rerotated import RerotatedSlots
 
 # sharing fewer tokens than this costs more, in another launch, than it saves
@@ -159,7 +160,7 @@ class HydragenCache(TreeCache):
         plain: dict[int, Any] = {}
         for layer, other in zip(shared.layers, cache.layers, strict=True):
             layer.adopt(name, other, plain)
-        shared.donors[name] = {"cache": type(cache).__name__, "settings": cache._settings()}
+        shared.donors[name] = {"cache": class_name(type(cache)), "settings": cache._settings()}
         shared.tree.set_leaves([name])
         shared._lay_out()
         return shared

@@ -14,6 +14,7 @@ from kvcompress.layer import CompressedLayer, as_stored
 from kvcompress.prefix.layer import SharedLayer
 from kvcompress.prefix.padding import PrefixPadding, Promotion
 from kvcompress.prefix.tree import ROOT, Node, Tree
+from kvcompress.storage.classes import class_named
 from kvcompress.storage.padding import PaddingRecord
 
 
@@ -110,7 +111,7 @@ class TreeCache(CompressedCache):
         cache.padding.columns_fixed = tree["laid_out"]
         for name, donor in settings.get("donors", {}).items():
             cache.donors[int(name)] = donor
-            other = _kind(donor["cache"])._rebuild(model, donor["settings"])
+            other = class_named(CompressedCache, donor["cache"])._rebuild(model, donor["settings"])
             for layer, held in zip(cache.layers, other.layers, strict=True):
                 layer.coded[int(name)] = held
         return cache
@@ -240,14 +241,3 @@ class TreeCache(CompressedCache):
         """Replaces several rows that continue from the same node by one."""
         self._set_leaves(self.tree.leaves[:1])
         self._lay_out()
-
-
-def _kind(name: str) -> type[CompressedCache]:
-    """The cache of this name."""
-    queue: list[type[CompressedCache]] = [CompressedCache]
-    while queue:
-        kind = queue.pop()
-        if kind.__name__ == name:
-            return kind
-        queue += kind.__subclasses__()
-    raise ValueError(f"the file's prefix is in a {name}, but no cache of that name is imported")

@@ -17,21 +17,17 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.dense import DenseCache
-from kvcompress.caches.evicting import EvictingCache, H2OCache, SnapKVCache, StreamingLLMCache
-from kvcompress.caches.quantized import GEARCache, KIVICache
+from kvcompress.caches.evicting import EvictingCache
+from kvcompress.caches.quantized import GEARCache
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.layer import CompressedLayer
+from kvcompress.storage.classes import class_name, class_named
 from kvcompress.storage.segment import Segment
 from kvcompress.swiftkv.conversion import first_later
 from kvcompress.swiftkv.model import SwiftKVModel
 
 # caches whose layers let other layers attend to what they hold
 _STORAGES = (DenseCache, EvictingCache, GEARCache)
-_KINDS = {
-    kind.__name__: kind
-    for kind in (DenseCache, EvictingCache, H2OCache, SnapKVCache, StreamingLLMCache, GEARCache, KIVICache)
-}
-
 Storage = Callable[[PreTrainedModel], CompressedCache]
 
 
@@ -134,7 +130,7 @@ class SharedStorageCache(CompressedCache):
             )
         self._stored = stored
         super().__init__(model)
-        self._kind, self._of_storage = type(stored).__name__, stored._settings()
+        self._kind, self._of_storage = class_name(type(stored)), stored._settings()
         del self._stored
 
     def _record(self) -> Any:
@@ -155,7 +151,7 @@ class SharedStorageCache(CompressedCache):
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         of_storage = settings["storage"]
-        kind: Any = _KINDS[of_storage["cache"]]
+        kind = class_named(CompressedCache, of_storage["cache"])
         cache = cls.__new__(cls)
         SharedStorageCache.__init__(
             cache,

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -73,6 +74,70 @@ class Flat(Policy):
 
     def score(self, candidates):
         return candidates.scores.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Early(Policy):
+    """The earlier tokens, as `change` of their places says."""
+
+    change: Any
+    fixed: bool = False
+
+    def score(self, candidates):
+        return self.change(-candidates.positions.float())
+
+
+class EarlyFixed(Early):
+    """Its scores never change."""
+
+    static: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("kind", [Early, EarlyFixed])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64])
+def test_scores_of_any_real_numbers_choose_alike(kind, dtype):
+    model, ids = tiny(), prompt(20, batch=2)
+    kept = []
+    for change in (lambda scores: scores, lambda scores: scores.to(dtype)):
+        cache = EvictingCache(model, policy=kind(change=change, recent=2), budget=8)
+        feed(model, cache, ids[:, :17])
+        for place in range(17, 20):
+            feed(model, cache, ids[:, place : place + 1])
+        kept.append([layer.slots.positions.clone() for layer in cache.layers])
+    assert all(map(torch.equal, *kept))
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda scores: None, "got None"),
+        (lambda scores: 1.0, "got 1.0"),
+        (lambda scores: scores.tolist(), r"got \[\["),
+        (lambda scores: scores.to(torch.complex64), r"got \[1, 2, \d+\], complex64 on cpu"),
+        (lambda scores: scores.to("meta"), r"got \[1, 2, \d+\], float32 on meta"),
+    ],
+)
+def test_what_is_no_score_is_named(change, got):
+    model = tiny()
+    cache = EvictingCache(model, policy=Early(change=change), budget=8)
+    with pytest.raises(ValueError, match=f"Early.score must return a score per candidate.*{got}"):
+        feed(model, cache, prompt(20)[:1])
+
+
+@pytest.mark.parametrize("kind", [Early, EarlyFixed])
+def test_infinite_scores_leave_what_always_stays(kind):
+    model, ids = tiny(), prompt(30, batch=2)
+    worst = lambda scores: torch.full_like(scores, -torch.inf)  # noqa: E731
+    for change in (lambda scores: torch.full_like(scores, torch.inf), worst):
+        cache = EvictingCache(model, policy=kind(change=change, recent=2, sinks=3), budget=8)
+        feed(model, cache, ids[:, :20])
+        for seen in range(20, 30):
+            for layer in cache.layers:
+                places = layer.slots.positions
+                for token in (0, 1, 2, seen - 2, seen - 1):
+                    assert bool((places == token).any(-1).all()), (seen, token)
+                assert bool(((places >= 0).sum(-1) == 8).all())
+            feed(model, cache, ids[:, seen : seen + 1])
 
 
 def test_a_policy_that_scores_in_another_shape_is_named():

@@ -5,20 +5,40 @@ import dataclasses
 import json
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kvcompress import DenseCache, H2OCache, HydragenCache, ShadowKVCache, SwiftKVCache, convert
+from kvcompress import (
+    GEAR,
+    AcrossKVCache,
+    DenseCache,
+    EvictingCache,
+    H2OCache,
+    HydragenCache,
+    Knorm,
+    Policy,
+    ShadowKVCache,
+    SwiftKVCache,
+    convert,
+)  # fmt: skip
 from kvcompress.hf import Fingerprint
+from kvcompress.storage.classes import class_named
 from kvcompress.storage.tensor_file import DamagedFileError, TensorFile, write_tensors
 from kvcompress.swiftkv.model import as_teacher
+from tests.contract.caches import every_cache
 from tests.contract.drive import feed
 from tests.contract.models import WINDOW, build, left_padded, prompt, tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 def saved(path, model=None, cache=None):
@@ -258,3 +278,147 @@ def test_a_cache_is_saved_and_not_pickled_and_can_be_copied(name, tmp_path):
     logits = feed(model, cache, step)
     feed(model, cache, prompt(2, seed=6))
     assert torch.equal(feed(model, copied, step), logits)
+
+
+def policy(called, module="mine", **fields):
+    """A policy class of somebody's own, as a module of theirs would define it."""
+    types = {key: type(of) for key, of in fields.items()}
+    names = {"__module__": module, "__qualname__": called, "__annotations__": types, **fields}
+    kind = type(called, (Policy,), {**names, "score": lambda self, candidates: -candidates.positions.float()})
+    return dataclasses.dataclass(frozen=True, kw_only=True)(kind)
+
+
+def loaded_policy(path, chosen):
+    model = tiny()
+    saved(path, cache=EvictingCache(model, policy=chosen, budget=8))
+    return EvictingCache.load(path, model).policy
+
+
+def test_a_policy_of_ones_own_is_not_taken_for_another_of_its_name(tmp_path):
+    for kind in (policy("Knorm"), policy("Knorm", "theirs"), Knorm):
+        assert type(loaded_policy(tmp_path / "cache", kind(recent=2))) is kind
+    # a cell of a notebook that ran again
+    policy("Cell")
+    newest = policy("Cell")
+    assert type(loaded_policy(tmp_path / "cache", newest())) is newest
+
+
+def test_a_policy_may_have_settings_of_any_name_and_a_tuple_is_one_again(tmp_path):
+    kind = policy("Named", name="x", of="y", settings=(1, 2), note="z")
+    assert loaded_policy(tmp_path / "cache", kind(name="a", settings=(3, 4))) == kind(name="a", settings=(3, 4))
+    assert loaded_policy(tmp_path / "cache", kind(name="b", recent=np.int64(3))) == kind(name="b", recent=3)
+
+
+def test_a_file_of_a_class_that_is_not_imported_says_what_to_import(tmp_path):
+    saved(tmp_path / "cache", cache=EvictingCache(tiny(), policy=Knorm(), budget=8))
+    code = """
+from tests.storage.test_cache_files import *
+from tests.contract.models import tiny
+for name in ("mine:Knorm", "mine:Gone", "Gone"):
+    try:
+        print(class_named(Policy, name))
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    known, gone, old = done.stdout.splitlines()
+    assert known.startswith("the file's policy 'mine:Knorm' is not imported: import mine first; known: ChunkKV, ")
+    assert gone.startswith("the file's policy 'mine:Gone' is not imported: import mine first")
+    assert old.startswith("the file's policy 'Gone' is not imported: import the module that defines it first")
+
+
+def test_a_class_that_has_moved_is_found_with_a_warning_and_an_older_file_has_none(tmp_path):
+    moved = policy("Moved", "new_place")
+    with pytest.warns(UserWarning, match="the file's old_place:Moved is read with new_place:Moved"):
+        assert class_named(Policy, "old_place:Moved") is moved
+    assert class_named(Policy, "Moved") is moved
+    assert class_named(Policy, "Knorm") is Knorm
+
+
+class Bound(Policy):
+    """Its weight is no field."""
+
+    def __init__(self, weight=1.0, recent=2, sinks=0):
+        super().__init__(recent=recent, sinks=sinks)
+        object.__setattr__(self, "weight", weight)
+
+    def score(self, candidates):
+        return self.weight * candidates.positions.float()
+
+
+class Told(DenseCache):
+    """Its name is no setting."""
+
+    def __init__(self, model, name="nobody"):
+        super().__init__(model)
+        self.name = name
+
+
+class Saved(Told):
+    """Its name is one."""
+
+    def _settings(self):
+        return {"name": self.name}
+
+
+class Halved(H2OCache):
+    """An evicting cache with an attribute of its own."""
+
+    def __init__(self, model, *, budget, by=2):
+        super().__init__(model, budget=budget // by)
+        self.by = by
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda model: Told(model, "Ada"),
+            "Told would be loaded without name='Ada': a cache's `_settings` must return",
+        ),
+        (lambda model: Halved(model, budget=16), "Halved would be loaded without by=2"),
+        (lambda model: EvictingCache(model, policy=Bound(3.0), budget=8), "Bound would be loaded without weight=3.0"),
+        (
+            lambda model: EvictingCache(model, policy=policy("OfTensor", x=torch.ones(2))(), budget=8),
+            "a file cannot hold the settings of OfTensor.*: Object of type Tensor is not JSON serializable",
+        ),
+        (
+            lambda model: EvictingCache(model, policy=policy("Nested", x=GEAR())(), budget=8),
+            "x must be GEAR, got",
+        ),
+    ],
+)
+def test_what_would_be_lost_is_said_when_a_cache_is_saved(make, message, tmp_path):
+    path = tmp_path / "cache"
+    path.write_bytes(b"before")
+    with pytest.raises(ValueError, match=message):
+        saved(path, cache=make(tiny()))
+    assert path.read_bytes() == b"before"
+
+
+def test_a_cache_class_of_ones_own_comes_back_as_itself(tmp_path):
+    model = tiny()
+    saved(tmp_path / "cache", cache=Saved(model, "Ada"))
+    assert Saved.load(tmp_path / "cache", model).name == "Ada"
+    alike = type("DenseCache", (Saved,), {"__module__": "mine", "__qualname__": "DenseCache"})
+    saved(tmp_path / "cache", cache=alike(model, "Ada"))
+    with pytest.raises(ValueError, match="holds a mine:DenseCache; load it with mine:DenseCache.load"):
+        DenseCache.load(tmp_path / "cache", model)
+    assert alike.load(tmp_path / "cache", model).name == "Ada"
+
+
+@every_cache
+def test_a_subclass_that_adds_nothing_is_saved_as_any_cache(entry, tmp_path):
+    model = tiny()
+    cache = entry.build(model)
+    cache.__class__ = type("Mine", (type(cache),), {})
+    cache = saved(tmp_path / "cache", cache=cache)
+    assert type(cache).load(tmp_path / "cache", model).get_seq_length() == 20
+
+
+def test_layers_share_the_storage_of_a_class_of_ones_own_in_a_file_too(tmp_path):
+    model = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved(tmp_path / "cache", cache=AcrossKVCache(model, share=1, storage=Saved))
+        assert AcrossKVCache.load(tmp_path / "cache", model).get_seq_length() == 20
