@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
-from kvcompress.storage.classes import class_name, is_named, is_own
+from kvcompress.policies.method import is_own
+from kvcompress.storage.classes import class_name, is_named
 from kvcompress.storage.durable import write_whole
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.tensor_file import TensorFile, write_tensors

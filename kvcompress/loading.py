@@ -242,6 +242,11 @@ def check_device(device: torch.device | str) -> None:
         raise ValueError(f"device must be one that torch knows, such as cpu or cuda:0; got {device!r}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} was requested, but torch finds no GPU here; use cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    # each kind of device that is absent, or holds no numbers, has an error of its own
+    except Exception as error:
+        raise ValueError(f"device {device} was requested, but torch cannot use it here; use cpu ({error})") from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -22,8 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from kvcompress import hf, loading, registry
 from kvcompress.caches.budget import Budget
+from kvcompress.caches.evicting import kept_budget
 from kvcompress.caches.quantized_layer import DRAFT
+from kvcompress.caches.shadowkv import selected_budget
 from kvcompress.policies.gear import GEAR, preset
+from kvcompress.policies.policy import Policy
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
@@ -31,6 +34,8 @@ from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.slots import SlotSegment
 from kvcompress.storage.tail import TailSegment
+
+_OWN = ("none", "hydragen", "gear", "kivi", "shadowkv")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ def make_plan(
         budget: tokens kept per KV head, or a fraction of the context.
 
     Raises:
-        ValueError: a size below 1, an unknown method, or a custom cache whose sizes are not known.
+        ValueError: a size below 1, an unknown method, a budget that its cache refuses, or a cache of somebody's own,
+            whose sizes are not known.
     """
     for size_name, size in (("context", context), ("batch", batch)):
         if size < 1:
@@ -118,7 +124,9 @@ def make_plan(
     needs = []
     for spec in methods:
         method, settings = registry.parse(spec)
-        kept = Budget(settings.pop("budget", budget)).tokens(context)
+        if not is_sized(method):
+            raise ValueError(f"plan knows the sizes of policies and of kvcompress's own caches, not of {method.name}")
+        amount = settings.pop("budget", budget)
         weights = shape.parameters * item
         if method.name in ("gear", "kivi"):
             named = settings.pop("preset", "default" if method.name == "gear" else method.name)
@@ -133,6 +141,7 @@ def make_plan(
             continue
         if method.name == "shadowkv":
             chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
+            kept = selected_budget(amount, chosen.chunk).tokens(context)
             cache = sum(
                 batch * token * min(context, window) if window else _shadow(shape, chosen, kept, context, batch, item)
                 for window in shape.windows
@@ -140,7 +149,7 @@ def make_plan(
             needs.append(Need(spec, kept, weights, cache, full, activations + 2 * batch * context * token))
             continue
         policy, of_cache = registry.policy_of(method, settings)
-        packed = of_cache.get("packed")
+        kept, packed = kept_budget(amount, policy).tokens(context), of_cache.get("packed")
         cache = sum(_slots(shape, min(kept, window or kept), batch, item, packed) for window in shape.windows)
         frequencies = 4 * (shape.head_dim // 2) if policy.uses_rotary else 0
         cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
@@ -148,6 +157,11 @@ def make_plan(
         in_full = full if policy.rereads is not None else batch * context * token
         needs.append(Need(spec, kept, weights, cache, full, activations + in_full))
     return needs
+
+
+def is_sized(method: registry.Listed) -> bool:
+    """Whether the bytes of a method's cache are known: it follows a policy, or is one of kvcompress's own."""
+    return method.kind is not None and (issubclass(method.kind, Policy) or method.name in _OWN)
 
 
 def largest_batch(need: Need, batch: int, memory: int) -> int:

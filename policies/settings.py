@@ -108,7 +108,8 @@ def spoken(declared_as: Any) -> str:
     """A declared type, for people."""
     parts = typing.get_args(declared_as)
     if typing.get_origin(declared_as) in (Union, types.UnionType):
-        return _listed(map(spoken, parts))
+        # a whole number is a number
+        return _listed(dict.fromkeys(spoken(part) for part in parts if part is not int or float not in parts))
     if typing.get_origin(declared_as) is Literal:
         return _listed(map(repr, parts))
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", types.NoneType: "none"}

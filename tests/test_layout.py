@@ -41,7 +41,13 @@ def imports(source):
             base = "." * node.level + (node.module or "")
             names.add(base)
             names.update(f"{base}.{alias.name}" for alias in node.names)
+        elif imports_by_call(node):
+            names.update(str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
     return names
+
+
+def imports_by_call(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
 
 
 def faults(folder, source):
@@ -88,6 +94,8 @@ def test_imports_point_one_way(folder):
         ("evals", "from transformers.models.llama import modeling_llama"),
         ("evals", "import kernels.merge"),
         ("evals", "from .tasks import TASKS"),
+        ("kernels", "importlib.import_module('transformers')"),
+        ("policies", "from importlib import import_module\nimport_module('kvcompress.cache')"),
     ],
 )
 def test_the_check_of_imports_can_fail(folder, line):
@@ -119,7 +127,7 @@ PACKAGES = {
     "storage": {"hf", "kernels", "policies"},
     "memory": set(),
     "layer": {"hf", "kernels", "storage"},
-    "cache": {"hf", "layer", "memory", "storage"},
+    "cache": {"hf", "layer", "memory", "policies", "storage"},
     "caches": {"cache", "hf", "kernels", "layer", "policies", "storage"},
     "prefix": {"cache", "caches", "hf", "kernels", "layer", "storage"},
     "swiftkv": {"cache", "caches", "hf", "kernels", "layer", "storage"},
@@ -133,8 +141,8 @@ PACKAGES = {
     "evals.provenance": set(),
     "evals.timing": set(),
     "evals.sweep": {
-        *("caches", "evals.outputs", "evals.provenance", "hf", "kernels", "kvcompress", "memory", "registry"),
-        "swiftkv",
+        *("caches", "evals.outputs", "evals.provenance", "hf", "kernels", "kvcompress", "memory", "policies"),
+        *("registry", "swiftkv"),
     },
     "evals.lm": {"evals.sweep", "hf", "kvcompress", "registry"},
     "evals.tasks": {"evals.sweep"},
@@ -176,11 +184,49 @@ def packages_imported():
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         own = package(".".join(parts if parts[0] == "kvcompress" else ("kvcompress", *parts)))
         found = at_once.setdefault(own, set()), late.setdefault(own, set())
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "kvcompress":
-                names = {package(f"{node.module}.{alias.name}") for alias in node.names} - {own}
-                found[node.col_offset > 0].update(names)
+        for name, is_late in named_imports(file.read_text()):
+            if name.partition(".")[0] == "kvcompress":
+                found[is_late].update({package(name)} - {own})
     return at_once, late
+
+
+def named_imports(source):
+    """Every module that a source text imports by a name that stands in it, and whether it does so late."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}", node.col_offset > 0) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node.col_offset > 0) for alias in node.names)
+        elif imports_by_call(node) and node.args and isinstance(node.args[0], ast.Constant):
+            yield str(node.args[0].value), node.col_offset > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("import kvcompress.caches.dense", [("kvcompress.caches.dense", False)]),
+        ("def late():\n    import torch, kvcompress.cli as cli", [("torch", True), ("kvcompress.cli", True)]),
+        ("from kvcompress.caches import dense", [("kvcompress.caches.dense", False)]),
+        ("x = importlib.import_module('kvcompress.caches')", [("kvcompress.caches", True)]),
+        ("def late():\n    __import__('kvcompress.caches')", [("kvcompress.caches", True)]),
+    ],
+)
+def test_an_import_is_seen_however_it_is_written(line, found):
+    assert [*named_imports(line)] == found
+
+
+def test_modules_by_names_that_are_made_up_are_imported_where_it_is_known():
+    made = {
+        str(file.relative_to(ROOT))
+        for folder in ("kvcompress", *LINKED)
+        for file in sources(folder)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if imports_by_call(node) and not (node.args and isinstance(node.args[0], ast.Constant))
+    }
+    assert made == {
+        # public names, policies, a command's function, a class of a user's
+        *("kvcompress/__init__.py", "policies/method.py", "kvcompress/cli/measurements.py", "kvcompress/registry.py"),
+    }
 
 
 def test_packages_import_what_they_may_and_no_more_late_than_is_counted():

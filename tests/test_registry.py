@@ -144,14 +144,14 @@ def test_usual_stands_for_what_a_sweep_measures_unless_told():
 @pytest.mark.parametrize(
     ("spec", "budget", "message"),
     [
-        ("h3o", 64, r"unknown method 'h3o'; known: none, random, h2o, .*, or module:Class of your own"),
+        ("h3o", 64, r"unknown method 'h3o'; known: none, .*h2o, .*, or module:Class of your own"),
         ("h2o:sinks", 64, "settings must be written as h2o:setting=value, got 'h2o:sinks'"),
         ("h2o:sinks=", 64, "settings must be written as h2o:setting=value, got 'h2o:sinks='"),
         ("h2o:sinks=abc", 64, "the method h2o takes as sinks a whole number, got 'abc'"),
         ("h2o:sinks=0.5", 64, "the method h2o takes as sinks a whole number, got '0.5'"),
         ("h2o:sinks=true", 64, "the method h2o takes as sinks a whole number, got 'true'"),
         ("h2o:sinks=4:recent", 64, "the method h2o takes as sinks a whole number, got '4:recent'"),
-        ("h2o:recent=nan", 64, "the method h2o takes as recent a whole number or a number, got 'nan'"),
+        ("h2o:recent=nan", 64, "the method h2o takes as recent a number, got 'nan'"),
         ("h2o:rerotated=no", 64, "the method h2o takes as rerotated true or false, got 'no'"),
         ("h2o:allocation=flat", 64, "the method h2o takes as allocation 'uniform' or 'pyramid', got 'flat'"),
         ("h2o:outliers=abc", 64, "the method h2o takes as outliers a number, got 'abc'"),
@@ -242,8 +242,18 @@ def test_what_plan_can_size_is_what_follows_a_policy(mine, model):
     shape = read_shape(str(mine / "model"))
     own, tova = make_plan(shape, ["my_policies:Oldest:budget=20", "tova"], 100, 2, 0.2, torch.float16)
     assert (own.budget, own.cache) == (20, tova.cache)
-    with pytest.raises(ValueError, match="the method my_policies:Full has no policy"):
-        make_plan(shape, ["my_policies:Full"], 100, 2, 0.2, torch.float16)
+    for spec, budget, message in (
+        (
+            "my_policies:Full",
+            0.2,
+            "plan knows the sizes of policies and of kvcompress's own caches, not of my_policies",
+        ),
+        ("snapkv", 8, "budget must be at least sinks .* = 33 tokens for SnapKV"),
+        ("shadowkv", 4, "budget must be at least one chunk = 8 tokens, got 4"),
+        ("shadowkv:fod=3", 64, "the method shadowkv does not take these settings: fod"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_plan(shape, [spec], 100, 2, budget, torch.float16)
 
 
 def test_a_name_belongs_to_one_class(listed):

@@ -148,7 +148,7 @@ def main(
     dtype: Annotated[str | None, "float32, bfloat16 or float16; default: bfloat16 on a GPU, else float32"] = None,
     only: Annotated[str | None, f"one group of rows: {', '.join(CASES)}"] = None,
     tokens: Annotated[int | None, "only shapes of at most as many tokens"] = None,
-    attempts: Annotated[int | None, "calls of each variant"] = None,
+    attempts: Annotated[int | None, "calls of each variant", 1] = None,
     json: Annotated[Path | None, "where to write the rows"] = None,
 ) -> int:
     """Speed of the kernels beside their references and the best alternatives; status 1 where a result is wrong."""

@@ -148,11 +148,11 @@ def find_switch(
 
 def main(
     model: Annotated[str | None, "hub id, folder or .gguf file; default: SmolLM2-135M-Instruct"] = None,
-    prefix: int = 2048,
-    suffix: int = 16,
-    batch: int = 32,
-    new: Annotated[int, "tokens of an answer"] = 32,
-    steps: Annotated[int, "decode steps measured of each cache"] = 7,
+    prefix: Annotated[int, None, 1] = 2048,
+    suffix: Annotated[int, None, 1] = 16,
+    batch: Annotated[int, None, 1] = 32,
+    new: Annotated[int, "tokens of an answer", 1] = 32,
+    steps: Annotated[int, "decode steps measured of each cache", 2] = 7,
     decode: Annotated[bool, "measure decode steps only, which take a minute"] = False,
     switch: Annotated[bool, "measure where a node pays instead"] = False,
     out: Annotated[Path | None, "JSON file for the results"] = None,

@@ -33,14 +33,16 @@ def main(
     model: Annotated[str | None, "hub id, folder or .gguf file; default: SmolLM2-135M-Instruct"] = None,
     methods: Annotated[str, "by commas"] = "h2o:sinks=4,h2o:sinks=4:rerotated=true,streaming,streaming:rerotated=true",
     budget: int = 512,
-    chunk: int = 512,
-    tokens: int = 13312,
+    chunk: Annotated[int, None, 1] = 512,
+    tokens: Annotated[int, None, 2] = 13312,
     text: Annotated[Path | None, "UTF-8 file; default: Python's own documentation"] = None,
-    sections: Annotated[int, "equal parts of the text, a perplexity each"] = 4,
+    sections: Annotated[int, "equal parts of the text, a perplexity each", 1] = 4,
 ) -> None:
     """Perplexity along a text, past the length the model was trained for."""
     loaded, tokenizer = load_model(model)
     ids = tokenizer(read_text(text), return_tensors="pt").input_ids[:, :tokens]
+    if ids.shape[1] < 2:
+        raise ValueError(f"text must hold at least 2 tokens, got {ids.shape[1]}")
     print(f"{ids.shape[1]} tokens; the model was trained on {sizes(loaded.config).longest}")
     for method in methods.split(","):
         losses = torch.tensor(chunk_losses(loaded, ids, method, budget, chunk))

@@ -28,6 +28,7 @@ from kvcompress.loading import load_model
 from kvcompress.registry import FULL
 
 PEER = "kvpress"
+_ANSWERED = {*("press", "budget", "id", "tokens", "bytes", "bytes_after", "kept", "masked", "seconds", "where")}
 
 ModelName = Annotated[str | None, "hub id, folder or .gguf file; default: as in kvcompress sweep"]
 
@@ -60,12 +61,19 @@ def read_rows(sweep: Sweep, answers: Path) -> list[dict[str, Any]]:
         ValueError: an answer to a prompt that is not in the sweep, two answers to one, or only some samples answered.
     """
     found: dict[tuple[str, float, str], dict[str, Any]] = {}
-    for line in answers.read_text().splitlines():
-        row = json.loads(line)
+    for number, line in enumerate(answers.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{answers}:{number} is not JSON: {error}") from None
+        if not isinstance(row, dict) or not row.keys() >= _ANSWERED:
+            raise ValueError(f"{answers}:{number} must be an answer with {', '.join(sorted(_ANSWERED))}")
         key = row["press"], row["budget"], row["id"]
         if key in found:
             raise ValueError(f"{answers} has two answers to {row['id']} by {row['press']} at {row['budget']}")
         found[key] = row
+    if not found:
+        raise ValueError(f"{answers} holds no answers")
     rows, used = [], 0
     for cell, samples, prompts in _asked(sweep):
         names = _names(cell, samples)

@@ -145,7 +145,7 @@ def main(
     text: Annotated[list[Path] | None, "UTF-8 file; repeat for more texts"] = None,
     context: Annotated[int, "tokens that are packed"] = 1536,
     scored: Annotated[int, "tokens read after them"] = 256,
-    chunk: Annotated[int, "how many of these per forward; generation has 1"] = 64,
+    chunk: Annotated[int, "how many of these per forward; generation has 1", 1] = 64,
     windows: Annotated[int, "of each text"] = 2,
     out: Annotated[Path | None, "JSON"] = None,
 ) -> None:

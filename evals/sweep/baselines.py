@@ -13,9 +13,13 @@ empty. All report their memory as ours do.
     across:share=2          AcrossKVCache, on any model: a diagnostic
 """
 
+import contextlib
 import copy
 import functools
+import hashlib
 import importlib.util
+import inspect
+import sys
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -24,8 +28,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
-from kvcompress import AcrossKVCache, GEARCache, SwiftKVCache, registry
+from kvcompress import AcrossKVCache, GEARCache, Policy, SwiftKVCache, registry
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
+from kvcompress.policies.method import is_own
 from kvcompress.registry import Listed, Method
 from kvcompress.swiftkv.cache import SharedStorageCache
 
@@ -185,6 +190,20 @@ METHODS: Mapping[str, Listed] = ChainMap(SHARING, BASELINES, registry.METHODS)
 
 parse = functools.partial(registry.parse, methods=METHODS)
 canonical = functools.partial(registry.canonical, methods=METHODS)
+
+
+def source(spec: str) -> dict[str, str]:
+    """What decides a point besides the name of its method: for a class of one's own, a hash of its module's text.
+
+    Empty for kvcompress's own methods, and where the text is not known.
+    """
+    with contextlib.suppress(ValueError, OSError, TypeError):
+        kind = parse(spec)[0].kind
+        theirs = [each for each in (kind or object).__mro__ if not is_own(each) and issubclass(each, Policy | Cache)]
+        modules = dict.fromkeys(sys.modules[each.__module__] for each in theirs if each.__module__ != Cache.__module__)
+        texts = [inspect.getsource(module) for module in modules]
+        return {"source": hashlib.sha256("".join(texts).encode()).hexdigest()[:16]} if texts else {}
+    return {}
 
 
 def build(spec: str, model: PreTrainedModel, budget: int | float | None = None) -> Any:

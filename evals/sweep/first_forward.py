@@ -15,6 +15,7 @@ from kvcompress import DenseCache, EvictingCache
 from kvcompress.evals.sweep.protocol import Reader
 from kvcompress.hf import sizes
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.policies.method import is_own
 
 
 @dataclass
@@ -54,8 +55,11 @@ class FirstForward:
 
     @staticmethod
     def serves(cache: Any) -> bool:
-        """True for caches whose first forward does not depend on them, and which need nothing else."""
-        return isinstance(cache, EvictingCache) and cache.policy.rereads is None
+        """True for caches whose first forward does not depend on them, and which need nothing else.
+
+        A class of somebody's own may attend to less, or want to be told of each forward.
+        """
+        return isinstance(cache, EvictingCache) and is_own(type(cache)) and cache.policy.rereads is None
 
     @staticmethod
     def size(model: PreTrainedModel, tokens: int) -> int:

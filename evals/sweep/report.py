@@ -29,6 +29,12 @@ _COLUMNS = [
     )
     for name in line.split()
 ]
+# what tells a row from others, if two texts of its method do not
+_PLACE = (
+    *("task", "length", "protocol", "method", "budget", "model", "dtype", "device", "seed", "samples", "hold_back"),
+    *("continuation", "chunk", "num_fewshot", "limit"),
+)
+_NEEDED = {"status", "task", "length", "protocol", "method", "budget", "model", "provenance"}
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#a5732a")
 _MARKERS = "osD^vPX*"
 _FLOOR_COLOR = "#666666"
@@ -365,7 +371,7 @@ def collect(folders: Sequence[Path]) -> list[Row]:
     """The rows of several sweeps in one order; with several models, tasks get the model's name.
 
     Raises:
-        ValueError: a folder has no rows.
+        ValueError: a folder has no rows, or some that no sweep wrote.
     """
     found: dict[str, Row] = {}
     for folder in folders:
@@ -373,9 +379,14 @@ def collect(folders: Sequence[Path]) -> list[Row]:
         if not own:
             raise ValueError(f"there are no rows of a sweep (results.jsonl) in {folder}")
         for key, row in own.items():
+            lacking = sorted(_NEEDED - row.keys())
+            if lacking:
+                raise ValueError(f"the row {key!r} in {folder} is none of a sweep: it lacks {', '.join(lacking)}")
             if key not in found or found[key]["status"] != "ok":
                 found[key] = row
-    rows = list(found.values())
+    # of a class of somebody's own that has changed in between, the newest
+    newest = {row["key"] if "source" not in row else tuple(map(row.get, _PLACE)): row for row in found.values()}
+    rows = list(newest.values())
     if len({row["model"] for row in rows}) > 1:
         rows = [row | {"task": f"{Path(row['model']).name}: {row['task']}"} for row in rows]
     places: dict[str, int] = {}

@@ -23,7 +23,7 @@ from kvcompress.evals.sweep.claims import Claims
 from kvcompress.evals.sweep.points import Point, Settings
 from kvcompress.evals.sweep.rows import Results
 from kvcompress.evals.sweep.samples import Tokenizer
-from kvcompress.evals.sweep.task import BuildCache, Subject, Task
+from kvcompress.evals.sweep.task import MEASURED, BuildCache, Subject, Task
 
 # part of every key: increase it whenever the same settings come to mean another measurement
 _PROTOCOL_VERSION = 1
@@ -84,7 +84,7 @@ class Sweep:
         return self.tasks[point.task].cost(point)
 
     def measure(self, point: Point) -> dict[str, Any]:
-        """One point's score with its standard error, and its measured bytes."""
+        """What a point's task measures."""
         return self.tasks[point.task].measure(point, self.subject)
 
     def facts(self, point: Point) -> dict[str, Any]:
@@ -98,6 +98,7 @@ class Sweep:
                 "seed": self.settings.seed,
                 "protocol_version": _PROTOCOL_VERSION,
             }
+            | baselines.source(point.method)
             | self.tasks[point.task].facts(point)
         )
 
@@ -138,7 +139,7 @@ class Sweep:
     def _add(self, point: Point, on_row: Callable[[Point, dict[str, Any]], None] | None) -> None:
         started = time.perf_counter()
         try:
-            found = {"status": "ok"} | self.measure(point)
+            found = {"status": "ok"} | _checked(point, self.measure(point))
         except Exception as error:
             found = {
                 "status": "failed",
@@ -151,3 +152,15 @@ class Sweep:
         self.results.append(row)
         if on_row is not None:
             on_row(point, row)
+
+
+def _checked(point: Point, found: dict[str, Any]) -> dict[str, Any]:
+    """What a task measured, if a row and a report can hold it; else ValueError."""
+    missing = [name for name in MEASURED if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ValueError(f"the task {point.task} must measure {', '.join(MEASURED)}, got no {', '.join(missing)}")
+    try:
+        json.dumps(found, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the task {point.task} measured what JSON cannot hold: {error}") from None
+    return found

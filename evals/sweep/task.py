@@ -11,6 +11,8 @@ from kvcompress.evals.sweep.points import Point
 from kvcompress.evals.sweep.samples import Tokenizer
 from kvcompress.hf import end_tokens
 
+# what every task measures
+MEASURED = ("metric", "score", "stderr", "bytes")
 BuildCache = Callable[[str, PreTrainedModel, int | float | None], Any]
 
 
@@ -58,4 +60,8 @@ class Task(Protocol):
         """What decides a point's result, in addition to the point itself, the model and the seed."""
 
     def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
-        """A point's score with its standard error, and the measured bytes per sequence."""
+        """What a row holds of a point, as JSON can: MEASURED, and whatever else.
+
+        metric: what the score is called. score: a finite number. stderr: its standard error, or None.
+        bytes: measured per sequence; `kvcompress.evals.sweep.rows.held` gives them, with all else about memory.
+        """

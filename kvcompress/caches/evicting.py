@@ -25,11 +25,11 @@ from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
-from kvcompress.policies.method import import_policies
+from kvcompress.policies.method import import_policies, is_own
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
-from kvcompress.storage.classes import class_name, class_named, is_own
+from kvcompress.storage.classes import class_name, class_named
 from kvcompress.storage.rope import Rope
 
 Arguments = ParamSpec("Arguments")
@@ -56,6 +56,12 @@ def _takes_old_names(init: Callable[Arguments, None]) -> Callable[Arguments, Non
         init(*args, **settings)
 
     return renaming
+
+
+def kept_budget(amount: int | float, policy: Policy) -> Budget:
+    """A budget of tokens kept, at least those that leave the policy a choice."""
+    least = policy.least_budget()
+    return Budget(amount, least, f"sinks + recent{' + 1 to choose' * policy.chooses} = {least} tokens for {policy}")
 
 
 class EvictingCache(CompressedCache):
@@ -100,9 +106,7 @@ class EvictingCache(CompressedCache):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
         _check_allocation(allocation, policy, rerotated, packed, model)
         self.policy = policy
-        least = policy.least_budget()
-        explained = f"sinks + recent{' + 1 to choose' if policy.chooses else ''} = {least} tokens for {policy}"
-        self._budget = Budget(budget, least, explained)
+        self._budget = kept_budget(budget, policy)
         self.allocation: Allocation = allocation
         self.rerotated = rerotated
         self.packed = packed

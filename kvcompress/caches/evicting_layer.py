@@ -13,8 +13,8 @@ from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.gear import GEAR
+from kvcompress.policies.method import is_own
 from kvcompress.policies.policy import Policy
-from kvcompress.storage.classes import is_own
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.ragged import RaggedSlots

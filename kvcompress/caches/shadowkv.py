@@ -262,6 +262,11 @@ class ShadowLayer(CompressedLayer):
             self._begin_counting()
 
 
+def selected_budget(amount: int | float, chunk: int) -> Budget:
+    """A budget of tokens that a step selects, at least a chunk of them."""
+    return Budget(amount, chunk, f"one chunk = {chunk} tokens", "the first forward")
+
+
 class ShadowKVCache(CompressedCache):
     """Low-rank keys on the device, values on the host, fetched as needed: `ShadowKVCache(model, budget=2048)`."""
 
@@ -297,7 +302,7 @@ class ShadowKVCache(CompressedCache):
         self.settings = ShadowKV(
             rank, chunk, outlier_chunks, local_chunks, fold, dense_below, select_queries, drift, group
         )
-        self.budget = Budget(budget, chunk, f"one chunk = {chunk} tokens", "the first forward").amount
+        self.budget = selected_budget(budget, chunk).amount
         self.host = check_host(host)
         super().__init__(model)
 

@@ -57,9 +57,7 @@ def check(
         ValueError: an unknown cache.
     """
     specs = list(default_caches() if caches is None else caches)
-    asked = [(spec, *registry.parse(spec, known_caches())) for spec in specs]
-    if own := [spec for spec, _, settings in asked if "budget" in settings]:
-        raise ValueError(f"a check gives caches its own budgets: leave budget= out of {', '.join(own)}")
+    asked = read_specs(specs)
     attention = hf.attention_name(model)
     subject = Subject(model)
     rows: list[Checked] = []
@@ -74,6 +72,18 @@ def check(
         if attention is not None and attention != hf.attention_name(model):
             model.set_attn_implementation(attention)
     return rows
+
+
+def read_specs(specs: Sequence[str]) -> list[tuple[str, Method, dict[str, Any]]]:
+    """Caches with their methods and settings.
+
+    Raises:
+        ValueError: an unknown cache or setting, or a budget, which a check chooses itself.
+    """
+    asked = [(spec, *registry.parse(spec, known_caches())) for spec in specs]
+    if own := [spec for spec, _, settings in asked if "budget" in settings]:
+        raise ValueError(f"a check gives caches its own budgets: leave budget= out of {', '.join(own)}")
+    return asked
 
 
 def _checked(spec: str, method: Method | None, settings: dict[str, Any], subject: Subject) -> Checked:

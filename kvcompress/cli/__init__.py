@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif hasattr(error, "format_message"):
             # typer may bundle click or import it: its errors are recognised by this
             message = error.format_message()
+            if not message.strip():
+                # a group without a command
+                command.main(args=[*arguments, "--help"], prog_name="kvcompress", standalone_mode=False)
+                return 2
         else:
             raise
         print("kvcompress: " + " ".join(message.split()), file=sys.stderr)

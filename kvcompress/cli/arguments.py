@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # the default of --methods: registry.USUAL
-METHODS = "usual"
+USUAL = "usual"
 # stands in help texts for registry.METHODS, which takes seconds to import, until the help is shown
 KNOWN = "{methods}"
 
@@ -29,7 +29,8 @@ CacheOption = Annotated[str, f"With settings as in h2o:sinks=4:bits=4. Known: {K
 
 
 def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as typer takes it; its parameters carry their help texts: `Annotated[int, "decode steps"]`."""
+    """The function as typer takes it; its parameters carry their help texts: `Annotated[int, "decode steps"]`, and may
+    say the least number that makes sense: `Annotated[int, "decode steps", 1]`."""
     hints = get_type_hints(function, include_extras=True)
     parameters = [
         parameter.replace(annotation=_option(parameter.name, hints[parameter.name]))
@@ -42,12 +43,12 @@ def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _option(name: str, hint: Any) -> Any:
     """An option of a parameter's type, with its words as help; an argument, or the context, as it is."""
-    kind, words = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+    kind, words, least, *_ = (*get_args(hint), None) if get_origin(hint) is Annotated else (hint, None, None)
     if kind is typer.Context or not isinstance(words, str | None):
         return hint
     # a flag has no --no- form
     names = [f"--{name.replace('_', '-')}"] if kind is bool else []
-    return Annotated[kind, typer.Option(*names, help=words)]
+    return Annotated[kind, typer.Option(*names, help=words, min=least)]
 
 
 class UsageError(Exception):
@@ -89,13 +90,17 @@ def as_dtype(name: str) -> "torch.dtype":
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Within it, errors about values count as the user's mistakes, because only the user's values are checked there."""
+    """Within it, errors about values and files count as the user's mistakes, because only the user's are used there."""
     from kvcompress.loading import ModelUnavailableError
 
     try:
         yield
     except (ValueError, ModelUnavailableError) as error:
         raise UsageError(str(error)) from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
 
 
 def is_default(context: typer.Context, name: str) -> bool:
@@ -130,6 +135,11 @@ def as_object(option: str, text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UsageError(f'{option} must be a JSON object such as {{"data": "/folder"}}, got {text!r}')
     return found
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed must be a number from 0 to 2**32 - 1, got {seed}")
 
 
 def unescaped(text: str) -> str:

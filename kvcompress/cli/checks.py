@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from kvcompress.cli.arguments import KNOWN, DeviceOption, UsageError, load, parts, user_errors
+import typer
+
+from kvcompress.cli.arguments import KNOWN, DeviceOption, UsageError, is_default, load, parts, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def check(
+    context: typer.Context,
     model: Annotated[
         str | None,
         "Hub id, local folder, .gguf file or model type (qwen3); else SmolLM2, or a Llama.",
@@ -31,9 +34,8 @@ def check(
     import torch
     from transformers import logging
 
-    from kvcompress import registry
     from kvcompress.check import check as checking
-    from kvcompress.check.caches import default_caches, known_caches
+    from kvcompress.check.caches import default_caches
     from kvcompress.check.models import small_model
     from kvcompress.check.outcome import FULL
     from kvcompress.hf.small import described
@@ -42,8 +44,9 @@ def check(
     if not specs:
         raise UsageError("--caches names no cache")
     with user_errors():
-        for spec in specs:
-            registry.parse(spec, known_caches())
+        checking.read_specs(specs)
+    if not weights and not is_default(context, "dtype"):
+        raise UsageError("--dtype is of the model itself: give --weights too")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if weights:

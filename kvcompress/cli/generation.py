@@ -1,12 +1,22 @@
 """The command generate: an answer through a cache, with its memory and speed."""
 
+import math
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress.cli.arguments import CacheOption, DeviceOption, ModelOption, UsageError, as_budget, load, user_errors
+from kvcompress.cli.arguments import (
+    CacheOption,
+    DeviceOption,
+    ModelOption,
+    UsageError,
+    as_budget,
+    check_seed,
+    load,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +53,9 @@ def generate(
     tokens_kept = as_budget(budget)
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise UsageError(f"--temperature must be 0 or more, got {temperature}")
+    check_seed(seed)
     question = sys.stdin.read() if prompt == "-" else prompt
     if not question.strip():
         raise UsageError("the prompt is empty")

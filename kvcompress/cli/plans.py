@@ -5,7 +5,7 @@ from typing import Annotated
 
 from kvcompress.cli.arguments import (
     KNOWN,
-    METHODS,
+    USUAL,
     ModelOption,
     UsageError,
     as_budget,
@@ -21,7 +21,7 @@ def plan(
     model: ModelOption = None,
     batch: Annotated[int, "Sequences at a time."] = 1,
     budget: Annotated[str, "Tokens kept (2048), or a fraction of the context (0.2)."] = "0.2",
-    methods: Annotated[str, f"Comma-separated. Known: {KNOWN}."] = f"none,{METHODS}",
+    methods: Annotated[str, f"Comma-separated. Known: {KNOWN}."] = f"none,{USUAL}",
     gpu_memory: Annotated[float, "Memory of the GPU, in GiB."] = 80.0,
     dtype: Annotated[str, "Dtype of weights and cache: float32, bfloat16, float16."] = "bfloat16",
 ) -> None:
@@ -30,17 +30,22 @@ def plan(
     if not 0 < gpu_memory < math.inf:
         raise UsageError(f"--gpu-memory must be more than 0 GiB, got {gpu_memory}")
     names = parts(methods)
+    if not names:
+        raise UsageError("--methods must name at least one")
 
     from rich.console import Console
     from rich.table import Table
 
-    from kvcompress.plan import largest_batch, make_plan, read_shape
-    from kvcompress.registry import expanded
+    from kvcompress.plan import is_sized, largest_batch, make_plan, read_shape
+    from kvcompress.registry import METHODS, expanded
 
     with user_errors():
         kind = as_dtype(dtype)
         shape = read_shape(model)
-        needs = make_plan(shape, expanded(names), context, batch, tokens_kept, kind)
+        # installed caches are among the usual ones, and nobody asked for them by name
+        unsized = [name for name in expanded([USUAL]) if name not in names and not is_sized(METHODS[name])]
+        asked = [name for name in expanded(names) if name not in unsized]
+        needs = make_plan(shape, asked, context, batch, tokens_kept, kind)
     table = Table(
         title=f"{shape.name}: {shape.parameters / 1e9:.2f} G parameters, {dtype}; {context} tokens x batch {batch}"
     )
@@ -66,5 +71,7 @@ def plan(
         f"GPU of {gpu_memory:g} GiB. Prefill: activations of one forward over the context and, for caches that evict, "
         "the full keys and values of one layer (kvzip: of all). Feeding the prompt in chunks needs less."
     )
+    if unsized:
+        console.print(f"Left out, because their sizes are not known: {', '.join(unsized)}.")
     if shape.longest is not None and context > shape.longest:
         console.print(f"The model was trained for at most {shape.longest} tokens.")

@@ -11,7 +11,7 @@ import typer
 
 from kvcompress.cli.arguments import (
     KNOWN,
-    METHODS,
+    USUAL,
     CacheOption,
     DeviceOption,
     ModelOption,
@@ -50,7 +50,7 @@ _QUICK: dict[str, Any] = {
 def sweep(
     context: typer.Context,
     model: ModelOption = None,
-    methods: Annotated[str, f"Comma-separated, with settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."] = METHODS,
+    methods: Annotated[str, f"Comma-separated, with settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."] = USUAL,
     budgets: Annotated[str, "Fractions of the length (0.2), or tokens (512)."] = _BUDGETS,
     tasks: Annotated[str, "Comma-separated; other names are tasks of lm-eval."] = _TASKS,
     lengths: Annotated[str, "Context lengths in tokens."] = "1024",

@@ -7,12 +7,9 @@ import sys
 import warnings
 from typing import TypeVar
 
+from kvcompress.policies.method import is_own
+
 Kind = TypeVar("Kind")
-
-
-def is_own(kind: type) -> bool:
-    """Whether a class is kvcompress's."""
-    return kind.__module__.partition(".")[0] == "kvcompress"
 
 
 def class_name(kind: type) -> str:

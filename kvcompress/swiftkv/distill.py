@@ -65,7 +65,8 @@ class Distillation:
             raise ValueError(f"fit_tokens must be 0 or more, got {self.fit_tokens}")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, got {self.length}")
-        if self.temperature <= 0 or self.learning_rate <= 0 or self.hidden_weight < 0 or not 0 <= self.warmup <= 1:
+        numbers = (self.temperature, self.learning_rate, self.hidden_weight)
+        if not (all(map(math.isfinite, numbers)) and min(numbers[:2]) > 0 <= numbers[2] and 0 <= self.warmup <= 1):
             raise ValueError(
                 "temperature and learning_rate must be above 0, hidden_weight 0 or more and warmup in [0, 1], got "
                 f"{self.temperature}, {self.learning_rate}, {self.hidden_weight}, {self.warmup}"

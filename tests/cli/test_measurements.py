@@ -89,3 +89,25 @@ def test_the_words_about_a_parameter_are_its_help(asked, capsys):
     assert main(["study", "this", "--help"]) == 0
     printed = capsys.readouterr().out
     assert all(words in printed for words in ("What it measures.", "how many", "--fit-tokens", "of them", "default: 7"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bench speed --context 0", "Invalid value for '--context': Input should be greater than or equal to 1"),
+        ("bench speed --steps 1", "Invalid value for '--steps': Input should be greater than or equal to 2"),
+        ("bench stream --sections 0", "Invalid value for '--sections'"),
+        ("bench shared-prefix --batch 0", "Invalid value for '--batch'"),
+        ("bench kernels --attempts 0", "Invalid value for '--attempts'"),
+        ("study bits --chunk 0", "Invalid value for '--chunk'"),
+        ("peers rows --prompts /none --answers a --out OUT", "/none/settings.json: No such file or directory"),
+    ],
+)
+def test_a_number_or_a_file_that_makes_no_sense_is_named(words, message, tmp_path, capsys):
+    assert main([str(tmp_path) if word == "OUT" else word for word in words.split()]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_group_without_a_command_shows_its_help(capsys):
+    assert main(["bench"]) == 2
+    assert "shared-prefix" in capsys.readouterr().out

@@ -103,3 +103,14 @@ def test_answers_to_other_prompts_are_refused(sweep, prompts, tmp_path):
         read_rows(sweep, answered(tmp_path, prompts[2:] + extra, lambda prompt: [5]))
     with pytest.raises(ValueError, match=r"has two answers to needle/.* by tova at 0.5"):
         read_rows(sweep, answered(tmp_path, prompts[-1:] * 2, lambda prompt: [5]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "holds no answers"), ("{", "answers.jsonl:1 is not JSON"), ('\n{"id": 1}', ":1 is not JSON"),
+     ('{"id": "a"}', "answers.jsonl:1 must be an answer with budget, bytes")],
+)  # fmt: skip
+def test_what_is_no_answer_is_named(sweep, tmp_path, text, message):
+    (tmp_path / "answers.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_rows(sweep, tmp_path / "answers.jsonl")

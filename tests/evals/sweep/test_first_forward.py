@@ -52,3 +52,11 @@ def test_other_caches_are_refused(model):
     used.read([[1, 2]])
     with pytest.raises(ValueError, match=r"got H2OCache that has seen 2 tokens"):
         recorded.fill(used)
+
+
+def test_a_cache_class_of_ones_own_is_fed_by_the_model(model):
+    class Mine(H2OCache):
+        """It may count forwards, or attend to less."""
+
+    assert FirstForward.serves(H2OCache(model, budget=12))
+    assert not FirstForward.serves(Mine(model, budget=12))

@@ -5,9 +5,10 @@ import sys
 import pytest
 
 from kvcompress import DenseCache, registry
-from kvcompress.evals.sweep import synthetic
+from kvcompress.evals.sweep import report, synthetic
 from kvcompress.evals.sweep.first_forward import FirstForward
 from kvcompress.evals.sweep.points import Point, Settings, check_budgets
+from kvcompress.evals.sweep.points import make_points as points_of
 from kvcompress.evals.sweep.protocol import answer
 from kvcompress.evals.sweep.rows import Results
 from kvcompress.evals.sweep.samples import make_prompt, make_samples
@@ -245,7 +246,7 @@ def test_without_the_harness_a_task_of_its_own_is_an_unknown_task(monkeypatch):
     ("change", "message"),
     [
         ({"protocols": ("aware",)}, "unknown protocol 'aware'; known: question-agnostic, question-aware"),
-        ({"methods": ("h3o",)}, "unknown method 'h3o'; known: none, random, h2o"),
+        ({"methods": ("h3o",)}, "unknown method 'h3o'; known: none, .*h2o"),
         ({"methods": ()}, "methods must name at least one"),
         ({"budgets": (1.5,)}, "budget must be .* a fraction .* got 1.5"),
         ({"budgets": (0,)}, "budget must be at least 1 token, got 0"),
@@ -273,3 +274,49 @@ def test_evicting_caches_share_one_first_forward_and_its_rows_are_those_of_their
     assert len(recorded) == 24
     for row, other in zip(shared, alone, strict=True):
         assert {**row, "seconds": 0, "provenance": 0} == {**other, "seconds": 0, "provenance": 0}
+
+
+class Given:
+    """A task of somebody's own, that measures what it is given."""
+
+    def __init__(self, settings, found):
+        self.settings, self.found = settings, found
+
+    def points(self):
+        return points_of("mine", [None], ["mine"], self.settings)
+
+    def check(self, tokenizer):
+        pass
+
+    def cost(self, point):
+        return 1
+
+    def facts(self, point):
+        return {}
+
+    def measure(self, point, subject):
+        return self.found
+
+
+ENOUGH = {"metric": "points", "score": 1.0, "stderr": None, "bytes": 5}
+
+
+@pytest.mark.parametrize(
+    ("found", "error"),
+    [
+        (ENOUGH, None),
+        ({"score": 1.0, "stderr": None}, "ValueError: the task mine must measure metric, score, stderr, bytes, got no"),
+        (None, "ValueError: the task mine must measure metric"),
+        (ENOUGH | {"score": math.nan}, "ValueError: the task mine measured what JSON cannot hold"),
+        (ENOUGH | {"score": {1}}, "ValueError: the task mine measured what JSON cannot hold: Object of type set"),
+    ],
+)
+def test_a_task_of_ones_own_is_measured_and_one_that_fails_is_a_failed_row(model, tokenizer, tmp_path, found, error):
+    asked = settings(tasks=("mine",))
+    rows = Sweep(asked, {"mine": Given(asked, found)}, model, tokenizer, tmp_path).run()
+    assert len(rows) == 7
+    for row in rows:
+        assert row["status"] == ("ok" if error is None else "failed")
+        assert row.get("error", "").startswith(error or "")
+    report.write_all(report.collect([tmp_path]), tmp_path)
+    assert report.make_tables(rows)
