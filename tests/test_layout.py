@@ -161,6 +161,7 @@ LATE = {
         *("check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress", "loading", "plan"),
         *("registry", "swiftkv"),
     },
+    "loading": {"swiftkv"},
     "evals.tasks": {"evals.lm"},
     "evals.studies": {"evals.lm"},
 }

@@ -86,15 +86,15 @@ def rows(tmp_path):
         (["generate", "hi", "--temperature", "inf"], "--temperature must be 0 or more, got inf"),
         (["generate", "hi", "--seed", "-1"], "--seed must be a number from 0 to 2**32 - 1, got -1"),
         (["generate", "hi", "--seed", "4294967296"], "--seed must be a number from 0 to 2**32 - 1, got 4294967296"),
-        (["generate", "hi", "--model", "FOLDER", "--device", "mps"], "device mps was requested, but torch cannot use"),
+        (["generate", "hi", "--model", "FOLDER", "--device", "mps"], "device mps was requested, but torch"),
         (
             ["generate", "hi", "--model", "FOLDER", "--device", "meta"],
-            "device meta was requested, but torch cannot use",
+            "device meta was requested, but torch",
         ),
         (["generate", "hi", "--cache", "h2o:recent=abc"], "the method h2o takes as recent a number, got 'abc'"),
         (
             ["generate", "hi", "--cache", "h2o:rerotated=no"],
-            "the method h2o takes as rerotated true or false, got 'no'",
+            "the method h2o takes as rerotated true or false",
         ),
         (["plan", "--context", "9", "--methods", ","], "--methods must name at least one"),
         (["plan", "--context", "9", "--model", "FOLDER", "--methods", "none:x=1"], "the method none does not take"),

@@ -35,9 +35,8 @@ def command(tmp_path):
     metadata.mkdir(parents=True)
     (site / "their_methods.py").write_text(NEWEST)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-methods\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(
-        "[kvcompress.methods]\nnewest = their_methods:Newest\nall = their_methods:Everything\n"
-    )
+    points = "newest = their_methods:Newest\nall = their_methods:Everything"
+    (metadata / "entry_points.txt").write_text(f"[kvcompress.methods]\n{points}\n")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]),
@@ -63,7 +62,7 @@ def test_an_installed_method_is_in_the_commands_list(command):
     done = command("generate", "--help")
     assert done.returncode == 0, done.stderr
     (listed,) = [line for line in done.stdout.splitlines() if "Known: none, " in line]
-    assert ", newest." in listed
+    assert ", newest, all." in listed
 
 
 def test_an_installed_method_is_swept_by_its_name_and_by_where_its_class_is(command, folder, tmp_path):  # noqa: F811
