@@ -17,6 +17,8 @@ from kvcompress.kernels.common.torch_attention import slots_seen
 _PIECE = 2**18
 # logits held at once: 8 MB in float32
 _LOGITS = 2**21
+# less than any sum of weights, of which one is 1
+_TINY = 1e-30
 # from this many numbers of a group per row on, scales are applied to rows instead of codes
 _FOLDED = 8
 
@@ -43,6 +45,8 @@ def attend_in_pieces(
     out = query.new_empty(batch, heads, queries, value_dim)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     kept = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
+    if not tokens:
+        return out.zero_(), lse.fill_(-torch.inf), kept
     # ordered by query first, so that the rows of a query are masked together
     rows = query.view(batch, kv_heads, group, queries, head_dim).transpose(2, 3)
     shared = None if offsets is None else offsets.view(batch, kv_heads, group, queries).transpose(2, 3)
@@ -58,15 +62,18 @@ def attend_in_pieces(
             logits += shared[:, :, chosen].to(dtype).mul(spec.scale).flatten(2, 3)[..., None]
         spec.cap_(logits)
         seen = slots_seen(positions, query_positions[:, chosen], spec.window)[:, :, :, None]
-        logits.unflatten(2, (-1, group)).masked_fill_(~seen, -torch.inf)
+        if query.is_cuda or not bool(seen.all()):
+            logits.unflatten(2, (-1, group)).masked_fill_(~seen, -torch.inf)
         if with_logits:
             kept.copy_(logits.view_as(kept))
-        part_lse = logits.logsumexp(-1, keepdim=True)
+        peak = logits.amax(-1, keepdim=True)
         # a query that sees nothing: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
-        weights = logits.sub_(part_lse.masked_fill(part_lse == -torch.inf, 0.0)).exp_()
-        found = _value_products(weights, values, value_coding, pieces, spans, room)
+        weights = logits.sub_(peak.masked_fill_(peak == -torch.inf, 0.0)).exp_()
+        total = weights.sum(-1, keepdim=True)
+        found = _value_products(weights, values, value_coding, pieces, spans, room).div_(total.clamp(min=_TINY))
         by_head = found.unflatten(2, (-1, group)).transpose(2, 3)
         out[:, :, chosen] = by_head.flatten(1, 2)
+        part_lse = total.log_().add_(peak)
         lse[:, :, chosen] = part_lse.unflatten(2, (-1, group)).transpose(2, 3).reshape(batch, heads, -1)
     return out, lse, kept
 

@@ -98,11 +98,13 @@ class QuantizedLayer(SteppedLayer):
 
     def _past(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Attention to each segment that holds something."""
+        parts = [part for part in self.segments() if not isinstance(part, TailSegment) or any(part.held)]
+        if self.first in parts[-2:-1] and parts[-1] is self._tail and not chunk.query.is_cuda:
+            # on a CPU a call costs more than a copy of so few tokens
+            parts[-2:] = [self.first.beside(self._tail)]
         outs, lses = [], []
-        for segment in self.segments():
-            if isinstance(segment, TailSegment) and not any(segment.held):
-                continue
-            out, lse = segment.attend(chunk.query, query_positions, chunk.spec)
+        for part in parts:
+            out, lse = part.attend(chunk.query, query_positions, chunk.spec)
             outs.append(out)
             lses.append(lse)
         if not outs and chunk.tokens == 1:

@@ -78,6 +78,17 @@ class TailSegment(Segment):
         positions = self.positions[:, None, :used].expand(-1, self.keys.shape[1], -1)
         return slot_attention(query, self.keys[:, :, :used], self.values[:, :, :used], positions, query_positions, spec)
 
+    def beside(self, other: "TailSegment") -> "TailSegment":
+        """A copy of the tokens of both."""
+        used = max(self.held), max(other.held)
+        joined = TailSegment.__new__(TailSegment)
+        for name in ("keys", "values"):
+            sides = [getattr(part, name)[:, :, :count] for part, count in zip((self, other), used, strict=True)]
+            setattr(joined, name, torch.cat(sides, 2))
+        joined.positions = torch.cat([self.positions[:, : used[0]], other.positions[:, : used[1]]], 1)
+        joined.held = [sum(used)]
+        return joined
+
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield self.keys, self.values, self.positions[:, None]
 

@@ -147,7 +147,8 @@ def test_what_comes_after_compiled_steps_finds_what_they_wrote(change, tmp_path)
     token = prompt(1, len(mask), seed=99)
     logits = [feed(fed.model, each, token, mask) for each in caches]
     assert_same(caches[0].layers[0], caches[1].layers[0])
-    torch.testing.assert_close(*logits)
+    # log-sum-exps are float32
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
 # docs: `generate` packs between its compiled steps, all of which one graph serves
