@@ -97,16 +97,29 @@ def _decode_in_pytorch(
     # in 16 bits, the error of a logit grows with the logit, and large ones overflow
     dtype = torch.promote_types(query.dtype, torch.float32)
     rows = query.to(dtype).view(batch, kv_heads, heads // kv_heads, head_dim) * spec.scale
-    logits = spec.cap_(rows @ key.to(dtype).mT)  # [batch, kv_heads, group, slots]
+    logits = rows @ key.to(dtype).mT
+    of_sinks = None if sink_logits is None else sink_logits.to(dtype).view(kv_heads, -1, 1).expand(batch, -1, -1, -1)
+    probabilities = slot_probabilities(logits, positions, query_positions, spec, of_sinks)
+    out = probabilities @ value.to(dtype)
+    return out.view(batch, heads, 1, -1).to(query.dtype), probabilities.sum(2).float()
+
+
+def slot_probabilities(
+    logits: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec, of_sinks: Tensor | None = None
+) -> Tensor:
+    """Softmax over the slots that one query per sequence sees, [batch, kv_heads, group, slots]; logits are overwritten.
+
+    Args:
+        logits: [batch, kv_heads, group, slots], scaled but not capped. of_sinks: [batch, kv_heads, group, 1].
+        positions, query_positions, spec: as in decode_attention.
+    """
+    spec.cap_(logits)
     seen = slots_seen(positions, query_positions, spec.window)
     # a finite floor: a query that sees nothing gets a flat softmax instead of NaN, and the mask then clears it
     logits.masked_fill_(~seen, -1e30)
-    if sink_logits is not None:
-        of_sinks = sink_logits.to(dtype).view(kv_heads, -1, 1).expand(batch, -1, -1, -1)
-        logits = torch.cat([logits, of_sinks], -1)
-    probabilities = logits.softmax(-1)[..., : key.shape[2]].masked_fill_(~seen, 0.0)
-    out = probabilities @ value.to(dtype)
-    return out.view(batch, heads, 1, -1).to(query.dtype), probabilities.sum(2).float()
+    if of_sinks is None:
+        return logits.softmax(-1).masked_fill_(~seen, 0.0)
+    return torch.cat([logits, of_sinks], -1).softmax(-1)[..., :-1].masked_fill_(~seen, 0.0)
 
 
 def _launch(

@@ -17,7 +17,8 @@ from torch import Tensor
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.decode import decode_attention
+from kvcompress.kernels.common.runtime import runs_triton
+from kvcompress.kernels.decode import decode_attention, slot_probabilities
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
 
@@ -109,29 +110,44 @@ class RaggedSlots(SlotSegment):
     def like(self) -> tuple[Tensor, Tensor]:
         return tuple(x.new_empty(*self.starts.shape, 0, x.shape[-1]) for x in (self.keys, self.values))  # type: ignore[return-value]
 
-    def _parts(self) -> Iterator[tuple[Tensor, int, tuple[Tensor, Tensor, Tensor]]]:
-        """By capacity: the heads' numbers, the capacity, and keys, values and positions, [heads, 1, capacity, any]."""
-        positions = self.positions.flatten(0, 1)
+    def _parts(
+        self, query: Tensor, query_positions: Tensor
+    ) -> Iterator[tuple[Bucket, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """By capacity: the bucket, queries of its heads [heads, group, queries, head_dim], keys and values [heads, 1,
+        capacity, head_dim], positions [heads, 1, capacity], and positions of the queries [heads, queries]."""
+        queries, positions = self._by_place(query), self._by_place(self.positions)
+        at = query_positions.expand(len(self.starts), -1)[self.order // self.starts.shape[1]]
         for bucket in self.buckets:
-            held = slice(bucket.first, bucket.first + bucket.heads * bucket.capacity)
-            heads = self.order[bucket.start : bucket.stop]
+            heads, held = slice(bucket.start, bucket.stop), bucket.heads * bucket.capacity
             keys, values = (
-                x[held].view(bucket.heads, 1, bucket.capacity, x.shape[-1]) for x in (self.keys, self.values)
+                x.narrow(0, bucket.first, held).view(bucket.heads, 1, bucket.capacity, x.shape[-1])
+                for x in (self.keys, self.values)
             )
-            yield heads, bucket.capacity, (keys, values, positions[heads, None, : bucket.capacity])
+            yield bucket, queries[heads], keys, values, positions[heads, :, : bucket.capacity], at[heads]
 
-    def _by_head(self, x: Tensor) -> Tensor:
-        """[batch, heads, ...] as [heads of all sequences, group, ...]."""
-        return x.reshape(self.starts.numel(), -1, *x.shape[2:])
+    def _by_place(self, x: Tensor) -> Tensor:
+        """[batch, heads, ...] as [heads of all sequences, group, ...], in the order in which the slots lie."""
+        return x.reshape(self.order.numel(), -1, *x.shape[2:]).index_select(0, self.order)
+
+    def _by_head(self, parts: list[Tensor], like: torch.Size) -> Tensor:
+        """What is had of each bucket, [heads, group, ...], as [batch, heads, ...]."""
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.empty_like(whole).index_copy_(0, self.order, whole).view(*like[:2], *whole.shape[2:])
+
+    def _columns_by_head(self, parts: list[Tensor]) -> Tensor:
+        """What the slots of each bucket received, [heads, 1, capacity], as [batch, kv_heads, most slots]."""
+        columns = self.slots
+        return self._by_head(
+            [torch.nn.functional.pad(part, (0, columns - part.shape[-1])) for part in parts], self.starts.shape
+        )
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
-        out = query.new_empty(*query.shape[:-1], self.values.shape[-1])
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        queries, outs, lses = self._by_head(query), self._by_head(out), self._by_head(lse)
-        for heads, _, (keys, values, positions) in self._parts():
-            at = query_positions[heads // self.starts.shape[1]]
-            outs[heads], lses[heads] = slot_attention(queries[heads], keys, values, positions, at, spec)
-        return outs.view_as(out), lses.view_as(lse)
+        outs, lses = [], []
+        for _, queries, keys, values, positions, at in self._parts(query, query_positions):
+            out, lse = slot_attention(queries, keys, values, positions, at, spec)
+            outs.append(out)
+            lses.append(lse)
+        return self._by_head(outs, query.shape), self._by_head(lses, query.shape)
 
     def decode(
         self,
@@ -144,19 +160,43 @@ class RaggedSlots(SlotSegment):
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         self.put(key, value, positions)
+        if not runs_triton(query):
+            return self._decode_in_pytorch(query, query_positions, spec, sink_logits)
         if sink_logits is not None:
+            # heads of one bucket have different ones
             out, lse = self.attend(query, query_positions, spec)
             whole = torch.logaddexp(lse, sink_logits.float()[:, None])
             out = (out * (lse - whole).exp()[..., None]).to(query.dtype)
             return out, self.column_sums(query, query_positions, whole, spec)
-        out = query.new_empty(*query.shape[:-1], self.values.shape[-1])
-        queries, outs, received = self._by_head(query), self._by_head(out), torch.zeros_like(self.scores)
-        attention = received.flatten(0, 1)
-        for heads, capacity, (keys, values, places) in self._parts():
-            at = query_positions[heads // self.starts.shape[1]]
-            outs[heads], given = decode_attention(queries[heads], keys, values, places, at, spec)
-            attention[heads, :capacity] = given[:, 0]
-        return outs.view_as(out), received
+        outs, received = [], []
+        for _, queries, keys, values, places, at in self._parts(query, query_positions):
+            out, attention = decode_attention(queries, keys, values, places, at, spec)
+            outs.append(out)
+            received.append(attention)
+        return self._by_head(outs, query.shape), self._columns_by_head(received)
+
+    def _decode_in_pytorch(
+        self, query: Tensor, query_positions: Tensor, spec: LogitSpec, sink_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Two products per capacity; all between is small, and done at once for all heads."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        of_sinks = None
+        if sink_logits is not None:
+            of_sinks = self._by_place(sink_logits.to(dtype).expand(len(query), -1))[:, None, :, None]
+        parts = list(self._parts(query.to(dtype) * spec.scale, query_positions))
+        # [heads of all sequences, 1, group, most slots]
+        logits = query.new_zeros(len(self.order), 1, query.shape[1] // self.starts.shape[1], self.slots, dtype=dtype)
+        for bucket, queries, keys, *_ in parts:
+            product = queries.transpose(1, 2) @ keys.to(dtype).mT
+            logits[bucket.start : bucket.stop, ..., : bucket.capacity] = product
+        at = query_positions.expand(len(self.starts), -1)[self.order // self.starts.shape[1]]
+        probabilities = slot_probabilities(logits, self._by_place(self.positions), at, spec, of_sinks)
+        outs = [
+            probabilities[bucket.start : bucket.stop, ..., : bucket.capacity] @ values.to(dtype)
+            for bucket, _, _, values, *_ in parts
+        ]
+        out = self._by_head([part.transpose(1, 2) for part in outs], query.shape)
+        return out.to(query.dtype), self._by_head([probabilities.sum(2).float()], self.starts.shape)
 
     def decode_and_evict(self, *args: Any, **options: Any) -> Tensor:
         raise NotImplementedError("a step of ragged slots is not one op")
@@ -170,12 +210,13 @@ class RaggedSlots(SlotSegment):
     def _columns(
         self, op: Callable[..., Tensor], query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
     ) -> Tensor:
-        received = torch.zeros_like(self.scores)
-        queries, lses, columns = self._by_head(query), self._by_head(lse), received.flatten(0, 1)
-        for heads, capacity, (keys, _, positions) in self._parts():
-            at = query_positions[heads // self.starts.shape[1]]
-            columns[heads, :capacity] = op(queries[heads], keys, positions, at, lses[heads], spec)[:, 0]
-        return received
+        lses = self._by_place(lse)
+        return self._columns_by_head(
+            [
+                op(queries, keys, positions, at, lses[bucket.start : bucket.stop], spec)
+                for bucket, queries, keys, _, positions, at in self._parts(query, query_positions)
+            ]
+        )
 
     def _write(self, key: Tensor, value: Tensor) -> None:
         free = self.starts + self.spare
