@@ -85,19 +85,21 @@ def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
     return merged.to(outs[0].dtype), lse
 
 
-def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def merge_stack(outs: Tensor, lses: Tensor, dtype: torch.dtype, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """merge_states of the partial results of a kernel's splits.
 
     Args:
         outs: [parts, batch, heads, queries, head_dim] float32, contiguous.
         lses: [parts, batch, heads, queries] float32, contiguous.
         dtype: of the merged output.
+        sinks: [heads], learned logits that carry weight and no value, as in `with_sinks`.
     """
     parts, *shape, head_dim = outs.shape
     out = outs.new_empty(*shape, head_dim, dtype=dtype)
     lse = lses.new_empty(shape)
     launch(
-        _merge_stack_kernel, (lse.numel(),), outs, lses, out, lse, lse.numel(), parts,
+        _merge_stack_kernel, (lse.numel(),),
+        outs, lses, None if sinks is None else sinks.contiguous(), out, lse, lse.numel(), parts, *shape[1:],
         HEAD_DIM=head_dim, BLOCK_PARTS=_BLOCK_PARTS, BLOCK_DIM=triton.next_power_of_2(head_dim),
     )  # fmt: skip
     return out, lse
@@ -144,10 +146,11 @@ def _merge_states_kernel(
     tl.store(lse_ptr + row, shift + tl.log(total), mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@triton.jit(do_not_specialize=["rows", "parts", "heads", "queries"])
 def _merge_stack_kernel(
-    outs_ptr, lses_ptr, out_ptr, lse_ptr,  # [parts, rows, HEAD_DIM], [parts, rows], [rows, HEAD_DIM] and [rows]
-    rows, parts,
+    outs_ptr, lses_ptr, sinks_ptr,  # [parts, rows, HEAD_DIM], [parts, rows] and [heads] or None
+    out_ptr, lse_ptr,  # [rows, HEAD_DIM] and [rows]
+    rows, parts, heads, queries,
     HEAD_DIM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -163,6 +166,9 @@ def _merge_stack_kernel(
             peak, tl.load(lses_ptr + part.to(tl.int64) * rows + row, mask=part < parts, other=float("-inf"))
         )
     highest = tl.max(peak, 0)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + row // queries % heads).to(tl.float32)
+        highest = tl.maximum(highest, sink)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
 
     total = tl.zeros([BLOCK_PARTS], tl.float32)
@@ -176,6 +182,8 @@ def _merge_stack_kernel(
         merged += weight[:, None] * tl.load(outs_ptr + part_row[:, None] * HEAD_DIM + dim[None, :], mask=ok, other=0.0)
         total += weight
     whole = tl.sum(total, 0)
+    if sinks_ptr is not None:
+        whole += tl.exp(sink - shift)
     out = tl.sum(merged, 0) * tl.where(whole == 0, 0.0, 1.0 / whole)
     tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim_ok)
     tl.store(lse_ptr + row, shift + tl.log(whole))
@@ -188,3 +196,4 @@ def aot_calls() -> None:
             merge_states([out] * 2, [lse] * 2)
             merge_states([out] * 5, [lse] * 5)
             merge_stack(shaped(3, 2, 32, 7, head_dim), shaped(3, 2, 32, 7), dtype)
+            merge_stack(shaped(3, 2, 32, 7, head_dim), shaped(3, 2, 32, 7), dtype, shaped(32, dtype=dtype))

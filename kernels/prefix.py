@@ -12,13 +12,15 @@ their rows, batch * heads * queries * (2 * head_dim * element size + 4). Flops 4
 rows * group = 200 on (H200), by bandwidth below.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention, slot_attention_reference
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import AOT_DTYPES, has_wgmma, launch, runs_triton, shaped, tl, triton
-from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
+from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing, Tiles
 from kvcompress.kernels.common.split_attention import split_keys
 from kvcompress.kernels.common.tile import (
     LOG2E,
@@ -62,6 +64,19 @@ def prefix_attention(
     value_dim = blocks.values[0].shape[-1] if blocks.values else query.shape[-1]
     if runs_triton(query) and query.numel() and any(sharing.rows):
         return _launch(query, blocks, sharing, spec, query_positions, causal)
+    return attend_blocks(query, blocks, sharing, spec, query_positions, causal, value_dim)
+
+
+def attend_blocks(
+    query: Tensor,
+    blocks: KeyBlocks,
+    sharing: Sharing,
+    spec: LogitSpec,
+    query_positions: Tensor | None,
+    causal: bool,
+    value_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """prefix_attention in PyTorch."""
     outs: dict[int, Tensor] = {}
     lses: dict[int, Tensor] = {}
     for block, (key, value) in enumerate(zip(blocks.keys, blocks.values, strict=True)):
@@ -207,39 +222,70 @@ def _launch(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
-    kv_heads, _, value_dim = blocks.values[0].shape
-    group = heads // kv_heads
-    query = rows_aligned(query)
-    keys, values, facts = blocks.laid_out
-    dim, value_width = tile_width(query.shape[-1]), tile_width(values[0].shape[-1])
-    most = max(len(rows) for rows in sharing.rows) * queries * group
-    plain = spec.is_plain and not causal
-    block_rows, block_tokens, warps, stages = _blocks(
-        most, max(dim, value_width), query.element_size(), has_wgmma(query.device), plain
-    )
-    tiles = sharing.tiles(queries * group, block_rows, query.device)
-    longest = max(key.shape[1] for key in keys)
-    splits, split_tokens = split_keys(len(tiles.facts) * kv_heads, longest, block_tokens, query.device)
-    parts = sharing.parts * splits
-    whole = parts == 1 and tiles.whole
-    shape = (batch, heads, queries) if whole else (parts, batch, heads, queries)
-    out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
+    keys, values, _ = laid_out = blocks.laid_out
+    group = heads // keys[0].shape[0]
+    sizes = tile_sizes(keys[0], values[0], sharing, queries * group, spec.is_plain and not causal)
+    tiles = sharing.tiles(queries * group, sizes[0], query.device)
+    splits = split_blocks(keys, tiles, sizes)
+    parts = sharing.parts * splits[0]
+    shape = (batch, heads, queries) if parts == 1 else (parts, batch, heads, queries)
+    value_dim = blocks.values[0].shape[-1]
+    out = query.new_empty(*shape, value_dim, dtype=query.dtype if parts == 1 else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
-    if not tiles.whole:
-        lse.fill_(-torch.inf)
+    launch_blocks(query, *laid_out, tiles, sizes, splits, spec, query_positions, causal, out, lse)
+    return (out, lse) if parts == 1 else merge_stack(out, lse, query.dtype)
+
+
+def split_blocks(keys: list[Tensor], tiles: Tiles, sizes: Sequence[int]) -> tuple[int, int]:
+    """How many parts each block is read in, and how many tokens are in one."""
+    longest = max(key.shape[1] for key in keys)
+    return split_keys(len(tiles.facts) * keys[0].shape[0], longest, sizes[1], keys[0].device)
+
+
+def launch_blocks(
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    facts: Tensor,
+    tiles: Tiles,
+    sizes: Sequence[int],
+    splits: tuple[int, int],
+    spec: LogitSpec,
+    query_positions: Tensor | None,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Writes the attention to each level of blocks, by parts.
+
+    Args:
+        keys, values, facts: as of `KeyBlocks.laid_out`.
+        sizes: as of `tile_sizes`, by which the tiles are made. splits: as of `split_blocks`.
+        out, lse: contiguous, with levels times parts as a first dimension.
+    """
+    batch, heads, queries, _ = query.shape
+    kv_heads, group = keys[0].shape[0], heads // keys[0].shape[0]
+    query = rows_aligned(query)
+    block_rows, block_tokens, warps, stages = sizes
     reads_positions = query_positions is not None and (spec.window is not None or causal)
     query_positions = query_positions.contiguous() if query_positions is not None and reads_positions else None
     launch(
-        _prefix_kernel, (len(tiles.facts) * splits * kv_heads,),
-        query, facts, tiles.facts, tiles.members, query_positions, out, lse,
+        _prefix_kernel, (len(tiles.facts) * splits[0] * kv_heads,),
+        query, facts, *tiles, query_positions, out, lse,
         *query.stride()[:3],
-        batch, kv_heads, queries, len(tiles.facts), splits, split_tokens, *spec.arguments,
-        GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=dim,
-        VALUE_DIM=value_dim, VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=value_width,
+        batch, kv_heads, queries, len(tiles.facts), *splits, *spec.arguments,
+        GROUP=group, HEAD_DIM=keys[0].shape[-1], DIM=tile_width(keys[0].shape[-1]),
+        VALUE_DIM=out.shape[-1], VALUE_ROOM=values[0].shape[-1], VALUE_WIDTH=tile_width(values[0].shape[-1]),
         CAUSAL=causal, **spec.constants,
         BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return (out, lse) if whole else merge_stack(out, lse, query.dtype)
+
+
+def tile_sizes(key: Tensor, value: Tensor, sharing: Sharing, each: int, plain: bool) -> tuple[int, int, int, int]:
+    """Rows and tokens per tile, warps and pipeline stages, for blocks like these; each: rows of a member."""
+    most = max(len(rows) for rows in sharing.rows) * each
+    width = max(tile_width(key.shape[-1]), tile_width(value.shape[-1]))
+    return _blocks(most, width, key.element_size(), has_wgmma(key.device), plain)
 
 
 # from this many rows on, a tile is as large as registers allow

@@ -33,14 +33,15 @@ class KeyBlocks:
 
     @functools.cached_property
     def laid_out(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Keys and values with rows that kernels can load 16 bytes at a time, and a row of facts for each block:
-        [blocks, 6] int64, the two addresses, elements from one head to the next in both, tokens and start."""
+        """Keys and values with rows that kernels can load 16 bytes at a time, and a row of facts for each block, and
+        for one without tokens: [blocks + 1, 6] int64, the two addresses, elements from one head to the next in both,
+        tokens and start."""
         keys, values = ([_packed_rows(tensor) for tensor in tensors] for tensors in (self.keys, self.values))
         facts = [
             [key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0), key.shape[1], start]
             for key, value, start in zip(keys, values, self.starts, strict=True)
         ]
-        return keys, values, torch.tensor(facts, dtype=torch.int64).to(keys[0].device)
+        return keys, values, torch.tensor([*facts, [0] * 6], dtype=torch.int64).to(keys[0].device)
 
     def tensors(self) -> list[Tensor]:
         """What was made for kernels and is not the blocks themselves."""
@@ -60,11 +61,11 @@ def _packed_rows(tensor: Tensor) -> Tensor:
 class Tiles(NamedTuple):
     """Who computes what: facts [tiles, 5] int32 (block, its first row in the tile, rows of the block, its first
     member, level) and members [sum of members] int32, the batch rows of all blocks one after the other. A row is
-    one (member, query, head of a group). whole: every batch row is in every level."""
+    one (member, query, head of a group). Batch rows that are in no block of a level are those of a block without
+    tokens, the last one, so that every result is written."""
 
     facts: Tensor
     members: Tensor
-    whole: bool
 
 
 class Sharing:
@@ -108,7 +109,7 @@ class Sharing:
 
     def tensors(self) -> list[Tensor]:
         """What was made of the rows for devices."""
-        tables = [table for tiles in self._tiles.values() for table in tiles[:2]]
+        tables = [table for tiles in self._tiles.values() for table in tiles]
         return tables + [pick for pick in self._picks.values() if isinstance(pick, Tensor)]
 
     def tiles(self, each: int, block_rows: int, device: torch.device) -> Tiles:
@@ -117,15 +118,16 @@ class Sharing:
         if key not in self._tiles:
             facts: list[list[int]] = []
             members: list[int] = []
-            for block, rows in enumerate(self.rows):
+            blocks = [*zip(range(len(self.rows)), self.rows, self.levels, strict=True)]
+            for level in range(self.parts):
+                within = {row for _, rows, of_level in blocks if of_level == level for row in rows}
+                blocks.append((len(self.rows), [row for row in range(self.batch) if row not in within], level))
+            for block, rows, level in blocks:
                 for first in range(0, len(rows) * each, block_rows):
-                    facts.append([block, first, len(rows) * each, len(members), self.levels[block]])
+                    facts.append([block, first, len(rows) * each, len(members), level])
                 members += rows
-            whole = len(members) == self.parts * self.batch
             self._tiles[key] = Tiles(
-                torch.tensor(facts, dtype=torch.int32).to(device),
-                torch.tensor(members, dtype=torch.int32).to(device),
-                whole,
+                torch.tensor(facts, dtype=torch.int32).to(device), torch.tensor(members, dtype=torch.int32).to(device)
             )
         return self._tiles[key]
 

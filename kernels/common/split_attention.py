@@ -46,6 +46,7 @@ def launch_split(
     logits: Tensor | None = None,
     tickets: Tensor | None = None,
     merge: bool = True,
+    others: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of few queries, split over the keys so that few heads fill a GPU.
 
@@ -54,6 +55,7 @@ def launch_split(
         logits: [batch, kv_heads, tokens, group] float32 to write the logits to, -inf where unseen; for one query.
         tickets: [batch, kv_heads] int32, set to 0 for the launch that follows.
         merge: False leaves the parts apart, float32 with the split as a first dimension.
+        others: parts before these, which the caller writes; without `merge` only.
     """
     batch, heads, queries, _ = query.shape
     kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
@@ -71,12 +73,12 @@ def launch_split(
     resident = max(1, 8 // warps) * core_count(query.device)
     splits, split_tokens = _parts(batch * kv_heads * row_blocks, tokens, block_tokens, resident)
     whole = splits == 1 and merge
-    shape = (batch, heads, queries) if whole else (splits, batch, heads, queries)
+    shape = (batch, heads, queries) if whole else (others + splits, batch, heads, queries)
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
     launch(
         _split_kernel, (batch * kv_heads * row_blocks * splits,),
-        query, key, value, visible, positions, query_positions, out, lse, logits, tickets,
+        query, key, value, visible, positions, query_positions, out[others:], lse[others:], logits, tickets,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         batch, kv_heads, queries, tokens, splits, split_tokens, *spec.arguments,
         GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.merge import output_of
 from kvcompress.layer import AttentionInput, CompressedLayer
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.segment import EMPTY
@@ -65,6 +66,10 @@ class CompiledSteps:
         positions = self.positions[:, None].expand(keys.shape[:3])
         return slot_attention(x.query, keys, self.segment.values, positions, self.lengths[:, None], x.spec)
 
+    def output(self, x: AttentionInput) -> Tensor:
+        """The output of a layer that holds nothing else, with learned sink logits, [batch, heads, 1, head_dim]."""
+        return output_of(*self.attend(x), x.sinks)
+
     def count(self, x: AttentionInput) -> None:
         """Counts the token that `store` wrote."""
         self.lengths.add_(x.real_tokens)
@@ -87,6 +92,7 @@ class SteppedLayer(CompressedLayer):
     # whether steps on a GPU are compiled without reserve()
     reserves_on_gpu = False
     # where compiled steps write; columns seen when they were last counted; whether nothing else has come since
+    steps: type[CompiledSteps] = CompiledSteps
     _steps: CompiledSteps | None = None
     _counted = 0
     _is_ready = False
@@ -136,7 +142,7 @@ class SteppedLayer(CompressedLayer):
     def _count_on(self, segment: DenseSegment | TailSegment, places: Places) -> None:
         """Compiled steps may now write to the segment."""
         if self._steps is None:
-            self._steps = CompiledSteps(segment, places)
+            self._steps = self.steps(segment, places)
         else:
             self._steps.catch_up(places)
         if self.clock.tensor is None:
@@ -146,9 +152,13 @@ class SteppedLayer(CompressedLayer):
             self.clock.count_on(counted, seen)
         self._counted, self._is_ready = self.clock.seen, True
 
+    def _is_followed(self) -> bool:
+        """Whether a compiled step may follow on what is held."""
+        return self._is_ready
+
     def _ready_steps(self) -> CompiledSteps:
         """Where a compiled step writes; RuntimeError if it follows on what was not compiled."""
-        if self._steps is None or not self._is_ready:
+        if self._steps is None or not self._is_followed():
             raise RuntimeError(
                 "a compiled step must follow on compiled steps, or on cache.reserve(steps), which makes room for "
                 "as many: call it anew after a forward that was not compiled, and after crop"

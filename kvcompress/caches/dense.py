@@ -41,7 +41,7 @@ class CompiledStep(ForwardStep):
         steps.store(x)
 
     def attend(self, x: AttentionInput) -> Tensor:
-        return output_of(*self.steps.attend(x), x.sinks)
+        return self.steps.output(x)
 
     def commit(self) -> None:
         self.steps.count(self.input)

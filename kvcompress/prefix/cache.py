@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.layer import as_stored, ordinary_tensors
-from kvcompress.prefix.layer import segments_of
+from kvcompress.prefix.coded import segments_of
 from kvcompress.prefix.padding import same_tokens
 from kvcompress.prefix.prompts import tree_of_prompts
 from kvcompress.prefix.tree import ROOT, by_length
@@ -242,7 +242,7 @@ class HydragenCache(TreeCache):
 
     def known_ids(self, row: int = 0) -> Tensor:
         """The tokens of a row that the cache has seen, [tokens] int32 on the CPU, -1 for unknown ones."""
-        return torch.cat([self.tree.ids(self.tree.leaves[row]), self.padding.own_ids(row)])
+        return self.padding.row_ids(row, self.tree.lengths()[row] + self.own_lengths()[row])
 
     def own_lengths(self) -> list[int]:
         """For each row, how many of its tokens are its own, in no node."""

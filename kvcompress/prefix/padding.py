@@ -1,12 +1,12 @@
 """The padding record of a cache whose sequences share tokens: which columns are whose, and what was fed in them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvcompress.prefix.promotion import Promotion
 from kvcompress.prefix.tree import UNKNOWN, Tree
 from kvcompress.storage.padding import PaddingRecord
 
@@ -15,21 +15,6 @@ if TYPE_CHECKING:
 
 # stands for a token's id in a column that has no own token of its row
 PADDING = -2
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """Tokens of the suffix that become nodes.
-
-    nodes: for each new node its name, a row that holds its tokens, and which of the row's suffix tokens they are,
-    padding not counted: first .. stop. taken: for each row how many of its first suffix tokens are now in nodes.
-    counts: for each row how many suffix tokens it has. leaves: for each row the node that it then continues from.
-    """
-
-    nodes: list[tuple[int, int, int, int]]
-    taken: list[int]
-    counts: list[int]
-    leaves: list[int]
 
 
 class PrefixPadding(PaddingRecord):
@@ -45,13 +30,29 @@ class PrefixPadding(PaddingRecord):
     """
 
     def __init__(self, tree: Tree) -> None:
+        self.layers: list[SharedLayer] = []
+        self._visible: Tensor | None = None
         super().__init__()
         self.tree = tree
-        self.layers: list[SharedLayer] = []
         self.columns_fixed = True
         self.fed: Tensor | None = None
         self.fed_from = 0
         self.forget()
+
+    @property
+    def visible(self) -> Tensor | None:
+        missing = 0
+        if self._visible is not None and self.layers and not torch.compiler.is_compiling():
+            missing = self.layers[0].clock.seen - self._visible.shape[1]
+        if missing > 0:
+            assert self._visible is not None
+            # steps that were compiled left no record; all tokens that they fed are real
+            self._visible = torch.nn.functional.pad(self._visible, (0, missing), value=True)
+        return self._visible
+
+    @visible.setter
+    def visible(self, visible: Tensor | None) -> None:
+        self._visible = visible
 
     def forget(self) -> None:
         """Forgets what belongs to the current forward."""
@@ -86,6 +87,12 @@ class PrefixPadding(PaddingRecord):
         """Reports so many columns as seen."""
         for layer in self.layers:
             layer.clock.begin_at(tokens)
+
+    def note_steps(self) -> None:
+        """Begins to record what is fed, before the first step that is compiled and leaves no record."""
+        if self.fed is None:
+            self.fed_from = self.layers[0].clock.seen
+            self.fed = torch.empty(len(self.tree.leaves), 0, dtype=torch.int32)
 
     def shown(self, rows: int, seen: int) -> Tensor:
         """Tokens of each row that are not padding, [rows]."""
@@ -226,7 +233,8 @@ class PrefixPadding(PaddingRecord):
     def crop(self, tokens: int, seen: int) -> None:
         super().crop(tokens, seen)
         if self.fed is not None:
-            self.fed = self.fed[:, : max(0, self.fed.shape[1] - tokens)].clone()
+            # steps that were compiled left no record, so that it may end before the tokens taken back
+            self.fed = self.fed[:, : max(0, seen - self.fed_from)].clone()
 
     def _hides_shared(self, remap: Tensor) -> bool:
         """True if a token that is in a node is to be dropped."""

@@ -78,8 +78,9 @@ class Tree:
 
     def set_leaves(self, leaves: list[int]) -> None:
         """Sets which node each row continues from."""
+        if leaves != self.leaves:
+            self._sharing = None
         self.leaves = leaves
-        self._sharing = None
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order."""
@@ -105,7 +106,7 @@ class Tree:
 
     def node_to_suffix(self) -> None:
         """Drops all nodes; the rows stay."""
-        self.nodes, self.overlap = {}, None
+        self.nodes, self.overlap, self._sharing = {}, None, None
         self.set_leaves([ROOT] * len(self.leaves))
 
     def clear(self) -> None:
@@ -118,6 +119,11 @@ class Tree:
         own = [node.ids for node in self.nodes.values() if node.ids is not None]
         own += [] if self.overlap is None else [self.overlap]
         return own if self._sharing is None else own + self._sharing.tensors()
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether `sharing` is known: nothing has changed since."""
+        return self._sharing is not None
 
     def sharing(self) -> Sharing:
         """The rows of each node, in the order of `nodes`."""

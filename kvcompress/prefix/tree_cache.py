@@ -12,8 +12,9 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.layer import CompressedLayer, as_stored
 from kvcompress.prefix.layer import SharedLayer
-from kvcompress.prefix.padding import PrefixPadding, Promotion
-from kvcompress.prefix.tree import ROOT, Node, Tree
+from kvcompress.prefix.padding import PrefixPadding
+from kvcompress.prefix.promotion import Promotion
+from kvcompress.prefix.tree import ROOT, UNKNOWN, Node, Tree
 from kvcompress.storage.classes import class_named
 from kvcompress.storage.padding import PaddingRecord
 
@@ -43,11 +44,22 @@ class TreeCache(CompressedCache):
         super().batch_select_indices(indices)
         self._select(indices)
 
+    @as_stored()
     def _select(self, rows: Tensor) -> None:
         before = set(self.tree.leaves)
         self.tree.select(rows)
         if set(self.tree.leaves) != before:
             self._prune()
+        self._rows_changed()
+
+    def _rows_changed(self) -> None:
+        for layer in self.layers:
+            layer.rows_changed()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = super().__deepcopy__(memo)
+        copied._rows_changed()
+        return copied
 
     @as_stored()
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -58,6 +70,7 @@ class TreeCache(CompressedCache):
             self.padding.columns_fixed = True
         super().batch_repeat_interleave(repeats)
         self.tree.repeat(repeats)
+        self._rows_changed()
 
     @as_stored()
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -125,7 +138,7 @@ class TreeCache(CompressedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if layer_idx == 0:
+        if layer_idx == 0 and not (torch.compiler.is_compiling() and self.is_traceable(key_states.shape[2])):
             self._meet(key_states.shape[0])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -176,6 +189,9 @@ class TreeCache(CompressedCache):
         for layer in self.layers:
             if layer.kv_shape is not None:
                 layer.kv_shape = (batch, *layer.kv_shape[1:])
+            if layer.dense is not None and layer.dense.length == 0:
+                # room that was reserved for other rows
+                layer.dense = None
 
     def _set_leaves(self, leaves: list[int]) -> None:
         self.tree.set_leaves(leaves)
@@ -194,8 +210,9 @@ class TreeCache(CompressedCache):
         nodes = []
         for row, count in enumerate(counts):
             if count:
-                ids = self.padding.own_ids(row)
-                leaves[row] = self.tree.add(leaves[row], count, ids if len(ids) == count else None)
+                held = self.tree.length(leaves[row])
+                ids = self.padding.row_ids(row, held + count)[held:].clone()
+                leaves[row] = self.tree.add(leaves[row], count, ids if bool((ids != UNKNOWN).any()) else None)
                 nodes.append((leaves[row], row, 0, count))
         if nodes:
             for layer in self.layers:

@@ -39,7 +39,8 @@ class TokenClock:
 
     def begin_at(self, seen: int) -> None:
         """Sets how many columns were fed."""
-        assert self.tensor is None
+        if self.tensor is not None:
+            self.tensor.fill_(seen)
         self._seen = seen
 
     def count_on(self, tensor: Tensor, seen: int | None = None) -> None:

@@ -287,6 +287,7 @@ ENTRIES = [
         kept=everything,
         exact=True,
         croppable=True,
+        compileable=True,
         shares=True,
     ),
     Entry(

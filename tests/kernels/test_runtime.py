@@ -12,9 +12,11 @@ from kvcompress.kernels.common import runtime
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.common.runtime import ALL_REGISTERS, OPS, launch, op, recording, runs_triton, shaped
+from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
 from kvcompress.kernels.decode_evict import Slots
 from kvcompress.kernels.fill import FoldedChunks, Rotation
 from kvcompress.kernels.selection import chunk_positions
+from kvcompress.kernels.shared_attention import block_tables
 from tests.kernels.inputs import DEVICE, blocks, heads, packed_blocks, slot_positions
 
 for module in pkgutil.iter_modules(kvcompress.kernels.__path__, "kvcompress.kernels."):
@@ -42,6 +44,8 @@ FOLDED = FoldedChunks(
     *(torch.tensor([SLAB.data_ptr()]), [SLAB]),
 )
 
+NODES = block_tables(KeyBlocks([KEY[0], KEY[1]], [KEY[0], KEY[1]]), Sharing([(0, 1), (1,)], 2), 2, SPEC)
+
 # arguments of every op
 CALLS = {
     "merge_states": (([QUERY, QUERY], [LSE, LSE]), {}),
@@ -51,6 +55,10 @@ CALLS = {
     "slot_column_sums": ((QUERY, KEY, POSITIONS, AT, LSE, SPEC), {}),
     "slot_column_maxima": ((QUERY, KEY, POSITIONS, AT, LSE, LogitSpec(0.1, 12)), {}),
     "decode_attention": ((STEP, KEY, KEY, POSITIONS, AT[:, :1], SPEC), {}),
+    "shared_attention": (
+        (STEP, KEY, KEY, NODES, SPEC),
+        {"positions": POSITIONS, "sinks": torch.randn(4, device=DEVICE)},
+    ),
     "packed_attention": ((STEP, PACKED, PACKED, CODING, CODING, THERE, AT[:, :1], SPEC), {"with_logits": True}),
     "choose_victim": ((SCORES, POSITIONS, LIMITS, 2), {}),
     "decode_and_evict": (
