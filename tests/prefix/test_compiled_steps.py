@@ -64,7 +64,7 @@ def six():
         pytest.param(prefix, "gpt_oss", SUFFIXES, marks=pytest.mark.slow),
         pytest.param(tree, "qwen3", six(), marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", given if isinstance(given, str) else "rows"),
 )
 def test_two_hundred_steps_behind_nodes_are_one_graph_and_the_tokens_of_eager_mode(make, family, suffixes):
     model = tiny(family)
