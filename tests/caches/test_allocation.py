@@ -42,5 +42,5 @@ def test_one_layer_gets_the_budget():
 
 
 def test_an_unknown_allocation_is_refused():
-    with pytest.raises(ValueError, match="allocation must be one of uniform, pyramid, got 'cone'"):
+    with pytest.raises(ValueError, match="allocation must be one of uniform, pyramid, heads, global, got 'cone'"):
         layer_budgets("cone", 40, 3)
