@@ -146,7 +146,14 @@ def build(
         if budget is None:
             raise ValueError(f"the method {method.name} needs a budget: tokens to keep, or a fraction of those seen")
     _check_complete(method, settings)
-    return method.build(model, 0 if budget is None else budget, settings)
+    try:
+        return method.build(model, 0 if budget is None else budget, settings)
+    except TypeError as error:
+        if method.settings is not None or not settings:
+            raise
+        # which settings there are is known to nobody but the function that builds it
+        given = ", ".join(settings)
+        raise ValueError(f"the method {method.name} does not take these settings: {given} ({error})") from error
 
 
 def policy_of(method: Listed, settings: Mapping[str, Any]) -> tuple[Policy, dict[str, Any]]:

@@ -199,8 +199,8 @@ def test_a_cache_that_takes_padding_for_tokens_is_found(monkeypatch):
 
 
 def test_an_evicting_cache_that_keeps_one_token_less_is_found(monkeypatch):
-    def kept(self, scores, positions, real=ChunkStep._kept):
-        chosen = real(self, scores, positions)
+    def kept(self, ranking, real=ChunkStep._kept):
+        chosen = real(self, ranking)
         # of each head its oldest
         first = chosen.to(torch.uint8).argmax(-1, keepdim=True)
         return chosen.scatter(-1, first, False)

@@ -192,7 +192,7 @@ def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_tra
     ids = prompt(20, 2)
     cache, straight = entry.build(model), entry.build(model)
     expected = generate(model, straight, ids, max_new_tokens=6)
-    if entry.between_folds or entry.shares:
+    if entry.between_folds or entry.shares or entry.packs_between:
         # as on a GPU from the first forward on
         cache.reserve()
     model.forward = torch.compile(model.forward, backend=backend)
