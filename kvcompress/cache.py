@@ -126,11 +126,9 @@ class CompressedCache(hf.AttendingCache):
 
     @as_stored()
     def reserve(self, steps: int | None = None) -> None:
-        """Makes ready for steps that you compile; `generate` compiles its own on a GPU, where the cache promises to be
-        compileable, and makes ready by itself.
+        """Makes ready for steps that you compile: takes room, folds, packs; `generate` on a GPU does so by itself.
 
-        What a compiled step cannot do is done here: taking room, folding, packing. Call it anew before so many steps
-        are used up, and after a forward that was not compiled, crop, or a change of the batch.
+        Call it anew before they are used up, and after crop, a change of rows, or a forward that was not compiled.
 
         Args:
             steps: tokens per sequence that are to come. None: as many as the cache can make ready for at no great cost.
@@ -400,9 +398,7 @@ class CompressedCache(hf.AttendingCache):
             again = self._rebuild(model, json.loads(json.dumps(self._settings())))
         except (TypeError, ValueError) as error:
             names = ", ".join(parts)
-            raise ValueError(
-                f"a file cannot hold the settings of {names}, for it to be built again: {error}"
-            ) from error
+            raise ValueError(f"a file cannot hold the settings of {names}, to build it again: {error}") from error
         for name, part in parts.items():
             kept = _told(again._parts_of_others()[name])
             lost = [f"{each}={value!r}" for each, value in _told(part).items() if kept.get(each) != value]

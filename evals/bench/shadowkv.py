@@ -66,7 +66,14 @@ def shadow_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
         compared=lambda held: scores.gather(2, held).sum(-1),
     )  # fmt: skip
 
-    now, is_new = reuse_slots(before, order[..., :slots].contiguous(), chunks)
+    yield _fill_case(shape, dtype, device, before, order[..., :slots].contiguous())
+
+
+def _fill_case(shape: Shape, dtype: torch.dtype, device: torch.device, before: Tensor, chosen: Tensor) -> Case:
+    """A step's keys rebuilt and values fetched; chunks held before and chosen now, [batch, kv_heads, slots] int64."""
+    batch, _, kv_heads, tokens, head_dim = shape
+    chunks, slots, random = tokens // _CHUNK, before.shape[2], make_random(dtype, device)
+    now, is_new = reuse_slots(before, chosen, chunks)
     new_tokens = int(is_new.sum()) * _CHUNK
     rank = ShadowKV().rank_of(kv_heads * head_dim)
     coefficients, basis = random(batch, chunks * _CHUNK, rank), random(batch, rank, kv_heads * head_dim) / rank**0.5
@@ -94,10 +101,10 @@ def shadow_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
         return call
 
     by_address = [] if device.type == "cuda" else [slab]
-    yield Case(
+    return Case(
         "fill_buffer", shape,
         {"ours": filling(fill_buffer, by_address), "one copy": filling(fill_buffer_reference, [slab])}, "one copy",
-        bytes=new_tokens * (rank + 2 * head_dim) * size,
+        bytes=new_tokens * (rank + 2 * head_dim) * dtype.itemsize,
     )  # fmt: skip
 
 
