@@ -175,10 +175,8 @@ class EvictingLayer(CompressedLayer):
         """Tells the compiler that the layer's tensors stay where they are; else CUDA graphs refuse to write to them."""
         assert self.slots is not None
         # checked here: torch 2.11 fails to compare with a budget that differs from the previously compiled cache's
-        if isinstance(self.slots, RaggedSlots):
-            self._holds_budget = not isinstance(self.budget, int) or self._steps_left == _FOREVER
-        else:
-            self._holds_budget = not isinstance(self.budget, int) or self.slots.slots > self._limit(0)
+        holds = self._steps_left == _FOREVER if self.competes else self.slots.slots > self._limit(0)
+        self._holds_budget = not isinstance(self.budget, int) or holds
         for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
             # unguarded: another cache of the same shapes records a graph, and compiles nothing
             torch._dynamo.mark_static_address(tensor, guard=False)

@@ -110,20 +110,31 @@ class RaggedSlots(SlotSegment):
     def like(self) -> tuple[Tensor, Tensor]:
         return tuple(x.new_empty(*self.starts.shape, 0, x.shape[-1]) for x in (self.keys, self.values))  # type: ignore[return-value]
 
-    def _parts(
-        self, query: Tensor, query_positions: Tensor
-    ) -> Iterator[tuple[Bucket, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """By capacity: the bucket, queries of its heads [heads, group, queries, head_dim], keys and values [heads, 1,
-        capacity, head_dim], positions [heads, 1, capacity], and positions of the queries [heads, queries]."""
-        queries, positions = self._by_place(query), self._by_place(self.positions)
-        at = query_positions.expand(len(self.starts), -1)[self.order // self.starts.shape[1]]
+    def _stored(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """By capacity: the heads' places in `order`, and their keys and values, [heads, 1, capacity, head_dim]."""
         for bucket in self.buckets:
-            heads, held = slice(bucket.start, bucket.stop), bucket.heads * bucket.capacity
             keys, values = (
-                x.narrow(0, bucket.first, held).view(bucket.heads, 1, bucket.capacity, x.shape[-1])
+                x.narrow(0, bucket.first, bucket.heads * bucket.capacity).view(
+                    bucket.heads, 1, bucket.capacity, x.shape[-1]
+                )
                 for x in (self.keys, self.values)
             )
-            yield bucket, queries[heads], keys, values, positions[heads, :, : bucket.capacity], at[heads]
+            yield slice(bucket.start, bucket.stop), keys, values
+
+    def _parts(
+        self, query: Tensor, query_positions: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """By capacity: the heads' places in `order`, their queries [heads, group, queries, head_dim], keys and values
+        [heads, 1, capacity, head_dim], positions [heads, 1, capacity], and those of the queries [heads, queries]."""
+        queries, positions = self._by_place(query), self._by_place(self.positions)
+        at = self._of_queries(query_positions)
+        for heads, keys, values in self._stored():
+            yield heads, queries[heads], keys, values, positions[heads, :, : keys.shape[2]], at[heads]
+
+    def _of_queries(self, query_positions: Tensor) -> Tensor:
+        """Positions of queries, [batch, queries] or [1, queries], for each head in the order in which the slots lie."""
+        batch, kv_heads = self.starts.shape
+        return query_positions.expand(batch, -1)[self.order // kv_heads]
 
     def _by_place(self, x: Tensor) -> Tensor:
         """[batch, heads, ...] as [heads of all sequences, group, ...], in the order in which the slots lie."""
@@ -183,18 +194,14 @@ class RaggedSlots(SlotSegment):
         of_sinks = None
         if sink_logits is not None:
             of_sinks = self._by_place(sink_logits.to(dtype).expand(len(query), -1))[:, None, :, None]
-        parts = list(self._parts(query.to(dtype) * spec.scale, query_positions))
+        queries, stored = self._by_place(query.to(dtype) * spec.scale).transpose(1, 2), list(self._stored())
         # [heads of all sequences, 1, group, most slots]
-        logits = query.new_zeros(len(self.order), 1, query.shape[1] // self.starts.shape[1], self.slots, dtype=dtype)
-        for bucket, queries, keys, *_ in parts:
-            product = queries.transpose(1, 2) @ keys.to(dtype).mT
-            logits[bucket.start : bucket.stop, ..., : bucket.capacity] = product
-        at = query_positions.expand(len(self.starts), -1)[self.order // self.starts.shape[1]]
-        probabilities = slot_probabilities(logits, self._by_place(self.positions), at, spec, of_sinks)
-        outs = [
-            probabilities[bucket.start : bucket.stop, ..., : bucket.capacity] @ values.to(dtype)
-            for bucket, _, _, values, *_ in parts
-        ]
+        logits = queries.new_zeros(*queries.shape[:-1], self.slots)
+        for heads, keys, _ in stored:
+            logits[heads, ..., : keys.shape[2]] = queries[heads] @ keys.to(dtype).mT
+        positions, at = self._by_place(self.positions), self._of_queries(query_positions)
+        probabilities = slot_probabilities(logits, positions, at, spec, of_sinks)
+        outs = [probabilities[heads, ..., : values.shape[2]] @ values.to(dtype) for heads, _, values in stored]
         out = self._by_head([part.transpose(1, 2) for part in outs], query.shape)
         return out.to(query.dtype), self._by_head([probabilities.sum(2).float()], self.starts.shape)
 
@@ -213,8 +220,8 @@ class RaggedSlots(SlotSegment):
         lses = self._by_place(lse)
         return self._columns_by_head(
             [
-                op(queries, keys, positions, at, lses[bucket.start : bucket.stop], spec)
-                for bucket, queries, keys, _, positions, at in self._parts(query, query_positions)
+                op(queries, keys, positions, at, lses[heads], spec)
+                for heads, queries, keys, _, positions, at in self._parts(query, query_positions)
             ]
         )
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from transformers import CompileConfig
 
 from kvcompress import GEARCache, KIVICache
 from kvcompress.hf import cache_argument
 from kvcompress.storage.segment import EMPTY
-from tests.contract.drive import feed
+from tests.contract.drive import counting_graphs, feed
 from tests.contract.models import DEVICE, left_padded, prompt, tiny
 from tests.contract.test_compile import step_function
 
@@ -156,14 +155,7 @@ def test_what_comes_after_compiled_steps_finds_what_they_wrote(change, tmp_path)
 def test_generate_packs_between_its_compiled_steps_what_eager_steps_would_have_packed(make):
     model = tiny(dtype=torch.float64)
     ids, mask = left_padded(ROWS)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
-    config._compile_all_devices = True
+    config, graphs = counting_graphs()
     cache, eager = make(model), make(model)
     cache.reserve(64)
     options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 from kvcompress.hf import cache_argument
 from tests.contract.caches import Entry
@@ -56,6 +56,19 @@ def replay(model: PreTrainedModel, cache: Any, transcript: Transcript) -> list[T
         logits.append(feed(model, cache, forward.ids, forward.visible.long())[:, -forward.logits.shape[1] :])
         start += forward.queries
     return logits
+
+
+def counting_graphs() -> tuple[CompileConfig, list[Any]]:
+    """A config with which `generate` compiles its steps on any device, and the graphs that it then compiles."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
+    return config, graphs
 
 
 def tokens_kept(cache: Any) -> list[Tensor]:

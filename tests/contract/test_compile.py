@@ -6,13 +6,12 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext
-from transformers import CompileConfig
 
 from kvcompress import DenseCache, H2OCache, release
 from kvcompress.caches.compiled_steps import SteppedLayer
 from kvcompress.hf import cache_argument, cache_name
 from tests.contract.caches import RESERVED, caches, those
-from tests.contract.drive import assert_same_state, feed
+from tests.contract.drive import assert_same_state, counting_graphs, feed
 from tests.contract.models import DEVICE, END, PAD, left_padded, prompt, tiny
 
 STEPS = 200
@@ -150,14 +149,7 @@ def test_a_compiled_step_of_a_full_cache_must_follow_on_compiled_steps_or_on_res
 def test_generate_compiles_the_steps_of_a_full_cache_that_has_room_and_takes_more_where_it_runs_out():
     model = tiny()
     ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
-    config._compile_all_devices = True
+    config, graphs = counting_graphs()
     cache = DenseCache(model)
     cache.reserve(16)
     options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}

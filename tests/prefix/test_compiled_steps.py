@@ -6,11 +6,10 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext
-from transformers import CompileConfig
 
 from kvcompress import GEARCache, H2OCache, HydragenCache
 from kvcompress.hf import cache_argument
-from tests.contract.drive import feed
+from tests.contract.drive import counting_graphs, feed
 from tests.contract.models import DEVICE, left_padded, prompt, tiny
 from tests.contract.test_compile import STEPS, addresses, decode, step_function
 from tests.prefix.rows import PREFIX, ROWS, SUFFIXES, TREE
@@ -239,14 +238,7 @@ def test_nodes_of_other_caches_are_not_compiled(make):
 def test_generate_compiles_the_steps_behind_a_prefix():
     model = tiny()
     ids, mask = left_padded([torch.cat([PREFIX, suffix]) for suffix in SUFFIXES])
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
-    config._compile_all_devices = True
+    config, graphs = counting_graphs()
     options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
     caches = [HydragenCache(model, ids, mask) for _ in range(2)]
     caches[0].reserve(16)
