@@ -68,7 +68,8 @@ def bulk_key_values(
         x, cos, sin, torch.tensor(addresses).to(x.device, non_blocking=True), x.shape[-1], *keys[0].stride()[:3],
         rows, tokens, kv_heads, len(keys), 0 if cos.shape[0] == 1 else tokens, epsilon,
         HEAD_DIM=head_dim, HAS_KEY_BIAS=key_biases is not None, HAS_VALUE_BIAS=value_biases is not None,
-        HAS_NORM=norms is not None, ALIGNED=aligned, **sizes, **options,
+        HAS_NORM=norms is not None, ALIGNED=aligned, WHOLE=x.shape[-1] % sizes["BLOCK_HIDDEN"] == 0,
+        **sizes, **options,
     )  # fmt: skip
 
 
@@ -163,6 +164,7 @@ def _bulk_kv_kernel(
     HAS_VALUE_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     SIDE: tl.constexpr,
@@ -191,18 +193,20 @@ def _bulk_kv_kernel(
     # a tile's columns: both halves of the heads' keys, then both halves of their values
     place = tl.arange(0, 4 * WIDTH)
     head, dim = first_head + place % WIDTH // SIDE, place % SIDE
-    weight_ok = (head < kv_heads) & (dim < HALF)
-    weight_row = wide(head) * HEAD_DIM + place // WIDTH % 2 * HALF + dim
+    # what is past the last row, head or dimension is read from there, and not stored: no mask but that of the hidden
+    # dimension is left in the loop
+    weight_row = wide(tl.minimum(head, kv_heads - 1)) * HEAD_DIM + place // WIDTH % 2 * HALF + tl.minimum(dim, HALF - 1)
     # addresses of memory of each column's own, whose alignment the launch has seen
     weight_ptr = tl.load(addresses_ptr + place // (2 * WIDTH)).to(x_ptr.dtype)
     weight_ptr = tl.multiple_of(weight_ptr, [ALIGNED]) + weight_row * hidden_stride
-    x_ptrs = x_ptr + wide(row) * hidden_stride
+    x_ptrs = x_ptr + wide(tl.minimum(row, rows - 1)) * hidden_stride
     made = tl.zeros([BLOCK_ROWS, 4 * WIDTH], tl.float32)
     for start in range(0, hidden_stride, BLOCK_HIDDEN):
         k = start + tl.arange(0, BLOCK_HIDDEN)
-        k_ok = k < hidden_stride
-        left = tl.load(x_ptrs[:, None] + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
-        right = tl.load(weight_ptr[None, :] + k[:, None], mask=k_ok[:, None] & weight_ok[None, :], other=0.0)
+        # of a whole number of blocks none overruns
+        k_ok = (k < hidden_stride) | WHOLE
+        left = tl.load(x_ptrs[:, None] + k[None, :], mask=k_ok[None, :], other=0.0)
+        right = tl.load(weight_ptr[None, :] + k[:, None], mask=k_ok[:, None], other=0.0)
         made = dot(left, right, made)
 
     token = row % tokens
@@ -231,7 +235,8 @@ def _bulk_kv_kernel(
         b += tl.load(bias_ptr + HALF, mask=place_ok, other=0.0).to(tl.float32)[None, :]
     if HAS_NORM:
         norm_ptr = tl.load(addresses_ptr + 6).to(x_ptr.dtype) + dim
-        square = tl.sum(tl.reshape(a * a + b * b, [BLOCK_ROWS, HEADS, SIDE]), 2) / HEAD_DIM
+        square = tl.where((dim < HALF)[None, :], a * a + b * b, 0.0)
+        square = tl.sum(tl.reshape(square, [BLOCK_ROWS, HEADS, SIDE]), 2) / HEAD_DIM
         spread = tl.rsqrt(square + epsilon)[:, :, None].broadcast_to(BLOCK_ROWS, HEADS, SIDE)
         spread = tl.reshape(spread, [BLOCK_ROWS, WIDTH])
         a = a * spread * tl.load(norm_ptr, mask=place_ok, other=0.0).to(tl.float32)[None, :]
@@ -261,6 +266,9 @@ def aot_calls() -> None:
                 # what does not begin at a multiple of 16 bytes
                 weights = [shaped(weight.numel() + 1, dtype=dtype)[1:].view_as(weight)] * 4
                 bulk_key_values(x, weights, weights, *arguments[3:])
+                # a hidden dimension that is no whole number of blocks
+                weights = [shaped(8 * head_dim, 2000, dtype=dtype)] * 4
+                bulk_key_values(shaped(2, 100, 2000, dtype=dtype), weights, weights, *arguments[3:])
             if (head_dim, dtype) == (128, torch.bfloat16):
                 biases = [shaped(8 * head_dim, dtype=dtype)] * 4
                 bulk_key_values(*arguments, key_biases=biases, value_biases=biases)
