@@ -4,6 +4,7 @@ The log-sum-exp is what makes partial attentions mergeable (kernels/merge.py) an
 recompute any probability, `exp(logit - lse)`, without a queries x tokens tensor (kernels/column_sums.py).
 
     logit = scale * q.k        or, with a softcap c,        c * tanh(scale * q.k / c)
+    logit += bias              where slots have weights of their own: the log of a slot's weight (arXiv:2602.16284)
     lse = log(sum(exp(logit)))        out = sum(exp(logit - lse) * v)
 
 Flops 4 * batch * heads * (query, key) pairs * head_dim. Bytes: queries and outputs once, keys and values
@@ -103,7 +104,13 @@ def causal_attention_reference(
     )
 )
 def slot_attention(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    spec: LogitSpec,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to cached tokens that lie in slots of any order, some of them empty.
 
@@ -114,24 +121,38 @@ def slot_attention(
         positions: [batch, kv_heads, slots] int32, the position of each slot's token, at most that of every
             query; -1 marks an empty slot.
         query_positions: [batch, queries] int32; read only where there is a window.
+        bias: [batch, kv_heads, slots] float32, finite: the natural logarithm of each slot's weight, which is added to
+            its logits after scale and softcap, and which the log-sum-exp counts. None: every slot weighs 1.
 
     Returns:
         The output, [batch, heads, queries, value_dim] in query's dtype, and its log-sum-exp,
         [batch, heads, queries].
     """
     _check(query, key, value)
+    if bias is not None and bias.shape != key.shape[:3]:
+        raise ValueError(
+            f"slot_attention needs a bias for every slot, {list(key.shape[:3])}, got {list(bias.shape)}: expand it"
+        )
     if runs_triton(query) and query.numel():
-        return launch_split(query, key, value, spec, positions=positions, query_positions=query_positions)
+        return launch_split(query, key, value, spec, None, positions, query_positions, bias)
     if query.is_cuda or not spec.is_plain or key.shape[-1] != value.shape[-1]:
-        return slots_in_blocks(query, key, value, positions, query_positions, spec)
-    return slot_flash(query, key, value, positions, spec.scale)
+        return slots_in_blocks(query, key, value, positions, query_positions, spec, bias=bias)
+    return slot_flash(query, key, value, positions, spec.scale, bias)
 
 
 def slot_attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    spec: LogitSpec,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What slot_attention means, in plain PyTorch."""
     logits = query_logits(query, key, spec)
+    if bias is not None:
+        logits = logits + bias[:, :, None, None]
     seen = slots_seen(positions, query_positions, spec.window)[:, :, None]
     return _softmax_reference(logits.masked_fill(~seen, -torch.inf), value, query)
 
@@ -382,3 +403,5 @@ def aot_calls() -> None:
                 at = shaped(1, queries, dtype=torch.int32)
                 slot_attention(query, key, key, positions, at, plain)
                 slot_attention(query, key, key, positions, at, bounded)
+                slot_attention(query, key, key, positions, at, plain, shaped(1, 4, 900))
+                slot_attention(query, key, key, positions, at, bounded, shaped(1, 4, 900))

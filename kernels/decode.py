@@ -134,7 +134,7 @@ def _launch(
     batch, heads = query.shape[:2]
     kv_heads, slots = key.shape[1:3]
     logits = query.new_empty(batch, kv_heads, slots, heads // kv_heads, dtype=torch.float32)
-    parts, lses = launch_split(query, key, value, spec, None, positions, query_positions, logits, merge=False)
+    parts, lses = launch_split(query, key, value, spec, None, positions, query_positions, logits=logits, merge=False)
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     probabilities = key.new_empty(key.shape[:3], dtype=torch.float32)
     value_dim, group = value.shape[-1], heads // kv_heads

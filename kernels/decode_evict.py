@@ -164,7 +164,7 @@ def _launch(
     logits = query.new_empty(batch, kv_heads, count, group, dtype=torch.float32)
     tickets = positions.new_empty(batch, kv_heads)
     parts, lses = launch_split(
-        query, keys, values, spec, None, positions, token_positions[:, None], logits, tickets, merge=False
+        query, keys, values, spec, None, positions, token_positions[:, None], None, logits, tickets, merge=False
     )
     out = query.new_empty(batch, heads, 1, value_dim)
     chunk = _chunk(batch * kv_heads, count, query.device)

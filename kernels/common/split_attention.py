@@ -43,6 +43,7 @@ def launch_split(
     visible: Tensor | None = None,
     positions: Tensor | None = None,
     query_positions: Tensor | None = None,
+    bias: Tensor | None = None,
     logits: Tensor | None = None,
     tickets: Tensor | None = None,
     merge: bool = True,
@@ -51,7 +52,8 @@ def launch_split(
     """Attention of few queries, split over the keys so that few heads fill a GPU.
 
     Args:
-        visible: as in causal_attention. positions, query_positions: as in slot_attention; None: a causal chunk.
+        visible: as in causal_attention. positions, query_positions, bias: as in slot_attention; without positions a
+            causal chunk.
         logits: [batch, kv_heads, tokens, group] float32 to write the logits to, -inf where unseen; for one query.
         tickets: [batch, kv_heads] int32, set to 0 for the launch that follows.
         merge: False leaves the parts apart, float32 with the split as a first dimension.
@@ -63,6 +65,7 @@ def launch_split(
     query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
     positions = None if positions is None else positions.contiguous()
+    bias = None if bias is None else bias.contiguous()
     query_positions = None if spec.window is None or query_positions is None else query_positions.contiguous()
     # bound by bandwidth: columns that are only masked cost nothing, tails would cost registers
     dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
@@ -78,12 +81,13 @@ def launch_split(
     lse = query.new_empty(shape, dtype=torch.float32)
     launch(
         _split_kernel, (batch * kv_heads * row_blocks * splits,),
-        query, key, value, visible, positions, query_positions, out[others:], lse[others:], logits, tickets,
+        query, key, value, visible, positions, query_positions, bias, out[others:], lse[others:], logits, tickets,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         batch, kv_heads, queries, tokens, splits, split_tokens, *spec.arguments,
         GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
         VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
-        PADDED=visible is not None, SLOTTED=positions is not None, WRITES_LOGITS=logits is not None, **spec.constants,
+        PADDED=visible is not None, SLOTTED=positions is not None, BIASED=bias is not None,
+        WRITES_LOGITS=logits is not None, **spec.constants,
         BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return (out, lse) if whole or not merge else merge_stack(out, lse, query.dtype)
@@ -130,8 +134,8 @@ def _split_blocks(rows: int, width: int, element_size: int, deep: bool) -> tuple
 
 @triton.jit(do_not_specialize=["batch_size", "queries", "tokens", "splits", "split_tokens", "window"])
 def _split_kernel(
-    query_ptr, key_ptr, value_ptr, visible_ptr, positions_ptr, query_positions_ptr, out_ptr, lse_ptr, logits_ptr,
-    tickets_ptr,
+    query_ptr, key_ptr, value_ptr, visible_ptr, positions_ptr, query_positions_ptr, bias_ptr, out_ptr, lse_ptr,
+    logits_ptr, tickets_ptr,
     query_batch_stride, query_head_stride, query_stride,
     key_batch_stride, key_head_stride, key_stride,
     value_batch_stride, value_head_stride, value_stride,
@@ -144,6 +148,7 @@ def _split_kernel(
     VALUE_WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     SLOTTED: tl.constexpr,
+    BIASED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     WRITES_LOGITS: tl.constexpr,
@@ -196,6 +201,8 @@ def _split_kernel(
         else:
             slot_position = token
             seen = (token[None, :] <= position[:, None]) & token_ok[None, :]
+        if BIASED:
+            logits += tl.load(bias_ptr + positions_base + token, mask=token_ok, other=0.0)[None, :]
         if WINDOWED:
             seen = seen & (slot_position[None, :] > position[:, None] - window)
         if PADDED:

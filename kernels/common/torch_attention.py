@@ -47,7 +47,13 @@ def causal_blocks(
 
 
 def slot_blocks(
-    query: Tensor, key: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec, causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    spec: LogitSpec,
+    causal: bool = False,
+    bias: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Masked logits over slots, a block of queries at a time: the queries and
     [batch, kv_heads, group, block, slots] in float32."""
@@ -56,6 +62,8 @@ def slot_blocks(
     for start in range(0, queries, block):
         rows = slice(start, min(start + block, queries))
         logits = query_logits(query[:, :, rows], key, spec)
+        if bias is not None:
+            logits += bias[:, :, None, None]
         seen = slots_seen(positions, query_positions[:, rows], spec.window, causal)[:, :, None]
         yield rows, logits.masked_fill_(~seen, -torch.inf)
 
@@ -80,11 +88,12 @@ def slots_in_blocks(
     query_positions: Tensor,
     spec: LogitSpec,
     causal: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """slot_attention in PyTorch, a block of queries at a time. causal: as in slots_seen."""
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    for rows, logits in slot_blocks(query, key, positions, query_positions, spec, causal):
+    for rows, logits in slot_blocks(query, key, positions, query_positions, spec, causal, bias):
         block_out, block_lse = softmax_values(logits, value)
         out[:, :, rows], lse[:, :, rows] = block_out.flatten(1, 2), block_lse.flatten(1, 2)
     return out, lse
@@ -145,14 +154,22 @@ def causal_flash(
     return out, lse
 
 
-def slot_flash(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def slot_flash(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """slot_attention of a plain spec, by torch's fused attention."""
     batch, heads, queries, head_dim = query.shape
     kv_heads = key.shape[1]
     # the heads of a group become more queries of their kv head: keys are read once per group
     rows = query.reshape(batch, kv_heads, -1, head_dim)
-    bias = torch.zeros_like(positions, dtype=query.dtype).masked_fill_(positions < 0, -torch.inf)[:, :, None, :]
+    if bias is None:
+        bias = torch.zeros_like(positions, dtype=query.dtype)
+    else:
+        # 16 bits are too few for a logit
+        bias = bias.to(torch.promote_types(query.dtype, bias.dtype))
+    mask = bias.masked_fill(positions < 0, -torch.inf)[:, :, None, :]
     seen = (positions >= 0).any(-1)[..., None]
-    out, lse = cpu_flash(rows, key, value, scale, False, bias.expand(-1, -1, rows.shape[2], -1), seen)
+    out, lse = cpu_flash(rows, key, value, scale, False, mask.expand(-1, -1, rows.shape[2], -1), seen)
     return out.reshape(*query.shape[:-1], -1), lse.reshape(batch, heads, queries)
 
 

@@ -83,18 +83,44 @@ def test_slot_attention_agrees_with_the_reference_in_16_bits(dtype):
     check_slots(3, 2, 300, 80, 80, dtype, {})
 
 
-def check_slots(group, queries, slots, head_dim, value_dim, dtype, options):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "queries", "slots", "head_dim", "value_dim", "options"), SLOTS[1::3], ids=str)
+def test_slot_attention_with_a_bias_agrees_with_the_reference(
+    group, queries, slots, head_dim, value_dim, options, dtype
+):
+    check_slots(group, queries, slots, head_dim, value_dim, dtype, options, 3 * torch.randn(2, 2, slots, device=DEVICE))
+
+
+def check_slots(group, queries, slots, head_dim, value_dim, dtype, options, bias=None):
     query = heads(2, 2 * group, queries, head_dim, dtype)
     key, value = heads(2, 2, slots, head_dim, dtype), heads(2, 2, slots, value_dim, dtype)
     positions = slot_positions(2, 2, slots)
     query_positions = (2 * slots + torch.arange(2 * queries, device=DEVICE).view(2, queries)).int()
-    arguments = (query, key, value, positions, query_positions, LogitSpec(head_dim**-0.5, **options))
+    arguments = (query, key, value, positions, query_positions, LogitSpec(head_dim**-0.5, **options), bias)
     out, lse = slot_attention(*arguments)
     expected_out, expected_lse = slot_attention_reference(*arguments)
     torch.testing.assert_close(out, expected_out, **tolerance(dtype))
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
     assert lse[-1, -group:].eq(-torch.inf).all()
     assert out[-1, -group:].eq(0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 5.0}], ids=str)
+def test_a_slot_with_a_bias_counts_as_often_as_its_exponential(options):
+    query, key, value = heads(2, 4, 3, 64), heads(2, 2, 70, 64), heads(2, 2, 70, 64)
+    positions, at = slot_positions(2, 2, 70, 0.9), torch.full((2, 3), 80, dtype=torch.int32, device=DEVICE)
+    copies = torch.arange(70, device=DEVICE) % 4 + 1
+    bias = copies.log().expand(2, 2, -1)
+    often = (x.repeat_interleave(copies, 2) for x in (key, value, positions))
+    spec = LogitSpec(0.125, **options)
+    biased = slot_attention(query, key, value, positions, at, spec, bias)
+    torch.testing.assert_close(biased, slot_attention(query, *often, at, spec), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_of_another_shape_is_refused():
+    query, key, at = heads(2, 4, 3, 64), heads(2, 2, 70, 64), torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"a bias for every slot, \[2, 2, 70\], got \[1, 2, 70\]: expand it"):
+        slot_attention(query, key, key, slot_positions(2, 2, 70), at, LogitSpec(0.1), torch.zeros(1, 2, 70))
 
 
 def test_attending_to_slots_and_chunk_apart_and_merging_equals_attending_to_all():

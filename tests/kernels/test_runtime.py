@@ -50,7 +50,7 @@ NODES = block_tables(KeyBlocks([KEY[0], KEY[1]], [KEY[0], KEY[1]]), Sharing([(0,
 CALLS = {
     "merge_states": (([QUERY, QUERY], [LSE, LSE]), {}),
     "causal_attention": ((QUERY, KEY, KEY, SPEC), {}),
-    "slot_attention": ((QUERY, KEY, KEY, POSITIONS, AT, SPEC), {}),
+    "slot_attention": ((QUERY, KEY, KEY, POSITIONS, AT, SPEC), {"bias": SCORES}),
     "causal_column_sums": ((QUERY, KEY, LSE, SPEC), {}),
     "slot_column_sums": ((QUERY, KEY, POSITIONS, AT, LSE, SPEC), {}),
     "slot_column_maxima": ((QUERY, KEY, POSITIONS, AT, LSE, LogitSpec(0.1, 12)), {}),
