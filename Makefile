@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0; sys_platform == "linux"
 VENV ?= .venv
 OLDEST := .venv-5.17
+TRITON_36 := .venv-triton-3.6
 NEWEST := .venv-newest
 DOCS := .venv-docs
 JOBS ?= logical
@@ -29,7 +30,7 @@ ON_NEWEST = OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(ACROSS)
 # the torch that is there, as a requirement: what is installed after it must suit it, and may not replace it
 torch_of = "torch==$$($(1) -c 'from importlib.metadata import version; print(version("torch"))')"
 
-.PHONY: readme demo test test-slow test-5.17 test-newest contract-newest newest constraints fuzz soak kill-test gpu docs lint format clean
+.PHONY: readme demo test test-slow test-5.17 test-triton-3.6 test-newest contract-newest newest constraints fuzz soak kill-test gpu docs lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -45,6 +46,10 @@ test-slow: $(READY)
 # the contract of every cache on the oldest transformers that kvcompress supports
 test-5.17: $(READY) $(OLDEST)/.installed
 	$(ON_OLDEST) -m "not slow" tests/contract tests/test_loading.py
+
+# machine code and compilation of the kernels by the oldest Triton whose code is recorded, that of torch 2.11
+test-triton-3.6: $(READY) $(TRITON_36)/.installed
+	OMP_NUM_THREADS=1 $(TRITON_36)/bin/python -m pytest $(ACROSS) -m "not slow" tests/evals/bench/test_sass.py
 
 # all that touches another's library, on the newest releases that there are today
 test-newest: newest
@@ -102,7 +107,7 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) build dist results site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(TRITON_36) $(NEWEST) $(DOCS) build dist results site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # setuptools comes first and builds from there: a build of pip's own would fetch whichever is newest
@@ -127,6 +132,11 @@ endef
 $(OLDEST)/.installed: $(READY)
 	$(call lay_over,$(OLDEST))
 	$(RUN) -m pip --python $(OLDEST)/bin/python install transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1
+	touch $@
+
+$(TRITON_36)/.installed: $(READY)
+	$(call lay_over,$(TRITON_36))
+	$(RUN) -m pip --python $(TRITON_36)/bin/python install --no-deps triton==3.6.0
 	touch $@
 
 $(NEWEST)/.laid: $(READY)

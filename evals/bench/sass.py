@@ -1,6 +1,7 @@
 """A static roofline of every kernel, from its machine code: kvcompress bench sass
 
     kvcompress bench sass                                        # bfloat16 and head_dim 128, for an H100
+    kvcompress bench sass --arch sm_80,sm_100 --which first      # one launch a kernel, for an A100 and a B200
     kvcompress bench sass --kernel _split_kernel --which every   # every launch of one kernel
     kvcompress bench sass --measured kernels.json                # beside what `bench gpu` measured
 
@@ -186,7 +187,7 @@ def page(rows: list[Row], compared: list[Comparison], source: Mapping[str, Any])
 
 def main(
     kernel: Annotated[str | None, "one kernel"] = None,
-    arch: Annotated[str, f"the GPU: {', '.join(GPUS)}"] = "sm_90",
+    arch: Annotated[str, f"the GPUs, by commas: {', '.join(GPUS)}"] = "sm_90",
     which: Annotated[str, "first: one a kernel; typical: in bfloat16, with head_dim 128; every"] = "typical",
     measured: Annotated[Path | None, "kernels.json of `bench gpu`, to set the model beside"] = None,
     workers: Annotated[int | None, "processes; default: a core each"] = None,
@@ -199,17 +200,20 @@ def main(
         raise ValueError("Triton cannot be imported here: there is nothing to compile with")
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET is set: there is nothing to compile")
-    for name, value, known in (("arch", arch, GPUS), ("which", which, WHICH)):
-        if value not in known:
-            raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
-    of_gpu = launches(arch)
-    if kernel is not None and kernel not in of_gpu:
-        raise ValueError(f"--kernel must be one of {', '.join(of_gpu)}, got {kernel!r}")
+    archs = arch.split(",")
+    for name, values, known in (("arch", archs, GPUS), ("which", [which], WHICH)):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
+    kernels = list(launches(archs[0]))
+    if kernel is not None and kernel not in kernels:
+        raise ValueError(f"--kernel must be one of {', '.join(kernels)}, got {kernel!r}")
     find_cuobjdump()
     jobs = [
-        (name, chosen.place, arch)
-        for name in ([kernel] if kernel else of_gpu)
-        for chosen in of_gpu[name]
+        (name, chosen.place, gpu)
+        for gpu in archs
+        for name in ([kernel] if kernel else kernels)
+        for chosen in launches(gpu)[name]
         if WHICH[which](chosen)
     ]
     rows = []
