@@ -73,7 +73,10 @@ def slot_tiles(
 
 
 class _Tiles:
-    """Tiles of exp(logit - lse), computed in base 2, in one buffer, and the sums or maxima they add to, [batch * kv_heads, tokens]."""
+    """Tiles of exp(logit - lse) in one buffer, and the sums or maxima they add to, [batch * kv_heads, tokens].
+
+    Logits and log-sum-exps are in base 2.
+    """
 
     def __init__(self, query: Tensor, key: Tensor, lse: Tensor, spec: LogitSpec) -> None:
         batch, heads, queries, _ = query.shape
