@@ -70,6 +70,14 @@ def output_of(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     return out if sinks is None else merge_states(*with_sinks([out], [lse], sinks))[0]
 
 
+def joint_output(answers: list[tuple[Tensor, Tensor]], sinks: Tensor | None) -> Tensor:
+    """The output of attention to disjoint keys and learned sink logits [heads]; answers: outputs with log-sum-exps."""
+    outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
+    if sinks is not None:
+        outs, lses = with_sinks(outs, lses, sinks)
+    return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
+
+
 def merge_states_reference(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """What merge_states means, in plain PyTorch: the oracle of its test and its path on a CPU."""
     lse = lses[0].clone() if len(lses) == 1 else torch.logaddexp(lses[0], lses[1])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvcompress.cache import CompressedCache as CompressedCache
     from kvcompress.caches.dense import DenseCache as DenseCache
+    from kvcompress.caches.evicting import AttentionMatchingCache as AttentionMatchingCache
     from kvcompress.caches.evicting import EvictingCache as EvictingCache
     from kvcompress.caches.evicting import H2OCache as H2OCache
     from kvcompress.caches.evicting import KVzipCache as KVzipCache
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kvcompress.caches.shadowkv import ShadowKVCache as ShadowKVCache
     from kvcompress.hf import release as release
     from kvcompress.loading import load_model as load_model
+    from kvcompress.policies.attention_matching import AttentionMatching as AttentionMatching
     from kvcompress.policies.chunkkv import ChunkKV as ChunkKV
     from kvcompress.policies.expected_attention import ExpectedAttention as ExpectedAttention
     from kvcompress.policies.gear import GEAR as GEAR
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 # imported on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
     "AcrossKVCache": "swiftkv.cache",
+    "AttentionMatchingCache": "caches.evicting",
     "Candidates": "policies.policy",
     "CompressedCache": "cache",
     "DenseCache": "caches.dense",

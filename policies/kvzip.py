@@ -6,10 +6,11 @@ The context is fed once more, after itself: what a model looks up to repeat a te
 may need, so the choice serves all questions, even those not asked yet. It costs a second prefill.
 
 The paper writes "Repeat the previous context exactly." before each chunk (`prompt`); on SmolLM2-135M the bare text does
-as well. It compares all heads of all layers, as `allocation="global"` does; without it each keeps the same number.
+as well. It compares all heads of all layers, and so does a cache unless its `allocation` says otherwise.
 
-While decoding, a token keeps the highest score it ever had, and the newest query adds its attention, averaged over the
-heads of a group.
+What is decoded afterwards stays, on top of the budget, until several tokens are fed again. With `keeps_answers=False`
+it competes at once: a token keeps the highest score it ever had, and the newest query adds its attention, averaged over
+the heads of a group; few queries have then seen what is decoded, and all of them what was read.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from kvcompress.policies.policy import Candidates, Policy, SecondReading
     costs="a second prefill",
     paper="2505.23416",
     label="KVzipCache",
-    tried={"sinks": (1,), "chunk": (7, 1, 3, 10, 100), "prompt": ((5, 6), ())},
+    tried={"sinks": (1,), "chunk": (7, 1, 3, 10, 100), "prompt": ((5, 6), ()), "keeps_answers": (False, True)},
 )
 @dataclass(frozen=True, kw_only=True)
 class KVzip(Policy):
@@ -36,13 +37,16 @@ class KVzip(Policy):
 
     chunk: tokens of the context read again at a time.
     prompt: token ids fed before each chunk of the second reading.
+    keeps_answers: what is decoded stays until several tokens are fed again.
     """
 
     compares: ClassVar[Literal["no", "heads", "layers"]] = "layers"
+    allocates: ClassVar[Literal["uniform", "pyramid", "heads", "global"]] = "global"
 
     sinks: int = 4
     chunk: int = 2048
     prompt: tuple[int, ...] = ()
+    keeps_answers: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +60,7 @@ class KVzip(Policy):
 
     @property
     def rereads(self) -> SecondReading | None:
-        return SecondReading(chunk=self.chunk, prompt=self.prompt)
+        return SecondReading(chunk=self.chunk, prompt=self.prompt, keeps_answers=self.keeps_answers)
 
     def score(self, candidates: Candidates) -> Tensor:
         attention, visible = candidates.attention, candidates.visible

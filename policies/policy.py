@@ -96,10 +96,21 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class SecondReading:
-    """chunk: tokens of each sequence read again at a time. prompt: token ids read before each chunk."""
+    """How a text is read again.
+
+    chunk: tokens of each sequence read at a time. prompt: token ids read before each chunk.
+    keeps_answers: what is decoded afterwards stays, on top of the budget, until several tokens are fed again, and
+        competes then. False: it competes at once.
+    records: what `Candidates.attention` is of the second reading's attention: "maxima", over its queries; "squares",
+        their sum, of the attention to the text alone.
+    fits: tokens of each chunk whose queries what is kept is fitted to; 0: it stays as it was.
+    """
 
     chunk: int
     prompt: tuple[int, ...] = ()
+    keeps_answers: bool = False
+    records: Literal["maxima", "squares"] = "maxima"
+    fits: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +130,8 @@ class Policy:
     chooses: ClassVar[bool] = True
     # whose scores it can rank against one another: those of a head alone, of the heads of a layer, or of all layers
     compares: ClassVar[Literal["no", "heads", "layers"]] = "no"
+    # how layers and heads share a budget unless the cache is told otherwise
+    allocates: ClassVar[Literal["uniform", "pyramid", "heads", "global"]] = "uniform"
     # wants `Candidates.rotary`; a model whose rotary embedding cannot be taken back is then refused
     uses_rotary: ClassVar[bool] = False
 

@@ -31,6 +31,10 @@ class LogitSpec(NamedTuple):
             return self
         return LogitSpec(self.scale, None, self.softcap)
 
+    def doubled(self) -> "LogitSpec":
+        """The same for logits twice as large, whose exponentials are the squares."""
+        return LogitSpec(2 * self.scale, self.window, None if self.softcap is None else 2 * self.softcap)
+
     def cap_(self, logits: Tensor) -> Tensor:
         """Bounds scaled products by the softcap, in place."""
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)

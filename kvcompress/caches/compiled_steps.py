@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention
-from kvcompress.kernels.merge import output_of
-from kvcompress.layer import AttentionInput, CompressedLayer
+from kvcompress.kernels.merge import joint_output, output_of
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.storage.dense import DenseSegment
-from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.tail import TailSegment
 
 Places = tuple[Tensor, Tensor, Tensor]
@@ -74,6 +74,25 @@ class CompiledSteps:
         """Counts the token that `store` wrote."""
         self.lengths.add_(x.real_tokens)
         self.column.add_(1)
+
+
+class CompiledTailStep(ForwardStep):
+    """A token that a compiled model feeds: it joins the tail, behind segments that stay as they are."""
+
+    def __init__(self, steps: CompiledSteps, parts: list[Segment], x: AttentionInput) -> None:
+        super().__init__(x)
+        self.steps = steps
+        self.parts = parts
+        steps.store(x)
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        places = self.steps.lengths[:, None]
+        answers = [part.attend(x.query, places, x.spec) for part in self.parts]
+        answers.append(self.steps.attend(x))
+        return joint_output(answers, x.sinks)
+
+    def commit(self) -> None:
+        self.steps.count(self.input)
 
 
 def pin(*tensors: Tensor) -> None:

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
+from kvcompress.caches.answers import AnsweringLayer
 from kvcompress.caches.budget import COMPETING, Allocation, Budget
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.layer import CompressedLayer, ordinary_tensors
+from kvcompress.policies.attention_matching import AttentionMatching
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
@@ -80,7 +82,7 @@ class EvictingCache(CompressedCache):
         *,
         policy: Policy,
         budget: int | float,
-        allocation: Allocation = "uniform",
+        allocation: Allocation | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
@@ -92,7 +94,9 @@ class EvictingCache(CompressedCache):
                 real tokens seen so far, which grows with them. Memory is allocated as needed, up to the budget.
             allocation: how layers and heads share the budget, of which each sequence has its own. "uniform": equally.
                 "pyramid": early layers get more. "heads": the heads of a layer compete. "global": all heads of all
-                layers compete. Where they compete, memory is what is kept, not the longest head times all.
+                layers compete. Where they compete, memory is what is kept, not the longest head times all. None: as
+                the policy does where that can be, "global" for KVzip and "uniform" for others, for packed slots and
+                where a model's heads are in several processes.
             rerotated: close gaps between the positions of kept tokens, to go past the length the model was trained for.
             packed: store them as codes, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for unpacked.
 
@@ -104,6 +108,9 @@ class EvictingCache(CompressedCache):
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
+        if allocation is None:
+            apart = packed is not None or rerotated or TPGroup.of(model) is not None
+            allocation = "uniform" if apart and policy.allocates in COMPETING else policy.allocates
         _check_allocation(allocation, policy, rerotated, packed, model)
         self.policy = policy
         self._budget = kept_budget(budget, policy)
@@ -116,6 +123,8 @@ class EvictingCache(CompressedCache):
             packed.per_token_scheme(hf.head_counts(hf.text_config(model))[2])
             if rerotated:
                 raise ValueError("rerotated stores keys without rotation, and cannot be combined with packed")
+            if policy.rereads is not None and policy.rereads.fits:
+                raise ValueError(f"packed has no log-weights, which {type(policy).__name__} fits: leave one of them off")
         super().__init__(model)
         if policy.rereads is not None and rerotated:
             raise ValueError(f"rerotated cannot be combined with {type(policy).__name__}, which reads tokens twice")
@@ -142,7 +151,8 @@ class EvictingCache(CompressedCache):
         if self.rerotated and window is None and rope is not None:
             kind = RerotatedLayer
         elif self.policy.rereads is not None:
-            kind = RereadLayer
+            # packed slots have no room for more than the budget
+            kind = AnsweringLayer if self.policy.rereads.keeps_answers and self.packed is None else RereadLayer
         return kind(
             self.padding,
             self.policy,
@@ -244,7 +254,7 @@ class H2OCache(EvictingCache):
         budget: int | float,
         recent: int | float = 0.5,
         sinks: int = 0,
-        allocation: Allocation = "uniform",
+        allocation: Allocation | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
@@ -277,7 +287,7 @@ class SnapKVCache(EvictingCache):
         budget: int | float,
         window: int = 32,
         kernel: int = 5,
-        allocation: Allocation = "uniform",
+        allocation: Allocation | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
@@ -313,7 +323,8 @@ class KVzipCache(EvictingCache):
         recent: int | float = 1,
         chunk: int = 2048,
         prompt: Sequence[int] = (),
-        allocation: Allocation = "uniform",
+        keeps_answers: bool = True,
+        allocation: Allocation | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
@@ -322,14 +333,55 @@ class KVzipCache(EvictingCache):
             model: the model the cache will be used with; it must be given input_ids.
             budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             sinks: first tokens always kept.
-            recent: newest tokens always kept: a count, or a fraction of the budget. Decoded tokens are scored by few
-                queries, those of the prompt by many: for answers longer than a few sentences, keep tens of them.
+            recent: newest tokens always kept: a count, or a fraction of the budget.
             chunk: how many tokens are read again at a time.
             prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
-            allocation, packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
+            keeps_answers: tokens fed one at a time stay, on top of the budget, until several are fed again, and compete
+                then. False: they compete at once, as they always do with packed slots.
+            allocation: None for the paper's, "global"; "uniform" with packed slots, and with tensor parallelism.
+            packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
         """
-        policy = KVzip(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt))
+        policy = KVzip(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt), keeps_answers=keeps_answers)
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+
+
+class AttentionMatchingCache(EvictingCache):
+    """Keeps few tokens, fitted to attend and answer as the whole text did (arXiv:2602.16284).
+
+        cache = AttentionMatchingCache(model, budget=0.1)
+        output = model.generate(**inputs, cache=cache)
+
+    As KVzipCache, it reads every forward of several tokens twice, lets all heads of all layers compete, and keeps what
+    is decoded until several tokens are fed again. Then it fits a log-weight and a value to each token it keeps, except
+    on sliding layers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: int | float,
+        sinks: int = 4,
+        recent: int | float = 1,
+        chunk: int = 2048,
+        prompt: Sequence[int] = (),
+        queries: int = 512,
+        allocation: Allocation | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the model the cache will be used with; it must be given input_ids.
+            budget: tokens kept per sequence and KV head, on average, of what is fed several tokens at a time: a count,
+                or a fraction of the tokens seen so far.
+            sinks: first tokens always kept.
+            recent: newest tokens always kept: a count, or a fraction of the budget.
+            chunk: how many tokens are read again at a time, and fitted together.
+            prompt: token ids read before each chunk.
+            queries: tokens of a chunk whose queries the fit looks at; until it ends they are held, in all layers.
+            allocation: as in EvictingCache; None for "global".
+        """
+        policy = AttentionMatching(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt), queries=queries)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation)
 
 
 class StreamingLLMCache(EvictingCache):
@@ -349,7 +401,7 @@ class StreamingLLMCache(EvictingCache):
         *,
         budget: int | float,
         sinks: int = 4,
-        allocation: Allocation = "uniform",
+        allocation: Allocation | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:

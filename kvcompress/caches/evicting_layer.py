@@ -35,6 +35,8 @@ class EvictingLayer(CompressedLayer):
     is_compileable = True
     evicts = True
     pads_first = True
+    # a token that is fed alone evicts none
+    keeps_answers = False
     _reserves = False
     _told = False
 
@@ -84,6 +86,11 @@ class EvictingLayer(CompressedLayer):
     @property
     def queries_watched(self) -> int | None:  # type: ignore[override]
         return self.policy.queries_needed
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether heads may hold different numbers of tokens."""
+        return self.competes
 
     @property
     def _mean_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
@@ -175,7 +182,7 @@ class EvictingLayer(CompressedLayer):
         """Tells the compiler that the layer's tensors stay where they are; else CUDA graphs refuse to write to them."""
         assert self.slots is not None
         # checked here: torch 2.11 fails to compare with a budget that differs from the previously compiled cache's
-        holds = self._steps_left == _FOREVER if self.competes else self.slots.slots > self._limit(0)
+        holds = self._steps_left == _FOREVER if self.is_ragged else self.slots.slots > self._limit(0)
         self._holds_budget = not isinstance(self.budget, int) or holds
         for tensor in (*self.slots.tensors().values(), *self.counters().values(), *self.state.values()):
             # unguarded: another cache of the same shapes records a graph, and compiles nothing
@@ -190,7 +197,7 @@ class EvictingLayer(CompressedLayer):
             self.clock.count_on(torch.zeros((), dtype=torch.int64, device=device), 0)
             # generate compiles the decode step on a GPU
             self._reserves |= chunk.key.is_cuda
-            self.slots = self._new_slots(chunk, 1 if self.competes else self._most_slots(chunk.tokens))
+            self.slots = self._new_slots(chunk, 1 if self.is_ragged else self._most_slots(chunk.tokens))
             if self.competes:
                 self.surplus = torch.zeros(chunk.key.shape[:2], dtype=torch.int32, device=device)
             self._follow_budget(self.lengths)
@@ -256,7 +263,7 @@ class EvictingLayer(CompressedLayer):
                 self._warn_of_floor(limits, lengths, least)
             # limits never shrink; a compiled step cannot grow the slots
             limits = limits.clamp(min=least, max=self.window)
-            if not self.competes:
+            if not self.is_ragged:
                 limits = limits.clamp(max=self.slots.slots - 1)
             limits = limits.maximum(self.limits)
         recent = self.policy.recent
@@ -320,7 +327,7 @@ class EvictingLayer(CompressedLayer):
     def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         if self.packed is not None:
             return QuantizedSlots(chunk.key, chunk.value, slots, self.packed.per_token_scheme(chunk.key.shape[-1]))
-        if self.competes:
+        if self.is_ragged:
             return RaggedSlots(chunk.key, chunk.value, slots)
         return SlotSegment(chunk.key, chunk.value, slots)
 
@@ -347,7 +354,7 @@ class EvictingLayer(CompressedLayer):
         if self.packed is not None:
             coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
             return QuantizedSlots.load(tensors, facts, coding=coding, dtype=getattr(torch, facts["dtype"]))
-        return (RaggedSlots if self.competes else SlotSegment).load(tensors, facts)
+        return (RaggedSlots if self.is_ragged else SlotSegment).load(tensors, facts)
 
 
 class RerotatedLayer(EvictingLayer):

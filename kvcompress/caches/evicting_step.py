@@ -260,6 +260,11 @@ class ChunkStep(EvictingStep):
             backwards = positions.argsort(dim=-1, descending=True, stable=True)
         order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
         chosen = torch.arange(order.shape[-1], device=order.device) < self.layer.limits_by_head()[..., None]
+        if self.layer.keeps_answers:
+            # as if the row were fed alone
+            fed = self.input.real_tokens
+            fed = torch.full_like(self.layer.lengths, fed) if isinstance(fed, int) else fed
+            chosen = chosen | (fed < 2)[:, None, None]
         return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order)) & (
             worth > -torch.inf
         )

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.caches.compiled_steps import SteppedLayer, pin
-from kvcompress.caches.quantized_step import CompiledQuantizedStep, QuantizedStep
+from kvcompress.caches.compiled_steps import CompiledTailStep, SteppedLayer, pin
+from kvcompress.caches.quantized_step import QuantizedStep
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.gear import GEAR
 from kvcompress.storage.columns import marked_first
@@ -93,25 +93,21 @@ class QuantizedLayer(SteppedLayer):
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
         if torch.compiler.is_compiling():
-            return CompiledQuantizedStep(self._ready_steps(), self._parts, x)
+            return CompiledTailStep(self._ready_steps(), self._parts, x)
         return QuantizedStep(self, x)
 
-    def _past(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Attention to each segment that holds something."""
+    def _past(self, chunk: AttentionInput, query_positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Attention to each segment that holds something, with the log-sum-exp."""
         parts = [part for part in self.segments() if not isinstance(part, TailSegment) or any(part.held)]
         if self.first in parts[-2:-1] and parts[-1] is self._tail and not chunk.query.is_cuda:
             # on a CPU a call costs more than a copy of so few tokens
             parts[-2:] = [self.first.beside(self._tail)]
-        outs, lses = [], []
-        for part in parts:
-            out, lse = part.attend(chunk.query, query_positions, chunk.spec)
-            outs.append(out)
-            lses.append(lse)
-        if not outs and chunk.tokens == 1:
+        answers = [part.attend(chunk.query, query_positions, chunk.spec) for part in parts]
+        if not answers and chunk.tokens == 1:
             # a row that is all padding, alone
-            outs.append(torch.zeros_like(chunk.query))
-            lses.append(chunk.query.new_full(chunk.query.shape[:3], -torch.inf, dtype=torch.float32))
-        return outs, lses
+            nothing = chunk.query.new_full(chunk.query.shape[:3], -torch.inf, dtype=torch.float32)
+            answers.append((torch.zeros_like(chunk.query), nothing))
+        return answers
 
     def fill(self, key: Tensor, value: Tensor) -> None:
         """Packs tokens [batch, kv_heads, tokens, head_dim] that nothing attends to now; the layer is empty before."""

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvcompress.caches.compiled_steps import CompiledSteps
 from kvcompress.kernels.attention import causal_attention
-from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.storage.columns import marked_first
 from kvcompress.storage.padding import reordered
-from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.tail import TailSegment
 
 if TYPE_CHECKING:
@@ -34,13 +33,10 @@ class QuantizedStep(ForwardStep):
             self.tail.put(x.key, x.value, self.real, layer.lengths)
 
     def attend(self, x: AttentionInput) -> Tensor:
-        outs, lses = self.layer._past(x, self.query_positions)
+        answers = self.layer._past(x, self.query_positions)
         if x.tokens > 1:
-            out, lse = causal_attention(x.query, x.key, x.value, x.spec, x.visible)
-            outs, lses = [*outs, out], [*lses, lse]
-        if x.sinks is not None:
-            outs, lses = with_sinks(outs, lses, x.sinks)
-        return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
+            answers.append(causal_attention(x.query, x.key, x.value, x.spec, x.visible))
+        return joint_output(answers, x.sinks)
 
     def commit(self) -> None:
         layer, x, real = self.layer, self.input, self.real
@@ -49,28 +45,6 @@ class QuantizedStep(ForwardStep):
             layer._pack(self.tail.keys, self.tail.values, [0] * len(real), real, 1)
         else:
             layer._pack(*behind_the_tail(self.tail, x, real), real, x.tokens)
-
-
-class CompiledQuantizedStep(ForwardStep):
-    """A token that a compiled model feeds: it joins the tail, and nothing is packed."""
-
-    def __init__(self, steps: CompiledSteps, parts: list[Segment], x: AttentionInput) -> None:
-        super().__init__(x)
-        self.steps = steps
-        self.parts = parts
-        steps.store(x)
-
-    def attend(self, x: AttentionInput) -> Tensor:
-        places = self.steps.lengths[:, None]
-        answers = [part.attend(x.query, places, x.spec) for part in self.parts]
-        answers.append(self.steps.attend(x))
-        outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
-        if x.sinks is not None:
-            outs, lses = with_sinks(outs, lses, x.sinks)
-        return outs[0] if len(outs) == 1 else merge_states(outs, lses)[0]
-
-    def commit(self) -> None:
-        self.steps.count(self.input)
 
 
 def behind_the_tail(tail: TailSegment, chunk: AttentionInput, real: list[int]) -> tuple[Tensor, Tensor, list[int]]:

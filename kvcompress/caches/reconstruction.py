@@ -5,7 +5,7 @@ that stores nothing. Each layer records the most attention that each token recei
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.caches.evicting_step import ChunkStep, shares_of
+from kvcompress.caches.matching import Asked
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored
@@ -28,8 +29,8 @@ from kvcompress.storage.slots import SlotSegment
 class _Waiting:
     """The tokens of a forward that have been read once.
 
-    segment: all of them, whose scores are the most attention that each has received. past: the same for the slots.
-    lengths: of the sequences, with these. twice: which sequences are read again, [batch] bool. step: the forward's.
+    segment: all of them, whose scores are what the second reading records of the attention that each receives. past:
+    the same for the slots. asked: queries of each chunk of it, if what is kept is to be fitted to them. lengths: of the sequences, with these. twice: which sequences are read again, [batch] bool. step: the forward's.
     """
 
     segment: SlotSegment
@@ -37,6 +38,7 @@ class _Waiting:
     lengths: Tensor
     twice: Tensor
     step: ChunkStep
+    asked: list[Asked] = field(default_factory=list)
 
 
 class RereadLayer(EvictingLayer):
@@ -84,27 +86,37 @@ class RereadLayer(EvictingLayer):
         """The attention of tokens of the second reading, [batch, heads, queries, head_dim]; records what they attend
         to."""
         waiting = self.waiting
+        how = self.policy.rereads
         assert self.slots is not None
         assert waiting is not None
+        assert how is not None
         batch, tokens = chunk.key.shape[0], chunk.tokens
         visible = chunk.visible
         if visible is None:
             visible = torch.ones(batch, tokens, dtype=torch.bool, device=chunk.key.device)
         places = waiting.lengths[:, None] + visible.cumsum(-1, dtype=torch.int32) - 1  # [batch, tokens]
         out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
-        outs, lses = [out], [lse]
+        outs, lses, of_text = [out], [lse], None
         read = [(waiting.segment, waiting.segment.scores)]
         if self.get_seq_length() > waiting.segment.slots:
             read.append((self.slots, waiting.past))
         for segment, _ in read:
             out, lse = segment.attend(chunk.query, places, chunk.spec)
             outs, lses = [*outs, out], [*lses, lse]
+            of_text = lse if of_text is None else torch.logaddexp(of_text, lse)
         if chunk.sinks is not None:
             outs, lses = with_sinks(outs, lses, chunk.sinks)
         out, lse = merge_states(outs, lses)
+        if how.records == "squares":
+            lse = of_text
         lse = lse.masked_fill(~visible[:, None], torch.inf)
-        for segment, most in read:
-            torch.maximum(most, segment.column_maxima(chunk.query, places, lse, chunk.spec), out=most)
+        for segment, received in read:
+            if how.records == "squares":
+                received += segment.column_squares(chunk.query, places, lse, chunk.spec)
+            else:
+                torch.maximum(received, segment.column_maxima(chunk.query, places, lse, chunk.spec), out=received)
+        if how.fits and self.window is None:
+            waiting.asked.append(Asked.spread(chunk, visible, of_text, how.fits))
         return out
 
     def received(self) -> tuple[ChunkStep, Tensor]:

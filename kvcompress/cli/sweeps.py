@@ -40,10 +40,10 @@ _TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,
 _QUICK: dict[str, Any] = {
     "budgets": "0.2,0.5",
     "tasks": "needle,text",
-    "lengths": "512",
+    "lengths": "256",
     "samples": 4,
     "continuation": 32,
-    "chunk": 4,
+    "chunk": 8,
 }
 
 

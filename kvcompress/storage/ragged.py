@@ -45,19 +45,22 @@ class RaggedSlots(SlotSegment):
 
     keys, values: [slots of all heads, head_dim]. positions, scores: [batch, kv_heads, most slots of a head], EMPTY and
     of no meaning from a head's capacity on. spare: as in SlotSegment. capacities: [batch, kv_heads] int64, slots of a
-    head, of which one at least is free. starts: [batch, kv_heads] int64, a head's first slot in `keys`. order: [heads
+    head, of which one at least is free. bias: [batch, kv_heads, most slots] float32, log-weights that attention adds to
+    logits; None for slots that have none. starts: [batch, kv_heads] int64, a head's first slot in `keys`. order: [heads
     of all sequences] int64, their numbers in the order in which they lie there.
     """
 
-    tensor_names = (*SlotSegment.tensor_names, "capacities", "starts", "order")
+    tensor_names = (*SlotSegment.tensor_names, "bias", "capacities", "starts", "order")
 
+    bias: Tensor | None
     capacities: Tensor
     starts: Tensor
     order: Tensor
     buckets: tuple[Bucket, ...]
 
-    def __init__(self, key: Tensor, value: Tensor, slots: int) -> None:
+    def __init__(self, key: Tensor, value: Tensor, slots: int, has_bias: bool = False) -> None:
         super().__init__(key, value, slots)
+        self.bias = torch.zeros_like(self.scores) if has_bias else None
         self._lay_out(torch.full(key.shape[:2], slots))
         self.keys, self.values = self.keys.flatten(0, 2), self.values.flatten(0, 2)
 
@@ -89,7 +92,7 @@ class RaggedSlots(SlotSegment):
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         keys, values, starts = self.keys, self.values, change(self.starts)
-        for name in ("positions", "scores", "spare"):
+        for name in ("positions", "scores", "spare", *([] if self.bias is None else ["bias"])):
             setattr(self, name, change(getattr(self, name)))
         self._lay_out(change(self.capacities).cpu())
         sizes = self.capacities.flatten()[self.order]
@@ -154,8 +157,10 @@ class RaggedSlots(SlotSegment):
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         outs, lses = [], []
-        for _, queries, keys, values, positions, at in self._parts(query, query_positions):
-            out, lse = slot_attention(queries, keys, values, positions, at, spec)
+        bias = None if self.bias is None else self._by_place(self.bias)
+        for heads, queries, keys, values, positions, at in self._parts(query, query_positions):
+            own = None if bias is None else bias[heads, :, : keys.shape[2]]
+            out, lse = slot_attention(queries, keys, values, positions, at, spec, own)
             outs.append(out)
             lses.append(lse)
         return self._by_head(outs, query.shape), self._by_head(lses, query.shape)
@@ -209,10 +214,18 @@ class RaggedSlots(SlotSegment):
         raise NotImplementedError("a step of ragged slots is not one op")
 
     def column_sums(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
-        return self._columns(slot_column_sums, query, query_positions, lse, spec)
+        return self._weighted(self._columns(slot_column_sums, query, query_positions, lse, spec))
 
     def column_maxima(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
-        return self._columns(slot_column_maxima, query, query_positions, lse, spec)
+        return self._weighted(self._columns(slot_column_maxima, query, query_positions, lse, spec))
+
+    def column_squares(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
+        squares = self._columns(slot_column_sums, query, query_positions, 2 * lse, spec.doubled())
+        return self._weighted(squares, 2)
+
+    def _weighted(self, received: Tensor, power: int = 1) -> Tensor:
+        """What slots received by their logits alone, to such a power, with their log-weights."""
+        return received if self.bias is None else received * (power * self.bias).exp()
 
     def _columns(
         self, op: Callable[..., Tensor], query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
@@ -239,13 +252,22 @@ class RaggedSlots(SlotSegment):
         self.refill(nothing, nothing, self.positions[..., :0], self.scores, kept, capacities)
 
     def refill(
-        self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor, capacities: Tensor
+        self,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        scores: Tensor,
+        kept: Tensor,
+        capacities: Tensor,
+        fitted: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Keeps some of the slots and of a chunk's tokens, in new slots.
 
         Args:
             key, value, positions, scores, kept: as in `replace`.
             capacities: [batch, kv_heads] int64 on the CPU, slots of each head, more than it keeps.
+            fitted: values [batch, kv_heads, slots + tokens, head_dim] and log-weights [batch, kv_heads, slots + tokens]
+                of slots then chunk, in place of those they have.
         """
         old, starts, held = self.slots, self.starts, (self.keys, self.values)
         columns = int(capacities.max())
@@ -253,9 +275,12 @@ class RaggedSlots(SlotSegment):
         order = kept.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)[..., :columns]
         there = kept.gather(-1, order)
         places = torch.cat([self.positions, positions], -1).gather(-1, order)
-        missing = columns - order.shape[-1]
-        self.positions = torch.nn.functional.pad(places.masked_fill(~there, EMPTY), (0, max(0, missing)), value=EMPTY)
-        self.scores = torch.nn.functional.pad(scores.gather(-1, order).masked_fill(~there, 0.0), (0, max(0, missing)))
+        missing = (0, max(0, columns - order.shape[-1]))
+        self.positions = torch.nn.functional.pad(places.masked_fill(~there, EMPTY), missing, value=EMPTY)
+        self.scores = torch.nn.functional.pad(scores.gather(-1, order).masked_fill(~there, 0.0), missing)
+        if self.bias is not None:
+            bias = torch.cat([self.bias, torch.zeros_like(scores[..., old:])], -1) if fitted is None else fitted[1]
+            self.bias = torch.nn.functional.pad(bias.gather(-1, order).masked_fill(~there, 0.0), missing)
         self._lay_out(capacities)
         row, head, column = there.nonzero(as_tuple=True)
         source, target = order[row, head, column], self.starts[row, head] + column
@@ -268,6 +293,8 @@ class RaggedSlots(SlotSegment):
             slots[target[of_chunk]] = chunk[fed]
             fresh.append(slots)
         self.keys, self.values = fresh
+        if fitted is not None:
+            self.values[target] = fitted[0][row, head, source]
         self.spare = self.positions.argmin(-1)
 
     def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:

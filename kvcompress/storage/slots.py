@@ -134,6 +134,10 @@ class SlotSegment(Segment):
         """The most attention each slot received from one query and head, [batch, kv_heads, slots] float32."""
         return slot_column_maxima(query, self.rotated_keys(), self.positions, query_positions, lse, spec)
 
+    def column_squares(self, query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec) -> Tensor:
+        """The squares of the attention that each slot received, summed, [batch, kv_heads, slots] float32."""
+        return self.column_sums(query, query_positions, 2 * lse, spec.doubled())
+
     def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Writes one token into the free slots.
 

@@ -306,7 +306,7 @@ def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):
     assert main(["sweep", "--out", str(tmp_path)]) == 0
     quick, usual = seen
     assert (quick.samples, usual.samples) == (3, 20)
-    assert quick.lengths == (512,)
+    assert quick.lengths == (256,)
     assert usual.lengths == (1024,)
     assert len(quick.tasks) < len(usual.tasks)
     # what reads little of all it keeps, or shares what batches have in common, is asked for by name

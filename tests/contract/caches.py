@@ -62,6 +62,7 @@ class Entry:
         to: `kept` and `decoded` are then read right after it.
     refuses: model types it does not serve; a test elsewhere sees it refuse them.
     competes: its heads compete for the budget, which is what they keep on average.
+    keeps_answers: what it is fed one token at a time stays, on top of the budget, until several tokens are fed.
     shares: it stores what rows have in common once, in tensors called prefix_*.
     """
 
@@ -80,6 +81,7 @@ class Entry:
     during: str | None = None
     refuses: tuple[str, ...] = ()
     competes: bool = False
+    keeps_answers: bool = False
     shares: bool = False
 
     def recording(
@@ -111,6 +113,17 @@ def slots(cache: Any) -> Kept:
     return kept
 
 
+def slots_and_answers(cache: Any) -> Kept:
+    """What lies in the slots of an evicting cache, and what was decoded after that."""
+    kept = slots(cache)
+    for held, layer in zip(kept, cache.layers, strict=True):
+        if held is not None and layer.tail is not None:
+            places = layer.tail.positions.long()
+            row, column = (places >= 0).nonzero(as_tuple=True)
+            held[row, :, places[row, column]] = True
+    return kept
+
+
 def closed_up(cache: Any) -> Decoded:
     """Keys of a cache with rolled positions, turned to where the newest query, at its true position, finds them:
     the tokens a head keeps stand before it without gaps."""
@@ -130,6 +143,23 @@ def closed_up(cache: Any) -> Decoded:
             newer = kept.flip(-1).cumsum(-1).flip(-1)
             keys = layer.rope.rotate(keys.float(), layer.lengths[:, None, None] - newer).to(keys.dtype)
         decoded.append((keys, values))
+    return decoded
+
+
+def fitted(cache: Any) -> Decoded:
+    """Values and log-weights of the slots of a cache that fits them; what was decoded after that is as it was fed."""
+    decoded: Decoded = []
+    for layer in cache.layers:
+        slots, seen = layer.slots, layer.get_seq_length()
+        if slots.bias is None:
+            decoded.append((None, None))
+            continue
+        at = slots.positions.masked_fill(slots.positions < 0, seen).long()[..., None]
+        _, held = slots.contents()
+        values = torch.full((*at.shape[:2], seen + 1, held.shape[3]), torch.nan, dtype=held.dtype, device=held.device)
+        values.scatter_(2, at.expand_as(held), held)
+        weights = slots.bias.new_zeros(*at.shape[:2], seen + 1, 1).scatter_(2, at, slots.bias[..., None])
+        decoded.append((None, values[:, :, :-1], weights[:, :, :-1]))
     return decoded
 
 
@@ -246,6 +276,7 @@ def _evicting(
     rerotated: bool = False,
     packed: GEAR | None = None,
     allocation: Allocation = "uniform",
+    kept: Callable[[Cache], Kept] = slots,
     **promises: Any,
 ) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
@@ -259,7 +290,7 @@ def _evicting(
     return Entry(
         name,
         build,
-        kept=slots,
+        kept=kept,
         compileable=True,
         roomy=None if packed else lambda model: build(model, LARGE if isinstance(budget, int) else 1.0),
         budget=limit,
@@ -307,7 +338,7 @@ ENTRIES = [
         roomy=lambda model: EvictingCache(model, policy=H2O(), budget=LARGE, allocation="pyramid"),
         budget=_pyramid,
     ),
-    *(_evicting(name, policy) for name, policy in POLICIES.items() if name != "h2o"),
+    *(_evicting(name, policy) for name, policy in POLICIES.items() if name not in ("h2o", "attention_matching")),
     _packing("gear", bits=2, rank=3, rank_decode=2, outliers=0.1),
     _packing("gear_whole", bits=4, rank=2, rank_decode=2, outliers=0.05, backbone="whole"),
     _packing("kivi", bits=3, outliers=0.0),
@@ -320,6 +351,23 @@ ENTRIES = [
     _evicting("h2o_packed", H2O(sinks=1), packed=GEAR(bits=3, group_size=8), decoded=closed_up, dtype=torch.float64),
     _evicting("h2o_heads", H2O(recent=2), allocation="heads", competes=True),
     _evicting("kvzip_global", POLICIES["kvzip"], allocation="global", competes=True),
+    _evicting(
+        "kvzip_answers",
+        dataclasses.replace(POLICIES["kvzip"], keeps_answers=True),
+        allocation="global",
+        kept=slots_and_answers,
+        competes=True,
+        keeps_answers=True,
+    ),
+    _evicting(
+        "attention_matching",
+        POLICIES["attention_matching"],
+        allocation="global",
+        kept=slots_and_answers,
+        decoded=fitted,
+        competes=True,
+        keeps_answers=True,
+    ),
     _evicting("h2o_rolled", H2O(), rerotated=True, decoded=closed_up, refuses=("opt",)),
 ]
 

@@ -25,8 +25,9 @@ from kvcompress.hf import cache_in
 
 # what a cache holds in a layer: [batch, kv_heads, places] bool, or None for every token seen
 Kept = list[Tensor | None]
-# keys and values as a cache gives them, by layer; None for all as they were fed
-Decoded = list[tuple[Tensor | None, Tensor | None]]
+# keys and values as a cache gives them, by layer, and log-weights [batch, kv_heads, places, 1] that attention adds to
+# logits, if there are any; None for all as they were fed
+Decoded = list[tuple[Tensor | None, ...]]
 
 
 @dataclass
@@ -300,13 +301,18 @@ def _oracle_attention(
     for forward in _transcript.forwards:
         stop = start + forward.queries
         keys, values = key[:, :, :stop], value[:, :, :stop]
+        log_weights = None
         if forward.decoded is not None and start:
-            keys, values = map(_given, forward.decoded[module.layer_idx], (keys, values))
+            of_keys, of_values, *more = forward.decoded[module.layer_idx]
+            keys, values = _given(of_keys, keys), _given(of_values, values)
+            log_weights = more[0] if more else None
         sees = _sees(forward, module.layer_idx, start, key.shape[1], sliding_window).repeat_interleave(group, 1)
         keys, values = (x.float().repeat_interleave(group, 1) for x in (keys, values))
         logits = query[:, :, start:stop].float() @ keys.mT * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
+        if log_weights is not None:
+            logits[..., : log_weights.shape[2]] += log_weights.repeat_interleave(group, 1).mT
         logits = logits.masked_fill(~sees, -torch.inf)
         if s_aux is not None:
             logits = torch.cat([logits, s_aux.float()[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
@@ -361,9 +367,8 @@ def _places(visible: Tensor) -> Tensor:
     return (visible.cumsum(-1) - 1).clamp(min=0)
 
 
-def _take_pair(pair: tuple[Tensor | None, Tensor | None], place: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    keys, values = (None if by_place is None else _take(by_place, place) for by_place in pair)
-    return keys, values
+def _take_pair(pair: tuple[Tensor | None, ...], place: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(None if by_place is None else _take(by_place, place) for by_place in pair)
 
 
 def _take(by_place: Tensor, place: Tensor) -> Tensor:

@@ -1,0 +1,259 @@
+"""What is kept of a text, fitted to answer as all of it did."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcompress import AttentionMatching, AttentionMatchingCache, DenseCache, EvictingCache, KVzipCache
+from kvcompress.caches.matching import Asked, match
+from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.policies.gear import GEAR
+from tests.contract.drive import feed, generate
+from tests.contract.models import left_padded, prompt, tiny
+
+TOKENS, DIM = 40, 8
+README = Path(__file__).parents[2] / "README.md"
+close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+
+
+def scene(seed=0, batch=2, kv_heads=2, group=3, queries=64, chunks=1, dtype=torch.float64):
+    """Queries that saw a text, its tokens, and a choice of a quarter of them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    spec = LogitSpec(DIM**-0.5)
+    key, value = numbers(batch, kv_heads, TOKENS, DIM), numbers(batch, kv_heads, TOKENS, DIM)
+    bias = torch.zeros(batch, kv_heads, TOKENS, dtype=dtype)
+    asked = []
+    for _ in range(chunks):
+        query = 2 * numbers(batch, kv_heads * group, queries, DIM)
+        asked.append(Asked(query, logits(query, key, bias, spec).logsumexp(-1)))
+    order = numbers(batch, kv_heads, TOKENS).argsort(-1)
+    kept = torch.zeros(batch, kv_heads, TOKENS, dtype=torch.bool).scatter(2, order[..., : TOKENS // 4], True)
+    # heads keep different numbers
+    kept[:, 0, : TOKENS // 2] = True
+    blocks = (1 + torch.arange(TOKENS) * chunks // TOKENS).expand(batch, kv_heads, -1)
+    return asked, key, value, bias, blocks, kept, spec
+
+
+def logits(query, key, bias, spec):
+    """[batch, heads, queries, tokens]."""
+    group = query.shape[1] // key.shape[1]
+    products = query @ key.repeat_interleave(group, 1).mT * spec.scale
+    return spec.cap_(products) + bias.repeat_interleave(group, 1)[:, :, None]
+
+
+def answer(query, key, value, bias, kept, spec):
+    """Mass and output of attention to the tokens kept."""
+    group = query.shape[1] // key.shape[1]
+    weights = logits(query, key, bias, spec).exp() * kept.repeat_interleave(group, 1)[:, :, None]
+    mass = weights.sum(-1, keepdim=True)
+    return mass, weights @ value.repeat_interleave(group, 1) / mass
+
+
+def errors(asked, key, value, bias, kept, spec, fitted):
+    """Of mass and of output, before the fit and after it."""
+    everything = torch.ones_like(kept)
+    query = torch.cat([each.query for each in asked], 2)
+    mass, out = answer(query, key, value, bias, everything, spec)
+    found = []
+    for values, weights in ((value, bias), fitted):
+        own_mass, own_out = answer(query, key, values, weights, kept, spec)
+        found.append((float(((own_mass - mass) / mass).square().mean()), float((own_out - out).square().mean())))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_mass_and_output_come_much_closer_to_those_of_all_tokens(seed, chunks, softcap):
+    asked, key, value, bias, blocks, kept, spec = scene(seed, chunks=chunks)
+    spec = spec._replace(softcap=softcap)
+    asked = [Asked(each.query, logits(each.query, key, bias, spec).logsumexp(-1)) for each in asked]
+    fitted = match(asked, key, value, bias, blocks, kept, spec)
+    before, after = errors(asked, key, value, bias, kept, spec, fitted)
+    assert after[0] < 0.6 * before[0]
+    assert after[1] < 0.7 * before[1]
+    # nothing else is touched
+    close(fitted[0][~kept], value[~kept], rtol=0, atol=0)
+    assert (fitted[1][~kept] == 0).all()
+    assert (fitted[1].abs() <= 3.0001).all()
+
+
+def test_the_values_are_the_damped_least_squares_solution_of_each_head():
+    asked, key, value, bias, blocks, kept, spec = scene()
+    new_value, new_bias = match(asked, key, value, bias, blocks, kept, spec)
+    query, lse = asked[0].query, asked[0].lse
+    for row in range(2):
+        for head in range(2):
+            own = slice(3 * head, 3 * head + 3)
+            chosen = kept[row, head]
+            e = (logits(query, key, bias, spec) - lse[..., None]).exp()[row, own].flatten(0, 1)
+            x = e[:, chosen] * new_bias[row, head, chosen].exp()
+            x = x * (e.sum(-1, keepdim=True) / x.sum(-1, keepdim=True))
+            old = value[row, head, chosen]
+            gram = x.mT @ x
+            gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+            wanted = old + torch.linalg.solve(gram, x.mT @ (e @ value[row, head] - x @ old))
+            close(new_value[row, head, chosen], wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_no_small_change_of_the_weights_brings_the_mass_closer():
+    asked, key, value, bias, blocks, kept, spec = scene(batch=1)
+    _, new_bias = match(asked, key, value, bias, blocks, kept, spec)
+    e = (logits(asked[0].query, key, bias, spec) - asked[0].lse[..., None]).exp()[0].unflatten(0, (2, 3)).flatten(1, 2)
+    own = e * kept[0][:, None]
+    gram, moment = own.mT @ own, own.mT @ e.sum(-1, keepdim=True)
+    weights = new_bias[0].exp()[..., None]
+    slope = (gram @ weights - moment)[..., 0]
+    scale = (gram @ torch.ones_like(weights))[..., 0]
+    # where a weight is at no bound the slope is nearly none; at the lowest it would have to fall on, and so on
+    inside = kept[0] & (new_bias[0].abs() < 2.99)
+    assert inside.any()
+    assert (slope[inside].abs() < 0.02 * scale.amax()).all()
+
+
+def test_a_head_that_keeps_all_is_left_exactly_as_it_is():
+    asked, key, value, bias, blocks, kept, spec = scene()
+    kept[0, 1] = True
+    new_value, new_bias = match(asked, key, value, bias, blocks, kept, spec)
+    assert torch.equal(new_value[0, 1], value[0, 1])
+    assert torch.equal(new_bias[0, 1], bias[0, 1])
+    assert not torch.equal(new_value[1, 1], value[1, 1])
+
+
+def test_each_row_is_fitted_as_it_would_be_alone():
+    asked, key, value, bias, blocks, kept, spec = scene()
+    # the second row had fewer queries
+    asked[0].lse[1, :, :30] = torch.inf
+    whole = match(asked, key, value, bias, blocks, kept, spec)
+    for row in range(2):
+        part = slice(row, row + 1)
+        own = [Asked(each.query[part], each.lse[part]) for each in asked]
+        alone = match(own, key[part], value[part], bias[part], blocks[part], kept[part], spec)
+        for mine, together in zip(alone, whole, strict=True):
+            close(mine, together[part], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_that_are_copies_of_one_another_or_never_asked_for_give_finite_fits(dtype):
+    asked, key, value, bias, blocks, kept, spec = scene(dtype=torch.float32)
+    key[:, :, ::2] = key[:, :, :1]
+    asked[0].lse[1] = torch.inf
+    new_value, new_bias = match(asked, key.to(dtype), value.to(dtype), bias, blocks, kept, spec)
+    assert new_value.dtype == dtype
+    assert new_value.isfinite().all()
+    assert new_bias.isfinite().all()
+    # nobody asked the second row
+    assert torch.equal(new_value[1], value.to(dtype)[1])
+    assert (new_bias[1] == 0).all()
+
+
+def test_what_is_not_a_number_stays_in_its_own_head():
+    asked, key, value, bias, blocks, kept, spec = scene()
+    clean = match(asked, key, value, bias, blocks, kept, spec)
+    key[0, 0, 3] = torch.nan
+    spoiled = match(asked, key, value, bias, blocks, kept, spec)
+    assert torch.equal(spoiled[0][0, 0], value[0, 0])
+    close(spoiled[0][1], clean[0][1], rtol=1e-9, atol=1e-9)
+    close(spoiled[1][0, 1], clean[1][0, 1], rtol=1e-9, atol=1e-9)
+
+
+def test_queries_are_spread_over_each_rows_own_tokens():
+    query = torch.arange(10.0)[None, None, :, None].expand(2, 1, -1, 4)
+    visible = torch.ones(2, 10, dtype=torch.bool)
+    visible[1, :7] = False
+    chunk = type("Chunk", (), {"query": query})
+    asked = Asked.spread(chunk, visible, torch.zeros(2, 1, 10), 4)
+    assert asked.query[0, 0, :, 0].tolist() == [0, 3, 6, 9]
+    assert asked.query[1, 0, :3, 0].tolist() == [7, 8, 9]
+    assert asked.lse[1, 0].tolist() == [0, 0, 0, torch.inf]
+
+
+@pytest.mark.slow
+def test_on_real_text_a_fitted_cache_is_much_closer_to_the_full_one_than_kvzip(smollm2):
+    model, tokenizer = smollm2
+    ids = tokenizer(README.read_text(), return_tensors="pt").input_ids[:, :300].to(model.device)
+    far = {}
+    for kind, budget in ((DenseCache, {}), (KVzipCache, {"budget": 0.15}), (AttentionMatchingCache, {"budget": 0.15})):
+        cache = kind(model, **budget)
+        feed(model, cache, ids[:, :256])
+        far[kind] = feed(model, cache, ids[:, 256:]).log_softmax(-1)
+    full = far.pop(DenseCache)
+    kl = {kind: float((full.exp() * (full - other)).sum(-1).mean()) for kind, other in far.items()}
+    assert kl[AttentionMatchingCache] < 0.6 * kl[KVzipCache]
+
+
+def test_five_texts_in_a_row_are_compacted_and_stay_sane():
+    model = tiny()
+    cache, full = AttentionMatchingCache(model, budget=24), DenseCache(model)
+    gaps = []
+    for turn in range(5):
+        logits_of = [feed(model, each, prompt(30, seed=turn)) for each in (cache, full)]
+        gaps.append(float((logits_of[0] - logits_of[1]).abs().mean() / logits_of[1].abs().mean()))
+    assert all(layer.slots.bias.abs().max() <= 15.01 for layer in cache.layers)
+    assert all(layer.slots.values.isfinite().all() for layer in cache.layers)
+    assert max(gaps) < 2.0
+
+
+def test_log_weights_and_values_survive_a_file_and_a_copy(tmp_path):
+    model = tiny()
+    cache = AttentionMatchingCache(model, budget=12)
+    feed(model, cache, prompt(40, 2))
+    feed(model, cache, prompt(1, 2, seed=3))
+    assert any((layer.slots.bias != 0).any() for layer in cache.layers)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded, copied = AttentionMatchingCache.load(tmp_path / "cache.safetensors", model), cache.clone()
+    wanted = feed(model, cache, prompt(5, 2, seed=4))
+    for other in (loaded, copied):
+        close(feed(model, other, prompt(5, 2, seed=4)), wanted)
+
+
+def test_sliding_layers_are_evicted_and_not_fitted():
+    model = tiny("mistral")
+    cache = AttentionMatchingCache(model, budget=12)
+    feed(model, cache, prompt(40))
+    for layer in cache.layers:
+        assert (layer.slots.bias is None) == layer.is_sliding
+
+
+def test_decoded_tokens_are_kept_and_compete_with_the_next_text():
+    model = tiny()
+    cache = AttentionMatchingCache(model, budget=16)
+    ids = prompt(40)
+    generate(model, cache, ids, max_new_tokens=10)
+    kept = cache.memory().tokens_kept
+    means = torch.stack([each.float().mean() for each in kept])
+    assert 14 + 9 <= means.mean() <= 16 + 9
+    feed(model, cache, prompt(20, seed=5))
+    assert torch.stack([each.float().mean() for each in cache.memory().tokens_kept]).mean() <= 16
+    assert all(layer.tail is None for layer in cache.layers)
+
+
+def test_rows_of_other_lengths_end_as_they_would_alone():
+    model = tiny(dtype=torch.float64)
+    rows = [prompt(40)[0], prompt(23, seed=2)[0]]
+    ids, mask = left_padded(rows, 40)
+    together = AttentionMatchingCache(model, budget=12)
+    longer = torch.cat([mask, torch.ones_like(mask[:, :2])], 1)
+    logits_of = feed(model, together, ids, mask), feed(model, together, prompt(2, 2, seed=9), longer)
+    assert logits_of[1].isfinite().all()
+    for row, tokens in enumerate(rows):
+        alone = AttentionMatchingCache(model, budget=12)
+        feed(model, alone, tokens[None])
+        close(feed(model, alone, prompt(2, 2, seed=9)[row : row + 1]), logits_of[1][row : row + 1])
+
+
+def test_packed_slots_have_no_log_weights_and_say_so():
+    with pytest.raises(ValueError, match="log-weights, which AttentionMatching fits"):
+        EvictingCache(tiny(), policy=AttentionMatching(), budget=8, packed=GEAR(bits=4, rank=0))
+
+
+@pytest.mark.parametrize("setting", ["chunk", "queries"])
+def test_settings_below_one_are_refused(setting):
+    with pytest.raises(ValueError, match=f"{setting} must be at least 1 token, got 0"):
+        AttentionMatching(**{setting: 0})
