@@ -53,6 +53,7 @@ class AnswerStep(EvictingStep):
 class AnsweringLayer(SteppedLayer, RereadLayer):
     """A layer whose decoded tokens stay in a tail; its slots are chosen from what is fed several tokens at a time."""
 
+    is_compileable = SteppedLayer.is_compileable  # type: ignore[assignment]
     keeps_answers = True
     reserves_on_gpu = True
     _tail: TailSegment | None = None
@@ -240,7 +241,9 @@ class AnsweringLayer(SteppedLayer, RereadLayer):
             among = self._tail.positions
             shown = remap.gather(1, among.clamp(min=0).long()) != EMPTY
             hidden = ((among != EMPTY) & ~shown).to(remap.dtype)
-            remap = torch.where(torch.zeros_like(remap).scatter_add_(1, among.clamp(min=0).long(), hidden) > 0, 0, remap)
+            remap = torch.where(
+                torch.zeros_like(remap).scatter_add_(1, among.clamp(min=0).long(), hidden) > 0, 0, remap
+            )
         super()._warn_of_filler(remap)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

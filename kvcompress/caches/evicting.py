@@ -124,7 +124,8 @@ class EvictingCache(CompressedCache):
             if rerotated:
                 raise ValueError("rerotated stores keys without rotation, and cannot be combined with packed")
             if policy.rereads is not None and policy.rereads.fits:
-                raise ValueError(f"packed has no log-weights, which {type(policy).__name__} fits: leave one of them off")
+                name = type(policy).__name__
+                raise ValueError(f"packed slots have no log-weights, which {name} fits: leave packed off")
         super().__init__(model)
         if policy.rereads is not None and rerotated:
             raise ValueError(f"rerotated cannot be combined with {type(policy).__name__}, which reads tokens twice")

@@ -100,9 +100,10 @@ def match(
             continue
         width = int(there.sum(-1).max())
         index = marked_first(there)[..., :width]
-        parts = [x.gather(-1, index) for x in (there, kept & there, bias)]
+        marks = there.gather(-1, index), (kept & there).gather(-1, index)
         of_keys, of_values = (index[..., None].expand(*index.shape, x.shape[-1]) for x in (key, value))
-        fresh, weights = _match_block(questions, key.gather(2, of_keys), value.gather(2, of_values), *parts, spec)
+        keys, values, own = key.gather(2, of_keys), value.gather(2, of_values), bias.gather(-1, index)
+        fresh, weights = _match_block(questions, keys, values, *marks, own, spec)
         value.scatter_(2, of_values, fresh)
         bias.scatter_(2, index, weights)
     return value, bias

@@ -30,7 +30,8 @@ class _Waiting:
     """The tokens of a forward that have been read once.
 
     segment: all of them, whose scores are what the second reading records of the attention that each receives. past:
-    the same for the slots. asked: queries of each chunk of it, if what is kept is to be fitted to them. lengths: of the sequences, with these. twice: which sequences are read again, [batch] bool. step: the forward's.
+    the same for the slots. lengths: of the sequences, with these. twice: which sequences are read again, [batch] bool.
+    step: the forward's. asked: queries of each chunk, where what is kept is fitted to them.
     """
 
     segment: SlotSegment
@@ -96,19 +97,18 @@ class RereadLayer(EvictingLayer):
             visible = torch.ones(batch, tokens, dtype=torch.bool, device=chunk.key.device)
         places = waiting.lengths[:, None] + visible.cumsum(-1, dtype=torch.int32) - 1  # [batch, tokens]
         out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
-        outs, lses, of_text = [out], [lse], None
+        outs, lses = [out], [lse]
         read = [(waiting.segment, waiting.segment.scores)]
         if self.get_seq_length() > waiting.segment.slots:
             read.append((self.slots, waiting.past))
         for segment, _ in read:
             out, lse = segment.attend(chunk.query, places, chunk.spec)
             outs, lses = [*outs, out], [*lses, lse]
-            of_text = lse if of_text is None else torch.logaddexp(of_text, lse)
+        of_text = lses[1] if len(lses) == 2 else torch.logaddexp(*lses[1:])
         if chunk.sinks is not None:
             outs, lses = with_sinks(outs, lses, chunk.sinks)
         out, lse = merge_states(outs, lses)
-        if how.records == "squares":
-            lse = of_text
+        lse = of_text if how.records == "squares" else lse
         lse = lse.masked_fill(~visible[:, None], torch.inf)
         for segment, received in read:
             if how.records == "squares":

@@ -249,7 +249,7 @@ def test_rows_of_other_lengths_end_as_they_would_alone():
 
 
 def test_packed_slots_have_no_log_weights_and_say_so():
-    with pytest.raises(ValueError, match="log-weights, which AttentionMatching fits"):
+    with pytest.raises(ValueError, match="packed slots have no log-weights, which AttentionMatching fits"):
         EvictingCache(tiny(), policy=AttentionMatching(), budget=8, packed=GEAR(bits=4, rank=0))
 
 

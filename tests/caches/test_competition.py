@@ -121,7 +121,7 @@ def test_bytes_are_those_of_what_is_kept_not_of_the_longest_head():
 @pytest.mark.parametrize("budget", [12, 0.4])
 def test_a_clone_a_choice_of_rows_and_a_file_hold_what_the_cache_held(budget, tmp_path):
     model = tiny()
-    cache = KVzipCache(model, budget=budget, allocation="global", sinks=1)
+    cache = KVzipCache(model, budget=budget, allocation="global", sinks=1, keeps_answers=False)
     feed(model, cache, prompt(40, 3))
     cache.save(tmp_path / "cache")
     loaded = KVzipCache.load(tmp_path / "cache", model)
@@ -146,7 +146,7 @@ def test_a_clone_a_choice_of_rows_and_a_file_hold_what_the_cache_held(budget, tm
 def test_room_grows_for_a_growing_budget_and_a_short_beginning():
     model = tiny()
     for budget, tokens in itertools.product((30, 0.5), (3, 20)):
-        cache = KVzipCache(model, budget=budget, allocation="global", sinks=1)
+        cache = KVzipCache(model, budget=budget, allocation="global", sinks=1, keeps_answers=False)
         feed(model, cache, prompt(tokens, 2))
         for step in range(60):
             feed(model, cache, prompt(1, 2, seed=step))
@@ -162,7 +162,7 @@ def test_room_grows_for_a_growing_budget_and_a_short_beginning():
 @pytest.mark.parametrize("allocation", ["heads", "global"])
 def test_shares_change_with_chunks_and_not_with_single_tokens(allocation):
     model = tiny()
-    cache = KVzipCache(model, budget=12, allocation=allocation, sinks=1)
+    cache = KVzipCache(model, budget=12, allocation=allocation, sinks=1, keeps_answers=False)
     feed(model, cache, prompt(60))
     first = torch.stack(tokens_kept(cache))
     for step in range(10):
@@ -199,7 +199,7 @@ def test_a_padded_row_keeps_what_it_does_alone_one_token_or_many_at_a_time(famil
     # the second row gets a single token where the first gets several
     more, shown = prompt(9, 2, seed=3), torch.ones(2, 9, dtype=torch.long, device=DEVICE)
     shown[1, :8] = 0
-    cache, alone = (KVzipCache(model, budget=10, allocation=allocation, sinks=1) for _ in range(2))
+    cache, alone = (KVzipCache(model, budget=10, allocation=allocation, sinks=1, keeps_answers=False) for _ in range(2))
     feed(model, cache, ids, mask)
     whole = torch.cat([mask, shown], 1)
     feed(model, cache, more, whole)

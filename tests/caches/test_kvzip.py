@@ -1,5 +1,7 @@
 """KVzip through a cache: what stays is what the model's own attention weights look up in a second reading."""
 
+import functools
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -15,6 +17,9 @@ from tests.contract.drive import feed, full, generate, tokens_kept
 from tests.contract.models import WINDOW, build, left_padded, prompt, tiny
 
 BUDGET, TOKENS = 9, 40
+# each head for itself, and while decoding too
+uniform = functools.partial(EvictingCache, allocation="uniform")
+kvzip = functools.partial(KVzip, keeps_answers=False)
 
 
 def looked_up(model, ids, kv_heads, chunk, prompt_ids):
@@ -45,7 +50,7 @@ def held(cache, row=0):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
 def test_heads_keep_what_a_second_reading_attends_to_most(family, chunk, prompt_ids):
     model, ids = build(family, num_hidden_layers=2), prompt(TOKENS)
-    cache = EvictingCache(model, policy=KVzip(sinks=2, chunk=chunk, prompt=prompt_ids), budget=BUDGET)
+    cache = uniform(model, policy=kvzip(sinks=2, chunk=chunk, prompt=prompt_ids), budget=BUDGET)
     feed(model, cache, ids)
     wanted = looked_up(model, ids, cache.layers[0].slots.spare.shape[1], chunk, prompt_ids)
     # sinks and the newest token always stay
@@ -56,7 +61,7 @@ def test_heads_keep_what_a_second_reading_attends_to_most(family, chunk, prompt_
 
 def test_a_sliding_layer_keeps_what_is_looked_up_within_its_window():
     model, ids = build("mistral", num_hidden_layers=2), prompt(TOKENS)
-    cache = EvictingCache(model, policy=KVzip(sinks=0), budget=6)
+    cache = uniform(model, policy=kvzip(sinks=0), budget=6)
     feed(model, cache, ids)
     wanted = looked_up(model, ids, 2, TOKENS, ())
     wanted[..., : TOKENS - WINDOW] = -1.0
@@ -69,18 +74,18 @@ def test_each_row_of_a_padded_batch_keeps_what_it_would_alone(chunk):
     model = tiny(num_hidden_layers=2)
     rows = [prompt(TOKENS)[0], prompt(1, seed=2)[0], prompt(23, seed=3)[0], prompt(2, seed=4)[0]]
     ids, mask = left_padded(rows)
-    policy = KVzip(sinks=0, chunk=chunk, prompt=(7, 8))
-    together = EvictingCache(model, policy=policy, budget=BUDGET)
+    policy = kvzip(sinks=0, chunk=chunk, prompt=(7, 8))
+    together = uniform(model, policy=policy, budget=BUDGET)
     feed(model, together, ids, mask)
     for index, row in enumerate(rows):
-        alone = EvictingCache(model, policy=policy, budget=BUDGET)
+        alone = uniform(model, policy=policy, budget=BUDGET)
         feed(model, alone, row[None])
         assert held(together, index) == held(alone)
 
 
 def test_a_second_turn_is_read_again_too_and_scores_are_the_highest_ever():
     model = build("llama", num_hidden_layers=1)
-    cache = EvictingCache(model, policy=KVzip(sinks=0), budget=100)
+    cache = uniform(model, policy=kvzip(sinks=0), budget=100)
     first, second = prompt(20), prompt(15, seed=2)
     feed(model, cache, first)
     before = cache.layers[0].slots.scores.clone()
@@ -99,7 +104,7 @@ def test_a_second_turn_is_read_again_too_and_scores_are_the_highest_ever():
 def test_a_row_that_is_fed_one_token_among_longer_ones_is_scored_as_in_decoding():
     model = tiny()
     first, longer, one = prompt(20), prompt(6, seed=2), prompt(1, seed=3)
-    together, alone = (EvictingCache(model, policy=KVzip(sinks=0), budget=100) for _ in range(2))
+    together, alone = (uniform(model, policy=kvzip(sinks=0), budget=100) for _ in range(2))
     feed(model, together, first.expand(2, -1))
     ids, fresh = left_padded([longer[0], one[0]])
     feed(model, together, ids, torch.cat([torch.ones_like(first).expand(2, -1), fresh], 1))
@@ -115,7 +120,7 @@ def test_a_row_that_is_fed_one_token_among_longer_ones_is_scored_as_in_decoding(
 
 def test_the_logits_of_the_first_reading_are_the_full_caches():
     model, ids = tiny(), prompt(TOKENS)
-    cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)
+    cache = uniform(model, policy=kvzip(), budget=BUDGET)
     torch.testing.assert_close(feed(model, cache, ids), feed(model, DynamicCache(config=model.config), ids))
     assert cache.get_seq_length() == TOKENS
     assert all((kept == BUDGET).all() for kept in tokens_kept(cache))
@@ -124,7 +129,7 @@ def test_the_logits_of_the_first_reading_are_the_full_caches():
 def test_what_was_let_go_is_freed():
     """Slots, their positions and scores, and counters: nothing else is left of a long prompt."""
     model = tiny()
-    caches = [EvictingCache(model, policy=policy, budget=BUDGET) for policy in (KVzip(), H2O())]
+    caches = [uniform(model, policy=policy, budget=BUDGET) for policy in (kvzip(), H2O())]
     for cache in caches:
         feed(model, cache, prompt(300))
     assert caches[0].memory().total_bytes == caches[1].memory().total_bytes
@@ -136,7 +141,7 @@ def test_a_prompt_is_held_in_full_until_it_is_read_again_and_a_piece_of_it_where
     chunk, most, monkeypatch
 ):
     model, held, read = tiny(), [], []
-    cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)
+    cache = uniform(model, policy=kvzip(), budget=BUDGET)
     again = evicting.read_again
 
     def note(decoder, layers, ids, *rest):
@@ -154,7 +159,7 @@ def test_a_prompt_is_held_in_full_until_it_is_read_again_and_a_piece_of_it_where
 
 def test_slots_may_be_packed():
     model, ids = tiny(), prompt(TOKENS)
-    caches = [EvictingCache(model, policy=KVzip(), budget=BUDGET, packed=packed) for packed in (None, GEAR(bits=4))]
+    caches = [uniform(model, policy=kvzip(), budget=BUDGET, packed=packed) for packed in (None, GEAR(bits=4))]
     for cache in caches:
         feed(model, cache, ids)
     kept = [
@@ -167,7 +172,7 @@ def test_slots_may_be_packed():
 def test_a_prompt_may_reach_the_end_of_a_table_of_positions():
     """OPT has no position beyond its last; the second reading then stands before the end."""
     model = build("opt", max_position_embeddings=50)
-    cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)
+    cache = uniform(model, policy=kvzip(), budget=BUDGET)
     feed(model, cache, prompt(48))
     assert all((kept == BUDGET).all() for kept in tokens_kept(cache))
     assert torch.isfinite(feed(model, cache, prompt(1, seed=2))).all()
@@ -176,7 +181,7 @@ def test_a_prompt_may_reach_the_end_of_a_table_of_positions():
 # docs: It needs `input_ids`
 def test_embeddings_are_refused_before_anything_is_stored():
     model = tiny()
-    cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)
+    cache = uniform(model, policy=kvzip(), budget=BUDGET)
     embeddings = model.get_input_embeddings()(prompt(20))
     with pytest.raises(ValueError, match="KVzip reads the tokens again: pass input_ids instead of inputs_embeds"):
         model(inputs_embeds=embeddings, **cache_argument(model, cache))
@@ -190,7 +195,7 @@ def test_embeddings_are_refused_before_anything_is_stored():
 
 def test_tokens_that_were_never_read_again_are_not_passed_over_in_silence():
     model = tiny()
-    cache = EvictingCache(model, policy=KVzip(), budget=BUDGET)
+    cache = uniform(model, policy=kvzip(), budget=BUDGET)
     decoder = model.get_decoder()
     with torch.no_grad():
         # no hook runs
@@ -206,7 +211,7 @@ def test_tokens_that_were_never_read_again_are_not_passed_over_in_silence():
 
 def test_a_second_reading_that_fails_leaves_a_cache_that_says_so(monkeypatch):
     model = tiny()
-    cache = EvictingCache(model, policy=KVzip(chunk=8), budget=BUDGET)
+    cache = uniform(model, policy=kvzip(chunk=8), budget=BUDGET)
     calls = []
 
     def interrupt(module, args, kwargs):
@@ -228,7 +233,7 @@ def test_other_caches_of_the_same_model_are_read_once():
     model, ids = build("llama"), prompt(20, batch=2)
     before = full(model, ids)
     for _ in range(2):
-        generate(model, EvictingCache(model, policy=KVzip(), budget=BUDGET), ids)
+        generate(model, uniform(model, policy=kvzip(), budget=BUDGET), ids)
     forwards = []
     hook = model.get_decoder().layers[0].register_forward_hook(lambda *_: forwards.append(1))
     assert torch.equal(full(model, ids, max_new_tokens=12), before)
@@ -237,10 +242,10 @@ def test_other_caches_of_the_same_model_are_read_once():
     generate(model, EvictingCache(model, policy=H2O(), budget=BUDGET), ids)
     assert len(forwards) == 12
     forwards.clear()
-    generate(model, EvictingCache(model, policy=KVzip(), budget=BUDGET), ids)
+    generate(model, uniform(model, policy=kvzip(), budget=BUDGET), ids)
     assert len(forwards) == 13
     forwards.clear()
-    generate(model, EvictingCache(model, policy=KVzip(), budget=BUDGET), ids[:, :1])
+    generate(model, uniform(model, policy=kvzip(), budget=BUDGET), ids[:, :1])
     assert len(forwards) == 12
     assert len(model.get_decoder()._forward_hooks) == 1
     hook.remove()
@@ -250,13 +255,13 @@ def test_other_caches_of_the_same_model_are_read_once():
     ("make", "message"),
     [
         (
-            lambda model: EvictingCache(model, policy=KVzip(), budget=20, rerotated=True),
+            lambda model: uniform(model, policy=kvzip(), budget=20, rerotated=True),
             "rerotated cannot be combined with",
         ),
-        (lambda model: EvictingCache(model, policy=KVzip(), budget=3), "at least sinks \\+ recent \\+ 1 to choose = 6"),
+        (lambda model: uniform(model, policy=kvzip(), budget=3), "at least sinks \\+ recent \\+ 1 to choose = 6"),
         (
             lambda model: SharedStorageCache(
-                model, first=1, share=2, storage=lambda m: EvictingCache(m, policy=KVzip(), budget=20)
+                model, first=1, share=2, storage=lambda m: uniform(m, policy=kvzip(), budget=20)
             ),
             "KVzip reads tokens twice",
         ),
@@ -270,7 +275,7 @@ def test_mistakes_are_named(make, message):
 def test_gear_takes_no_part():
     """A cache that knows nothing of second readings, of a model that does."""
     model = build("llama")
-    EvictingCache(model, policy=KVzip(), budget=BUDGET)
+    uniform(model, policy=kvzip(), budget=BUDGET)
     cache = GEARCache(model)
     feed(model, cache, prompt(20))
     assert cache.get_seq_length() == 20
@@ -278,7 +283,7 @@ def test_gear_takes_no_part():
 
 def test_the_newest_tokens_are_kept_as_far_as_asked_for():
     model = tiny()
-    cache = KVzipCache(model, budget=BUDGET, sinks=2, recent=BUDGET - 6)
+    cache = KVzipCache(model, budget=BUDGET, sinks=2, recent=BUDGET - 6, allocation="uniform", keeps_answers=False)
     feed(model, cache, prompt(40))
     for step in range(6):
         feed(model, cache, prompt(1, seed=step))

@@ -365,6 +365,8 @@ ENTRIES = [
         allocation="global",
         kept=slots_and_answers,
         decoded=fitted,
+        # equations pass rounding errors on, larger than they were
+        dtype=torch.float64,
         competes=True,
         keeps_answers=True,
     ),
