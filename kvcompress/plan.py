@@ -3,12 +3,13 @@
     full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
     slots        = budget + 1 per KV head: keys and values, and 8 bytes for position and score; packed slots have codes,
                    scales and outliers, and 4 x head_dim bytes per KV head for centre and spread of the keys' channels;
-                   plus the policy's state (policies/policy.py)
+                   plus the policy's state (policies/policy.py); where heads compete for the budget, as many on average,
+                   32 bytes per KV head for where they lie, and 4 more per token with a log-weight
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and an unpacked tail of one block
     shadowkv     = on the device: low-rank keys, landmarks, and the selected, outlier and newest tokens
                    (policies/shadowkv.py); the values of all tokens are on the host
     during prefill, an evicting cache also holds the full keys and values of the layer at work; kvzip, which reads a
-    prompt twice, those of all layers
+    prompt twice, those of all layers, and attention_matching the queries, too, to which it fits
 
 On sliding layers `tokens` and `budget` are at most the window. Activations of a prefill in one forward are estimated
 as hidden states, queries and the MLP's middle for every token; weights are counted exactly, on the meta device.
@@ -21,8 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvcompress import hf, loading, registry
-from kvcompress.caches.budget import Budget
-from kvcompress.caches.evicting import kept_budget
+from kvcompress.caches.budget import COMPETING, Budget
+from kvcompress.caches.evicting import kept_budget, shared_as
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.caches.shadowkv import selected_budget
 from kvcompress.policies.gear import GEAR, preset
@@ -32,6 +33,7 @@ from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.quantized_slots import QuantizedSlots
+from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.slots import SlotSegment
 from kvcompress.storage.tail import TailSegment
 
@@ -150,11 +152,13 @@ def make_plan(
             continue
         policy, of_cache = registry.policy_of(method, settings)
         kept, packed = kept_budget(amount, policy).tokens(context), of_cache.get("packed")
-        cache = sum(_slots(shape, min(kept, window or kept), batch, item, packed) for window in shape.windows)
+        competes = shared_as(policy, of_cache.get("allocation"), packed is not None) in COMPETING
+        cache = sum(_slots(shape, kept, batch, item, policy, packed, competes, window) for window in shape.windows)
         frequencies = 4 * (shape.head_dim // 2) if policy.uses_rotary else 0
         cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
         # a policy that reads a prompt twice holds all of it until then, in every layer
-        in_full = full if policy.rereads is not None else batch * context * token
+        in_full = batch * context * token if policy.rereads is None else full
+        in_full += batch * _asked(shape, policy, context) * shape.heads * (shape.head_dim * item + 4)
         needs.append(Need(spec, kept, weights, cache, full, activations + in_full))
     return needs
 
@@ -170,12 +174,39 @@ def largest_batch(need: Need, batch: int, memory: int) -> int:
     return max(0, free * batch // (need.cache + need.prefill))
 
 
-def _slots(shape: Shape, budget: int, batch: int, item: int, packed: GEAR | None) -> int:
+def _slots(
+    shape: Shape,
+    budget: int,
+    batch: int,
+    item: int,
+    policy: Policy,
+    packed: GEAR | None,
+    competes: bool,
+    window: int | None,
+) -> int:
     """Bytes of one layer: its slots, one of them free, and counters per sequence and for all sequences."""
+    budget = min(budget, window or budget)
     size, counters = (batch, shape.kv_heads, shape.head_dim), batch * 3 * 4 + 8
-    if packed is None:
-        return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
-    return QuantizedSlots.nbytes_for(*size, packed.per_token_scheme(shape.head_dim), budget + 1) + counters
+    if packed is not None:
+        return QuantizedSlots.nbytes_for(*size, packed.per_token_scheme(shape.head_dim), budget + 1) + counters
+    how = policy.rereads
+    if competes or (how is not None and how.keeps_answers):
+        counters += 4 * batch * shape.kv_heads * competes
+        # no more than the next query sees
+        budget = min(budget, (window or budget + 1) - 1)
+        fits = how is not None and how.fits > 0 and window is None
+        return RaggedSlots.nbytes_for(*size, item, budget + 1, fits) + counters
+    return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
+
+
+def _asked(shape: Shape, policy: Policy, context: int) -> int:
+    """Tokens whose queries are held until what is kept has been fitted to them, in all layers together."""
+    how = policy.rereads
+    if how is None:
+        return 0
+    return shape.windows.count(None) * sum(
+        min(how.fits, context - start, how.chunk) for start in range(0, context, how.chunk)
+    )
 
 
 def _packed(shape: Shape, settings: GEAR, context: int, window: int | None, batch: int, item: int) -> int:

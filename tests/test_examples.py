@@ -51,6 +51,11 @@ def test_the_kvzip_example(run):
         assert all(name in answer for answer in answers[question])
 
 
+def test_the_attention_matching_example(run):
+    divergences = run("attention_matching")
+    assert divergences["AttentionMatchingCache"] < 0.6 * divergences["KVzipCache"]
+
+
 def test_the_streaming_example(run):
     cache = run("streaming", budget=64, new_tokens=12)
     assert cache.memory().tokens_seen > 64

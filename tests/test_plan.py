@@ -3,6 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvcompress import registry
+from kvcompress.caches.budget import COMPETING
 from kvcompress.hf import cache_argument
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.plan import largest_batch, make_plan, read_shape
@@ -21,6 +22,7 @@ PACKED = [
     "gear:preset=gear:buffer=32:group_size=32",
     "h2o:bits=4:group_size=8:outliers=0.1",
 ]
+RAGGED = ["kvzip:allocation=uniform", "kvzip:bits=4:group_size=8", "attention_matching:allocation=uniform"]
 
 
 def kinds():
@@ -38,7 +40,7 @@ def saved(request, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [*registry.METHODS, *PACKED, "shadowkv:chunk=4:outlier_chunks=3:local_chunks=2:rank=9"]
+    "method", [*registry.METHODS, *PACKED, *RAGGED, "shadowkv:chunk=4:outlier_chunks=3:local_chunks=2:rank=9"]
 )
 @torch.inference_mode()
 def test_the_plan_is_what_a_cache_comes_to_hold(method, saved):
@@ -53,6 +55,9 @@ def test_the_plan_is_what_a_cache_comes_to_hold(method, saved):
     if method.startswith(("none", "hydragen", "shadowkv")) and model.config.model_type == "mistral":
         # dense layers keep a little more than the window
         assert need.cache <= report.device_bytes
+    elif getattr(cache, "allocation", "uniform") in COMPETING:
+        # as much as heads keep on average, but for rounding, and positions are as wide as the longest head
+        assert need.cache == pytest.approx(report.device_bytes, rel=0.06)
     else:
         assert need.cache == report.device_bytes
         assert (report.host_bytes > 0) == method.startswith("shadowkv:")
@@ -97,6 +102,15 @@ def read_shape_of(config):
 def test_a_missing_model_is_named(name):
     with pytest.raises(ModelUnavailableError, match="nowhere"):
         read_shape(name)
+
+
+def test_queries_are_held_until_what_is_kept_is_fitted_to_them():
+    shape = read_shape_of(LlamaConfig(**SMALL))
+    specs = ["kvzip", "attention_matching:queries=100:chunk=400"]
+    kvzip, fitted = make_plan(shape, specs, 1000, 2, 0.25, torch.float16)
+    # of two whole chunks and a half
+    a_query = shape.heads * (2 * shape.head_dim + 4)
+    assert fitted.prefill - kvzip.prefill == 2 * len(shape.windows) * 300 * a_query
 
 
 def test_kvzip_has_the_whole_prompt_at_hand_until_its_second_reading_ends():

@@ -66,6 +66,13 @@ def kept_budget(amount: int | float, policy: Policy) -> Budget:
     return Budget(amount, least, f"sinks + recent{' + 1 to choose' * policy.chooses} = {least} tokens for {policy}")
 
 
+def shared_as(policy: Policy, asked: Allocation | None, apart: bool) -> Allocation:
+    """How heads share a budget if asked so; `apart`: they cannot differ in number, unless that was asked for."""
+    if asked is not None:
+        return asked
+    return "uniform" if apart and policy.allocates in COMPETING else policy.allocates
+
+
 class EvictingCache(CompressedCache):
     """Keeps a budget of tokens, which a policy chooses.
 
@@ -108,9 +115,7 @@ class EvictingCache(CompressedCache):
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
-        if allocation is None:
-            apart = packed is not None or rerotated or TPGroup.of(model) is not None
-            allocation = "uniform" if apart and policy.allocates in COMPETING else policy.allocates
+        allocation = shared_as(policy, allocation, packed is not None or TPGroup.of(model) is not None)
         _check_allocation(allocation, policy, rerotated, packed, model)
         self.policy = policy
         self._budget = kept_budget(budget, policy)

@@ -299,3 +299,9 @@ class RaggedSlots(SlotSegment):
 
     def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
         raise NotImplementedError("ragged slots are laid out anew: call `refill`")
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, itemsize: int, slots: int, has_bias: bool = False) -> int:
+        """Bytes of so many slots per head on average, and where they lie."""
+        of_slots = SlotSegment.nbytes_for(batch, kv_heads, head_dim, itemsize, slots)
+        return of_slots + batch * kv_heads * (slots * 4 * has_bias + 3 * 8)

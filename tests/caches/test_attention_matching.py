@@ -67,6 +67,8 @@ def errors(asked, key, value, bias, kept, spec, fitted):
     return found
 
 
+# docs: gives each token that it keeps a weight and a value, fitted to the queries of the second reading so that the few
+# docs: attend and answer as all did
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -213,6 +215,7 @@ def test_log_weights_and_values_survive_a_file_and_a_copy(tmp_path):
         close(feed(model, other, prompt(5, 2, seed=4)), wanted)
 
 
+# docs: sliding layers are not fitted
 def test_sliding_layers_are_evicted_and_not_fitted():
     model = tiny("mistral")
     cache = AttentionMatchingCache(model, budget=12)
@@ -221,6 +224,8 @@ def test_sliding_layers_are_evicted_and_not_fitted():
         assert (layer.slots.bias is None) == layer.is_sliding
 
 
+# docs: The budget is for what is read: tokens decoded afterwards stay on top of it, and compete when several tokens are
+# docs: fed again, in the next turn; with `keeps_answers=False` they compete at once
 def test_decoded_tokens_are_kept_and_compete_with_the_next_text():
     model = tiny()
     cache = AttentionMatchingCache(model, budget=16)
@@ -232,6 +237,9 @@ def test_decoded_tokens_are_kept_and_compete_with_the_next_text():
     feed(model, cache, prompt(20, seed=5))
     assert torch.stack([each.float().mean() for each in cache.memory().tokens_kept]).mean() <= 16
     assert all(layer.tail is None for layer in cache.layers)
+    at_once = KVzipCache(model, budget=16, keeps_answers=False)
+    generate(model, at_once, ids, max_new_tokens=10)
+    assert torch.stack([each.float().mean() for each in at_once.memory().tokens_kept]).mean() <= 16
 
 
 def test_rows_of_other_lengths_end_as_they_would_alone():

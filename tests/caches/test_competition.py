@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvcompress import TOVA, EvictingCache, H2OCache, KeyDiff, KVzipCache, Policy, SnapKVCache
+from kvcompress import TOVA, AttentionMatchingCache, EvictingCache, H2OCache, KeyDiff, KVzipCache, Policy, SnapKVCache
 from kvcompress.caches.competition import shares
 from kvcompress.policies.gear import GEAR
 from tests.contract.drive import feed, tokens_kept
@@ -85,10 +85,14 @@ def test_heads_whose_scores_do_not_compare_cannot_compete(policy):
         EvictingCache(tiny(), policy=policy, budget=8, allocation="heads")
 
 
-# docs: `allocation="global"` lets all heads of all layers compete, as KVzip's paper does: for KVzip alone
+# docs: `allocation="global"` lets all heads of all layers compete: for KVzip and AttentionMatching, which do so by
+# docs: default
 def test_layers_whose_scores_do_not_compare_cannot_compete():
     with pytest.raises(ValueError, match="scores of H2O do not compare across layers: use allocation='heads'"):
         H2OCache(tiny(), budget=8, allocation="global")
+    assert all(kind(tiny(), budget=8).allocation == "global" for kind in (KVzipCache, AttentionMatchingCache))
+    packed = KVzipCache(tiny(), budget=8, packed=GEAR(bits=4, rank=0))
+    assert packed.allocation == "uniform"
 
 
 # docs: Neither combines with `rerotated`, `packed` or `tp_plan`
