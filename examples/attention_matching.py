@@ -9,13 +9,13 @@ from kvcompress import AttentionMatchingCache, DenseCache, KVzipCache, load_mode
 
 TEXT = """
 The ferry leaves the northern quay at seven and at eleven, and in summer once more at five. It was built in 1962 by a
-yard that no longer exists, and it carries twelve cars, a mail van and as many bicycles as will fit. Captain Ruth Ekholm
-has steered it for nineteen years. The crossing takes thirty-five minutes when the sea is calm. On the island there are
-two shops, a school with eleven children, a church with a leaking roof, and a bakery whose rye bread is sold on the
-mainland too. The keeper of the lighthouse lives in the yellow house above the harbour and rings the bell in fog. Letters
-are sorted in the back room of the larger shop by the owner's daughter, who knows every hand. The doctor comes on
-Wednesdays with a black bag and stays for soup. In winter the ice is measured each morning, and when it is thicker than a
-thumb is long the ferry stays in port, and the road across the ice is marked with branches of spruce.
+yard that no longer exists, and it carries twelve cars, a mail van and as many bicycles as will fit. Captain Ruth
+Ekholm has steered it for nineteen years. The crossing takes thirty-five minutes when the sea is calm. On the island
+there are two shops, a school with eleven children, a church with a leaking roof, and a bakery whose rye bread is sold
+on the mainland too. The keeper of the lighthouse lives in the yellow house above the harbour and rings the bell in
+fog. Letters are sorted in the back room of the larger shop by the owner's daughter, who knows every hand. The doctor
+comes on Wednesdays with a black bag and stays for soup. In winter the ice is measured each morning, and when it is
+thicker than a thumb is long the ferry stays in port, and the road across the ice is marked with branches of spruce.
 """
 NEXT = " When the ferry does not leave, the mail waits in the shop, and the keeper of the lighthouse has no bread."
 

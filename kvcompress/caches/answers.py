@@ -53,7 +53,7 @@ class AnswerStep(EvictingStep):
 class AnsweringLayer(SteppedLayer, RereadLayer):
     """A layer whose decoded tokens stay in a tail; its slots are chosen from what is fed several tokens at a time."""
 
-    is_compileable = SteppedLayer.is_compileable  # type: ignore[assignment]
+    is_compileable = SteppedLayer.is_compileable
     keeps_answers = True
     reserves_on_gpu = True
     _tail: TailSegment | None = None
