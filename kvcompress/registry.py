@@ -38,6 +38,9 @@ USUAL = "usual"
 GROUP = "kvcompress.methods"
 
 
+# what papers call a policy whose budget is shared in another way
+SPELLINGS = {"pyramidkv": "snapkv:allocation=pyramid", "adakv": "snapkv:allocation=heads"}
+
 # what a spec may set of an evicting cache, beside its policy's own settings
 _OF_CACHE = {"allocation": Allocation, "rerotated": bool}
 _OF_CODES = {name: declared(GEAR)[name] for name in ("bits", "group_size", "outliers")}
@@ -64,6 +67,8 @@ def parse(spec: str, methods: Mapping[str, Listed] | None = None) -> tuple[Metho
     """
     # a colon ends a value only where another setting begins: host=mmap:/folder is one
     head, *pairs = re.split(r":(?=\w+=)", spec.strip())
+    if head.lower() in SPELLINGS:
+        return parse(":".join([SPELLINGS[head.lower()], *pairs]), methods)
     name, colon, of_module = head.partition(":")
     methods = METHODS if methods is None else methods
     # also as papers and classes spell them: H2O, SnapKV

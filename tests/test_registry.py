@@ -10,12 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress
-from kvcompress import H2O, TOVA, DenseCache, EvictingCache, Policy, ShadowKVCache, register, registry
+from kvcompress import H2O, TOVA, DenseCache, EvictingCache, Policy, ShadowKVCache, SnapKV, register, registry
 from kvcompress.check.caches import known_caches
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.rows import read_rows
 from kvcompress.plan import make_plan, read_shape
 from kvcompress.policies.method import LISTED, RESERVED
+from tests.contract.models import tiny
 
 ROOT = Path(__file__).parents[1]
 MINE = '''
@@ -366,3 +367,15 @@ def test_an_installed_method_may_import_the_registry_first(mine):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout == "True\n", done.stderr
     assert "skipped" not in done.stderr
+
+
+# README: | `pyramidkv` | `SnapKVCache(allocation="pyramid")` | as `snapkv`, more of it in early layers |
+# README: | `adakv` | `SnapKVCache(allocation="heads")` | as `snapkv`; the heads of a layer compete for its budget |
+@pytest.mark.parametrize(("name", "allocation"), [("pyramidkv", "pyramid"), ("AdaKV", "heads")])
+def test_papers_that_share_a_budget_in_another_way_have_names(name, allocation):
+    cache = registry.build(f"{name}:window=4:kernel=3", tiny(), 40)
+    assert isinstance(cache.policy, SnapKV)
+    assert (cache.policy.window, cache.allocation) == (4, allocation)
+    assert registry.canonical(name) == f"snapkv:allocation={allocation}"
+    with pytest.raises(ValueError, match="allocation must be given once"):
+        registry.parse(f"{name}:allocation=uniform")

@@ -85,8 +85,7 @@ def test_heads_whose_scores_do_not_compare_cannot_compete(policy):
         EvictingCache(tiny(), policy=policy, budget=8, allocation="heads")
 
 
-# docs: `allocation="global"` lets all heads of all layers compete: for KVzip and AttentionMatching, which do so by
-# docs: default
+# docs: lets all heads of all layers compete: for KVzip and AttentionMatching, which do so by default
 def test_layers_whose_scores_do_not_compare_cannot_compete():
     with pytest.raises(ValueError, match="scores of H2O do not compare across layers: use allocation='heads'"):
         H2OCache(tiny(), budget=8, allocation="global")
