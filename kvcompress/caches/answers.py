@@ -82,6 +82,12 @@ class AnsweringLayer(SteppedLayer, RereadLayer):
     def tokens_kept(self) -> Tensor:
         return CompressedLayer.tokens_kept(self)
 
+    def held_positions(self) -> Tensor:
+        of_slots, tail = super().held_positions(), self.tail
+        if tail is None:
+            return of_slots
+        return torch.cat([of_slots, tail.positions[:, None].expand(-1, of_slots.shape[1], -1)], -1)
+
     def counters(self) -> dict[str, Tensor]:
         column = {} if self._steps is None else {"column": self._steps.column}
         return RereadLayer.counters(self) | column

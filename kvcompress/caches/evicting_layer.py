@@ -125,6 +125,11 @@ class EvictingLayer(CompressedLayer):
         assert self.slots is not None
         return self.slots.kept()
 
+    def held_positions(self) -> Tensor:
+        """The positions of the tokens held, [batch, kv_heads, any] int32, EMPTY for none."""
+        assert self.slots is not None
+        return self.slots.positions
+
     def is_traceable(self, tokens: int) -> bool:
         return self.slots is not None and tokens == 1
 

@@ -15,12 +15,12 @@ class HeldTokens:
 
     def __init__(self, cache: Any) -> None:
         self._follows = isinstance(cache, EvictingCache)
-        # the columns fed, and for each layer the positions of the tokens held, [batch, kv_heads, slots], -1 for none
+        # the columns fed, and for each layer the positions of the tokens held, [batch, kv_heads, any], -1 for none
         self.forwards: list[tuple[int, list[Tensor]]] = []
 
     def note(self, cache: Any, stop: int) -> None:
         if self._follows:
-            self.forwards.append((stop, [layer.slots.positions.clone().long() for layer in cache.layers]))
+            self.forwards.append((stop, [layer.held_positions().clone().long() for layer in cache.layers]))
 
     def allowed(self, row: int, pads: int, tokens: int) -> list[Tensor]:
         """For each layer, whether a token (last dimension) was held when another was fed: [kv_heads, tokens, tokens]

@@ -136,7 +136,8 @@ class HydragenCache(TreeCache):
             cache: of one sequence, without padding.
 
         Raises:
-            ValueError: it is empty, or holds several sequences, padding, or keys that are not at their true positions.
+            ValueError: it is empty, or holds several sequences, padding, keys that are not at their true positions, or
+                tokens with log-weights.
         """
         model = cache._model()
         if model is None:
@@ -147,6 +148,11 @@ class HydragenCache(TreeCache):
             raise ValueError(
                 f"a {type(cache).__name__} with rerotated=True holds RerotatedSlots, whose keys have no fixed "
                 "positions, so no sequence can continue from them; build it without rerotated=True"
+            )
+        if any(getattr(segment, "bias", None) is not None for layer in cache.layers for segment in segments_of(layer)):
+            raise ValueError(
+                f"a {type(cache).__name__} holds tokens with log-weights, which a prefix cannot have; clone() the cache "
+                "for each continuation"
             )
         if cache.batch_size != 1 or cache.padding.visible is not None:
             raise ValueError(

@@ -67,7 +67,7 @@ def errors(asked, key, value, bias, kept, spec, fitted):
     return found
 
 
-# README: | `attention_matching` | `AttentionMatchingCache` | as `kvzip`, with weights and values fitted so that what is kept
+# README: | `attention_matching` | `AttentionMatchingCache` | as `kvzip`, with weights and values fitted
 # docs: gives each token that it keeps a weight and a value, fitted to the queries of the second reading so that the few
 # docs: attend and answer as all did
 @pytest.mark.parametrize("seed", range(3))

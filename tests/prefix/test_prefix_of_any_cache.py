@@ -5,6 +5,7 @@ import torch
 
 from kvcompress import (
     AcrossKVCache,
+    AttentionMatchingCache,
     EvictingCache,
     GEARCache,
     HydragenCache,
@@ -229,3 +230,11 @@ def test_what_is_coded_is_neither_cropped_nor_forgotten(name):
     with pytest.raises(ValueError, match="cannot be cropped"):
         feed(model, cache, SUFFIX[:1, :1], mask)
     assert torch.equal(step(model, cache, SUFFIX[1:2, :1]), wanted)
+
+
+def test_tokens_with_log_weights_cannot_be_a_prefix():
+    model = tiny()
+    cache = AttentionMatchingCache(model, budget=12)
+    feed(model, cache, PREFIX[None])
+    with pytest.raises(ValueError, match="holds tokens with log-weights, which a prefix cannot have; clone"):
+        HydragenCache.from_cache(cache)

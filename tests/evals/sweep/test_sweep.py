@@ -112,7 +112,13 @@ def test_a_budget_of_all_tokens_answers_as_the_full_cache(sweep):
 def test_all_methods_hold_equally_many_tokens(sweep):
     evicting = tuple(name for name, m in registry.METHODS.items() if m.takes_budget and not m.reads_budget)
     rows = sweep(methods=evicting, budgets=(0.2,)).run()
-    assert {(row["least_kept"], row["most_kept"]) for row in rows if row["budget"]} == {(140, 140)}
+    kept = {row["method"]: (row["least_kept"], row["most_kept"]) for row in rows if row["budget"]}
+    # heads of these compete, and keep as many on average, but for rounding
+    competing = [kept.pop(name) for name in ("kvzip", "attention_matching")]
+    assert all(least <= 140 <= most for least, most in competing)
+    assert set(kept.values()) == {(140, 140)}
+    of_all = [row["tokens_kept"] for row in rows if row["budget"]]
+    assert all(135 < count <= 140 for count in of_all)
 
 
 # docs: A sweep that was stopped resumes where it was
