@@ -236,5 +236,5 @@ def test_tokens_with_log_weights_cannot_be_a_prefix():
     model = tiny()
     cache = AttentionMatchingCache(model, budget=12)
     feed(model, cache, PREFIX[None])
-    with pytest.raises(ValueError, match="holds tokens with log-weights, which a prefix cannot have; clone"):
+    with pytest.raises(ValueError, match="holds tokens with log-weights, which a prefix cannot have; clone\\(\\) it"):
         HydragenCache.from_cache(cache)
