@@ -150,9 +150,9 @@ class HydragenCache(TreeCache):
                 "positions, so no sequence can continue from them; build it without rerotated=True"
             )
         if any(getattr(segment, "bias", None) is not None for layer in cache.layers for segment in segments_of(layer)):
-            name = type(cache).__name__
+            kind = type(cache).__name__
             raise ValueError(
-                f"a {name} holds tokens with log-weights, which a prefix cannot have; clone() it for each continuation"
+                f"a {kind} holds tokens with log-weights, which a prefix cannot have; clone() it for each continuation"
             )
         if cache.batch_size != 1 or cache.padding.visible is not None:
             raise ValueError(
