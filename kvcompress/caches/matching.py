@@ -8,7 +8,8 @@ lse[i] is over the whole text. Of a block of tokens, those kept get
         where  X[i, j] = e[i, j] w[j] * mass[i] / sum_kept e[i, j] w[j]
 
 A block is the tokens read again together, or the slots of earlier texts. Everything is accumulated over tiles of
-queries: memory is [kept, kept] per head, and a tile of queries times a block. A head that keeps a whole block is left
+queries: memory is [kept, kept] per head, and a tile of queries times a block. Heads that keep about as many tokens are
+fitted together. A head that keeps a whole block is left
 exactly as it is, and so is one whose equations have no finite solution.
 
 Flops per head, with n queries times group, b tokens of a block and k of them kept: 4 n b head_dim + 4 n k**2, and
@@ -60,6 +61,15 @@ class Asked:
         query = chunk.query.gather(2, index[..., None].expand(-1, -1, -1, chunk.query.shape[-1]))
         return cls(query, lse.masked_fill(lse == -torch.inf, torch.inf))
 
+    def of_heads(self, kv_heads: int, rows: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scaled queries [rows, queries times group, head_dim] and lse [rows, queries times group] of some KV heads.
+
+        Args:
+            rows: their numbers, of the KV heads of all sequences.
+        """
+        query, lse = (x.unflatten(1, (kv_heads, -1)).flatten(2, 3).flatten(0, 1)[rows] for x in (self.query, self.lse))
+        return query.to(dtype) * scale, lse.to(dtype)
+
     @classmethod
     def some(cls, asked: "list[Asked]") -> "Asked":
         """As many as one of them has, of all."""
@@ -92,45 +102,55 @@ def match(
     Returns:
         As value and bias, changed for tokens kept.
     """
-    value, bias = value.clone(), bias.clone()
+    # heads of all sequences, as one dimension
+    keys, values, weights = key.flatten(0, 1), value.flatten(0, 1).clone(), bias.flatten(0, 1).clone()
     for block, questions in enumerate([Asked.some(asked), *asked]):
-        there = blocks == block
-        # a head that keeps all of a block, or nothing, has nothing to fit
-        if not bool((there & ~kept).any()) or not bool((there & kept).any()):
-            continue
-        width = int(there.sum(-1).max())
-        index = marked_first(there)[..., :width]
-        marks = there.gather(-1, index), (kept & there).gather(-1, index)
-        of_keys, of_values = (index[..., None].expand(*index.shape, x.shape[-1]) for x in (key, value))
-        keys, values, own = key.gather(2, of_keys), value.gather(2, of_values), bias.gather(-1, index)
-        fresh, weights = _match_block(questions, keys, values, *marks, own, spec)
-        value.scatter_(2, of_values, fresh)
-        bias.scatter_(2, index, weights)
-    return value, bias
+        there = (blocks == block).flatten(0, 1)
+        own = there & kept.flatten(0, 1)
+        counts = own.sum(-1)
+        # a head that keeps all of a block, or nothing, has nothing to fit; others go with those that keep about as many
+        sizes = torch.where((counts > 0) & (there.sum(-1) > counts), counts, 0).clamp(min=0.5).log2().mul(2).floor()
+        for size in sizes[sizes >= 0].unique().tolist():
+            (rows,) = (sizes == size).nonzero(as_tuple=True)
+            index = marked_first(there[rows])[:, : int(there[rows].sum(-1).max())]
+            among = questions.of_heads(key.shape[1], rows, spec.scale, torch.promote_types(value.dtype, torch.float32))
+            held = (x[rows[:, None], index] for x in (keys, values, there, own, weights))
+            fresh, added = _match_heads(*among, *held, spec)
+            values[rows[:, None], index] = fresh
+            weights[rows[:, None], index] = added
+    return values.view_as(value), weights.view_as(bias)
 
 
-def _match_block(
-    asked: Asked, key: Tensor, value: Tensor, there: Tensor, kept: Tensor, bias: Tensor, spec: LogitSpec
+def _match_heads(
+    query: Tensor,
+    lse: Tensor,
+    key: Tensor,
+    value: Tensor,
+    there: Tensor,
+    kept: Tensor,
+    bias: Tensor,
+    spec: LogitSpec,
 ) -> tuple[Tensor, Tensor]:
-    """As `match`, of one block whose tokens are `there`, [batch, kv_heads, tokens] bool."""
-    kv_heads, dtype = key.shape[1], torch.promote_types(value.dtype, torch.float32)
-    # [batch, kv_heads, queries times group, head_dim]
-    query = (asked.query.to(dtype) * spec.scale).unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    lse = asked.lse.to(dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    counts = kept.sum(-1)
-    chosen = marked_first(kept)[..., : int(counts.max())]
-    is_chosen = kept.gather(-1, chosen)
+    """As `match`, of some heads and one block.
+
+    Args:
+        query: [heads, queries times group, head_dim], scaled. lse: [heads, queries times group].
+        key, value: of the block's tokens, [heads, tokens, head_dim]. there, kept, bias: [heads, tokens].
+    """
+    dtype, counts = query.dtype, kept.sum(-1)
+    chosen = marked_first(kept)[:, : int(counts.max())]
+    is_chosen = kept.gather(1, chosen)
     columns, all_values = key.to(dtype).mT, value.to(dtype)
-    old = all_values.gather(2, chosen[..., None].expand(-1, -1, -1, value.shape[-1]))
-    offset = bias.to(dtype).masked_fill(~there, -torch.inf)[:, :, None]
+    old = all_values.gather(1, chosen[..., None].expand(-1, -1, value.shape[-1]))
+    offset = bias.to(dtype).masked_fill(~there, -torch.inf)[:, None]
 
     def tiles() -> Iterator[tuple[Tensor, Tensor]]:
         """The weights of all tokens, and of those kept, for some queries at a time."""
-        for start in range(0, query.shape[2], _TILE):
+        for start in range(0, query.shape[1], _TILE):
             part = slice(start, start + _TILE)
-            weights = (spec.cap_(query[:, :, part] @ columns) + offset - lse[:, :, part, None]).exp_()
-            own = weights.gather(-1, chosen[:, :, None].expand(-1, -1, weights.shape[2], -1))
-            yield weights, own * is_chosen[:, :, None]
+            weights = (spec.cap_(query[:, part] @ columns) + offset - lse[:, part, None]).exp_()
+            own = weights.gather(2, chosen[:, None].expand(-1, weights.shape[1], -1))
+            yield weights, own * is_chosen[:, None]
 
     gram, moment = _nothing(old, chosen.shape[-1]), _nothing(old, 1)
     for weights, own in tiles():
@@ -140,24 +160,24 @@ def _match_block(
     factors = _bounded_least_squares(gram, moment, counts)
     spread, moments = _nothing(old, chosen.shape[-1]), _nothing(old, old.shape[-1])
     for weights, own in tiles():
-        own = own * factors[:, :, None]
+        own = own * factors[:, None]
         own *= weights.sum(-1, keepdim=True) / own.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
         spread += own.mT @ own
         moments += own.mT @ (weights @ all_values - own @ old)
     fresh, added = old + _solve(spread, moments, counts, _DAMPING_OF_VALUES), factors.log()
     is_finite = fresh.isfinite().all(-1).all(-1) & added.isfinite().all(-1)
-    fits = (was_asked & is_finite & (there.sum(-1) > counts))[..., None] & is_chosen
+    fits = (was_asked & is_finite)[:, None] & is_chosen
     new = torch.where(fits[..., None], fresh, old).to(value.dtype)
     added = torch.where(fits, added, 0.0).to(bias.dtype)
-    return value.scatter(2, chosen[..., None].expand_as(new), new), bias.scatter_add(2, chosen, added)
+    return value.scatter(1, chosen[..., None].expand_as(new), new), bias.scatter_add(1, chosen, added)
 
 
 def _nothing(like: Tensor, columns: int) -> Tensor:
-    return like.new_zeros(*like.shape[:3], columns)
+    return like.new_zeros(*like.shape[:2], columns)
 
 
 def _bounded_least_squares(gram: Tensor, moment: Tensor, counts: Tensor) -> Tensor:
-    """Weights within bounds, [batch, kv_heads, kept], that nearly minimise |M w - y|: gram M'M, moment M'y."""
+    """Weights within bounds, [heads, kept], that nearly minimise |M w - y|: gram M'M, moment M'y."""
     low, high = torch.tensor(-_MOST).exp().item(), torch.tensor(_MOST).exp().item()
     # damped towards 1, which what no query asks for keeps
     change = _solve(gram, moment - gram.sum(-1, keepdim=True), counts, _DAMPING_OF_WEIGHTS)
@@ -170,7 +190,7 @@ def _bounded_least_squares(gram: Tensor, moment: Tensor, counts: Tensor) -> Tens
 
 
 def _solve(gram: Tensor, moments: Tensor, counts: Tensor, damping: float) -> Tensor:
-    """Solutions of damped normal equations, [batch, kv_heads, kept, any]: more damping where rounding asks for it."""
+    """Solutions of damped normal equations, [heads, kept, any]: more damping where rounding asks for it."""
     mean = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.clamp(min=1)
     strength = (damping * mean).clamp(min=torch.finfo(gram.dtype).tiny)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
