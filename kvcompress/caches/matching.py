@@ -30,7 +30,7 @@ from kvcompress.storage.columns import marked_first
 _MOST = 3.0
 _STEPS = 20
 # relative to the mean of the diagonals
-_DAMPING_OF_WEIGHTS, _DAMPING_OF_VALUES = 1e-4, 1e-3
+_DAMPING_OF_WEIGHTS, _DAMPING_OF_VALUES = 1e-3, 1e-3
 # queries times group in a tile
 _TILE = 512
 
@@ -114,10 +114,9 @@ def match(
             (rows,) = (sizes == size).nonzero(as_tuple=True)
             index = marked_first(there[rows])[:, : int(there[rows].sum(-1).max())]
             among = questions.of_heads(key.shape[1], rows, spec.scale, torch.promote_types(value.dtype, torch.float32))
-            held = (x[rows[:, None], index] for x in (keys, values, there, own, weights))
-            fresh, added = _match_heads(*among, *held, spec)
-            values[rows[:, None], index] = fresh
-            weights[rows[:, None], index] = added
+            at = rows[:, None], index
+            fresh, added = _match_heads(*among, keys[at], values[at], there[at], own[at], weights[at], spec)
+            values[at], weights[at] = fresh, added
     return values.view_as(value), weights.view_as(bias)
 
 

@@ -67,7 +67,7 @@ def test_left_padding_needs_no_position_ids(entry):
 @every_cache
 @families("llama", slow=("mistral", "opt"))
 def test_right_padded_rows_equal_the_oracle_and_each_row_alone(entry, family):
-    model = tiny(family)
+    model = tiny(family, dtype=entry.dtype)
     ids, mask = right_padded(ROWS)
     answers = prompt(6, 3, seed=9)
     cache = entry.build(model)
