@@ -13,8 +13,9 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, spread_groups, unpack_codes
 from kvcompress.kernels.common.torch_attention import slots_seen
 
-# numbers that a piece decodes at once: 1 MB in float32, which a core's cache holds
-_PIECE = 2**18
+# numbers that a piece decodes at once: 2 MB in float32, near what a core's cache holds; half as many take longer,
+# for their calls
+_PIECE = 2**19
 # logits held at once: 8 MB in float32
 _LOGITS = 2**21
 # less than any sum of weights, of which one is 1

@@ -158,7 +158,8 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     if bits == 3:
         rows = packed.shape[-2] // 3
         low, high = _unpack_plane(packed[..., : 2 * rows, :], 2), _unpack_plane(packed[..., 2 * rows :, :], 1)
-        return low.bitwise_or_(high.bitwise_left_shift_(2))
+        # the high bit as 4, in one pass
+        return low.add_(high, alpha=4)
     return _unpack_plane(packed, bits)
 
 
