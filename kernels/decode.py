@@ -27,7 +27,7 @@ from kvcompress.kernels.common.runtime import (
     tl,
     triton,
 )
-from kvcompress.kernels.common.split_attention import MOST_SPLITS, launch_split
+from kvcompress.kernels.common.split_attention import MOST_SPLITS, Extents, launch_split
 from kvcompress.kernels.common.torch_attention import slots_seen
 
 
@@ -62,7 +62,7 @@ def decode_attention(
     """
     if query.shape[2] != 1:
         raise ValueError(f"decode_attention takes one query per sequence, got query {list(query.shape)}")
-    run = _launch if runs_triton(query) and query.numel() else _decode_in_pytorch
+    run = launch_decode if runs_triton(query) and query.numel() else _decode_in_pytorch
     return run(query, key, value, positions, query_positions, spec, sink_logits)
 
 
@@ -122,7 +122,7 @@ def slot_probabilities(
     return torch.cat([logits, of_sinks], -1).softmax(-1)[..., :-1].masked_fill_(~seen, 0.0)
 
 
-def _launch(
+def launch_decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -130,18 +130,24 @@ def _launch(
     query_positions: Tensor,
     spec: LogitSpec,
     sink_logits: Tensor | None,
+    extents: Extents | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """decode_attention on a GPU. extents: as in launch_split."""
     batch, heads = query.shape[:2]
-    kv_heads, slots = key.shape[1:3]
+    kv_heads, slots = positions.shape[1:]
     logits = query.new_empty(batch, kv_heads, slots, heads // kv_heads, dtype=torch.float32)
-    parts, lses = launch_split(query, key, value, spec, None, positions, query_positions, logits=logits, merge=False)
+    parts, lses = launch_split(
+        query, key, value, spec, None, positions, query_positions, logits=logits, merge=False, extents=extents
+    )
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    probabilities = key.new_empty(key.shape[:3], dtype=torch.float32)
+    probabilities = query.new_empty(positions.shape, dtype=torch.float32)
     value_dim, group = value.shape[-1], heads // kv_heads
     launch(
         _finish_kernel, (triton.cdiv(slots, _CHUNK), kv_heads, batch),
-        parts, lses, sink_logits, logits, out, probabilities, batch, kv_heads, slots, len(parts),
-        GROUP=group, VALUE_DIM=value_dim, CHUNK=_CHUNK, **finish_blocks(group, value_dim, _CHUNK),
+        parts, lses, sink_logits, logits, extents and extents.capacities, out, probabilities,
+        batch, kv_heads, slots, len(parts),
+        GROUP=group, VALUE_DIM=value_dim, RAGGED=extents is not None, CHUNK=_CHUNK,
+        **finish_blocks(group, value_dim, _CHUNK),
     )  # fmt: skip
     return out, probabilities
 
@@ -235,10 +241,11 @@ def group_probabilities(logits, lse):
 
 @triton.jit(do_not_specialize=["batch_size", "slots", "splits"])
 def _finish_kernel(
-    parts_ptr, lses_ptr, sink_logits_ptr, logits_ptr, out_ptr, probabilities_ptr,
+    parts_ptr, lses_ptr, sink_logits_ptr, logits_ptr, capacities_ptr, out_ptr, probabilities_ptr,
     batch_size, kv_heads, slots, splits,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    RAGGED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -263,9 +270,14 @@ def _finish_kernel(
         tl.store(out_ptr + row * VALUE_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < VALUE_DIM)
 
     first_slot = tl.program_id(0) * CHUNK
+    if RAGGED:
+        # no logits are written from a head's capacity on
+        length = tl.load(capacities_ptr + owner).to(tl.int32)
+    else:
+        length = slots
     for start in range(first_slot, tl.minimum(first_slot + CHUNK, slots), BLOCK_SLOTS):
         first = owner * slots + start
-        logits = load_logits(logits_ptr + first * GROUP, slots - start, GROUP, BLOCK_GROUP, BLOCK_SLOTS)
+        logits = load_logits(logits_ptr + first * GROUP, length - start, GROUP, BLOCK_GROUP, BLOCK_SLOTS)
         slot = tl.arange(0, BLOCK_SLOTS)
         tl.store(probabilities_ptr + first + slot, group_probabilities(logits, lse), mask=slot < slots - start)
 

@@ -58,7 +58,7 @@ _SHARES_OPERANDS = {"_causal_kernel", "_column_sums_kernel", "_bulk_kv_kernel", 
 REPRESENTATIVE: dict[str, dict[str, Any]] = {
     "_causal_kernel": {"block_queries": 128, "block_tokens": 64},
     "_column_sums_kernel": {"block_tokens": 64},
-    "_split_kernel": {"slotted": True, "block_rows": 16, "writes_logits": False, "biased": False},
+    "_split_kernel": {"slotted": True, "block_rows": 16, "writes_logits": False, "biased": False, "ragged": False},
     "_packed_kernel": {"key_bits": 4, "key_outliers": 0},
     "_prefix_kernel": {"block_rows": 128},
     "_bulk_kv_kernel": {"block_rows": 128},

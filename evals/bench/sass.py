@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from kvcompress.evals.bench.machine_code import find_cuobjdump
-from kvcompress.evals.bench.roofline import GPUS, Iteration, Row, has_facts, launches, read_launches
+from kvcompress.evals.bench.roofline import GPUS, REPRESENTATIVE, Iteration, Row, has_facts, launches, read_launches
 from kvcompress.evals.provenance import provenance
 from kvcompress.kernels.common.runtime import HAS_TRITON, INTERPRETED
 
@@ -28,7 +28,7 @@ from kvcompress.kernels.common.runtime import HAS_TRITON, INTERPRETED
 MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "causal_attention": ("_causal_kernel", {"block_queries": 128, "block_tokens": 64}),
     "maxima of a second reading": ("_column_sums_kernel", {"takes_max": True, "block_tokens": 128}),
-    "slot_attention": ("_split_kernel", {"slotted": True, "block_rows": 16, "writes_logits": False, "biased": False}),
+    "slot_attention": ("_split_kernel", REPRESENTATIVE["_split_kernel"]),
     "decode_attention": ("_split_kernel", {"slotted": True, "block_rows": 16, "writes_logits": True, "group": 4}),
     "packed_attention, 4 bits": ("_packed_kernel", {"key_bits": 4, "key_outliers": 0}),
     "packed_attention, 2 bits": ("_packed_kernel", {"key_bits": 2, "key_outliers": 0}),

@@ -6,6 +6,7 @@ parts together. Bytes: keys and values once for all query heads of a group; boun
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,13 @@ MOST_SPLITS = 64
 _STARTING = 2
 
 
+class Extents(NamedTuple):
+    """Where each head's slots are among those of all heads, [batch, kv_heads] int64: its first, and how many."""
+
+    starts: Tensor
+    capacities: Tensor
+
+
 def launch_split(
     query: Tensor,
     key: Tensor,
@@ -48,6 +56,7 @@ def launch_split(
     tickets: Tensor | None = None,
     merge: bool = True,
     others: int = 0,
+    extents: Extents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of few queries, split over the keys so that few heads fill a GPU.
 
@@ -58,35 +67,38 @@ def launch_split(
         tickets: [batch, kv_heads] int32, set to 0 for the launch that follows.
         merge: False leaves the parts apart, float32 with the split as a first dimension.
         others: parts before these, which the caller writes; without `merge` only.
+        extents: of heads that differ in how many slots they have; key and value are [slots of all heads, head_dim].
     """
     batch, heads, queries, _ = query.shape
-    kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
-    group = heads // kv_heads
+    kv_heads, tokens = key.shape[1:3] if positions is None else positions.shape[1:]
+    value_dim, group = value.shape[-1], heads // kv_heads
     query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
+    average = tokens if extents is None else -(-len(key) // (batch * kv_heads))
+    if extents is not None:
+        # all heads begin at the first slot, from where their starts count
+        key, value = (x.expand(batch, kv_heads, -1, -1) for x in (key, value))
     visible = None if visible is None else visible.contiguous().view(torch.uint8)
-    positions = None if positions is None else positions.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    positions, bias = (None if x is None else x.contiguous() for x in (positions, bias))
     query_positions = None if spec.window is None or query_positions is None else query_positions.contiguous()
     # bound by bandwidth: columns that are only masked cost nothing, tails would cost registers
     dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
-    block_rows, block_tokens, warps, stages = _split_blocks(
-        queries * group, max(dim, value_width), query.element_size(), has_wgmma(query.device)
-    )
-    row_blocks = triton.cdiv(queries * group, block_rows)
-    resident = max(1, 8 // warps) * core_count(query.device)
-    splits, split_tokens = _parts(batch * kv_heads * row_blocks, tokens, block_tokens, resident)
+    width, deep = max(dim, value_width), has_wgmma(query.device)
+    block_rows, block_tokens, warps, stages = _split_blocks(queries * group, width, query.element_size(), deep)
+    programs, resident = batch * kv_heads * triton.cdiv(queries * group, block_rows), _resident(warps, query.device)
+    splits, split_tokens = _parts(programs, average, tokens, block_tokens, resident)
     whole = splits == 1 and merge
     shape = (batch, heads, queries) if whole else (others + splits, batch, heads, queries)
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
     launch(
-        _split_kernel, (batch * kv_heads * row_blocks * splits,),
-        query, key, value, visible, positions, query_positions, bias, out[others:], lse[others:], logits, tickets,
+        _split_kernel, (programs * splits,),
+        query, key, value, *(extents or (None, None)), visible, positions, query_positions, bias,
+        out[others:], lse[others:], logits, tickets,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         batch, kv_heads, queries, tokens, splits, split_tokens, *spec.arguments,
         GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
         VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
-        PADDED=visible is not None, SLOTTED=positions is not None, BIASED=bias is not None,
+        PADDED=visible is not None, SLOTTED=positions is not None, RAGGED=extents is not None, BIASED=bias is not None,
         WRITES_LOGITS=logits is not None, **spec.constants,
         BLOCK_ROWS=block_rows, BLOCK_TOKENS=block_tokens, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -101,20 +113,31 @@ def split_keys(programs: int, tokens: int, block: int, device: torch.device) -> 
     return max(1, triton.cdiv(tokens, part)), part
 
 
+def _resident(warps: int, device: torch.device) -> int:
+    """How many programs of so many warps a GPU holds at once."""
+    return max(1, 8 // warps) * core_count(device)
+
+
 @functools.lru_cache(1024)
-def _parts(programs: int, tokens: int, block: int, resident: int) -> tuple[int, int]:
-    """As split_keys, where a GPU holds `resident` programs at once: the fewest rounds times tiles per part."""
+def _parts(programs: int, tokens: int, longest: int, block: int, resident: int) -> tuple[int, int]:
+    """As split_keys, where a GPU holds `resident` programs at once: the fewest rounds times tiles per part.
+
+    tokens: of the average head. longest: of the longest one, which is split into parts as long as those of the others.
+    """
     # triton.cdiv takes microseconds
     tiles = max(1, -(-tokens // block))
-    found, least = (1, tiles), math.inf
+    best, least = tiles, math.inf
     for wanted in range(1, min(tiles, MOST_SPLITS) + 1):
         part = -(-tiles // wanted)
         splits = -(-tiles // part)
         cost = -(-programs * splits // resident) * (part + _STARTING)
         # more parts are more to merge
         if cost < 0.95 * least:
-            found, least = (splits, part), cost
-    return found[0], found[1] * block
+            best, least = part, cost
+    # the splits are those of the longest head
+    tiles = max(1, -(-longest // block))
+    part = max(best, -(-tiles // MOST_SPLITS))
+    return -(-tiles // part), part * block
 
 
 def _split_blocks(rows: int, width: int, element_size: int, deep: bool) -> tuple[int, int, int, int]:
@@ -134,8 +157,8 @@ def _split_blocks(rows: int, width: int, element_size: int, deep: bool) -> tuple
 
 @triton.jit(do_not_specialize=["batch_size", "queries", "tokens", "splits", "split_tokens", "window"])
 def _split_kernel(
-    query_ptr, key_ptr, value_ptr, visible_ptr, positions_ptr, query_positions_ptr, bias_ptr, out_ptr, lse_ptr,
-    logits_ptr, tickets_ptr,
+    query_ptr, key_ptr, value_ptr, starts_ptr, capacities_ptr, visible_ptr, positions_ptr, query_positions_ptr,
+    bias_ptr, out_ptr, lse_ptr, logits_ptr, tickets_ptr,
     query_batch_stride, query_head_stride, query_stride,
     key_batch_stride, key_head_stride, key_stride,
     value_batch_stride, value_head_stride, value_stride,
@@ -148,6 +171,7 @@ def _split_kernel(
     VALUE_WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     SLOTTED: tl.constexpr,
+    RAGGED: tl.constexpr,
     BIASED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
@@ -171,6 +195,18 @@ def _split_kernel(
     row_ok = row < queries * GROUP
     index = (row // GROUP).to(tl.int64)
     head = kv_head * GROUP + row % GROUP
+    if RAGGED:
+        length = tl.load(capacities_ptr + owner).to(tl.int32)
+        if split * split_tokens >= tl.maximum(length, 1):
+            # behind the head's end; what it would put out is not read where the log-sum-exp is -inf
+            none_offset = ((split * batch_size + batch) * kv_heads * GROUP + head) * queries + index
+            tl.store(lse_ptr + none_offset, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), mask=row_ok)
+            return
+        first_slot = tl.load(starts_ptr + owner)
+        key_ptr += first_slot * key_stride
+        value_ptr += first_slot * value_stride
+    else:
+        length = tokens
     query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
     query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
     if SLOTTED:
@@ -187,9 +223,9 @@ def _split_kernel(
     out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
     column = tl.arange(0, BLOCK_TOKENS)  # [T]
 
-    for start in range(split * split_tokens, tl.minimum((split + 1) * split_tokens, tokens), BLOCK_TOKENS):
+    for start in range(split * split_tokens, tl.minimum((split + 1) * split_tokens, length), BLOCK_TOKENS):
         token = start + column
-        token_ok = token < tokens
+        token_ok = token < length
         key_offset = column * key_stride
         tile_ptr = key_ptr + wide(start) * key_stride
         key = load_tile(tile_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]

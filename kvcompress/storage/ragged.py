@@ -3,7 +3,8 @@
 A tensor of all heads must be as wide as the longest, and where one head keeps ten times as much as another most of it
 would be empty. So keys and values lie in rows one after another, head by head, heads of equal capacity side by side:
 those are one tensor again, and every operation on slots runs once for each capacity, without a loop over heads. What
-is small, positions and scores, stays as wide as the longest head.
+is small, positions and scores, stays as wide as the longest head. On a GPU one kernel attends to all heads
+(kernels/ragged.py), and only sums and maxima of columns run once for each capacity.
 """
 
 import itertools
@@ -18,7 +19,9 @@ from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import runs_triton
-from kvcompress.kernels.decode import decode_attention, slot_probabilities
+from kvcompress.kernels.common.split_attention import Extents
+from kvcompress.kernels.decode import slot_probabilities
+from kvcompress.kernels.ragged import ragged_attention, ragged_decode_attention
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
 
@@ -155,7 +158,13 @@ class RaggedSlots(SlotSegment):
             [torch.nn.functional.pad(part, (0, columns - part.shape[-1])) for part in parts], self.starts.shape
         )
 
+    def _extents(self) -> Extents:
+        return Extents(self.starts, self.capacities)
+
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
+        if runs_triton(query):
+            at = query_positions.expand(len(query), -1)
+            return ragged_attention(query, self.keys, self.values, self._extents(), self.positions, at, spec, self.bias)
         outs, lses = [], []
         bias = None if self.bias is None else self._by_place(self.bias)
         for heads, queries, keys, values, positions, at in self._parts(query, query_positions):
@@ -178,18 +187,10 @@ class RaggedSlots(SlotSegment):
         self.put(key, value, positions)
         if not runs_triton(query):
             return self._decode_in_pytorch(query, query_positions, spec, sink_logits)
-        if sink_logits is not None:
-            # heads of one bucket have different ones
-            out, lse = self.attend(query, query_positions, spec)
-            whole = torch.logaddexp(lse, sink_logits.float()[:, None])
-            out = (out * (lse - whole).exp()[..., None]).to(query.dtype)
-            return out, self.column_sums(query, query_positions, whole, spec)
-        outs, received = [], []
-        for _, queries, keys, values, places, at in self._parts(query, query_positions):
-            out, attention = decode_attention(queries, keys, values, places, at, spec)
-            outs.append(out)
-            received.append(attention)
-        return self._by_head(outs, query.shape), self._columns_by_head(received)
+        at = query_positions.expand(len(query), -1)
+        return ragged_decode_attention(
+            query, self.keys, self.values, self._extents(), self.positions, at, spec, sink_logits
+        )
 
     def _decode_in_pytorch(
         self, query: Tensor, query_positions: Tensor, spec: LogitSpec, sink_logits: Tensor | None
@@ -199,16 +200,18 @@ class RaggedSlots(SlotSegment):
         of_sinks = None
         if sink_logits is not None:
             of_sinks = self._by_place(sink_logits.to(dtype).expand(len(query), -1))[:, None, :, None]
-        queries, stored = self._by_place(query.to(dtype) * spec.scale).transpose(1, 2), list(self._stored())
-        # [heads of all sequences, 1, group, most slots]
-        logits = queries.new_zeros(*queries.shape[:-1], self.slots)
+        # [heads of all sequences, group, head_dim]
+        queries, stored = self._by_place(query.to(dtype) * spec.scale)[:, :, 0], list(self._stored())
+        # what is behind a head's end is masked
+        logits = queries.new_empty(*queries.shape[:2], self.slots)
         for heads, keys, _ in stored:
-            logits[heads, ..., : keys.shape[2]] = queries[heads] @ keys.to(dtype).mT
-        positions, at = self._by_place(self.positions), self._of_queries(query_positions)
-        probabilities = slot_probabilities(logits, positions, at, spec, of_sinks)
-        outs = [probabilities[heads, ..., : values.shape[2]] @ values.to(dtype) for heads, _, values in stored]
-        out = self._by_head([part.transpose(1, 2) for part in outs], query.shape)
-        return out.to(query.dtype), self._by_head([probabilities.sum(2).float()], self.starts.shape)
+            logits[heads, :, : keys.shape[2]] = queries[heads].bmm(keys[:, 0].to(dtype).mT)
+        # read only where there is a window
+        at = query_positions if spec.window is None else self._of_queries(query_positions)
+        probabilities = slot_probabilities(logits[:, None], self._by_place(self.positions), at, spec, of_sinks)[:, 0]
+        outs = [probabilities[heads, :, : values.shape[2]].bmm(values[:, 0].to(dtype)) for heads, _, values in stored]
+        out = self._by_head(outs, query.shape)[:, :, None]
+        return out.to(query.dtype), self._by_head([probabilities.sum(1, keepdim=True).float()], self.starts.shape)
 
     def decode_and_evict(self, *args: Any, **options: Any) -> Tensor:
         raise NotImplementedError("a step of ragged slots is not one op")

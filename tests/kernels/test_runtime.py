@@ -13,6 +13,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.common.runtime import ALL_REGISTERS, OPS, launch, op, recording, runs_triton, shaped
 from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
+from kvcompress.kernels.common.split_attention import Extents
 from kvcompress.kernels.decode_evict import Slots
 from kvcompress.kernels.fill import FoldedChunks, Rotation
 from kvcompress.kernels.selection import chunk_positions
@@ -35,6 +36,8 @@ CODING = QuantScheme(2, 16, "channel", 1, 2)
 PACKED = packed_blocks(X, CODING)
 THERE = torch.arange(48, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
 NEW = KEY[:, :, :1]
+FLAT = torch.randn(20, 64, device=DEVICE)
+EXTENTS = Extents(*(torch.tensor(x, device=DEVICE) for x in ([[9, 0], [18, 12]], [[3, 9], [2, 6]])))
 SPEC = LogitSpec(0.1)
 HELD_PLACES = chunk_positions(HELD, 2, None)
 # read by its address, so that it is not to go
@@ -55,6 +58,11 @@ CALLS = {
     "slot_column_sums": ((QUERY, KEY, POSITIONS, AT, LSE, SPEC), {}),
     "slot_column_maxima": ((QUERY, KEY, POSITIONS, AT, LSE, LogitSpec(0.1, 12)), {}),
     "decode_attention": ((STEP, KEY, KEY, POSITIONS, AT[:, :1], SPEC), {}),
+    "ragged_attention": ((QUERY, FLAT, FLAT, EXTENTS, POSITIONS, AT, SPEC), {"bias": SCORES}),
+    "ragged_decode_attention": (
+        (STEP, FLAT, FLAT, EXTENTS, POSITIONS, AT[:, :1], SPEC),
+        {"sink_logits": torch.randn(4, device=DEVICE)},
+    ),
     "shared_attention": (
         (STEP, KEY, KEY, NODES, SPEC),
         {"positions": POSITIONS, "sinks": torch.randn(4, device=DEVICE)},
