@@ -287,6 +287,9 @@ def _evicting(
     def limit(layer: int, tokens: int) -> int:
         return budget if isinstance(budget, int) else max(policy.least_budget(), int(budget * tokens))
 
+    if policy.rereads is not None:
+        # many maxima are nearly 1, and rounding errors of float32 order them; equations pass errors on, larger
+        promises = {"dtype": torch.float64, **promises}
     return Entry(
         name,
         build,
@@ -365,8 +368,6 @@ ENTRIES = [
         allocation="global",
         kept=slots_and_answers,
         decoded=fitted,
-        # equations pass rounding errors on, larger than they were
-        dtype=torch.float64,
         competes=True,
         keeps_answers=True,
     ),
