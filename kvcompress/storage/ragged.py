@@ -184,6 +184,8 @@ class RaggedSlots(SlotSegment):
         spec: LogitSpec,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if self.bias is not None:
+            raise NotImplementedError("slots with log-weights take no tokens one by one")
         self.put(key, value, positions)
         if not runs_triton(query):
             return self._decode_in_pytorch(query, query_positions, spec, sink_logits)
