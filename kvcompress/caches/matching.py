@@ -25,6 +25,7 @@ from torch import Tensor
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.layer import AttentionInput
 from kvcompress.storage.columns import marked_first
+from kvcompress.storage.padding import reordered
 
 # bounds of log w; the paper's
 _MOST = 3.0
@@ -72,12 +73,18 @@ class Asked:
 
     @classmethod
     def some(cls, asked: "list[Asked]") -> "Asked":
-        """As many as one of them has, of all."""
-        step = len(asked)
-        return cls(
-            torch.cat([each.query[:, :, ::step] for each in asked], 2),
-            torch.cat([each.lse[:, :, ::step] for each in asked], 2),
-        )
+        """As many as a chunk has, of all: of a row with n chunks every nth, whatever the rows beside it have."""
+        if len(asked) == 1:
+            return asked[0]
+        theirs = [(each.lse != torch.inf).any(1) for each in asked]
+        chunks = torch.stack([own.any(-1) for own in theirs], -1).sum(-1, keepdim=True)
+        number = torch.cat([torch.arange(own.shape[1], device=own.device) for own in theirs])
+        # [batch, queries of all chunks]
+        chosen = torch.cat(theirs, 1) & (number % chunks.clamp(min=1) == 0)
+        order = marked_first(chosen)[:, : int(chosen.sum(-1).max())]
+        lse = torch.cat([each.lse for each in asked], 2).masked_fill(~chosen[:, None], torch.inf)
+        lse = lse.gather(2, order[:, None].expand(-1, lse.shape[1], -1))
+        return cls(reordered(torch.cat([each.query for each in asked], 2), order), lse)
 
 
 def match(

@@ -257,6 +257,20 @@ def test_rows_of_other_lengths_end_as_they_would_alone():
         close(feed(model, alone, prompt(2, 2, seed=9)[row : row + 1]), logits_of[1][row : row + 1])
 
 
+def test_a_row_is_fitted_by_its_own_queries_beside_one_of_more_chunks():
+    model = tiny(dtype=torch.float64)
+    turns = [[prompt(33)[0], prompt(20, seed=2)[0]], [prompt(29, seed=3)[0], prompt(5, seed=4)[0]], [prompt(4)[0]] * 2]
+    parts = [left_padded(rows) for rows in turns]
+    together, mask, logits_of = AttentionMatchingCache(model, budget=0.3, sinks=1, chunk=7), None, []
+    for ids, shown in parts:
+        mask = shown if mask is None else torch.cat([mask, shown], 1)
+        logits_of.append(feed(model, together, ids, mask))
+    for row in range(2):
+        alone = AttentionMatchingCache(model, budget=0.3, sinks=1, chunk=7)
+        for rows, found in zip(turns, logits_of, strict=True):
+            close(feed(model, alone, rows[row][None])[0], found[row, -len(rows[row]) :])
+
+
 def test_packed_slots_have_no_log_weights_and_say_so():
     with pytest.raises(ValueError, match="packed slots have no log-weights, which AttentionMatching fits"):
         EvictingCache(tiny(), policy=AttentionMatching(), budget=8, packed=GEAR(bits=4, rank=0))
