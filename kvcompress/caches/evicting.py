@@ -115,7 +115,8 @@ class EvictingCache(CompressedCache):
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
-        allocation = shared_as(policy, allocation, packed is not None or TPGroup.of(model) is not None)
+        apart = rerotated or packed is not None or TPGroup.of(model) is not None
+        allocation = shared_as(policy, allocation, apart)
         _check_allocation(allocation, policy, rerotated, packed, model)
         self.policy = policy
         self._budget = kept_budget(budget, policy)

@@ -6,6 +6,7 @@ that stores nothing. Each layer records the most attention that each token recei
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,19 @@ class RereadLayer(EvictingLayer):
         super().reset()
         self.waiting = None
 
-    def _begin(self, x: AttentionInput) -> ForwardStep:
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._check_ended()
+        return super().dump()
+
+    def _check_ended(self) -> None:
         if self.waiting is not None:
             raise RuntimeError(
                 "tokens wait to be read again: the forward that fed them was compiled, ran without the model's hooks, "
                 "or was interrupted; call cache.reset()"
             )
+
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        self._check_ended()
         return super()._begin(x)
 
     def _end(self, step: ForwardStep) -> None:

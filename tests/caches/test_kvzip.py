@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress import EvictingCache, GEARCache, KVzipCache
+from kvcompress import AttentionMatchingCache, EvictingCache, GEARCache, KVzipCache
 from kvcompress.caches import evicting
 from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
@@ -258,6 +258,11 @@ def test_other_caches_of_the_same_model_are_read_once():
             lambda model: uniform(model, policy=kvzip(), budget=20, rerotated=True),
             "rerotated cannot be combined with",
         ),
+        # whoever asked for no allocation hears of none
+        (
+            lambda model: KVzipCache(model, budget=20, rerotated=True),
+            "^rerotated cannot be combined with KVzip, which reads tokens twice",
+        ),
         (lambda model: uniform(model, policy=kvzip(), budget=3), "at least sinks \\+ recent \\+ 1 to choose = 6"),
         (
             lambda model: SharedStorageCache(
@@ -270,6 +275,27 @@ def test_other_caches_of_the_same_model_are_read_once():
 def test_mistakes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make(tiny())
+
+
+@pytest.mark.parametrize("kind", [KVzipCache, AttentionMatchingCache])
+def test_tokens_that_wait_to_be_read_again_are_not_saved_without_them(kind, tmp_path):
+    model, path = build("llama"), tmp_path / "cache.safetensors"
+    cache, times = kind(model, budget=12), iter((False, True))
+
+    def interrupt(*_):
+        if next(times):
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, prompt(20))
+    hook.remove()
+    with pytest.raises(RuntimeError, match="interrupted; call cache.reset"):
+        cache.save(path)
+    assert not path.exists()
+    cache.reset()
+    feed(model, cache, prompt(20))
+    cache.save(path)
 
 
 def test_gear_takes_no_part():
