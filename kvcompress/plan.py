@@ -192,10 +192,10 @@ def _slots(
     how = policy.rereads
     if competes or (how is not None and how.keeps_answers):
         counters += 4 * batch * shape.kv_heads * competes
-        # no more than the next query sees
-        budget = min(budget, (window or budget + 1) - 1)
+        # no more than the next query sees; where answers stay they go elsewhere, and no slot is free
+        slots = min(budget, (window or budget + 1) - 1) + (how is None or not how.keeps_answers)
         fits = how is not None and how.fits > 0 and window is None
-        return RaggedSlots.nbytes_for(*size, item, budget + 1, fits) + counters
+        return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters
     return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
 
 

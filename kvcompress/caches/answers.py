@@ -195,8 +195,8 @@ class AnsweringLayer(SteppedLayer, RereadLayer):
         return match(asked, torch.cat([keys, key], 2), torch.cat([values, value], 2), bias, blocks, kept, spec)
 
     def _capacities(self, kept: Tensor) -> Tensor:
-        # what is decoded goes elsewhere
-        return kept.cpu() + 1
+        # none is free, as what is decoded goes elsewhere
+        return kept.cpu().clamp(min=1)
 
     def _make_ready(self, steps: int) -> None:
         slots = self.slots

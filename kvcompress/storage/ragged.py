@@ -48,9 +48,9 @@ class RaggedSlots(SlotSegment):
 
     keys, values: [slots of all heads, head_dim]. positions, scores: [batch, kv_heads, most slots of a head], EMPTY and
     of no meaning from a head's capacity on. spare: as in SlotSegment. capacities: [batch, kv_heads] int64, slots of a
-    head, of which one at least is free. bias: [batch, kv_heads, most slots] float32, log-weights that attention adds to
-    logits; None for slots that have none. starts: [batch, kv_heads] int64, a head's first slot in `keys`. order: [heads
-    of all sequences] int64, their numbers in the order in which they lie there.
+    head, of which one at least is free where single tokens are put. bias: [batch, kv_heads, most slots] float32, log-
+    weights that attention adds to logits; None for slots that have none. starts: [batch, kv_heads] int64, a head's
+    first slot in `keys`. order: [heads of all sequences] int64, their numbers in the order in which they lie there.
     """
 
     tensor_names = (*SlotSegment.tensor_names, "bias", "capacities", "starts", "order")
