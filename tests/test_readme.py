@@ -133,7 +133,7 @@ def test_what_it_names_is_imported_from_kvcompress():
     assert named <= set(dir(kvcompress))
 
 
-# README: Each takes three more settings
+# README: Settings of most: `allocation="pyramid"` gives early layers more of the budget
 # README: `packed=GEAR(bits=4)` stores them as 4-bit codes
 @pytest.mark.parametrize("kind", [SnapKVCache, StreamingLLMCache])
 def test_short_names_take_what_evicting_cache_takes(kind):

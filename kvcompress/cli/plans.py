@@ -69,7 +69,8 @@ def plan(
     console.print(table)
     console.print(
         f"GPU of {gpu_memory:g} GiB. Prefill: activations of one forward over the context and, for caches that evict, "
-        "the full keys and values of one layer (kvzip: of all). Feeding the prompt in chunks needs less."
+        "the full keys and values of one layer (kvzip and attention_matching: of all). Feeding the prompt in chunks "
+        "needs less."
     )
     if unsized:
         console.print(f"Left out, because their sizes are not known: {', '.join(unsized)}.")

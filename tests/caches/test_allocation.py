@@ -22,7 +22,7 @@ def test_a_pyramid_of_counts_has_the_budget_as_its_mean_and_the_floor_as_its_lea
     assert budgets == sorted(budgets, reverse=True)
 
 
-# README: `allocation="pyramid"` gives early layers more of the budget (2406.02069)
+# README: `allocation="pyramid"` gives early layers more of the budget
 def test_a_pyramid_falls_to_a_twentieth_as_in_the_paper():
     # beta = 20: the last layer gets (budget - window) / 20 besides the window, the first what makes up for it
     assert layer_budgets("pyramid", 132, 3, least=32) == [32 + 195, 32 + 100, 32 + 5]

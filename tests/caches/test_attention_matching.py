@@ -225,6 +225,7 @@ def test_sliding_layers_are_evicted_and_not_fitted():
         assert (layer.slots.bias is None) == layer.is_sliding
 
 
+# README: `kvzip` and `attention_matching` evict only after forwards of several tokens
 # docs: The budget is for what is read: tokens decoded afterwards stay on top of it, and compete when several tokens are
 # docs: fed again, in the next turn; with `keeps_answers=False` they compete at once
 def test_decoded_tokens_are_kept_and_compete_with_the_next_text():

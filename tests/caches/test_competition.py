@@ -161,7 +161,7 @@ def test_room_grows_for_a_growing_budget_and_a_short_beginning():
 
 # docs: How many each may keep is decided after every forward of several tokens; in between, a head drops a token for
 # docs: each that it takes in
-# README: while `"heads"` (2407.11550) and `"global"` let heads compete for it
+# README: while `"heads"` and `"global"` let heads compete for it
 @pytest.mark.parametrize("allocation", ["heads", "global"])
 def test_shares_change_with_chunks_and_not_with_single_tokens(allocation):
     model = tiny()

@@ -163,6 +163,16 @@ def test_kvzip_beside_kvpress(task, budget, samples, words):
         assert f"{ours['bytes'] / 1e6:.1f} MB | best press of kvpress, {best['bytes'] / 1e6:.1f} MB" in line
 
 
+# README: | `AttentionMatchingCache(budget=0.1)`, text of 512 tokens | `KVzipCache` of as many bytes |
+def test_attention_matching_beside_kvzip():
+    kl = {}
+    for method in ("attention_matching", "kvzip"):
+        (row,) = rows("allocation", method=method, budget=0.1, samples=12)
+        kl[method] = row["kl"]
+    told = f"KL {kl['attention_matching']:.3f} nats; {kl['kvzip']:.3f}"
+    assert told in said("| `AttentionMatchingCache(budget=0.1)`")
+
+
 # README: | SwiftKV, half skipped: perplexity lost, after least squares / 46 minutes of distillation on a CPU |
 def test_what_training_brings_back_of_swiftkv():
     base, converted, fitted, distilled = of("swiftkv")["rows"]
