@@ -133,6 +133,10 @@ def slot_attention(
         raise ValueError(
             f"slot_attention needs a bias for every slot, {list(key.shape[:3])}, got {list(bias.shape)}: expand it"
         )
+    if not key.shape[2]:
+        # torch's fused attention divides by how many there are
+        out = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        return out, query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
     if runs_triton(query) and query.numel():
         return launch_split(query, key, value, spec, None, positions, query_positions, bias)
     if query.is_cuda or not spec.is_plain or key.shape[-1] != value.shape[-1]:

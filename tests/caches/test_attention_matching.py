@@ -272,6 +272,19 @@ def test_a_row_is_fitted_by_its_own_queries_beside_one_of_more_chunks():
             close(feed(model, alone, rows[row][None])[0], found[row, -len(rows[row]) :])
 
 
+def test_rows_that_are_fed_nothing_but_padding_right_after_a_text_attend_to_the_text():
+    model = tiny()
+    cache, alone = (AttentionMatchingCache(model, budget=12) for _ in range(2))
+    for each in (cache, alone):
+        feed(model, each, prompt(40, 2))
+    mask = torch.ones(2, 41, dtype=torch.long)
+    mask[:, -1] = 0
+    assert feed(model, cache, prompt(1, 2, seed=3), mask).isfinite().all()
+    token = prompt(1, 2, seed=4)
+    after = feed(model, cache, token, torch.cat([mask, torch.ones_like(mask[:, :1])], 1))
+    close(after, feed(model, alone, token))
+
+
 def test_packed_slots_have_no_log_weights_and_say_so():
     with pytest.raises(ValueError, match="packed slots have no log-weights, which AttentionMatching fits"):
         EvictingCache(tiny(), policy=AttentionMatching(), budget=8, packed=GEAR(bits=4, rank=0))

@@ -102,25 +102,14 @@ def everything(cache: Any) -> Kept:
 
 
 def slots(cache: Any) -> Kept:
-    """What lies in the slots of an evicting cache."""
+    """What lies in the slots of an evicting cache, and what was decoded after that where it stays."""
     kept: Kept = []
     for layer in cache.layers:
-        positions = layer.slots.positions.long()
+        positions = layer.held_positions().long()
         held = torch.zeros(*positions.shape[:2], layer.get_seq_length() + 1, dtype=torch.bool, device=positions.device)
         # an empty slot points past the end
         held.scatter_(2, positions.masked_fill(positions < 0, held.shape[-1] - 1), True)
         kept.append(held[..., :-1])
-    return kept
-
-
-def slots_and_answers(cache: Any) -> Kept:
-    """What lies in the slots of an evicting cache, and what was decoded after that."""
-    kept = slots(cache)
-    for held, layer in zip(kept, cache.layers, strict=True):
-        if held is not None and layer.tail is not None:
-            places = layer.tail.positions.long()
-            row, column = (places >= 0).nonzero(as_tuple=True)
-            held[row, :, places[row, column]] = True
     return kept
 
 
@@ -276,7 +265,6 @@ def _evicting(
     rerotated: bool = False,
     packed: GEAR | None = None,
     allocation: Allocation = "uniform",
-    kept: Callable[[Cache], Kept] = slots,
     **promises: Any,
 ) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
@@ -293,7 +281,7 @@ def _evicting(
     return Entry(
         name,
         build,
-        kept=kept,
+        kept=slots,
         compileable=True,
         roomy=None if packed else lambda model: build(model, LARGE if isinstance(budget, int) else 1.0),
         budget=limit,
@@ -358,7 +346,6 @@ ENTRIES = [
         "kvzip_answers",
         dataclasses.replace(POLICIES["kvzip"], keeps_answers=True),
         allocation="global",
-        kept=slots_and_answers,
         competes=True,
         keeps_answers=True,
     ),
@@ -366,7 +353,6 @@ ENTRIES = [
         "attention_matching",
         POLICIES["attention_matching"],
         allocation="global",
-        kept=slots_and_answers,
         decoded=fitted,
         competes=True,
         keeps_answers=True,

@@ -258,10 +258,12 @@ class _Game:
         if tokens + answer > TOKENS - live.transcript.seen or _spoiled(live.transcript) is not None:
             # what is no number chooses no token
             return
+        ids = self._fresh(rng, live, tokens)
+        if self.case.positions != "counted":
+            self._shift(rng, live, len(ids))
         if live.ahead is not None and bool(live.ahead.any()) and _holds_nodes_only(live):
             # refused, as a forward is
             return
-        ids = self._fresh(rng, live, tokens)
         mask = self._mask(live, _padding(rng, *ids.shape, rng.choice(["none", "left"])))
         settings: dict[str, Any] = {}
         if not live.transcript.forwards and len(ids) <= 3:
@@ -271,8 +273,7 @@ class _Game:
         if live.transcript.forwards:
             ids = torch.cat([live.transcript.ids, ids], 1)
             settings.pop("prefill_chunk_size", None)
-        if self.case.positions != "counted":
-            self._shift(rng, live, len(ids))
+        if live.ahead is not None:
             settings["position_ids"] = places(mask) + live.ahead[:, None]
         if self.case.ends and settings.get("num_beams", 1) == 1:
             settings["logits_processor"] = [_Ends([self._says_end(rng, row, answer) for row in ids])]

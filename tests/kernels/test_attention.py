@@ -204,3 +204,13 @@ def test_nan_comes_through_where_it_is_seen(where, queries, tokens, options):
     expected = slot_attention_reference(*arguments)
     torch.testing.assert_close(slot_attention(*arguments), expected, equal_nan=True)
     assert where == "value" or spec.window is not None or expected[1].isnan().any()
+
+
+@pytest.mark.parametrize("spec", [LogitSpec(0.3), LogitSpec(0.3, window=5), LogitSpec(0.3, softcap=2.0)])
+def test_attention_to_no_slots_at_all_is_nothing_and_no_crash(spec):
+    query, nothing = torch.randn(2, 4, 3, 16), torch.empty(2, 2, 0, 16)
+    at = torch.zeros(2, 3, dtype=torch.int32)
+    out, lse = slot_attention(query, nothing, nothing, torch.empty(2, 2, 0, dtype=torch.int32), at, spec)
+    assert out.shape == query.shape
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
