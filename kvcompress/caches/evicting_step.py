@@ -236,8 +236,16 @@ class ChunkStep(EvictingStep):
             x.tokens,
             layer._mean_over_ranks,
         )
-        scores = torch.cat([scores[..., :first], _scores(layer, candidates)], -1)
+        scored = _scores(layer, candidates)
+        if layer.keeps_answers:
+            scored = torch.where(self._at_rest()[:, None, None], scores[..., first:], scored)
+        scores = torch.cat([scores[..., :first], scored], -1)
         return Ranking(places, positions, scores, self._worth(scores, positions))
+
+    def _at_rest(self) -> Tensor:
+        """Which rows are fed one token or none, and go on as they would alone, [batch] bool."""
+        fed = self.input.real_tokens
+        return (torch.full_like(self.layer.lengths, fed) if isinstance(fed, int) else fed) < 2
 
     def _worth(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Scores to rank by, [batch, kv_heads, candidates]: inf for what always stays, -inf for what goes."""
@@ -261,10 +269,7 @@ class ChunkStep(EvictingStep):
         order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
         chosen = torch.arange(order.shape[-1], device=order.device) < self.layer.limits_by_head()[..., None]
         if self.layer.keeps_answers:
-            # as if the row were fed alone
-            fed = self.input.real_tokens
-            fed = torch.full_like(self.layer.lengths, fed) if isinstance(fed, int) else fed
-            chosen = chosen | (fed < 2)[:, None, None]
+            chosen = chosen | self._at_rest()[:, None, None]
         return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order)) & (
             worth > -torch.inf
         )

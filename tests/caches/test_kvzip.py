@@ -317,3 +317,28 @@ def test_the_newest_tokens_are_kept_as_far_as_asked_for():
         for head in layer.slots.positions[0].tolist():
             assert sum(place >= 0 for place in head) == BUDGET
             assert set(range(46 - (BUDGET - 6), 46)) | {0, 1} <= set(head)
+
+
+def test_where_answers_stay_a_row_that_is_fed_one_token_among_longer_ones_is_as_it_would_be_alone():
+    model = tiny(dtype=torch.float64)
+    together, alone = (KVzipCache(model, budget=8, sinks=1) for _ in range(2))
+    mask = torch.ones(2, 20, dtype=torch.long)
+    feed(model, together, prompt(20, 2), mask)
+    feed(model, alone, prompt(20, 2)[1:])
+    more = torch.cat([mask, torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])], 1)
+    feed(model, together, prompt(4, 2, seed=3), more)
+    feed(model, alone, prompt(4, 2, seed=3)[1:, -1:])
+    for mine, other in zip(together.layers, alone.layers, strict=True):
+        # one token says nothing about what the others are worth
+        for head in range(2):
+            scores = mine.slots.scores[1, head, : mine.slots.capacities[1, head]].sort(descending=True).values
+            own = other.slots.scores[0, head, : other.slots.capacities[0, head]].sort(descending=True).values
+            torch.testing.assert_close(scores[: len(own)], own)
+            assert (scores[len(own) :] == 0).all()
+    last = prompt(6, 2, seed=4)
+    got = feed(model, together, last, torch.cat([more, torch.ones_like(last)], 1))[1:]
+    torch.testing.assert_close(got, feed(model, alone, last[1:]), rtol=1e-5, atol=1e-5)
+    got = feed(model, together, last[:, :1], torch.cat([more, torch.ones(2, 7, dtype=torch.long)], 1))[1:]
+    torch.testing.assert_close(got, feed(model, alone, last[1:, :1]), rtol=1e-5, atol=1e-5)
+    for mine, other in zip(together.layers, alone.layers, strict=True):
+        assert (mine.slots.kept()[1] == other.slots.kept()[0]).all()

@@ -565,6 +565,9 @@ class _Game:
         cache = live.cache
         if not isinstance(cache.budget, int) or cache.allocation != "uniform":
             return
+        if any(layer.keeps_answers for layer in cache.layers):
+            # on top of the budget
+            return
         real = live.transcript.visible.sum(-1)[:, None]
         for layer, kept in zip(cache.layers, cache.memory().tokens_kept, strict=True):
             if layer.window is not None or live.hidden:
