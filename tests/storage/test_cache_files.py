@@ -322,7 +322,9 @@ for name in ("mine:Knorm", "mine:Gone", "Gone"):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     known, gone, old = done.stdout.splitlines()
-    assert known.startswith("the file's policy 'mine:Knorm' is not imported: import mine first; known: ChunkKV, ")
+    assert known.startswith(
+        "the file's policy 'mine:Knorm' is not imported: import mine first; known: AttentionMatching, "
+    )
     assert gone.startswith("the file's policy 'mine:Gone' is not imported: import mine first")
     assert old.startswith("the file's policy 'Gone' is not imported: import the module that defines it first")
 
