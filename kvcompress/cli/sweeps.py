@@ -57,7 +57,7 @@ def sweep(
     samples: Annotated[int, "Prompts, or windows of text, per point."] = 20,
     protocols: Annotated[str, "By commas."] = "question-agnostic,question-aware",
     out: Annotated[Path, "Folder for rows, table, plot and page."] = Path("sweep"),
-    quick: Annotated[bool, "A few minutes on two cores; other options still apply."] = False,
+    quick: Annotated[bool, "About ten minutes on two cores; other options still apply."] = False,
     fresh: Annotated[bool, "Measure again what the folder already has."] = False,
     seed: Annotated[int, "Of the tasks."] = 0,
     hold_back: Annotated[int, "Question-aware: question tokens read after compression."] = 1,
