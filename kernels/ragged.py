@@ -63,8 +63,8 @@ def ragged_attention_reference(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ragged_attention means, in plain PyTorch."""
-    padded = _padded(key, value, extents, positions)
-    return slot_attention_reference(query, *padded, query_positions, spec, bias)
+    even = padded(key, value, extents, positions)
+    return slot_attention_reference(query, *even, query_positions, spec, bias)
 
 
 @op(
@@ -116,11 +116,11 @@ def ragged_decode_attention_reference(
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ragged_decode_attention means, in plain PyTorch."""
-    padded = _padded(key, value, extents, positions)
-    return decode_attention_reference(query, *padded, query_positions, spec, sink_logits)
+    even = padded(key, value, extents, positions)
+    return decode_attention_reference(query, *even, query_positions, spec, sink_logits)
 
 
-def _padded(key: Tensor, value: Tensor, extents: Extents, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def padded(key: Tensor, value: Tensor, extents: Extents, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and positions as slot_attention takes them: from a head's capacity on 0, and empty."""
     column = torch.arange(positions.shape[2], device=positions.device)
     beyond = column >= extents.capacities[..., None]

@@ -21,7 +21,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.common.split_attention import Extents
 from kvcompress.kernels.decode import slot_probabilities
-from kvcompress.kernels.ragged import ragged_attention, ragged_decode_attention
+from kvcompress.kernels.ragged import padded, ragged_attention, ragged_decode_attention
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
 
@@ -108,10 +108,9 @@ class RaggedSlots(SlotSegment):
         return self.contents()[0]
 
     def contents(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, [batch, kv_heads, most slots, head_dim]: a copy, with anything from a head's capacity on."""
-        column = torch.arange(self.slots, device=self.starts.device)
-        index = (self.starts[..., None] + column).clamp(max=len(self.keys) - 1)
-        return self.keys[index], self.values[index]
+        """Keys and values, [batch, kv_heads, most slots, head_dim]: a copy, with 0 from a head's capacity on."""
+        keys, values, _ = padded(self.keys, self.values, self._extents(), self.positions)
+        return keys, values
 
     def like(self) -> tuple[Tensor, Tensor]:
         return tuple(x.new_empty(*self.starts.shape, 0, x.shape[-1]) for x in (self.keys, self.values))  # type: ignore[return-value]

@@ -166,6 +166,25 @@ def test_what_is_not_a_number_stays_in_its_own_head():
     close(spoiled[1][0, 1], clean[1][0, 1], rtol=1e-9, atol=1e-9)
 
 
+def test_what_is_not_a_number_in_a_row_s_slots_leaves_the_fits_of_others_as_they_are():
+    model, spoiled = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    caches = [AttentionMatchingCache(each, budget=12, sinks=1) for each in (model, spoiled)]
+    for each, cache in zip((model, spoiled), caches, strict=True):
+        feed(each, cache, prompt(40, 2))
+    for layer in caches[1].layers:
+        slots = layer.slots
+        for head in range(2):
+            first = int(slots.starts[1, head])
+            slots.keys[first : first + int(slots.capacities[1, head])] = torch.nan
+    for each, cache in zip((model, spoiled), caches, strict=True):
+        feed(each, cache, prompt(30, 2, seed=3))
+    for mine, other in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("bias", "positions"):
+            count = int(min(mine.slots.capacities[0].min(), other.slots.capacities[0].min()))
+            sides = [getattr(layer.slots, name)[0, :, :count] for layer in (mine, other)]
+            assert torch.equal(*sides), name
+
+
 def test_queries_are_spread_over_each_rows_own_tokens():
     query = torch.arange(10.0)[None, None, :, None].expand(2, 1, -1, 4)
     visible = torch.ones(2, 10, dtype=torch.bool)
