@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.caches.compiled_steps import CompiledTailStep, SteppedLayer, pin
+from kvcompress.caches.compiled_steps import CompiledTailStep, TailedLayer, pin
 from kvcompress.caches.evicting_step import ChunkStep, EvictingStep
 from kvcompress.caches.matching import Asked, match
 from kvcompress.caches.reconstruction import RereadLayer
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
-from kvcompress.storage.columns import marked_first
-from kvcompress.storage.padding import reordered
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY, Segment
-from kvcompress.storage.tail import TailSegment
+from kvcompress.storage.tail import TailSegment, moved
 
 # a tail takes room for so many tokens at a time, or for a share of those it holds
 _ROOM, _SHARE = 32, 4
@@ -50,13 +48,12 @@ class AnswerStep(EvictingStep):
         self.layer.lengths.add_(self.input.real_tokens)
 
 
-class AnsweringLayer(SteppedLayer, RereadLayer):
+class AnsweringLayer(TailedLayer, RereadLayer):
     """A layer whose decoded tokens stay in a tail; its slots are chosen from what is fed several tokens at a time."""
 
-    is_compileable = SteppedLayer.is_compileable
+    is_compileable = TailedLayer.is_compileable
     keeps_answers = True
     reserves_on_gpu = True
-    _tail: TailSegment | None = None
     # real tokens of each row so far, as the host knows them; None where it has to ask
     _rows: list[int] | None = None
     # queries of the second reading that has just ended, and how they make logits
@@ -65,16 +62,6 @@ class AnsweringLayer(SteppedLayer, RereadLayer):
     @property
     def is_ragged(self) -> bool:
         return True
-
-    @property
-    def tail(self) -> TailSegment | None:
-        """What was decoded since the last text; None if nothing was."""
-        self._look()
-        return self._tail
-
-    @tail.setter
-    def tail(self, segment: TailSegment | None) -> None:
-        self._tail, self._steps = segment, None
 
     def segments(self) -> list[Segment]:
         return super().segments() + ([] if self.tail is None else [self.tail])
@@ -235,21 +222,15 @@ class AnsweringLayer(SteppedLayer, RereadLayer):
         self._rows = None
         if tail is None:
             return
-        moved = remap.gather(1, tail.positions.clamp(min=0).long()).int()
-        stays = (tail.positions != EMPTY) & (moved != EMPTY)
-        held, order = stays.sum(-1).tolist(), marked_first(stays)
-        key, value = reordered(tail.keys, order), reordered(tail.values, order)
-        tail.refill(key, value, [0] * len(held), held, self.row_lengths())
+        tail.remap(remap, self.row_lengths())
 
     def _warn_of_filler(self, remap: Tensor) -> None:
         # nothing was evicted for what was decoded
         if self._tail is not None:
-            among = self._tail.positions
-            shown = remap.gather(1, among.clamp(min=0).long()) != EMPTY
-            hidden = ((among != EMPTY) & ~shown).to(remap.dtype)
-            remap = torch.where(
-                torch.zeros_like(remap).scatter_add_(1, among.clamp(min=0).long(), hidden) > 0, 0, remap
-            )
+            held = self._tail.positions
+            hidden = ((held != EMPTY) & (moved(held, remap) == EMPTY)).to(remap.dtype)
+            gone = torch.zeros_like(remap).scatter_add_(1, held.clamp(min=0).long(), hidden)
+            remap = remap.masked_fill(gone > 0, 0)
         super()._warn_of_filler(remap)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -200,3 +200,19 @@ class SteppedLayer(CompressedLayer):
         if self._is_ready:
             # room may have gone with the rows
             self._make_ready(0)
+
+
+class TailedLayer(SteppedLayer):
+    """A layer whose newest tokens lie in a tail, where compiled steps write them."""
+
+    _tail: TailSegment | None = None
+
+    @property
+    def tail(self) -> TailSegment | None:
+        """The newest tokens; None where there are none."""
+        self._look()
+        return self._tail
+
+    @tail.setter
+    def tail(self, segment: TailSegment | None) -> None:
+        self._tail, self._steps = segment, None

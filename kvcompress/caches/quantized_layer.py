@@ -12,29 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.caches.compiled_steps import CompiledTailStep, SteppedLayer, pin
+from kvcompress.caches.compiled_steps import CompiledTailStep, TailedLayer, pin
 from kvcompress.caches.quantized_step import QuantizedStep
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.gear import GEAR
-from kvcompress.storage.columns import marked_first
-from kvcompress.storage.padding import PaddingRecord, reordered, warn_of_short_windows
+from kvcompress.storage.padding import PaddingRecord, warn_of_short_windows
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.segment import EMPTY, Segment
-from kvcompress.storage.tail import TailSegment
+from kvcompress.storage.tail import TailSegment, moved
 
 # a forward of at most so many tokens may be a draft, which can be taken back, so its tokens are not packed at once; a
 # layer that had to take back more expects longer drafts
 DRAFT = 32
 
 
-class QuantizedLayer(SteppedLayer):
+class QuantizedLayer(TailedLayer):
     """One layer's packed blocks, of prompts and of decoded tokens, and the tail before them."""
 
     is_croppable = True
     pads_first = True
     queries_watched = 0
     reserves_on_gpu = True
-    _tail: TailSegment | None = None
 
     def __init__(
         self, padding: PaddingRecord, settings: GEAR, window: int | None = None, is_first: bool = False
@@ -57,16 +55,6 @@ class QuantizedLayer(SteppedLayer):
         # the segments beside the tail that compiled steps attend to; tokens that such steps fed each row, until packed
         self._parts: list[Segment] = []
         self._fed: list[int] = []
-
-    @property
-    def tail(self) -> TailSegment | None:
-        """The newest tokens; None before the first."""
-        self._look()
-        return self._tail
-
-    @tail.setter
-    def tail(self, segment: TailSegment | None) -> None:
-        self._tail, self._steps = segment, None
 
     def _packed(self) -> list[QuantizedBlocks]:
         parts = [self.prompt] if self.decoded is self.prompt else [self.prompt, self.decoded]
@@ -336,18 +324,12 @@ class QuantizedLayer(SteppedLayer):
         assert tail is not None
         self._is_ready = False
         device = tail.positions.device
-        moved = [_moved(segment.positions, remap) for segment in self._packed()]
-        of_tail = _moved(tail.positions, remap)
-        for segment, positions in zip(self._packed(), moved, strict=True):
-            segment.positions = positions
+        for segment in self._packed():
+            segment.positions = moved(segment.positions, remap)
         if self.first is not None:
-            self.first.positions = _moved(self.first.positions, remap)
-        stays = of_tail != EMPTY
-        order = marked_first(stays)
+            self.first.positions = moved(self.first.positions, remap)
         self.lengths = (remap != EMPTY).sum(-1).tolist()
-        held = stays.sum(-1).tolist()
-        key, value = reordered(tail.keys, order.to(device)), reordered(tail.values, order.to(device))
-        tail.refill(key, value, [0] * len(held), held, self.lengths)
+        tail.remap(remap, self.lengths)
         if self.window is not None:
             warn_of_short_windows(self.window, torch.tensor(self.lengths, device=device), self.tokens_kept()[:, 0])
 
@@ -430,13 +412,6 @@ class QuantizedLayer(SteppedLayer):
                 target = self._target(self.tail.keys.shape[-1], name == "prompt")
                 loaded = QuantizedBlocks.load(part, facts, codings=target.codings, block=target.block)
                 vars(target).update(vars(loaded))
-
-
-def _moved(positions: Tensor, remap: Tensor) -> Tensor:
-    """Positions [batch, ..., tokens] after a change of padding; remap: [batch, past tokens]."""
-    flat = positions.flatten(1)
-    to = remap.gather(1, flat.clamp(min=0).long())
-    return torch.where(flat == EMPTY, EMPTY, to).to(torch.int32).view_as(positions)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -126,6 +126,16 @@ class TailSegment(Segment):
         self.positions[:, used] = places.masked_fill(~there, EMPTY).to(torch.int32)
         self.held = list(held)
 
+    def remap(self, remap: Tensor, lengths: Sequence[int]) -> None:
+        """Follows a change of padding, as `moved` does, and closes the gaps of tokens that it drops.
+
+        Args:
+            lengths: tokens of each row, afterwards.
+        """
+        stays = moved(self.positions, remap) != EMPTY
+        order, held = marked_first(stays), stays.sum(-1).tolist()
+        self.refill(reordered(self.keys, order), reordered(self.values, order), [0] * len(held), held, lengths)
+
     def places(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """What changes from step to step: `positions` itself; each row's real tokens [batch] int32, here `lengths`; the
         column behind every row's tokens [1] int64."""
@@ -181,6 +191,13 @@ class TailSegment(Segment):
         """Makes room for so many tokens."""
         for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY)):
             setattr(self, name, grown(getattr(self, name), 1 if name == "positions" else 2, room, fill))
+
+
+def moved(positions: Tensor, remap: Tensor) -> Tensor:
+    """Positions [batch, ..., tokens] after a change of padding; remap: [batch, past tokens], EMPTY for what goes."""
+    flat = positions.flatten(1)
+    to = remap.gather(1, flat.clamp(min=0).long())
+    return torch.where(flat == EMPTY, EMPTY, to).to(torch.int32).view_as(positions)
 
 
 def numbers(each: Sequence[int], device: torch.device) -> Tensor:
