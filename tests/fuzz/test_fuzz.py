@@ -10,9 +10,9 @@ from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.layer import CompressedLayer
 from kvcompress.storage.padding import PaddingRecord
 from tests.contract.caches import ENTRIES
-from tests.fuzz.__main__ import failure, main
 from tests.fuzz.cases import CALLS, LEVELS, draw
 from tests.fuzz.play import play
+from tests.fuzz.run import failure, main
 
 # every cache twice, in turn
 CASES = 2 * len(ENTRIES)
@@ -36,7 +36,7 @@ def test_a_seed_draws_one_case():
 
 def broken(capsys, cache, cases=25):
     """What the fuzzer prints of a broken cache, and the command that it says plays the failing case again."""
-    assert main(["--cases", str(cases), "--cache", cache, "--stop"]) == 1
+    assert main(["--cases", str(cases), "--cache", cache, "--stop", "--jobs", "1"]) == 1
     lines = capsys.readouterr().out.splitlines()
     command = next(line for line in lines if "python -m tests.fuzz" in line)
     return "\n".join(lines), command.split("tests.fuzz ")[1].split()
@@ -123,6 +123,6 @@ def test_a_copy_made_in_inference_mode_that_cannot_be_written_to_is_found(capsys
 
 
 def test_a_case_without_end_is_found(monkeypatch):
-    monkeypatch.setattr("tests.fuzz.__main__.HANGS", 1)
-    monkeypatch.setattr("tests.fuzz.__main__.play", lambda case: [None for _ in iter(int, 1)])
+    monkeypatch.setattr("tests.fuzz.run.HANGS", 1)
+    monkeypatch.setattr("tests.fuzz.run.play", lambda case: [None for _ in iter(int, 1)])
     assert isinstance(failure(draw(0)), TimeoutError)
