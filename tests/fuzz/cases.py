@@ -87,6 +87,9 @@ def draw(seed: int, name: str | None = None) -> Case:
         sizes["sliding_window"] = FAMILIES[family]["sliding_window"] and rng.choice([3, 12, 12, 30])
     while FAMILIES[family]["model_type"] in entry.refuses:
         family, sizes = rng.choice(list(FAMILIES)), {}
+    if "layer_types" not in FAMILIES[family]:
+        # a first and a last layer are mostly enough, and take less time
+        sizes["num_hidden_layers"] = rng.choice([2, 2, 2, 3])
     settings: dict[str, Any] = {}
     if rng.random() < 0.7:
         entry, settings = _varied(rng, entry)
