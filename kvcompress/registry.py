@@ -58,6 +58,11 @@ class Method(Listed):
     settings: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
 
+def names() -> list[str]:
+    """Every name that `parse` knows: of the methods, and of other papers' settings of them."""
+    return [*METHODS, *SPELLINGS]
+
+
 def parse(spec: str, methods: Mapping[str, Listed] | None = None) -> tuple[Method, dict[str, Any]]:
     """The method and the settings that a spec names; `methods` are the known ones, by default METHODS.
 
@@ -236,7 +241,7 @@ def _of_class(module: str, name: str) -> Listed:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"unknown method {where!r}; known: {', '.join(METHODS)}, and there is no module {module!r} on Python's "
+            f"unknown method {where!r}; known: {', '.join(names())}, and there is no module {module!r} on Python's "
             f"path or in {os.getcwd()}"
         ) from None
     if not _is_method(kind):

@@ -72,10 +72,10 @@ def _name_methods(command: Any, arguments: Sequence[str]) -> None:
         if KNOWN in (getattr(option, "help", None) or "")
     ]
     if options:
-        from kvcompress.registry import METHODS
+        from kvcompress.registry import names
 
         for option in options:
-            option.help = option.help.replace(KNOWN, ", ".join(METHODS))
+            option.help = option.help.replace(KNOWN, ", ".join(names()))
 
 
 def _show_versions(wanted: bool) -> None:

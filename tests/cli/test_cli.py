@@ -173,7 +173,7 @@ def test_help_is_printed(arguments, capsys):
 def test_help_names_every_method(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     assert main([command, "--help"]) == 0
-    assert f"Known: {', '.join(registry.METHODS)}." in capsys.readouterr().out
+    assert f"Known: {', '.join(registry.names())}." in capsys.readouterr().out
 
 
 def test_help_takes_what_a_user_has_registered(capsys, monkeypatch):

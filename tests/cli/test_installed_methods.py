@@ -62,7 +62,7 @@ def test_an_installed_method_is_in_the_commands_list(command):
     done = command("generate", "--help")
     assert done.returncode == 0, done.stderr
     (listed,) = [line for line in done.stdout.splitlines() if "Known: none, " in line]
-    assert ", newest, all." in listed
+    assert ", newest, all, " in listed
 
 
 def test_an_installed_method_is_swept_by_its_name_and_by_where_its_class_is(command, folder, tmp_path):  # noqa: F811
