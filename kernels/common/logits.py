@@ -10,7 +10,7 @@ class LogitSpec(NamedTuple):
 
         logit = scale * q.k        or, with a softcap c,        c * tanh(scale * q.k / c)
 
-    scale: factor of q.k, in most models head_dim ** -0.5.
+    scale: factor of q.k, greater than 0, in most models head_dim ** -0.5.
     window: number of tokens that a query sees, itself included: positions greater than its own less `window`. None: all
         positions up to its own.
     softcap: bound of the logits, which lie between -softcap and softcap. None: no bound.

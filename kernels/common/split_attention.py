@@ -218,52 +218,66 @@ def _split_kernel(
     if tickets_ptr is not None:
         tl.store(tickets_ptr + owner, 0)
 
+    # tiles of tokens first .. whole_stop end before the keys do, and without slots before what any query does not see
+    first = split * split_tokens
+    stop = tl.minimum(first + split_tokens, length)
+    whole_stop = stop if SLOTTED else tl.minimum(stop, tokens - queries + block * BLOCK_ROWS // GROUP + 1)
+    whole_stop = first + tl.maximum(whole_stop - first, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+
+    # base 2 inside: exp2 is one instruction, and a factor that is applied only there costs none
+    SCALED: tl.constexpr = SOFTCAPPED or BIASED or WRITES_LOGITS
+    to_base_2 = LOG2E if SCALED else scale * LOG2E
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
     column = tl.arange(0, BLOCK_TOKENS)  # [T]
 
-    for start in range(split * split_tokens, tl.minimum((split + 1) * split_tokens, length), BLOCK_TOKENS):
-        token = start + column
-        token_ok = token < length
-        key_offset = column * key_stride
-        tile_ptr = key_ptr + wide(start) * key_stride
-        key = load_tile(tile_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]
-        logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32))  # [R, T]
-        logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
-        if SLOTTED:
-            slot_position = tl.load(positions_ptr + positions_base + token, mask=token_ok, other=-1)
-            seen = (slot_position >= 0)[None, :]
-        else:
-            slot_position = token
-            seen = (token[None, :] <= position[:, None]) & token_ok[None, :]
-        if BIASED:
-            logits += tl.load(bias_ptr + positions_base + token, mask=token_ok, other=0.0)[None, :]
-        if WINDOWED:
-            seen = seen & (slot_position[None, :] > position[:, None] - window)
-        if PADDED:
-            visible = tl.load(visible_ptr + batch * tokens + token, mask=token_ok, other=0)
-            seen = seen & (visible != 0)[None, :]
-        logits = tl.where(seen, logits, float("-inf"))
-        if WRITES_LOGITS:
-            # one query: a row is a head
-            logits_tile_ptr = logits_ptr + (positions_base + start) * GROUP
-            logits_offset = column[None, :] * GROUP + row[:, None]
-            tl.store(logits_tile_ptr + logits_offset, logits, mask=row_ok[:, None] & token_ok[None, :])
+    # whole tiles, which are loaded without a mask, and the rest
+    for part in tl.static_range(2):
+        for start in range(first if part == 0 else whole_stop, whole_stop if part == 0 else stop, BLOCK_TOKENS):
+            token = start + column
+            token_ok = token < length if part == 1 else tl.full([BLOCK_TOKENS], True, tl.int1)
+            key_offset = column * key_stride
+            tile_ptr = key_ptr + wide(start) * key_stride
+            key = load_tile(tile_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]
+            logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32))  # [R, T]
+            if SCALED:
+                logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
+            tile_base = positions_base + start
+            if SLOTTED:
+                slot_position = tl.load(positions_ptr + tile_base + column, mask=token_ok, other=-1)
+                seen = (slot_position >= 0)[None, :]
+            else:
+                slot_position = token
+                seen = token_ok[None, :]
+                if part == 1:
+                    seen = seen & (token[None, :] <= position[:, None])
+            if BIASED:
+                logits += tl.load(bias_ptr + tile_base + column, mask=token_ok, other=0.0)[None, :]
+            if WINDOWED:
+                seen = seen & (slot_position[None, :] > position[:, None] - window)
+            if PADDED:
+                visible = tl.load(visible_ptr + batch * tokens + token, mask=token_ok, other=0)
+                seen = seen & (visible != 0)[None, :]
+            logits = tl.where(seen, logits, float("-inf"))
+            if WRITES_LOGITS:
+                # one query: a row is a head
+                logits_tile_ptr = logits_ptr + tile_base * GROUP
+                logits_offset = column[None, :] * GROUP + row[:, None]
+                tl.store(logits_tile_ptr + logits_offset, logits, mask=row_ok[:, None] & token_ok[None, :])
 
-        logits *= LOG2E
-        risen = tl.maximum(peak, tl.max(logits, 1))
-        # a query that has seen nothing yet: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
-        shift = tl.where(risen == float("-inf"), 0.0, risen)
-        fade = tl.exp2(peak - shift)
-        weight = tl.exp2(logits - shift[:, None])  # [R, T]
-        peak = risen
-        total = total * fade + tl.sum(weight, 1)
-        value_offset = column * value_stride
-        tile_ptr = value_ptr + wide(start) * value_stride
-        value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
-        weight = weight.to(value.dtype)
-        out = dot(weight, value, out * fade[:, None])
+            risen = tl.maximum(peak, tl.max(logits, 1) * to_base_2)
+            # a query that has seen nothing yet: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
+            shift = tl.where(risen == float("-inf"), 0.0, risen)
+            fade = tl.exp2(peak - shift)
+            weight = tl.exp2(logits * to_base_2 - shift[:, None])  # [R, T]
+            peak = risen
+            total = total * fade + tl.sum(weight, 1)
+            value_offset = column * value_stride
+            tile_ptr = value_ptr + wide(start) * value_stride
+            value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
+            weight = weight.to(value.dtype)
+            out = dot(weight, value, out * fade[:, None])
 
     lse_offset = ((split * batch_size + batch) * kv_heads * GROUP + head) * queries + index
     norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]

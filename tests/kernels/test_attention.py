@@ -78,6 +78,41 @@ def test_slot_attention_agrees_with_the_reference(group, queries, slots, head_di
     check_slots(group, queries, slots, head_dim, value_dim, torch.float32, options)
 
 
+def before_nan(tensor):
+    """The same, in memory that goes on with NaN behind each head's last token."""
+    held = tensor.new_full((*tensor.shape[:2], tensor.shape[2] + 64, tensor.shape[3]), torch.nan)
+    held[:, :, : tensor.shape[2]] = tensor
+    return held[:, :, : tensor.shape[2]]
+
+
+# of one tile of rows, and of two, of which the second begins within a query's heads
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("options", [{}, {"window": 20, "pads": True}], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(32, torch.float32), (33, torch.float32), (95, torch.float32), (64, torch.bfloat16), (65, torch.bfloat16)],
+    ids=str,
+)
+def test_keys_may_end_anywhere_in_a_tile(tokens, dtype, queries, options):
+    """A tile has 32 keys in float32, 64 in 16 bits."""
+    options = dict(options)
+    visible = padding(2, tokens) if options.pop("pads", False) else None
+    spec = LogitSpec(0.125, **options)
+    query, key, value = heads(2, 6, queries, 64, dtype), heads(2, 2, tokens, 64, dtype), heads(2, 2, tokens, 64, dtype)
+    held = before_nan(key), before_nan(value)
+    found = causal_attention(query, *held, spec, visible)
+    expected = causal_attention_reference(query, key, value, spec, visible)
+    torch.testing.assert_close(found[0], expected[0], **tolerance(dtype))
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
+    at = (2 * tokens + torch.arange(2 * queries, device=DEVICE).view(2, queries)).int()
+    positions, bias = slot_positions(2, 2, tokens), torch.randn(2, 2, tokens, device=DEVICE)
+    for each in (None, bias):
+        found = slot_attention(query, *held, positions, at, spec, each)
+        expected = slot_attention_reference(query, key, value, positions, at, spec, each)
+        torch.testing.assert_close(found[0], expected[0], **tolerance(dtype))
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_slot_attention_agrees_with_the_reference_in_16_bits(dtype):
     check_slots(3, 2, 300, 80, 80, dtype, {})

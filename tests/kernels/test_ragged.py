@@ -68,6 +68,18 @@ def test_a_step_over_ragged_slots_agrees_with_the_reference(group, head_dim, val
     assert found[1][beyond].eq(0).all()
 
 
+@pytest.mark.parametrize("cores", [1, 100])
+@pytest.mark.parametrize("lengths", [((32, 64), (0, 33)), ((96, 31), (1, 128))], ids=str)
+def test_heads_may_end_anywhere_in_a_tile(lengths, cores, monkeypatch):
+    """Of 32 slots, in one part and in as many as tiles: a head has parts that are whole, short and empty."""
+    monkeypatch.setattr(split_attention, "core_count", lambda device: cores)
+    for queries in (1, 12):
+        arguments = (*ragged(3, queries, 64, 64, lengths=lengths), LogitSpec(0.125))
+        torch.testing.assert_close(ragged_attention(*arguments), ragged_attention_reference(*arguments))
+    arguments = (*ragged(3, 1, 64, 64, lengths=lengths), LogitSpec(0.125))
+    torch.testing.assert_close(ragged_decode_attention(*arguments), ragged_decode_attention_reference(*arguments))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_ragged_slots_in_16_bits_agree_with_the_reference(dtype):
     arguments = (*ragged(3, 1, 64, 64, dtype), LogitSpec(0.125))
