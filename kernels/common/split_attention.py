@@ -261,9 +261,9 @@ def _split_kernel(
                 seen = seen & (visible != 0)[None, :]
             logits = tl.where(seen, logits, float("-inf"))
             if WRITES_LOGITS:
-                # one query: a row is a head
+                # one query: a row is a head; the remainder is 0 for a group of 1, which saves offsets
                 logits_tile_ptr = logits_ptr + tile_base * GROUP
-                logits_offset = column[None, :] * GROUP + row[:, None]
+                logits_offset = column[None, :] * GROUP + (row % GROUP)[:, None]
                 tl.store(logits_tile_ptr + logits_offset, logits, mask=row_ok[:, None] & token_ok[None, :])
 
             risen = tl.maximum(peak, tl.max(logits, 1) * to_base_2)
