@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvcompress.cache import CompressedCache as CompressedCache
+    from kvcompress.caches.attention_matching import AttentionMatchingCache as AttentionMatchingCache
     from kvcompress.caches.dense import DenseCache as DenseCache
-    from kvcompress.caches.evicting import AttentionMatchingCache as AttentionMatchingCache
     from kvcompress.caches.evicting import EvictingCache as EvictingCache
     from kvcompress.caches.evicting import H2OCache as H2OCache
     from kvcompress.caches.evicting import KVzipCache as KVzipCache
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # imported on first use: transformers takes seconds to import, and the command line must answer a wrong flag at once
 _HOMES = {
     "AcrossKVCache": "swiftkv.cache",
-    "AttentionMatchingCache": "caches.evicting",
+    "AttentionMatchingCache": "caches.attention_matching",
     "Candidates": "policies.policy",
     "CompressedCache": "cache",
     "DenseCache": "caches.dense",

@@ -121,14 +121,14 @@ class AnsweringLayer(TailedLayer, RereadLayer):
             return CompiledTailStep(self._ready_steps(), [self.slots], x)
         if x.tokens == 1 and self.slots is not None and self.waiting is None:
             return AnswerStep(self, x)
-        self._take_answers()
-        self._rows = None
-        self._is_ready = False
+        self.take_answers()
         return super()._begin(x)
 
-    def _take_answers(self) -> None:
+    def take_answers(self) -> None:
         """Moves the tail's tokens to the slots."""
         slots, tail = self.slots, self.tail
+        self._rows = None
+        self._is_ready = False
         if tail is None:
             return
         assert isinstance(slots, RaggedSlots)
@@ -150,15 +150,52 @@ class AnsweringLayer(TailedLayer, RereadLayer):
 
     def received(self) -> tuple[ChunkStep, Tensor]:
         assert self.waiting is not None
-        self._asked = self.waiting.asked, self.waiting.step.input.spec
+        self._asked = self.waiting.asked, self.waiting.spec
         return super().received()
+
+    def take_asked(self) -> tuple[list[Asked], LogitSpec]:
+        """The queries of a second reading that has ended, once, and how they make logits."""
+        asked, self._asked = self._asked, ([], LogitSpec(1.0))
+        return asked
 
     def refill(
         self, slots: RaggedSlots, key: Tensor, value: Tensor, places: Tensor, scores: Tensor, kept: Tensor
     ) -> None:
-        (asked, spec), self._asked = self._asked, ([], LogitSpec(1.0))
+        asked, spec = self.take_asked()
         fitted = self._match(asked, spec, slots, key, value, places, kept) if asked else None
         slots.refill(key, value, places, scores, kept, self._capacities(kept.sum(-1)), fitted)
+
+    def take_in(
+        self,
+        seen: int,
+        lengths: Tensor,
+        key: Tensor,
+        value: Tensor,
+        places: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        """Puts tokens that another layer holds into slots of this one, which is empty.
+
+        Args:
+            seen: columns fed until now. lengths: real tokens of each sequence, [batch].
+            key, value: [batch, kv_heads, tokens, head_dim]. places: their positions, [batch, kv_heads, tokens] int32,
+                EMPTY for none. bias: their log-weights, of the shape of places; None where there are none.
+        """
+        nothing = key[:, :, :0]
+        self.lazy_initialization(key, value)
+        slots = self._allocate(AttentionInput(nothing, nothing, value[:, :, :0], None, LogitSpec(1.0), None))
+        assert isinstance(slots, RaggedSlots)
+        self.lengths.copy_(lengths)
+        self.clock.advance(seen)
+        kept = torch.cat([slots.positions, places], -1) != EMPTY
+        fitted = None
+        if bias is not None:
+            assert slots.bias is not None
+            fitted = torch.cat([slots.contents()[1], value], 2), torch.cat([slots.bias, bias], -1)
+        scores = torch.zeros_like(kept, dtype=torch.float32)
+        slots.refill(key, value, places, scores, kept, self._capacities(kept.sum(-1)), fitted)
+        self._follow_budget(self.lengths)
+        self._pin()
 
     def _match(
         self,

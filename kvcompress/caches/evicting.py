@@ -23,7 +23,6 @@ from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.layer import CompressedLayer, ordinary_tensors
-from kvcompress.policies.attention_matching import AttentionMatching
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
@@ -350,45 +349,6 @@ class KVzipCache(EvictingCache):
         """
         policy = KVzip(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt), keeps_answers=keeps_answers)
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
-
-
-class AttentionMatchingCache(EvictingCache):
-    """Keeps few tokens, fitted to attend and answer as the whole text did (arXiv:2602.16284).
-
-        cache = AttentionMatchingCache(model, budget=0.1)
-        output = model.generate(**inputs, cache=cache)
-
-    As KVzipCache, it reads every forward of several tokens twice, lets all heads of all layers compete, and keeps what
-    is decoded until several tokens are fed again. Then it fits a log-weight and a value to each token it keeps, except
-    on sliding layers.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        budget: int | float,
-        sinks: int = 4,
-        recent: int | float = 1,
-        chunk: int = 2048,
-        prompt: Sequence[int] = (),
-        queries: int = 512,
-        allocation: Allocation | None = None,
-    ) -> None:
-        """
-        Args:
-            model: the model the cache will be used with; it must be given input_ids.
-            budget: tokens kept per sequence and KV head, on average, of what is fed several tokens at a time: a count,
-                or a fraction of the tokens seen so far.
-            sinks: first tokens always kept.
-            recent: newest tokens always kept: a count, or a fraction of the budget.
-            chunk: how many tokens are read again at a time, and fitted together.
-            prompt: token ids read before each chunk.
-            queries: tokens of a chunk whose queries the fit looks at; until it ends they are held, in all layers.
-            allocation: as in EvictingCache; None for "global".
-        """
-        policy = AttentionMatching(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt), queries=queries)
-        super().__init__(model, policy=policy, budget=budget, allocation=allocation)
 
 
 class StreamingLLMCache(EvictingCache):

@@ -1,8 +1,9 @@
 """One layer of an evicting cache: how tokens enter its slots, are scored, and are evicted (caches/evicting.py)."""
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ class EvictingLayer(CompressedLayer):
         self.competes = competes
         # where heads compete: what each may keep beyond its sequence's limit, [batch, kv_heads] int32
         self.surplus: Tensor | None = None
+        # what sequences may keep on average instead of the budget, [batch], while they are compacted to something else
+        self._granted: Tensor | None = None
         # steps that may come until a head that is below its limit needs room
         self._steps_left = 0
 
@@ -271,10 +274,28 @@ class EvictingLayer(CompressedLayer):
             if not self.is_ragged:
                 limits = limits.clamp(max=self.slots.slots - 1)
             limits = limits.maximum(self.limits)
+        self._set_limits(limits)
+
+    def _set_limits(self, limits: Tensor) -> None:
         recent = self.policy.recent
         recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
         self.limits.copy_(limits)
         self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
+
+    @contextlib.contextmanager
+    def granting(self, tokens: Tensor) -> Iterator[None]:
+        """Within it, heads may keep so many tokens on average, [batch] int32, instead of what the budget says."""
+        own, recents = self.limits.clone(), self.recents.clone()
+        self._granted = tokens
+        self._set_limits(tokens.clamp(min=self.policy.least_budget(), max=self.window))
+        try:
+            yield
+        finally:
+            self._granted = None
+            if self.surplus is not None:
+                self.surplus += (self.limits - own)[:, None]
+            self.limits.copy_(own)
+            self.recents.copy_(recents)
 
     def limits_by_head(self) -> Tensor:
         """How many tokens each head may keep, [batch, kv_heads] int32; [batch, 1] where heads do not compete."""
@@ -285,6 +306,8 @@ class EvictingLayer(CompressedLayer):
 
     def nominal_limits(self) -> Tensor:
         """How many tokens the heads of each sequence may keep on average, [batch], whatever the layer's window."""
+        if self._granted is not None:
+            return self._granted
         granted = self.budget if isinstance(self.budget, int) else (self.budget * self.lengths).int()
         return self.limits.clamp(min=granted)
 

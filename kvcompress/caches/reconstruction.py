@@ -18,6 +18,7 @@ from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.caches.evicting_step import ChunkStep, shares_of
 from kvcompress.caches.matching import Asked
 from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored
 from kvcompress.policies.policy import SecondReading
@@ -25,31 +26,36 @@ from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.slots import SlotSegment
 
+_UNSCALED = LogitSpec(1.0)
+
 
 @dataclass
-class _Waiting:
-    """The tokens of a forward that have been read once.
+class Waiting:
+    """What is chosen from when a text has been read again: the tokens of a forward, and those in slots.
 
-    segment: all of them, whose scores are what the second reading records of the attention that each receives. past:
-    the same for the slots. lengths: of the sequences, with these. twice: which sequences are read again, [batch] bool.
-    step: the forward's. asked: queries of each chunk, where what is kept is fitted to them.
+    segment: the forward's, whose scores are what the second reading records of the attention that each receives; None
+    where only what is in slots is chosen from. past: the same for the slots. lengths: of the sequences, with these.
+    twice: which sequences are read again, [batch] bool. step: the forward's. asked: queries of each chunk, where what
+    is kept is fitted to them. spec: how these make logits.
     """
 
-    segment: SlotSegment
+    segment: SlotSegment | None
     past: Tensor
     lengths: Tensor
     twice: Tensor
     step: ChunkStep
     asked: list[Asked] = field(default_factory=list)
+    spec: LogitSpec = _UNSCALED
 
 
 class RereadLayer(EvictingLayer):
     """An evicting layer that keeps the tokens of a forward until they have been read again."""
 
-    waiting: _Waiting | None = None
+    waiting: Waiting | None = None
 
     def segments(self) -> list[Segment]:
-        return super().segments() + ([] if self.waiting is None else [self.waiting.segment])
+        waiting = self.waiting
+        return super().segments() + ([] if waiting is None or waiting.segment is None else [waiting.segment])
 
     def reset(self) -> None:
         super().reset()
@@ -89,7 +95,7 @@ class RereadLayer(EvictingLayer):
             }
         )
         lengths = (self.lengths + fresh).to(torch.int32)
-        self.waiting = _Waiting(segment, torch.zeros_like(step.slots.scores), lengths, fresh > 1, step)
+        self.waiting = Waiting(segment, torch.zeros_like(step.slots.scores), lengths, fresh > 1, step)
 
     def observe(self, chunk: AttentionInput) -> Tensor:
         """The attention of tokens of the second reading, [batch, heads, queries, head_dim]; records what they attend
@@ -106,8 +112,9 @@ class RereadLayer(EvictingLayer):
         places = waiting.lengths[:, None] + visible.cumsum(-1, dtype=torch.int32) - 1  # [batch, tokens]
         out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
         outs, lses = [out], [lse]
-        read = [(waiting.segment, waiting.segment.scores)]
-        if self.get_seq_length() > waiting.segment.slots:
+        fresh = waiting.segment
+        read = [] if fresh is None else [(fresh, fresh.scores)]
+        if fresh is None or self.get_seq_length() > fresh.slots:
             read.append((self.slots, waiting.past))
         for segment, _ in read:
             out, lse = segment.attend(chunk.query, places, chunk.spec)
@@ -125,14 +132,18 @@ class RereadLayer(EvictingLayer):
                 torch.maximum(received, segment.column_maxima(chunk.query, places, lse, chunk.spec), out=received)
         if how.fits and self.window is None:
             waiting.asked.append(Asked.spread(chunk, visible, of_text, how.fits))
+            waiting.spec = chunk.spec
         return out
 
     def received(self) -> tuple[ChunkStep, Tensor]:
         """Ends the wait: the forward's step, and what the policy is to score by, the second reading's attention."""
         waiting, self.waiting = self.waiting, None
         assert waiting is not None
-        own, most = waiting.step.attention, torch.cat([waiting.past, waiting.segment.scores], -1)
-        assert own is not None
+        own, most = waiting.step.attention, waiting.past
+        if waiting.segment is not None:
+            most = torch.cat([most, waiting.segment.scores], -1)
+        if own is None:
+            return waiting.step, most
         return waiting.step, torch.where(waiting.twice[:, None, None], most, own)
 
 
@@ -198,10 +209,29 @@ def read_again(
         lengths = ids.new_tensor(padding.last_position) + 1
     else:
         lengths = ids.new_full((batch,), seen) if visible is None else visible.sum(-1)
-    sizes = hf.sizes(model.config)
     rows = [row[shown].tolist() for row, shown in zip(ids, fresh, strict=True)]
     # a single token is not read again
-    rows = [row if len(row) > 1 else [] for row in rows]
+    read_rows(model, layers, [row if len(row) > 1 else [] for row in rows], lengths, how)
+    with as_stored():
+        choose(layers, all_compete)
+
+
+@torch.no_grad()
+def read_rows(
+    model: PreTrainedModel,
+    layers: Sequence[RereadLayer],
+    rows: list[list[int]],
+    lengths: Tensor,
+    how: SecondReading,
+) -> None:
+    """Feeds a model texts through a cache that stores nothing, a chunk at a time, after what the layers hold.
+
+    Args:
+        model, how: as in `read_again`.
+        rows: the tokens of each sequence, without padding.
+        lengths: the position at which each sequence goes on, and each of its chunks begins, [batch] int64.
+    """
+    sizes = hf.sizes(model.config)
     reading = ReconstructionCache(model, layers)
     for start in range(0, max(map(len, rows)), how.chunk):
         parts = [[*how.prompt, *row[start : start + how.chunk]] if row[start:] else [] for row in rows]
@@ -209,8 +239,8 @@ def read_again(
         if sizes.learned_positions and sizes.longest is not None:
             # a table of positions has an end: there the text is placed so that it still fits
             lengths = lengths.clamp(max=max(0, sizes.longest - width))
-        again = ids.new_tensor([[0] * (width - len(part)) + part for part in parts])
-        mask = ids.new_tensor([[0] * (width - len(part)) + [1] * len(part) for part in parts])
+        again = lengths.new_tensor([[0] * (width - len(part)) + part for part in parts])
+        mask = lengths.new_tensor([[0] * (width - len(part)) + [1] * len(part) for part in parts])
         places = lengths[:, None] + (mask.cumsum(-1) - 1).clamp(min=0)
         model(
             input_ids=again,
@@ -219,11 +249,9 @@ def read_again(
             use_cache=True,
             **hf.cache_argument(model, reading),
         )
-    with as_stored():
-        _choose(layers, all_compete)
 
 
-def _choose(layers: Sequence[RereadLayer], all_compete: bool) -> None:
+def choose(layers: Sequence[RereadLayer], all_compete: bool) -> None:
     """Lets the policy choose in each layer, or in all at once, by what the second reading attended to."""
     ended = [layer.received() for layer in layers]
     if not all_compete:

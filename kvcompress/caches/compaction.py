@@ -1,0 +1,232 @@
+"""Compacts what a cache holds already: a text is read after it, and what the text looks up stays, fitted to answer for
+all (Attention Matching, arXiv:2602.16284).
+
+The tokens held are in slots, with their log-weights: what they are worth, and what is fitted, is attention with these.
+What the heads keep, and how it is fitted, is as after a prompt (caches/reconstruction.py, caches/matching.py), except
+that there are no new tokens to choose from.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.cache import CompressedCache
+from kvcompress.caches.answers import AnsweringLayer
+from kvcompress.caches.budget import Budget
+from kvcompress.caches.dense import DenseLayer
+from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
+from kvcompress.caches.evicting_step import ChunkStep, EvictingStep, Ranking
+from kvcompress.caches.matching import match
+from kvcompress.caches.reconstruction import Waiting, choose, read_rows
+from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.layer import AttentionInput, CompressedLayer, as_stored
+from kvcompress.policies.policy import SecondReading
+from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.ragged import RaggedSlots
+from kvcompress.storage.segment import EMPTY
+
+
+class CompactionStep(ChunkStep):
+    """A step that brings no tokens: some of those in slots stay, fitted.
+
+    whole: sequences whose text is all that they have seen, [batch] bool. Heads that hold all of it are fitted as after
+    a prompt, each chunk to its own queries; others hold one block.
+    """
+
+    def __init__(self, layer: AnsweringLayer, whole: Tensor) -> None:
+        assert isinstance(layer.slots, RaggedSlots)
+        key, value = layer.slots.like()
+        EvictingStep.__init__(self, layer, AttentionInput(key, key, value, None, LogitSpec(1.0), None))
+        self.is_first, self.attention, self.whole = False, None, whole
+
+    def rank(self, attention: Tensor | None) -> Ranking:
+        assert attention is not None
+        positions = self.slots.positions
+        return Ranking(positions[..., :0], positions, attention, self._worth(attention, positions))
+
+    def _at_rest(self) -> Tensor:
+        return torch.zeros_like(self.whole)
+
+    def keep(self, ranking: Ranking) -> None:
+        layer, slots, x, kept = self.layer, self.slots, self.input, self._kept(ranking)
+        assert isinstance(layer, AnsweringLayer)
+        assert isinstance(slots, RaggedSlots)
+        asked, spec = layer.take_asked()
+        fitted = None
+        if asked:
+            assert slots.bias is not None
+            fitted = match(asked, *slots.contents(), slots.bias, self._blocks(slots), kept, spec)
+        capacities = layer._capacities(kept.sum(-1))
+        slots.refill(x.key, x.value, ranking.places, ranking.scores, kept, capacities, fitted)
+        layer._pin()
+
+    def _blocks(self, slots: RaggedSlots) -> Tensor:
+        """What is fitted together, as `match` takes it, [batch, kv_heads, slots] int64."""
+        how, held = self.layer.policy.rereads, slots.positions != EMPTY
+        assert how is not None
+        holds_all = held.sum(-1) == self.layer.lengths[:, None]
+        by_chunk = (self.whole[:, None] & holds_all)[..., None]
+        return torch.where(by_chunk, 1 + slots.positions // how.chunk, 0).masked_fill(~held, -1).long()
+
+
+def texts(input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> list[list[int]]:
+    """The tokens of each sequence without padding; ValueError: they are not [batch, tokens], or a row has fewer than
+    two."""
+    if input_ids.dim() != 2 or len(input_ids) != batch:
+        raise ValueError(f"input_ids must be [batch={batch}, tokens], got {list(input_ids.shape)}")
+    if attention_mask is None:
+        rows = input_ids.tolist()
+    elif attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be like input_ids, {list(input_ids.shape)}, got {list(attention_mask.shape)}"
+        )
+    else:
+        shown = attention_mask.to(input_ids.device) != 0
+        rows = [row[own].tolist() for row, own in zip(input_ids, shown, strict=True)]
+    for number, row in enumerate(rows):
+        if len(row) < 2:
+            raise ValueError(f"a text of at least 2 tokens is read for each row, row {number} has {len(row)}")
+    return rows
+
+
+def check_ended(cache: CompressedCache) -> None:
+    """Raises ValueError if a cache holds nothing; RuntimeError: a forward was interrupted."""
+    if not int(cache.get_seq_length()):
+        raise ValueError(f"this {type(cache).__name__} is empty: feed it tokens first")
+    pending = any(layer.pending_kv is not None for layer in cache.layers)
+    if pending or cache.layers[0].forwards_begun != cache.layers[-1].forwards_ended:
+        raise RuntimeError(
+            "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
+        )
+    for layer in cache.layers:
+        if isinstance(layer, AnsweringLayer):
+            layer._check_ended()
+
+
+def granted(layers: Sequence[AnsweringLayer], budgets: Sequence[Budget], all_compete: bool) -> list[Tensor]:
+    """How many tokens heads may keep on average, [batch] int32 of each layer; a fraction is one of the tokens held.
+
+    Raises:
+        ValueError: a fraction leaves no sequence more than what is always kept.
+    """
+    held = [layer.tokens_kept() for layer in layers]
+    means = [kept.double().mean(-1) for kept in held]
+    if all_compete:
+        there = means[0].device
+        mean = torch.cat([kept.to(there) for kept in held], 1).double().mean(-1)
+        means = [mean.to(each.device) for each in means]
+    found = []
+    for budget, mean, layer in zip(budgets, means, layers, strict=True):
+        amount = budget.amount
+        # a whole is all of it, and nothing more for rounding
+        tokens = torch.full_like(mean, amount) if isinstance(amount, int) else (amount * mean - 1e-6).ceil()
+        if int(tokens.max()) < budget.least:
+            raise ValueError(
+                f"a budget of {amount:g} of {int(mean.max())} tokens held is {int(tokens.max())}, and must be at least "
+                f"{budget.explained}"
+            )
+        found.append(tokens.clamp(min=budget.least).to(layer.limits.dtype))
+    return found
+
+
+@torch.no_grad()
+def compact(
+    model: PreTrainedModel,
+    layers: Sequence[AnsweringLayer],
+    rows: list[list[int]],
+    last_position: list[int] | None,
+    how: SecondReading,
+    all_compete: bool,
+    tokens: list[Tensor] | None,
+) -> None:
+    """Reads a text after what the layers hold, and lets them choose from it.
+
+    Args:
+        model: a module that takes input_ids and a cache; it needs no head.
+        rows: the text of each sequence.
+        last_position: where the model has placed each sequence's last token, as far as it is known.
+        how, all_compete: as in `read_again`.
+        tokens: what heads may keep on average, [batch] int32 of each layer; None for the layers' own budgets.
+    """
+    lengths = layers[0].lengths.to(hf.input_device(model), torch.int64)
+    whole = torch.tensor([len(row) for row in rows], device=lengths.device) == lengths
+    starts = lengths
+    if last_position is not None:
+        # steps on a GPU are not followed, but positions never fall behind a count of tokens
+        starts = lengths.maximum(lengths.new_tensor(last_position) + 1)
+    with as_stored():
+        for layer in layers:
+            layer.take_answers()
+            assert layer.slots is not None
+            step = CompactionStep(layer, whole.to(layer.lengths.device))
+            past = torch.zeros_like(layer.slots.scores)
+            layer.waiting = Waiting(None, past, layer.lengths.clone(), step.whole, step)
+    try:
+        read_rows(model, layers, rows, starts, how)
+        with as_stored(), contextlib.ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                if tokens is not None:
+                    stack.enter_context(layer.granting(tokens[index]))
+                elif isinstance(layer.budget, float):
+                    layer._follow_budget(layer.lengths)
+            choose(layers, all_compete)
+    finally:
+        for layer in layers:
+            layer.waiting = None
+
+
+def copy_tokens(layers: Sequence[AnsweringLayer], other: CompressedCache) -> None:
+    """Puts what another cache holds into the slots of empty layers.
+
+    Raises:
+        TypeError: some of it is not plain keys and values at their true positions.
+    """
+    seen, batch = int(other.get_seq_length()), other.batch_size
+    real = other.padding.real_of_last(seen, seen) or [seen] * batch
+    for layer, source in zip(layers, other.layers, strict=True):
+        pieces = _held(source, real)
+        if pieces is None:
+            raise TypeError(
+                f"from_cache takes what a DenseCache holds, or an evicting cache whose slots are neither packed nor "
+                f"rerotated, got {type(other).__name__} with a {type(source).__name__}"
+            )
+        key, value, places = (torch.cat([piece[part] for piece in pieces], 2) for part in range(3))
+        bias = _log_weights(source, places)
+        layer.take_in(seen, places.new_tensor(real), key, value, places, bias)
+
+
+def _held(layer: CompressedLayer, real: list[int]) -> list[tuple[Tensor, Tensor, Tensor]] | None:
+    """Keys and values [batch, kv_heads, any, head_dim] and positions [batch, kv_heads, any] of all that a layer holds;
+    None: these are not what it holds.
+
+    Args:
+        real: how many real tokens each sequence has.
+    """
+    if type(layer) is DenseLayer and type(layer.dense) is DenseSegment:
+        key, value, visible = layer.dense.held()
+        shown = key.new_ones(len(real), key.shape[2], dtype=torch.bool) if visible is None else visible
+        # on a sliding layer these are the last of each sequence
+        behind = shown.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+        places = (behind.new_tensor(real)[:, None] - behind).masked_fill(~shown, EMPTY)
+        return [(key, value, places[:, None].expand(-1, key.shape[1], -1))]
+    if not isinstance(layer, EvictingLayer) or isinstance(layer, RerotatedLayer) or layer.packed is not None:
+        return None
+    assert layer.slots is not None
+    pieces = [(*layer.slots.contents(), layer.slots.positions)]
+    tail = layer.tail if isinstance(layer, AnsweringLayer) else None
+    if tail is not None:
+        used = max(tail.held)
+        places = tail.positions[:, None, :used].expand(-1, tail.keys.shape[1], -1)
+        pieces.append((tail.keys[:, :, :used], tail.values[:, :, :used], places))
+    return pieces
+
+
+def _log_weights(layer: CompressedLayer, places: Tensor) -> Tensor | None:
+    """Of the tokens at these places that a layer holds, slots first, [batch, kv_heads, any] float32; None without."""
+    slots = layer.slots if isinstance(layer, EvictingLayer) else None
+    bias = slots.bias if isinstance(slots, RaggedSlots) else None
+    return None if bias is None else torch.nn.functional.pad(bias, (0, places.shape[-1] - bias.shape[-1]))
