@@ -115,8 +115,8 @@ class AttentionMatchingCache(EvictingCache):
         text its own budget counts again.
 
         Args:
-            input_ids: [batch, tokens], what each row reads: the conversation so far, a part of it, or questions such as
-                those that will come. At least 2 tokens a row.
+            input_ids: [batch, tokens], what each row reads, at least 2 tokens: the whole conversation so far, as what
+                the text does not look up is lost. It takes as long as a prompt of so many tokens.
             attention_mask: [batch, tokens], 0 for padding in input_ids; None: no padding.
             budget: tokens kept per sequence and KV head, on average: a count, or a fraction of those held; None for the
                 cache's own, which is a fraction of those seen if it is none. What is held already if that is less.
@@ -139,7 +139,7 @@ class AttentionMatchingCache(EvictingCache):
         tokens = None
         if budget is not None:
             asked = Budget(budget, self._budget.least, self._budget.explained, "the tokens held")
-            tokens = granted(layers, asked.per_layer(self.allocation, len(layers)), all_compete)
+            tokens = granted(layers, asked, self.allocation)
         decoder, last = hf.decoder_of(model), self.padding.last_position
         compact(decoder, layers, rows, last, how, all_compete, tokens)
 

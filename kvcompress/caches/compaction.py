@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.answers import AnsweringLayer
-from kvcompress.caches.budget import Budget
+from kvcompress.caches.budget import Allocation, Budget
 from kvcompress.caches.dense import DenseLayer
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.evicting_step import ChunkStep, EvictingStep, Ranking
@@ -107,30 +107,34 @@ def check_ended(cache: CompressedCache) -> None:
             layer._check_ended()
 
 
-def granted(layers: Sequence[AnsweringLayer], budgets: Sequence[Budget], all_compete: bool) -> list[Tensor]:
-    """How many tokens heads may keep on average, [batch] int32 of each layer; a fraction is one of the tokens held.
+def granted(layers: Sequence[AnsweringLayer], budget: Budget, allocation: Allocation) -> list[Tensor]:
+    """How many tokens heads may keep on average, [batch] int32 of each layer.
+
+    Args:
+        budget: a fraction is one of the tokens held: by all layers where they compete, else by each.
 
     Raises:
-        ValueError: a fraction leaves no sequence more than what is always kept.
+        ValueError: a fraction leaves nothing to choose, in no layer and sequence.
     """
+    amount = budget.amount
+    if isinstance(amount, int):
+        counts = [int(each.amount) for each in budget.per_layer(allocation, len(layers))]
+        return [torch.full_like(layer.limits, count) for layer, count in zip(layers, counts, strict=True)]
     held = [layer.tokens_kept() for layer in layers]
     means = [kept.double().mean(-1) for kept in held]
-    if all_compete:
+    if allocation == "global":
         there = means[0].device
         mean = torch.cat([kept.to(there) for kept in held], 1).double().mean(-1)
         means = [mean.to(each.device) for each in means]
-    found = []
-    for budget, mean, layer in zip(budgets, means, layers, strict=True):
-        amount = budget.amount
-        # a whole is all of it, and nothing more for rounding
-        tokens = torch.full_like(mean, amount) if isinstance(amount, int) else (amount * mean - 1e-6).ceil()
-        if int(tokens.max()) < budget.least:
-            raise ValueError(
-                f"a budget of {amount:g} of {int(mean.max())} tokens held is {int(tokens.max())}, and must be at least "
-                f"{budget.explained}"
-            )
-        found.append(tokens.clamp(min=budget.least).to(layer.limits.dtype))
-    return found
+    # a whole is all of it, and rounding makes nothing more
+    found = [(amount * mean - 1e-6).ceil().int() for mean in means]
+    most = max(int(tokens.max()) for tokens in found)
+    if most < budget.least:
+        of = max(int(mean.max()) for mean in means)
+        raise ValueError(
+            f"a budget of {amount:g} of {of} tokens held is {most}, and must be at least {budget.explained}"
+        )
+    return [tokens.clamp(min=budget.least) for tokens in found]
 
 
 @torch.no_grad()
