@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvcompress import AttentionMatchingCache, DenseCache, GEARCache, H2OCache, HydragenCache, KVzipCache, SnapKVCache
+from kvcompress.caches.matching import match
 from kvcompress.policies.gear import GEAR
 from tests.contract.drive import feed, generate
 from tests.contract.models import families, left_padded, prompt, tiny
@@ -168,6 +169,31 @@ def test_log_weights_count_in_what_is_chosen_and_fitted():
     light, heavy = (torch.stack([pair[side] for pair in stays]).double().mean() for side in (0, 1))
     assert light < 0.5
     assert heavy == 1.0
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_is_fitted_to_is_attention_with_the_log_weights(monkeypatch, softcap):
+    given = []
+
+    def spy(*args):
+        given.append(args)
+        return match(*args)
+
+    model, ids = tiny("llama" if softcap is None else "gemma2"), prompt(60, 2)
+    cache = fed(AttentionMatchingCache, model, ids, budget=16)
+    monkeypatch.setattr("kvcompress.caches.compaction.match", spy)
+    cache.compact(ids, budget=9)
+    assert len(given) == sum(not layer.is_sliding for layer in cache.layers)
+    for (asked,), key, _, bias, blocks, _, spec in given:
+        assert spec.softcap == softcap
+        assert (bias != 0).any()
+        group = asked.query.shape[1] // key.shape[1]
+        logits = spec.cap_(asked.query @ key.repeat_interleave(group, 1).mT * spec.scale)
+        weighted = (logits.unflatten(1, (-1, group)) + bias[:, :, None, None]).masked_fill(
+            blocks[:, :, None, None] < 0, -torch.inf
+        )
+        # what the queries gave to the tokens is all that they gave
+        close(weighted.logsumexp(-1).flatten(1, 2), asked.lse)
 
 
 @pytest.mark.parametrize("settings", [{"budget": 12}, {"budget": 0.3, "chunk": 7, "sinks": 1}], ids=str)
@@ -343,6 +369,7 @@ def test_a_reading_that_fails_leaves_what_was_held(monkeypatch):
     assert mean_kept(cache) <= 10
 
 
+# docs: what the text does not look up is lost
 @pytest.mark.slow
 def test_on_real_text_a_dense_cache_is_compacted_as_well_as_a_prompt(smollm2):
     model, tokenizer = smollm2
@@ -354,6 +381,8 @@ def test_on_real_text_a_dense_cache_is_compacted_as_well_as_a_prompt(smollm2):
         fed(AttentionMatchingCache, model, ids[:, :256], budget=0.15),
         fed(KVzipCache, model, ids[:, :256], budget=0.15),
     ]
-    own, prompts, kvzip = (divergence(full, feed(model, cache, ids[:, 256:])) for cache in caches)
+    caches.append(AttentionMatchingCache.from_cache(dense, ids[:, 192:256], budget=0.15))
+    own, prompts, kvzip, of_a_part = (divergence(full, feed(model, cache, ids[:, 256:])) for cache in caches)
     assert abs(own - prompts) < 0.05 * prompts
     assert own < 0.6 * kvzip
+    assert of_a_part > 2 * own
