@@ -88,14 +88,19 @@ class CompressedCache(hf.AttendingCache):
         """Called by the model's attention: gives a layer the keys and values of its new tokens."""
         if not torch.compiler.is_compiling():
             self._check_attention(layer_idx)
-            if layer_idx == 0 and self.layers[0].forwards_begun != self.layers[-1].forwards_ended:
-                raise RuntimeError(
-                    "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
-                )
+            if layer_idx == 0:
+                self.check_whole()
         # before the first layer comes the last one of the previous forward; compiled steps check nothing else
         if (behind := self.layers[layer_idx - 1]).pending_kv is not None and behind is not self.layers[layer_idx]:
             raise RuntimeError(self._without_attention((layer_idx or len(self.layers)) - 1))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError if a forward was interrupted between layers."""
+        if self.layers[0].forwards_begun != self.layers[-1].forwards_ended:
+            raise RuntimeError(
+                "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
+            )
 
     @ordinary_tensors()
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:

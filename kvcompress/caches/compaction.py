@@ -97,11 +97,9 @@ def check_ended(cache: CompressedCache) -> None:
     """Raises ValueError if a cache holds nothing; RuntimeError: a forward was interrupted."""
     if not int(cache.get_seq_length()):
         raise ValueError(f"this {type(cache).__name__} is empty: feed it tokens first")
-    pending = any(layer.pending_kv is not None for layer in cache.layers)
-    if pending or cache.layers[0].forwards_begun != cache.layers[-1].forwards_ended:
-        raise RuntimeError(
-            "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
-        )
+    cache.check_whole()
+    if any(layer.pending_kv is not None for layer in cache.layers):
+        raise RuntimeError("an earlier forward through this cache was interrupted within a layer: call cache.reset()")
     for layer in cache.layers:
         if isinstance(layer, AnsweringLayer):
             layer._check_ended()
