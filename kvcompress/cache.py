@@ -105,6 +105,14 @@ class CompressedCache(hf.AttendingCache):
     @ordinary_tensors()
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Called by hooks before a forward: notes ended rows; ValueError if another model filled the cache."""
+        self.check_model(decoder)
+        self._filled_by = weakref.ref(decoder)
+        model = self._model()
+        if model is not None and any(layer.evicts for layer in self.layers):
+            self.padding.note_fed(input_ids, *(self.fillers or hf.filler_tokens(model)))
+
+    def check_model(self, decoder: Any) -> None:
+        """Raises ValueError if another model than this one has filled the cache."""
         model = self._model()
         filled_by = None if self._filled_by is None else self._filled_by()
         if filled_by is None and model is not None:
@@ -115,9 +123,6 @@ class CompressedCache(hf.AttendingCache):
                 "uses it: use one cache per model; save() and load(path, model) move a cache to another model with "
                 "the same weights"
             )
-        self._filled_by = weakref.ref(decoder)
-        if model is not None and any(layer.evicts for layer in self.layers):
-            self.padding.note_fed(input_ids, *(self.fillers or hf.filler_tokens(model)))
 
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Called by hooks after a forward; RuntimeError if a layer did not attend through the attention function."""
@@ -304,10 +309,12 @@ class CompressedCache(hf.AttendingCache):
             ValueError: the model has been deleted, or the cache would not come back as it is: a class of your own has
                 settings that a file cannot hold, or that `_settings` leaves out.
             OSError: the file cannot be written; an existing one is still there.
+            RuntimeError: a forward was interrupted.
         """
         model = self._model()
         if model is None:
             raise ValueError("the cache's model has been deleted; save a cache while its model exists")
+        self.check_whole()
         self._check_settings(model)
         path, fingerprint = Path(path), hf.Fingerprint.of(model)
 

@@ -10,7 +10,7 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.answers import AnsweringLayer
 from kvcompress.caches.budget import Allocation, Budget
-from kvcompress.caches.compaction import check_ended, compact, copy_tokens, granted, texts
+from kvcompress.caches.compaction import check_ended, compact, copy_tokens, granted, holds_no_more, texts
 from kvcompress.caches.dense import DenseCache
 from kvcompress.caches.evicting import EvictingCache
 from kvcompress.layer import as_stored, ordinary_tensors
@@ -92,6 +92,7 @@ class AttentionMatchingCache(EvictingCache):
         model = other._model()
         if model is None:
             raise ValueError("the cache's model has been deleted; from_cache needs it")
+        other.check_model(hf.decoder_of(model))
         rows = texts(input_ids, attention_mask, other.batch_size)
         cache = cls(model, budget=budget, **settings)
         with as_stored():
@@ -122,24 +123,28 @@ class AttentionMatchingCache(EvictingCache):
                 cache's own, which is a fraction of those seen if it is none. What is held already if that is less.
 
         Raises:
-            TypeError: the budget is no number.
-            ValueError: the cache is empty, its model has been deleted, input_ids or attention_mask has another shape,
-                or the budget leaves nothing to choose. The cache is unchanged.
-            RuntimeError: an earlier forward was interrupted.
+            TypeError: the budget is no number, or input_ids are no tensor of integers.
+            ValueError: the cache is empty, another model filled it, its model has been deleted, input_ids or
+                attention_mask has another shape, or the budget leaves nothing to choose. The cache is unchanged.
+            RuntimeError: an earlier forward was interrupted, or the model no longer attends through this library; or
+                memory ran out while heads chose, after which the cache must be reset.
         """
         check_ended(self)
         model = self._model()
         if model is None:
             raise ValueError("the cache's model has been deleted; compact reads a text with it")
-        self._compact(model, texts(input_ids, attention_mask, self.batch_size), budget)
-
-    def _compact(self, model: PreTrainedModel, rows: list[list[int]], budget: int | float | None) -> None:
-        how, layers, all_compete = self.policy.rereads, self._answering(), self.allocation == "global"
-        assert how is not None
-        tokens = None
+        self.check_model(hf.decoder_of(model))
+        self._check_attention(0)
+        rows, asked = texts(input_ids, attention_mask, self.batch_size), None
         if budget is not None:
             asked = Budget(budget, self._budget.least, self._budget.explained, "the tokens held")
-            tokens = granted(layers, asked, self.allocation)
+        if not holds_no_more(self._answering(), asked or self._budget):
+            self._compact(model, rows, asked)
+
+    def _compact(self, model: PreTrainedModel, rows: list[list[int]], asked: Budget | None) -> None:
+        how, layers, all_compete = self.policy.rereads, self._answering(), self.allocation == "global"
+        assert how is not None
+        tokens = None if asked is None else granted(layers, asked, self.allocation)
         decoder, last = hf.decoder_of(model), self.padding.last_position
         compact(decoder, layers, rows, last, how, all_compete, tokens)
 

@@ -10,6 +10,8 @@ COMPETING = ("heads", "global")
 
 # PyramidKV's beta: the last layer gets 1 / 20 of the mean, the first 39 / 20
 _STEEPNESS = 20
+# positions and counts of tokens are int32, and a layer of a pyramid gets up to twice the mean
+_MOST = 1 << 29
 
 
 def count_or_fraction(given: Any, name: str, unit: str, whole: str) -> int | float:
@@ -41,7 +43,7 @@ class Budget:
 
     Raises:
         TypeError: the amount is not a number.
-        ValueError: it is a count below the least, or a fraction outside (0, 1].
+        ValueError: it is a count below the least or above 2 ** 29, or a fraction outside (0, 1].
     """
 
     amount: int | float
@@ -54,6 +56,8 @@ class Budget:
         object.__setattr__(self, "amount", amount)
         if isinstance(amount, int) and amount < self.least:
             raise ValueError(f"budget must be at least {self.explained}, got {amount}")
+        if isinstance(amount, int) and amount > _MOST:
+            raise ValueError(f"budget must be at most {_MOST} tokens, got {amount}")
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -74,8 +74,15 @@ class CompactionStep(ChunkStep):
 
 
 def texts(input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> list[list[int]]:
-    """The tokens of each sequence without padding; ValueError: they are not [batch, tokens], or a row has fewer than
-    two."""
+    """The tokens of each sequence without padding.
+
+    Raises:
+        TypeError: they are no tensor of integers.
+        ValueError: they are not [batch, tokens], or a row has fewer than two.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be a tensor of token ids, int64 or int32, got {kind}")
     if input_ids.dim() != 2 or len(input_ids) != batch:
         raise ValueError(f"input_ids must be [batch={batch}, tokens], got {list(input_ids.shape)}")
     if attention_mask is None:
@@ -103,6 +110,13 @@ def check_ended(cache: CompressedCache) -> None:
     for layer in cache.layers:
         if isinstance(layer, AnsweringLayer):
             layer._check_ended()
+
+
+def holds_no_more(layers: Sequence[AnsweringLayer], budget: Budget) -> bool:
+    """Whether no head holds more tokens than a budget allows, however layers and heads share it."""
+    if isinstance(budget.amount, float):
+        return budget.amount == 1.0
+    return all(int(layer.tokens_kept().max()) <= budget.amount for layer in layers)
 
 
 def granted(layers: Sequence[AnsweringLayer], budget: Budget, allocation: Allocation) -> list[Tensor]:

@@ -253,13 +253,16 @@ def read_rows(
 
 def choose(layers: Sequence[RereadLayer], all_compete: bool) -> None:
     """Lets the policy choose in each layer, or in all at once, by what the second reading attended to."""
+    layers[0].forwards_begun += 1
     ended = [layer.received() for layer in layers]
-    if not all_compete:
+    if all_compete:
+        rankings = [step.rank(attention) for step, attention in ended]
+        counts = shares_of(layers, rankings)
+        for layer, (step, _), ranking, count in zip(layers, ended, rankings, counts, strict=True):
+            layer.take_shares(count, step.input.real_tokens)
+            step.keep(ranking)
+    else:
         for step, attention in ended:
             step.commit(attention)
-        return
-    rankings = [step.rank(attention) for step, attention in ended]
-    counts = shares_of(layers, rankings)
-    for layer, (step, _), ranking, count in zip(layers, ended, rankings, counts, strict=True):
-        layer.take_shares(count, step.input.real_tokens)
-        step.keep(ranking)
+    # where an error of memory comes in between, layers disagree, and the cache says so
+    layers[0].forwards_begun -= 1

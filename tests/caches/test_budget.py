@@ -36,3 +36,9 @@ def test_what_is_no_number_is_refused_by_name(given):
 def test_a_fraction_lies_above_0_and_up_to_1(given):
     with pytest.raises(ValueError, match=r"budget must be .*, or a fraction of the prompt in \(0, 1\] \(float\), got"):
         count_or_fraction(given, *BUDGET)
+
+
+@pytest.mark.parametrize("budget", [2**31, 2**29 + 1])
+def test_a_count_beyond_what_positions_can_tell_is_refused(budget):
+    with pytest.raises(ValueError, match=f"budget must be at most {2**29} tokens, got {budget}"):
+        H2OCache(tiny(), budget=budget)

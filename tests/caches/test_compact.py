@@ -7,11 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompress import AttentionMatchingCache, DenseCache, GEARCache, H2OCache, HydragenCache, KVzipCache, SnapKVCache
+from kvcompress import (
+    AttentionMatchingCache,
+    DenseCache,
+    GEARCache,
+    H2OCache,
+    HydragenCache,
+    KVzipCache,
+    SnapKVCache,
+    release,
+)
+from kvcompress.caches import answers, compaction
 from kvcompress.caches.matching import match
 from kvcompress.policies.gear import GEAR
 from tests.contract.drive import feed, generate
-from tests.contract.models import families, left_padded, prompt, tiny
+from tests.contract.models import build, families, left_padded, prompt, tiny
 
 README = Path(__file__).parents[2] / "README.md"
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
@@ -299,7 +309,7 @@ REFUSED = [
 ]
 
 
-# docs: What cannot be done raises an error and leaves the cache as it was.
+# docs: What cannot be done raises an error and leaves the cache as it was
 @pytest.mark.parametrize(("text", "settings", "error", "message"), REFUSED)
 def test_what_is_refused_leaves_the_cache_as_it_was(text, settings, error, message):
     model = tiny()
@@ -362,6 +372,72 @@ def test_a_reading_that_fails_leaves_what_was_held(monkeypatch):
     close(feed(model, cache.clone(), prompt(1, seed=2)), wanted)
     cache.compact(prompt(30), budget=10)
     assert mean_kept(cache) <= 10
+
+
+@pytest.mark.parametrize("allocation", ["global", "pyramid"])
+@pytest.mark.parametrize("budget", [1.0, 90, 1 << 29])
+def test_a_budget_of_all_that_is_held_leaves_every_number_as_it_was(allocation, budget):
+    model, ids = tiny(), prompt(90)
+    cache = fed(AttentionMatchingCache, model, ids, budget=30, allocation=allocation)
+    before = {name: tensor.clone() for name, tensor in held(cache).items()}
+    cache.compact(ids, budget=budget)
+    assert all(torch.equal(before[name], tensor) for name, tensor in held(cache).items())
+
+
+@pytest.mark.parametrize("ids", [[[1, 2, 3]], torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)], ids=type)
+def test_a_text_is_a_tensor_of_token_ids(ids):
+    cache = fed(AttentionMatchingCache, tiny(), prompt(20), budget=8)
+    with pytest.raises(TypeError, match="input_ids must be a tensor of token ids, int64 or int32, got"):
+        cache.compact(ids, budget=6)
+
+
+def test_what_another_model_filled_is_not_read_with_this_one():
+    model, other, ids = build("llama"), build("llama", seed=5), prompt(40)
+    dense, cache = DenseCache(model), AttentionMatchingCache(model, budget=30)
+    DenseCache(other)
+    for each in (dense, cache):
+        feed(other, each, ids)
+    with pytest.raises(ValueError, match="was filled by another model"):
+        cache.compact(ids, budget=10)
+    with pytest.raises(ValueError, match="was filled by another model"):
+        AttentionMatchingCache.from_cache(dense, ids, budget=10)
+
+
+def test_a_model_that_has_been_released_is_not_read_with():
+    model, ids = build("llama"), prompt(40)
+    cache = fed(AttentionMatchingCache, model, ids, budget=30)
+    release(model)
+    with pytest.raises(RuntimeError, match="did not attend through it"):
+        cache.compact(ids, budget=10)
+
+
+# docs: only if memory runs out while heads choose must it be reset
+@pytest.mark.parametrize("compacts", [True, False])
+def test_a_cache_whose_layers_have_not_all_chosen_is_refused(compacts, monkeypatch, tmp_path):
+    model, ids, calls = tiny(), prompt(40), itertools.count()
+
+    def runs_out(*args):
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("no more")
+        return match(*args)
+
+    cache = AttentionMatchingCache(model, budget=20)
+    if compacts:
+        feed(model, cache, ids)
+    monkeypatch.setattr(compaction if compacts else answers, "match", runs_out)
+    chooses = (lambda: cache.compact(ids, budget=10)) if compacts else (lambda: feed(model, cache, ids))
+    with pytest.raises(torch.OutOfMemoryError):
+        chooses()
+    for goes_on in (
+        lambda: feed(model, cache, prompt(2, seed=3)),
+        lambda: cache.compact(ids, budget=10),
+        lambda: cache.save(tmp_path / "cache"),
+        lambda: feed(model, cache.clone(), prompt(2, seed=3)),
+    ):
+        with pytest.raises(RuntimeError, match="interrupted, and its layers disagree: call cache.reset"):
+            goes_on()
+    cache.reset()
+    close(feed(model, cache, ids), feed(model, AttentionMatchingCache(model, budget=20), ids))
 
 
 # docs: what the text does not look up is lost
