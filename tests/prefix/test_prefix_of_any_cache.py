@@ -232,6 +232,7 @@ def test_what_is_coded_is_neither_cropped_nor_forgotten(name):
     assert torch.equal(step(model, cache, SUFFIX[1:2, :1]), wanted)
 
 
+# docs: What has been fitted is refused as a prefix of a `HydragenCache`
 def test_tokens_with_log_weights_cannot_be_a_prefix():
     model = tiny()
     cache = AttentionMatchingCache(model, budget=12)
