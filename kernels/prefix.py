@@ -125,7 +125,13 @@ def prefix_attention_reference(
 
 
 def bounded_attention(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    spec: LogitSpec,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries that lie among the tokens of a block, each to the positions up to its own.
 
@@ -133,6 +139,7 @@ def bounded_attention(
         query: [rows, heads, queries, head_dim].
         key, value: [kv_heads, tokens, head_dim and value_dim].
         positions: [kv_heads, tokens], -1 for no token. query_positions: [rows, queries].
+        bias: [kv_heads, tokens] float32, log-weights of the tokens, as in slot_attention.
 
     Returns:
         As `prefix_attention`.
@@ -140,7 +147,8 @@ def bounded_attention(
     apart = (query.shape[0], query.shape[2])
     # all queries as one row's
     together, at = query.transpose(0, 1).flatten(1, 2)[None], query_positions.reshape(1, -1)
-    parts = slots_in_blocks(together, key[None], value[None], positions[None], at, spec, causal=True)
+    weights = None if bias is None else bias[None]
+    parts = slots_in_blocks(together, key[None], value[None], positions[None], at, spec, causal=True, bias=weights)
     out, lse = (part[0].unflatten(1, apart).transpose(0, 1).contiguous() for part in parts)
     return out, lse
 

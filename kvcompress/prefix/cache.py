@@ -136,8 +136,7 @@ class HydragenCache(TreeCache):
             cache: of one sequence, without padding.
 
         Raises:
-            ValueError: it is empty, or holds several sequences, padding, keys that are not at their true positions, or
-                tokens with log-weights.
+            ValueError: it is empty, or holds several sequences, padding, or keys that are not at their true positions.
         """
         model = cache._model()
         if model is None:
@@ -148,11 +147,6 @@ class HydragenCache(TreeCache):
             raise ValueError(
                 f"a {type(cache).__name__} with rerotated=True holds RerotatedSlots, whose keys have no fixed "
                 "positions, so no sequence can continue from them; build it without rerotated=True"
-            )
-        if any(getattr(segment, "bias", None) is not None for layer in cache.layers for segment in segments_of(layer)):
-            kind = type(cache).__name__
-            raise ValueError(
-                f"a {kind} holds tokens with log-weights, which a prefix cannot have; clone() it for each continuation"
             )
         if cache.batch_size != 1 or cache.padding.visible is not None:
             raise ValueError(

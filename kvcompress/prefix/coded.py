@@ -41,7 +41,8 @@ def attend_segments(
             for segment in segments:
                 for keys, values, places in segment.pieces():
                     places = places[0].expand(keys.shape[1:3])
-                    answers.append(bounded_attention(query[within], keys[0], values[0], places, at[within], spec))
+                    bias = None if segment.bias is None else segment.bias[0]
+                    answers.append(bounded_attention(query[within], keys[0], values[0], places, at[within], spec, bias))
             out[within], lse[within] = _merged(answers)
     return out, lse
 

@@ -18,9 +18,13 @@ NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Segment:
-    """A set of cached tokens. Subclasses name their tensors, and define `attend` and `kept`."""
+    """A set of cached tokens. Subclasses name their tensors, and define `attend` and `kept`.
+
+    bias: [batch, kv_heads, tokens] float32, log-weights that attention adds to logits; None where tokens have none.
+    """
 
     tensor_names: ClassVar[tuple[str, ...]]
+    bias: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The segment's tensors by name, batch first."""
@@ -85,5 +89,6 @@ class Segment:
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Everything that can be attended to, a piece at a time: keys, values [batch, kv_heads, tokens, head_dim], and
-        positions [batch, 1 or kv_heads, tokens] int32, EMPTY where there is no token."""
+        positions [batch, 1 or kv_heads, tokens] int32, EMPTY where there is no token. Where there is a `bias`, it is
+        that of the only piece."""
         raise NotImplementedError

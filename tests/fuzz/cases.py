@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress import GEAR, EvictingCache, GEARCache, HydragenCache, Policy, ShadowKVCache, registry
-from tests.contract.caches import ENTRIES, POLICIES, SHADOW, Entry, by_name, closed_up, fitted
+from tests.contract.caches import ENTRIES, POLICIES, SHADOW, Entry, by_name, closed_up
 from tests.contract.models import FAMILIES
 
 # how often each call is drawn; those that move rows or copy are worth most where something has been fed
@@ -94,9 +94,6 @@ def draw(seed: int, name: str | None = None) -> Case:
     if rng.random() < 0.7:
         entry, settings = _varied(rng, entry)
     often = CALLS | (LEVELS if entry.name == "hydragen" else {})
-    if entry.decoded is fitted:
-        # tokens with log-weights are refused as a prefix
-        often = {name: weight for name, weight in often.items() if name != "share"}
     names, weights = list(often), list(often.values())
     calls = ["feed" if rng.random() < 0.8 else "generate", *rng.choices(names, weights, k=rng.randint(3, 12))]
     return Case(

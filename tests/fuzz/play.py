@@ -501,7 +501,8 @@ class _Game:
             kept=lambda cache: [grown(cache, each, True) for each in held],
             croppable=True,
             decoded=decoded
-            and (lambda cache: [tuple(grown(cache, each, torch.nan) for each in pair) for pair in decoded]),
+            # keys, values and, where they are fitted, log-weights
+            and (lambda cache: [tuple(map(grown, [cache] * 3, each, (torch.nan, torch.nan, 0.0))) for each in decoded]),
         )
         copies = rng.randint(1, 3)
         live.map_rows(lambda rows: rows.repeat_interleave(copies, 0))
