@@ -5,9 +5,10 @@
 
 A prompt scored in one forward attends to all of its keys, whatever the cache keeps, and measures nothing. Here the
 context is read up to the part held back, the cache compresses, and the rest of the context and the continuation are
-read with what is left, `chunk` tokens per forward. The continuations of one context start from copies of its cache, so
-that it is read once. Rolling likelihoods read the whole text in chunks, each with what is left of those before. With
-`cache=none` all scores are those of lm-eval's own `hf` model.
+read with what is left, `chunk` tokens per forward. All that goes on from the same tokens, continuations or questions
+after the same examples, starts from copies of one cache, so that they are read once. Rolling likelihoods read the whole
+text in chunks, each with what is left of those before. With `cache=none` all scores are those of lm-eval's own `hf`
+model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -114,24 +115,23 @@ class CompressedLM(HFLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding would give it."""
-        contexts: dict[tuple[int, ...], list[int]] = {}
-        for index, (_, context, continuation) in enumerate(requests):
+        # what is read before the cache compresses, and the requests that go on from there with what is read after that
+        groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        for index, (text, context, continuation) in enumerate(requests):
             whole = (context + continuation)[-(self.max_length + 1) :]
-            contexts.setdefault(tuple(whole[: len(whole) - len(continuation)]), []).append(index)
+            tokens = whole[: len(whole) - len(continuation)]
+            read = len(tokens) - self._held_back(tokens, None if text is None else text[0])
+            groups.setdefault(tuple(tokens[:read]), []).append((index, tokens[read:]))
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
-        order = sorted(contexts, key=len, reverse=True)
+        order = sorted(groups, key=len, reverse=True)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0 or None, desc="likelihoods")
         size = self._batch(override_bs)
         for first in range(0, len(order), size):
-            some = order[first : first + size]
-            asked: list[tuple[int, int, list[int]]] = []
-            heads: list[list[int]] = []
-            for row, tokens in enumerate(some):
-                text = requests[contexts[tokens][0]][0]
-                kept = self._held_back(tokens, None if text is None else text[0])
-                heads.append(list(tokens[: len(tokens) - kept]))
-                asked += [(row, index, list(tokens[len(tokens) - kept :])) for index in contexts[tokens]]
-            longest = max(len(tokens) + len(requests[index][2]) for tokens in some for index in contexts[tokens])
+            heads = [list(head) for head in order[first : first + size]]
+            asked = [(row, index, rest) for row, head in enumerate(heads) for index, rest in groups[tuple(head)]]
+            # rows that are read together are about as long
+            asked.sort(key=lambda one: len(one[2]) + len(requests[one[1]][2]), reverse=True)
+            longest = max(len(heads[row]) + len(rest) + len(requests[index][2]) for row, index, rest in asked)
             reader = self._compressed(heads, longest)
             # if nothing is read beforehand, a fraction is a share of each text
             step = size if any(heads) or not isinstance(self.budget, float) else 1

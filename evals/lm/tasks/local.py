@@ -7,6 +7,9 @@ piqa.jsonl.gz. Rows of multiple choice are {query, choices, gold}, of WinoGrande
 of LAMBADA {context, continuation}, of GSM8K {question, answer}; wikitext-2 is its plain text, with one document per
 article. For the same tasks from the hub, use lm-eval's own (piqa, arc_easy, ...): `kvcompress eval` runs any of them.
 
+`local_piqa_same_shots` and the like put the same examples, the file's last documents, before every question: what is
+read before "Question:" is then read and compressed once for all.
+
 `local_needle` and the like need no data: they are synthetic (evals/sweep/samples.py), with length and number given as
 `--metadata '{"length": 2048, "samples": 20}'`; their question begins on its own line.
 """
@@ -77,6 +80,23 @@ def _rows(name: str) -> Callable[..., Splits]:
 piqa, arc_easy, arc_challenge, openbookqa, copa, boolq, winogrande, lambada, gsm8k = (
     _rows(name) for name in _FILES if name != "wikitext"
 )
+
+# documents that are examples only
+_SHOTS = 8
+
+
+def _same_shots(load: Callable[..., Splits]) -> Callable[..., Splits]:
+    def apart(data: str = "", **_: Any) -> Splits:
+        rows = load(data)["test"]
+        if len(rows) <= _SHOTS:
+            raise ValueError(f"a task with the same examples needs more than {_SHOTS} documents, got {len(rows)}")
+        asked = len(rows) - _SHOTS
+        return {"test": rows.select(range(asked)), "shots": rows.select(range(asked, len(rows)))}
+
+    return apart
+
+
+piqa_same_shots, arc_easy_same_shots, openbookqa_same_shots = map(_same_shots, (piqa, arc_easy, openbookqa))
 
 
 def wikitext(data: str = "", **_: Any) -> Splits:

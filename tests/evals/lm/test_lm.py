@@ -164,6 +164,27 @@ def test_a_context_is_read_once_for_all_of_its_continuations(loaded):
     assert sum(fed) == 84 + 4 * 2
 
 
+def test_examples_are_read_once_for_all_questions_after_them(loaded):
+    fed, scores = [], []
+    text = "The cat sat on the mat. " * 8
+    requests = []
+    for question in ("Question: why?", "Question: who sat there, and on what?"):
+        requests += [((text + question, ""), loaded["tokenizer"].encode(text + question), own) for own in ([7, 3], [9])]
+    for part in (requests, requests[:2], requests[2:]):
+        lm = CompressedLM(**loaded, cache="h2o", budget=20, hold_back="Question:", batch_size=3)
+        hook = lm.model.register_forward_pre_hook(
+            lambda module, args, kwargs: fed.append(args[0].shape), with_kwargs=True
+        )
+        scores.append(lm._loglikelihood_tokens(part, disable_tqdm=True))
+        hook.remove()
+        assert lm.held()["contexts"] == 1
+    shots = len(loaded["tokenizer"].encode(text))
+    assert [shape for shape in fed if shape[1] == shots] == [(1, shots)] * 3
+    for (got, greedy), (alone, alone_greedy) in zip(scores[0], [*scores[1], *scores[2]], strict=True):
+        assert got == pytest.approx(alone, rel=1e-4)
+        assert greedy == alone_greedy
+
+
 def test_too_long_a_context_is_cut_on_the_left_as_the_harness_does(loaded):
     requests = [(("", ""), list(range(5, 200)), [9, 8, 7])]
     found, expected = (

@@ -71,7 +71,24 @@ def prompts(found, task):
 
 def test_every_task_file_is_tested_here():
     tasks = {path.stem for path in harness.TASKS.glob("*.yaml")}
-    assert tasks == {*local._FILES, "needle", "kv", "variables"}
+    same = {f"{name}_same_shots" for name in ("piqa", "arc_easy", "openbookqa")}
+    assert tasks == {*local._FILES, *same, "needle", "kv", "variables"}
+
+
+@pytest.mark.parametrize("task", ["piqa", "arc_easy", "openbookqa"])
+def test_the_same_examples_stand_before_every_question(run, tmp_path, task):
+    stem = local._FILES[task][0]
+    rows = [ROWS[stem] | {"query": f"Question: {number}?"} for number in range(11)]
+    (tmp_path / f"{stem}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = f"local_{task}_same_shots"
+    asked = prompts(run(name, shots=2, data=str(tmp_path)), name)
+    heads = {prompt[: prompt.rfind("Question:")] for prompt, *_ in asked}
+    assert len(asked) == 3
+    assert len(heads) == 1
+    assert "Question: 3?" in heads.pop()
+    (tmp_path / f"{stem}.jsonl").write_text("\n".join(map(json.dumps, rows[:8])))
+    with pytest.raises(ValueError, match="needs more than 8 documents, got 8"):
+        run(name, shots=2, data=str(tmp_path))
 
 
 # docs: Without a network, `--tasks local_piqa --metadata
