@@ -20,6 +20,7 @@ from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.common.split_attention import Extents
+from kvcompress.kernels.common.torch_attention import slots_seen
 from kvcompress.kernels.decode import slot_probabilities
 from kvcompress.kernels.ragged import padded, ragged_attention, ragged_decode_attention
 from kvcompress.storage.segment import EMPTY
@@ -164,6 +165,8 @@ class RaggedSlots(SlotSegment):
         if runs_triton(query):
             at = query_positions.expand(len(query), -1)
             return ragged_attention(query, self.keys, self.values, self._extents(), self.positions, at, spec, self.bias)
+        if query.shape[2] == 1:
+            return self._attend_once(query, query_positions, spec)
         outs, lses = [], []
         bias = None if self.bias is None else self._by_place(self.bias)
         for heads, queries, keys, values, positions, at in self._parts(query, query_positions):
@@ -193,6 +196,36 @@ class RaggedSlots(SlotSegment):
             query, self.keys, self.values, self._extents(), self.positions, at, spec, sink_logits
         )
 
+    def _attend_once(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
+        """`attend` of one query of each head: two products per capacity, and all between at once."""
+        logits = spec.cap_(self._logits_of_one(query, spec))
+        if self.bias is not None:
+            logits += self._by_place(self.bias)
+        # read only where there is a window
+        at = query_positions if spec.window is None else self._of_queries(query_positions)
+        seen = slots_seen(self._by_place(self.positions), at, spec.window)[:, 0]
+        lse = logits.masked_fill_(~seen, -torch.inf).logsumexp(-1, keepdim=True)
+        # a query that sees nothing has weights of 0
+        weights = logits.sub_(lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
+        out = self._by_head(self._times_values(weights), query.shape)[:, :, None]
+        return out.to(query.dtype), self._by_head([lse.float()], query.shape)
+
+    def _logits_of_one(self, query: Tensor, spec: LogitSpec) -> Tensor:
+        """Scaled products of one query of each head, [heads of all sequences, group, most slots]; what is behind a
+        head's end is of no meaning."""
+        queries = self._by_place(query.to(torch.promote_types(query.dtype, torch.float32)) * spec.scale)[:, :, 0]
+        logits = queries.new_zeros(*queries.shape[:2], self.slots)
+        for heads, keys, _ in self._stored():
+            logits[heads, :, : keys.shape[2]] = queries[heads].bmm(keys[:, 0].to(queries.dtype).mT)
+        return logits
+
+    def _times_values(self, weights: Tensor) -> list[Tensor]:
+        """Sums of values, [heads, group, head_dim] by capacity; weights: [heads of all sequences, group, slots]."""
+        return [
+            weights[heads, :, : values.shape[2]].bmm(values[:, 0].to(weights.dtype))
+            for heads, _, values in self._stored()
+        ]
+
     def _decode_in_pytorch(
         self, query: Tensor, query_positions: Tensor, spec: LogitSpec, sink_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -201,17 +234,11 @@ class RaggedSlots(SlotSegment):
         of_sinks = None
         if sink_logits is not None:
             of_sinks = self._by_place(sink_logits.to(dtype).expand(len(query), -1))[:, None, :, None]
-        # [heads of all sequences, group, head_dim]
-        queries, stored = self._by_place(query.to(dtype) * spec.scale)[:, :, 0], list(self._stored())
-        # what is behind a head's end is masked
-        logits = queries.new_empty(*queries.shape[:2], self.slots)
-        for heads, keys, _ in stored:
-            logits[heads, :, : keys.shape[2]] = queries[heads].bmm(keys[:, 0].to(dtype).mT)
+        logits = self._logits_of_one(query, spec)
         # read only where there is a window
         at = query_positions if spec.window is None else self._of_queries(query_positions)
         probabilities = slot_probabilities(logits[:, None], self._by_place(self.positions), at, spec, of_sinks)[:, 0]
-        outs = [probabilities[heads, :, : values.shape[2]].bmm(values[:, 0].to(dtype)) for heads, _, values in stored]
-        out = self._by_head(outs, query.shape)[:, :, None]
+        out = self._by_head(self._times_values(probabilities), query.shape)[:, :, None]
         return out.to(query.dtype), self._by_head([probabilities.sum(1, keepdim=True).float()], self.starts.shape)
 
     def decode_and_evict(self, *args: Any, **options: Any) -> Tensor:
