@@ -43,7 +43,7 @@ SPELLINGS = {"pyramidkv": "snapkv:allocation=pyramid", "adakv": "snapkv:allocati
 
 # what a spec may set of an evicting cache, beside its policy's own settings
 _OF_CACHE = {"allocation": Allocation, "rerotated": bool}
-_OF_CODES = {name: declared(GEAR)[name] for name in ("bits", "group_size", "outliers")}
+_OF_CODES = {name: declared(GEAR)[name] for name in ("bits", "group_size", "outliers", "hadamard")}
 _OF_GEAR = {"preset": str, **declared(GEAR)}
 
 

@@ -16,8 +16,8 @@ paper's backbone KCVT, one group of keys along the whole sequence, is not offere
 "whole" is as close as blocks get, and the same as "kivi" where group_size equals both buffer and head_dim.
 
 The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; evals/studies/bits.py): plain codes, 4
-bits for keys and 3 for values, and the first 4 tokens as they are. There neither rank 4 nor 2 % of outliers is worth
-its bits. PRESETS has the papers' settings.
+bits for keys and 3 for values, which are rotated first, and the first 4 tokens as they are. There neither rank 4 nor
+2 % of outliers is worth its bits. PRESETS has the papers' settings.
 """
 
 import math
@@ -31,6 +31,8 @@ Backbone = Literal["kivi", "whole"]
 
 # values tolerate fewer bits than keys
 _FEWER = {4: 3, 3: 2}
+# what a saved file means that is older than a setting
+UNROTATED = {"hadamard": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,8 @@ class GEAR:
     they are.
     backbone: how groups are cut. value_bits: of the codes of values; None for what loses least beside `bits`, one bit
     less where those are 3 or 4. sinks: first tokens that stay as they are, because their keys and values are outliers
-    among all others.
+    among all others. hadamard: values are rotated by a Hadamard matrix with random signs before they are encoded
+    (kernels/hadamard.py; QuaRot, arXiv:2404.00456), and what attention makes of them back.
     """
 
     bits: int = 4
@@ -55,6 +58,7 @@ class GEAR:
     backbone: Backbone = "kivi"
     value_bits: int | None = None
     sinks: int = 4
+    hadamard: bool = True
 
     def __post_init__(self) -> None:
         settle(self)
@@ -142,12 +146,14 @@ def _power_of_two(number: int) -> bool:
 PRESETS = {
     "default": GEAR(),
     "small": GEAR(bits=3),
-    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, sinks=0),
-    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, sinks=0),
-    "gear-whole": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, outliers=0.02, backbone="whole", sinks=0),
-    "gear-l-whole": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, backbone="whole", sinks=0),
-    "kivi": GEAR(bits=2, value_bits=2, group_size=32, buffer=128, sinks=0),
-    "whole": GEAR(bits=4, value_bits=4, backbone="whole", sinks=0),
+    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, sinks=0, hadamard=False),
+    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, sinks=0, hadamard=False),
+    "gear-whole": GEAR(
+        bits=4, value_bits=4, rank=4, rank_decode=2, outliers=0.02, backbone="whole", sinks=0, hadamard=False
+    ),
+    "gear-l-whole": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, backbone="whole", sinks=0, hadamard=False),
+    "kivi": GEAR(bits=2, value_bits=2, group_size=32, buffer=128, sinks=0, hadamard=False),
+    "whole": GEAR(bits=4, value_bits=4, backbone="whole", sinks=0, hadamard=False),
 }
 
 

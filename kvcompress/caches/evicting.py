@@ -23,7 +23,7 @@ from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.layer import CompressedLayer, ordinary_tensors
-from kvcompress.policies.gear import GEAR
+from kvcompress.policies.gear import GEAR, UNROTATED
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.method import import_policies, is_own
@@ -211,7 +211,7 @@ class EvictingCache(CompressedCache):
         import_policies()
         kind = class_named(Policy, policy.pop("of" if "of" in policy else "name"))
         chosen = kind(**policy.get("settings", policy))
-        packed = None if settings["packed"] is None else GEAR(**settings["packed"])
+        packed = None if settings["packed"] is None else GEAR(**UNROTATED | settings["packed"])
         cache = cls.__new__(cls)
         # the short names take a policy's settings one by one, but the file has the policy itself
         EvictingCache.__init__(cache, model, **{**settings, "policy": chosen, "packed": packed})

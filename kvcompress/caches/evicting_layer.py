@@ -354,7 +354,8 @@ class EvictingLayer(CompressedLayer):
 
     def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         if self.packed is not None:
-            return QuantizedSlots(chunk.key, chunk.value, slots, self.packed.per_token_scheme(chunk.key.shape[-1]))
+            coding = self.packed.per_token_scheme(chunk.key.shape[-1])
+            return QuantizedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard)
         if self.is_ragged:
             return RaggedSlots(chunk.key, chunk.value, slots)
         return SlotSegment(chunk.key, chunk.value, slots)
@@ -381,7 +382,8 @@ class EvictingLayer(CompressedLayer):
     def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
         if self.packed is not None:
             coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
-            return QuantizedSlots.load(tensors, facts, coding=coding, dtype=getattr(torch, facts["dtype"]))
+            how = {"coding": coding, "rotates": self.packed.hadamard, "dtype": getattr(torch, facts["dtype"])}
+            return QuantizedSlots.load(tensors, facts, **how)
         return (RaggedSlots if self.is_ragged else SlotSegment).load(tensors, facts)
 
 

@@ -17,7 +17,7 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.quantized_layer import QuantizedLayer
 from kvcompress.layer import CompressedLayer, as_stored
-from kvcompress.policies.gear import GEAR, Backbone, preset
+from kvcompress.policies.gear import GEAR, UNROTATED, Backbone, preset
 
 
 class GEARCache(CompressedCache):
@@ -40,6 +40,7 @@ class GEARCache(CompressedCache):
         backbone: Backbone = GEAR.backbone,
         value_bits: int | None = GEAR.value_bits,
         sinks: int = GEAR.sinks,
+        hadamard: bool = GEAR.hadamard,
     ) -> None:
         """
         Args:
@@ -55,6 +56,7 @@ class GEARCache(CompressedCache):
                 a head), rounded up to equally many at either end, so that 0.02 of 64 are 2, or 3.1 %.
             buffer: tokens packed at a time, a power of two; fewer newest tokens than that stay unpacked.
             backbone: "kivi", or "whole", whose groups are whole blocks of a channel and whole heads of a token.
+            hadamard: rotate values by a Hadamard matrix with random signs before they are packed (arXiv:2404.00456).
 
         Raises:
             ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not support.
@@ -69,6 +71,7 @@ class GEARCache(CompressedCache):
             backbone=backbone,
             value_bits=value_bits,
             sinks=sinks,
+            hadamard=hadamard,
         )
         head_dim = hf.head_counts(hf.text_config(model))[2]
         self.settings.codings(head_dim, max(rank, rank_decode))
@@ -122,7 +125,7 @@ class GEARCache(CompressedCache):
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         cache = cls.__new__(cls)
-        GEARCache.__init__(cache, model, **settings)
+        GEARCache.__init__(cache, model, **UNROTATED | settings)
         return cache
 
 
@@ -139,5 +142,13 @@ class KIVICache(GEARCache):
             bits, group_size, buffer: as in GEARCache.
         """
         super().__init__(
-            model, bits=bits, value_bits=bits, group_size=group_size, buffer=buffer, rank=0, rank_decode=0, sinks=0
+            model,
+            bits=bits,
+            value_bits=bits,
+            group_size=group_size,
+            buffer=buffer,
+            rank=0,
+            rank_decode=0,
+            sinks=0,
+            hadamard=False,
         )

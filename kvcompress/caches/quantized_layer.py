@@ -289,10 +289,11 @@ class QuantizedLayer(TailedLayer):
     def _target(self, head_dim: int, of_prompt: bool) -> QuantizedBlocks:
         settings = self.settings
         if self.prompt is None:
-            self.prompt = QuantizedBlocks(settings.codings(head_dim, settings.rank), settings.buffer)
+            how = settings.buffer, settings.hadamard
+            self.prompt = QuantizedBlocks(settings.codings(head_dim, settings.rank), *how)
             self.decoded = self.prompt
             if settings.rank_decode != settings.rank:
-                self.decoded = QuantizedBlocks(settings.codings(head_dim, settings.rank_decode), settings.buffer)
+                self.decoded = QuantizedBlocks(settings.codings(head_dim, settings.rank_decode), *how)
         assert self.decoded is not None
         return self.prompt if of_prompt else self.decoded
 
@@ -410,7 +411,8 @@ class QuantizedLayer(TailedLayer):
         for name in ("prompt", "decoded"):
             if part := _under(f"{name}.", tensors):
                 target = self._target(self.tail.keys.shape[-1], name == "prompt")
-                loaded = QuantizedBlocks.load(part, facts, codings=target.codings, block=target.block)
+                how = {"codings": target.codings, "block": target.block, "rotates": target.rotates}
+                loaded = QuantizedBlocks.load(part, facts, **how)
                 vars(target).update(vars(loaded))
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, empty_packed
+from kvcompress.kernels.hadamard import rotate
 from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
-from kvcompress.kernels.quantise import dequantise, quantise
+from kvcompress.kernels.quantise import blocks_apart, dequantise, quantise
 from kvcompress.storage.columns import grown, marked_first, span_of_rows, taken
 from kvcompress.storage.padding import reordered
 from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
@@ -40,6 +41,7 @@ class QuantizedBlocks(Segment):
     positions: [batch, 1, blocks * block] int32, each token's position in its sequence, or EMPTY.
     spans: [batch, blocks] int32, the basis of each block; None without a low-rank part.
     blocks: how many blocks each row holds; the others, up to the longest row's, exist but are empty.
+    rotates: values are stored rotated (kernels/hadamard.py).
     has_room: whether there is room for more (`take_room`), so that blocks come and go in place.
     """
 
@@ -49,9 +51,10 @@ class QuantizedBlocks(Segment):
     positions: Tensor
     spans: Tensor | None
 
-    def __init__(self, codings: tuple[QuantScheme, QuantScheme], block: int) -> None:
+    def __init__(self, codings: tuple[QuantScheme, QuantScheme], block: int, rotates: bool = False) -> None:
         """An empty segment; its shapes follow from what is appended first."""
         self.codings = codings
+        self.rotates = rotates
         self.block = block
         self.blocks: list[int] = []
 
@@ -86,7 +89,7 @@ class QuantizedBlocks(Segment):
 
     @classmethod
     def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
-        """As Segment.load; built_with: codings and block."""
+        """As Segment.load; built_with: codings, block and rotates."""
         segment = super().load(tensors, facts, **built_with)
         held = (segment.positions.unflatten(2, (-1, segment.block)) != EMPTY).any(-1)[:, 0]  # [batch, blocks]
         number = torch.arange(1, held.shape[1] + 1, device=held.device)
@@ -115,7 +118,8 @@ class QuantizedBlocks(Segment):
                 for side in (keys, values)
             )
             positions, spans = positions[:, :, : most * self.block], None if spans is None else spans[:, :most]
-        return packed_attention(query, keys, values, *self.codings, positions, query_positions, spec, spans)[:2]
+        out, lse, *_ = packed_attention(query, keys, values, *self.codings, positions, query_positions, spec, spans)
+        return rotate(out, back=True) if self.rotates else out, lse
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield (*self.decoded(), self.positions)
@@ -126,7 +130,7 @@ class QuantizedBlocks(Segment):
             dequantise(packed, coding, spans=self.spans).flatten(2, 3)
             for packed, coding in zip((self.keys, self.values), self.codings, strict=True)
         )
-        return key, value
+        return key, rotate(value, back=True) if self.rotates else value
 
     def kept(self) -> Tensor:
         return (self.positions != EMPTY).sum(-1).expand(-1, self.keys.codes.shape[1])
@@ -211,12 +215,14 @@ class QuantizedBlocks(Segment):
             if len(set(begins)) == 1 and begins[0] + most * self.block <= x.shape[2]:
                 taken = x if len(rows) == batch else x[list(rows)]
                 taken = taken[:, :, begins[0] : begins[0] + most * self.block].unflatten(2, (-1, self.block))
-                packed = _encode(taken, coding, None if whole else present)
+                packed = self._encode(side, taken, coding, None if whole else present)
             else:
                 # row by row, to avoid a second copy of all of them
                 packed = _side_by_side(
                     [
-                        _encode(x[row : row + 1, :, at : at + n * self.block].unflatten(2, (-1, self.block)), coding)
+                        self._encode(
+                            side, x[row : row + 1, :, at : at + n * self.block].unflatten(2, (-1, self.block)), coding
+                        )
                         for row, at, n in zip(rows, begins, counts, strict=True)
                     ],
                     most,
@@ -229,6 +235,15 @@ class QuantizedBlocks(Segment):
             self.blocks = list(counts)
             return
         self._place(fresh, present, list(counts), list(rows), batch)
+
+    def _encode(self, side: str, x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> QuantizedTensor:
+        if not self.rotates or side == "keys":
+            return _encode(x, coding, present)
+        if coding.rank:
+            return _encode(rotate(x), coding, present)
+        # some blocks at a time: there is no second copy of all of them
+        parts = [quantise(rotate(x[:, :, some]), coding) for some in blocks_apart(x)]
+        return parts[0] if len(parts) == 1 else QuantizedTensor(*map(_joined, zip(*parts, strict=True)))
 
     def _place(self, fresh: dict[str, Tensor], present: Tensor, counts: list[int], rows: list[int], batch: int) -> None:
         before = self.blocks or [0] * batch
@@ -307,7 +322,7 @@ class QuantizedBlocks(Segment):
         # blocks after a dropped one are dropped too, hidden tokens or not
         held = torch.tensor(self.blocks, device=at.device)
         self.keep([0] * len(places), torch.where(goes.any(1), at[:, 0], held).tolist())
-        return sides[0], sides[1], stays.sum(-1).tolist()
+        return sides[0], rotate(sides[1], back=True) if self.rotates else sides[1], stays.sum(-1).tolist()
 
     def keep(self, first: Sequence[int], last: Sequence[int]) -> None:
         """Keeps only blocks first .. last - 1 of each row, and frees the others' memory."""
@@ -336,6 +351,12 @@ class QuantizedBlocks(Segment):
             tensors = {name: _in_place(held, tensors[name], name) for name, held in self.tensors().items()}
         self._set(tensors)
         self.blocks = counts
+
+
+def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Parts of a packed tensor, block after block; None where it has none."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there, 2) if there else None
 
 
 def _encode(x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> QuantizedTensor:

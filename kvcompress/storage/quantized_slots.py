@@ -21,6 +21,7 @@ from torch import Tensor
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, pack_codes, unpack_codes
+from kvcompress.kernels.hadamard import rotate
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import dequantise, quantise
@@ -43,6 +44,7 @@ class QuantizedSlots(SlotSegment):
     packed: keys, centred and divided by their spread, and values, [batch, kv_heads, slots / BLOCK, ...] as
     kernels/quantise.py lays them out, each token by itself. centre, spread: of the keys' channels,
     [batch, kv_heads, head_dim] float16. positions, scores, spare: as in SlotSegment. coding: of keys and values.
+    rotates: values are stored rotated (kernels/hadamard.py).
     """
 
     packed: dict[str, QuantizedTensor]
@@ -50,12 +52,13 @@ class QuantizedSlots(SlotSegment):
     spread: Tensor
     coding: QuantScheme
     dtype: torch.dtype
+    rotates: bool
 
-    def __init__(self, key: Tensor, value: Tensor, slots: int, coding: QuantScheme) -> None:
+    def __init__(self, key: Tensor, value: Tensor, slots: int, coding: QuantScheme, rotates: bool = False) -> None:
         """Empty slots, at least so many, for tokens like these, [batch, kv_heads, any, head_dim]."""
         batch, kv_heads = key.shape[:2]
         blocks = -(-slots // BLOCK)
-        self.coding = coding
+        self.coding, self.rotates = coding, rotates
         self.dtype = key.dtype
         nothing = key.new_zeros(batch, kv_heads, blocks, BLOCK, key.shape[-1])
         self.packed = {side: quantise(nothing, coding) for side in _SIDES}
@@ -119,7 +122,8 @@ class QuantizedSlots(SlotSegment):
         return key.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
 
     def contents(self) -> tuple[Tensor, Tensor]:
-        return self.rotated_keys(), dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
+        values = dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
+        return self.rotated_keys(), rotate(values, back=True) if self.rotates else values
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         out, lse = self._attend(query, query_positions, spec, with_logits=False)
@@ -178,7 +182,7 @@ class QuantizedSlots(SlotSegment):
     ) -> tuple[Tensor, ...]:
         rows = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (self.positions.shape[1], -1))
         centre, spread = (x.to(rows.dtype)[:, :, None, None] for x in (self.centre, self.spread))
-        return packed_attention(
+        out, *rest = packed_attention(
             (rows * spread).flatten(1, 2).to(query.dtype),
             self.packed["keys"],
             self.packed["values"],
@@ -190,6 +194,7 @@ class QuantizedSlots(SlotSegment):
             offsets=(rows * centre).sum(-1).flatten(1, 2).float(),
             with_logits=with_logits,
         )
+        return (rotate(out, back=True) if self.rotates else out, *rest)
 
     def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
         self._learn(key, (positions != EMPTY)[:, None, None])
@@ -214,13 +219,19 @@ class QuantizedSlots(SlotSegment):
         """Keys [batch, kv_heads, tokens, head_dim] as they are packed."""
         return (key.float() - self.centre[:, :, None]) / self.spread[:, :, None]
 
+    def _as_packed(self, side: str, x: Tensor) -> Tensor:
+        """Keys or values, [batch, kv_heads, tokens, head_dim], as they are packed."""
+        if side == "keys":
+            return self._normal(x)
+        return rotate(x) if self.rotates else x
+
     def _write(self, key: Tensor, value: Tensor) -> None:
         batch, kv_heads = self.spare.shape
         row = torch.arange(batch, device=key.device)[:, None]
         head = torch.arange(kv_heads, device=key.device)
         block, place = self.spare // BLOCK, self.spare % BLOCK
-        for side, x in zip(_SIDES, (self._normal(key), value), strict=True):
-            fresh = quantise(x[:, :, None].expand(-1, -1, 1, _LEAST, -1), self.coding)
+        for side, x in zip(_SIDES, (key, value), strict=True):
+            fresh = quantise(self._as_packed(side, x)[:, :, None].expand(-1, -1, 1, _LEAST, -1), self.coding)
             packed = self.packed[side]
             _overwrite(packed.codes, fresh.codes[:, :, 0], (row, head, block), place, self.coding.bits)
             for old, new in zip(packed[1:5], fresh[1:5], strict=True):
@@ -237,8 +248,7 @@ class QuantizedSlots(SlotSegment):
         target = target.masked_fill(~wanted, self.slots)
         for side, x in zip(_SIDES, (key, value), strict=True):
             taken = x.gather(2, source[..., None].expand(-1, -1, -1, x.shape[-1]))
-            taken = self._normal(taken) if side == "keys" else taken
-            fresh = quantise(taken.unflatten(2, (-1, BLOCK)), self.coding)
+            fresh = quantise(self._as_packed(side, taken).unflatten(2, (-1, BLOCK)), self.coding)
             packed = self.packed[side]
             codes = unpack_codes(packed.codes, self.coding.bits)
             _scatter(codes, unpack_codes(fresh.codes, self.coding.bits), target)

@@ -417,7 +417,7 @@ def test_the_papers_settings_have_names():
         cache = GEARCache.preset(model, name, rank=0, rank_decode=0)
         assert cache.settings == preset(name, rank=0, rank_decode=0)
     assert PRESETS["gear"] == GEAR(
-        bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64, backbone="kivi", sinks=0
+        bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64, backbone="kivi", sinks=0, hadamard=False
     )
     assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
     with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, small, gear, "):

@@ -75,6 +75,7 @@ CALLS = {
     ),
     "chunk_scores": ((STEP, KEY, POSITIONS >= 0, SPEC), {"group": "mean"}),
     "quantise": ((X, CODING), {}),
+    "rotate": ((X,), {"back": True}),
     "select_chunks": (
         # one chunk: between several that are new it does not matter which takes which slot
         (STEP, KEY, POSITIONS >= 0, HELD, HELD_PLACES, *torch.tensor([[1, 1], [0, 0]])),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvcompress import DenseCache, EvictingCache, H2OCache
+from kvcompress.kernels.hadamard import rotate
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
@@ -27,11 +28,12 @@ def contents(cache, layer=0):
 
 # README: | `H2OCache(packed=GEAR(bits=4))` | heavy hitters + recent, in 4-bit codes |
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("outliers", [0.0, 0.2])
-def test_a_packed_cache_holds_what_an_unpacked_one_holds(bits, outliers):
+@pytest.mark.parametrize(("outliers", "hadamard"), [(0.0, False), (0.0, True), (0.2, False), (0.2, True)])
+def test_a_packed_cache_holds_what_an_unpacked_one_holds(bits, outliers, hadamard):
     """In the first layer, whose scores depend on nothing that was packed before but the keys themselves."""
     model = tiny()
-    packed = EvictingCache(model, policy=KeyDiff(), budget=20, packed=GEAR(bits=bits, group_size=8, outliers=outliers))
+    coding = GEAR(bits=bits, group_size=8, outliers=outliers, hadamard=hadamard)
+    packed = EvictingCache(model, policy=KeyDiff(), budget=20, packed=coding)
     plain = EvictingCache(model, policy=KeyDiff(), budget=20)
     ids, mask = left_padded(ROWS)
     for cache in (packed, plain):
@@ -41,6 +43,8 @@ def test_a_packed_cache_holds_what_an_unpacked_one_holds(bits, outliers):
     excess = keys.shape[2] - own_keys.shape[2]
     assert torch.equal(positions[..., excess:], own_positions)
     real = own_positions >= 0
+    if hadamard:
+        values, own_values = rotate(values), rotate(own_values)
     for found, fed in ((keys, own_keys), (values, own_values)):
         step = (fed[real].amax() - fed[real].amin()) / (2**bits - 1)
         assert (found[:, :, excess:][real] - fed[real]).abs().max() < 0.51 * step
