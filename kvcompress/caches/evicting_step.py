@@ -100,7 +100,13 @@ class DecodeStep(EvictingStep):
             scores = scores.masked_fill(slots.positions < sinks, torch.inf)
             out_of_window = slots.positions <= (layer.lengths - layer.window)[:, None, None]
             scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
-        victims = choose_victim(scores, slots.positions, layer.lengths - layer.recents, sinks)
+        if layer.recents.dim() == 1:
+            victims = choose_victim(scores, slots.positions, layer.lengths - layer.recents, sinks)
+        else:
+            # heads whose newest tokens differ in number are so many sequences of one head
+            recent_from = (layer.lengths[:, None] - layer.recents).flatten()
+            scores, positions = (x.flatten(0, 1)[:, None] for x in (scores, slots.positions))
+            victims = choose_victim(scores, positions, recent_from, sinks).view_as(layer.recents)
         slots.free(victims, slots.kept() > layer.limits_by_head())
 
 
@@ -215,8 +221,7 @@ class ChunkStep(EvictingStep):
         places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
         places = places[:, None].expand(-1, x.key.shape[1], -1)
         layer.lengths.add_(x.real_tokens)
-        if isinstance(layer.budget, float):
-            layer._follow_budget(layer.lengths)
+        layer.follow_lengths(x.real_tokens)
         positions = torch.cat([slots.positions, places], -1)
         scores = torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1)
         # scores that never change are kept from the unpacked tokens, not computed again from packed ones
@@ -250,7 +255,7 @@ class ChunkStep(EvictingStep):
     def _worth(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Scores to rank by, [batch, kv_heads, candidates]: inf for what always stays, -inf for what goes."""
         layer = self.layer
-        lengths, recents = layer.lengths[:, None, None], layer.recents[:, None, None]
+        lengths, recents = layer.lengths[:, None, None], layer.recents.view(len(positions), -1, 1)
         protected = (positions < layer.policy.sinks) | (positions >= lengths - recents)
         gone = positions == EMPTY
         if layer.window is not None:
