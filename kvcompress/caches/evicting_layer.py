@@ -411,6 +411,7 @@ class EvictingLayer(CompressedLayer):
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self.surplus, self._steps_left = tensors.get("surplus"), 0
+            self.allotment = None if self.allotment is None else self.allotment.to(self.lengths.device)
             self.lazy_initialization(*self.slots.like())
             self.clock.count_on(tensors["seen"])
             self._pin()

@@ -85,6 +85,7 @@ class DecodeStep(EvictingStep):
             layer.state,
             layer.rope,
             mean_over_ranks=layer._mean_over_ranks,
+            is_ragged=layer.is_ragged,
         )
         scored = _scores(layer, candidates)
         if static:
@@ -240,6 +241,7 @@ class ChunkStep(EvictingStep):
             layer.rope,
             x.tokens,
             layer._mean_over_ranks,
+            layer.is_ragged,
         )
         scored = _scores(layer, candidates)
         if layer.keeps_answers:
