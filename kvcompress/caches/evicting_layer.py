@@ -359,14 +359,12 @@ class EvictingLayer(CompressedLayer):
         """How many slots heads need that keep so many tokens, [batch, kv_heads] int64 on the CPU: for steps to come."""
         growth = max(_GROWTH, int(kept.max()) // _SHARE)
         limits, is_count = self.limits_by_head().long(), isinstance(self.budget, int)
-        if is_count:
-            later = limits
-        elif self.allotment is None:
-            later = limits + int(self.budget * growth) + 1
-        else:
-            later = self._allotted(self.lengths + growth).long()
-            later = later if self.window is None else later.clamp(max=self.window)
-        wanted = limits if is_count and self._reserves else later.minimum(kept + growth)
+        later = limits if is_count else limits + int(self.budget * growth) + 1
+        if self.allotment is not None and not is_count:
+            later = self._allotted(self.lengths + growth).long().clamp(min=0, max=self.window)
+        # a compiled step must find room for what always stays
+        least = limits.clamp(max=self.policy.least_budget())
+        wanted = limits if is_count and self._reserves else later.minimum(kept + growth).maximum(least)
         self._steps_left = _FOREVER if is_count and bool((wanted >= limits).all()) else growth
         return wanted.maximum(kept).cpu() + 1
 

@@ -101,14 +101,18 @@ class DecodeStep(EvictingStep):
             scores = scores.masked_fill(slots.positions < sinks, torch.inf)
             out_of_window = slots.positions <= (layer.lengths - layer.window)[:, None, None]
             scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
-        if layer.recents.dim() == 1:
-            victims = choose_victim(scores, slots.positions, layer.lengths - layer.recents, sinks)
+        limits, recents = layer.limits_by_head(), layer.recents
+        if isinstance(layer.budget, float) and isinstance(slots, RaggedSlots) and torch.compiler.is_compiling():
+            # the budget grows, and a compiled step cannot give a head more room
+            limits = limits.minimum(slots.capacities - 1)
+            recents = recents.view(len(limits), -1).minimum(limits - layer.policy.sinks)
+        if recents.dim() == 1:
+            victims = choose_victim(scores, slots.positions, layer.lengths - recents, sinks)
         else:
             # heads whose newest tokens differ in number are so many sequences of one head
-            recent_from = (layer.lengths[:, None] - layer.recents).flatten()
             scores, positions = (x.flatten(0, 1)[:, None] for x in (scores, slots.positions))
-            victims = choose_victim(scores, positions, recent_from, sinks).view_as(layer.recents)
-        slots.free(victims, slots.kept() > layer.limits_by_head())
+            victims = choose_victim(scores, positions, (layer.lengths[:, None] - recents).flatten(), sinks)
+        slots.free(victims.view_as(slots.spare), slots.kept() > limits)
 
 
 class FusedDecodeStep(EvictingStep):
