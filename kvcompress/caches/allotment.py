@@ -42,8 +42,9 @@ class Allotment:
         parts = (given.flatten() * _PARTS).round().long()[None]
         few = rounded(parts, torch.full_like(parts, torch.iinfo(torch.int64).max), parts.new_zeros(1))[0].double()
         few = (few / few.mean()).clamp(min=_LEAST)
-        kinds, heads = few.unique(return_counts=True)
-        return [cls(own, kinds, heads.double()) for own in few.view_as(given)]
+        kinds, counts = few.unique(return_counts=True)
+        heads = counts.double()
+        return [cls(own, kinds, heads) for own in few.view_as(given)]
 
     def to(self, device: torch.device) -> Self:
         """The same on a device."""

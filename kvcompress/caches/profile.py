@@ -72,7 +72,8 @@ class Profile:
             ValueError: they are not of the model's size, negative, not finite, or all 0.
         """
         rows = _rows(shares)
-        _check_size(rows, model)
+        config = hf.text_config(model)
+        _check_size(rows, len(hf.attention_windows(config)), hf.head_counts(config)[1], type(model).__name__)
         sum_of_all = math.fsum(map(math.fsum, rows))
         if not sum_of_all:
             raise ValueError("shares must be more than 0 for some head, got 0 for all")
@@ -83,7 +84,10 @@ class Profile:
     def check(self, model: PreTrainedModel) -> None:
         """Raises ValueError unless this is the model that the profile was made for."""
         self.model.check(hf.Fingerprint.of(model), "the profile")
-        _check_size(self.shares, model)
+
+    def check_size(self, layers: int, kv_heads: int, model: str) -> None:
+        """Raises ValueError unless it has a share for each KV head of a model of which only the sizes are known."""
+        _check_size(self.shares, layers, kv_heads, model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it to one safetensors file, which replaces an existing one only when it is complete.
@@ -149,14 +153,11 @@ class Profile:
         return "\n".join([*lines, *rows])
 
 
-def _check_size(shares: tuple[tuple[float, ...], ...], model: PreTrainedModel) -> None:
-    """Raises ValueError unless there is a share for each KV head of the model."""
-    config = hf.text_config(model)
-    layers, kv_heads = len(hf.attention_windows(config)), hf.head_counts(config)[1]
+def _check_size(shares: tuple[tuple[float, ...], ...], layers: int, kv_heads: int, model: str) -> None:
+    """Raises ValueError unless there is a share for each KV head."""
     if (len(shares), len(shares[0])) != (layers, kv_heads):
         raise ValueError(
-            f"shares must be [layers={layers}, kv_heads={kv_heads}] for this {type(model).__name__}, got "
-            f"[{len(shares)}, {len(shares[0])}]"
+            f"shares must be [layers={layers}, kv_heads={kv_heads}] for {model}, got [{len(shares)}, {len(shares[0])}]"
         )
 
 
