@@ -11,6 +11,7 @@ from kvcompress import (
     H2O,
     TOVA,
     AttentionMatchingCache,
+    Candidates,
     EvictingCache,
     H2OCache,
     KVzip,
@@ -450,3 +451,16 @@ def test_a_spec_names_the_file(tmp_path):
 def test_names_are_public():
     assert {"Profile", "measure_profile"} <= set(kvcompress.__all__)
     assert KVzipCache(tiny(), budget=64, allocation=profile(tiny())).allocation == profile(tiny())
+
+
+def test_tova_averages_tokens_and_not_places_where_heads_differ():
+    attention, positions = torch.tensor([[[0.2, 0.4, 0.0], [0.6, 0.8, 0.3]]]), torch.tensor([[[5, 2, -1], [2, 7, 5]]])
+    other = torch.zeros(1, 2, 1, 4)
+    found = TOVA().score(
+        Candidates(
+            positions, torch.zeros_like(attention), attention, other, torch.zeros(1, 1), None, torch.tensor([8]),
+            list, is_ragged=True,
+        )
+    )  # fmt: skip
+    close(found[0, 0, :2], torch.tensor([0.25, 0.5]))
+    close(found[0, 1], torch.tensor([0.5, 0.8, 0.25]))
