@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kvcompress.caches.evicting import KVzipCache as KVzipCache
     from kvcompress.caches.evicting import SnapKVCache as SnapKVCache
     from kvcompress.caches.evicting import StreamingLLMCache as StreamingLLMCache
+    from kvcompress.caches.profile import Profile as Profile
+    from kvcompress.caches.profiling import measure_profile as measure_profile
     from kvcompress.caches.quantized import GEARCache as GEARCache
     from kvcompress.caches.quantized import KIVICache as KIVICache
     from kvcompress.caches.shadowkv import ShadowKVCache as ShadowKVCache
@@ -55,12 +57,14 @@ _HOMES = {
     "KVzipCache": "caches.evicting",
     "Policy": "policies.policy",
     "PrefixStore": "prefix.store",
+    "Profile": "caches.profile",
     "ShadowKVCache": "caches.shadowkv",
     "SnapKVCache": "caches.evicting",
     "StreamingLLMCache": "caches.evicting",
     "SwiftKVCache": "swiftkv.cache",
     "convert": "swiftkv.conversion",
     "load_model": "loading",
+    "measure_profile": "caches.profiling",
     "register": "policies.method",
     "release": "hf",
 }

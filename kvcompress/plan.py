@@ -4,7 +4,8 @@
     slots        = budget + 1 per KV head: keys and values, and 8 bytes for position and score; packed slots have codes,
                    scales and outliers, and 4 x head_dim bytes per KV head for centre and spread of the keys' channels;
                    plus the policy's state (policies/policy.py); where heads compete for the budget, as many on average,
-                   32 bytes per KV head for where they lie, and 4 more per token with a log-weight
+                   32 bytes per KV head for where they lie, and 4 more per token with a log-weight; with a profile, as
+                   many as each head's share allows
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and an unpacked tail of one block
     shadowkv     = on the device: low-rank keys, landmarks, and the selected, outlier and newest tokens
                    (policies/shadowkv.py); the values of all tokens are on the host
@@ -22,8 +23,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvcompress import hf, loading, registry
+from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.budget import COMPETING, Budget
 from kvcompress.caches.evicting import kept_budget, shared_as
+from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.caches.shadowkv import selected_budget
 from kvcompress.policies.gear import GEAR, preset
@@ -152,8 +155,16 @@ def make_plan(
             continue
         policy, of_cache = registry.policy_of(method, settings)
         kept, packed = kept_budget(amount, policy).tokens(context), of_cache.get("packed")
-        competes = shared_as(policy, of_cache.get("allocation"), packed is not None) in COMPETING
-        cache = sum(_slots(shape, kept, batch, item, policy, packed, competes, window) for window in shape.windows)
+        allocation = shared_as(policy, of_cache.get("allocation"), packed is not None)
+        if isinstance(allocation, Profile):
+            if packed is not None:
+                raise ValueError(
+                    f"{spec}: a profile gives heads different numbers of slots, which packed ones cannot have"
+                )
+            cache = _allotted(shape, allocation, amount, kept, context, batch, item, policy)
+        else:
+            competes = allocation in COMPETING
+            cache = sum(_slots(shape, kept, batch, item, policy, packed, competes, window) for window in shape.windows)
         frequencies = 4 * (shape.head_dim // 2) if policy.uses_rotary else 0
         cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
         # a policy that reads a prompt twice holds all of it until then, in every layer
@@ -197,6 +208,36 @@ def _slots(
         fits = how is not None and how.fits > 0 and window is None
         return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters
     return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
+
+
+def _allotted(
+    shape: Shape, profile: Profile, amount: int | float, kept: int, context: int, batch: int, item: int, policy: Policy
+) -> int:
+    """Bytes of all layers whose heads have fixed shares of the budget: of each head its slots, and positions and scores
+    as wide as the layer's longest head.
+
+    Raises:
+        ValueError: the profile is of a model of another size.
+    """
+    profile.check_size(len(shape.windows), shape.kv_heads, shape.name)
+    how, layers = policy.rereads, Allotment.of_layers(profile.shares)
+    mean, length = torch.tensor([kept]), torch.tensor([context])
+    # of the shares, and which kinds there are; then of each layer
+    size = 8 * (len(layers) * shape.kv_heads + 2 * len(layers[0].kinds))
+    for allotment, window in zip(layers, shape.windows, strict=True):
+        if isinstance(amount, float):
+            counts = allotment.of_fraction(amount, mean, policy.least_budget())
+        else:
+            counts = allotment.of_count(mean, policy.least_budget(), length)
+        has_free = how is None or not how.keeps_answers
+        # where no slot is free, no more than the next query sees
+        most = context if window is None else min(context, window - (not has_free))
+        slots = [min(count, most) + has_free for count in counts[0].tolist()]
+        fits = how is not None and how.fits > 0 and window is None
+        of_heads = (RaggedSlots.nbytes_for(batch, 1, shape.head_dim, item, each, fits) for each in slots)
+        unused = shape.kv_heads * max(slots) - sum(slots)
+        size += sum(of_heads) + batch * (unused * (8 + 4 * fits) + 4 * (2 + 2 * shape.kv_heads)) + 8
+    return size
 
 
 def _asked(shape: Shape, policy: Policy, context: int) -> int:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import Allocation, Budget
 from kvcompress.caches.dense import DenseCache
 from kvcompress.caches.evicting import RENAMED, EvictingCache
+from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized import GEARCache, KIVICache
 from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.policies.gear import GEAR
@@ -41,8 +43,8 @@ GROUP = "kvcompress.methods"
 # what papers call a policy whose budget is shared in another way
 SPELLINGS = {"pyramidkv": "snapkv:allocation=pyramid", "adakv": "snapkv:allocation=heads"}
 
-# what a spec may set of an evicting cache, beside its policy's own settings
-_OF_CACHE = {"allocation": Allocation, "rerotated": bool}
+# what a spec may set of an evicting cache, beside its policy's own settings; a file is a Profile's
+_OF_CACHE: dict[str, Any] = {"allocation": Allocation | Path, "rerotated": bool}
 _OF_CODES = {name: declared(GEAR)[name] for name in ("bits", "group_size", "outliers", "hadamard")}
 _OF_GEAR = {"preset": str, **declared(GEAR)}
 
@@ -171,13 +173,16 @@ def policy_of(method: Listed, settings: Mapping[str, Any]) -> tuple[Policy, dict
 
     Raises:
         ValueError: the method has no policy, the policy needs a setting that is missing, or has one that the cache
-            has too.
+            has too, or the file of a profile is none.
+        OSError: the file of a profile cannot be read.
     """
     if method.kind is None or not issubclass(method.kind, Policy):
         raise ValueError(f"the method {method.name} has no policy")
     _check_complete(method, settings)
     own = dict(settings)
     of_cache: dict[str, Any] = {name: own.pop(name) for name in _OF_CACHE if name in own}
+    if isinstance(of_cache.get("allocation"), Path):
+        of_cache["allocation"] = Profile.load(of_cache["allocation"])
     of_codes = {name: own.pop(name) for name in _OF_CODES if name in own}
     if of_codes:
         of_cache["packed"] = GEAR(**of_codes)

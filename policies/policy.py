@@ -56,6 +56,8 @@ class Candidates:
     fed: tokens fed by the forward; None for as many as there are queries.
     mean_over_ranks: the mean of a tensor over the processes that share the layer's heads equally, for a policy that
         compares heads; None where this process has them all.
+    is_ragged: heads hold different numbers of tokens, so that a place among the candidates of one is another token's
+        among those of the next.
     """
 
     positions: Tensor
@@ -71,6 +73,7 @@ class Candidates:
     rotary: Rotary | None = None
     fed: int | None = None
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None
+    is_ragged: bool = False
 
     @property
     def tokens_fed(self) -> int:

@@ -11,6 +11,7 @@ import operator
 import types
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, Union
 
 
@@ -98,6 +99,8 @@ def read(text: str, declared_as: Any = Any) -> Any:
             meanings.append(number(text))
         except ValueError:
             continue
+    # a file by its name's ending, so that a choice of words that is misspelt is none
+    meanings += [Path(text)] if Path(text).suffix else []
     for meaning in (*meanings, text):
         if declared_as is Any or suits(meaning, declared_as):
             return meaning
@@ -112,7 +115,14 @@ def spoken(declared_as: Any) -> str:
         return _listed(dict.fromkeys(spoken(part) for part in parts if part is not int or float not in parts))
     if typing.get_origin(declared_as) is Literal:
         return _listed(map(repr, parts))
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", types.NoneType: "none"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a word",
+        Path: "a file such as x.safetensors",
+        types.NoneType: "none",
+    }
     return names.get(declared_as) or str(getattr(declared_as, "__name__", declared_as)).removeprefix("typing.")
 
 

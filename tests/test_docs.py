@@ -134,7 +134,8 @@ def test_a_target_that_a_page_names_is_in_the_makefile():
 
 
 @pytest.mark.parametrize("page", [DOCS / "index.md", *GUIDES], ids=lambda page: page.stem)
-def test_the_examples_of_a_page_run(page, model, tokenizer, monkeypatch, capsys):  # noqa: F811
+def test_the_examples_of_a_page_run(page, model, tokenizer, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
     assert blocks
     # as load_model gives it

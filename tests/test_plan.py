@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from kvcompress import registry
+from kvcompress import Profile, registry
 from kvcompress.caches.budget import COMPETING
 from kvcompress.hf import cache_argument
 from kvcompress.loading import ModelUnavailableError
@@ -61,6 +61,23 @@ def test_the_plan_is_what_a_cache_comes_to_hold(method, saved):
     else:
         assert need.cache == report.device_bytes
         assert (report.host_bytes > 0) == method.startswith("shadowkv:")
+
+
+@pytest.mark.parametrize("method", ["h2o:recent=5", "kvzip:keeps_answers=false", "kvzip"])
+@torch.inference_mode()
+def test_the_plan_counts_the_slots_of_each_heads_share(method, saved, tmp_path):
+    model, folder = saved
+    path = tmp_path / "profile.safetensors"
+    Profile.of(model, [[1, 3], [2, 2], [3, 1]]).save(path)
+    spec = f"{method}:allocation={path}"
+    (need,) = make_plan(read_shape(folder), [spec], CONTEXT, BATCH, BUDGET, torch.float32)
+    cache = registry.build(spec, model, BUDGET)
+    model(torch.arange(BATCH)[:, None].expand(-1, CONTEXT), **cache_argument(model, cache))
+    assert need.cache == pytest.approx(cache.memory().device_bytes, rel=0.02)
+    other = Profile.of(model, [[1, 3], [2, 2], [3, 1]])
+    Profile(other.shares[:1], other.model).save(path)
+    with pytest.raises(ValueError, match="shares must be .layers=3, kv_heads=2."):
+        make_plan(read_shape(folder), [spec], CONTEXT, BATCH, BUDGET, torch.float32)
 
 
 def test_weights_are_counted_without_being_loaded(saved):

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.answers import AnsweringLayer
-from kvcompress.caches.budget import Allocation, Budget
+from kvcompress.caches.budget import Budget
 from kvcompress.caches.compaction import check_ended, compact, copy_tokens, granted, holds_no_more, texts
 from kvcompress.caches.dense import DenseCache
-from kvcompress.caches.evicting import EvictingCache
+from kvcompress.caches.evicting import EvictingCache, Shared
 from kvcompress.layer import as_stored, ordinary_tensors
 from kvcompress.policies.attention_matching import AttentionMatching
 
@@ -40,7 +40,7 @@ class AttentionMatchingCache(EvictingCache):
         chunk: int = 2048,
         prompt: Sequence[int] = (),
         queries: int = 512,
-        allocation: Allocation | None = None,
+        allocation: Shared | None = None,
     ) -> None:
         """
         Args:
@@ -144,7 +144,7 @@ class AttentionMatchingCache(EvictingCache):
     def _compact(self, model: PreTrainedModel, rows: list[list[int]], asked: Budget | None) -> None:
         how, layers, all_compete = self.policy.rereads, self._answering(), self.allocation == "global"
         assert how is not None
-        tokens = None if asked is None else granted(layers, asked, self.allocation)
+        tokens = None if asked is None else granted(layers, asked, self.layers_share)
         decoder, last = hf.decoder_of(model), self.padding.last_position
         compact(decoder, layers, rows, last, how, all_compete, tokens)
 

@@ -187,8 +187,9 @@ def compact(
             for index, layer in enumerate(layers):
                 if tokens is not None:
                     stack.enter_context(layer.granting(tokens[index]))
-                elif isinstance(layer.budget, float):
-                    layer._follow_budget(layer.lengths)
+                else:
+                    # all rows have been fed a text
+                    layer.follow_lengths(2)
             choose(layers, all_compete)
     finally:
         for layer in layers:

@@ -41,13 +41,13 @@ def shares(worth: Sequence[Tensor], pool: Tensor, floor: Tensor) -> list[Tensor]
     parts = chosen.split([heads * candidates for heads, candidates in sizes], 1)
     counts = torch.cat([part.unflatten(1, size).sum(-1) for part, size in zip(parts, sizes, strict=True)], 1)
     available = torch.cat([(each > -torch.inf).sum(-1) for each in ordered], 1)
-    counts = _rounded(counts, available, floor)
+    counts = rounded(counts, available, floor)
     counts = counts + ((pool - counts.sum(-1)) // counts.shape[1])[:, None]
     of_layers = counts.split([heads for heads, _ in sizes], 1)
     return [count.to(each.device) for count, each in zip(of_layers, worth, strict=True)]
 
 
-def _rounded(counts: Tensor, available: Tensor, floor: Tensor) -> Tensor:
+def rounded(counts: Tensor, available: Tensor, floor: Tensor) -> Tensor:
     """Numbers of few kinds with nearly the same sum, [batch, heads], none above `available` or below `floor`."""
     step = 2 ** (counts.clamp(min=4).log2().floor().long() - 2)
     down = torch.where(counts == available, counts, counts // step * step).maximum(floor[:, None].minimum(counts))

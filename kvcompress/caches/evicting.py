@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
+from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.answers import AnsweringLayer
-from kvcompress.caches.budget import COMPETING, Allocation, Budget
+from kvcompress.caches.budget import ALLOCATIONS, COMPETING, Allocation, Budget
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
+from kvcompress.caches.profile import Profile
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.layer import CompressedLayer, ordinary_tensors
@@ -34,6 +36,8 @@ from kvcompress.storage.classes import class_name, class_named
 from kvcompress.storage.rope import Rope
 
 Arguments = ParamSpec("Arguments")
+# how layers and heads share a budget
+Shared = Allocation | Profile
 
 # names of parameters before 0.2: accepted in calls until 0.3; in saved files, specs and recorded rows always
 RENAMED = {"rolled": "rerotated"}
@@ -65,7 +69,7 @@ def kept_budget(amount: int | float, policy: Policy) -> Budget:
     return Budget(amount, least, f"sinks + recent{' + 1 to choose' * policy.chooses} = {least} tokens for {policy}")
 
 
-def shared_as(policy: Policy, asked: Allocation | None, apart: bool) -> Allocation:
+def shared_as(policy: Policy, asked: Shared | None, apart: bool) -> Shared:
     """How heads share a budget if asked so; `apart`: they cannot differ in number, unless that was asked for."""
     if asked is not None:
         return asked
@@ -88,7 +92,7 @@ class EvictingCache(CompressedCache):
         *,
         policy: Policy,
         budget: int | float,
-        allocation: Allocation | None = None,
+        allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
@@ -100,17 +104,17 @@ class EvictingCache(CompressedCache):
                 real tokens seen so far, which grows with them. Memory is allocated as needed, up to the budget.
             allocation: how layers and heads share the budget, of which each sequence has its own. "uniform": equally.
                 "pyramid": early layers get more. "heads": the heads of a layer compete. "global": all heads of all
-                layers compete. Where they compete, memory is what is kept, not the longest head times all. None: as
-                the policy does where that can be, "global" for KVzip and "uniform" for others, for packed slots and
-                where a model's heads are in several processes.
+                layers compete. A Profile: each head its share, whatever the policy. Where heads differ, memory is what
+                is kept, not the longest head times all. None: as the policy does where that can be, "global" for KVzip
+                and "uniform" for others, for packed slots and where a model's heads are in several processes.
             rerotated: close gaps between the positions of kept tokens, to go past the length the model was trained for.
             packed: store them as codes, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for unpacked.
 
         Raises:
             TypeError: the policy is no Policy, or packed is no GEAR.
             ValueError: the budget is too small for the tokens that the policy always keeps, settings cannot be
-                combined, or the model is unsupported; with `rerotated`, also if the model has no rotary embeddings, or
-                some whose frequencies change with the length.
+                combined, the profile is of another model, or the model is unsupported; with `rerotated`, also if the
+                model has no rotary embeddings, or some whose frequencies change with the length.
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
@@ -119,7 +123,8 @@ class EvictingCache(CompressedCache):
         _check_allocation(allocation, policy, rerotated, packed, model)
         self.policy = policy
         self._budget = kept_budget(budget, policy)
-        self.allocation: Allocation = allocation
+        self.allocation: Shared = allocation
+        self._allotments = Allotment.of_layers(allocation.shares) if isinstance(allocation, Profile) else None
         self.rerotated = rerotated
         self.packed = packed
         if packed is not None:
@@ -146,7 +151,7 @@ class EvictingCache(CompressedCache):
         return self._budget.amount
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        budget = self._budget.per_layer(self.allocation, layers)[index].amount
+        budget = self._budget.per_layer(self.layers_share, layers)[index].amount
         rope = None
         model = self._model()
         assert model is not None
@@ -169,7 +174,13 @@ class EvictingCache(CompressedCache):
             packed=self.packed,
             ranks=TPGroup.of(model),
             competes=self.allocation in COMPETING,
+            allotment=None if self._allotments is None else self._allotments[index],
         )
+
+    @property
+    def layers_share(self) -> Allocation:
+        """How layers share the budget, by name: with a profile all together have it, as where all heads compete."""
+        return "global" if isinstance(self.allocation, Profile) else self.allocation
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         super().forward_begins(decoder, input_ids)
@@ -188,7 +199,7 @@ class EvictingCache(CompressedCache):
             read_again(decoder, waiting, input_ids, self.padding, seen, how, all_compete)
 
     def _shown(self) -> dict[str, Any]:
-        return {"policy": self.policy, **super()._shown(), "packed": self.packed}
+        return {"policy": self.policy, **super()._shown(), "allocation": self.allocation, "packed": self.packed}
 
     def _parts_of_others(self) -> dict[str, Any]:
         return super()._parts_of_others() | {type(self.policy).__name__: self.policy}
@@ -199,7 +210,7 @@ class EvictingCache(CompressedCache):
             # settings of others may have any name
             "policy": {"name": name, **settings} if is_own(type(self.policy)) else {"of": name, "settings": settings},
             "budget": self.budget,
-            "allocation": self.allocation,
+            "allocation": self.allocation.facts() if isinstance(self.allocation, Profile) else self.allocation,
             "rerotated": self.rerotated,
             "packed": None if self.packed is None else dataclasses.asdict(self.packed),
         }
@@ -212,33 +223,49 @@ class EvictingCache(CompressedCache):
         kind = class_named(Policy, policy.pop("of" if "of" in policy else "name"))
         chosen = kind(**policy.get("settings", policy))
         packed = None if settings["packed"] is None else GEAR(**UNROTATED | settings["packed"])
+        allocation = settings["allocation"]
+        if isinstance(allocation, dict):
+            # the file is of the model that it was made for
+            allocation = Profile(**allocation, model=hf.Fingerprint.of(model))
         cache = cls.__new__(cls)
         # the short names take a policy's settings one by one, but the file has the policy itself
-        EvictingCache.__init__(cache, model, **{**settings, "policy": chosen, "packed": packed})
+        EvictingCache.__init__(
+            cache, model, **{**settings, "policy": chosen, "packed": packed, "allocation": allocation}
+        )
         return cache
 
 
 def _check_allocation(
-    allocation: Allocation, policy: Policy, rerotated: bool, packed: GEAR | None, model: PreTrainedModel
+    allocation: Shared, policy: Policy, rerotated: bool, packed: GEAR | None, model: PreTrainedModel
 ) -> None:
-    """Raises ValueError if heads are to compete where their scores cannot be compared, or cannot differ in number."""
-    if allocation not in COMPETING:
-        return
+    """Raises ValueError if heads are to compete where their scores cannot be compared, or cannot differ in number, or
+    have shares that were measured for another model."""
     name, asked = type(policy).__name__, f"allocation={allocation!r}"
-    if policy.compares == "no" or (allocation == "global" and policy.compares != "layers"):
+    if isinstance(allocation, Profile):
+        asked = "allocation=Profile"
+    elif allocation not in ALLOCATIONS:
+        raise ValueError(
+            f"allocation must be one of {', '.join(ALLOCATIONS)}, or a Profile such as Profile.load(path), got "
+            f"{allocation!r}"
+        )
+    elif allocation not in COMPETING:
+        return
+    elif policy.compares == "no" or (allocation == "global" and policy.compares != "layers"):
         among = "heads" if policy.compares == "no" else "layers"
         instead = "uniform' or 'pyramid" if policy.compares == "no" else "heads"
         raise ValueError(
             f"{asked} ranks the tokens of different {among} against one another, and scores of {name} do not compare "
             f"across {among}: use allocation='{instead}'"
         )
-    if allocation == "global" and policy.rereads is None:
+    elif allocation == "global" and policy.rereads is None:
         raise ValueError(f"{asked} needs a policy that reads tokens twice, such as KVzip, got {name}: use 'heads'")
     if rerotated or packed is not None:
         given = "rerotated" if rerotated else "packed"
         raise ValueError(f"{asked} gives heads different numbers of slots, and cannot be combined with {given}")
     if TPGroup.of(model) is not None:
         raise ValueError(f"{asked} compares all heads, and {type(model).__name__} has them in several processes")
+    if isinstance(allocation, Profile):
+        allocation.check(model)
 
 
 class H2OCache(EvictingCache):
@@ -260,7 +287,7 @@ class H2OCache(EvictingCache):
         budget: int | float,
         recent: int | float = 0.5,
         sinks: int = 0,
-        allocation: Allocation | None = None,
+        allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
@@ -293,7 +320,7 @@ class SnapKVCache(EvictingCache):
         budget: int | float,
         window: int = 32,
         kernel: int = 5,
-        allocation: Allocation | None = None,
+        allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
@@ -330,7 +357,7 @@ class KVzipCache(EvictingCache):
         chunk: int = 2048,
         prompt: Sequence[int] = (),
         keeps_answers: bool = True,
-        allocation: Allocation | None = None,
+        allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:
@@ -368,7 +395,7 @@ class StreamingLLMCache(EvictingCache):
         *,
         budget: int | float,
         sinks: int = 4,
-        allocation: Allocation | None = None,
+        allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
     ) -> None:

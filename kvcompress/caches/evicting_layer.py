@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.evicting_step import ChunkStep, DecodeStep, FusedDecodeStep
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.common.runtime import runs_triton
@@ -52,6 +53,7 @@ class EvictingLayer(CompressedLayer):
         packed: GEAR | None = None,
         ranks: TPGroup | None = None,
         competes: bool = False,
+        allotment: Allotment | None = None,
     ) -> None:
         """
         Args:
@@ -62,6 +64,7 @@ class EvictingLayer(CompressedLayer):
             packed: how slots are encoded; None for unpacked.
             ranks: the processes that share the layer's heads; None if this one has them all.
             competes: heads compete for the budget, and keep different numbers of tokens.
+            allotment: what heads get where their shares of the budget are fixed; None where they are not.
         """
         super().__init__(padding, window, is_first)
         self.ranks = ranks
@@ -72,14 +75,16 @@ class EvictingLayer(CompressedLayer):
         self.packed = packed
         self.slots: SlotSegment | None = None
         self.state: dict[str, Tensor] = {}
-        # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps
+        # per sequence: real tokens so far, tokens it may keep, newest tokens it always keeps; the last per head where
+        # shares are fixed, [batch, kv_heads]
         self.lengths: Tensor
         self.limits: Tensor
         self.recents: Tensor
         # whether there are slots for the whole budget, if it is a count
         self._holds_budget = False
         self.competes = competes
-        # where heads compete: what each may keep beyond its sequence's limit, [batch, kv_heads] int32
+        self.allotment = allotment
+        # where heads differ: what each may keep beyond its sequence's limit, [batch, kv_heads] int32
         self.surplus: Tensor | None = None
         # what sequences may keep on average instead of the budget, [batch], while they are compacted to something else
         self._granted: Tensor | None = None
@@ -93,7 +98,7 @@ class EvictingLayer(CompressedLayer):
     @property
     def is_ragged(self) -> bool:
         """Whether heads may hold different numbers of tokens."""
-        return self.competes
+        return self.competes or self.allotment is not None
 
     @property
     def _mean_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
@@ -111,6 +116,7 @@ class EvictingLayer(CompressedLayer):
             "recents": self.recents,
             "seen": self.clock.tensor,
             **({} if self.surplus is None else {"surplus": self.surplus}),
+            **({} if self.allotment is None else self.allotment.tensors()),
         } | ({} if self.rope is None else {"inv_freq": self.rope.inv_freq})
 
     def statistics(self) -> dict[str, Tensor]:
@@ -178,7 +184,7 @@ class EvictingLayer(CompressedLayer):
         if isinstance(self.budget, float):
             self._follow_budget(self.lengths + x.real_tokens)
         # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
-        plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.competes
+        plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.is_ragged
         at_once = self.policy.decay is not None and plain and runs_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
@@ -199,15 +205,15 @@ class EvictingLayer(CompressedLayer):
     def _allocate(self, chunk: AttentionInput) -> SlotSegment:
         if self.slots is None:
             batch, device = chunk.key.shape[0], chunk.key.device
-            self.limits, self.recents, self.lengths = (
-                torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
-            )
+            self.limits, self.lengths = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
             self.clock.count_on(torch.zeros((), dtype=torch.int64, device=device), 0)
             # generate compiles the decode step on a GPU
             self._reserves |= chunk.key.is_cuda
             self.slots = self._new_slots(chunk, 1 if self.is_ragged else self._most_slots(chunk.tokens))
-            if self.competes:
-                self.surplus = torch.zeros(chunk.key.shape[:2], dtype=torch.int32, device=device)
+            self.recents, of_heads = torch.zeros_like(self.limits), self.limits.new_zeros(chunk.key.shape[:2])
+            self.surplus = of_heads if self.competes or self.allotment is not None else None
+            if self.allotment is not None:
+                self.allotment, self.recents = self.allotment.to(device), torch.zeros_like(of_heads)
             self._follow_budget(self.lengths)
         self._make_room(chunk.tokens)
         return self.slots
@@ -274,20 +280,43 @@ class EvictingLayer(CompressedLayer):
             if not self.is_ragged:
                 limits = limits.clamp(max=self.slots.slots - 1)
             limits = limits.maximum(self.limits)
-        self._set_limits(limits)
+        self._set_limits(limits, lengths)
 
-    def _set_limits(self, limits: Tensor) -> None:
-        recent = self.policy.recent
-        recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
+    def _set_limits(self, limits: Tensor, lengths: Tensor) -> None:
         self.limits.copy_(limits)
+        if self.allotment is not None:
+            assert self.surplus is not None
+            self.surplus.copy_(self._allotted(lengths) - limits[:, None])
+        self._set_recents()
+
+    def _set_recents(self) -> None:
+        recent, limits = self.policy.recent, self.limits if self.allotment is None else self.limits_by_head()
+        recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
         self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
+
+    def _allotted(self, lengths: Tensor) -> Tensor:
+        """How many tokens each head may keep of sequences of these lengths, [batch], where shares are fixed, whatever
+        the layer's window: [batch, kv_heads] int32."""
+        assert self.allotment is not None
+        mean, least = self.nominal_limits(lengths), self.policy.least_budget()
+        if isinstance(self.budget, float) and self._granted is None:
+            return self.allotment.of_fraction(self.budget, mean, least)
+        return self.allotment.of_count(mean, least, lengths)
+
+    def follow_lengths(self, fresh: int | Tensor) -> None:
+        """Sets what may be kept after a forward of several tokens, `fresh` [batch] of them in each sequence."""
+        if isinstance(self.budget, float):
+            self._follow_budget(self.lengths)
+        elif self.allotment is not None:
+            self.take_shares(self._allotted(self.lengths), fresh)
+            self._set_recents()
 
     @contextlib.contextmanager
     def granting(self, tokens: Tensor) -> Iterator[None]:
         """Within it, heads may keep so many tokens on average, [batch] int32, instead of what the budget says."""
         own, recents = self.limits.clone(), self.recents.clone()
         self._granted = tokens
-        self._set_limits(tokens.clamp(min=self.policy.least_budget(), max=self.window))
+        self._set_limits(tokens.clamp(min=self.policy.least_budget(), max=self.window), self.lengths)
         try:
             yield
         finally:
@@ -298,17 +327,19 @@ class EvictingLayer(CompressedLayer):
             self.recents.copy_(recents)
 
     def limits_by_head(self) -> Tensor:
-        """How many tokens each head may keep, [batch, kv_heads] int32; [batch, 1] where heads do not compete."""
+        """How many tokens each head may keep, [batch, kv_heads] int32; [batch, 1] where heads do not differ."""
         if self.surplus is None:
             return self.limits[:, None]
         limits = self.limits[:, None] + self.surplus
         return limits if self.window is None else limits.clamp(max=self.window)
 
-    def nominal_limits(self) -> Tensor:
-        """How many tokens the heads of each sequence may keep on average, [batch], whatever the layer's window."""
+    def nominal_limits(self, lengths: Tensor | None = None) -> Tensor:
+        """How many tokens the heads of each sequence may keep on average, [batch], whatever the layer's window, if it
+        has so many, or else as many as it has now."""
         if self._granted is not None:
             return self._granted
-        granted = self.budget if isinstance(self.budget, int) else (self.budget * self.lengths).int()
+        lengths = self.lengths if lengths is None else lengths
+        granted = self.budget if isinstance(self.budget, int) else (self.budget * lengths).int()
         return self.limits.clamp(min=granted)
 
     def take_shares(self, shares: Tensor, fresh: int | Tensor) -> None:
@@ -329,7 +360,11 @@ class EvictingLayer(CompressedLayer):
         growth = max(_GROWTH, int(kept.max()) // _SHARE)
         limits, is_count = self.limits_by_head().long(), isinstance(self.budget, int)
         later = limits if is_count else limits + int(self.budget * growth) + 1
-        wanted = limits if is_count and self._reserves else later.minimum(kept + growth)
+        if self.allotment is not None and not is_count:
+            later = self._allotted(self.lengths + growth).long().clamp(min=0, max=self.window)
+        # a compiled step must find room for what always stays
+        least = limits.clamp(max=self.policy.least_budget())
+        wanted = limits if is_count and self._reserves else later.minimum(kept + growth).maximum(least)
         self._steps_left = _FOREVER if is_count and bool((wanted >= limits).all()) else growth
         return wanted.maximum(kept).cpu() + 1
 
@@ -375,6 +410,7 @@ class EvictingLayer(CompressedLayer):
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self.surplus, self._steps_left = tensors.get("surplus"), 0
+            self.allotment = None if self.allotment is None else self.allotment.to(self.lengths.device)
             self.lazy_initialization(*self.slots.like())
             self.clock.count_on(tensors["seen"])
             self._pin()

@@ -85,6 +85,7 @@ class DecodeStep(EvictingStep):
             layer.state,
             layer.rope,
             mean_over_ranks=layer._mean_over_ranks,
+            is_ragged=layer.is_ragged,
         )
         scored = _scores(layer, candidates)
         if static:
@@ -100,8 +101,18 @@ class DecodeStep(EvictingStep):
             scores = scores.masked_fill(slots.positions < sinks, torch.inf)
             out_of_window = slots.positions <= (layer.lengths - layer.window)[:, None, None]
             scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
-        victims = choose_victim(scores, slots.positions, layer.lengths - layer.recents, sinks)
-        slots.free(victims, slots.kept() > layer.limits_by_head())
+        limits, recents = layer.limits_by_head(), layer.recents
+        if isinstance(layer.budget, float) and isinstance(slots, RaggedSlots) and torch.compiler.is_compiling():
+            # the budget grows, and a compiled step cannot give a head more room
+            limits = limits.minimum(slots.capacities - 1)
+            recents = recents.view(len(limits), -1).minimum(limits - layer.policy.sinks)
+        if recents.dim() == 1:
+            victims = choose_victim(scores, slots.positions, layer.lengths - recents, sinks)
+        else:
+            # heads whose newest tokens differ in number are so many sequences of one head
+            scores, positions = (x.flatten(0, 1)[:, None] for x in (scores, slots.positions))
+            victims = choose_victim(scores, positions, (layer.lengths[:, None] - recents).flatten(), sinks)
+        slots.free(victims.view_as(slots.spare), slots.kept() > limits)
 
 
 class FusedDecodeStep(EvictingStep):
@@ -215,8 +226,7 @@ class ChunkStep(EvictingStep):
         places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
         places = places[:, None].expand(-1, x.key.shape[1], -1)
         layer.lengths.add_(x.real_tokens)
-        if isinstance(layer.budget, float):
-            layer._follow_budget(layer.lengths)
+        layer.follow_lengths(x.real_tokens)
         positions = torch.cat([slots.positions, places], -1)
         scores = torch.cat([slots.scores, torch.zeros_like(places, dtype=torch.float32)], -1)
         # scores that never change are kept from the unpacked tokens, not computed again from packed ones
@@ -235,6 +245,7 @@ class ChunkStep(EvictingStep):
             layer.rope,
             x.tokens,
             layer._mean_over_ranks,
+            layer.is_ragged,
         )
         scored = _scores(layer, candidates)
         if layer.keeps_answers:
@@ -250,7 +261,7 @@ class ChunkStep(EvictingStep):
     def _worth(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Scores to rank by, [batch, kv_heads, candidates]: inf for what always stays, -inf for what goes."""
         layer = self.layer
-        lengths, recents = layer.lengths[:, None, None], layer.recents[:, None, None]
+        lengths, recents = layer.lengths[:, None, None], layer.recents.view(len(positions), -1, 1)
         protected = (positions < layer.policy.sinks) | (positions >= lengths - recents)
         gone = positions == EMPTY
         if layer.window is not None:

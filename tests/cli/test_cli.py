@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from kvcompress import H2O, EvictingCache, registry
+from kvcompress import H2O, EvictingCache, Profile, registry
 from kvcompress.cli import app, main, sweeps
 from kvcompress.swiftkv.distill import Distillation
 
@@ -103,6 +105,23 @@ def rows(tmp_path):
         (["distill", "TEXT", "--hidden-weight", "nan"], "hidden_weight 0 or more"),
         (["generate", "hi", "--model", "/nowhere"], "there is no folder /nowhere"),
         (["plan"], "Missing option '--context'"),
+        (["profile"], "Missing argument 'data'"),
+        (["profile", "/nowhere.txt"], "there is no file /nowhere.txt"),
+        (["profile", "TEXT", "--budgets", "2.5"], "budget must be a count of tokens"),
+        (["profile", "TEXT", "--budgets", ","], "--budgets must name at least one"),
+        (["profile", "TEXT", "--policy", "tova"], "--policy must be one whose scores compare across heads"),
+        (["profile", "TEXT", "--policy", "h2o:allocation=heads"], "--policy takes a policy's own settings, got alloc"),
+        (["profile", "TEXT", "--policy", "h3o"], "unknown method 'h3o'"),
+        (["profile", "TEXT", "--out", "."], "--out must be a file, . is a folder"),
+        (
+            ["profile", "TEXT", "--model", "FOLDER"],
+            "no text has the 61 tokens that these budgets need, the longest has",
+        ),
+        (
+            ["generate", "hi", "--model", "FOLDER", "--cache", "h2o:allocation=no.safetensors"],
+            "no.safetensors: No such file",
+        ),
+        (["generate", "hi", "--model", "FOLDER", "--cache", "h2o:allocation=text.txt"], "is not a safetensors file"),
         (["plan", "--context", "0", "--model", "FOLDER"], "context must be at least 1, got 0"),
         (["plan", "--context", "9", "--batch", "0", "--model", "FOLDER"], "batch must be at least 1, got 0"),
         (["plan", "--context", "9", "--gpu-memory", "0"], "--gpu-memory must be more than 0 GiB"),
@@ -322,6 +341,32 @@ def test_generate_prints_answer_speed_and_memory(cache, folder, capsys):
     assert "tokens/s" in out
     assert "of the full cache's" in out
     assert cache.lower().partition(":")[0] in out
+
+
+# docs: On the command line, the file's name is the allocation
+def test_a_profile_is_measured_written_and_used_and_refused_for_another_model(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The pass key of the old castle lies below the third stone. " * 20)
+    options = ["--length", "100", "--texts", "3", "--budgets", "0.2,30", "--out", "a/profile.safetensors"]
+    assert main(["profile", "text.txt", "--model", folder, "--device", "cpu", *options]) == 0
+    out = capsys.readouterr().out
+    profile = Profile.load("a/profile.safetensors")
+    assert str(profile) in out
+    assert (profile.measured["texts"], profile.measured["tokens"]) == (3, 300)
+    assert profile.measured["source"] == "text.txt"
+    spec = "snapkv:window=4:recent=4:allocation=a/profile.safetensors"
+    ask = ["generate", "What is the pass key of the old castle?", "--device", "cpu", "--cache", spec, "--budget", "16"]
+    assert main([*ask, "--model", folder, "--max-new-tokens", "8"]) == 0
+    assert f"{registry.canonical(spec)}: " in capsys.readouterr().out
+    assert main(["plan", "--model", folder, "--context", "100", "--methods", spec, "--budget", "16"]) == 0
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1.0)
+    model.save_pretrained("other")
+    AutoTokenizer.from_pretrained(folder).save_pretrained("other")
+    capsys.readouterr()
+    assert main([*ask, "--model", "other"]) == 2
+    assert "the profile was made with LlamaForCausalLM" in capsys.readouterr().err
 
 
 def test_the_options_of_distill_are_its_settings_and_those_of_the_model():

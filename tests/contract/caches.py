@@ -1,6 +1,7 @@
 """Every cache that signs the contract: one line each, which says what the cache promises."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from kvcompress import (
     H2OCache,
     HydragenCache,
     Policy,
+    Profile,
     ShadowKVCache,
     registry,
 )  # fmt: skip
-from kvcompress.caches.budget import Allocation
-from kvcompress.hf import head_counts
+from kvcompress.caches.evicting import Shared
+from kvcompress.hf import attention_windows, head_counts
 from kvcompress.storage.rerotated import RerotatedSlots
 from tests.contract.oracle import Decoded, Kept, Transcript, recording
 
@@ -61,7 +63,7 @@ class Entry:
     during: the method by which its layers attend to what they hold, for a cache whose queries choose what they attend
         to: `kept` and `decoded` are then read right after it.
     refuses: model types it does not serve; a test elsewhere sees it refuse them.
-    competes: its heads compete for the budget, which is what they keep on average.
+    competes: its heads keep different numbers of tokens, and the budget on average.
     keeps_answers: what it is fed one token at a time stays, on top of the budget, until several tokens are fed.
     shares: it stores what rows have in common once, in tensors called prefix_*.
     """
@@ -264,13 +266,12 @@ def _evicting(
     budget: int | float = BUDGET,
     rerotated: bool = False,
     packed: GEAR | None = None,
-    allocation: Allocation = "uniform",
+    allocation: Shared | Callable[[PreTrainedModel], Shared] = "uniform",
     **promises: Any,
 ) -> Entry:
     def build(model: PreTrainedModel, budget: int | float = budget) -> EvictingCache:
-        return EvictingCache(
-            model, policy=policy, budget=budget, rerotated=rerotated, packed=packed, allocation=allocation
-        )
+        shared = allocation(model) if callable(allocation) else allocation
+        return EvictingCache(model, policy=policy, budget=budget, rerotated=rerotated, packed=packed, allocation=shared)
 
     def limit(layer: int, tokens: int) -> int:
         return budget if isinstance(budget, int) else max(policy.least_budget(), int(budget * tokens))
@@ -287,6 +288,13 @@ def _evicting(
         budget=limit,
         **promises,
     )
+
+
+def uneven(model: PreTrainedModel) -> Profile:
+    """A profile of shares that differ in and between layers, of all but models of a single head."""
+    layers, kv_heads = len(attention_windows(model.config)), head_counts(model.config)[1]
+    shares = itertools.islice(itertools.cycle([2.0, 6.0, 3.0, 5.0, 6.0, 2.0]), layers * kv_heads)
+    return Profile.of(model, torch.tensor([*shares]).view(layers, kv_heads))
 
 
 def _pyramid(layer: int, tokens: int) -> int:
@@ -358,6 +366,7 @@ ENTRIES = [
         keeps_answers=True,
     ),
     _evicting("h2o_rolled", H2O(), rerotated=True, decoded=closed_up, refuses=("opt",)),
+    _evicting("h2o_profile", H2O(sinks=1), allocation=uneven, competes=True),
 ]
 
 by_name = {entry.name: entry for entry in ENTRIES}

@@ -57,8 +57,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 24,
     },
     "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": None},
-    "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
-    "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2},
+    # these two know no groups of heads
+    "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": 4, "rotary_pct": 0.5},
+    "opt": {
+        "model_type": "opt",
+        "num_key_value_heads": 4,
+        "ffn_dim": 96,
+        "word_embed_proj_dim": 64,
+        "init_std": 0.2,
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **_EXPERTS},
     "gpt_oss": {
         "model_type": "gpt_oss",

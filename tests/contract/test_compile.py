@@ -10,7 +10,7 @@ from torch._guards import TracingContext
 from kvcompress import DenseCache, H2OCache, release
 from kvcompress.caches.compiled_steps import SteppedLayer
 from kvcompress.hf import cache_argument, cache_name
-from tests.contract.caches import RESERVED, caches, those
+from tests.contract.caches import RESERVED, caches, those, uneven
 from tests.contract.drive import assert_same_state, counting_graphs, feed
 from tests.contract.models import DEVICE, END, PAD, left_padded, prompt, tiny
 
@@ -232,6 +232,24 @@ def test_caches_of_other_budgets_are_compiled_for_one_after_the_other():
         steps = (compiled, cache), (step_function(model), straight)
         assert torch.equal(*(decode(step, each, token, position, 4) for step, each in steps))
         assert cache.layers[0].slots.kept().max() == budget
+
+
+@pytest.mark.parametrize("allocation", ["heads", uneven])
+def test_compiled_steps_keep_to_the_room_of_each_head_where_the_budget_outgrows_it(allocation):
+    model, ids = tiny(), prompt(20, 2)
+    shared = allocation(model) if callable(allocation) else allocation
+    cache = H2OCache(model, budget=0.5, allocation=shared)
+    feed(model, cache, ids)
+    room = [layer.slots.capacities.clone() for layer in cache.layers]
+    compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
+    decode(compiled, cache, ids[:, -1:], torch.full((2, 1), 20, device=DEVICE), 60)
+    for layer, capacities in zip(cache.layers, room, strict=True):
+        positions = layer.slots.positions
+        behind = torch.arange(positions.shape[-1], device=DEVICE) >= capacities[..., None]
+        assert (positions[behind] < 0).all(), "tokens lie in another head's slots"
+        assert torch.equal(layer.slots.kept(), capacities - 1)
+        # the newest is there
+        assert (positions == 79).any(-1).all()
 
 
 def addresses(cache):

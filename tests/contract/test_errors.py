@@ -221,7 +221,7 @@ def test_moving_layers_between_devices(entry):
         (
             lambda model: EvictingCache(model, policy=H2O(), budget=8, allocation="cone"),
             ValueError,
-            "one of uniform, pyramid, heads, global, got 'cone'",
+            r"one of uniform, pyramid, heads, global, or a Profile such as Profile.load\(path\), got 'cone'",
         ),
         (lambda model: EvictingCache(model, policy=SnapKV(pooling="sum"), budget=64), ValueError, "'avg' or 'max'"),
         (lambda model: EvictingCache(model, policy=StreamingLLM(sinks=-2), budget=64), ValueError, "sinks must be"),

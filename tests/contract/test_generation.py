@@ -43,7 +43,7 @@ def test_heads_that_compete_keep_the_budget_on_average_and_different_numbers(ent
         kept = torch.stack([each.sum(-1) for each in forward.kept]).float()  # [layers, batch, kv_heads]
         assert all(each[..., -1].all() for each in forward.kept), f"step {step}: the newest token is gone"
         # of each layer where only its own heads compete
-        means = kept.mean((0, 2)) if cache.allocation == "global" else kept.mean(-1)
+        means = kept.mean((0, 2)) if cache.layers_share == "global" else kept.mean(-1)
         seen = sum(transcript.fed[:step])
         answers = step - 1 if entry.keeps_answers else 0
         assert (means <= entry.budget(0, seen) + answers).all(), f"step {step}: more than the budget"

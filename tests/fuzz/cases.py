@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress import GEAR, EvictingCache, GEARCache, HydragenCache, Policy, ShadowKVCache, registry
-from tests.contract.caches import ENTRIES, POLICIES, SHADOW, Entry, by_name, closed_up
+from tests.contract.caches import ENTRIES, POLICIES, SHADOW, Entry, by_name, closed_up, uneven
 from tests.contract.models import FAMILIES
 
 # how often each call is drawn; those that move rows or copy are worth most where something has been fed
@@ -26,6 +26,7 @@ CALLS = {
     "reset": 0.5,
     "share": 0.7,
 }
+LATER = ["h2o_profile"]
 # and of a tree of prefixes
 LEVELS = {"fork": 2, "push": 2, "pop": 1, "share": 1}
 
@@ -79,7 +80,12 @@ def draw(seed: int, name: str | None = None) -> Case:
     rng = random.Random(seed)
     family = rng.choice([*FAMILIES, "llama", "llama"])
     # trees can do most
-    entry = by_name[name] if name else rng.choice([*ENTRIES, by_name["hydragen"], by_name["hydragen"]])
+    # entries that came later are drawn apart, so that seeds keep their cases
+    known = [entry for entry in ENTRIES if entry.name not in LATER]
+    entry = by_name[name] if name else rng.choice([*known, by_name["hydragen"], by_name["hydragen"]])
+    later = random.Random(~seed)
+    if name is None and later.random() < len(LATER) / len(ENTRIES):
+        entry = by_name[later.choice(LATER)]
     sizes: dict[str, Any] = {}
     if family not in ("opt", "gpt_neox"):
         sizes["num_key_value_heads"] = rng.choice([1, 2, 2, 4])
@@ -142,7 +148,8 @@ def _varied(rng: random.Random, entry: Entry) -> tuple[Entry, dict[str, Any]]:
         return entry, {}
 
     def make(model: PreTrainedModel) -> Any:
-        return kind(model, **settings)
+        profile = {"allocation": uneven(model)} if settings.get("allocation") == "profile" else {}
+        return kind(model, **settings | profile)
 
     return dataclasses.replace(entry, make=make), settings
 
@@ -208,7 +215,7 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     return {
         "policy": policy,
         "budget": rng.choice([least, least + 1, least + 5, least + 17, 0.1, 0.5, 1.0]),
-        "allocation": _allocation(rng, policy, entry),
+        "allocation": "profile" if entry.name == "h2o_profile" else _allocation(rng, policy, entry),
         "rerotated": entry.name == by_name["h2o_rolled"].name,
         "packed": packed,
     }
