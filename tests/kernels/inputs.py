@@ -1,4 +1,7 @@
-"""Inputs of the kernel tests, and which of their combinations run. Run plainly these tests check the PyTorch paths, under TRITON_INTERPRET=1 the kernels."""
+"""Inputs of the kernel tests, and which of their combinations run.
+
+Run plainly these tests check the PyTorch paths, under TRITON_INTERPRET=1 the kernels.
+"""
 
 import itertools
 from collections import Counter
