@@ -42,6 +42,7 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/kernels
 
 # the contract of every cache on the oldest transformers that kvcompress supports
 test-5.17: $(READY) $(OLDEST)/.installed

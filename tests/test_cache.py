@@ -10,7 +10,7 @@ import pytest
 import kvcompress
 from kvcompress import GEAR, AcrossKVCache, CompressedCache, EvictingCache, H2OCache
 from kvcompress.hf import release
-from tests.contract.caches import every_cache
+from tests.contract.caches import every_variant
 from tests.contract.drive import feed
 from tests.contract.models import prompt, tiny
 
@@ -45,7 +45,7 @@ def test_help_says_in_one_line_what_users_need_not_call():
             assert len(said.splitlines()) == 1, f"{kind.__name__}.{name}: {said}"
 
 
-@every_cache
+@every_variant
 def test_repr_is_one_block_that_names_the_settings_and_what_is_held(entry):
     model = tiny()
     cache = entry.build(model)

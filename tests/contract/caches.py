@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -371,8 +371,22 @@ ENTRIES = [
 
 by_name = {entry.name: entry for entry in ENTRIES}
 
-every_cache = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-
+# one for each way to hold tokens and to choose them; what others change beside is a score or a setting, and those meet
+# by default the tests in which it counts
+KINDS = (
+    "dense",
+    "hydragen",
+    "h2o",
+    "h2o_fraction",
+    "snapkv",
+    "gear",
+    "shadowkv",
+    "h2o_packed",
+    "h2o_heads",
+    "kvzip_global",
+    "attention_matching",
+    "h2o_rolled",
+)
 
 # steps of this one are compiled once it has taken room for them
 RESERVED = dataclasses.replace(ENTRIES[0], name="dense_reserved", compileable=True)
@@ -380,17 +394,32 @@ RESERVED = dataclasses.replace(ENTRIES[0], name="dense_reserved", compileable=Tr
 
 def caches(*names: str, also: tuple[Entry, ...] = ()) -> pytest.MarkDecorator:
     """These caches by default, and the others too where slow tests run."""
+    return _entries((*ENTRIES, *also), [*names, *(entry.name for entry in also)])
+
+
+def those(promise: Callable[[Entry], Any]) -> pytest.MarkDecorator:
+    """The caches that promise something: one of each kind by default, or all where none of `KINDS` does; the others too
+    where slow tests run."""
+    found = [entry for entry in ENTRIES if promise(entry)]
+    return _entries(found, {entry.name for entry in found} & {*KINDS} or [entry.name for entry in found])
+
+
+def all_those(promise: Callable[[Entry], Any]) -> pytest.MarkDecorator:
+    """All caches that promise something, by default."""
+    return _entries([entry for entry in ENTRIES if promise(entry)], [*by_name])
+
+
+def _entries(entries: Iterable[Entry], default: Collection[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "entry",
         [
-            pytest.param(entry, marks=() if entry in also or entry.name in names else pytest.mark.slow, id=entry.name)
-            for entry in (*ENTRIES, *also)
+            pytest.param(entry, marks=() if entry.name in default else pytest.mark.slow, id=entry.name)
+            for entry in entries
         ],
     )
 
 
-def those(promise: Callable[[Entry], Any]) -> pytest.MarkDecorator:
-    """The caches that promise something."""
-    return pytest.mark.parametrize(
-        "entry", [entry for entry in ENTRIES if promise(entry)], ids=lambda entry: entry.name
-    )
+# one of each kind by default, and the others too where slow tests run
+every_cache = caches(*KINDS)
+# all by default: for tests of what a score or a setting can break
+every_variant = caches(*by_name)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import set_seed
 
-from tests.contract.caches import ENTRIES, by_name, every_cache, those
+from tests.contract.caches import ENTRIES, all_those, by_name, every_cache, every_variant, those
 from tests.contract.drive import assert_same_state, feed, full, generate, recorded, replay, tokens_kept
 from tests.contract.models import build, families, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle
 
 
 # README: pass one to `model.generate`
-@every_cache
+@every_variant
 def test_greedy_decoding_equals_the_oracle(entry):
     model = tiny()
     _, _, transcript = recorded(entry, model, prompt(20, 2))
@@ -20,7 +20,7 @@ def test_greedy_decoding_equals_the_oracle(entry):
 
 
 # README: The evicting caches evict at the end of every forward, in prefill and at each decode step
-@those(lambda entry: entry.budget and not entry.competes)
+@all_those(lambda entry: entry.budget and not entry.competes)
 def test_what_is_kept_stays_within_the_budget_at_every_step(entry):
     model = tiny()
     _, cache, transcript = recorded(entry, model, prompt(20, 2), max_new_tokens=20)
@@ -53,7 +53,7 @@ def test_heads_that_compete_keep_the_budget_on_average_and_different_numbers(ent
 
 
 # README: | `DenseCache` | every token | the full cache: the ceiling, exact | |
-@those(lambda entry: entry.exact)
+@all_those(lambda entry: entry.exact)
 def test_an_exact_cache_generates_what_the_full_cache_does(entry):
     model = tiny()
     assert torch.equal(recorded(entry, model, prompt(20, 2))[0], full(model, prompt(20, 2)))
@@ -90,7 +90,7 @@ def test_sampling_with_one_seed_gives_one_answer_and_equals_the_oracle(entry):
 
 
 # README: padding, beam search and several turns
-@every_cache
+@every_variant
 def test_beam_search_equals_the_oracle_and_each_beam_its_sequence_alone(entry):
     model = tiny()
     ids, cache, transcript = recorded(entry, model, prompt(20, 2), num_beams=3, early_stopping=False)
@@ -104,7 +104,7 @@ def test_beam_search_equals_the_oracle_and_each_beam_its_sequence_alone(entry):
         assert torch.equal(ids, full(model, prompt(20, 2), num_beams=3, early_stopping=False))
 
 
-@every_cache
+@every_variant
 def test_a_beam_search_that_swaps_beams_is_what_was_tested(entry):
     """The test above needs beams that cross."""
     model = tiny()

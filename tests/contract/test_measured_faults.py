@@ -6,7 +6,7 @@ They were found in caches that mutate transformers' DynamicCache, and in transfo
 import pytest
 import torch
 
-from tests.contract.caches import every_cache, those
+from tests.contract.caches import all_those, every_cache, every_variant, those
 from tests.contract.drive import feed, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle, recording
@@ -61,7 +61,7 @@ def test_layers_of_different_length_do_not_crash(entry, attention):
 
 
 # README: per sequence, layer and KV head; tokens keep their true positions
-@every_cache
+@every_variant
 def test_heads_may_keep_different_tokens(entry):
     """Masks with one row for all heads cannot say so."""
     model = tiny()
@@ -109,7 +109,7 @@ def test_repeating_the_batch_repeats_everything_stored(entry):
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
-@those(lambda entry: entry.budget)
+@all_those(lambda entry: entry.budget)
 def test_scores_of_half_precision_do_not_saturate(entry):
     """A running sum in 16 bit stops growing at 2048."""
     model = tiny("llama", dtype=torch.float16)

@@ -12,7 +12,7 @@ from kvcompress import EvictingCache
 from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.kvzip import KVzip
-from tests.contract.caches import ENTRIES, Entry, caches, every_cache, slots, those
+from tests.contract.caches import KINDS, Entry, caches, every_cache, slots, those
 from tests.contract.drive import feed, generate
 from tests.contract.models import DEVICE, build, prompt, tiny
 
@@ -106,7 +106,7 @@ def test_a_cache_that_lets_nothing_go_is_within_rounding_of_the_full_cache_under
     assert (found - straight).abs().max() < 3 * rounding
 
 
-@pytest.mark.parametrize("entry", [*ENTRIES, KVZIP_IN_CODES], ids=lambda entry: entry.name)
+@caches(*KINDS, also=(KVZIP_IN_CODES,))
 def test_what_changes_a_cache_works_under_autocast(entry):
     """Autocast on a CPU joins no tensors of float16, which codes come with."""
     model = tiny()

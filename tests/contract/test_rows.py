@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from kvcompress import DenseCache, EvictingCache, H2OCache
 from kvcompress.policies.tova import TOVA
-from tests.contract.caches import caches, every_cache, those
+from tests.contract.caches import caches, every_cache, every_variant, those
 from tests.contract.drive import assert_same_state, feed, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, FAMILIES, families, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle
@@ -61,7 +61,7 @@ def test_rows_take_all_they_have_along(entry, method, argument, rows, padded):
         assert kept.shape[0] == len(rows)
 
 
-@every_cache
+@every_variant
 def test_one_prompt_is_fed_once_and_answered_many_times(entry):
     model = tiny()
     ids = prompt(20)
@@ -208,7 +208,7 @@ def save_and_load(entry, model, cache, path):
 
 
 # docs: `cache.save(path)` writes it to disk, and `H2OCache.load(path, model)` reads it back
-@every_cache
+@every_variant
 @pytest.mark.parametrize("way", ["clone", "file"])
 @families("llama", slow=("gemma2", "gpt_oss"))
 def test_a_copy_goes_on_as_the_original_and_apart_from_it(entry, way, family, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from tests.contract.caches import caches, every_cache, those
+from tests.contract.caches import caches, every_cache, every_variant, those
 from tests.contract.drive import feed, full, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, END, FAMILIES, PAD, families, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle
@@ -13,7 +13,7 @@ TOKENS = 12
 
 
 # README: beam search and several turns
-@every_cache
+@every_variant
 @pytest.mark.parametrize("ids_of", ["full", "new"])
 def test_a_second_turn_feeds_only_what_is_new_and_equals_the_oracle(entry, ids_of):
     model = tiny()
@@ -153,7 +153,7 @@ def test_chunked_prefill_equals_the_oracle(entry, chunk):
     assert_equals_oracle(model, transcript)
 
 
-@every_cache
+@every_variant
 def test_chunks_fed_by_hand_equal_the_oracle(entry):
     model = tiny()
     ids, mask = left_padded([prompt(30)[0], prompt(17, seed=2)[0]])

@@ -1,11 +1,19 @@
-"""Inputs of the kernel tests. Run plainly these tests check the PyTorch paths, under TRITON_INTERPRET=1 the kernels."""
+"""Inputs of the kernel tests, and which of their combinations run.
+
+Run plainly these tests check the PyTorch paths, under TRITON_INTERPRET=1 the kernels.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
-from kvcompress.kernels.common.runtime import runs_triton
+from kvcompress.kernels.common.runtime import INTERPRETED, runs_triton
 from kvcompress.kernels.low_rank import residual_factors_reference
 from kvcompress.kernels.quantise import quantise_reference
 
@@ -55,3 +63,41 @@ def packed_blocks(x: Tensor, coding: QuantScheme, spans: Tensor | None = None) -
         left += found[0]
         right.append(found[1])
     return packed._replace(left=left, right=torch.stack(right, 2))
+
+
+def some_of(parameters: dict[str, Sequence[Any]], at_once: int = 2) -> pytest.MarkDecorator:
+    """All combinations of these parameters; in the interpreter, which takes seconds for each, so many by default that
+    any values of `at_once` of them meet in one, and the others where slow tests run.
+
+    parameters: the values of each, or of several that belong together, by the names a test has for them.
+    """
+    names = [name.strip() for each in parameters for name in each.split(",")]
+    found = []
+    chosen = covering([len(values) for values in parameters.values()], at_once) if INTERPRETED else None
+    for index in itertools.product(*(range(len(values)) for values in parameters.values())):
+        given: list[Any] = []
+        for name, at in zip(parameters, index, strict=True):
+            given += parameters[name][at] if "," in name else [parameters[name][at]]
+        found.append(pytest.param(*given, marks=() if chosen is None or index in chosen else pytest.mark.slow))
+    return pytest.mark.parametrize(names, found, ids=str)
+
+
+def covering(sizes: list[int], at_once: int) -> set[tuple[int, ...]]:
+    """Few combinations of as many numbers below these sizes, of which any values of `at_once` positions meet in one."""
+    combinations = list(itertools.product(*map(range, sizes)))
+
+    def meeting(combination: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        return set(itertools.combinations(enumerate(combination), at_once))
+
+    missing = set().union(*map(meeting, combinations))
+    used: Counter[tuple[int, int]] = Counter()
+    chosen: set[tuple[int, ...]] = set()
+    while missing:
+        # of those that add as much the one whose values were met least
+        best = max(
+            combinations, key=lambda each: (len(meeting(each) & missing), -sum(used[at] for at in enumerate(each)))
+        )
+        chosen.add(best)
+        used.update(enumerate(best))
+        missing -= meeting(best)
+    return chosen

@@ -9,7 +9,7 @@ from kvcompress.kernels.attention import (
 )
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states
-from tests.kernels.inputs import DEVICE, DTYPES, heads, slot_positions, tolerance
+from tests.kernels.inputs import DEVICE, DTYPES, heads, slot_positions, some_of, tolerance
 
 
 def padding(batch, tokens):
@@ -86,12 +86,15 @@ def before_nan(tensor):
 
 
 # of one tile of rows, and of two, of which the second begins within a query's heads
-@pytest.mark.parametrize("queries", [1, 20])
-@pytest.mark.parametrize("options", [{}, {"window": 20, "pads": True}], ids=str)
-@pytest.mark.parametrize(
-    ("tokens", "dtype"),
-    [(32, torch.float32), (33, torch.float32), (95, torch.float32), (64, torch.bfloat16), (65, torch.bfloat16)],
-    ids=str,
+@some_of(
+    {
+        "tokens, dtype": [
+            *((tokens, torch.float32) for tokens in (32, 33, 95)),
+            *((tokens, torch.bfloat16) for tokens in (64, 65)),
+        ],
+        "options": [{}, {"window": 20, "pads": True}],
+        "queries": [1, 20],
+    }
 )
 def test_keys_may_end_anywhere_in_a_tile(tokens, dtype, queries, options):
     """A tile has 32 keys in float32, 64 in 16 bits."""
@@ -215,9 +218,13 @@ def test_large_logits_do_not_overflow(dtype):
     )
 
 
-@pytest.mark.parametrize("where", ["query", "key", "every key", "value"])
-@pytest.mark.parametrize(("queries", "tokens"), [(1, 1), (3, 3), (2, 40), (40, 40), (80, 90), (1, 600)])
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"window": 30}, {"pads": True}], ids=str)
+@some_of(
+    {
+        "options": [{}, {"softcap": 5.0}, {"window": 30}, {"pads": True}],
+        "queries, tokens": [(1, 1), (3, 3), (2, 40), (40, 40), (80, 90), (1, 600)],
+        "where": ["query", "key", "every key", "value"],
+    }
+)
 def test_nan_comes_through_where_it_is_seen(where, queries, tokens, options):
     """torch's fused attention takes a query all of whose logits are NaN for one that sees nothing."""
     query, key, value = heads(2, 4, queries, 64), heads(2, 2, tokens, 64), heads(2, 2, tokens, 64)

@@ -13,7 +13,7 @@ from kvcompress.kernels.column_sums import (
     slot_column_sums_reference,
 )
 from kvcompress.kernels.common.logits import LogitSpec
-from tests.kernels.inputs import DEVICE, heads, slot_positions
+from tests.kernels.inputs import DEVICE, heads, slot_positions, some_of
 from tests.kernels.test_attention import padding
 
 # a sum over many probabilities in another order
@@ -37,8 +37,10 @@ CAUSAL = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("group", "queries", "tokens", "head_dim", "options"), CAUSAL, ids=str)
+@some_of(
+    {"group, queries, tokens, head_dim, options": CAUSAL, "dtype": [torch.float32, torch.bfloat16]},
+    at_once=1,
+)
 def test_causal_sums_agree_with_the_reference(group, queries, tokens, head_dim, options, dtype):
     query, key = heads(2, 2 * group, queries, head_dim, dtype), heads(2, 2, tokens, head_dim, dtype)
     options = dict(options)

@@ -10,7 +10,7 @@ from kvcompress.kernels.common.quantized import QuantScheme
 from kvcompress.kernels.common.runtime import INTERPRETED, runs_triton
 from kvcompress.kernels.packed_attention import packed_attention, packed_attention_reference
 from kvcompress.kernels.quantise import dequantise
-from tests.kernels.inputs import DEVICE, DTYPES, blocks, heads, packed_blocks, tolerance
+from tests.kernels.inputs import DEVICE, DTYPES, blocks, heads, packed_blocks, some_of, tolerance
 
 # key bits, value bits, key group, value group, outliers, rank, group of heads, block, blocks, head_dim, options
 CASES = [
@@ -78,8 +78,7 @@ def test_tiles_of_several_blocks_and_groups_agree_with_the_reference(case, monke
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", IN_16_BITS, ids=ids)
+@some_of({"case": IN_16_BITS, "dtype": DTYPES[1:]}, at_once=1)
 def test_a_step_agrees_with_the_reference_in_16_bits(case, dtype):
     arguments, options = scene(case, dtype)
     out, lse, logits = packed_attention(*arguments, **options, with_logits=True)
@@ -91,9 +90,7 @@ def test_a_step_agrees_with_the_reference_in_16_bits(case, dtype):
 
 
 # tiles of 32 rows, and of 64
-@pytest.mark.parametrize("queries", [9, 33])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", [CASES[4], CASES[13]], ids=ids)
+@some_of({"case": [CASES[4], CASES[13]], "dtype": DTYPES[1:], "queries": [9, 33]})
 def test_several_queries_agree_with_the_reference_in_16_bits(case, dtype, queries):
     arguments, options = scene(case, dtype, queries)
     out, lse = packed_attention(*arguments, **options)
@@ -221,9 +218,7 @@ def test_what_does_not_fit_is_refused():
         packed_attention(*arguments, **options, with_logits=True)
 
 
-@pytest.mark.parametrize("where", ["query", "key", "every key", "value"])
-@pytest.mark.parametrize("case", CASES[:6], ids=ids)
-@pytest.mark.parametrize("queries", [1, 3])
+@some_of({"queries": [1, 3], "case": CASES[:6], "where": ["query", "key", "every key", "value"]})
 def test_nan_comes_through(where, case, queries):
     (query, keys, values, *rest), options = scene(case, queries=queries)
     if where == "query":

@@ -6,7 +6,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.prefix import prefix_attention, prefix_attention_reference
-from tests.kernels.inputs import DEVICE, DTYPES, heads, needs_triton, tolerance
+from tests.kernels.inputs import DEVICE, DTYPES, heads, needs_triton, some_of, tolerance
 
 FLAT = ([range(5)], 5)
 # two roots, depth 3, rows apart from each other, a row in no block, a block without rows
@@ -69,7 +69,7 @@ def test_prefix_attention_agrees_with_the_reference(sharing, tokens, group, quer
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("queries", [1, 12])
 def test_prefix_attention_agrees_with_the_reference_in_16_bits(queries, dtype):
     check(TREE, [64, 33, 1, 16, 5, 90], 3, queries, 64, 64, dtype)
 
@@ -208,9 +208,13 @@ def test_shared_rows_equal_slots_of_each_row():
         torch.testing.assert_close(made, expected)
 
 
-@pytest.mark.parametrize("where", ["query", "key", "every key", "value"])
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
-@pytest.mark.parametrize("tokens", [[3, 2, 1, 2, 5, 3], [64, 33, 1, 16, 5, 300]])
+@some_of(
+    {
+        "tokens": [[3, 2, 1, 2, 5, 3], [64, 33, 1, 16, 5, 300]],
+        "options": [{}, {"softcap": 5.0}],
+        "where": ["query", "key", "every key", "value"],
+    }
+)
 def test_nan_reaches_the_rows_that_see_it_and_no_others(where, options, tokens):
     sharing, own = Sharing(*TREE), blocks(tokens, 2, 64, 64)
     query = heads(6, 4, 2, 64)

@@ -7,7 +7,7 @@ from kvcompress.kernels import quantise as quantise_kernel
 from kvcompress.kernels.common.quantized import QuantScheme, pack_codes, unpack_codes
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.quantise import dequantise, quantise, quantise_reference
-from tests.kernels.inputs import DEVICE, DTYPES, blocks
+from tests.kernels.inputs import DEVICE, DTYPES, blocks, some_of
 
 # bits, group, axis, outliers, block, head_dim
 CASES = [
@@ -199,8 +199,13 @@ def test_what_cannot_be_packed_is_refused(coding, shape, text):
         quantise(torch.zeros(1, 1, 1, *shape, device=DEVICE), coding)
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(("bits", "group", "axis", "outliers", "block", "head_dim"), CASES, ids=str)
+@some_of(
+    {
+        "bits, group, axis, outliers, block, head_dim": CASES,
+        "number": [torch.nan, torch.inf, -torch.inf],
+    },
+    at_once=1,
+)
 def test_a_group_with_a_number_that_is_not_finite_is_nan_and_no_other_is(
     bits, group, axis, outliers, block, head_dim, number
 ):

@@ -5,7 +5,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import HAS_TRITON, recording
 from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
 from kvcompress.kernels.shared_attention import block_tables, shared_attention, shared_attention_reference
-from tests.kernels.inputs import DEVICE, DTYPES, heads, tolerance
+from tests.kernels.inputs import DEVICE, DTYPES, heads, some_of, tolerance
 from tests.kernels.test_prefix import FLAT, TREE, blocks
 
 
@@ -32,9 +32,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("slotted", [False, True])
-@pytest.mark.parametrize(("sharing", "tokens", "group", "own", "head_dim", "value_dim", "options"), CASES, ids=str)
+@some_of(
+    {
+        "sharing, tokens, group, own, head_dim, value_dim, options": CASES,
+        "slotted": [False, True],
+        "sinks": [False, True],
+    }
+)
 def test_it_agrees_with_the_reference(sharing, tokens, group, own, head_dim, value_dim, options, slotted, sinks):
     check(sharing, tokens, group, own, head_dim, value_dim, options, slotted, sinks)
 
