@@ -37,14 +37,14 @@ demo: $(READY)
 	$(RUN) -m kvcompress sweep --quick --out results/demo
 
 test: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not variant"
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/kernels
 
 test-slow: $(READY)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow or variant"
 	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/kernels
 
-# the contract of every cache on the oldest transformers that kvcompress supports
+# the contract of every cache, variants too, on the oldest transformers that kvcompress supports
 test-5.17: $(READY) $(OLDEST)/.installed
 	$(ON_OLDEST) -m "not slow" tests/contract tests/test_loading.py
 

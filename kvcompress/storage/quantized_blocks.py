@@ -243,7 +243,7 @@ class QuantizedBlocks(Segment):
             return _encode(rotate(x), coding, present)
         # some blocks at a time: there is no second copy of all of them
         parts = [quantise(rotate(x[:, :, some]), coding) for some in blocks_apart(x)]
-        return parts[0] if len(parts) == 1 else QuantizedTensor(*map(_joined, zip(*parts, strict=True)))
+        return parts[0] if len(parts) == 1 else QuantizedTensor(*map(_joined, zip(*parts, strict=True)))  # type: ignore[arg-type]
 
     def _place(self, fresh: dict[str, Tensor], present: Tensor, counts: list[int], rows: list[int], batch: int) -> None:
         before = self.blocks or [0] * batch

@@ -625,3 +625,41 @@ def test_drafts_are_taken_back_from_a_row_whose_first_tokens_were_hidden():
     found, expected = (feed(model, each, prompt(1, 2, seed=8), mask) for each in (cache, full))
     # in 8 bits
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.std()))
+
+
+# docs: Values are rotated by a Hadamard matrix with random signs before they are packed
+@pytest.mark.parametrize("make", [GEARCache, lambda model, **how: H2OCache(model, budget=30, packed=GEAR(**how))])
+def test_values_that_stand_out_lose_less_where_they_are_rotated(make):
+    model = build("llama", seed=3)
+    for layer in model.model.layers:
+        # two channels of every head
+        layer.self_attn.v_proj.weight.data.unflatten(0, (-1, 16))[:, 3:5] *= 30
+    ids, lost = prompt(72, seed=7), {}
+    for hadamard in (False, True):
+        cache = make(model, bits=4, hadamard=hadamard, group_size=16)
+        feed(model, cache, ids)
+        plain = DenseCache(model) if make is GEARCache else H2OCache(model, budget=30)
+        feed(model, plain, ids)
+        small = [channel for channel in range(16) if channel not in (3, 4)]
+        if make is GEARCache:
+            found, fed = unpacked(cache)[0][1], plain.layers[0].dense.held()[1]
+        else:
+            # slots stand in the order in which tokens came
+            found, fed = (each.layers[0].slots.contents()[1] for each in (cache, plain))
+            found = found[:, :, : fed.shape[2]]
+        lost[hadamard] = (found - fed)[..., small].square().mean()
+    assert lost[True] < 0.7 * lost[False]
+
+
+# docs: The papers' presets and `KIVICache` leave them as they are, as `hadamard=False` does
+def test_a_file_from_before_values_were_rotated_means_what_it_meant(tmp_path):
+    model = tiny()
+    for make in (GEARCache, lambda model, **how: H2OCache(model, budget=30, packed=GEAR(**how))):
+        cache = make(model, hadamard=False)
+        feed(model, cache, prompt(72))
+        settings = cache._settings()
+        (settings if "hadamard" in settings else settings["packed"]).pop("hadamard")
+        cache._settings = lambda settings=settings: settings
+        cache.save(tmp_path / "old")
+        loaded = type(cache).load(tmp_path / "old", model)
+        assert torch.equal(feed(model, loaded, prompt(3, seed=4)), feed(model, cache, prompt(3, seed=4)))

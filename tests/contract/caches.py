@@ -371,8 +371,8 @@ ENTRIES = [
 
 by_name = {entry.name: entry for entry in ENTRIES}
 
-# one for each way to hold tokens and to choose them; what others change beside is a score or a setting, and those meet
-# by default the tests in which it counts
+# one for each way to hold tokens and to choose them; what the others, its variants, change is a score or a setting, and
+# by default they meet the tests in which it counts
 KINDS = (
     "dense",
     "hydragen",
@@ -383,6 +383,7 @@ KINDS = (
     "shadowkv",
     "h2o_packed",
     "h2o_heads",
+    "kvzip",
     "kvzip_global",
     "attention_matching",
     "h2o_rolled",
@@ -394,32 +395,31 @@ RESERVED = dataclasses.replace(ENTRIES[0], name="dense_reserved", compileable=Tr
 
 def caches(*names: str, also: tuple[Entry, ...] = ()) -> pytest.MarkDecorator:
     """These caches by default, and the others too where slow tests run."""
-    return _entries((*ENTRIES, *also), [*names, *(entry.name for entry in also)])
+    return _entries((*ENTRIES, *also), [*names, *(entry.name for entry in also)], pytest.mark.slow)
 
 
 def those(promise: Callable[[Entry], Any]) -> pytest.MarkDecorator:
     """The caches that promise something: one of each kind by default, or all where none of `KINDS` does; the others too
-    where slow tests run."""
+    where variants run."""
     found = [entry for entry in ENTRIES if promise(entry)]
-    return _entries(found, {entry.name for entry in found} & {*KINDS} or [entry.name for entry in found])
+    default = {entry.name for entry in found} & {*KINDS} or [entry.name for entry in found]
+    return _entries(found, default, pytest.mark.variant)
 
 
 def all_those(promise: Callable[[Entry], Any]) -> pytest.MarkDecorator:
     """All caches that promise something, by default."""
-    return _entries([entry for entry in ENTRIES if promise(entry)], [*by_name])
+    return _entries([entry for entry in ENTRIES if promise(entry)], [*by_name], pytest.mark.variant)
 
 
-def _entries(entries: Iterable[Entry], default: Collection[str]) -> pytest.MarkDecorator:
+def _entries(entries: Iterable[Entry], default: Collection[str], mark: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """Those that are not in `default` are marked."""
     return pytest.mark.parametrize(
         "entry",
-        [
-            pytest.param(entry, marks=() if entry.name in default else pytest.mark.slow, id=entry.name)
-            for entry in entries
-        ],
+        [pytest.param(entry, marks=() if entry.name in default else mark, id=entry.name) for entry in entries],
     )
 
 
-# one of each kind by default, and the others too where slow tests run
-every_cache = caches(*KINDS)
+# one of each kind by default, and the others too where variants run
+every_cache = those(lambda entry: True)
 # all by default: for tests of what a score or a setting can break
-every_variant = caches(*by_name)
+every_variant = all_those(lambda entry: True)

@@ -227,7 +227,7 @@ def test_caches_of_other_budgets_are_compiled_for_one_after_the_other():
     ids = prompt(20, 2)
     token, position = ids[:, -1:], torch.full((2, 1), 20, device=DEVICE)
     compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
-    for budget in (8, 10):
+    for budget in (8, 10, 12):
         cache, straight = H2OCache(model, budget=budget), H2OCache(model, budget=budget)
         for each in (cache, straight):
             feed(model, each, ids)
