@@ -8,7 +8,8 @@ values that are stored rotated need to be rotated back only once, after attentio
 
     out = p V = (p rotate(V)) R'
 
-Flops 2 * head_dim per number. Bytes: each vector read and written once, and R: bound by bandwidth.
+Operations per number: log2(head_dim) to rotate, 2 * head_dim to rotate back. Bytes: each vector read and written once,
+to rotate once in each step: bound by bandwidth.
 """
 
 import functools
@@ -24,29 +25,30 @@ from kvcompress.kernels.common.runtime import op
 def rotate(x: Tensor, back: bool = False) -> Tensor:
     """Rotates vectors [..., head_dim] of any floating dtype; back: takes a rotation back. Computed in float32 or more.
 
+    What a vector is rotated to does not depend on the others, bit by bit: a row is packed as it would be alone.
+
     Returns:
         As x.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    matrix = _matrix(x.shape[-1], dtype, x.device)
-    return (x.to(dtype) @ (matrix.mT if back else matrix)).to(x.dtype).contiguous()
+    dim, dtype = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    if back:
+        return (x.to(dtype) @ _matrix(dim, dtype, x.device).mT).to(x.dtype).contiguous()
+    power, cosines = dim & -dim, _cosines(dim // (dim & -dim)).to(x.device, dtype)
+    y = (x.to(dtype) * _signs(dim).to(x.device, dtype)).unflatten(-1, (power, -1))
+    if len(cosines) > 1:
+        y = functools.reduce(torch.add, [y[..., [k]] * cosines[k] for k in range(len(cosines))])
+    half = 1
+    while half < power:
+        one, other = y.unflatten(-2, (-1, 2, half)).unbind(-3)
+        y = torch.stack([one + other, one - other], -3).flatten(-4, -2)
+        half *= 2
+    return (y.flatten(-2) * power**-0.5).to(x.dtype)
 
 
 def rotate_reference(x: Tensor, back: bool = False) -> Tensor:
-    """What rotate means: the fast transform, step by step."""
-    dim = x.shape[-1]
-    power, signs = dim & -dim, _signs(dim).to(x.device)
-    cosines = _cosines(dim // power).to(x.device)
-    y = x.double() * (1 if back else signs)
-    # the last part of an index counts the cosines
-    y = (y.unflatten(-1, (power, -1)) @ (cosines.mT if back else cosines)).transpose(-1, -2)
-    half = 1
-    while half < power:
-        pairs = y.unflatten(-1, (-1, 2, half))
-        y = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).flatten(-3)
-        half *= 2
-    y = y.transpose(-1, -2).flatten(-2) / math.sqrt(power)
-    return (y * (signs if back else 1)).to(x.dtype)
+    """What rotate means, in float64."""
+    matrix = _matrix(x.shape[-1], torch.float64, x.device)
+    return (x.double() @ (matrix.mT if back else matrix)).to(x.dtype)
 
 
 @functools.cache
@@ -58,10 +60,11 @@ def _matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         hadamard = torch.ones(1, 1, dtype=torch.float64)
         while len(hadamard) < power:
             hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
-        whole = torch.kron(hadamard / math.sqrt(power), _cosines(dim // power))
+        whole = torch.kron(hadamard * power**-0.5, _cosines(dim // power))
         return (_signs(dim)[:, None] * whole).to(device, dtype)
 
 
+@functools.cache
 def _signs(dim: int) -> Tensor:
     """1 and -1 in an order that looks random, [dim]: saved files rely on it."""
     state, signs = 1, []

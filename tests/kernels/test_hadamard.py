@@ -41,3 +41,13 @@ def test_what_it_prepares_in_inference_mode_serves_training_too():
     x = torch.randn(2, 40, requires_grad=True)
     rotate(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_vector_does_not_depend_on_those_beside_it(dim, dtype):
+    x = torch.randn(3, 2, 70, dim).to(dtype)
+    whole = rotate(x)
+    assert torch.equal(rotate(x[1:2, :, 33:41]), whole[1:2, :, 33:41])
+    assert torch.equal(rotate(x[2, 1, 69]), whole[2, 1, 69])
+    assert torch.equal(rotate(x.transpose(1, 2)), whole.transpose(1, 2))
