@@ -33,8 +33,8 @@ def rotate(x: Tensor, back: bool = False) -> Tensor:
     dim, dtype = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
     if back:
         return (x.to(dtype) @ _matrix(dim, dtype, x.device).mT).to(x.dtype).contiguous()
-    power, cosines = dim & -dim, _cosines(dim // (dim & -dim)).to(x.device, dtype)
-    y = (x.to(dtype) * _signs(dim).to(x.device, dtype)).unflatten(-1, (power, -1))
+    power, (signs, cosines) = dim & -dim, _factors(dim, dtype, x.device)
+    y = (x.to(dtype) * signs).unflatten(-1, (power, -1))
     if len(cosines) > 1:
         y = functools.reduce(torch.add, [y[..., [k]] * cosines[k] for k in range(len(cosines))])
     half = 1
@@ -52,6 +52,13 @@ def rotate_reference(x: Tensor, back: bool = False) -> Tensor:
 
 
 @functools.cache
+def _factors(dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The signs, [dim], and C, as `_matrix` has them."""
+    with torch.inference_mode(False):
+        return _signs(dim).to(device, dtype), _cosines(dim // (dim & -dim)).to(device, dtype)
+
+
+@functools.cache
 def _matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """R, [dim, dim]."""
     # shared by all that comes
@@ -64,7 +71,6 @@ def _matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return (_signs(dim)[:, None] * whole).to(device, dtype)
 
 
-@functools.cache
 def _signs(dim: int) -> Tensor:
     """1 and -1 in an order that looks random, [dim]: saved files rely on it."""
     state, signs = 1, []

@@ -388,7 +388,7 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("policy", [KVzip(sinks=1), SnapKV(window=4, recent=4)])
 def test_a_profile_is_what_heads_keep_where_they_compete(policy):
-    model, text = tiny(), prompt(60)
+    model, text = build("llama"), prompt(60)
     found = measure_profile(model, [text], policy=policy, budgets=[20])
     how = "global" if isinstance(policy, KVzip) else "heads"
     cache = EvictingCache(model, policy=policy, budget=20, allocation=how)
