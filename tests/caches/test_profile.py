@@ -386,6 +386,7 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path):
         Profile.load(tmp_path / "unsigned")
 
 
+# README: and a `Profile` gives each head a share that was measured beforehand
 @pytest.mark.parametrize("policy", [KVzip(sinks=1), SnapKV(window=4, recent=4)])
 def test_a_profile_is_what_heads_keep_where_they_compete(policy):
     model, text = build("llama"), prompt(60)
