@@ -42,7 +42,8 @@ def rotate(x: Tensor, back: bool = False) -> Tensor:
         one, other = y.unflatten(-2, (-1, 2, half)).unbind(-3)
         y = torch.stack([one + other, one - other], -3).flatten(-4, -2)
         half *= 2
-    return (y.flatten(-2) * math.pow(power, -0.5)).to(x.dtype)
+    rotated: Tensor = y.flatten(-2) / math.sqrt(power)
+    return rotated.to(x.dtype)
 
 
 def rotate_reference(x: Tensor, back: bool = False) -> Tensor:
