@@ -34,7 +34,7 @@ class Profile:
     """Each head's share of the budget, to be a cache's `allocation`.
 
         profile = Profile.load("profile.safetensors")
-        cache = SnapKVCache(model, budget=512, allocation=profile)
+        cache = H2OCache(model, budget=512, allocation=profile)
 
     shares: of each layer, of each of its KV heads; 1 on average over all heads of all layers.
     model: of which model; a cache refuses it for another one.

@@ -34,7 +34,7 @@ def profile(
 ) -> None:
     """Measure each layer's and KV head's share of the budget, where all compete.
 
-    The file is then an allocation of any evicting cache: --cache snapkv:allocation=profile.safetensors.
+    The file is then an allocation of any evicting cache: --cache h2o:allocation=profile.safetensors.
     """
     for path in data:
         if not path.is_file():
