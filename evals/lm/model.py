@@ -117,11 +117,15 @@ class CompressedLM(HFLM):
         """Log-likelihood of each continuation, and whether greedy decoding would give it."""
         # what is read before the cache compresses, and the requests that go on from there with what is read after that
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        held: dict[tuple[int, ...], int] = {}
         for index, (text, context, continuation) in enumerate(requests):
             whole = (context + continuation)[-(self.max_length + 1) :]
-            tokens = whole[: len(whole) - len(continuation)]
-            read = len(tokens) - self._held_back(tokens, None if text is None else text[0])
-            groups.setdefault(tuple(tokens[:read]), []).append((index, tokens[read:]))
+            tokens = tuple(whole[: len(whole) - len(continuation)])
+            if tokens not in held:
+                # a text is encoded for it, once for all continuations
+                held[tokens] = self._held_back(tokens, None if text is None else text[0])
+            read = len(tokens) - held[tokens]
+            groups.setdefault(tokens[:read], []).append((index, list(tokens[read:])))
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         order = sorted(groups, key=len, reverse=True)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0 or None, desc="likelihoods")
