@@ -40,7 +40,7 @@ def ragged_attention(
         positions: [batch, kv_heads, most slots of a head] int32, as in slot_attention; not read from a head's capacity
             on.
         query_positions: [batch, queries] int32; read only where there is a window.
-        bias: [batch, kv_heads, most slots of a head] float32, as in slot_attention and positions.
+        bias: [slots of all heads] float32, added to their logits as in slot_attention.
 
     Returns:
         The output, [batch, heads, queries, value_dim] in query's dtype, and its log-sum-exp,
@@ -64,7 +64,8 @@ def ragged_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """What ragged_attention means, in plain PyTorch."""
     even = padded(key, value, extents, positions)
-    return slot_attention_reference(query, *even, query_positions, spec, bias)
+    of_slots = None if bias is None else by_column(bias, extents, positions.shape[2])
+    return slot_attention_reference(query, *even, query_positions, spec, of_slots)
 
 
 @op(
@@ -122,11 +123,17 @@ def ragged_decode_attention_reference(
 
 def padded(key: Tensor, value: Tensor, extents: Extents, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and positions as slot_attention takes them: from a head's capacity on 0, and empty."""
-    column = torch.arange(positions.shape[2], device=positions.device)
+    columns = positions.shape[2]
+    beyond = torch.arange(columns, device=positions.device) >= extents.capacities[..., None]
+    return by_column(key, extents, columns), by_column(value, extents, columns), positions.masked_fill(beyond, -1)
+
+
+def by_column(x: Tensor, extents: Extents, columns: int) -> Tensor:
+    """Rows of all heads, [slots of all heads, ...], as [batch, kv_heads, columns, ...]: from a head's capacity on 0."""
+    column = torch.arange(columns, device=x.device)
     beyond = column >= extents.capacities[..., None]
-    index = (extents.starts[..., None] + column).clamp(max=len(key) - 1)
-    keys, values = (x[index].masked_fill(beyond[..., None], 0.0) for x in (key, value))
-    return keys, values, positions.masked_fill(beyond, -1)
+    rows = x[(extents.starts[..., None] + column).clamp(max=len(x) - 1)]
+    return rows.masked_fill(beyond.view(*beyond.shape, *[1] * (x.dim() - 1)), 0.0)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, extents: Extents, positions: Tensor) -> None:
@@ -155,11 +162,11 @@ def aot_calls() -> None:
         for dtype in AOT_DTYPES:
             key, at = shaped(2000, head_dim, dtype=dtype), shaped(1, 1, dtype=torch.int32)
             query, sinks = shaped(1, 16, 1, head_dim, dtype=dtype), shaped(16, dtype=dtype)
-            for spec, bias in ((LogitSpec(0.1), None), (LogitSpec(0.1, 700, 30.0), shaped(1, 4, 900))):
+            for spec, bias in ((LogitSpec(0.1), None), (LogitSpec(0.1, 700, 30.0), shaped(2000))):
                 ragged_attention(query, key, key, extents, positions, at, spec, bias)
             ragged_decode_attention(query, key, key, extents, positions, at, LogitSpec(0.1))
             ragged_decode_attention(query, key, key, extents, positions, at, LogitSpec(0.1, 700, 30.0), sinks)
             # as many rows as its largest tile has
             query, at = shaped(1, 16, 16, head_dim, dtype=dtype), shaped(1, 16, dtype=torch.int32)
             ragged_attention(query, key, key, extents, positions, at, LogitSpec(0.1))
-            ragged_attention(query, key, key, extents, positions, at, LogitSpec(0.1, 700, 30.0), shaped(1, 4, 900))
+            ragged_attention(query, key, key, extents, positions, at, LogitSpec(0.1, 700, 30.0), shaped(2000))

@@ -67,7 +67,8 @@ def launch_split(
         tickets: [batch, kv_heads] int32, set to 0 for the launch that follows.
         merge: False leaves the parts apart, float32 with the split as a first dimension.
         others: parts before these, which the caller writes; without `merge` only.
-        extents: of heads that differ in how many slots they have; key and value are [slots of all heads, head_dim].
+        extents: of heads that differ in how many slots they have; key and value are [slots of all heads, head_dim], and
+            bias [slots of all heads].
     """
     batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1:3] if positions is None else positions.shape[1:]
@@ -205,8 +206,10 @@ def _split_kernel(
         first_slot = tl.load(starts_ptr + owner)
         key_ptr += first_slot * key_stride
         value_ptr += first_slot * value_stride
+        bias_base = first_slot
     else:
         length = tokens
+        bias_base = positions_base
     query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
     query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
     if SLOTTED:
@@ -253,7 +256,7 @@ def _split_kernel(
                 if part == 1:
                     seen = seen & (token[None, :] <= position[:, None])
             if BIASED:
-                logits += tl.load(bias_ptr + tile_base + column, mask=token_ok, other=0.0)[None, :]
+                logits += tl.load(bias_ptr + bias_base + start + column, mask=token_ok, other=0.0)[None, :]
             if WINDOWED:
                 seen = seen & (slot_position[None, :] > position[:, None] - window)
             if PADDED:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.caches.competition import rounded
+from kvcompress.hf.tensor_parallel import TPGroup
 
 # shares are rounded as so many parts of a head's mean share
 _PARTS = 1024
@@ -45,6 +46,10 @@ class Allotment:
         kinds, counts = few.unique(return_counts=True)
         heads = counts.double()
         return [cls(own, kinds, heads) for own in few.view_as(given)]
+
+    def of_rank(self, ranks: TPGroup | None) -> Self:
+        """The part of the heads that this process has, of those that several share."""
+        return self if ranks is None else type(self)(ranks.own_heads(self.own, 0), self.kinds, self.heads)
 
     def to(self, device: torch.device) -> Self:
         """The same on a device."""

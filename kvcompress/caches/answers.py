@@ -190,8 +190,9 @@ class AnsweringLayer(TailedLayer, RereadLayer):
         kept = torch.cat([slots.positions, places], -1) != EMPTY
         fitted = None
         if bias is not None:
-            assert slots.bias is not None
-            fitted = torch.cat([slots.contents()[1], value], 2), torch.cat([slots.bias, bias], -1)
+            held = slots.bias
+            assert held is not None
+            fitted = torch.cat([slots.contents()[1], value], 2), torch.cat([held, bias], -1)
         scores = torch.zeros_like(kept, dtype=torch.float32)
         slots.refill(key, value, places, scores, kept, self._capacities(kept.sum(-1)), fitted)
         self._follow_budget(self.lengths)
@@ -210,12 +211,13 @@ class AnsweringLayer(TailedLayer, RereadLayer):
         """Values and log-weights of slots and of a chunk, fitted to the queries of the second reading."""
         how = self.policy.rereads
         assert how is not None
-        assert slots.bias is not None
+        held = slots.bias
+        assert held is not None
         keys, values = slots.contents()
         first = places.masked_fill(places == EMPTY, torch.iinfo(places.dtype).max).amin(-1, keepdim=True)
         of_chunk = torch.where(places == EMPTY, -1, 1 + (places - first) // how.chunk)
         blocks = torch.cat([torch.where(slots.positions == EMPTY, -1, 0), of_chunk], -1).long()
-        bias = torch.cat([slots.bias, torch.zeros_like(places, dtype=slots.bias.dtype)], -1)
+        bias = torch.cat([held, torch.zeros_like(places, dtype=held.dtype)], -1)
         return match(asked, torch.cat([keys, key], 2), torch.cat([values, value], 2), bias, blocks, kept, spec)
 
     def _capacities(self, kept: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ class CompactionStep(ChunkStep):
         asked, spec = layer.take_asked()
         fitted = None
         if asked:
-            assert slots.bias is not None
-            fitted = match(asked, *slots.contents(), slots.bias, self._blocks(slots), kept, spec)
+            bias = slots.bias
+            assert bias is not None
+            fitted = match(asked, *slots.contents(), bias, self._blocks(slots), kept, spec)
         capacities = layer._capacities(kept.sum(-1))
         slots.refill(x.key, x.value, ranking.places, ranking.scores, kept, capacities, fitted)
         layer._pin()
@@ -116,7 +117,7 @@ def holds_no_more(layers: Sequence[AnsweringLayer], budget: Budget) -> bool:
     """Whether no head holds more tokens than a budget allows, however layers and heads share it."""
     if isinstance(budget.amount, float):
         return budget.amount == 1.0
-    return all(int(layer.tokens_kept().max()) <= budget.amount for layer in layers)
+    return all(int(layer.tokens_of_all_heads().max()) <= budget.amount for layer in layers)
 
 
 def granted(layers: Sequence[AnsweringLayer], budget: Budget, allocation: Allocation) -> list[Tensor]:
@@ -132,7 +133,7 @@ def granted(layers: Sequence[AnsweringLayer], budget: Budget, allocation: Alloca
     if isinstance(amount, int):
         counts = [int(each.amount) for each in budget.per_layer(allocation, len(layers))]
         return [torch.full_like(layer.limits, count) for layer, count in zip(layers, counts, strict=True)]
-    held = [layer.tokens_kept() for layer in layers]
+    held = [layer.tokens_of_all_heads() for layer in layers]
     means = [kept.double().mean(-1) for kept in held]
     if allocation == "global":
         there = means[0].device

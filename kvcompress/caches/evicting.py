@@ -106,7 +106,7 @@ class EvictingCache(CompressedCache):
                 "pyramid": early layers get more. "heads": the heads of a layer compete. "global": all heads of all
                 layers compete. A Profile: each head its share, whatever the policy. Where heads differ, memory is what
                 is kept, not the longest head times all. None: as the policy does where that can be, "global" for KVzip
-                and "uniform" for others, for packed slots and where a model's heads are in several processes.
+                and "uniform" for others and for packed slots.
             rerotated: close gaps between the positions of kept tokens, to go past the length the model was trained for.
             packed: store them as codes, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for unpacked.
 
@@ -118,8 +118,7 @@ class EvictingCache(CompressedCache):
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
-        apart = rerotated or packed is not None or TPGroup.of(model) is not None
-        allocation = shared_as(policy, allocation, apart)
+        allocation = shared_as(policy, allocation, rerotated or packed is not None)
         _check_allocation(allocation, policy, rerotated, packed, model)
         self.policy = policy
         self._budget = kept_budget(budget, policy)
@@ -155,6 +154,7 @@ class EvictingCache(CompressedCache):
         rope = None
         model = self._model()
         assert model is not None
+        ranks = TPGroup.of(model)
         if self.policy.uses_rotary or (self.rerotated and window is None):
             rope = Rope.of(model, index)
         kind = EvictingLayer
@@ -172,9 +172,9 @@ class EvictingCache(CompressedCache):
             is_first=index == 0,
             rope=rope,
             packed=self.packed,
-            ranks=TPGroup.of(model),
+            ranks=ranks,
             competes=self.allocation in COMPETING,
-            allotment=None if self._allotments is None else self._allotments[index],
+            allotment=None if self._allotments is None else self._allotments[index].of_rank(ranks),
         )
 
     @property
@@ -262,8 +262,6 @@ def _check_allocation(
     if rerotated or packed is not None:
         given = "rerotated" if rerotated else "packed"
         raise ValueError(f"{asked} gives heads different numbers of slots, and cannot be combined with {given}")
-    if TPGroup.of(model) is not None:
-        raise ValueError(f"{asked} compares all heads, and {type(model).__name__} has them in several processes")
     if isinstance(allocation, Profile):
         allocation.check(model)
 

@@ -134,6 +134,11 @@ class EvictingLayer(CompressedLayer):
         assert self.slots is not None
         return self.slots.kept()
 
+    def tokens_of_all_heads(self) -> Tensor:
+        """`tokens_kept`, [batch, kv_heads] int64, with the heads that other processes have."""
+        kept = self.tokens_kept()
+        return kept if self.ranks is None else self.ranks.all_heads(kept[..., None], 0)[..., 0]
+
     def held_positions(self) -> Tensor:
         """The positions of the tokens held, [batch, kv_heads, any] int32, EMPTY for none."""
         assert self.slots is not None

@@ -303,11 +303,15 @@ class Ranking:
 
 def shares_of(layers: "Sequence[EvictingLayer]", rankings: Sequence[Ranking]) -> list[Tensor]:
     """How many tokens the heads of each of these layers, which compete with one another, may keep."""
-    first = layers[0]
-    heads = sum(ranking.worth.shape[1] for ranking in rankings)
+    first, ranks = layers[0], layers[0].ranks
+    worth = [ranking.worth for ranking in rankings]
+    if ranks is not None:
+        worth = [ranks.all_heads(each, -torch.inf) for each in worth]
+    heads = sum(each.shape[1] for each in worth)
     nominal = first.nominal_limits().long()
     floor = (first.policy.sinks + first.recents + first.policy.chooses).long().minimum(nominal)
-    return shares([ranking.worth for ranking in rankings], nominal * heads, floor)
+    counts = shares(worth, nominal * heads, floor)
+    return counts if ranks is None else [ranks.own_heads(each, 1) for each in counts]
 
 
 def _scores(layer: "EvictingLayer", candidates: Candidates) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.caches.budget import Allocation, Budget
 from kvcompress.caches.evicting import EvictingCache, kept_budget
+from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.caches.profile import Profile
 from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.policy import Policy
@@ -69,9 +70,9 @@ def measure_profile(
             cache = EvictingCache(model, policy=policy, budget=budget, allocation=allocation)
             with torch.no_grad():
                 decoder(input_ids=text.to(hf.input_device(model)), use_cache=True, **hf.cache_argument(decoder, cache))
-            kept = torch.stack(
-                [layer.tokens_kept().cpu().double() for layer in cache.layers]
-            )  # [layers, batch, kv_heads]
+            layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
+            kept = torch.stack([layer.tokens_of_all_heads().cpu().double() for layer in layers])
+            # [layers, batch, kv_heads]
             shares.append((kept / kept.mean((0, 2), keepdim=True)).mean(1))
     measured = {
         "policy": str(policy),

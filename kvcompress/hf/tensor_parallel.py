@@ -5,10 +5,10 @@ layer go through `TPGroup`.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from kvcompress import hf
@@ -32,3 +32,22 @@ class TPGroup:
         # functional operations stay in a compiled graph
         functional = torch.ops._c10d_functional
         return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", self.name)) / self.size
+
+    def all_heads(self, x: Tensor, empty: float) -> Tensor:
+        """The heads of all processes, [batch, kv_heads * size, any], the same on each.
+
+        Args:
+            x: [batch, kv_heads, any], whose last dimension may differ from process to process.
+            empty: what fills the shorter ones.
+        """
+        functional = torch.ops._c10d_functional
+        width = x.new_tensor([x.shape[-1]], dtype=torch.int64)
+        most = int(functional.wait_tensor(functional.all_reduce(width, "max", self.name)))
+        wide = torch.nn.functional.pad(x, (0, most - x.shape[-1]), value=empty).transpose(0, 1).contiguous()
+        whole: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(wide, self.size, self.name))
+        return whole.transpose(0, 1)
+
+    def own_heads(self, x: Tensor, dim: int) -> Tensor:
+        """What of a tensor of all heads, which are in this dimension, is of this process's."""
+        resolve: Any = distributed.distributed_c10d._resolve_process_group
+        return x.chunk(self.size, dim)[distributed.get_rank(resolve(self.name))]

@@ -2,8 +2,8 @@
 
 A tensor of all heads must be as wide as the longest, and where one head keeps ten times as much as another most of it
 would be empty. So keys and values lie in rows one after another, head by head, heads of equal capacity side by side:
-those are one tensor again, and every operation on slots runs once for each capacity, without a loop over heads. What
-is small, positions and scores, stays as wide as the longest head. On a GPU one kernel attends to all heads
+those are one tensor again, and every operation on slots runs once for each capacity, without a loop over heads. So do
+log-weights, where there are any. What is small, positions and scores, stays as wide as the longest head. On a GPU one kernel attends to all heads
 (kernels/ragged.py), and only sums and maxima of columns run once for each capacity.
 """
 
@@ -22,7 +22,7 @@ from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.common.split_attention import Extents
 from kvcompress.kernels.common.torch_attention import slots_seen
 from kvcompress.kernels.decode import slot_probabilities
-from kvcompress.kernels.ragged import padded, ragged_attention, ragged_decode_attention
+from kvcompress.kernels.ragged import by_column, padded, ragged_attention, ragged_decode_attention
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
 
@@ -49,14 +49,14 @@ class RaggedSlots(SlotSegment):
 
     keys, values: [slots of all heads, head_dim]. positions, scores: [batch, kv_heads, most slots of a head], EMPTY and
     of no meaning from a head's capacity on. spare: as in SlotSegment. capacities: [batch, kv_heads] int64, slots of a
-    head, of which one at least is free where single tokens are put. bias: [batch, kv_heads, most slots] float32, log-
-    weights that attention adds to logits; None for slots that have none. starts: [batch, kv_heads] int64, a head's
+    head, of which one at least is free where single tokens are put. log_weights: [slots of all heads] float32, what
+    attention adds to logits; None for slots that have none. starts: [batch, kv_heads] int64, a head's
     first slot in `keys`. order: [heads of all sequences] int64, their numbers in the order in which they lie there.
     """
 
-    tensor_names = (*SlotSegment.tensor_names, "bias", "capacities", "starts", "order")
+    tensor_names = (*SlotSegment.tensor_names, "log_weights", "capacities", "starts", "order")
 
-    bias: Tensor | None
+    log_weights: Tensor | None
     capacities: Tensor
     starts: Tensor
     order: Tensor
@@ -64,7 +64,7 @@ class RaggedSlots(SlotSegment):
 
     def __init__(self, key: Tensor, value: Tensor, slots: int, has_bias: bool = False) -> None:
         super().__init__(key, value, slots)
-        self.bias = torch.zeros_like(self.scores) if has_bias else None
+        self.log_weights = torch.zeros_like(self.scores).flatten() if has_bias else None
         self._lay_out(torch.full(key.shape[:2], slots))
         self.keys, self.values = self.keys.flatten(0, 2), self.values.flatten(0, 2)
 
@@ -88,15 +88,28 @@ class RaggedSlots(SlotSegment):
     def _set(self, tensors: dict[str, Tensor]) -> None:
         super()._set(tensors)
         self._lay_out(self.capacities.cpu())
+        if "bias" in tensors:
+            # files of before December 2026 have log-weights as wide as the longest head
+            self.weigh(tensors["bias"])
 
     @property
     def slots(self) -> int:
         """How many slots the longest head has, with the free one."""
         return self.positions.shape[2]
 
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The log-weights by head, [batch, kv_heads, most slots]: a copy, with 0 from a head's capacity on."""
+        return None if self.log_weights is None else by_column(self.log_weights, self._extents(), self.slots)
+
+    def weigh(self, bias: Tensor) -> None:
+        """Sets the log-weights, [batch, kv_heads, most slots] float32; not read from a head's capacity on."""
+        within = torch.arange(self.slots, device=bias.device) < self.capacities[..., None]
+        self.log_weights = bias.flatten(0, 1)[self.order][within.flatten(0, 1)[self.order]]
+
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        keys, values, starts = self.keys, self.values, change(self.starts)
-        for name in ("positions", "scores", "spare", *([] if self.bias is None else ["bias"])):
+        keys, values, weights, starts = self.keys, self.values, self.log_weights, change(self.starts)
+        for name in ("positions", "scores", "spare"):
             setattr(self, name, change(getattr(self, name)))
         self._lay_out(change(self.capacities).cpu())
         sizes = self.capacities.flatten()[self.order]
@@ -104,6 +117,7 @@ class RaggedSlots(SlotSegment):
         moved = (starts - self.starts).flatten()[self.order].repeat_interleave(sizes)
         source = torch.arange(len(moved), device=moved.device) + moved
         self.keys, self.values = keys[source], values[source]
+        self.log_weights = None if weights is None else weights[source]
 
     def rotated_keys(self) -> Tensor:
         return self.contents()[0]
@@ -116,26 +130,32 @@ class RaggedSlots(SlotSegment):
     def like(self) -> tuple[Tensor, Tensor]:
         return tuple(x.new_empty(*self.starts.shape, 0, x.shape[-1]) for x in (self.keys, self.values))  # type: ignore[return-value]
 
-    def _stored(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """By capacity: the heads' places in `order`, and their keys and values, [heads, 1, capacity, head_dim]."""
+    def _stored(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """By capacity: the heads' places in `order`, their keys and values, [heads, 1, capacity, head_dim], and their
+        log-weights, [heads, 1, capacity]."""
         for bucket in self.buckets:
-            keys, values = (
-                x.narrow(0, bucket.first, bucket.heads * bucket.capacity).view(
-                    bucket.heads, 1, bucket.capacity, x.shape[-1]
+            keys, values, weights = (
+                None
+                if x is None
+                else x.narrow(0, bucket.first, bucket.heads * bucket.capacity).view(
+                    bucket.heads, 1, bucket.capacity, *x.shape[1:]
                 )
-                for x in (self.keys, self.values)
+                for x in (self.keys, self.values, self.log_weights)
             )
-            yield slice(bucket.start, bucket.stop), keys, values
+            assert keys is not None
+            assert values is not None
+            yield slice(bucket.start, bucket.stop), keys, values, weights
 
     def _parts(
         self, query: Tensor, query_positions: Tensor
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]]:
         """By capacity: the heads' places in `order`, their queries [heads, group, queries, head_dim], keys and values
-        [heads, 1, capacity, head_dim], positions [heads, 1, capacity], and those of the queries [heads, queries]."""
+        [heads, 1, capacity, head_dim], log-weights and positions [heads, 1, capacity], and positions of the queries
+        [heads, queries]."""
         queries, positions = self._by_place(query), self._by_place(self.positions)
         at = self._of_queries(query_positions)
-        for heads, keys, values in self._stored():
-            yield heads, queries[heads], keys, values, positions[heads, :, : keys.shape[2]], at[heads]
+        for heads, keys, values, weights in self._stored():
+            yield heads, queries[heads], keys, values, weights, positions[heads, :, : keys.shape[2]], at[heads]
 
     def _of_queries(self, query_positions: Tensor) -> Tensor:
         """Positions of queries, [batch, queries] or [1, queries], for each head in the order in which the slots lie."""
@@ -164,14 +184,13 @@ class RaggedSlots(SlotSegment):
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         if runs_triton(query):
             at = query_positions.expand(len(query), -1)
-            return ragged_attention(query, self.keys, self.values, self._extents(), self.positions, at, spec, self.bias)
+            weights = self.log_weights
+            return ragged_attention(query, self.keys, self.values, self._extents(), self.positions, at, spec, weights)
         if query.shape[2] == 1:
             return self._attend_once(query, query_positions, spec)
         outs, lses = [], []
-        bias = None if self.bias is None else self._by_place(self.bias)
-        for heads, queries, keys, values, positions, at in self._parts(query, query_positions):
-            own = None if bias is None else bias[heads, :, : keys.shape[2]]
-            out, lse = slot_attention(queries, keys, values, positions, at, spec, own)
+        for _, queries, keys, values, weights, positions, at in self._parts(query, query_positions):
+            out, lse = slot_attention(queries, keys, values, positions, at, spec, weights)
             outs.append(out)
             lses.append(lse)
         return self._by_head(outs, query.shape), self._by_head(lses, query.shape)
@@ -186,7 +205,7 @@ class RaggedSlots(SlotSegment):
         spec: LogitSpec,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if self.bias is not None:
+        if self.log_weights is not None:
             raise NotImplementedError("slots with log-weights take no tokens one by one")
         self.put(key, value, positions)
         if not runs_triton(query):
@@ -199,8 +218,9 @@ class RaggedSlots(SlotSegment):
     def _attend_once(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         """`attend` of one query of each head: two products per capacity, and all between at once."""
         logits = spec.cap_(self._logits_of_one(query, spec))
-        if self.bias is not None:
-            logits += self._by_place(self.bias)
+        for heads, _, _, weights in self._stored():
+            if weights is not None:
+                logits[heads, :, : weights.shape[2]] += weights
         # read only where there is a window
         at = query_positions if spec.window is None else self._of_queries(query_positions)
         seen = slots_seen(self._by_place(self.positions), at, spec.window)[:, 0]
@@ -215,7 +235,7 @@ class RaggedSlots(SlotSegment):
         head's end is of no meaning."""
         queries = self._by_place(query.to(torch.promote_types(query.dtype, torch.float32)) * spec.scale)[:, :, 0]
         logits = queries.new_zeros(*queries.shape[:2], self.slots)
-        for heads, keys, _ in self._stored():
+        for heads, keys, _, _ in self._stored():
             logits[heads, :, : keys.shape[2]] = queries[heads].bmm(keys[:, 0].to(queries.dtype).mT)
         return logits
 
@@ -223,7 +243,7 @@ class RaggedSlots(SlotSegment):
         """Sums of values, [heads, group, head_dim] by capacity; weights: [heads of all sequences, group, slots]."""
         return [
             weights[heads, :, : values.shape[2]].bmm(values[:, 0].to(weights.dtype))
-            for heads, _, values in self._stored()
+            for heads, _, values, _ in self._stored()
         ]
 
     def _decode_in_pytorch(
@@ -256,7 +276,8 @@ class RaggedSlots(SlotSegment):
 
     def _weighted(self, received: Tensor, power: int = 1) -> Tensor:
         """What slots received by their logits alone, to such a power, with their log-weights."""
-        return received if self.bias is None else received * (power * self.bias).exp()
+        bias = self.bias
+        return received if bias is None else received * (power * bias).exp()
 
     def _columns(
         self, op: Callable[..., Tensor], query: Tensor, query_positions: Tensor, lse: Tensor, spec: LogitSpec
@@ -265,7 +286,7 @@ class RaggedSlots(SlotSegment):
         return self._columns_by_head(
             [
                 op(queries, keys, positions, at, lses[heads], spec)
-                for heads, queries, keys, _, positions, at in self._parts(query, query_positions)
+                for heads, queries, keys, _, _, positions, at in self._parts(query, query_positions)
             ]
         )
 
@@ -300,7 +321,7 @@ class RaggedSlots(SlotSegment):
             fitted: values [batch, kv_heads, slots + tokens, head_dim] and log-weights [batch, kv_heads, slots + tokens]
                 of slots then chunk, in place of those they have.
         """
-        old, starts, held = self.slots, self.starts, (self.keys, self.values)
+        old, starts, held, bias = self.slots, self.starts, (self.keys, self.values), self.bias
         columns = int(capacities.max())
         # those kept, in order; of the others as many as there are columns
         order = kept.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)[..., :columns]
@@ -309,10 +330,10 @@ class RaggedSlots(SlotSegment):
         missing = (0, max(0, columns - order.shape[-1]))
         self.positions = torch.nn.functional.pad(places.masked_fill(~there, EMPTY), missing, value=EMPTY)
         self.scores = torch.nn.functional.pad(scores.gather(-1, order).masked_fill(~there, 0.0), missing)
-        if self.bias is not None:
-            bias = torch.cat([self.bias, torch.zeros_like(scores[..., old:])], -1) if fitted is None else fitted[1]
-            self.bias = torch.nn.functional.pad(bias.gather(-1, order).masked_fill(~there, 0.0), missing)
         self._lay_out(capacities)
+        if bias is not None:
+            bias = torch.cat([bias, torch.zeros_like(scores[..., old:])], -1) if fitted is None else fitted[1]
+            self.weigh(torch.nn.functional.pad(bias.gather(-1, order).masked_fill(~there, 0.0), missing))
         row, head, column = there.nonzero(as_tuple=True)
         source, target = order[row, head, column], self.starts[row, head] + column
         of_slots, of_chunk = source < old, source >= old

@@ -63,7 +63,7 @@ def test_a_dense_cache_is_compacted_to_what_a_cache_fed_the_text_holds(family, s
     for name, tensor in held(wanted).items():
         if name.endswith(("positions", "capacities", "lengths", "limits", "recents", "surplus", "seen")):
             assert torch.equal(found[name], tensor), name
-        elif name.endswith(("keys", "values", "bias")):
+        elif name.endswith(("keys", "values", "log_weights")):
             close(found[name], tensor)
     close(feed(model, cache, prompt(3, seed=2)), feed(model, wanted, prompt(3, seed=2)))
     # the other is as it was
@@ -164,7 +164,7 @@ def test_log_weights_count_in_what_is_chosen_and_fitted():
         positions = layer.slots.positions
         stays = (positions < 4) | (positions == 59)
         worst = layer.slots.scores.masked_fill(stays, torch.inf).argmin(-1, keepdim=True)
-        layer.slots.bias.scatter_(-1, worst, 12.0)
+        layer.slots.weigh(layer.slots.bias.scatter(-1, worst, 12.0))
         layer.worst = layer.slots.positions.gather(-1, worst)
     for each in (cache, twice):
         each.compact(ids, budget=10)

@@ -50,7 +50,7 @@ CASES = [
 @pytest.mark.parametrize(("group", "queries", "head_dim", "value_dim", "options"), CASES, ids=str)
 def test_attention_to_ragged_slots_agrees_with_the_reference(group, queries, head_dim, value_dim, options, biased):
     arguments = (*ragged(group, queries, head_dim, value_dim), LogitSpec(head_dim**-0.5, **options))
-    bias = 3 * torch.randn(arguments[4].shape, device=DEVICE) if biased else None
+    bias = 3 * torch.randn(len(arguments[1]), device=DEVICE) if biased else None
     out, lse = ragged_attention(*arguments, bias)
     torch.testing.assert_close((out, lse), ragged_attention_reference(*arguments, bias), rtol=1e-5, atol=1e-5)
     assert lse[0, :group].eq(-torch.inf).all()
@@ -141,10 +141,12 @@ def test_ragged_slots_of_a_cache_give_what_slots_as_wide_as_the_longest_give():
     slots.refill(key, value, places, torch.zeros(2, 2, 21, device=DEVICE), kept, kept.sum(-1).cpu() + 1)
     query, spec, sinks = heads(2, 4, 1, 64), LogitSpec(0.125), torch.linspace(-1.0, 4.0, 4, device=DEVICE)
     for bias in (None, torch.randn(slots.positions.shape, device=DEVICE)):
-        slots.bias = bias
+        slots.log_weights = None
+        if bias is not None:
+            slots.weigh(bias)
         expected = slot_attention_reference(query, *slots.contents(), slots.positions, at, spec, bias)
         torch.testing.assert_close(slots.attend(query, at[:1], spec), expected)
-    slots.bias = None
+    slots.log_weights = None
     found = slots.decode(query, key[:, :, :1], value[:, :, :1], at[:, 0], at[:1], spec, sinks)
     padded = (*slots.contents(), slots.positions, at, spec)
     torch.testing.assert_close(found, decode_attention_reference(query, *padded, sinks))
@@ -165,3 +167,15 @@ def test_mismatched_ragged_shapes_are_named_in_the_error():
         ragged_attention(query, key[:, 1:], value, extents, positions, at, LogitSpec(1.0))
     with pytest.raises(ValueError, match=r"one query per sequence, got query \[2, 4, 2, 64\]"):
         ragged_decode_attention(query.expand(-1, -1, 2, -1), key, value, extents, positions, at, LogitSpec(1.0))
+
+
+def test_log_weights_of_older_files_are_as_wide_as_the_longest_head():
+    key, places = heads(2, 2, 9, 64), torch.arange(9, device=DEVICE).int().expand(2, 2, -1)
+    slots = RaggedSlots(key, key, 1, has_bias=True)
+    kept = torch.rand(2, 2, 10, device=DEVICE) < torch.tensor([[[0.3], [0.9]], [[0.5], [1.0]]], device=DEVICE)
+    kept[..., 0] = False
+    slots.refill(key, key, places, torch.zeros(2, 2, 10, device=DEVICE), kept, kept.sum(-1).cpu().clamp(min=1))
+    slots.weigh(torch.randn(slots.positions.shape, device=DEVICE))
+    saved, _ = slots.dump()
+    older = {name: tensor for name, tensor in saved.items() if name != "log_weights"} | {"bias": slots.bias}
+    assert torch.equal(RaggedSlots.load(older).log_weights, saved["log_weights"])

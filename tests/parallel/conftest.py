@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kvcompress.swiftkv.conversion import convert
 from tests.contract.models import build
-from tests.parallel.runs import CACHES, CONVERTED, SIZES, converse
+from tests.parallel.runs import CACHES, CONVERTED, SIZES, converse, count
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +33,7 @@ def alone(folders):
     for folder, caches in zip(folders, (CACHES, CONVERTED), strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         found |= {name: converse(model, make(model)) for name, make in caches.items()}
+        found.setdefault("counts", count(model))
     return found
 
 

@@ -9,7 +9,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from tests.parallel.runs import CACHES, CONVERTED, converse
+from tests.parallel.runs import CACHES, CONVERTED, converse, count
 
 
 def main(plain: str, converted: str, out: str) -> None:
@@ -21,12 +21,15 @@ def main(plain: str, converted: str, out: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float64, distributed_config=DistributedConfig(tp_plan="auto")
         ).eval()
+        if folder == plain:
+            counts = count(model)
         for name, make in caches.items():
             try:
                 found[name] = converse(model, make(model))
             except Exception:
                 # the ranks fail alike, as they do the same
                 found[name] = traceback.format_exc()
+    found["counts"] = counts
     torch.save(found, Path(out) / f"{distributed.get_rank()}.pt")
     distributed.destroy_process_group()
 

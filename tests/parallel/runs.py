@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvcompress import AcrossKVCache, SwiftKVCache
+from kvcompress import AcrossKVCache, AttentionMatchingCache, SwiftKVCache, measure_profile
 from kvcompress.hf import cache_argument
 from tests.contract.caches import ENTRIES
 from tests.contract.models import left_padded, places, prompt
@@ -59,4 +59,21 @@ def converse(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
         "full_bytes": report.full_bytes,
         "heads": cache.layers[0].kv_shape[1],
         "devices": report.by_device,
+    }
+
+
+@torch.no_grad()
+def count(model: PreTrainedModel) -> dict[str, Any]:
+    """What is decided by numbers of all heads: shares that are measured, and tokens kept where half of those held stay.
+
+    Returns:
+        shares: [layers, kv_heads]. kept: tokens by layer, [batch, kv_heads].
+    """
+    ids = prompt(40)
+    cache = AttentionMatchingCache(model, budget=20)
+    model(ids, **cache_argument(model, cache))
+    cache.compact(ids, budget=0.5)
+    return {
+        "shares": torch.tensor(measure_profile(model, [ids], budgets=(0.3,)).shares),
+        "kept": [layer.cpu() for layer in cache.memory().tokens_kept],
     }

@@ -45,3 +45,13 @@ def test_each_process_counts_the_bytes_of_its_heads(ranks, alone, name):
     assert whole * (0.85 if low_rank else 1) <= together <= whole * 1.06
     for mine, other, all_heads in zip(first["kept"], second["kept"], alone[name]["kept"], strict=True):
         assert torch.equal(torch.cat([mine, other], 1), all_heads)
+
+
+def test_heads_of_two_processes_share_one_budget(ranks, alone):
+    first, second, wanted = ranks[0]["counts"], ranks[1]["counts"], alone["counts"]
+    # heads differ, or any number of tokens would do
+    assert wanted["shares"].std() > 0.05
+    for found in (first, second):
+        torch.testing.assert_close(found["shares"], wanted["shares"])
+    for mine, other, all_heads in zip(first["kept"], second["kept"], wanted["kept"], strict=True):
+        assert torch.equal(torch.cat([mine, other], 1), all_heads)

@@ -244,7 +244,7 @@ def test_tokens_fed_again_see_log_weights():
     feed(model, donor, PREFIX[None])
     weights = torch.randn(75)
     slots = donor.layers[0].slots
-    slots.bias[slots.positions >= 0] = weights[slots.positions[slots.positions >= 0].long()]
+    slots.weigh(weights[slots.positions.long()])
     cache = HydragenCache.from_cache(donor)
     ids, mask = left_padded([PREFIX, torch.cat([PREFIX, SUFFIX[0]])])
     logits = feed(model, cache, ids[:, 75:], mask)
