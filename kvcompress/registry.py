@@ -41,7 +41,11 @@ GROUP = "kvcompress.methods"
 
 
 # what papers call a policy whose budget is shared in another way
-SPELLINGS = {"pyramidkv": "snapkv:allocation=pyramid", "adakv": "snapkv:allocation=heads"}
+SPELLINGS = {
+    "pyramidkv": "snapkv:allocation=pyramid",
+    "adakv": "snapkv:allocation=heads",
+    "criticalkv": "snapkv:second_stage=0.5",
+}
 
 # what a spec may set of an evicting cache, beside its policy's own settings; a file is a Profile's
 _OF_CACHE: dict[str, Any] = {"allocation": Allocation | Path, "rerotated": bool}

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.policies.method import register
-from kvcompress.policies.policy import Candidates, Policy
+from kvcompress.policies.policy import Candidates
+from kvcompress.policies.second_stage import SecondStage
 
 
 @register(
@@ -33,7 +34,7 @@ from kvcompress.policies.policy import Candidates, Policy
     aliases=("expected_attention",),
 )
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(Policy):
+class ExpectedAttention(SecondStage):
     """The authors' defaults.
 
     future: how many positions after the newest token the queries to come are spread over.

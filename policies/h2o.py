@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kvcompress.policies.method import register
-from kvcompress.policies.policy import Candidates, Policy
+from kvcompress.policies.policy import Candidates
+from kvcompress.policies.second_stage import SecondStage
 
 
 @register(
@@ -22,9 +23,10 @@ from kvcompress.policies.policy import Candidates, Policy
     costs="column sums of attention in prefill, one add per slot in decode",
     paper="2306.14048",
     label="H2OCache",
+    tried={"second_stage": (0.0, 0.5)},
 )
 @dataclass(frozen=True, kw_only=True)
-class H2O(Policy):
+class H2O(SecondStage):
     """Half of the budget goes to the newest tokens, half to the heavy hitters, as in the paper."""
 
     compares: ClassVar[Literal["no", "heads", "layers"]] = "heads"

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.policies.method import register
-from kvcompress.policies.policy import Candidates, Policy, SecondReading
+from kvcompress.policies.policy import Candidates, SecondReading
+from kvcompress.policies.second_stage import SecondStage
 
 
 @register(
@@ -29,10 +30,16 @@ from kvcompress.policies.policy import Candidates, Policy, SecondReading
     costs="a second prefill",
     paper="2505.23416",
     label="KVzipCache",
-    tried={"sinks": (1,), "chunk": (7, 1, 3, 10, 100), "prompt": ((5, 6), ()), "keeps_answers": (False, True)},
+    tried={
+        "sinks": (1,),
+        "chunk": (7, 1, 3, 10, 100),
+        "prompt": ((5, 6), ()),
+        "keeps_answers": (False, True),
+        "second_stage": (0.0, 1.0),
+    },
 )
 @dataclass(frozen=True, kw_only=True)
-class KVzip(Policy):
+class KVzip(SecondStage):
     """The paper's chunks of 2048 tokens, without its prompt.
 
     chunk: tokens of the context read again at a time.

@@ -56,7 +56,7 @@ LISTED: dict[str, Listed] = {}
 # what a sweep or a check compares with them, and the word for all usual methods
 RESERVED = frozenset({
     *("none", "dense", "full", "hydragen", "shadowkv", "gear", "kivi", "usual"),
-    *("across", "swiftkv", "prefix", "dynamic", "quanto", "hqq", "fp8", "pyramidkv", "adakv"),
+    *("across", "swiftkv", "prefix", "dynamic", "quanto", "hqq", "fp8", "pyramidkv", "adakv", "criticalkv"),
 })  # fmt: skip
 _NAME = re.compile(r"[a-z0-9]([a-z0-9_.+-]*[a-z0-9+])?")
 

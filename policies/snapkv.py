@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvcompress.policies.method import register
 from kvcompress.policies.policy import Candidates, Policy
+from kvcompress.policies.second_stage import SecondStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +66,16 @@ class ObservationWindow(Policy):
     costs="sums of the last 32 queries",
     paper="2404.14469",
     label="SnapKVCache",
-    tried={"window": (3, 1, 8), "recent": (3,), "kernel": (3, 1, 5), "pooling": ("avg", "max")},
+    tried={
+        "window": (3, 1, 8),
+        "recent": (3,),
+        "kernel": (3, 1, 5),
+        "pooling": ("avg", "max"),
+        "second_stage": (0.0, 0.5),
+    },
 )
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(ObservationWindow):
+class SnapKV(ObservationWindow, SecondStage):
     """The defaults of the official code: 32 queries observed and kept, pooling over 5 tokens by average.
 
     Its experiments also use windows of 16 and 64, and pooling over 7 tokens by maximum (LongBench).

@@ -379,3 +379,11 @@ def test_papers_that_share_a_budget_in_another_way_have_names(name, allocation):
     assert registry.canonical(name) == f"snapkv:allocation={allocation}"
     with pytest.raises(ValueError, match="allocation must be given once"):
         registry.parse(f"{name}:allocation=uniform")
+
+
+# README: | `criticalkv` | `SnapKVCache(second_stage=0.5)` | as `snapkv`; half of the budget by what a token changes |
+def test_a_second_stage_has_a_name():
+    cache = registry.build("CriticalKV:window=4:allocation=heads", tiny(), 40)
+    assert isinstance(cache.policy, SnapKV)
+    assert (cache.policy.window, cache.policy.second_stage, cache.allocation) == (4, 0.5, "heads")
+    assert registry.canonical("criticalkv") == "snapkv:second_stage=0.5"

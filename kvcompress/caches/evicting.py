@@ -30,6 +30,7 @@ from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.method import import_policies, is_own
 from kvcompress.policies.policy import Policy
+from kvcompress.policies.second_stage import has_second_stage
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.storage.classes import class_name, class_named
@@ -175,6 +176,7 @@ class EvictingCache(CompressedCache):
             ranks=ranks,
             competes=self.allocation in COMPETING,
             allotment=None if self._allotments is None else self._allotments[index].of_rank(ranks),
+            output_projection=hf.output_projection(model, index) if has_second_stage(self.policy) else None,
         )
 
     @property
@@ -183,7 +185,12 @@ class EvictingCache(CompressedCache):
         return "global" if isinstance(self.allocation, Profile) else self.allocation
 
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
+        is_same = self._filled_by is not None and self._filled_by() is decoder
         super().forward_begins(decoder, input_ids)
+        if has_second_stage(self.policy) and not is_same:
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, EvictingLayer):
+                    layer.output_projection = hf.output_projection(decoder, index)
         if self.policy.rereads is not None and input_ids is None:
             raise ValueError(
                 f"{type(self.policy).__name__} reads the tokens again: pass input_ids instead of inputs_embeds"
@@ -285,6 +292,7 @@ class H2OCache(EvictingCache):
         budget: int | float,
         recent: int | float = 0.5,
         sinks: int = 0,
+        second_stage: float = 0.0,
         allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
@@ -295,9 +303,11 @@ class H2OCache(EvictingCache):
             budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             recent: newest tokens always kept: a count, or a fraction of the budget.
             sinks: first tokens always kept.
+            second_stage: share of a head's budget that goes to tokens which change the layer's output most, 0.5 in
+                CriticalKV (arXiv:2502.03805).
             allocation, rerotated, packed: as in EvictingCache.
         """
-        policy = H2O(recent=recent, sinks=sinks)
+        policy = H2O(recent=recent, sinks=sinks, second_stage=second_stage)
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
 
 
@@ -318,6 +328,7 @@ class SnapKVCache(EvictingCache):
         budget: int | float,
         window: int = 32,
         kernel: int = 5,
+        second_stage: float = 0.0,
         allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
@@ -328,9 +339,10 @@ class SnapKVCache(EvictingCache):
             budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             window: queries observed, and newest tokens always kept.
             kernel: neighbouring tokens pooled together, an odd number.
+            second_stage: as in H2OCache.
             allocation, rerotated, packed: as in EvictingCache.
         """
-        policy = SnapKV(window=window, recent=window, kernel=kernel)
+        policy = SnapKV(window=window, recent=window, kernel=kernel, second_stage=second_stage)
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
 
 
@@ -355,6 +367,7 @@ class KVzipCache(EvictingCache):
         chunk: int = 2048,
         prompt: Sequence[int] = (),
         keeps_answers: bool = True,
+        second_stage: float = 0.0,
         allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
@@ -369,10 +382,18 @@ class KVzipCache(EvictingCache):
             prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
             keeps_answers: tokens fed one at a time stay, on top of the budget, until several are fed again, and compete
                 then. False: they compete at once, as they always do with packed slots.
-            allocation: None for the paper's, "global"; "uniform" with packed slots, and with tensor parallelism.
+            second_stage: as in H2OCache.
+            allocation: None for the paper's, "global"; "uniform" with packed slots.
             packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
         """
-        policy = KVzip(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt), keeps_answers=keeps_answers)
+        policy = KVzip(
+            sinks=sinks,
+            recent=recent,
+            chunk=chunk,
+            prompt=tuple(prompt),
+            keeps_answers=keeps_answers,
+            second_stage=second_stage,
+        )
         super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
 
 

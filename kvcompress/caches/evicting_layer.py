@@ -54,6 +54,7 @@ class EvictingLayer(CompressedLayer):
         ranks: TPGroup | None = None,
         competes: bool = False,
         allotment: Allotment | None = None,
+        output_projection: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
@@ -65,6 +66,8 @@ class EvictingLayer(CompressedLayer):
             ranks: the processes that share the layer's heads; None if this one has them all.
             competes: heads compete for the budget, and keep different numbers of tokens.
             allotment: what heads get where their shares of the budget are fixed; None where they are not.
+            output_projection: gives the weight behind the layer's attention, [heads, value_dim, hidden], for values
+                like a tensor; None if the policy has no second stage.
         """
         super().__init__(padding, window, is_first)
         self.ranks = ranks
@@ -84,6 +87,7 @@ class EvictingLayer(CompressedLayer):
         self._holds_budget = False
         self.competes = competes
         self.allotment = allotment
+        self.output_projection = output_projection
         # where heads differ: what each may keep beyond its sequence's limit, [batch, kv_heads] int32
         self.surplus: Tensor | None = None
         # what sequences may keep on average instead of the budget, [batch], while they are compacted to something else

@@ -1,12 +1,19 @@
 """Finds the modules of a model and their devices, and records what goes into and out of them."""
 
-from collections.abc import Iterable
+import functools
+import weakref
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from kvcompress.hf.configs import head_counts
+
+# what the projection behind attention is called: by Llama and most, OPT and others, GPT-NeoX and others
+_PROJECTIONS = ("o_proj", "out_proj", "dense")
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -53,6 +60,42 @@ def layer_device(model: PreTrainedModel, layer: int) -> torch.device:
     """Where a layer computes, and where its part of a cache is."""
     attention = attention_module(model, layer)
     return input_device(model) if attention is None else device_of(attention)
+
+
+def output_projection(model: PreTrainedModel, layer: int) -> Callable[[Tensor], Tensor]:
+    """A function that gives the weight behind a layer's attention, [heads, value_dim, hidden]; in a tensor-parallel
+    model of the heads of this process. It takes a tensor with the values' dtype and device, and does not keep the
+    model alive.
+
+    Raises:
+        ValueError: the layer has no such projection.
+    """
+    attention = attention_module(model, layer)
+    found = next((part for name in _PROJECTIONS if (part := getattr(attention, name, None)) is not None), None)
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            f"the attention of layer {layer} of {type(model).__name__} has no output projection that kvcompress knows: "
+            f"expected one named {', '.join(_PROJECTIONS)}"
+        )
+    heads, _, head_dim = head_counts(model.config)
+    return functools.partial(_weight_by_head, weakref.ref(found), heads, head_dim)
+
+
+@torch.no_grad()
+def _weight_by_head(of: weakref.ref[nn.Module], heads: int, head_dim: int, like: Tensor) -> Tensor:
+    projection = of()
+    if projection is None:
+        raise RuntimeError("the cache's model has been deleted")
+    weight: Any = getattr(projection, "weight", None)
+    if type(projection) is nn.Linear and not weight.is_meta:
+        weight = (weight.to_local() if hasattr(weight, "to_local") else weight).T
+    else:
+        # quantized, kept elsewhere or of another kind: what it makes of each input alone
+        inputs = getattr(projection, "in_features", heads * head_dim)
+        ones = torch.eye(inputs, device=like.device, dtype=like.dtype)
+        weight = projection(ones) - projection(torch.zeros_like(ones[:1]))
+    by_head: Tensor = weight.unflatten(0, (-1, head_dim))
+    return by_head
 
 
 class Captured:

@@ -3,8 +3,8 @@
 A tensor of all heads must be as wide as the longest, and where one head keeps ten times as much as another most of it
 would be empty. So keys and values lie in rows one after another, head by head, heads of equal capacity side by side:
 those are one tensor again, and every operation on slots runs once for each capacity, without a loop over heads. So do
-log-weights, where there are any. What is small, positions and scores, stays as wide as the longest head. On a GPU one kernel attends to all heads
-(kernels/ragged.py), and only sums and maxima of columns run once for each capacity.
+log-weights, where there are any. Positions and scores are small, and as wide as the longest head. On a GPU one kernel
+attends to all heads (kernels/ragged.py), and only sums and maxima of columns run once for each capacity.
 """
 
 import itertools

@@ -94,7 +94,7 @@ def test_layers_whose_scores_do_not_compare_cannot_compete():
     assert packed.allocation == "uniform"
 
 
-# docs: Neither combines with `rerotated`, `packed` or `tp_plan`
+# docs: Neither combines with `rerotated` or `packed`
 @pytest.mark.parametrize("other", [{"rerotated": True}, {"packed": GEAR(bits=4, rank=0)}])
 def test_heads_compete_for_plain_slots_only(other):
     with pytest.raises(ValueError, match=f"cannot be combined with {next(iter(other))}"):

@@ -283,7 +283,7 @@ def test_a_profile_of_another_model_is_refused():
         H2OCache(tiny(num_hidden_layers=2), budget=8, allocation=profile(tiny()))
 
 
-# docs: Profiles combine with `rerotated`, `packed` and `tp_plan` as little as competing heads do
+# docs: Profiles combine with `rerotated` and `packed` as little as competing heads do
 @pytest.mark.parametrize("other", [{"rerotated": True}, {"packed": GEAR(bits=4, rank=0)}])
 def test_a_profile_is_for_plain_slots_only(other):
     message = "allocation=Profile gives heads different numbers of slots, and cannot be combined with"

@@ -199,7 +199,7 @@ def test_help_takes_what_a_user_has_registered(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setitem(registry.METHODS, "own", registry.METHODS["h2o"])
     main(["generate", "--help"])
-    assert "attention_matching, own, pyramidkv, adakv." in capsys.readouterr().out
+    assert "attention_matching, own, pyramidkv, adakv, criticalkv." in capsys.readouterr().out
 
 
 def test_the_version_is_told_with_those_it_stands_on(capsys):

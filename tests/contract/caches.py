@@ -23,6 +23,7 @@ from kvcompress import (
     Policy,
     Profile,
     ShadowKVCache,
+    SnapKV,
     registry,
 )  # fmt: skip
 from kvcompress.caches.evicting import Shared
@@ -367,6 +368,7 @@ ENTRIES = [
     ),
     _evicting("h2o_rolled", H2O(), rerotated=True, decoded=closed_up, refuses=("opt",)),
     _evicting("h2o_profile", H2O(sinks=1), allocation=uneven, competes=True),
+    _evicting("criticalkv", SnapKV(window=3, recent=3, kernel=3, second_stage=0.5)),
 ]
 
 by_name = {entry.name: entry for entry in ENTRIES}

@@ -33,7 +33,8 @@ def test_two_processes_give_what_one_gives(ranks, alone, name):
     torch.testing.assert_close(first["logits"], alone[name]["logits"], rtol=1e-5, atol=1e-4)
 
 
-# docs: `tp_plan="auto"` (each process holds its KV heads; `memory()` counts its own bytes)
+# docs: `tp_plan="auto"` (each process holds its KV heads, and heads that compete do so with those of all; `memory()`
+# docs: counts its own bytes)
 @pytest.mark.parametrize("name", [*CACHES, *CONVERTED])
 def test_each_process_counts_the_bytes_of_its_heads(ranks, alone, name):
     first, second = (found[name] for found in ranks)
