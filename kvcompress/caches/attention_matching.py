@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -10,7 +11,7 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.answers import AnsweringLayer
 from kvcompress.caches.budget import Budget
-from kvcompress.caches.compaction import check_ended, compact, copy_tokens, granted, holds_no_more, texts
+from kvcompress.caches.compaction import check_ended, compact, copy_tokens, granted, hold_no_more, texts
 from kvcompress.caches.dense import DenseCache
 from kvcompress.caches.evicting import EvictingCache, Shared
 from kvcompress.layer import as_stored, ordinary_tensors
@@ -99,7 +100,7 @@ class AttentionMatchingCache(EvictingCache):
             copy_tokens(cache._answering(), other)
         cache.padding.restore({name: tensor.clone() for name, tensor in other.padding.tensors().items()})
         cache._filled_by = other._filled_by
-        cache._compact(model, rows, None)
+        cache._compact(model, rows, None, torch.zeros(len(rows), dtype=torch.bool))
         return cache
 
     @ordinary_tensors()
@@ -138,15 +139,16 @@ class AttentionMatchingCache(EvictingCache):
         rows, asked = texts(input_ids, attention_mask, self.batch_size), None
         if budget is not None:
             asked = Budget(budget, self._budget.least, self._budget.explained, "the tokens held")
-        if not holds_no_more(self._answering(), asked or self._budget):
-            self._compact(model, rows, asked)
+        rests = hold_no_more(self._answering(), asked or self._budget)
+        if not bool(rests.all()):
+            self._compact(model, rows, asked, rests)
 
-    def _compact(self, model: PreTrainedModel, rows: list[list[int]], asked: Budget | None) -> None:
+    def _compact(self, model: PreTrainedModel, rows: list[list[int]], asked: Budget | None, rests: Tensor) -> None:
         how, layers, all_compete = self.policy.rereads, self._answering(), self.allocation == "global"
         assert how is not None
         tokens = None if asked is None else granted(layers, asked, self.layers_share)
         decoder, last = hf.decoder_of(model), self.padding.last_position
-        compact(decoder, layers, rows, last, how, all_compete, tokens)
+        compact(decoder, layers, rows, last, how, all_compete, tokens, rests)
 
     def _answering(self) -> list[AnsweringLayer]:
         return [layer for layer in self.layers if isinstance(layer, AnsweringLayer)]

@@ -34,14 +34,14 @@ class CompactionStep(ChunkStep):
     """A step that brings no tokens: some of those in slots stay, fitted.
 
     whole: sequences whose text is all that they have seen, [batch] bool. Heads that hold all of it are fitted as after
-    a prompt, each chunk to its own queries; others hold one block.
+    a prompt, each chunk to its own queries; others hold one block. rests: sequences that keep all, [batch] bool.
     """
 
-    def __init__(self, layer: AnsweringLayer, whole: Tensor) -> None:
+    def __init__(self, layer: AnsweringLayer, whole: Tensor, rests: Tensor) -> None:
         assert isinstance(layer.slots, RaggedSlots)
         key, value = layer.slots.like()
         EvictingStep.__init__(self, layer, AttentionInput(key, key, value, None, LogitSpec(1.0), None))
-        self.is_first, self.attention, self.whole = False, None, whole
+        self.is_first, self.attention, self.whole, self.rests = False, None, whole, rests
 
     def rank(self, attention: Tensor | None) -> Ranking:
         assert attention is not None
@@ -49,7 +49,7 @@ class CompactionStep(ChunkStep):
         return Ranking(positions[..., :0], positions, attention, self._worth(attention, positions))
 
     def _at_rest(self) -> Tensor:
-        return torch.zeros_like(self.whole)
+        return self.rests
 
     def keep(self, ranking: Ranking) -> None:
         layer, slots, x, kept = self.layer, self.slots, self.input, self._kept(ranking)
@@ -113,11 +113,12 @@ def check_ended(cache: CompressedCache) -> None:
             layer._check_ended()
 
 
-def holds_no_more(layers: Sequence[AnsweringLayer], budget: Budget) -> bool:
-    """Whether no head holds more tokens than a budget allows, however layers and heads share it."""
-    if isinstance(budget.amount, float):
-        return budget.amount == 1.0
-    return all(int(layer.tokens_of_all_heads().max()) <= budget.amount for layer in layers)
+def hold_no_more(layers: Sequence[AnsweringLayer], budget: Budget) -> Tensor:
+    """Of which sequences no head holds more tokens than a budget allows, however layers and heads share it, [batch]
+    bool on the CPU."""
+    amount = budget.amount
+    most = torch.stack([layer.tokens_of_all_heads().amax(1).cpu() for layer in layers]).amax(0)
+    return most <= amount if isinstance(amount, int) else torch.full_like(most, amount == 1.0, dtype=torch.bool)
 
 
 def granted(layers: Sequence[AnsweringLayer], budget: Budget, allocation: Allocation) -> list[Tensor]:
@@ -159,6 +160,7 @@ def compact(
     how: SecondReading,
     all_compete: bool,
     tokens: list[Tensor] | None,
+    rests: Tensor,
 ) -> None:
     """Reads a text after what the layers hold, and lets them choose from it.
 
@@ -168,6 +170,7 @@ def compact(
         last_position: where the model has placed each sequence's last token, as far as it is known.
         how, all_compete: as in `read_again`.
         tokens: what heads may keep on average, [batch] int32 of each layer; None for the layers' own budgets.
+        rests: which sequences keep all, [batch] bool.
     """
     lengths = layers[0].lengths.to(hf.input_device(model), torch.int64)
     whole = torch.tensor([len(row) for row in rows], device=lengths.device) == lengths
@@ -179,7 +182,7 @@ def compact(
         for layer in layers:
             layer.take_answers()
             assert layer.slots is not None
-            step = CompactionStep(layer, whole.to(layer.lengths.device))
+            step = CompactionStep(layer, whole.to(layer.lengths.device), rests.to(layer.lengths.device))
             past = torch.zeros_like(layer.slots.scores)
             layer.waiting = Waiting(None, past, layer.lengths.clone(), step.whole, step)
     try:

@@ -97,13 +97,7 @@ class Profile:
             OSError: the file cannot be written; an existing one is still there.
         """
         path = Path(path)
-        try:
-            facts = {
-                "fingerprint": dataclasses.asdict(self.model),
-                "measured": json.loads(json.dumps(dict(self.measured))),
-            }
-        except TypeError as error:
-            raise ValueError(f"a file cannot hold the facts of how the profile was measured: {error}") from error
+        facts = {"fingerprint": dataclasses.asdict(self.model), "measured": self._told()}
         shares = torch.tensor(self.shares, dtype=torch.float64)
 
         def write(file: BinaryIO) -> str:
@@ -134,8 +128,16 @@ class Profile:
         return cls(shares, hf.Fingerprint(**facts["fingerprint"]), facts["measured"])
 
     def facts(self) -> dict[str, Any]:
-        """What a saved cache holds of it, beside its own fingerprint of the model."""
-        return {"shares": [list(row) for row in self.shares], "measured": dict(self.measured)}
+        """What a saved cache holds of it, beside its own fingerprint of the model; ValueError as in `save`."""
+        return {"shares": [list(row) for row in self.shares], "measured": self._told()}
+
+    def _told(self) -> dict[str, Any]:
+        """How it was measured, as a file holds it."""
+        try:
+            told: dict[str, Any] = json.loads(json.dumps(dict(self.measured)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a file cannot hold the facts of how the profile was measured: {error}") from error
+        return told
 
     def __repr__(self) -> str:
         every = [share for row in self.shares for share in row]

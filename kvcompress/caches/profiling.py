@@ -57,17 +57,19 @@ def measure_profile(
     """
     policy = KVzip() if policy is None else policy
     rows = [_rows(text) for text in texts]
-    if not rows or not budgets:
-        raise ValueError(f"a profile is measured on texts at budgets, got {len(rows)} texts and {len(budgets)} budgets")
-    for budget in budgets:
+    # numbers of NumPy and torch become Python's, which a file can hold
+    given = [kept_budget(budget, policy) for budget in budgets]
+    if not rows or not given:
+        raise ValueError(f"a profile is measured on texts at budgets, got {len(rows)} texts and {len(given)} budgets")
+    for budget in given:
         for text in rows:
-            _check_budget(kept_budget(budget, policy), text.shape[1])
+            _check_budget(budget, text.shape[1])
     allocation: Allocation = "global" if policy.compares == "layers" else "heads"
     decoder, shares, digest = hf.decoder_of(model), [], hashlib.sha256()
     for text in rows:
         digest.update(text.shape[1].to_bytes(8, "little") + text.long().cpu().numpy().tobytes())
-        for budget in budgets:
-            cache = EvictingCache(model, policy=policy, budget=budget, allocation=allocation)
+        for budget in given:
+            cache = EvictingCache(model, policy=policy, budget=budget.amount, allocation=allocation)
             with torch.no_grad():
                 decoder(input_ids=text.to(hf.input_device(model)), use_cache=True, **hf.cache_argument(decoder, cache))
             layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
@@ -77,7 +79,7 @@ def measure_profile(
     measured = {
         "policy": str(policy),
         "allocation": allocation,
-        "budgets": list(budgets),
+        "budgets": [budget.amount for budget in given],
         "texts": sum(len(text) for text in rows),
         "tokens": sum(text.numel() for text in rows),
         "sha256": digest.hexdigest()[:16],

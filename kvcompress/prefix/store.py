@@ -1,5 +1,6 @@
 """Prefixes kept from call to call, found by their tokens: a service runs each document through the model once."""
 
+import operator
 import os
 import threading
 import warnings
@@ -68,7 +69,7 @@ class PrefixStore:
         self.model = model
         self._model = weakref.ref(model)
         self.max_bytes = max_bytes
-        self.min_tokens = min_tokens
+        self.min_tokens = operator.index(min_tokens)
         self._entries: dict[bytes, _Entry] = {}
         # entries by storage, and the bytes of all storages
         self._holders: dict[tuple[str, int], int] = {}

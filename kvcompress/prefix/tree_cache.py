@@ -1,6 +1,7 @@
 """A cache of rows that continue from the nodes of a tree: keeps tree, layers and padding record consistent."""
 
 import functools
+import operator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -31,7 +32,7 @@ class TreeCache(CompressedCache):
             min_tokens: shared runs of fewer tokens are stored for each row.
         """
         self.tree = Tree()
-        self.min_tokens = min_tokens
+        self.min_tokens = operator.index(min_tokens)
         # how to build again the caches that nodes were made from
         self.donors: dict[int, dict[str, Any]] = {}
         super().__init__(model)

@@ -21,6 +21,7 @@ from kvcompress.caches import answers, compaction
 from kvcompress.caches.matching import match
 from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
+from tests.contract.caches import uneven
 from tests.contract.drive import feed, generate
 from tests.contract.models import build, families, left_padded, prompt, tiny
 
@@ -226,6 +227,29 @@ def test_rows_of_other_lengths_are_compacted_as_they_would_be_alone(family, sett
             for together, single in zip(caches, alone, strict=True):
                 wanted = feed(model, single.clone(), prompt(2, seed=9))[0]
                 close(feed(model, together.clone(), prompt(2, seed=9).expand(2, -1), longer)[row], wanted)
+
+
+# docs: A budget of what is held or more changes nothing
+@pytest.mark.parametrize("allocation", ["pyramid", "profile", "heads", "global"])
+def test_a_row_that_holds_no_more_than_the_budget_stays_as_it_is_beside_one_that_holds_more(allocation):
+    model = tiny(dtype=torch.float64)
+    allocation = uneven(model) if allocation == "profile" else allocation
+    ids, mask = left_padded([prompt(40)[0], prompt(10, seed=2)[0]])
+    cache = fed(AttentionMatchingCache, model, ids, mask, budget=12, sinks=1, allocation=allocation)
+    cache.compact(ids, mask, budget=4)
+    answer = prompt(11, 2, seed=3)
+    for step, token in enumerate(answer.split(1, 1)):
+        # the short row ends first
+        mask = torch.cat([mask, mask.new_tensor([[1], [step < 5]])], 1)
+        feed(model, cache, token, mask)
+    before = cache.clone()
+    cache.compact(torch.cat([ids, answer], 1), mask)
+    was, now = ([layer.tokens_kept() for layer in each.layers] for each in (before, cache))
+    assert max(int(kept[1].max()) for kept in was) <= 12
+    assert [kept[1].tolist() for kept in was] == [kept[1].tolist() for kept in now]
+    assert int(torch.stack(now)[:, 0].sum()) < int(torch.stack(was)[:, 0].sum())
+    mask, token = torch.nn.functional.pad(mask, (0, 1), value=1), prompt(1, 2, seed=4)
+    close(feed(model, cache, token, mask)[1], feed(model, before, token, mask)[1])
 
 
 # docs: Afterwards the cache goes on as any other: it decodes, is cloned and saved

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 
@@ -347,6 +348,9 @@ def test_what_json_cannot_hold_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="a file cannot hold the facts of how the profile was measured"):
         Profile.of(tiny(), SHARES, {"policy": H2O()}).save(path)
     assert Profile.load(path) == profile(tiny())
+    cache = H2OCache(tiny(), budget=8, allocation=Profile.of(tiny(), SHARES, {"policy": H2O()}))
+    with pytest.raises(ValueError, match="a file cannot hold the facts of how the profile was measured"):
+        cache.save(tmp_path / "cache")
     assert [each.name for each in tmp_path.iterdir()] == ["profile"]
 
 
@@ -432,6 +436,15 @@ def test_a_profile_is_the_mean_over_texts_and_budgets():
 def test_what_a_profile_cannot_be_measured_on_is_refused(texts, settings, kind, message):
     with pytest.raises(kind, match=message):
         measure_profile(tiny(), texts, **settings)
+
+
+@pytest.mark.parametrize(
+    "budgets", [np.array([0.3, 0.5], dtype=np.float32), [np.int64(8)], torch.tensor([0.3])], ids=str
+)
+def test_budgets_of_other_libraries_can_be_held_by_a_file(budgets, tmp_path):
+    found = measure_profile(tiny(), [prompt(30)], policy=KVzip(sinks=1), budgets=budgets)
+    found.save(tmp_path / "profile")
+    assert Profile.load(tmp_path / "profile").measured["budgets"] == [each.item() for each in budgets]
 
 
 # docs: On the command line, the file's name is the allocation

@@ -72,7 +72,7 @@ def step(model, cache, ids):
     return feed(model, cache, ids, covered(cache, ids))
 
 
-# docs: `from_cache` takes any other cache but a rerotated one as the prefix, with its slots, codes or chunks
+# docs: `from_cache` takes any other cache of one sequence but a rerotated one as the prefix, with its slots, codes or
 @pytest.mark.filterwarnings("ignore:AcrossKVCache")
 @every_donor
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
@@ -202,7 +202,7 @@ def test_the_cache_of_a_swiftkv_model_is_a_prefix():
     assert torch.equal(generate(model, HydragenCache.from_cache(donor), ids), full(model, ids))
 
 
-# docs: any other cache but a rerotated one
+# docs: any other cache of one sequence but a rerotated one
 def test_rolled_slots_are_refused_before_anything_runs():
     model = tiny()
     donor = EvictingCache(model, policy=H2O(), budget=16, rerotated=True)

@@ -544,3 +544,13 @@ def test_threads_share_a_store():
     assert not errors
     assert len(store) == 3
     assert store.nbytes() == 3 * 33 * TOKEN
+
+
+def test_a_least_length_of_another_library_can_be_held_by_a_file(tmp_path):
+    model, least = tiny(), torch.tensor(5)
+    HydragenCache(model, prompt(8).repeat(2, 1), min_tokens=least).save(tmp_path / "cache")
+    assert HydragenCache.load(tmp_path / "cache", model).min_tokens == 5
+    store = PrefixStore(model, min_tokens=least)
+    store.prefix(prompt(8)[0])
+    store.save(tmp_path / "store")
+    assert PrefixStore.load(tmp_path / "store", model).min_tokens == 5
