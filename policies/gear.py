@@ -87,12 +87,11 @@ class GEAR:
             )
         if not 0.0 <= self.outliers <= 1.0:
             raise ValueError(f"outliers must be a share of the elements from 0 to 1, got {self.outliers!r}")
-        if self.centred:
-            if not self.hadamard or self.outliers or self.bits > 4 or (self.value_bits or 0) > 4:
-                raise ValueError(
-                    "centred codes are of rotated numbers, of 2 to 4 bits and without outliers, got hadamard="
-                    f"{self.hadamard}, bits={self.bits}, value_bits={self.value_bits}, outliers={self.outliers}"
-                )
+        if self.centred and (not self.hadamard or self.outliers or self.bits > 4 or (self.value_bits or 0) > 4):
+            raise ValueError(
+                "centred codes are of rotated numbers, of 2 to 4 bits and without outliers, got hadamard="
+                f"{self.hadamard}, bits={self.bits}, value_bits={self.value_bits}, outliers={self.outliers}"
+            )
         for name in ("rank", "rank_decode"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
