@@ -22,17 +22,19 @@ from kvcompress.kernels.common.runtime import op
 
 
 @op(fake=lambda x, **_: x.new_empty(x.shape))
-def rotate(x: Tensor, back: bool = False) -> Tensor:
+def rotate(x: Tensor, back: bool = False, at_once: bool = False) -> Tensor:
     """Rotates vectors [..., head_dim] of any floating dtype; back: takes a rotation back. Computed in float32 or more.
 
-    What a vector is rotated to does not depend on the others, bit by bit: a row is packed as it would be alone.
+    What a vector is rotated to does not depend on the others, bit by bit: a row is packed as it would be alone. With
+    `at_once`, and back, it is one product, where that does not hold.
 
     Returns:
         As x.
     """
     dim, dtype = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
-    if back:
-        return (x.to(dtype) @ _matrix(dim, dtype, x.device).mT).to(x.dtype).contiguous()
+    if back or at_once:
+        matrix = _matrix(dim, dtype, x.device)
+        return (x.to(dtype) @ (matrix.mT if back else matrix)).to(x.dtype).contiguous()
     power, (signs, cosines) = dim & -dim, _factors(dim, dtype, x.device)
     y = (x.to(dtype) * signs).unflatten(-1, (power, -1))
     if len(cosines) > 1:
@@ -46,7 +48,7 @@ def rotate(x: Tensor, back: bool = False) -> Tensor:
     return rotated.to(x.dtype)
 
 
-def rotate_reference(x: Tensor, back: bool = False) -> Tensor:
+def rotate_reference(x: Tensor, back: bool = False, at_once: bool = False) -> Tensor:
     """What rotate means, in float64."""
     matrix = _matrix(x.shape[-1], torch.float64, x.device)
     return (x.double() @ (matrix.mT if back else matrix)).to(x.dtype)

@@ -201,6 +201,7 @@ def _residual_kernel(
     GROUP: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
     RUN: tl.constexpr,
@@ -239,7 +240,7 @@ def _residual_kernel(
         x = tl.load(x_ptr + x_at[:, None] + dim[None, :], mask=x_ok, other=0.0).to(tl.float32)
         decoded = load_decoded(
             codes_ptr, scales_ptr, zeros_ptr, outlier_values_ptr, outlier_index_ptr, base, block, blocks, offset,
-            BITS, GROUP, PER_CHANNEL, OUTLIERS, HEAD_DIM, DIM, BLOCK, PLANES, RUN, TILE_BLOCKS,
+            BITS, GROUP, PER_CHANNEL, OUTLIERS, CENTRED, HEAD_DIM, DIM, BLOCK, PLANES, RUN, TILE_BLOCKS,
         )  # fmt: skip
         residual = tl.where(x_ok, x - decoded, 0.0)  # [T, D]
         seen = dot(residual, basis, tl.zeros([residual.shape[0], RANK_STEP], tl.float32))  # [T, rank]

@@ -23,10 +23,15 @@ from kvcompress.kernels.common.packed_tile import (
     add_key_factors,
     add_value_factors,
     base_of,
+    block_means,
+    code_levels,
+    load_codes,
     load_decoded,
+    middle,
     tile_shape,
     tile_start,
     tile_tokens,
+    token_scales,
 )
 from kvcompress.kernels.common.quantized import (
     QuantizedTensor,
@@ -228,6 +233,8 @@ def _constants(
         of_coding = coding_constants(coding, packed, tile.block, size)
         constants |= {f"{name}_{setting}": value for setting, value in of_coding.items()}
         constants[f"{name}_RANK"] = 0 if packed.left is None else packed.left.shape[-1]
+        # with a scale for each token and none other, the codes themselves are multiplied
+        constants[f"{name}_FOLDED"] = coding.zeros != "group" and coding.group >= tile_width(size)
     return constants
 
 
@@ -278,11 +285,15 @@ def _packed_kernel(
     KEY_GROUP: tl.constexpr,
     KEY_PER_CHANNEL: tl.constexpr,
     KEY_OUTLIERS: tl.constexpr,
+    KEY_CENTRED: tl.constexpr,
+    KEY_FOLDED: tl.constexpr,
     KEY_RANK: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
     VALUE_PER_CHANNEL: tl.constexpr,
     VALUE_OUTLIERS: tl.constexpr,
+    VALUE_CENTRED: tl.constexpr,
+    VALUE_FOLDED: tl.constexpr,
     VALUE_RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
@@ -327,17 +338,41 @@ def _packed_kernel(
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
+    dim = tl.arange(0, DIM)
+    if KEY_FOLDED:
+        of_middle = tl.sum(query.to(tl.float32), 1) * middle(KEY_BITS)  # [R]
+    if VALUE_FOLDED:
+        surplus = tl.zeros([BLOCK_ROWS], tl.float32)
     for tile in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tiles)):
         block, offset = tile_start(tile, BLOCK, PLANES, RUN, TILE_BLOCKS)
         ahead, place = tile_tokens(offset, 1, BLOCK, PLANES, RUN, TILE_BLOCKS)  # [T]
         token_ok = block + ahead < blocks
         token = (block + ahead) * BLOCK + place
-        key = load_decoded(
-            key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr,
-            key_base, block, blocks, offset,
-            KEY_BITS, KEY_GROUP, KEY_PER_CHANNEL, KEY_OUTLIERS, HEAD_DIM, DIM, BLOCK, PLANES, RUN, TILE_BLOCKS,
-        ).to(query.dtype)  # fmt: skip
+        if KEY_FOLDED:
+            key = load_codes(
+                key_codes_ptr, key_base, block, blocks, offset, dim, KEY_BITS, HEAD_DIM, DIM,
+                BLOCK, PLANES, RUN, TILE_BLOCKS,
+            )  # fmt: skip
+            key = code_levels(key, KEY_BITS).to(tl.float32).to(query.dtype)
+        else:
+            key = load_decoded(
+                key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr,
+                key_base, block, blocks, offset,
+                KEY_BITS, KEY_GROUP, KEY_PER_CHANNEL, KEY_OUTLIERS, KEY_CENTRED, HEAD_DIM, DIM,
+                BLOCK, PLANES, RUN, TILE_BLOCKS,
+            ).to(query.dtype)  # fmt: skip
         logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, TOKENS], tl.float32))  # [R, T]
+        if KEY_FOLDED:
+            logits -= of_middle[:, None]
+            logits *= token_scales(key_scales_ptr, key_base, block, blocks, offset, BLOCK, PLANES, RUN, TILE_BLOCKS)[
+                None, :
+            ]
+            if key_zeros_ptr is not None:
+                mean = block_means(key_zeros_ptr, key_base, block, blocks, HEAD_DIM, DIM, TILE_BLOCKS)
+                for n in tl.static_range(TILE_BLOCKS):
+                    one = tl.sum(tl.where(tl.arange(0, TILE_BLOCKS)[:, None] == n, mean, 0.0), 0)
+                    of_mean = tl.sum(query.to(tl.float32) * one[None, :], 1)  # [R]
+                    logits += tl.where((ahead == n)[None, :], of_mean[:, None], 0.0)
         if KEY_RANK:
             left_at = (key_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
@@ -372,13 +407,25 @@ def _packed_kernel(
         peak = risen
         total = total * fade + tl.sum(weight, 1)
         weight = weight.to(query.dtype)
-        value = load_decoded(
-            value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr,
-            value_base, block, blocks, offset,
-            VALUE_BITS, VALUE_GROUP, VALUE_PER_CHANNEL, VALUE_OUTLIERS, VALUE_DIM, VALUE_WIDTH,
-            BLOCK, PLANES, RUN, TILE_BLOCKS,
-        ).to(query.dtype)  # fmt: skip
-        out = dot(weight, value, out * fade[:, None])
+        if VALUE_FOLDED:
+            value = load_codes(
+                value_codes_ptr, value_base, block, blocks, offset, tl.arange(0, VALUE_WIDTH), VALUE_BITS,
+                VALUE_DIM, VALUE_WIDTH, BLOCK, PLANES, RUN, TILE_BLOCKS,
+            )  # fmt: skip
+            value = code_levels(value, VALUE_BITS).to(tl.float32).to(query.dtype)
+            scales = token_scales(value_scales_ptr, value_base, block, blocks, offset, BLOCK, PLANES, RUN, TILE_BLOCKS)
+            scaled = (weight.to(tl.float32) * scales[None, :]).to(query.dtype)
+            out = dot(scaled, value, out * fade[:, None])
+            # what the middle level, which stands for 0, has added
+            surplus = surplus * fade + tl.sum(scaled.to(tl.float32), 1)
+        else:
+            value = load_decoded(
+                value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr,
+                value_base, block, blocks, offset,
+                VALUE_BITS, VALUE_GROUP, VALUE_PER_CHANNEL, VALUE_OUTLIERS, VALUE_CENTRED, VALUE_DIM, VALUE_WIDTH,
+                BLOCK, PLANES, RUN, TILE_BLOCKS,
+            ).to(query.dtype)  # fmt: skip
+            out = dot(weight, value, out * fade[:, None])
         if VALUE_RANK:
             left_at = (value_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
@@ -393,6 +440,8 @@ def _packed_kernel(
 
     lse_offset = ((wide(split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
     norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
+    if VALUE_FOLDED:
+        out -= (surplus * middle(VALUE_BITS))[:, None]
     store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 
@@ -409,6 +458,8 @@ _AOT_CODINGS = [
     (4, 4, 64, 0, 0, 32),
     (3, 3, 32, 2, 0, 32),
 ]
+# key bits, value bits, group, rank, block; keys around the mean of their block, values around 0
+_AOT_CENTRED = [(2, 2, 256, 0, 64), (2, 2, 32, 2, 16), (4, 3, 256, 0, 64)]
 
 
 def aot_calls() -> None:
@@ -416,13 +467,17 @@ def aot_calls() -> None:
         for head_dim in head_dims:
             for coding in _AOT_CODINGS if head_dim != 80 else _AOT_CODINGS[:3]:
                 _aot_call(head_dim, dtype, 4, 1, coding)
+            for key_bits, value_bits, size, rank, block in _AOT_CENTRED:
+                _aot_call(head_dim, dtype, 4, 1, (key_bits, value_bits, size, 0, rank, block), is_centred=True)
             # many rows, from queries or from heads; other codings only mask more
             for coding in _AOT_CODINGS[:3]:
                 _aot_call(head_dim, dtype, 4, 16, coding)
                 _aot_call(head_dim, dtype, 64, 1, coding)
 
 
-def _aot_call(head_dim: int, dtype: torch.dtype, group: int, queries: int, coding: tuple[int, ...]) -> None:
+def _aot_call(
+    head_dim: int, dtype: torch.dtype, group: int, queries: int, coding: tuple[int, ...], is_centred: bool = False
+) -> None:
     key_bits, value_bits, size, outliers, rank, block = coding
     is_plain, of_slots, blocks = not outliers, block == 32, 1024 // block
 
@@ -434,6 +489,9 @@ def _aot_call(head_dim: int, dtype: torch.dtype, group: int, queries: int, codin
 
     key_coding = QuantScheme(key_bits, size, "token" if of_slots else "channel", outliers, rank)
     value_coding = QuantScheme(value_bits, size, "token", outliers, rank)
+    if is_centred:
+        key_coding = key_coding._replace(axis="token", zeros="block")
+        value_coding = value_coding._replace(zeros="none")
     query = shaped(1, 2 * group, queries, head_dim, dtype=dtype)
     packed_attention(
         query, packed(key_coding), packed(value_coding), key_coding, value_coding,

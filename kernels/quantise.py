@@ -12,6 +12,13 @@ rounded down and the scale up to float16, and the codes are computed against the
 further than scale / 2 from its decoded value; a constant group needs no special case. What float16 cannot hold
 (beyond 65504) saturates.
 
+Numbers that have been rotated (kernels/hadamard.py) are nearly normally distributed, and need no zeros: their levels
+lie around 0, or around the mean of the channel over the block (`QuantScheme.zeros`), and the scale is fitted:
+
+    x ~ zero + scale * (level - middle)        scale = sum x * (level - middle) / sum (level - middle)^2
+
+three times, each for the levels that are nearest by the scale before.
+
 Departures from the paper: outliers leave the ranges instead of counting as their vector's mean, which can lie outside
 the range of what remains of a group; the outliers of a value are chosen within each KV head and not over all of them,
 so that heads stay independent.
@@ -31,7 +38,9 @@ from kvcompress.kernels.common.quantized import (
     QuantizedTensor,
     QuantScheme,
     check_coding,
+    code_levels,
     empty_packed,
+    nearest_codes,
     pack_codes,
     spread_groups,
     unpack_codes,
@@ -40,6 +49,10 @@ from kvcompress.kernels.common.runtime import launch, op, runs_triton, shaped, t
 from kvcompress.kernels.common.tile import tile_width
 
 _LARGEST = 65504.0
+# by bits, a scale to begin with, in root mean squares of a group: what loses least of normally distributed numbers
+FIRST_SCALES = {2: 0.151, 3: 0.586, 4: 0.3352}
+# how often a scale is fitted to the levels that are nearest
+_FITS = 3
 
 
 @op(fake=lambda x, coding: empty_packed(x, coding))
@@ -74,6 +87,8 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     # a number that is not finite cannot be ordered: it makes its group NaN, and counts as 0 otherwise
     unknown = x.float() - x.float()
     x = x.float().nan_to_num(0.0, 0.0, 0.0)
+    if coding.zeros != "group":
+        return _centred(x, unknown, coding)
     dim = -2 if coding.axis == "channel" else -1
     low = high = x
     index = None
@@ -101,6 +116,26 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     return QuantizedTensor(pack_codes(codes.to(torch.uint8), coding.bits), scales, zeros, values, index)
 
 
+def _centred(x: Tensor, unknown: Tensor, coding: QuantScheme) -> QuantizedTensor:
+    """`quantise_reference` of numbers that are coded around 0 or the mean of a channel."""
+    zeros = None
+    if coding.zeros == "block":
+        zeros = x.mean(-2, keepdim=True).clamp_(-_LARGEST, _LARGEST).half()
+        x = x - zeros.float()
+    grouped, real = _group(x, coding, 0.0), _group(torch.ones_like(x[:1, :1, :1, :1]), coding, 0.0)
+    scales = (grouped.square().sum(-1) / real.sum(-1)).sqrt().mul(FIRST_SCALES[coding.bits]).half()
+    for fit in range(_FITS + 1):
+        steps = scales.float()[..., None]
+        codes = nearest_codes(grouped * torch.where(steps > 0, 1.0 / steps, 0.0), coding)
+        if fit < _FITS:
+            levels = (code_levels(codes.to(torch.uint8), coding).float() - coding.middle) * real
+            # never zero: no level is
+            scales = ((grouped * levels).sum(-1) / levels.square().sum(-1)).clamp_(0.0, _LARGEST).half()
+    codes = codes.flatten(-2)[..., : x.shape[-1]].to(torch.uint8)
+    scales = scales + _group(unknown, coding, 0.0).sum(-1).half()
+    return QuantizedTensor(pack_codes(codes, coding.bits), scales, zeros)
+
+
 def dequantise(
     packed: QuantizedTensor, coding: QuantScheme, dtype: torch.dtype = torch.float32, spans: Tensor | None = None
 ) -> Tensor:
@@ -113,10 +148,15 @@ def dequantise(
     Returns:
         [batch, kv_heads, blocks, block, head_dim].
     """
-    x = unpack_codes(packed.codes, coding.bits).float()
-    # both are spread at once
-    scales, zeros = spread_groups(torch.stack([packed.scales.float(), packed.zeros.float()]), coding, x)
-    x.mul_(scales).add_(zeros)
+    x = code_levels(unpack_codes(packed.codes, coding.bits), coding).float()
+    if coding.zeros == "group":
+        assert packed.zeros is not None
+        # both are spread at once
+        scales, zeros = spread_groups(torch.stack([packed.scales.float(), packed.zeros.float()]), coding, x)
+        x.mul_(scales).add_(zeros)
+    else:
+        x.sub_(coding.middle).mul_(spread_groups(packed.scales.float(), coding, x))
+        x = x if packed.zeros is None else x.add_(packed.zeros.float())
     if packed.outlier_values is not None and packed.outlier_index is not None:
         dim = -2 if coding.axis == "channel" else -1
         x.scatter_add_(dim, packed.outlier_index.long(), packed.outlier_values.float())
@@ -181,6 +221,10 @@ _PIECE = 2**16
 def _launch(x: Tensor, coding: QuantScheme, packed: QuantizedTensor) -> None:
     batch, kv_heads, blocks, block, head_dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
+    if coding.zeros == "block":
+        assert packed.zeros is not None
+        known = x.float().nan_to_num(0.0, 0.0, 0.0)
+        packed.zeros.copy_(known.mean(-2, keepdim=True).clamp_(-_LARGEST, _LARGEST))
     constants, programs, warps = _tiles(coding, block, head_dim)
     launch(
         _quantise_kernel, (batch * kv_heads * blocks * programs,),
@@ -190,7 +234,7 @@ def _launch(x: Tensor, coding: QuantScheme, packed: QuantizedTensor) -> None:
     )  # fmt: skip
 
 
-def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, int | bool], int, int]:
+def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, float], int, int]:
     """The compile-time arguments, programs per block, and warps."""
     per_channel = coding.axis == "channel"
     planes = 8 if coding.bits == 3 else planes_of(coding.bits)
@@ -201,11 +245,15 @@ def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, in
     else:
         columns, run = width, min(block // planes, max(1, _TILE // width // planes))
         parts = block // planes // run
-    constants: dict[str, int | bool] = {
+    constants: dict[str, float] = {
         "BITS": coding.bits,
         "GROUP": min(coding.group, block if per_channel else width),
         "PER_CHANNEL": per_channel,
         "OUTLIERS": coding.outliers,
+        "CENTRED": coding.zeros != "group",
+        "MIDDLE": coding.middle,
+        "FIRST": FIRST_SCALES.get(coding.bits, 0.0),
+        "FITS": _FITS,
         "HEAD_DIM": head_dim,
         "BLOCK": block,
         "PLANES": planes,
@@ -238,6 +286,10 @@ def _quantise_kernel(
     GROUP: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    FIRST: tl.constexpr,
+    FITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
@@ -267,76 +319,108 @@ def _quantise_kernel(
     # NaN where a number is not finite: it makes its group NaN, and counts as 0 otherwise, as it cannot be ordered
     unknown = x - x
     x = tl.where(unknown == 0, x, 0.0)
-    low = tl.where(dim_ok[None, :], x, float("inf"))
-    high = tl.where(dim_ok[None, :], x, float("-inf"))
-    AXIS: tl.constexpr = 0 if PER_CHANNEL else 1
-    place = tl.broadcast_to(index[:, None] if PER_CHANNEL else dim[None, :], [TOKENS, COLUMNS])
-    if OUTLIERS:
-        # which of its vector's outliers a number is, -1 for none
-        order = tl.full([TOKENS, COLUMNS], -1, tl.int32)
-        for n in range(OUTLIERS):
-            chosen = place == tl.expand_dims(tl.argmax(high, AXIS), AXIS)
-            order = tl.where(chosen, n, order)
-            high = tl.where(chosen, float("-inf"), high)
-        low = tl.where(order < 0, low, float("inf"))
-        for n in range(OUTLIERS):
-            chosen = place == tl.expand_dims(tl.argmin(low, AXIS), AXIS)
-            order = tl.where(chosen, OUTLIERS + n, order)
-            low = tl.where(chosen, float("inf"), low)
-        high = tl.where(order < 0, high, float("-inf"))
-
-    if PER_CHANNEL:
-        low = tl.min(tl.reshape(low, [TOKENS // GROUP, GROUP, COLUMNS]), 1)  # [groups, D]
-        high = tl.max(tl.reshape(high, [TOKENS // GROUP, GROUP, COLUMNS]), 1)
-        unknown = tl.sum(tl.reshape(unknown, [TOKENS // GROUP, GROUP, COLUMNS]), 1)
-    else:
-        low = tl.min(tl.reshape(low, [TOKENS, COLUMNS // GROUP, GROUP]), 2)  # [T, groups]
-        high = tl.max(tl.reshape(high, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
-        unknown = tl.sum(tl.reshape(unknown, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
-    # a group that has only outliers, or of no channel
-    empty = low > high
-    # what float16 cannot hold saturates
-    low = tl.where(empty, 0.0, tl.minimum(tl.maximum(low, -65504.0), 65504.0))
-    high = tl.where(empty, 0.0, tl.minimum(tl.maximum(high, -65504.0), 65504.0))
-    half_zero = _round_half_down(low)
-    zero = half_zero.to(tl.float32)
-    half_scale = -_round_half_down(-tl.div_rn(high - zero, tl.full(high.shape, LEVELS, tl.float32)))
-    scale = half_scale.to(tl.float32)
-    inverse = tl.where(
-        scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
-    )
-    SHARED: tl.constexpr = 1 if PER_CHANNEL else 2
-    if PER_CHANNEL:
-        group = tl.arange(0, TOKENS // GROUP)
-        at = (owner * (BLOCK // GROUP) + group)[:, None] * HEAD_DIM + dim[None, :]
-        ok = tl.broadcast_to(dim_ok[None, :], [TOKENS // GROUP, COLUMNS])
-        grouped = tl.reshape(x, [TOKENS // GROUP, GROUP, COLUMNS])
-    else:
-        group = tl.arange(0, COLUMNS // GROUP)
-        STORED: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
-        at = (owner * BLOCK + token)[:, None] * STORED + group[None, :]
-        ok = tl.broadcast_to((group < STORED)[None, :], [TOKENS, COLUMNS // GROUP])
+    if CENTRED:
+        if zeros_ptr is not None:
+            # the mean of the channel over the block
+            x -= tl.load(zeros_ptr + owner * HEAD_DIM + dim, mask=dim_ok, other=0.0).to(tl.float32)[None, :]
         grouped = tl.reshape(x, [TOKENS, COLUMNS // GROUP, GROUP])
-    tl.store(zeros_ptr + at, half_zero + unknown.to(tl.float16), mask=ok)
-    tl.store(scales_ptr + at, half_scale, mask=ok)
-
-    zero = tl.expand_dims(zero, SHARED)
-    codes = tl.floor((grouped - zero) * tl.expand_dims(inverse, SHARED) + 0.5)
-    codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
-    if OUTLIERS:
-        rest = tl.reshape(grouped - (zero + tl.expand_dims(scale, SHARED) * codes), [TOKENS, COLUMNS])
-        rest = tl.minimum(tl.maximum(rest, -65504.0), 65504.0)
-        for n in range(2 * OUTLIERS):
-            value = tl.sum(tl.where(order == n, rest, 0.0), AXIS)
-            found = tl.sum(tl.where(order == n, place, 0), AXIS)
-            if PER_CHANNEL:
-                outlier_at = (owner * (2 * OUTLIERS) + n) * HEAD_DIM + dim
-                outlier_ok = dim_ok
+        unknown = tl.sum(tl.reshape(unknown, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
+        real = tl.reshape(dim_ok.to(tl.float32), [1, COLUMNS // GROUP, GROUP])
+        count = tl.broadcast_to(tl.sum(real, 2), [TOKENS, COLUMNS // GROUP])
+        # a group of no channel
+        count = tl.maximum(count, 1.0)
+        half_scale = (tl.sqrt_rn(tl.div_rn(tl.sum(grouped * grouped, 2), count)) * FIRST).to(tl.float16)  # [T, groups]
+        for fit in tl.static_range(FITS + 1):
+            scale = half_scale.to(tl.float32)
+            inverse = tl.where(
+                scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
+            )
+            y = grouped * inverse[:, :, None]
+            if BITS == 2:
+                codes = (y >= -6.5).to(tl.float32) + (y >= 0.0).to(tl.float32) + (y >= 6.5).to(tl.float32)
+                level = codes * 7.0 - (codes >= 2.0).to(tl.float32) - MIDDLE
             else:
-                outlier_at = (owner * BLOCK + token) * (2 * OUTLIERS) + n
-                outlier_ok = token < BLOCK
-            tl.store(values_ptr + outlier_at, value.to(tl.float16), mask=outlier_ok)
-            tl.store(index_ptr + outlier_at, found.to(tl.uint8), mask=outlier_ok)
+                codes = tl.minimum(tl.maximum(tl.floor(y + MIDDLE + 0.5), 0.0), LEVELS)
+                level = codes - MIDDLE
+            if fit < FITS:
+                squares = tl.sum(level * level * real, 2)
+                half_scale = tl.div_rn(tl.sum(grouped * level, 2), tl.where(squares > 0, squares, 1.0))
+                half_scale = tl.minimum(tl.maximum(half_scale, 0.0), 65504.0).to(tl.float16)
+        group = tl.arange(0, COLUMNS // GROUP)
+        SCALES: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
+        at = (owner * BLOCK + token)[:, None] * SCALES + group[None, :]
+        tl.store(scales_ptr + at, half_scale + unknown.to(tl.float16), mask=(group < SCALES)[None, :])
+    else:
+        low = tl.where(dim_ok[None, :], x, float("inf"))
+        high = tl.where(dim_ok[None, :], x, float("-inf"))
+        AXIS: tl.constexpr = 0 if PER_CHANNEL else 1
+        place = tl.broadcast_to(index[:, None] if PER_CHANNEL else dim[None, :], [TOKENS, COLUMNS])
+        if OUTLIERS:
+            # which of its vector's outliers a number is, -1 for none
+            order = tl.full([TOKENS, COLUMNS], -1, tl.int32)
+            for n in range(OUTLIERS):
+                chosen = place == tl.expand_dims(tl.argmax(high, AXIS), AXIS)
+                order = tl.where(chosen, n, order)
+                high = tl.where(chosen, float("-inf"), high)
+            low = tl.where(order < 0, low, float("inf"))
+            for n in range(OUTLIERS):
+                chosen = place == tl.expand_dims(tl.argmin(low, AXIS), AXIS)
+                order = tl.where(chosen, OUTLIERS + n, order)
+                low = tl.where(chosen, float("inf"), low)
+            high = tl.where(order < 0, high, float("-inf"))
+
+        if PER_CHANNEL:
+            low = tl.min(tl.reshape(low, [TOKENS // GROUP, GROUP, COLUMNS]), 1)  # [groups, D]
+            high = tl.max(tl.reshape(high, [TOKENS // GROUP, GROUP, COLUMNS]), 1)
+            unknown = tl.sum(tl.reshape(unknown, [TOKENS // GROUP, GROUP, COLUMNS]), 1)
+        else:
+            low = tl.min(tl.reshape(low, [TOKENS, COLUMNS // GROUP, GROUP]), 2)  # [T, groups]
+            high = tl.max(tl.reshape(high, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
+            unknown = tl.sum(tl.reshape(unknown, [TOKENS, COLUMNS // GROUP, GROUP]), 2)
+        # a group that has only outliers, or of no channel
+        empty = low > high
+        # what float16 cannot hold saturates
+        low = tl.where(empty, 0.0, tl.minimum(tl.maximum(low, -65504.0), 65504.0))
+        high = tl.where(empty, 0.0, tl.minimum(tl.maximum(high, -65504.0), 65504.0))
+        half_zero = _round_half_down(low)
+        zero = half_zero.to(tl.float32)
+        half_scale = -_round_half_down(-tl.div_rn(high - zero, tl.full(high.shape, LEVELS, tl.float32)))
+        scale = half_scale.to(tl.float32)
+        inverse = tl.where(
+            scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
+        )
+        SHARED: tl.constexpr = 1 if PER_CHANNEL else 2
+        if PER_CHANNEL:
+            group = tl.arange(0, TOKENS // GROUP)
+            at = (owner * (BLOCK // GROUP) + group)[:, None] * HEAD_DIM + dim[None, :]
+            ok = tl.broadcast_to(dim_ok[None, :], [TOKENS // GROUP, COLUMNS])
+            grouped = tl.reshape(x, [TOKENS // GROUP, GROUP, COLUMNS])
+        else:
+            group = tl.arange(0, COLUMNS // GROUP)
+            STORED: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
+            at = (owner * BLOCK + token)[:, None] * STORED + group[None, :]
+            ok = tl.broadcast_to((group < STORED)[None, :], [TOKENS, COLUMNS // GROUP])
+            grouped = tl.reshape(x, [TOKENS, COLUMNS // GROUP, GROUP])
+        tl.store(zeros_ptr + at, half_zero + unknown.to(tl.float16), mask=ok)
+        tl.store(scales_ptr + at, half_scale, mask=ok)
+
+        zero = tl.expand_dims(zero, SHARED)
+        codes = tl.floor((grouped - zero) * tl.expand_dims(inverse, SHARED) + 0.5)
+        codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
+        if OUTLIERS:
+            rest = tl.reshape(grouped - (zero + tl.expand_dims(scale, SHARED) * codes), [TOKENS, COLUMNS])
+            rest = tl.minimum(tl.maximum(rest, -65504.0), 65504.0)
+            for n in range(2 * OUTLIERS):
+                value = tl.sum(tl.where(order == n, rest, 0.0), AXIS)
+                found = tl.sum(tl.where(order == n, place, 0), AXIS)
+                if PER_CHANNEL:
+                    outlier_at = (owner * (2 * OUTLIERS) + n) * HEAD_DIM + dim
+                    outlier_ok = dim_ok
+                else:
+                    outlier_at = (owner * BLOCK + token) * (2 * OUTLIERS) + n
+                    outlier_ok = token < BLOCK
+                tl.store(values_ptr + outlier_at, value.to(tl.float16), mask=outlier_ok)
+                tl.store(index_ptr + outlier_at, found.to(tl.uint8), mask=outlier_ok)
 
     whole = tl.reshape(codes.to(tl.int32), [TOKENS, COLUMNS])
     PER: tl.constexpr = 4 if BITS == 3 else PLANES
@@ -371,3 +455,6 @@ def aot_calls() -> None:
         for axis in get_args(Axis):
             x = shaped(2, 8, 5, block, head_dim, dtype=dtype)
             quantise(x, QuantScheme(bits, group, axis, outliers))
+        if not outliers:
+            quantise(x, QuantScheme(bits, group, "token", zeros="block"))
+            quantise(x, QuantScheme(2, group, "token", zeros="none"))

@@ -32,7 +32,7 @@ Backbone = Literal["kivi", "whole"]
 # values tolerate fewer bits than keys
 _FEWER = {4: 3, 3: 2}
 # what a saved file means that is older than a setting
-UNROTATED = {"hadamard": False}
+UNROTATED = {"hadamard": False, "centred": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ class GEAR:
     backbone: how groups are cut. value_bits: of the codes of values; None for what loses least beside `bits`, one bit
     less where those are 3 or 4. sinks: first tokens that stay as they are, because their keys and values are outliers
     among all others. hadamard: values are rotated by a Hadamard matrix with random signs before they are encoded
-    (kernels/hadamard.py; QuaRot, arXiv:2404.00456), and what attention makes of them back.
+    (kernels/hadamard.py; QuaRot, arXiv:2404.00456), and what attention makes of them back. centred: keys are rotated
+    too, a block of them around its mean, and all codes stand for levels around 0, with one scale for `group_size`
+    channels of a token and no zero; None: where that loses least, with 2 bits and no outliers.
     """
 
     bits: int = 4
@@ -59,6 +61,7 @@ class GEAR:
     value_bits: int | None = None
     sinks: int = 4
     hadamard: bool = True
+    centred: bool | None = None
 
     def __post_init__(self) -> None:
         settle(self)
@@ -84,6 +87,11 @@ class GEAR:
             )
         if not 0.0 <= self.outliers <= 1.0:
             raise ValueError(f"outliers must be a share of the elements from 0 to 1, got {self.outliers!r}")
+        if self.centred and (not self.hadamard or self.outliers or self.bits > 4 or (self.value_bits or 0) > 4):
+            raise ValueError(
+                "centred codes are of rotated numbers, of 2 to 4 bits and without outliers, got hadamard="
+                f"{self.hadamard}, bits={self.bits}, value_bits={self.value_bits}, outliers={self.outliers}"
+            )
         for name in ("rank", "rank_decode"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
@@ -91,6 +99,13 @@ class GEAR:
             raise ValueError(
                 f"rank must be at most buffer = {self.buffer}, got rank {self.rank}, rank_decode {self.rank_decode}"
             )
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether codes stand for levels around 0, and keys are rotated as values are."""
+        if self.centred is None:
+            return self.hadamard and self.bits == 2 and self.value_bits in (None, 2) and not self.outliers
+        return self.centred
 
     def codings(self, head_dim: int, rank: int) -> tuple[QuantScheme, QuantScheme]:
         """How keys and values of this head_dim are encoded.
@@ -102,6 +117,12 @@ class GEAR:
             raise ValueError(f"rank must be at most head_dim = {head_dim}, got {rank}")
         key_group = self.group_size if self.backbone == "kivi" else self.buffer
         value_bits = self.value_bits or _FEWER.get(self.bits, self.bits)
+        if self.is_centred:
+            of_token = self._of_a_vector(head_dim)
+            return (
+                QuantScheme(self.bits, of_token, "token", 0, rank, "block"),
+                QuantScheme(value_bits, of_token, "token", 0, rank, "none"),
+            )
         found = (
             QuantScheme(self.bits, key_group, "channel", self._a_side(self.buffer), rank),
             QuantScheme(value_bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim), rank),
@@ -120,6 +141,10 @@ class GEAR:
             raise ValueError(
                 "slots are packed a token at a time, which leaves no block for a low-rank part: rank and rank_decode "
                 f"must be 0, got {self.rank} and {self.rank_decode}"
+            )
+        if self.centred:
+            raise ValueError(
+                "slots are packed a token at a time, which leaves no block for a mean: centred must be off"
             )
         if self.value_bits not in (None, self.bits):
             raise ValueError(f"slots have keys and values of one size: value_bits must be None, got {self.value_bits}")

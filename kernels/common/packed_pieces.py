@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, spread_groups, unpack_codes
+from kvcompress.kernels.common.quantized import (
+    QuantizedTensor,
+    QuantScheme,
+    code_levels,
+    spread_groups,
+    unpack_codes,
+)
 from kvcompress.kernels.common.torch_attention import slots_seen
 
 # numbers that a piece decodes at once: 2 MB in float32, near what a core's cache holds; half as many take longer,
@@ -98,16 +104,23 @@ def _key_products(
     if folded:
         # the scales of a channel are applied to the few rows instead of its many codes
         scaled = rows[:, :, None] * keys.scales.to(rows.dtype).flatten(2, 3)[:, :, :, None]
+    # codes around 0 of which each token has one scale
+    is_whole = _is_whole(keys, coding, rows.shape[-1])
     for piece in pieces:
         of_piece = slice(piece.start * per_block, piece.stop * per_block)
         codes = _codes(keys, coding, piece, room)
-        if folded:
+        if is_whole:
+            found = (rows @ codes.flatten(2, 3).mT).unflatten(-1, (-1, block)).transpose(2, 3)
+        elif folded:
             found = scaled[:, :, of_piece] @ codes.unflatten(3, (per_block, -1)).flatten(2, 3).mT
         else:
             found = rows @ _decoded(codes, keys, coding, piece).flatten(2, 3).mT
             found = found.unflatten(-1, (-1, products.shape[-1])).transpose(2, 3)
         products[:, :, of_piece] = found
-    if folded:
+    if is_whole:
+        products -= rows.sum(-1)[:, :, None, :, None] * coding.middle
+        products *= keys.scales.to(rows.dtype).squeeze(-1)[:, :, :, None]
+    if keys.zeros is not None and (folded or is_whole):
         products += (rows @ keys.zeros.to(rows.dtype).flatten(2, 3).mT).transpose(2, 3)[..., None]
     if keys.left is not None and keys.right is not None:
         of_left = (rows[:, :, None] @ _bases(keys.right, spans, rows.dtype)) @ keys.left.to(rows.dtype).mT
@@ -140,7 +153,9 @@ def _value_products(
         else:
             out += weights[..., tokens] @ _decoded(codes, values, coding, piece).flatten(2, 3)
     if folded:
-        of_zeros = weights @ values.zeros.to(weights.dtype).flatten(2, 3)  # [batch, kv_heads, rows, groups]
+        # what a level of 0 stands for
+        lowest = values.scales.to(weights.dtype).mul(-coding.middle) if values.zeros is None else values.zeros
+        of_zeros = weights @ lowest.to(weights.dtype).flatten(2, 3)  # [batch, kv_heads, rows, groups]
         for n, target in enumerate(out.split(coding.group, -1)):
             target += of_zeros[..., n : n + 1]
     if values.left is not None and values.right is not None:
@@ -150,21 +165,31 @@ def _value_products(
 
 
 def _is_folded(packed: QuantizedTensor, coding: QuantScheme, rows: int, axis: str, length: int) -> bool:
-    return coding.axis == axis and packed.outlier_index is None and min(coding.group, length) >= _FOLDED * rows
+    if coding.axis != axis or coding.zeros == "block":
+        return False
+    return packed.outlier_index is None and min(coding.group, length) >= _FOLDED * rows
+
+
+def _is_whole(packed: QuantizedTensor, coding: QuantScheme, head_dim: int) -> bool:
+    return coding.zeros != "group" and coding.group >= head_dim
 
 
 def _codes(packed: QuantizedTensor, coding: QuantScheme, piece: slice, room: Tensor) -> Tensor:
-    """Codes of some blocks as floats, in `room`: [batch, kv_heads, blocks, block, head_dim]."""
-    codes = unpack_codes(packed.codes[:, :, piece], coding.bits)
+    """Levels of some blocks' codes as floats, in `room`: [batch, kv_heads, blocks, block, head_dim]."""
+    codes = code_levels(unpack_codes(packed.codes[:, :, piece], coding.bits), coding)
     return room[: codes.numel()].view(codes.shape).copy_(codes)
 
 
 def _decoded(codes: Tensor, packed: QuantizedTensor, coding: QuantScheme, piece: slice) -> Tensor:
     """Decodes codes in place, without low-rank terms."""
-    scales, zeros = (
-        spread_groups(x[:, :, piece].to(codes.dtype), coding, codes) for x in (packed.scales, packed.zeros)
-    )
-    codes.mul_(scales).add_(zeros)
+    scales = spread_groups(packed.scales[:, :, piece].to(codes.dtype), coding, codes)
+    if coding.zeros == "none":
+        return codes.sub_(coding.middle).mul_(scales)
+    assert packed.zeros is not None
+    zeros = packed.zeros[:, :, piece].to(codes.dtype)
+    if coding.zeros == "block":
+        return codes.sub_(coding.middle).mul_(scales).add_(zeros)
+    codes.mul_(scales).add_(spread_groups(zeros, coding, codes))
     if packed.outlier_index is not None and packed.outlier_values is not None:
         index, found = packed.outlier_index[:, :, piece], packed.outlier_values[:, :, piece]
         codes.scatter_add_(-2 if coding.axis == "channel" else -1, index.long(), found.to(codes.dtype))

@@ -102,10 +102,43 @@ def load_codes(
 
 
 @triton.jit
+def code_levels(codes, BITS: tl.constexpr):
+    # as kernels/common/quantized.py has them, of codes around 0
+    return codes * 7 - (codes >> 1) if BITS == 2 else codes
+
+
+@triton.jit
+def middle(BITS: tl.constexpr):
+    # the level that stands for 0
+    return 10.0 if BITS == 2 else (2**BITS - 1) / 2
+
+
+@triton.jit
+def block_means(
+    ptr, base, block, blocks, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE_BLOCKS: tl.constexpr
+):  # fmt: skip
+    # the zeros of a tile's blocks, float32 [blocks, DIM]
+    dim = tl.arange(0, DIM)
+    at = block + tl.arange(0, TILE_BLOCKS)
+    ok = (at < blocks)[:, None] & (dim < HEAD_DIM)[None, :]
+    return tl.load(ptr + (base + at)[:, None] * HEAD_DIM + dim[None, :], mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def token_scales(
+    ptr, base, block, blocks, offset, BLOCK: tl.constexpr, PLANES: tl.constexpr, RUN: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    # of a tile's tokens the scale, where each has one, float32 [tokens]
+    ahead, place = tile_tokens(offset, 1, BLOCK, PLANES, RUN, TILE_BLOCKS)
+    return tl.load(ptr + (base + block + ahead) * BLOCK + place, mask=block + ahead < blocks, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_decoded(
     codes_ptr, scales_ptr, zeros_ptr, outlier_values_ptr, outlier_index_ptr,
     base, block, blocks, offset,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, OUTLIERS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, OUTLIERS: tl.constexpr, CENTRED: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, PLANES: tl.constexpr, RUN: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +148,10 @@ def load_decoded(
     codes = load_codes(
         codes_ptr, base, block, blocks, offset, dim,
         BITS, HEAD_DIM, DIM, BLOCK, PLANES, RUN, TILE_BLOCKS,
-    ).to(tl.float32)  # fmt: skip
+    )  # fmt: skip
+    if CENTRED:
+        codes = code_levels(codes, BITS)
+    codes = codes.to(tl.float32)
     TOKENS: tl.constexpr = TILE_BLOCKS * PLANES * RUN
     if PER_CHANNEL:
         # tokens that follow each other in the tile and share a scale
@@ -138,8 +174,17 @@ def load_decoded(
         ok = (block + ahead < blocks)[:, None] & (group < STORED)[None, :]
         at = row[:, None] * STORED + group[None, :]
         scale = tl.load(scales_ptr + at, mask=ok, other=0.0).to(tl.float32)[:, :, None]
-        zero = tl.load(zeros_ptr + at, mask=ok, other=0.0).to(tl.float32)[:, :, None]
-        tile = tl.reshape(tl.reshape(codes, [TOKENS, GROUPS, GROUP]) * scale + zero, [TOKENS, DIM])
+        codes = tl.reshape(codes, [TOKENS, GROUPS, GROUP])
+        if CENTRED:
+            tile = tl.reshape((codes - middle(BITS)) * scale, [TOKENS, DIM])
+            if zeros_ptr is not None:
+                mean = tl.reshape(
+                    block_means(zeros_ptr, base, block, blocks, HEAD_DIM, DIM, TILE_BLOCKS), [TILE_BLOCKS, 1, DIM]
+                )
+                tile = tl.reshape(tl.reshape(tile, [TILE_BLOCKS, PLANES * RUN, DIM]) + mean, [TOKENS, DIM])
+        else:
+            zero = tl.load(zeros_ptr + at, mask=ok, other=0.0).to(tl.float32)[:, :, None]
+            tile = tl.reshape(codes * scale + zero, [TOKENS, DIM])
     if OUTLIERS:
         ahead, place = tile_tokens(offset, 1, BLOCK, PLANES, RUN, TILE_BLOCKS)
         if PER_CHANNEL:

@@ -1,6 +1,6 @@
 """How packed keys and values are stored: the scheme, the tensors, and their codes (kernels/quantise.py says why)."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -8,6 +8,10 @@ from torch import Tensor
 from kvcompress.kernels.common.tile import tile_width
 
 Axis = Literal["channel", "token"]
+Zeros = Literal["group", "block", "none"]
+# the levels of 2-bit codes around 0 are -10, -3, 3 and 10: those that lose least of normally distributed numbers (Lloyd
+# and Max: 3.335 times as far), in whole numbers. Of other bits they are as far from one another as they can be
+_OUTER = 10
 
 
 class QuantScheme(NamedTuple):
@@ -20,6 +24,8 @@ class QuantScheme(NamedTuple):
             channels of a token (values).
         outliers: numbers that leave each vector at either end.
         rank: of the low-rank factors.
+        zeros: what a code's level is added to: "group": a zero of each group, its minimum; "none": nothing, levels lie
+            around 0; "block": the mean of the channel over the block. The last two are for axis "token".
     """
 
     bits: int
@@ -27,6 +33,12 @@ class QuantScheme(NamedTuple):
     axis: Axis
     outliers: int = 0
     rank: int = 0
+    zeros: Zeros = "group"
+
+    @property
+    def middle(self) -> float:
+        """The level that stands for 0 where levels lie around it; levels are 0 or more."""
+        return _OUTER if self.bits == 2 else (2**self.bits - 1) / 2
 
     def groups(self, block: int, head_dim: int) -> tuple[int, int]:
         """The last two sizes of scales and zeros."""
@@ -38,7 +50,8 @@ class QuantScheme(NamedTuple):
         """Bytes of one packed block of one KV head, without its basis `right`, which many blocks may share."""
         groups, vectors = self.groups(block, head_dim), head_dim if self.axis == "channel" else block
         codes = block * self.bits // 8 * head_dim
-        return codes + 4 * groups[0] * groups[1] + 6 * self.outliers * vectors + 2 * block * self.rank
+        zeros = {"group": groups[0] * groups[1], "block": head_dim, "none": 0}[self.zeros]
+        return codes + 2 * (groups[0] * groups[1] + zeros) + 6 * self.outliers * vectors + 2 * block * self.rank
 
 
 class QuantizedTensor(NamedTuple):
@@ -47,7 +60,8 @@ class QuantizedTensor(NamedTuple):
     Attributes:
         codes: [batch, kv_heads, blocks, block * bits / 8, head_dim] uint8, see `pack_codes`.
         scales, zeros: float16, [batch, kv_heads, blocks, block / group, head_dim] (axis "channel") or
-            [batch, kv_heads, blocks, block, ceil(head_dim / group)] (axis "token").
+            [batch, kv_heads, blocks, block, ceil(head_dim / group)] (axis "token"). Zeros of a whole block are
+            [batch, kv_heads, blocks, 1, head_dim]; None: there are none.
         outlier_values: float16, [batch, kv_heads, blocks, 2 * outliers, head_dim] or
             [batch, kv_heads, blocks, block, 2 * outliers]: what to add to the decoded number. None: no outliers.
         outlier_index: uint8, of the same shape: the token within the block, or the channel.
@@ -57,7 +71,7 @@ class QuantizedTensor(NamedTuple):
 
     codes: Tensor
     scales: Tensor
-    zeros: Tensor
+    zeros: Tensor | None = None
     outlier_values: Tensor | None = None
     outlier_index: Tensor | None = None
     left: Tensor | None = None
@@ -79,6 +93,13 @@ def check_coding(coding: QuantScheme, block: int, head_dim: int) -> None:
             f"head_dim must be 1 to 256 to be packed, as the index of an outlier is a byte, got {head_dim}; use a "
             "cache that keeps keys and values as they come"
         )
+    if coding.zeros not in get_args(Zeros):
+        raise ValueError(f"zeros must be one of {', '.join(get_args(Zeros))}, got {coding.zeros!r}")
+    if coding.zeros != "group" and (coding.axis == "channel" or coding.outliers or coding.bits > 4):
+        raise ValueError(
+            f"zeros={coding.zeros!r} is for groups of a token's channels, up to 4 bits and no outliers, got "
+            f"{coding.axis} groups, {coding.bits} bits and {coding.outliers} outliers"
+        )
     length = block if coding.axis == "channel" else head_dim
     if not 0 <= 2 * coding.outliers <= length:
         raise ValueError(
@@ -91,7 +112,9 @@ def empty_packed(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     batch, kv_heads, blocks, block, head_dim = x.shape
     shape = (batch, kv_heads, blocks)
     codes = x.new_empty(*shape, block * coding.bits // 8, head_dim, dtype=torch.uint8)
-    scales, zeros = (x.new_empty(*shape, *coding.groups(block, head_dim), dtype=torch.float16) for _ in range(2))
+    scales = x.new_empty(*shape, *coding.groups(block, head_dim), dtype=torch.float16)
+    zeros = {"group": scales, "block": x[..., :1, :], "none": None}[coding.zeros]
+    zeros = None if zeros is None else zeros.new_empty(zeros.shape, dtype=torch.float16)
     if not coding.outliers:
         return QuantizedTensor(codes, scales, zeros)
     count = 2 * coding.outliers
@@ -124,7 +147,21 @@ def coding_constants(coding: QuantScheme, packed: QuantizedTensor, block: int, h
         "GROUP": min(coding.group, block if per_channel else tile_width(head_dim)),
         "PER_CHANNEL": per_channel,
         "OUTLIERS": 0 if packed.outlier_index is None else coding.outliers,
+        "CENTRED": coding.zeros != "group",
     }
+
+
+def code_levels(codes: Tensor, coding: QuantScheme) -> Tensor:
+    """The levels that uint8 codes stand for, uint8."""
+    # of 2 bits around 0: 0, 7, 13, 20
+    return codes * 7 - (codes >> 1) if coding.bits == 2 and coding.zeros != "group" else codes
+
+
+def nearest_codes(x: Tensor, coding: QuantScheme) -> Tensor:
+    """The codes whose levels around 0 are nearest to x, in its dtype; of two as near the larger."""
+    if coding.bits == 2:
+        return (x >= -6.5).to(x.dtype) + (x >= 0) + (x >= 6.5)
+    return (x + coding.middle + 0.5).floor_().clamp_(0, 2**coding.bits - 1)
 
 
 def spread_groups(groups: Tensor, coding: QuantScheme, x: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class GEARCache(CompressedCache):
         value_bits: int | None = GEAR.value_bits,
         sinks: int = GEAR.sinks,
         hadamard: bool = GEAR.hadamard,
+        centred: bool | None = GEAR.centred,
     ) -> None:
         """
         Args:
@@ -57,6 +58,8 @@ class GEARCache(CompressedCache):
             buffer: tokens packed at a time, a power of two; fewer newest tokens than that stay unpacked.
             backbone: "kivi", or "whole", whose groups are whole blocks of a channel and whole heads of a token.
             hadamard: rotate values by a Hadamard matrix with random signs before they are packed (arXiv:2404.00456).
+            centred: rotate keys too, around the mean of their block, and let codes stand for levels around 0, without
+                zero points; None: with 2 bits and no outliers.
 
         Raises:
             ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not support.
@@ -72,6 +75,7 @@ class GEARCache(CompressedCache):
             value_bits=value_bits,
             sinks=sinks,
             hadamard=hadamard,
+            centred=centred,
         )
         head_dim = hf.head_counts(hf.text_config(model))[2]
         self.settings.codings(head_dim, max(rank, rank_decode))

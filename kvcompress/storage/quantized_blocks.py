@@ -41,7 +41,7 @@ class QuantizedBlocks(Segment):
     positions: [batch, 1, blocks * block] int32, each token's position in its sequence, or EMPTY.
     spans: [batch, blocks] int32, the basis of each block; None without a low-rank part.
     blocks: how many blocks each row holds; the others, up to the longest row's, exist but are empty.
-    rotates: values are stored rotated (kernels/hadamard.py).
+    rotates: values are stored rotated (kernels/hadamard.py), and keys too that are coded around their block's mean.
     has_room: whether there is room for more (`take_room`), so that blocks come and go in place.
     """
 
@@ -118,6 +118,7 @@ class QuantizedBlocks(Segment):
                 for side in (keys, values)
             )
             positions, spans = positions[:, :, : most * self.block], None if spans is None else spans[:, :most]
+        query = rotate(query, at_once=True) if self._rotated(0) else query
         out, lse, *_ = packed_attention(query, keys, values, *self.codings, positions, query_positions, spec, spans)
         return rotate(out, back=True) if self.rotates else out, lse
 
@@ -127,10 +128,17 @@ class QuantizedBlocks(Segment):
     def decoded(self) -> tuple[Tensor, Tensor]:
         """The keys and values that attention sees, [batch, kv_heads, blocks * block, head_dim] float32 each."""
         key, value = (
-            dequantise(packed, coding, spans=self.spans).flatten(2, 3)
-            for packed, coding in zip((self.keys, self.values), self.codings, strict=True)
+            self._turned_back(side, dequantise(packed, coding, spans=self.spans).flatten(2, 3))
+            for side, (packed, coding) in enumerate(zip((self.keys, self.values), self.codings, strict=True))
         )
-        return key, rotate(value, back=True) if self.rotates else value
+        return key, value
+
+    def _rotated(self, side: int) -> bool:
+        """Whether keys (0) or values (1) are stored rotated."""
+        return self.rotates and (side == 1 or self.codings[0].zeros == "block")
+
+    def _turned_back(self, side: int, x: Tensor) -> Tensor:
+        return rotate(x, back=True) if self._rotated(side) else x
 
     def kept(self) -> Tensor:
         return (self.positions != EMPTY).sum(-1).expand(-1, self.keys.codes.shape[1])
@@ -237,7 +245,7 @@ class QuantizedBlocks(Segment):
         self._place(fresh, present, list(counts), list(rows), batch)
 
     def _encode(self, side: str, x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> QuantizedTensor:
-        if not self.rotates or side == "keys":
+        if not self._rotated(_SIDES.index(side)):
             return _encode(x, coding, present)
         if coding.rank:
             return _encode(rotate(x), coding, present)
@@ -322,7 +330,7 @@ class QuantizedBlocks(Segment):
         # blocks after a dropped one are dropped too, hidden tokens or not
         held = torch.tensor(self.blocks, device=at.device)
         self.keep([0] * len(places), torch.where(goes.any(1), at[:, 0], held).tolist())
-        return sides[0], rotate(sides[1], back=True) if self.rotates else sides[1], stays.sum(-1).tolist()
+        return self._turned_back(0, sides[0]), self._turned_back(1, sides[1]), stays.sum(-1).tolist()
 
     def keep(self, first: Sequence[int], last: Sequence[int]) -> None:
         """Keeps only blocks first .. last - 1 of each row, and frees the others' memory."""

@@ -91,6 +91,9 @@ def expected_bytes(model, settings, rows, kv_heads=2, head_dim=16, element=4):
     value_groups = math.ceil(head_dim / min(settings.group_size, head_dim)) if settings.backbone == "kivi" else 1
     codes = buffer * head_dim * (bits + (settings.value_bits or {3: 2, 4: 3}.get(bits, bits))) // 8
     scales = 4 * (buffer // key_group * head_dim + buffer * value_groups)
+    if settings.is_centred:
+        # of every token of keys and values one for each group, and the mean of a block's keys
+        scales = 2 * (2 * buffer * value_groups + head_dim)
     key_outliers, value_outliers = (2 * math.ceil(settings.outliers * n / 2 - 1e-9) for n in (buffer, head_dim))
     outliers = 3 * (key_outliers * head_dim + value_outliers * buffer)
     factors = 2 * 2 * buffer * settings.rank
@@ -104,7 +107,9 @@ def expected_bytes(model, settings, rows, kv_heads=2, head_dim=16, element=4):
 @pytest.mark.parametrize(
     "settings",
     [
-        GEAR(bits=2, group_size=8, buffer=16, sinks=0),
+        GEAR(bits=2, group_size=8, buffer=16, sinks=0, centred=False),
+        GEAR(bits=2, group_size=8, buffer=16, rank=2, rank_decode=2),
+        GEAR(bits=4, value_bits=2, group_size=16, buffer=16, centred=True),
         GEAR(bits=3, group_size=16, buffer=32, outliers=0.1),
         GEAR(bits=4, group_size=8, buffer=8, rank=2, rank_decode=2, outliers=0.0, backbone="whole"),
         GEAR(bits=8, group_size=8, buffer=16, rank=3, rank_decode=3, outliers=0.05),
@@ -401,6 +406,9 @@ def test_a_full_cache_can_be_packed_afterwards():
         ({"rank": 17}, "rank must be at most head_dim = 16, got 17"),
         ({"value_bits": 5}, "value_bits must be 2, 3, 4 or 8, or None, got 5"),
         ({"sinks": -1}, "sinks must be 0 tokens or more, got -1"),
+        ({"centred": True, "hadamard": False}, "centred codes are of rotated numbers.*got hadamard=False, bits=4"),
+        ({"centred": True, "outliers": 0.02}, "centred codes are .* without outliers, got .* outliers=0.02"),
+        ({"centred": True, "bits": 8}, "centred codes are .* of 2 to 4 bits .* bits=8"),
         ({"backbone": "gptq"}, "backbone must be 'kivi' or 'whole'.*got 'gptq'"),
     ],
     ids=str,
@@ -496,6 +504,8 @@ def test_values_have_a_bit_less_where_that_costs_least():
     assert (key.bits, value.bits) == (4, 3)
     assert [GEAR(bits=bits).codings(64, 0)[1].bits for bits in (2, 3, 8)] == [2, 2, 8]
     assert GEAR(bits=2, value_bits=8).codings(64, 0)[1].bits == 8
+    with pytest.raises(ValueError, match="leaves no block for a mean: centred must be off"):
+        GEAR(centred=True).per_token_scheme(64)
     with pytest.raises(ValueError, match="slots have keys and values of one size.*got 3"):
         GEAR(value_bits=3).per_token_scheme(64)
 
@@ -651,6 +661,41 @@ def test_values_that_stand_out_lose_less_where_they_are_rotated(make):
     assert lost[True] < 0.7 * lost[False]
 
 
+# docs: With 2 bits keys are rotated too
+def test_two_bits_are_around_zero_where_nothing_else_was_asked_for():
+    assert GEAR(bits=2).is_centred
+    others = [
+        GEAR(),
+        GEAR(bits=3),
+        GEAR(bits=2, outliers=0.02),
+        GEAR(bits=2, value_bits=4),
+        GEAR(bits=2, centred=False),
+    ]
+    assert not any(each.is_centred for each in (*others, *PRESETS.values()))
+    assert GEAR(centred=True).is_centred
+    key, value = GEAR(bits=2).codings(64, 0)
+    assert (key.zeros, value.zeros) == ("block", "none")
+    # 16 bits of scale for the 64 channels of a token; those of the 64 means of a block
+    assert 8 * (key.bytes(64, 64) + value.bytes(64, 64)) / (2 * 64 * 64) == 2 + (2 * 0.25 + 0.25) / 2
+
+
+# docs: a block of them around its mean
+@pytest.mark.parametrize("backbone", ["kivi", "whole"])
+def test_keys_with_large_means_lose_less_around_them(backbone):
+    model = build("llama", seed=3)
+    for layer in model.model.layers:
+        # low frequencies, which RoPE hardly turns
+        layer.self_attn.k_proj.weight.data.unflatten(0, (-1, 16))[:, 7] *= 30
+    ids, lost = prompt(72, seed=7), {}
+    full = DenseCache(model)
+    feed(model, full, ids)
+    for centred in (False, True):
+        cache = GEARCache(model, bits=2, group_size=16, backbone=backbone, centred=centred)
+        feed(model, cache, ids)
+        lost[centred] = (unpacked(cache)[0][0] - full.layers[0].dense.held()[0]).square().mean()
+    assert lost[True] < lost[False]
+
+
 # docs: The papers' presets and `KIVICache` leave them as they are, as `hadamard=False` does
 def test_a_file_from_before_values_were_rotated_means_what_it_meant(tmp_path):
     model = tiny()
@@ -658,8 +703,21 @@ def test_a_file_from_before_values_were_rotated_means_what_it_meant(tmp_path):
         cache = make(model, hadamard=False)
         feed(model, cache, prompt(72))
         settings = cache._settings()
-        (settings if "hadamard" in settings else settings["packed"]).pop("hadamard")
+        own = settings if "hadamard" in settings else settings["packed"]
+        del own["hadamard"], own["centred"]
         cache._settings = lambda settings=settings: settings
         cache.save(tmp_path / "old")
         loaded = type(cache).load(tmp_path / "old", model)
         assert torch.equal(feed(model, loaded, prompt(3, seed=4)), feed(model, cache, prompt(3, seed=4)))
+
+
+def test_a_file_from_before_codes_were_around_zero_means_what_it_meant(tmp_path):
+    model = tiny()
+    cache = GEARCache(model, bits=2, centred=False)
+    feed(model, cache, prompt(72))
+    settings = cache._settings()
+    del settings["centred"]
+    cache._settings = lambda: settings
+    cache.save(tmp_path / "old")
+    loaded = GEARCache.load(tmp_path / "old", model)
+    assert torch.equal(feed(model, loaded, prompt(3, seed=4)), feed(model, cache, prompt(3, seed=4)))

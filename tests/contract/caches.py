@@ -341,6 +341,7 @@ ENTRIES = [
     *(_evicting(name, policy) for name, policy in POLICIES.items() if name not in ("h2o", "attention_matching")),
     _packing("gear", bits=4, rank=3, rank_decode=2, outliers=0.1),
     _packing("gear_whole", bits=2, rank=2, rank_decode=2, outliers=0.05, backbone="whole", hadamard=False),
+    _packing("gear_centred", bits=2, rank=2, rank_decode=2, backbone="whole"),
     _packing("kivi", bits=3, outliers=0.0),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
     dataclasses.replace(

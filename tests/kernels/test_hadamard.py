@@ -13,6 +13,7 @@ def test_it_agrees_with_the_reference(dim, back):
     torch.testing.assert_close(rotate(x, back), rotate_reference(x, back), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rotate(x.float(), back), rotate_reference(x.float(), back), rtol=1e-5, atol=1e-5)
     half = x.to(torch.bfloat16)
+    torch.testing.assert_close(rotate(x, at_once=True), rotate_reference(x), rtol=1e-12, atol=1e-12)
     assert rotate(half).dtype == torch.bfloat16
     torch.testing.assert_close(rotate(half, back), rotate_reference(half, back), rtol=2e-2, atol=2e-2)
 

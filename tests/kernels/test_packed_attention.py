@@ -30,9 +30,13 @@ CASES = [
     (3, 2, 8, 8, 0, 0, 2, 8, 11, 16, {}),
     (4, 2, 64, 16, 0, 3, 2, 32, 3, 16, {}),
     (2, 3, 32, 32, 0, 0, 3, 16, 5, 32, {}),
+    (2, 2, 64, 64, 0, 0, 3, 64, 5, 64, {"centred": True}),
+    (2, 2, 128, 128, 0, 2, 2, 16, 9, 80, {"centred": True, "window": 60}),
+    (3, 4, 32, 64, 0, 0, 2, 32, 5, 96, {"centred": True, "softcap": 3.0}),
+    (4, 2, 64, 16, 0, 2, 4, 64, 3, 64, {"centred": True}),
 ]
 # sums over 16, 32 and more numbers, of codes with and without outliers, are products that a GPU lays out differently
-IN_16_BITS = [CASES[n] for n in (0, 1, 3, 4, 6, 8, 9, 10, 13, 14, 15)]
+IN_16_BITS = [CASES[n] for n in (0, 1, 3, 4, 6, 8, 9, 10, 13, 14, 15, 16, 18)]
 
 
 def ids(case):
@@ -44,6 +48,10 @@ def scene(case, dtype=torch.float32, queries=1):
     key_bits, value_bits, key_group, value_group, outliers, rank, group, block, count, head_dim, options = case
     key_coding = QuantScheme(key_bits, key_group, "channel", outliers, rank)
     value_coding = QuantScheme(value_bits, value_group, "token", outliers, rank)
+    options = dict(options)
+    if options.pop("centred", False):
+        key_coding = key_coding._replace(axis="token", zeros="block")
+        value_coding = value_coding._replace(zeros="none")
     spans = torch.zeros(2, count, dtype=torch.int32, device=DEVICE)
     spans[:, (count + 1) // 2 :] = 1
     keys = packed_blocks(blocks(2, 2, count, block, head_dim, dtype) * 0.5, key_coding, spans)
@@ -66,7 +74,7 @@ def test_a_step_agrees_with_the_reference(case):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="what a GPU can launch is set by its registers")
-@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[5], CASES[11]], ids=ids)
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[5], CASES[11], CASES[17], CASES[18]], ids=ids)
 def test_tiles_of_several_blocks_and_groups_agree_with_the_reference(case, monkeypatch):
     def tiles(rows, block, bits, *others):
         return 16, tile_shape(block, bits, 64), 4, 1
@@ -100,7 +108,7 @@ def test_several_queries_agree_with_the_reference_in_16_bits(case, dtype, querie
 
 
 # in the last, the rows of a KV head are two tiles
-@pytest.mark.parametrize(("case", "queries"), [(CASES[1], 2), (CASES[2], 2), (CASES[6], 11)], ids=str)
+@pytest.mark.parametrize(("case", "queries"), [(CASES[1], 2), (CASES[2], 2), (CASES[6], 11), (CASES[17], 2)], ids=str)
 def test_several_queries_agree_with_the_reference(case, queries):
     arguments, options = scene(case, queries=queries)
     found, expected = packed_attention(*arguments, **options), packed_attention_reference(*arguments, **options)
@@ -110,8 +118,9 @@ def test_several_queries_agree_with_the_reference(case, queries):
 @pytest.mark.skipif(runs_triton(torch.empty(0, device=DEVICE)), reason="only the PyTorch path has pieces")
 @pytest.mark.parametrize("piece", [2**11, 2**13])
 @pytest.mark.parametrize("queries", [1, 9])
-def test_the_size_of_the_pieces_changes_nothing(piece, queries, monkeypatch):
-    arguments, options = scene(CASES[2], queries=queries)
+@pytest.mark.parametrize("case", [2, 16, 18])
+def test_the_size_of_the_pieces_changes_nothing(case, piece, queries, monkeypatch):
+    arguments, options = scene(CASES[case], queries=queries)
     whole = packed_attention(*arguments, **options)
     monkeypatch.setattr(packed_pieces, "_PIECE", piece)
     # and of the queries whose logits are there at once

@@ -192,6 +192,14 @@ def test_what_float16_cannot_hold_saturates(axis):
         (QuantScheme(2, 64, "channel"), (16, 257), "head_dim must be 1 to 256"),
         (QuantScheme(2, 64, "channel", outliers=9), (16, 64), "at most 8, got 9"),
         (QuantScheme(2, 64, "token", outliers=33), (16, 64), "at most 32, got 33"),
+        (QuantScheme(2, 64, "channel", zeros="block"), (16, 64), "zeros='block' is for groups of a token's channels"),
+        (
+            QuantScheme(2, 64, "token", 1, zeros="none"),
+            (16, 64),
+            "no outliers, got token groups, 2 bits and 1 outliers",
+        ),
+        (QuantScheme(8, 64, "token", zeros="none"), (16, 64), "up to 4 bits and no outliers, got token groups, 8 bits"),
+        (QuantScheme(2, 64, "token", zeros="half"), (16, 64), "zeros must be one of group, block, none, got 'half'"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(coding, shape, text):
@@ -238,3 +246,91 @@ def test_the_size_of_the_pieces_changes_no_code(pieces, outliers, monkeypatch):
     monkeypatch.setattr(quantise_kernel, "_PIECE", 2 * 2 * 16 * 64 * pieces)
     for part, expected in zip(quantise(x, coding), whole, strict=True):
         assert part is expected is None or torch.equal(part, expected)
+
+
+# bits, group, zeros, block, head_dim
+CENTRED = [
+    (2, 64, "block", 64, 64),
+    (2, 128, "none", 16, 80),
+    (3, 32, "block", 32, 129),
+    (4, 256, "none", 64, 128),
+    (2, 16, "none", 8, 40),
+]
+
+
+def agree_around_zero(x, coding):
+    """Sums in another order can round a scale, and a code at the border of two levels, to the other side."""
+    found, expected = quantise(x, coding), quantise_reference(x, coding)
+    assert (found.zeros is None) == (expected.zeros is None) == (coding.zeros == "none")
+    torch.testing.assert_close(found.scales, expected.scales, rtol=2e-3, atol=1e-6, equal_nan=True)
+    if found.zeros is not None:
+        torch.testing.assert_close(found.zeros, expected.zeros, rtol=1e-3, atol=1e-4)
+    different = (unpack_codes(found.codes, coding.bits) != unpack_codes(expected.codes, coding.bits)).float().mean()
+    assert different < 2e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("bits", "group", "zeros", "block", "head_dim"), CENTRED, ids=str)
+def test_codes_around_zero_agree_with_the_reference(bits, group, zeros, block, head_dim, dtype):
+    agree_around_zero(blocks(2, 2, 3, block, head_dim, dtype), QuantScheme(bits, group, "token", zeros=zeros))
+
+
+@pytest.mark.parametrize(("bits", "group", "zeros", "block", "head_dim"), CENTRED, ids=str)
+def test_codes_around_zero_take_the_bytes_of_the_formula(bits, group, zeros, block, head_dim):
+    coding = QuantScheme(bits, group, "token", zeros=zeros)
+    packed = quantise(blocks(1, 2, 1, block, head_dim), coding)
+    assert sum(part.nbytes for part in packed if part is not None) == 2 * coding.bytes(block, head_dim)
+
+
+# root mean square error of the best quantiser of normal numbers: of any levels, and of equally spaced ones
+@pytest.mark.parametrize(("bits", "least"), [(2, 0.1175), (3, 0.0374), (4, 0.0115)])
+@pytest.mark.parametrize("zeros", ["none", "block"])
+def test_normal_numbers_lose_little_more_than_they_must(bits, least, zeros):
+    x = torch.randn(1, 2, 8, 64, 64, device=DEVICE) * 3
+    mean = 5 * torch.randn(1, 2, 8, 1, 64, device=DEVICE) if zeros == "block" else 0.0
+    coding = QuantScheme(bits, 64, "token", zeros=zeros)
+    lost = (dequantise(quantise(x + mean, coding), coding) - mean - x).square().mean() / 9
+    # the scale follows each token, of which there are 64 numbers
+    assert 0.8 * least < lost < 1.06 * least
+
+
+def test_two_bits_around_zero_stand_for_four_levels_in_whole_numbers():
+    coding = QuantScheme(2, 64, "token", zeros="none")
+    x = torch.randn(1, 1, 1, 16, 64, device=DEVICE)
+    packed = quantise(x, coding)
+    levels = dequantise(packed, coding)[0, 0, 0] / packed.scales[0, 0, 0].float()
+    assert levels.round().unique().tolist() == [-10, -3, 3, 10]
+    torch.testing.assert_close(levels, levels.round(), rtol=1e-5, atol=1e-5)
+    # as near as its scale allows
+    steps = torch.tensor([-10.0, -3.0, 3.0, 10.0], device=DEVICE) * packed.scales[0, 0, 0, :, :1, None].float()
+    nearest = (x[0, 0, 0, ..., None] - steps).abs().amin(-1)
+    torch.testing.assert_close((dequantise(packed, coding)[0, 0, 0] - x[0, 0, 0]).abs(), nearest, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("zeros", ["none", "block"])
+def test_around_zero_a_number_that_is_not_finite_makes_its_group_nan(zeros, number):
+    coding = QuantScheme(2, 16, "token", zeros=zeros)
+    x = blocks(1, 2, 2, 16, 64)
+    x[0, 1, 0, 3, 20] = number
+    missing = dequantise(quantise(x, coding), coding).isnan()
+    assert missing[0, 1, 0, 3, 16:32].all()
+    assert missing.sum() == 16
+    agree_around_zero(x, coding)
+
+
+@pytest.mark.parametrize("zeros", ["none", "block"])
+def test_around_zero_what_is_zero_and_what_is_huge_stays_finite(zeros):
+    coding = QuantScheme(2, 16, "token", zeros=zeros)
+    x = torch.tensor([-1e6, 0.0, 1e6, 3e38], device=DEVICE).repeat(2, 1, 1, 8, 4)
+    assert dequantise(quantise(x, coding), coding).isfinite().all()
+    assert dequantise(quantise(0 * x, coding), coding).eq(0).all()
+
+
+@pytest.mark.parametrize("zeros", ["none", "block"])
+def test_around_zero_a_row_a_head_and_a_block_are_packed_as_if_alone(zeros):
+    coding = QuantScheme(2, 64, "token", zeros=zeros)
+    x = blocks(2, 2, 2, 16, 64)
+    whole, alone = quantise(x, coding), quantise(x[1:, 1:, 1:], coding)
+    for part, other in zip(whole[:3], alone[:3], strict=True):
+        assert part is None or (part[1:, 1:, 1:] == other).all()
