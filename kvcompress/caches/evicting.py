@@ -179,6 +179,18 @@ class EvictingCache(CompressedCache):
             output_projection=hf.output_projection(model, index) if has_second_stage(self.policy) else None,
         )
 
+    def share_among(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        """Lets these layers have the budget of all, where the others store nothing, and get no part of it."""
+        budgets = self._budget.per_layer(self.layers_share, len(layers))
+        allotments = None
+        if isinstance(self.allocation, Profile):
+            allotments = Allotment.of_layers([self.allocation.shares[index] for index in layers])
+        for at, index in enumerate(layers):
+            layer = self.layers[index]
+            assert isinstance(layer, EvictingLayer)
+            layer.budget = budgets[at].amount
+            layer.allotment = None if allotments is None else allotments[at].of_rank(TPGroup.of(model))
+
     @property
     def layers_share(self) -> Allocation:
         """How layers share the budget, by name: with a profile all together have it, as where all heads compete."""

@@ -74,11 +74,12 @@ class Profile:
         rows = _rows(shares)
         config = hf.text_config(model)
         _check_size(rows, len(hf.attention_windows(config)), hf.head_counts(config)[1], type(model).__name__)
-        sum_of_all = math.fsum(map(math.fsum, rows))
-        if not sum_of_all:
+        most = max(map(max, rows))
+        if not most:
             raise ValueError("shares must be more than 0 for some head, got 0 for all")
-        scale = len(rows) * len(rows[0]) / sum_of_all
-        scaled = tuple(tuple(share * scale for share in row) for row in rows)
+        parts = [[share / most for share in row] for row in rows]
+        mean = math.fsum(map(math.fsum, parts)) / (len(rows) * len(rows[0]))
+        scaled = tuple(tuple(part / mean for part in row) for row in parts)
         return cls(scaled, hf.Fingerprint.of(model), measured or {})
 
     def check(self, model: PreTrainedModel) -> None:
@@ -123,9 +124,15 @@ class Profile:
                 )
             if file.digest is None:
                 raise file.damaged("it has no digest")
-            facts = json.loads(file.metadata["facts"])
-            shares = _rows(file.tensor(_SHARES))
-        return cls(shares, hf.Fingerprint(**facts["fingerprint"]), facts["measured"])
+            try:
+                facts = json.loads(file.metadata["facts"])
+                shares = _rows(file.tensor(_SHARES))
+                model, measured = hf.Fingerprint(**facts["fingerprint"]), dict(facts["measured"])
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file.path} holds no profile that this release of kvcompress reads ({error}); measure it again"
+                ) from error
+        return cls(shares, model, measured)
 
     def facts(self) -> dict[str, Any]:
         """What a saved cache holds of it, beside its own fingerprint of the model; ValueError as in `save`."""

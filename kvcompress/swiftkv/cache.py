@@ -128,6 +128,8 @@ class SharedStorageCache(CompressedCache):
                 f"{type(stored.policy).__name__} reads tokens twice, which layers that share storage cannot; "
                 "use another policy"
             )
+        if isinstance(stored, EvictingCache):
+            stored.share_among(model, [*range(first), *range(first, len(windows), share)])
         self._stored = stored
         super().__init__(model)
         self._kind, self._of_storage = class_name(type(stored)), stored._settings()

@@ -1,5 +1,6 @@
 """Shares of the budget that were measured before: how they become numbers of tokens, and the file they are in."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -478,3 +479,26 @@ def test_tova_averages_tokens_and_not_places_where_heads_differ():
     )  # fmt: skip
     close(found[0, 0, :2], torch.tensor([0.25, 0.5]))
     close(found[0, 1], torch.tensor([0.5, 0.8, 0.25]))
+
+
+@pytest.mark.parametrize("wrong", ["fingerprint", "measured", "field", "list"])
+def test_a_file_with_other_facts_is_refused(tmp_path, wrong):
+    model = tiny()
+    profile = Profile.of(model, torch.ones(3, 2))
+    facts = {"fingerprint": dataclasses.asdict(profile.model), "measured": {}}
+    if wrong == "field":
+        facts["fingerprint"]["colour"] = "red"
+    elif wrong == "list":
+        facts["measured"] = [1]
+    else:
+        del facts[wrong]
+    with (tmp_path / "other").open("wb") as file:
+        write_tensors(file, "kvcompress-profile-1", facts, lambda: iter([({"shares": torch.ones(3, 2)}, {})]))
+    with pytest.raises(ValueError, match="holds no profile that this release of kvcompress reads"):
+        Profile.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("size", [1e308, 5e-324, 1.0])
+def test_shares_may_be_of_any_size(size):
+    shares = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]], dtype=torch.float64) * size
+    assert Profile.of(tiny(), shares).shares == ((1.2, 1.2), (1.2, 1.2), (1.2, 0.0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvcompress import AcrossKVCache, DenseCache, EvictingCache, GEARCache, HydragenCache, SwiftKVCache
+from kvcompress import AcrossKVCache, DenseCache, EvictingCache, GEARCache, HydragenCache, Profile, SwiftKVCache
 from kvcompress.hf import cache_argument
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.policies.gear import GEAR
@@ -298,3 +298,26 @@ def test_packed_slots_are_shared_as_well():
     answers = [generate(model, cache, prompt(20, 2)) for cache in (make(model), SwiftKVCache(model, storage=make))]
     # the layers of a group are fed the same tokens, and this policy looks at nothing else
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("how", ["pyramid", "profile", "uniform"])
+def test_layers_that_store_nothing_get_no_part_of_the_budget(how):
+    model = converted(share=2)
+    leaders = [*range(FIRST), *range(FIRST, LAYERS, 2)]
+    allocation = how
+    if how == "profile":
+        shares = torch.ones(LAYERS, model.config.num_key_value_heads)
+        # what belongs to the layers that follow is nobody's
+        shares[[layer for layer in range(LAYERS) if layer not in leaders]] = 20.0
+        shares[0, 0] = 3.0
+        allocation = Profile.of(model, shares)
+    cache = SwiftKVCache(
+        model, storage=lambda model: EvictingCache(model, policy=H2O(), budget=12, allocation=allocation)
+    )
+    feed(model, cache, prompt(60))
+    kept = torch.stack([cache.layers[layer].tokens_kept().double() for layer in leaders])
+    assert kept.mean() <= 12
+    # up to the rounding of counts
+    assert kept.mean() > 11
+    if how == "profile":
+        assert kept[0, 0, 0] == kept.max() > kept[1:].max()
