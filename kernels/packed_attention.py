@@ -23,7 +23,6 @@ from kvcompress.kernels.common.packed_tile import (
     add_key_factors,
     add_value_factors,
     base_of,
-    block_means,
     code_levels,
     load_codes,
     load_decoded,
@@ -206,15 +205,21 @@ def _launch(
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if splits == 1 else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
     logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
+    constants = _constants(keys, key_coding, values, value_coding, tile, head_dim, dim, value_dim)
+    means = None
+    if constants["KEY_CENTRED"] and keys.zeros is not None:
+        # what the mean of each block adds to the logits of its tokens, [batch, kv_heads, group * queries, blocks]
+        rows = query[..., :head_dim].float().unflatten(1, (kv_heads, group)).flatten(2, 3)
+        means = (rows @ keys.zeros.flatten(2, 3).float().mT).contiguous()
     launch(
         _packed_kernel, (batch * kv_heads * row_blocks * splits,),
         query, *keys[:6], key_right, *values[:6], value_right, positions, window_ends, spans,
-        offsets, out, lse, logits if with_logits else None,
+        offsets, means, out, lse, logits if with_logits else None,
         *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
         1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
         positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
         *spec.arguments, **spec.constants,
-        **_constants(keys, key_coding, values, value_coding, tile, head_dim, dim, value_dim),
+        **constants,
         HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None,
         BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -233,8 +238,6 @@ def _constants(
         of_coding = coding_constants(coding, packed, tile.block, size)
         constants |= {f"{name}_{setting}": value for setting, value in of_coding.items()}
         constants[f"{name}_RANK"] = 0 if packed.left is None else packed.left.shape[-1]
-        # with a scale for each token and none other, the codes themselves are multiplied
-        constants[f"{name}_FOLDED"] = coding.zeros != "group" and coding.group >= tile_width(size)
     return constants
 
 
@@ -277,7 +280,8 @@ def _packed_kernel(
     query_ptr,
     key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr, key_left_ptr, key_right_ptr,
     value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr, value_left_ptr,
-    value_right_ptr, positions_ptr, query_positions_ptr, spans_ptr, offsets_ptr, out_ptr, lse_ptr, logits_ptr,
+    value_right_ptr, positions_ptr, query_positions_ptr, spans_ptr, offsets_ptr, means_ptr, out_ptr, lse_ptr,
+    logits_ptr,
     query_batch_stride, query_head_stride, query_stride,
     key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks, key_spans, value_spans,
     position_heads, batch_size, kv_heads, queries, blocks, splits, split_tiles, tiles, window, scale, softcap,
@@ -286,14 +290,12 @@ def _packed_kernel(
     KEY_PER_CHANNEL: tl.constexpr,
     KEY_OUTLIERS: tl.constexpr,
     KEY_CENTRED: tl.constexpr,
-    KEY_FOLDED: tl.constexpr,
     KEY_RANK: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
     VALUE_PER_CHANNEL: tl.constexpr,
     VALUE_OUTLIERS: tl.constexpr,
     VALUE_CENTRED: tl.constexpr,
-    VALUE_FOLDED: tl.constexpr,
     VALUE_RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
@@ -339,16 +341,16 @@ def _packed_kernel(
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
     dim = tl.arange(0, DIM)
-    if KEY_FOLDED:
+    if KEY_CENTRED:
         of_middle = tl.sum(query.to(tl.float32), 1) * middle(KEY_BITS)  # [R]
-    if VALUE_FOLDED:
+    if VALUE_CENTRED:
         surplus = tl.zeros([BLOCK_ROWS], tl.float32)
     for tile in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tiles)):
         block, offset = tile_start(tile, BLOCK, PLANES, RUN, TILE_BLOCKS)
         ahead, place = tile_tokens(offset, 1, BLOCK, PLANES, RUN, TILE_BLOCKS)  # [T]
         token_ok = block + ahead < blocks
         token = (block + ahead) * BLOCK + place
-        if KEY_FOLDED:
+        if KEY_CENTRED:
             key = load_codes(
                 key_codes_ptr, key_base, block, blocks, offset, dim, KEY_BITS, HEAD_DIM, DIM,
                 BLOCK, PLANES, RUN, TILE_BLOCKS,
@@ -358,21 +360,22 @@ def _packed_kernel(
             key = load_decoded(
                 key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr,
                 key_base, block, blocks, offset,
-                KEY_BITS, KEY_GROUP, KEY_PER_CHANNEL, KEY_OUTLIERS, KEY_CENTRED, HEAD_DIM, DIM,
+                KEY_BITS, KEY_GROUP, KEY_PER_CHANNEL, KEY_OUTLIERS, False, HEAD_DIM, DIM,
                 BLOCK, PLANES, RUN, TILE_BLOCKS,
             ).to(query.dtype)  # fmt: skip
         logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, TOKENS], tl.float32))  # [R, T]
-        if KEY_FOLDED:
+        if KEY_CENTRED:
             logits -= of_middle[:, None]
             logits *= token_scales(key_scales_ptr, key_base, block, blocks, offset, BLOCK, PLANES, RUN, TILE_BLOCKS)[
                 None, :
             ]
-            if key_zeros_ptr is not None:
-                mean = block_means(key_zeros_ptr, key_base, block, blocks, HEAD_DIM, DIM, TILE_BLOCKS)
-                for n in tl.static_range(TILE_BLOCKS):
-                    one = tl.sum(tl.where(tl.arange(0, TILE_BLOCKS)[:, None] == n, mean, 0.0), 0)
-                    of_mean = tl.sum(query.to(tl.float32) * one[None, :], 1)  # [R]
-                    logits += tl.where((ahead == n)[None, :], of_mean[:, None], 0.0)
+            if means_ptr is not None:
+                mean_at = ((batch * kv_heads * GROUP + head) * queries + index) * blocks + block
+                if TILE_BLOCKS == 1:
+                    logits += tl.load(means_ptr + mean_at, mask=row_ok, other=0.0)[:, None]
+                else:
+                    mean_ok = row_ok[:, None] & token_ok[None, :]
+                    logits += tl.load(means_ptr + mean_at[:, None] + ahead[None, :], mask=mean_ok, other=0.0)
         if KEY_RANK:
             left_at = (key_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
@@ -407,7 +410,7 @@ def _packed_kernel(
         peak = risen
         total = total * fade + tl.sum(weight, 1)
         weight = weight.to(query.dtype)
-        if VALUE_FOLDED:
+        if VALUE_CENTRED:
             value = load_codes(
                 value_codes_ptr, value_base, block, blocks, offset, tl.arange(0, VALUE_WIDTH), VALUE_BITS,
                 VALUE_DIM, VALUE_WIDTH, BLOCK, PLANES, RUN, TILE_BLOCKS,
@@ -422,7 +425,7 @@ def _packed_kernel(
             value = load_decoded(
                 value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr,
                 value_base, block, blocks, offset,
-                VALUE_BITS, VALUE_GROUP, VALUE_PER_CHANNEL, VALUE_OUTLIERS, VALUE_CENTRED, VALUE_DIM, VALUE_WIDTH,
+                VALUE_BITS, VALUE_GROUP, VALUE_PER_CHANNEL, VALUE_OUTLIERS, False, VALUE_DIM, VALUE_WIDTH,
                 BLOCK, PLANES, RUN, TILE_BLOCKS,
             ).to(query.dtype)  # fmt: skip
             out = dot(weight, value, out * fade[:, None])
@@ -440,7 +443,7 @@ def _packed_kernel(
 
     lse_offset = ((wide(split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
     norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
-    if VALUE_FOLDED:
+    if VALUE_CENTRED:
         out -= (surplus * middle(VALUE_BITS))[:, None]
     store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
@@ -459,7 +462,7 @@ _AOT_CODINGS = [
     (3, 3, 32, 2, 0, 32),
 ]
 # key bits, value bits, group, rank, block; keys around the mean of their block, values around 0
-_AOT_CENTRED = [(2, 2, 256, 0, 64), (2, 2, 32, 2, 16), (4, 3, 256, 0, 64)]
+_AOT_CENTRED = [(2, 2, 256, 0, 64), (2, 2, 256, 2, 16), (4, 3, 256, 0, 64)]
 
 
 def aot_calls() -> None:

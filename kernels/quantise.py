@@ -456,5 +456,5 @@ def aot_calls() -> None:
             x = shaped(2, 8, 5, block, head_dim, dtype=dtype)
             quantise(x, QuantScheme(bits, group, axis, outliers))
         if not outliers:
-            quantise(x, QuantScheme(bits, group, "token", zeros="block"))
-            quantise(x, QuantScheme(2, group, "token", zeros="none"))
+            quantise(x, QuantScheme(bits, 256, "token", zeros="block"))
+            quantise(x, QuantScheme(2, 256, "token", zeros="none"))

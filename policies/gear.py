@@ -47,8 +47,8 @@ class GEAR:
     less where those are 3 or 4. sinks: first tokens that stay as they are, because their keys and values are outliers
     among all others. hadamard: values are rotated by a Hadamard matrix with random signs before they are encoded
     (kernels/hadamard.py; QuaRot, arXiv:2404.00456), and what attention makes of them back. centred: keys are rotated
-    too, a block of them around its mean, and all codes stand for levels around 0, with one scale for `group_size`
-    channels of a token and no zero; None: where that loses least, with 2 bits and no outliers.
+    too, a block of them around its mean, and all codes stand for levels around 0, with one scale for a whole
+    token and no zero, whatever group_size says; None: where that loses least, with 2 bits and no outliers.
     """
 
     bits: int = 4
@@ -118,7 +118,8 @@ class GEAR:
         key_group = self.group_size if self.backbone == "kivi" else self.buffer
         value_bits = self.value_bits or _FEWER.get(self.bits, self.bits)
         if self.is_centred:
-            of_token = self._of_a_vector(head_dim)
+            # numbers that were rotated are alike
+            of_token = max(8, 1 << (head_dim - 1).bit_length())
             return (
                 QuantScheme(self.bits, of_token, "token", 0, rank, "block"),
                 QuantScheme(value_bits, of_token, "token", 0, rank, "none"),

@@ -104,12 +104,11 @@ def _key_products(
     if folded:
         # the scales of a channel are applied to the few rows instead of its many codes
         scaled = rows[:, :, None] * keys.scales.to(rows.dtype).flatten(2, 3)[:, :, :, None]
-    # codes around 0 of which each token has one scale
-    is_whole = _is_whole(keys, coding, rows.shape[-1])
+    is_centred = coding.zeros != "group"
     for piece in pieces:
         of_piece = slice(piece.start * per_block, piece.stop * per_block)
         codes = _codes(keys, coding, piece, room)
-        if is_whole:
+        if is_centred:
             found = (rows @ codes.flatten(2, 3).mT).unflatten(-1, (-1, block)).transpose(2, 3)
         elif folded:
             found = scaled[:, :, of_piece] @ codes.unflatten(3, (per_block, -1)).flatten(2, 3).mT
@@ -117,10 +116,10 @@ def _key_products(
             found = rows @ _decoded(codes, keys, coding, piece).flatten(2, 3).mT
             found = found.unflatten(-1, (-1, products.shape[-1])).transpose(2, 3)
         products[:, :, of_piece] = found
-    if is_whole:
+    if is_centred:
         products -= rows.sum(-1)[:, :, None, :, None] * coding.middle
         products *= keys.scales.to(rows.dtype).squeeze(-1)[:, :, :, None]
-    if keys.zeros is not None and (folded or is_whole):
+    if keys.zeros is not None and (folded or is_centred):
         products += (rows @ keys.zeros.to(rows.dtype).flatten(2, 3).mT).transpose(2, 3)[..., None]
     if keys.left is not None and keys.right is not None:
         of_left = (rows[:, :, None] @ _bases(keys.right, spans, rows.dtype)) @ keys.left.to(rows.dtype).mT
@@ -165,13 +164,7 @@ def _value_products(
 
 
 def _is_folded(packed: QuantizedTensor, coding: QuantScheme, rows: int, axis: str, length: int) -> bool:
-    if coding.axis != axis or coding.zeros == "block":
-        return False
-    return packed.outlier_index is None and min(coding.group, length) >= _FOLDED * rows
-
-
-def _is_whole(packed: QuantizedTensor, coding: QuantScheme, head_dim: int) -> bool:
-    return coding.zeros != "group" and coding.group >= head_dim
+    return coding.axis == axis and packed.outlier_index is None and min(coding.group, length) >= _FOLDED * rows
 
 
 def _codes(packed: QuantizedTensor, coding: QuantScheme, piece: slice, room: Tensor) -> Tensor:
@@ -183,13 +176,9 @@ def _codes(packed: QuantizedTensor, coding: QuantScheme, piece: slice, room: Ten
 def _decoded(codes: Tensor, packed: QuantizedTensor, coding: QuantScheme, piece: slice) -> Tensor:
     """Decodes codes in place, without low-rank terms."""
     scales = spread_groups(packed.scales[:, :, piece].to(codes.dtype), coding, codes)
-    if coding.zeros == "none":
+    if packed.zeros is None:
         return codes.sub_(coding.middle).mul_(scales)
-    assert packed.zeros is not None
-    zeros = packed.zeros[:, :, piece].to(codes.dtype)
-    if coding.zeros == "block":
-        return codes.sub_(coding.middle).mul_(scales).add_(zeros)
-    codes.mul_(scales).add_(spread_groups(zeros, coding, codes))
+    codes.mul_(scales).add_(spread_groups(packed.zeros[:, :, piece].to(codes.dtype), coding, codes))
     if packed.outlier_index is not None and packed.outlier_values is not None:
         index, found = packed.outlier_index[:, :, piece], packed.outlier_values[:, :, piece]
         codes.scatter_add_(-2 if coding.axis == "channel" else -1, index.long(), found.to(codes.dtype))

@@ -25,7 +25,7 @@ class QuantScheme(NamedTuple):
         outliers: numbers that leave each vector at either end.
         rank: of the low-rank factors.
         zeros: what a code's level is added to: "group": a zero of each group, its minimum; "none": nothing, levels lie
-            around 0; "block": the mean of the channel over the block. The last two are for axis "token".
+            around 0; "block": the mean of the channel over the block. The last two are for groups of whole tokens.
     """
 
     bits: int
@@ -95,10 +95,11 @@ def check_coding(coding: QuantScheme, block: int, head_dim: int) -> None:
         )
     if coding.zeros not in get_args(Zeros):
         raise ValueError(f"zeros must be one of {', '.join(get_args(Zeros))}, got {coding.zeros!r}")
-    if coding.zeros != "group" and (coding.axis == "channel" or coding.outliers or coding.bits > 4):
+    is_token = coding.axis == "token" and coding.group >= head_dim
+    if coding.zeros != "group" and (not is_token or coding.outliers or coding.bits > 4):
         raise ValueError(
-            f"zeros={coding.zeros!r} is for groups of a token's channels, up to 4 bits and no outliers, got "
-            f"{coding.axis} groups, {coding.bits} bits and {coding.outliers} outliers"
+            f"zeros={coding.zeros!r} is for whole tokens, up to 4 bits and no outliers, got groups of {coding.group} "
+            f"along the {coding.axis} of {head_dim} channels, {coding.bits} bits and {coding.outliers} outliers"
         )
     length = block if coding.axis == "channel" else head_dim
     if not 0 <= 2 * coding.outliers <= length:
@@ -154,7 +155,7 @@ def coding_constants(coding: QuantScheme, packed: QuantizedTensor, block: int, h
 def code_levels(codes: Tensor, coding: QuantScheme) -> Tensor:
     """The levels that uint8 codes stand for, uint8."""
     # of 2 bits around 0: 0, 7, 13, 20
-    return codes * 7 - (codes >> 1) if coding.bits == 2 and coding.zeros != "group" else codes
+    return codes * 13 + 1 >> 1 if coding.bits == 2 and coding.zeros != "group" else codes
 
 
 def nearest_codes(x: Tensor, coding: QuantScheme) -> Tensor:

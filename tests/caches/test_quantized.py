@@ -92,8 +92,8 @@ def expected_bytes(model, settings, rows, kv_heads=2, head_dim=16, element=4):
     codes = buffer * head_dim * (bits + (settings.value_bits or {3: 2, 4: 3}.get(bits, bits))) // 8
     scales = 4 * (buffer // key_group * head_dim + buffer * value_groups)
     if settings.is_centred:
-        # of every token of keys and values one for each group, and the mean of a block's keys
-        scales = 2 * (2 * buffer * value_groups + head_dim)
+        # of every token of keys and values one, and the mean of a block's keys
+        scales = 2 * (2 * buffer + head_dim)
     key_outliers, value_outliers = (2 * math.ceil(settings.outliers * n / 2 - 1e-9) for n in (buffer, head_dim))
     outliers = 3 * (key_outliers * head_dim + value_outliers * buffer)
     factors = 2 * 2 * buffer * settings.rank

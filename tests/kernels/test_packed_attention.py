@@ -32,8 +32,8 @@ CASES = [
     (2, 3, 32, 32, 0, 0, 3, 16, 5, 32, {}),
     (2, 2, 64, 64, 0, 0, 3, 64, 5, 64, {"centred": True}),
     (2, 2, 128, 128, 0, 2, 2, 16, 9, 80, {"centred": True, "window": 60}),
-    (3, 4, 32, 64, 0, 0, 2, 32, 5, 96, {"centred": True, "softcap": 3.0}),
-    (4, 2, 64, 16, 0, 2, 4, 64, 3, 64, {"centred": True}),
+    (3, 4, 128, 128, 0, 0, 2, 32, 5, 96, {"centred": True, "softcap": 3.0}),
+    (4, 2, 64, 64, 0, 2, 4, 64, 3, 64, {"centred": True}),
 ]
 # sums over 16, 32 and more numbers, of codes with and without outliers, are products that a GPU lays out differently
 IN_16_BITS = [CASES[n] for n in (0, 1, 3, 4, 6, 8, 9, 10, 13, 14, 15, 16, 18)]

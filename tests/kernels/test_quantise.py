@@ -192,13 +192,18 @@ def test_what_float16_cannot_hold_saturates(axis):
         (QuantScheme(2, 64, "channel"), (16, 257), "head_dim must be 1 to 256"),
         (QuantScheme(2, 64, "channel", outliers=9), (16, 64), "at most 8, got 9"),
         (QuantScheme(2, 64, "token", outliers=33), (16, 64), "at most 32, got 33"),
-        (QuantScheme(2, 64, "channel", zeros="block"), (16, 64), "zeros='block' is for groups of a token's channels"),
+        (
+            QuantScheme(2, 64, "channel", zeros="block"),
+            (16, 64),
+            "zeros='block' is for whole tokens.* got groups of 64 along the channel of 64",
+        ),
         (
             QuantScheme(2, 64, "token", 1, zeros="none"),
             (16, 64),
-            "no outliers, got token groups, 2 bits and 1 outliers",
+            "no outliers, got groups of 64 along the token of 64 channels, 2 bits and 1 outliers",
         ),
-        (QuantScheme(8, 64, "token", zeros="none"), (16, 64), "up to 4 bits and no outliers, got token groups, 8 bits"),
+        (QuantScheme(8, 64, "token", zeros="none"), (16, 64), "up to 4 bits and no outliers, got .* 8 bits"),
+        (QuantScheme(2, 16, "token", zeros="none"), (16, 64), "got groups of 16 along the token of 64 channels"),
         (QuantScheme(2, 64, "token", zeros="half"), (16, 64), "zeros must be one of group, block, none, got 'half'"),
     ],
 )
@@ -252,9 +257,9 @@ def test_the_size_of_the_pieces_changes_no_code(pieces, outliers, monkeypatch):
 CENTRED = [
     (2, 64, "block", 64, 64),
     (2, 128, "none", 16, 80),
-    (3, 32, "block", 32, 129),
+    (3, 256, "block", 32, 129),
     (4, 256, "none", 64, 128),
-    (2, 16, "none", 8, 40),
+    (2, 64, "none", 8, 40),
 ]
 
 
@@ -309,13 +314,13 @@ def test_two_bits_around_zero_stand_for_four_levels_in_whole_numbers():
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("zeros", ["none", "block"])
-def test_around_zero_a_number_that_is_not_finite_makes_its_group_nan(zeros, number):
-    coding = QuantScheme(2, 16, "token", zeros=zeros)
+def test_around_zero_a_number_that_is_not_finite_makes_its_token_nan(zeros, number):
+    coding = QuantScheme(2, 64, "token", zeros=zeros)
     x = blocks(1, 2, 2, 16, 64)
     x[0, 1, 0, 3, 20] = number
     missing = dequantise(quantise(x, coding), coding).isnan()
-    assert missing[0, 1, 0, 3, 16:32].all()
-    assert missing.sum() == 16
+    assert missing[0, 1, 0, 3].all()
+    assert missing.sum() == 64
     agree_around_zero(x, coding)
 
 
