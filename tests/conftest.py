@@ -7,7 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import random
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy
 import pytest
@@ -53,3 +55,25 @@ def smollm2():
         return load_model()
     except ModelUnavailableError as error:
         pytest.skip(f"needs the real model: {error}")
+
+
+@pytest.fixture(scope="session")
+def tasks_of_arc(tmp_path_factory):
+    """Of the thousands of files of lm-eval's own tasks the few in the folder of ARC."""
+    manager = pytest.importorskip("lm_eval.tasks.manager")
+    place = tmp_path_factory.mktemp("lm-eval")
+    shutil.copytree(Path(manager.__file__).parent / "arc", place / "arc")
+    return place
+
+
+@pytest.fixture
+def few_tasks(tasks_of_arc, monkeypatch):
+    """lm-eval knows few tasks of its own; it takes ten seconds to read all of their files."""
+    from lm_eval.tasks import manager
+
+    from kvcompress.evals.lm import harness
+
+    monkeypatch.setattr(manager, "__file__", str(tasks_of_arc / "manager.py"))
+    harness._manager.cache_clear()
+    yield
+    harness._manager.cache_clear()
