@@ -16,6 +16,8 @@ from kvcompress.cli import main
 from kvcompress.evals.lm.model import CompressedLM
 from kvcompress.evals.sweep.protocol import NotCompressedError
 
+pytestmark = pytest.mark.usefixtures("no_description")
+
 WORDS = ["red", "green", "blue", "black", "white", "amber", "coral", "ivory", "olive", "pearl"]
 
 

@@ -18,6 +18,8 @@ from kvcompress.evals.sweep.points import Settings
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
 
+pytestmark = pytest.mark.usefixtures("no_description")
+
 WORDS = ["red", "green", "blue", "black", "white", "amber", "coral", "ivory"]
 
 
