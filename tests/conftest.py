@@ -47,6 +47,16 @@ def fresh_memory_is_nan():
 
 
 @pytest.fixture(scope="session")
+def fresh():
+    """Runs code in interpreters that have not imported kvcompress, as `Interpreters.run`."""
+    from tests.fresh import Interpreters
+
+    interpreters = Interpreters()
+    yield interpreters.run
+    interpreters.close()
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in float32 on the CPU, and its tokenizer. Do not change either."""
     from kvcompress.loading import ModelUnavailableError, load_model

@@ -1,8 +1,6 @@
 """lm-eval's tasks in a sweep: the harness's own scores, measured bytes, keys that hang on the prompts."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -175,7 +173,7 @@ def test_a_group_and_a_name_nobody_knows_are_refused(settings, few_tasks):
         make_tasks(settings(tasks=("ai2_arc",)))
 
 
-def test_the_harness_is_imported_for_its_tasks_alone():
+def test_the_harness_is_imported_for_its_tasks_alone(fresh):
     code = (
         "import sys, kvcompress.cli, kvcompress.evals.sweep.sweep, kvcompress.evals.sweep.report\n"
         "from kvcompress.evals.sweep.points import Settings\nfrom kvcompress.evals.tasks import make_tasks\n"
@@ -183,8 +181,8 @@ def test_the_harness_is_imported_for_its_tasks_alone():
         "    make_tasks(Settings(('h2o',), (0.2,), tasks, (700,), 1))\n"
         "    print('lm_eval' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["False", "True"]
+    ran = fresh(code)
+    assert ran.stdout.split() == ["False", "True"], ran.stderr
 
 
 def test_the_command_line_asks_for_them(folder, data, tmp_path, capsys):
