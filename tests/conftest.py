@@ -8,6 +8,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import random
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def fresh_memory_is_nan():
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def shared_models_stay_as_they_are():
+    """A model of `tiny` that a test changed would change the tests after it."""
+    yield
+    if models := sys.modules.get("tests.contract.models"):
+        models.take_back()
 
 
 @pytest.fixture(scope="session")

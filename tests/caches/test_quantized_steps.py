@@ -68,11 +68,22 @@ def assert_same(found, wanted):
 
 
 FACTORS = {"bits": 2, "rank": 3, "rank_decode": 2, "outliers": 0.1}
+SHARED = {"rank": 2, "rank_decode": 2}
 
 
 # docs: and those of GEAR and KIVI pack nothing
-@pytest.mark.parametrize("settings", [{}, FACTORS, {"rank": 2, "rank_decode": 2}], ids=["codes", "factors", "shared"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        pytest.param("llama", {}, id="llama-codes"),
+        pytest.param("llama", FACTORS, id="llama-factors"),
+        pytest.param("llama", SHARED, id="llama-shared"),
+        # of windows only what they hold is compared, which does not depend on the settings
+        pytest.param("mistral", {}, id="mistral-codes"),
+        pytest.param("mistral", FACTORS, id="mistral-factors", marks=pytest.mark.slow),
+        pytest.param("mistral", SHARED, id="mistral-shared", marks=pytest.mark.slow),
+    ],
+)
 def test_what_steps_by_hand_left_unpacked_is_packed_when_more_are_reserved(family, settings):
     fed = Fed(tiny(family, **ONE_LAYER), lambda model: gear(model, **settings))
     for steps in (30, 17):

@@ -268,7 +268,7 @@ def test_between_compiled_steps_folds_what_is_due_and_graphs_go_on():
 
 def test_generate_folds_between_its_compiled_steps():
     torch._dynamo.reset()
-    model, backend = build("llama", num_hidden_layers=2), CompileCounterWithBackend("eager")
+    model, backend = build("llama", num_hidden_layers=1), CompileCounterWithBackend("eager")
     cache, straight = small(model), small(model)
     for each in (cache, straight):
         each.reserve()

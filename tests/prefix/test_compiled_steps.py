@@ -55,9 +55,9 @@ def six():
 @pytest.mark.parametrize(
     ("make", "family", "suffixes"),
     [
-        (prefix, "llama", SUFFIXES),
         (tree, "llama", six()),
         (prefix, "mistral", SUFFIXES),
+        pytest.param(prefix, "llama", SUFFIXES, marks=pytest.mark.slow),
         pytest.param(tree, "mistral", six(), marks=pytest.mark.slow),
         pytest.param(prefix, "gemma2", SUFFIXES, marks=pytest.mark.slow),
         pytest.param(prefix, "gpt_oss", SUFFIXES, marks=pytest.mark.slow),
@@ -213,7 +213,12 @@ def test_a_prefix_is_decoded_behind_without_any_suffix():
 
 # docs: Nodes made from a cache that compresses are read step by step, uncompiled
 @pytest.mark.parametrize(
-    "make", [lambda model: H2OCache(model, budget=24), lambda model: GEARCache(model, buffer=16, group_size=8)]
+    "make",
+    [
+        lambda model: H2OCache(model, budget=24),
+        pytest.param(lambda model: GEARCache(model, buffer=16, group_size=8), marks=pytest.mark.slow),
+    ],
+    ids=["h2o", "gear"],
 )
 def test_nodes_of_other_caches_are_not_compiled(make):
     model = tiny(**ONE_LAYER)
