@@ -1,4 +1,7 @@
-"""Interpreters that have imported transformers and nothing of kvcompress, forked from one: importing takes seconds."""
+"""Interpreters that have imported transformers and nothing of kvcompress, forked from one: importing takes seconds.
+
+They see no GPU.
+"""
 
 import json
 import os
@@ -38,7 +41,7 @@ class Interpreters:
     """Runs code, each time in an interpreter of its own."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._first = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             cwd=tempfile.gettempdir(),

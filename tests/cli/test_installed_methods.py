@@ -1,9 +1,6 @@
 """A method of a package that is installed beside kvcompress: in the list, and in a sweep."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +27,8 @@ class Everything(DenseCache):
 
 # each command takes as long as its imports, so all that may share a process do
 CALLS = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
+os.environ["COLUMNS"] = "1000"
 from kvcompress.cli import main
 
 for arguments in json.loads(sys.argv[1]):
@@ -63,24 +61,16 @@ def place(tmp_path_factory):
     return place
 
 
-def run(place, *commands):
+@pytest.fixture(scope="module")
+def run(place, fresh):
     """Runs commands where the package is, in a process of their own."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(place / "site-packages"), str(ROOT)]),
-        "COLUMNS": "1000",
-        "OMP_NUM_THREADS": "1",
-    }
-    ran = subprocess.run(
-        [sys.executable, "-c", CALLS, json.dumps(commands)],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return [Done(*json.loads(line)) for line in ran.stdout.splitlines()]
+
+    def run(*commands):
+        ran = fresh(CALLS, json.dumps(commands), path=(place / "site-packages", ROOT), folder=place)
+        assert ran.returncode == 0, ran.stderr
+        return [Done(*json.loads(line)) for line in ran.stdout.splitlines()]
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +80,7 @@ def sweep(place, folder):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def first(place, sweep, folder):  # noqa: F811
+def first(run, sweep, folder):  # noqa: F811
     """What the commands that change nothing did, one after another, by name."""
     plan = ["plan", "--model", folder, "--context", "1000"]
     commands = {
@@ -100,7 +90,7 @@ def first(place, sweep, folder):  # noqa: F811
         "sweep": sweep,
         "sweep again": sweep,
     }
-    return dict(zip(commands, run(place, *commands.values()), strict=True))
+    return dict(zip(commands, run(*commands.values()), strict=True))
 
 
 def rows(place):
@@ -130,12 +120,12 @@ def test_a_plan_leaves_out_an_installed_cache_whose_size_is_not_known(first):
     assert first["plan of all"].status == 2
 
 
-def test_a_class_that_has_changed_is_measured_again(first, place, sweep):
+def test_a_class_that_has_changed_is_measured_again(first, place, run, sweep):
     assert first["sweep"].status == 0, first["sweep"].error
     assert "8 of them are already in" in first["sweep again"].out, first["sweep again"].error
     module = place / "site-packages" / "their_methods.py"
     module.write_text(NEWEST.replace("candidates.positions.float()", "-candidates.positions.float()"))
-    done, told = run(place, sweep, ["report", str(place / "out"), "--out", str(place / "report")])
+    done, told = run(sweep, ["report", str(place / "out"), "--out", str(place / "report")])
     assert "4 of them are already in" in done.out, done.error
     swept = rows(place)
     assert len(swept) == 12

@@ -132,11 +132,19 @@ def take_back() -> None:
 
 @torch.no_grad()
 def _fingerprint(model: PreTrainedModel) -> list[Any]:
-    """Weights, settings and hooks of a model; not how it attends, which a cache chooses."""
+    """Weights, settings and hooks of a model; not how it attends, nor the hooks of caches."""
     weights = [(float(each.sum()), each.requires_grad) for each in model.parameters()]
-    modules = [(each.training, len(each._forward_hooks), len(each._forward_pre_hooks)) for each in model.modules()]
+    modules = [
+        (each.training, [hook for kind in (each._forward_pre_hooks, each._forward_hooks) for hook in kind.values()])
+        for each in model.modules()
+    ]
+    modules = [(trains, [hook for hook in hooks if not _is_ours(hook)]) for trains, hooks in modules]
     settings = {name: value for name, value in vars(model.config).items() if not name.startswith("_")}
     return [weights, modules, settings, dict(vars(model.generation_config))]
+
+
+def _is_ours(hook: Any) -> bool:
+    return f"{getattr(getattr(hook, 'func', hook), '__module__', '')}".startswith("kvcompress")
 
 
 def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:
