@@ -82,7 +82,7 @@ def test_a_compiled_step_looks_neither_at_ended_rows_nor_at_positions():
 @caches("h2o")
 @pytest.mark.parametrize("part", [release, lambda model: model.set_attn_implementation("sdpa")], ids=["release", "set"])
 def test_a_compiled_step_of_a_model_that_attends_otherwise_by_now_is_refused(entry, part):
-    model = build("llama", **ONE_LAYER)
+    model = build("llama")
     cache = entry.build(model)
     token, position = torch.tensor([[3]], device=DEVICE), torch.tensor([[20]], device=DEVICE)
     compiled = torch.compile(step_function(model), backend="eager")
