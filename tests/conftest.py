@@ -7,7 +7,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import random
+import shutil
+import sys
 import warnings
+from pathlib import Path
 
 import numpy
 import pytest
@@ -44,6 +47,24 @@ def fresh_memory_is_nan():
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(autouse=True)
+def shared_models_stay_as_they_are():
+    """A model of `tiny` that a test changed would change the tests after it."""
+    yield
+    if models := sys.modules.get("tests.contract.models"):
+        models.take_back()
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Runs code in interpreters that have not imported kvcompress, as `Interpreters.run`."""
+    from tests.fresh import Interpreters
+
+    interpreters = Interpreters()
+    yield interpreters.run
+    interpreters.close()
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in float32 on the CPU, and its tokenizer. Do not change either."""
@@ -53,3 +74,25 @@ def smollm2():
         return load_model()
     except ModelUnavailableError as error:
         pytest.skip(f"needs the real model: {error}")
+
+
+@pytest.fixture(scope="session")
+def tasks_of_arc(tmp_path_factory):
+    """Of the thousands of files of lm-eval's own tasks the few in the folder of ARC."""
+    manager = pytest.importorskip("lm_eval.tasks.manager")
+    place = tmp_path_factory.mktemp("lm-eval")
+    shutil.copytree(Path(manager.__file__).parent / "arc", place / "arc")
+    return place
+
+
+@pytest.fixture
+def few_tasks(tasks_of_arc, monkeypatch):
+    """lm-eval knows few tasks of its own; it takes ten seconds to read all of their files."""
+    from lm_eval.tasks import manager
+
+    from kvcompress.evals.lm import harness
+
+    monkeypatch.setattr(manager, "__file__", str(tasks_of_arc / "manager.py"))
+    harness._manager.cache_clear()
+    yield
+    harness._manager.cache_clear()

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -357,8 +356,8 @@ assert not extras & set(sys.modules) - extras_before, extras & set(sys.modules)
 """
 
 
-def test_importing_kvcompress_registers_two_functions_and_changes_nothing_else():
-    done = subprocess.run([sys.executable, "-c", REGISTRATIONS], cwd=ROOT, capture_output=True, text=True)
+def test_importing_kvcompress_registers_two_functions_and_changes_nothing_else(fresh):
+    done = fresh(REGISTRATIONS)
     assert done.returncode == 0, done.stderr
 
 

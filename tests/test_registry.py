@@ -1,6 +1,5 @@
 """Methods by name: what is registered, what a spec means, and what others add."""
 
-import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -228,14 +227,11 @@ def test_a_host_of_a_spec_may_be_a_folder(model, tmp_path):
     assert registry.build(f"shadowkv:host=mmap:{tmp_path}:rank=2", model, 64).layers[0].host == f"mmap:{tmp_path}"
 
 
-def test_a_command_finds_a_class_in_the_folder_that_it_runs_in(mine):
-    code = "from kvcompress import registry; print(registry.canonical('my_policies:Oldest:budget=0.30'))"
+def test_a_command_finds_a_class_in_the_folder_that_it_runs_in(mine, monkeypatch):
     # as the installed command is started: its own folder is first on the path, not the one it runs in
-    (mine / "bin").mkdir()
-    (mine / "bin" / "command.py").write_text(code)
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    done = subprocess.run([sys.executable, "bin/command.py"], capture_output=True, text=True, cwd=mine, env=environment)
-    assert done.stdout == "my_policies:Oldest:budget=0.3\n", done.stderr
+    others = [place for place in sys.path if Path(place).resolve() != mine.resolve()]
+    monkeypatch.setattr(sys, "path", [str(mine / "bin"), *others])
+    assert registry.canonical("my_policies:Oldest:budget=0.30") == "my_policies:Oldest:budget=0.3"
 
 
 def test_what_plan_can_size_is_what_follows_a_policy(mine, model):
@@ -287,7 +283,7 @@ def test_a_name_is_letters_digits_and_a_few_signs(name, listed):
         assert repr(name) in str(told.value)
 
 
-def test_kvcompresss_own_names_stay_its_own_whoever_registers_first(listed):
+def test_kvcompresss_own_names_stay_its_own_whoever_registers_first(listed, fresh):
     assert {*baselines.METHODS, *known_caches(), registry.USUAL} - {*LISTED} <= RESERVED
     names = {name for each in LISTED.values() for name in (each.name, *each.aliases)}
     assert names <= RESERVED | {name for each in LISTED.values() if issubclass(each.kind, Policy)
@@ -308,8 +304,7 @@ for name in ("h2o", "tova", "gear", "none", "dense", "expected_attention"):
 from kvcompress import H2OCache, registry
 print(registry.METHODS["h2o"].kind.__name__)
 """
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = fresh(code)
     assert done.stdout.splitlines()[-1] == "H2O", done.stderr
     assert len(done.stdout.splitlines()) == 7
 
@@ -356,15 +351,14 @@ def test_methods_of_installed_packages_are_listed_by_their_entry_points(model, m
     assert registry.parse("dense")[0].kind is DenseCache
 
 
-def test_an_installed_method_may_import_the_registry_first(mine):
+def test_an_installed_method_may_import_the_registry_first(mine, fresh):
     (mine / "looks.py").write_text(f"from kvcompress import registry\n{MINE}\nclass Looks(Oldest): pass")
     metadata = mine / "looks-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: looks\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[kvcompress.methods]\nlooks = looks:Looks\n")
     code = "import looks; from kvcompress.registry import METHODS; print(METHODS['looks'].kind is looks.Looks)"
-    environment = {"PYTHONPATH": f"{mine}:{ROOT}", "HF_HUB_OFFLINE": "1", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = fresh(code, path=(mine, ROOT))
     assert done.stdout == "True\n", done.stderr
     assert "skipped" not in done.stderr
 

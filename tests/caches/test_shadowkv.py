@@ -236,7 +236,7 @@ def _within(mode, attend, chunk):
 # docs: `cache.reserve(steps)`, called again after so many, folds or packs what is due
 def test_between_compiled_steps_folds_what_is_due_and_graphs_go_on():
     torch._dynamo.reset()
-    model, backend = tiny(), CompileCounterWithBackend("eager")
+    model, backend = tiny(num_hidden_layers=1), CompileCounterWithBackend("eager")
     name = cache_name(model)
 
     def step(token, position, cache):
@@ -268,7 +268,7 @@ def test_between_compiled_steps_folds_what_is_due_and_graphs_go_on():
 
 def test_generate_folds_between_its_compiled_steps():
     torch._dynamo.reset()
-    model, backend = build("llama"), CompileCounterWithBackend("eager")
+    model, backend = build("llama", num_hidden_layers=1), CompileCounterWithBackend("eager")
     cache, straight = small(model), small(model)
     for each in (cache, straight):
         each.reserve()

@@ -65,7 +65,6 @@ def rows(tmp_path):
         (["sweep", "--methods", "h2o,h3o"], "unknown method 'h3o'; known: none, "),
         (["sweep", "--methods", "h2o:sinks"], "settings must be written as h2o:setting=value"),
         (["sweep", "--methods", ","], "methods must name at least one"),
-        (["sweep", "--tasks", "haystack"], "unknown task 'haystack'; known: needle, "),
         (["sweep", "--protocols", "aware"], "unknown protocol 'aware'; known: question-agnostic"),
         (["sweep", "--lengths", "long"], "a length must be a number of tokens, got 'long'"),
         (["sweep", "--budgets", "2.5"], "budget must be a count of tokens"),
@@ -142,6 +141,15 @@ def rows(tmp_path):
 )
 def test_a_mistake_is_one_clear_line_and_status_2(arguments, message, folder, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    is_one_clear_line_and_status_2(arguments, message, folder, tmp_path, capfd)
+
+
+def test_a_task_nobody_knows_is_one_too(few_tasks, folder, tmp_path, capfd):
+    message = "unknown task 'haystack'; known: needle, "
+    is_one_clear_line_and_status_2(["sweep", "--tasks", "haystack"], message, folder, tmp_path, capfd)
+
+
+def is_one_clear_line_and_status_2(arguments, message, folder, tmp_path, capfd):
     more = ["--methods", "h2o"] if arguments[0] == "sweep" and "--methods" not in arguments else []
     (tmp_path / "results.jsonl").write_text('{"key": "a"}\n')
     (tmp_path / "text.txt").write_text("text")

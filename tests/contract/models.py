@@ -98,10 +98,53 @@ def build(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model.to(DEVICE, dtype).eval()
 
 
+# of every shared model what it was built as, and those that this test was given
+_AS_BUILT: dict[PreTrainedModel, list[Any]] = {}
+_LENT: set[PreTrainedModel] = set()
+
+
 @functools.cache
+def _shared(family: str, **changes: Any) -> PreTrainedModel:
+    model = build(family, **changes)
+    _AS_BUILT[model] = _fingerprint(model)
+    return model
+
+
 def tiny(family: str = "llama", **changes: Any) -> PreTrainedModel:
     """A model shared between tests; they may build caches for it and change nothing else."""
-    return build(family, **changes)
+    model = _shared(family, **changes)
+    _LENT.add(model)
+    return model
+
+
+def take_back() -> None:
+    """Ends what a test may do with the models that it was given.
+
+    Raises:
+        AssertionError: it changed one, which no other test is given then.
+    """
+    lent = [*_LENT]
+    _LENT.clear()
+    if any(_fingerprint(model) != _AS_BUILT[model] for model in lent):
+        _shared.cache_clear()
+        raise AssertionError("a model that tests share was changed; one that changes its model has to build it")
+
+
+@torch.no_grad()
+def _fingerprint(model: PreTrainedModel) -> list[Any]:
+    """Weights, settings and hooks of a model; not how it attends, nor the hooks of caches."""
+    weights = [(float(each.sum()), each.requires_grad) for each in model.parameters()]
+    modules = [
+        (each.training, [hook for kind in (each._forward_pre_hooks, each._forward_hooks) for hook in kind.values()])
+        for each in model.modules()
+    ]
+    modules = [(trains, [hook for hook in hooks if not _is_ours(hook)]) for trains, hooks in modules]
+    settings = {name: value for name, value in vars(model.config).items() if not name.startswith("_")}
+    return [weights, modules, settings, dict(vars(model.generation_config))]
+
+
+def _is_ours(hook: Any) -> bool:
+    return f"{getattr(getattr(hook, 'func', hook), '__module__', '')}".startswith("kvcompress")
 
 
 def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:

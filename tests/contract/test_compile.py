@@ -12,7 +12,7 @@ from kvcompress.caches.compiled_steps import SteppedLayer
 from kvcompress.hf import cache_argument, cache_name
 from tests.contract.caches import RESERVED, caches, those, uneven
 from tests.contract.drive import assert_same_state, counting_graphs, feed
-from tests.contract.models import DEVICE, END, PAD, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, END, PAD, build, left_padded, prompt, tiny
 
 # a graph of one layer says as much as one of three, where it is not about what several layers share
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -60,7 +60,7 @@ def test_two_hundred_steps_are_one_graph_and_the_tokens_of_eager_mode(entry, fam
 
 # docs: Compiled steps do not check for ended rows or positions
 def test_a_compiled_step_looks_neither_at_ended_rows_nor_at_positions():
-    model = tiny(**ONE_LAYER)
+    model = build("llama", **ONE_LAYER)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = END, PAD
     ids = prompt(20, 2)
     ids[0, -1] = END
@@ -82,7 +82,7 @@ def test_a_compiled_step_looks_neither_at_ended_rows_nor_at_positions():
 @caches("h2o")
 @pytest.mark.parametrize("part", [release, lambda model: model.set_attn_implementation("sdpa")], ids=["release", "set"])
 def test_a_compiled_step_of_a_model_that_attends_otherwise_by_now_is_refused(entry, part):
-    model = tiny()
+    model = build("llama")
     cache = entry.build(model)
     token, position = torch.tensor([[3]], device=DEVICE), torch.tensor([[20]], device=DEVICE)
     compiled = torch.compile(step_function(model), backend="eager")

@@ -1,9 +1,5 @@
 """Rows move, multiply and go, tokens are taken back, and whole caches are copied and saved."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -282,7 +278,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         DenseCache.load(tmp_path / "weights", tiny())
 
 
-def test_a_saved_cache_is_loaded_where_its_policy_was_not_imported(tmp_path):
+def test_a_saved_cache_is_loaded_where_its_policy_was_not_imported(tmp_path, fresh):
     cache = EvictingCache(tiny(), policy=TOVA(), budget=12)
     feed(tiny(), cache, prompt(20))
     cache.save(tmp_path / "cache")
@@ -290,11 +286,5 @@ def test_a_saved_cache_is_loaded_where_its_policy_was_not_imported(tmp_path):
         "import sys; from kvcompress import EvictingCache; from tests.contract.models import tiny; "
         "assert 'kvcompress.policies.tova' not in sys.modules; print(EvictingCache.load(sys.argv[1], tiny()).policy)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "cache")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert "TOVA(" in run.stdout
+    run = fresh(program, str(tmp_path / "cache"))
+    assert "TOVA(" in run.stdout, run.stderr

@@ -11,7 +11,7 @@ from kvcompress import GEARCache, H2OCache, HydragenCache
 from kvcompress.hf import cache_argument
 from tests.contract.drive import counting_graphs, feed
 from tests.contract.models import DEVICE, left_padded, prompt, tiny
-from tests.contract.test_compile import STEPS, addresses, decode, step_function
+from tests.contract.test_compile import ONE_LAYER, STEPS, addresses, decode, step_function
 from tests.prefix.rows import PREFIX, ROWS, SUFFIXES, TREE
 
 FEW = 12
@@ -55,9 +55,9 @@ def six():
 @pytest.mark.parametrize(
     ("make", "family", "suffixes"),
     [
-        (prefix, "llama", SUFFIXES),
         (tree, "llama", six()),
         (prefix, "mistral", SUFFIXES),
+        pytest.param(prefix, "llama", SUFFIXES, marks=pytest.mark.slow),
         pytest.param(tree, "mistral", six(), marks=pytest.mark.slow),
         pytest.param(prefix, "gemma2", SUFFIXES, marks=pytest.mark.slow),
         pytest.param(prefix, "gpt_oss", SUFFIXES, marks=pytest.mark.slow),
@@ -126,7 +126,7 @@ CHANGES = [change_rows, select_rows, take_back, take_back_shared, fork, fork_onc
 @pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_steps_behind_a_changed_tree_are_those_of_eager_mode(change, family):
-    model = tiny(family)
+    model = tiny(family, **ONE_LAYER)
     compiled, _ = counting()
     results = []
     for run, is_compiled in ((compiled(model), True), (step_function(model), False)):
@@ -149,7 +149,7 @@ def test_steps_behind_a_changed_tree_are_those_of_eager_mode(change, family):
 # docs: by hand `cache.reserve(steps)` does, anew after `fork`, `push` or `crop`
 @pytest.mark.parametrize("change", [fork, push, take_back, take_back_shared], ids=lambda change: change.__name__)
 def test_a_compiled_step_must_be_made_ready_after_the_tree_or_the_suffixes_changed(change):
-    model = tiny()
+    model = tiny(**ONE_LAYER)
     cache, token, position = begun(model, prefix, SUFFIXES)
     cache.reserve(STEPS)
     compiled = counting()[0](model)
@@ -161,7 +161,7 @@ def test_a_compiled_step_must_be_made_ready_after_the_tree_or_the_suffixes_chang
 
 
 def test_rows_that_change_places_stay_ready_and_so_does_a_clone():
-    model = tiny()
+    model = tiny(**ONE_LAYER)
     cache, token, position = begun(model, tree, six())
     straight, *_ = begun(model, tree, six())
     cache.reserve(STEPS)
@@ -182,7 +182,7 @@ def test_rows_that_change_places_stay_ready_and_so_does_a_clone():
 
 
 def test_tokens_that_compiled_steps_fed_are_unknown_and_the_others_are_known():
-    model = tiny()
+    model = tiny(**ONE_LAYER)
     cache, token, position = begun(model, prefix, SUFFIXES)
     cache.reserve(STEPS)
     decode(counting()[0](model), cache, token, position, 5)
@@ -202,7 +202,7 @@ def test_a_cache_may_be_made_ready_before_its_rows_are_known():
 
 
 def test_a_prefix_is_decoded_behind_without_any_suffix():
-    model = tiny()
+    model = tiny(**ONE_LAYER)
     cache, straight = prefix(model), prefix(model)
     cache.reserve(STEPS)
     token, position = prompt(1), torch.full((1, 1), len(PREFIX), device=DEVICE)
@@ -213,10 +213,15 @@ def test_a_prefix_is_decoded_behind_without_any_suffix():
 
 # docs: Nodes made from a cache that compresses are read step by step, uncompiled
 @pytest.mark.parametrize(
-    "make", [lambda model: H2OCache(model, budget=24), lambda model: GEARCache(model, buffer=16, group_size=8)]
+    "make",
+    [
+        lambda model: H2OCache(model, budget=24),
+        pytest.param(lambda model: GEARCache(model, buffer=16, group_size=8), marks=pytest.mark.slow),
+    ],
+    ids=["h2o", "gear"],
 )
 def test_nodes_of_other_caches_are_not_compiled(make):
-    model = tiny()
+    model = tiny(**ONE_LAYER)
     donor = make(model)
     feed(model, donor, PREFIX[None])
     cache = HydragenCache.from_cache(donor)
@@ -236,7 +241,7 @@ def test_nodes_of_other_caches_are_not_compiled(make):
 
 # docs: On a GPU `generate` makes a `HydragenCache` ready by itself
 def test_generate_compiles_the_steps_behind_a_prefix():
-    model = tiny()
+    model = tiny(**ONE_LAYER)
     ids, mask = left_padded([torch.cat([PREFIX, suffix]) for suffix in SUFFIXES])
     config, graphs = counting_graphs()
     options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
@@ -262,7 +267,7 @@ def test_a_compiled_step_writes_only_to_tensors_that_stay_where_they_are_and_nod
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True)
-    model = tiny()
+    model = tiny(**ONE_LAYER)
     first, token, position = begun(model, prefix, SUFFIXES)
     first.reserve(STEPS)
     compiled = torch.compile(step_function(model), fullgraph=True, backend=backend)

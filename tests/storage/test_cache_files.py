@@ -5,8 +5,6 @@ import dataclasses
 import json
 import pickle
 import random
-import subprocess
-import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -309,7 +307,7 @@ def test_a_policy_may_have_settings_of_any_name_and_a_tuple_is_one_again(tmp_pat
     assert loaded_policy(tmp_path / "cache", kind(name="b", recent=np.int64(3))) == kind(name="b", recent=3)
 
 
-def test_a_file_of_a_class_that_is_not_imported_says_what_to_import(tmp_path):
+def test_a_file_of_a_class_that_is_not_imported_says_what_to_import(tmp_path, fresh):
     saved(tmp_path / "cache", cache=EvictingCache(tiny(), policy=Knorm(), budget=8))
     code = """
 from tests.storage.test_cache_files import *
@@ -320,7 +318,7 @@ for name in ("mine:Knorm", "mine:Gone", "Gone"):
     except ValueError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = fresh(code)
     known, gone, old = done.stdout.splitlines()
     assert known.startswith(
         "the file's policy 'mine:Knorm' is not imported: import mine first; known: AttentionMatching, "

@@ -1,7 +1,9 @@
 """Distillation: what trains, and that a run may be cut into forwards and spread over processes."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +115,7 @@ distill(model, rows(), Distillation(**{**SMALL, "batch": 1}), Path(sys.argv[1]))
 
 
 # docs: alone or under `accelerate launch -m`
+@pytest.mark.slow
 def test_two_processes_under_accelerate_launch_train_as_one_with_twice_the_rows(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [
@@ -125,10 +128,38 @@ def test_two_processes_under_accelerate_launch_train_as_one_with_twice_the_rows(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    distill(student(), rows(), Distillation(**SMALL), tmp_path / "one")
-    two, one = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("two", "one"))
+    assert_trained_as_one(tmp_path)
+
+
+def as_launched(rank, port, folder):
+    """What a process that accelerate launched does; this one is a fork, and need not import anything."""
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in launched.items()} | {"ACCELERATE_USE_CPU": "1"}
+    torch.set_num_threads(1)
+    distill(student(), rows(), Distillation(**{**SMALL, "batch": 1}), folder)
+
+
+def test_two_processes_train_as_one_with_twice_the_rows(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=as_launched, args=(rank, port, tmp_path / "two")) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert_trained_as_one(tmp_path)
+
+
+def assert_trained_as_one(folder):
+    """What two processes left in a folder is what one leaves that takes the rows of both."""
+    distill(student(), rows(), Distillation(**SMALL), folder / "one")
+    two, one = (torch.load(folder / name / "checkpoint.pt", weights_only=True) for name in ("two", "one"))
     torch.testing.assert_close(two["trained"], one["trained"], rtol=1e-3, atol=1e-4)
-    losses = [(tmp_path / name / "losses.jsonl").read_text().splitlines() for name in ("two", "one")]
+    losses = [(folder / name / "losses.jsonl").read_text().splitlines() for name in ("two", "one")]
     for line, wanted in zip(*(map(json.loads, lines) for lines in losses), strict=True):
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
         assert line["tokens"] == wanted["tokens"]

@@ -135,14 +135,14 @@ def test_what_ran_before_the_end_of_the_time_is_told(suite, monkeypatch):
     assert "error" not in row
 
 
-def test_the_program_needs_nothing_of_the_command_line():
+def test_the_program_needs_nothing_of_the_command_line(fresh):
     code = (
         "import sys\nfor name in ('typer', 'rich', 'datasets', 'lm_eval', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "sys.argv = ['gpu', '--help']\nimport kvcompress.evals.bench.endtoend\n"
         "from kvcompress.evals.bench import gpu\ngpu.main()"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ran = fresh(code)
     assert ran.returncode == 0, ran.stderr
     assert "--tiny" in ran.stdout
 

@@ -16,6 +16,8 @@ from kvcompress.cli import main
 from kvcompress.evals.lm.model import CompressedLM
 from kvcompress.evals.sweep.protocol import NotCompressedError
 
+pytestmark = pytest.mark.usefixtures("no_description")
+
 WORDS = ["red", "green", "blue", "black", "white", "amber", "coral", "ivory", "olive", "pearl"]
 
 
@@ -220,7 +222,7 @@ def test_a_cache_that_keeps_more_than_its_budget_is_an_error(loaded, monkeypatch
 
 # docs: Standard tasks go through lm-eval
 # docs: takes lm-eval's other flags
-def test_the_command_line_takes_the_flags_of_the_harness(folder, tasks, tmp_path, capsys):
+def test_the_command_line_takes_the_flags_of_the_harness(folder, tasks, few_tasks, tmp_path, capsys):
     include = str(next(iter(tasks.include_path)) if isinstance(tasks.include_path, list) else tasks.include_path)
     arguments = ["--model", str(folder), "--cache", "h2o", "--budget", "0.5", "--hold-back", "Question:"]
     harness = ["--tasks", "colours_choice", "--include_path", include, "--device", "cpu", "--batch_size", "2"]

@@ -14,6 +14,8 @@ from kvcompress.evals.lm import harness
 from kvcompress.evals.lm import model as lm
 from kvcompress.evals.lm.tasks import local
 
+pytestmark = pytest.mark.usefixtures("no_description")
+
 CHOICE = {"query": "Question: Where do fish swim?\n", "choices": ["in water.", "in sand."], "gold": 0}
 ROWS = {
     "piqa": CHOICE,

@@ -70,7 +70,10 @@ def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     assert main(["study", "bits", *settings, "--text", str(text), *sizes, "--out", str(out)]) == 0
     written = json.loads(out.read_text())
     assert [row["setting"] for row in written["rows"]] == ["gear:buffer=16:group_size=16", "kivi"]
-    assert "words +" in capsys.readouterr().out or "words -" in str(written)
+    printed = capsys.readouterr().out
+    for row in written["rows"]:
+        loss = row["perplexity"]["words"] / row["full_perplexity"]["words"] - 1
+        assert f"words {loss:+.1%}" in printed
     assert written["versions"]["torch"]
     assert main(["study", "bits", "--text", str(text), *sizes[:-1], "9"]) == 2
     assert "text must hold 9 windows of 64 + 17 = 81 tokens, got 200 tokens" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from kvcompress.evals.tasks import make_tasks
 from kvcompress.hf import cache_argument
 from tests.contract.models import tiny
 
+pytestmark = pytest.mark.usefixtures("no_description")
+
 SPECS = [
     *sorted({*baselines.METHODS} - {"across", "shadowkv", "quanto", "hqq"}), "h2o:bits=4", "h2o:allocation=pyramid",
     "gear:bits=2:group_size=16:buffer=32", "quanto:group_size=16", "quanto:bits=2:group_size=16",
