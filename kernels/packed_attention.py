@@ -197,6 +197,7 @@ def _launch(
     block_rows, tile, warps, stages = _tiles(
         queries * group, tokens // blocks, [key_coding.bits, value_coding.bits], max(dim, value_width),
         query.element_size(), keys.outlier_index is not None or values.outlier_index is not None,
+        key_coding.zeros != "group",
     )  # fmt: skip
     row_blocks = triton.cdiv(queries * group, block_rows)
     tiles = tile.count(blocks)
@@ -257,7 +258,7 @@ def _key_width(head_dim: int, element_size: int) -> int:
 
 
 def _tiles(
-    rows: int, block: int, bits: list[int], width: int, element_size: int, has_outliers: bool
+    rows: int, block: int, bits: list[int], width: int, element_size: int, has_outliers: bool, is_centred: bool
 ) -> tuple[int, TileShape, int, int]:
     """Rows of a tile, its tokens, warps and pipeline stages."""
     block_rows = min(_MOST_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
@@ -268,8 +269,9 @@ def _tiles(
     else:
         block_rows = min(block_rows, 32 if width > 64 else _MOST_ROWS)
         tokens = 64 if block_rows == MIN_SIDE else 32
-    # comparing every number with the index of an outlier takes registers
-    warps = 8 if has_outliers or width > 128 or element_size == 4 else 4
+    # comparing every number with the index of an outlier takes registers, and so do means of several blocks
+    takes_more = has_outliers or (is_centred and block < tokens)
+    warps = 8 if takes_more or width > 128 or element_size == 4 else 4
     return block_rows, tile_shape(block, bits, tokens), warps, 1 if element_size == 4 else 2
 
 

@@ -104,7 +104,7 @@ def load_codes(
 @triton.jit
 def code_levels(codes, BITS: tl.constexpr):
     # as kernels/common/quantized.py has them, of codes around 0
-    return codes * 13 + 1 >> 1 if BITS == 2 else codes
+    return codes * 7 - (codes >> 1) if BITS == 2 else codes
 
 
 @triton.jit

@@ -155,7 +155,7 @@ def coding_constants(coding: QuantScheme, packed: QuantizedTensor, block: int, h
 def code_levels(codes: Tensor, coding: QuantScheme) -> Tensor:
     """The levels that uint8 codes stand for, uint8."""
     # of 2 bits around 0: 0, 7, 13, 20
-    return codes * 13 + 1 >> 1 if coding.bits == 2 and coding.zeros != "group" else codes
+    return codes * 7 - (codes >> 1) if coding.bits == 2 and coding.zeros != "group" else codes
 
 
 def nearest_codes(x: Tensor, coding: QuantScheme) -> Tensor:
