@@ -15,6 +15,10 @@ weighs more: 2 % of the 64 channels of a value, or of the 64 tokens of a block's
 paper's backbone KCVT, one group of keys along the whole sequence, is not offered: tokens are packed as they come.
 "whole" is as close as blocks get, and the same as "kivi" where group_size equals both buffer and head_dim.
 
+With `centred`, what is rotated by R (kernels/hadamard.py) is nearly normally distributed, and coded so:
+
+    K R ~ mean of the block + scale of the token * level        V R ~ scale of the token * level
+
 The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; evals/studies/bits.py): plain codes, 4
 bits for keys and 3 for values, which are rotated first, and the first 4 tokens as they are. There neither rank 4 nor
 2 % of outliers is worth its bits. PRESETS has the papers' settings.
