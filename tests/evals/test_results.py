@@ -6,7 +6,7 @@ import math
 import pytest
 
 from kvcompress.evals.studies.swiftkv import projection_flops
-from tests.test_readme import MARKS, ROOT, SENTENCES
+from tests.test_readme import MARKS, ROOT
 
 RESULTS = ROOT / "evals" / "results"
 PAGE = (RESULTS / "README.md").read_text("utf-8")
@@ -93,24 +93,31 @@ def test_the_speed_of_gear():
     assert words in said("| `GEARCache()`, decode step")
 
 
-# README: | `GEARCache()`, 4.1 bits per number |
-# README: | `GEARCache(bits=3)`, 3.1 bits per number |
+# README: | `GEARCache()`, 4.1 bits per number; three texts |
+# README: | `GEARCache(bits=3)`, 3.1 (`bits=2`, 2.5) bits per number |
 # README: | `QuantizedCache` of transformers, 4 bits
-@pytest.mark.parametrize(
-    ("beginning", "setting", "digits"),
-    [
-        ("`GEARCache()`, ", "gear:bits=4", 3),
-        ("`GEARCache(bits=3)`", "gear:bits=3", 3),
-        ("`Quantized", "quanto:bits=4", 3),
-    ],
-)
-def test_what_a_bit_is_worth(beginning, setting, digits):
-    (row,) = [row for row in of("bits")["rows"] if row["setting"] == setting]
-    (line,) = [one for one in SENTENCES if one.startswith(f"| {beginning}") and "bits per number" in one]
-    bits = 5.0 if row["bits"] is None else row["bits"]
-    more = row["perplexity"]["wiki"] / row["full_perplexity"]["wiki"] - 1
-    assert f"{bits:.1f} bits per number" in line
-    assert f"KL {row['kl']:.{digits}f} nats, perplexity {more:+.1%}".replace("%", " %") in line
+def test_what_a_bit_is_worth():
+    rows = {row["setting"]: row for row in of("bits_centred")["rows"]} | {
+        row["setting"]: row for row in of("bits")["rows"] if row["setting"] == "quanto:bits=4"
+    }
+
+    def figures(setting):
+        row = rows[setting]
+        bits = 5.0 if row["bits"] is None else row["bits"]
+        (wiki,) = [name for name in row["perplexity"] if "wiki" in name]
+        more = f"{row['perplexity'][wiki] / row['full_perplexity'][wiki] - 1:+.1%}".replace("%", " %")
+        return f"{bits:.1f}", f"{row['kl']:.3f}", more
+
+    bits, kl, more = figures("gear:bits=4")
+    line = said("| `GEARCache()`, 4.1")
+    assert f"{bits} bits per number; three texts | full cache | KL {kl} nats, perplexity of wikitext-2 {more}" in line
+    bits, kl, more = figures("gear:bits=3")
+    fewer, dearer, most = figures("gear:bits=2")
+    line = said("| `GEARCache(bits=3)`")
+    assert f"{bits} (`bits=2`, {fewer}) bits per number" in line
+    assert f"KL {kl} ({dearer}) nats, perplexity {more} ({most})" in line
+    bits, kl, more = figures("quanto:bits=4")
+    assert f"{bits} bits per number; two of them | full cache | KL {kl} nats, perplexity {more}" in said("| `Quantized")
 
 
 # README: On this model, GEAR's low-rank part and its outliers are not worth their bits
