@@ -166,6 +166,8 @@ def _check(
         )
     check_coding(key_coding, block, head_dim)
     check_coding(value_coding, block, values.codes.shape[-1])
+    if value_coding.zeros == "block":
+        raise ValueError("only keys are packed around the mean of a block, got values with zeros='block'")
     if with_logits and queries != 1:
         raise ValueError(f"packed_attention reports the logits of one query, got query {list(query.shape)}")
 
@@ -187,6 +189,17 @@ def _launch(
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
+    step = max(1, _MEANS // (batch * heads * blocks))
+    if key_coding.zeros == "block" and queries > step:
+        parts = [
+            _launch(
+                query[:, :, first : first + step], keys, values, key_coding, value_coding, positions,
+                query_positions[:, first : first + step], spec, spans,
+                None if offsets is None else offsets[:, :, first : first + step], with_logits,
+            )
+            for first in range(0, queries, step)
+        ]  # fmt: skip
+        return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2), parts[0][2]
     query, positions = rows_aligned(query), positions.contiguous()
     window_ends = None if spec.window is None else query_positions.contiguous()
     spans, offsets = (None if x is None else x.contiguous() for x in (spans, offsets))
@@ -248,6 +261,8 @@ def _constants(
 _LEAST_SUM = 32
 # the widest tile of float32 queries; wider ones take the PyTorch path on a GPU
 _WIDEST_FLOAT32 = 64
+# products of queries with the means of blocks that are held at once: 64 MB
+_MEANS = 2**24
 # as many rows (queries times group) as one tile takes
 _MOST_ROWS = 64
 

@@ -24,7 +24,8 @@ the range of what remains of a group; the outliers of a value are chosen within 
 so that heads stay independent.
 
 Bytes per block and head: block * head_dim * element size read, block * head_dim * bits / 8 and what scales, zeros and
-outliers take (`QuantScheme.bytes`) written, in one pass; about 6 + 6 c operations per number: bound by bandwidth.
+outliers take (`QuantScheme.bytes`) written, in one pass, and one more before it for means of blocks; about 6 + 6 c
+operations per number: bound by bandwidth.
 """
 
 from typing import get_args
@@ -223,8 +224,9 @@ def _launch(x: Tensor, coding: QuantScheme, packed: QuantizedTensor) -> None:
     x = x if x.stride(-1) == 1 else x.contiguous()
     if coding.zeros == "block":
         assert packed.zeros is not None
-        known = x.float().nan_to_num(0.0, 0.0, 0.0)
-        packed.zeros.copy_(known.mean(-2, keepdim=True).clamp_(-_LARGEST, _LARGEST))
+        for piece in blocks_apart(x):
+            known = x[:, :, piece].float().nan_to_num(0.0, 0.0, 0.0)
+            packed.zeros[:, :, piece] = known.mean(-2, keepdim=True).clamp_(-_LARGEST, _LARGEST)
     constants, programs, warps = _tiles(coding, block, head_dim)
     launch(
         _quantise_kernel, (batch * kv_heads * blocks * programs,),

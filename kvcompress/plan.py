@@ -236,7 +236,7 @@ def _allotted(
         fits = how is not None and how.fits > 0 and window is None
         of_heads = (RaggedSlots.nbytes_for(batch, 1, shape.head_dim, item, each, fits) for each in slots)
         unused = shape.kv_heads * max(slots) - sum(slots)
-        size += sum(of_heads) + batch * (unused * (8 + 4 * fits) + 4 * (2 + 2 * shape.kv_heads)) + 8
+        size += sum(of_heads) + batch * (unused * 8 + 4 * (2 + 2 * shape.kv_heads)) + 8
     return size
 
 

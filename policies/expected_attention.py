@@ -39,7 +39,7 @@ class ExpectedAttention(SecondStage):
 
     future: how many positions after the newest token the queries to come are spread over.
     covariance: use the second moment too, not only the mean.
-    value_norm: weigh by the norm of the value.
+    value_norm: weigh by the norm of the value; left to the second stage where there is one.
     epsilon: added to the attention before it is weighted.
     """
 
@@ -84,7 +84,7 @@ class ExpectedAttention(SecondStage):
         # finite, so that a head that has only sinks gets a flat softmax instead of NaN
         logits = logits.masked_fill(left_out[:, :, None], torch.finfo(logits.dtype).min)
         expected: Tensor = logits.softmax(-1).mean(2) + self.epsilon
-        if self.value_norm:
+        if self.value_norm and not self.second_stage:
             expected = expected * candidates.values.float().norm(dim=-1)
         return expected
 

@@ -121,17 +121,17 @@ class GEAR:
             raise ValueError(f"rank must be at most head_dim = {head_dim}, got {rank}")
         key_group = self.group_size if self.backbone == "kivi" else self.buffer
         value_bits = self.value_bits or _FEWER.get(self.bits, self.bits)
-        if self.is_centred:
-            # numbers that were rotated are alike
-            of_token = max(8, 1 << (head_dim - 1).bit_length())
-            return (
-                QuantScheme(self.bits, of_token, "token", 0, rank, "block"),
-                QuantScheme(value_bits, of_token, "token", 0, rank, "none"),
-            )
         found = (
             QuantScheme(self.bits, key_group, "channel", self._a_side(self.buffer), rank),
             QuantScheme(value_bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim), rank),
         )
+        if self.is_centred:
+            # numbers that were rotated are alike
+            of_token = max(8, 1 << (head_dim - 1).bit_length())
+            found = (
+                QuantScheme(self.bits, of_token, "token", 0, rank, "block"),
+                QuantScheme(value_bits, of_token, "token", 0, rank, "none"),
+            )
         for coding in found:
             check_coding(coding, self.buffer, head_dim)
         return found
@@ -176,13 +176,13 @@ def _power_of_two(number: int) -> bool:
 PRESETS = {
     "default": GEAR(),
     "small": GEAR(bits=3),
-    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, sinks=0, hadamard=False),
-    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, sinks=0, hadamard=False),
+    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, sinks=0, hadamard=False, centred=False),
+    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, sinks=0, hadamard=False, centred=False),
     "gear-whole": GEAR(
         bits=4, value_bits=4, rank=4, rank_decode=2, outliers=0.02, backbone="whole", sinks=0, hadamard=False
     ),
     "gear-l-whole": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, backbone="whole", sinks=0, hadamard=False),
-    "kivi": GEAR(bits=2, value_bits=2, group_size=32, buffer=128, sinks=0, hadamard=False),
+    "kivi": GEAR(bits=2, value_bits=2, group_size=32, buffer=128, sinks=0, hadamard=False, centred=False),
     "whole": GEAR(bits=4, value_bits=4, backbone="whole", sinks=0, hadamard=False),
 }
 

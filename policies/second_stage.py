@@ -69,6 +69,6 @@ def output_norms(value: Tensor, weight: Tensor) -> Tensor:
     norms = torch.zeros(batch, kv_heads, tokens, dtype=torch.float32, device=value.device)
     for part, into in zip(value.to(dtype).split(block, 2), norms.split(block, 2), strict=True):
         for head in of_heads.unbind(1):
-            into += (part @ head).abs().sum(-1)
+            into += (part @ head).abs().sum(-1, dtype=torch.float32)
     norms /= of_heads.shape[1]
     return norms

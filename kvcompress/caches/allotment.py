@@ -38,8 +38,9 @@ class Allotment:
 
     @classmethod
     def of_layers(cls, shares: Sequence[Sequence[float]]) -> list[Self]:
-        """What each layer's heads get; shares: [layers, kv_heads], 1 on average."""
+        """What each layer's heads get; shares: [layers, kv_heads], not all 0."""
         given = torch.tensor(shares, dtype=torch.float64)
+        given /= given.mean()
         parts = (given.flatten() * _PARTS).round().long()[None]
         few = rounded(parts, torch.full_like(parts, torch.iinfo(torch.int64).max), parts.new_zeros(1))[0].double()
         few = (few / few.mean()).clamp(min=_LEAST)

@@ -180,11 +180,18 @@ class EvictingCache(CompressedCache):
         )
 
     def share_among(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
-        """Lets these layers have the budget of all, where the others store nothing, and get no part of it."""
+        """Lets these layers have the budget of all, where the others store nothing, and get no part of it.
+
+        Raises:
+            ValueError: a profile gives none of them a share.
+        """
         budgets = self._budget.per_layer(self.layers_share, len(layers))
         allotments = None
         if isinstance(self.allocation, Profile):
-            allotments = Allotment.of_layers([self.allocation.shares[index] for index in layers])
+            shares = [self.allocation.shares[index] for index in layers]
+            if not any(map(any, shares)):
+                raise ValueError(f"the profile gives layers {layers} no share, and the others store nothing here")
+            allotments = Allotment.of_layers(shares)
         for at, index in enumerate(layers):
             layer = self.layers[index]
             assert isinstance(layer, EvictingLayer)

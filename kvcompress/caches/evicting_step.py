@@ -276,7 +276,9 @@ class ChunkStep(EvictingStep):
             first = self._best(worth, ranking.positions, limits - (policy.second_stage * limits).int())
             scores = ranking.scores.masked_fill(ranking.positions == EMPTY, 0.0)
             second = ranked(second_scores(scores, self._output_norms())).masked_fill(first, torch.inf)
-            worth = torch.where(worth.isfinite(), second, worth)
+            # a row fed one token goes by its scores, as in a step
+            by_second = worth.isfinite() & ~self._at_rest()[:, None, None]
+            worth = torch.where(by_second, second, worth)
         chosen = self._best(worth, ranking.positions, limits)
         if self.layer.keeps_answers:
             chosen = chosen | self._at_rest()[:, None, None]

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
+from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.storage.durable import write_whole
 from kvcompress.storage.tensor_file import TensorFile, write_tensors
 
@@ -80,11 +81,15 @@ class Profile:
         parts = [[share / most for share in row] for row in rows]
         mean = math.fsum(map(math.fsum, parts)) / (len(rows) * len(rows[0]))
         scaled = tuple(tuple(part / mean for part in row) for row in parts)
-        return cls(scaled, hf.Fingerprint.of(model), measured or {})
+        found = hf.Fingerprint.of(model)
+        return cls(scaled, found if TPGroup.of(model) is None else found.of_config(), measured or {})
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises ValueError unless this is the model that the profile was made for."""
-        self.model.check(hf.Fingerprint.of(model), "the profile")
+        own, given = self.model, hf.Fingerprint.of(model)
+        if not own.weights or TPGroup.of(model) is not None:
+            own, given = own.of_config(), given.of_config()
+        own.check(given, "the profile")
 
     def check_size(self, layers: int, kv_heads: int, model: str) -> None:
         """Raises ValueError unless it has a share for each KV head of a model of which only the sizes are known."""

@@ -155,4 +155,5 @@ class KIVICache(GEARCache):
             rank_decode=0,
             sinks=0,
             hadamard=False,
+            centred=False,
         )

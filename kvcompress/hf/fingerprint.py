@@ -9,7 +9,7 @@ process's share of a tensor-parallel model (each process has its own fingerprint
 import base64
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -80,6 +80,10 @@ class Fingerprint:
             is_float16,
             json.dumps(_computed(config.to_dict()), sort_keys=True, default=str),
         )
+
+    def of_config(self) -> Self:
+        """The same without weights, of which processes that share a model have different parts."""
+        return replace(self, weights="")
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """What differs in the other model; empty if it is the same."""

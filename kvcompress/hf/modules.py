@@ -87,8 +87,10 @@ def _weight_by_head(of: weakref.ref[nn.Module], heads: int, head_dim: int, like:
     if projection is None:
         raise RuntimeError("the cache's model has been deleted")
     weight: Any = getattr(projection, "weight", None)
-    if type(projection) is nn.Linear and not weight.is_meta:
-        weight = (weight.to_local() if hasattr(weight, "to_local") else weight).T
+    weight = weight.to_local() if hasattr(weight, "to_local") else weight
+    # other kinds of tensors are what quantizers put in place of a weight
+    if type(projection) is nn.Linear and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
+        weight = weight.T
     else:
         # quantized, kept elsewhere or of another kind: what it makes of each input alone
         inputs = getattr(projection, "in_features", heads * head_dim)

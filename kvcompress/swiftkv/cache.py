@@ -92,13 +92,16 @@ class FollowingLayer(CompressedLayer):
 class SharedStorageCache(CompressedCache):
     """A cache whose later layers share the storage of another cache's layers, group by group."""
 
-    def __init__(self, model: PreTrainedModel, *, first: int, share: int, storage: Storage) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, first: int, share: int, storage: Storage, shares_budget: bool = True
+    ) -> None:
         """
         Args:
             model: the model the cache will be used with.
             first: the first layer of the first group.
             share: layers per group, a divisor of the number of layers from `first` on.
             storage: makes the cache whose layers the groups share: DenseCache, an evicting cache or a packing one.
+            shares_budget: layers that store nothing get no part of the budget; False for files that are older.
 
         Raises:
             ValueError: the layers cannot be grouped like this, or the storage cannot be shared.
@@ -115,7 +118,7 @@ class SharedStorageCache(CompressedCache):
                     f"layers {start} to {start + share - 1} have windows {windows[start : start + share]} and cannot "
                     "share storage; choose skip_from and share so that a group has one kind of attention"
                 )
-        self.first, self.share = first, share
+        self.first, self.share, self.shares_budget = first, share, shares_budget
         stored = storage(model)
         if not isinstance(stored, _STORAGES) or getattr(stored, "rerotated", False):
             rerotated = " with rerotated=True" if getattr(stored, "rerotated", False) else ""
@@ -128,7 +131,7 @@ class SharedStorageCache(CompressedCache):
                 f"{type(stored.policy).__name__} reads tokens twice, which layers that share storage cannot; "
                 "use another policy"
             )
-        if isinstance(stored, EvictingCache):
+        if isinstance(stored, EvictingCache) and shares_budget:
             stored.share_among(model, [*range(first), *range(first, len(windows), share)])
         self._stored = stored
         super().__init__(model)
@@ -147,6 +150,7 @@ class SharedStorageCache(CompressedCache):
         return {
             "first": self.first,
             "share": self.share,
+            "shares_budget": self.shares_budget,
             "storage": {"cache": self._kind, "settings": self._of_storage},
         }
 
@@ -161,6 +165,7 @@ class SharedStorageCache(CompressedCache):
             first=settings["first"],
             share=settings["share"],
             storage=lambda model: kind._rebuild(model, of_storage["settings"]),
+            shares_budget=settings.get("shares_budget", False),
         )
         return cache
 

@@ -502,3 +502,8 @@ def test_a_file_with_other_facts_is_refused(tmp_path, wrong):
 def test_shares_may_be_of_any_size(size):
     shares = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]], dtype=torch.float64) * size
     assert Profile.of(tiny(), shares).shares == ((1.2, 1.2), (1.2, 1.2), (1.2, 0.0))
+
+
+def test_parts_of_a_profile_keep_their_proportions():
+    small = Allotment.of_layers([[0.0005, 0.001]])[0].own
+    assert small.tolist() == pytest.approx([2 / 3, 4 / 3], rel=0.15)

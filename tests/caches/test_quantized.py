@@ -348,8 +348,9 @@ def test_sliding_layers_take_back_what_is_drafted_behind_a_prompt(make, family):
 
 
 @pytest.mark.parametrize("build_cache", [
+    lambda model: GEARCache(model, bits=2),
     GEARCache, KIVICache, lambda model: H2OCache(model, budget=20, packed=GEAR(bits=4)),
-], ids=["gear", "kivi", "slots"])  # fmt: skip
+], ids=["2 bits", "gear", "kivi", "slots"])  # fmt: skip
 def test_heads_too_wide_to_pack_are_refused_when_the_cache_is_built(build_cache):
     model = build("llama", hidden_size=640, num_attention_heads=2, num_key_value_heads=1, head_dim=320)
     with pytest.raises(ValueError, match="head_dim must be 1 to 256 to be packed.*got 320; use a cache that keeps"):
@@ -425,7 +426,16 @@ def test_the_papers_settings_have_names():
         cache = GEARCache.preset(model, name, rank=0, rank_decode=0)
         assert cache.settings == preset(name, rank=0, rank_decode=0)
     assert PRESETS["gear"] == GEAR(
-        bits=2, group_size=64, rank=4, rank_decode=2, outliers=0.02, buffer=64, backbone="kivi", sinks=0, hadamard=False
+        bits=2,
+        group_size=64,
+        rank=4,
+        rank_decode=2,
+        outliers=0.02,
+        buffer=64,
+        backbone="kivi",
+        sinks=0,
+        hadamard=False,
+        centred=False,
     )
     assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
     with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, small, gear, "):

@@ -268,3 +268,18 @@ def test_an_offset_of_a_query_is_added_to_its_products(case, queries):
     torch.testing.assert_close(found[1].double(), lse.double(), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"offsets \[batch, heads, queries\]"):
         packed_attention(*arguments, **options | {"offsets": offsets[..., :0]})
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the kernel has products with means at hand")
+def test_queries_are_taken_in_parts_where_their_products_with_means_are_many(monkeypatch):
+    arguments, options = scene(CASES[17], queries=5)
+    whole = packed_attention(*arguments, **options)
+    monkeypatch.setattr(module, "_MEANS", 2 * 2 * 2 * 9 * 2)
+    torch.testing.assert_close(packed_attention(*arguments, **options), whole)
+
+
+def test_values_around_the_mean_of_a_block_are_refused():
+    arguments, options = scene(CASES[16])
+    query, keys, _, key_coding, *others = arguments
+    with pytest.raises(ValueError, match="only keys are packed around the mean of a block"):
+        packed_attention(query, keys, keys, key_coding, key_coding, *others[1:], **options)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kvcompress import Profile
 from kvcompress.swiftkv.conversion import convert
 from tests.contract.models import build
 from tests.parallel.runs import CACHES, CONVERTED, SIZES, converse, count
@@ -22,6 +23,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     model = build("llama", **SIZES)
     model.save_pretrained(folder / "plain")
+    Profile.of(model, torch.arange(1.0, 13.0).view(3, 4)).save(folder / "plain" / "profile")
     convert(model, 1, share=2).save_pretrained(folder / "converted")
     return [folder / "plain", folder / "converted"]
 

@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from kvcompress import AcrossKVCache, AttentionMatchingCache, SwiftKVCache, measure_profile
+from kvcompress import AcrossKVCache, AttentionMatchingCache, H2OCache, Profile, SwiftKVCache, measure_profile
 from kvcompress.hf import cache_argument
 from tests.contract.caches import ENTRIES
 from tests.contract.models import left_padded, places, prompt
@@ -67,13 +68,17 @@ def count(model: PreTrainedModel) -> dict[str, Any]:
     """What is decided by numbers of all heads: shares that are measured, and tokens kept where half of those held stay.
 
     Returns:
-        shares: [layers, kv_heads]. kept: tokens by layer, [batch, kv_heads].
+        shares: [layers, kv_heads]. kept: tokens by layer, [batch, kv_heads]; then those of a cache with a profile.
     """
     ids = prompt(40)
     cache = AttentionMatchingCache(model, budget=20)
     model(ids, **cache_argument(model, cache))
     cache.compact(ids, budget=0.5)
+    # measured by one process
+    profile = Profile.load(Path(model.config._name_or_path) / "profile")
+    fixed = H2OCache(model, budget=12, allocation=profile)
+    model(ids, **cache_argument(model, fixed))
     return {
         "shares": torch.tensor(measure_profile(model, [ids], budgets=(0.3,)).shares),
-        "kept": [layer.cpu() for layer in cache.memory().tokens_kept],
+        "kept": [layer.cpu() for layer in (*cache.memory().tokens_kept, *fixed.memory().tokens_kept)],
     }

@@ -136,3 +136,71 @@ def test_a_cache_does_not_keep_its_model_alive():
 def test_a_share_is_between_0_and_1(share):
     with pytest.raises(ValueError, match=f"second_stage must be a share of the budget, from 0 to 1, got {share}"):
         SnapKV(second_stage=share)
+
+
+@pytest.mark.parametrize("make", [
+    lambda model: SnapKVCache(model, budget=BUDGET, window=3, second_stage=0.5),
+    lambda model: KVzipCache(model, budget=BUDGET, keeps_answers=False, allocation="uniform", second_stage=0.5),
+])  # fmt: skip
+def test_a_row_fed_one_token_beside_others_goes_as_alone(make):
+    model = tiny(dtype=torch.float64)
+    together, alone = make(model), make(model)
+    ids = prompt(40, 2)
+    with torch.no_grad():
+        model(ids, **cache_argument(model, together))
+        model(ids[1:], **cache_argument(model, alone))
+        mask, own = torch.ones(2, 40, dtype=torch.long), torch.ones(1, 40, dtype=torch.long)
+        for step in range(4):
+            more = prompt(5, 2, seed=step + 2)
+            fed = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+            mask, own = torch.cat([mask, fed], 1), torch.cat([own, torch.ones(1, 1, dtype=torch.long)], 1)
+            places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -5:]
+            model(more, attention_mask=mask, position_ids=places, **cache_argument(model, together))
+            model(more[1:, -1:], attention_mask=own, **cache_argument(model, alone))
+    for mine, other in zip(together.layers, alone.layers, strict=True):
+        sides = [each.slots.positions[row].sort(dim=-1).values[..., -BUDGET:] for each, row in ((mine, 1), (other, 0))]
+        assert torch.equal(*sides)
+
+
+def test_expected_attention_weighs_values_once():
+    model, ids = tiny(dtype=torch.float64), prompt(40)
+    caches = [
+        fed(
+            model,
+            EvictingCache(model, policy=ExpectedAttention(second_stage=1.0, value_norm=weighs), budget=BUDGET),
+            ids,
+        )
+        for weighs in (True, False)
+    ]
+    for mine, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(mine.slots.positions, other.slots.positions)
+
+
+def test_norms_of_16_bits_are_summed_in_32():
+    value, weight = (
+        torch.full((1, 1, 2, 8), 2.0, dtype=torch.float16),
+        torch.full((1, 8, 5000), 2.0, dtype=torch.float16),
+    )
+    assert output_norms(value, weight).tolist() == [[[160000.0, 160000.0]]]
+
+
+def test_a_weight_that_a_quantizer_put_in_its_place_is_not_read():
+    class Stored(torch.Tensor):
+        """What only `linear` takes, as the tensors of quantizers."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.nn.functional.linear:
+                plain = [each.as_subclass(torch.Tensor) if isinstance(each, cls) else each for each in args]
+                return function(*plain, **(kwargs or {}))
+            if getattr(function, "__name__", "") == "__get__":
+                return super().__torch_function__(function, types, args, kwargs or {})
+            raise NotImplementedError(function)
+
+    model = build("llama")
+    projection = attention_module(model, 0).o_proj
+    expected = output_projection(model, 0)(torch.zeros(1))
+    stored = projection.weight.detach().clone().as_subclass(Stored)
+    del projection._parameters["weight"]
+    projection.weight = stored
+    torch.testing.assert_close(output_projection(model, 0)(torch.zeros(1)), expected)

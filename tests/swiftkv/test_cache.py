@@ -321,3 +321,35 @@ def test_layers_that_store_nothing_get_no_part_of_the_budget(how):
     assert kept.mean() > 11
     if how == "profile":
         assert kept[0, 0, 0] == kept.max() > kept[1:].max()
+
+
+def test_a_profile_that_gives_nothing_to_layers_that_store_is_refused():
+    model = converted(share=2)
+    shares = torch.zeros(LAYERS, model.config.num_key_value_heads)
+    shares[FIRST + 1] = 1.0
+    profile = Profile.of(model, shares)
+    with pytest.raises(ValueError, match="gives layers .* no share, and the others store nothing here"):
+        SwiftKVCache(model, storage=lambda model: EvictingCache(model, policy=H2O(), budget=12, allocation=profile))
+
+
+def test_a_file_from_before_layers_shared_budgets_means_what_it_meant(tmp_path):
+    model = converted(share=2)
+    cache = SwiftKVCache(
+        model, storage=lambda model: EvictingCache(model, policy=H2O(), budget=16, allocation="pyramid")
+    )
+    # as it was: layers that follow have their part of the pyramid
+    own = EvictingCache(model, policy=H2O(), budget=16, allocation="pyramid")
+    for layer, other in zip(cache.layers, own.layers, strict=True):
+        if not isinstance(layer, FollowingLayer):
+            layer.budget = other.budget
+    settings = cache._settings()
+    del settings["shares_budget"]
+    cache._settings = lambda: settings
+    feed(model, cache, prompt(5))
+    cache.save(tmp_path / "old")
+    loaded = SwiftKVCache.load(tmp_path / "old", model)
+    for step in range(20):
+        found, expected = (feed(model, each, prompt(1, seed=step + 2)) for each in (loaded, cache))
+        torch.testing.assert_close(found, expected)
+    for layer in range(LAYERS):
+        assert torch.equal(loaded.layers[layer].tokens_kept(), cache.layers[layer].tokens_kept())
