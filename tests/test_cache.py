@@ -64,7 +64,7 @@ def test_repr_of_a_cache_names_its_policy():
     model = tiny()
     cache = H2OCache(model, budget=8, sinks=2, packed=GEAR(bits=8))
     assert repr(cache).startswith(
-        "H2OCache(policy=H2O(recent=0.5, sinks=2), budget=8, allocation='uniform', rerotated="
+        "H2OCache(policy=H2O(recent=0.5, sinks=2, second_stage=0.0), budget=8, allocation='uniform', rerotated="
     )
     assert "packed=GEAR(bits=8, " in repr(cache)
     with pytest.warns(UserWarning, match="diagnostic"):

@@ -154,6 +154,10 @@ class SharedStorageCache(CompressedCache):
             "storage": {"cache": self._kind, "settings": self._of_storage},
         }
 
+    def _shown(self) -> dict[str, Any]:
+        # of interest to files alone
+        return {name: value for name, value in super()._shown().items() if name != "shares_budget"}
+
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         of_storage = settings["storage"]

@@ -11,7 +11,7 @@ from kvcompress import TOVA, AttentionMatchingCache, EvictingCache, H2OCache, Ke
 from kvcompress.caches.competition import shares
 from kvcompress.policies.gear import GEAR
 from tests.contract.drive import feed, tokens_kept
-from tests.contract.models import DEVICE, left_padded, prompt, tiny
+from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
 
 INF = torch.inf
 # batches of other sizes sum in another order
@@ -104,7 +104,7 @@ def test_heads_compete_for_plain_slots_only(other):
 # docs: Where heads compete, they keep different numbers of tokens, and memory is what is kept
 def test_bytes_are_those_of_what_is_kept_not_of_the_longest_head():
     """One head of two, in two layers of three, is looked up far more than the others."""
-    model = tiny("llama", head_dim=64)
+    model = build("llama", head_dim=64)
     with torch.no_grad():
         for layer in model.model.layers[:2]:
             # nearly flat attention in one group of heads, sharp in the other: maxima far apart
@@ -183,7 +183,7 @@ def test_a_policy_of_ones_own_may_compare_heads():
         def score(self, candidates):
             return candidates.values.float().norm(dim=-1)
 
-    model = tiny()
+    model = build("llama")
     with pytest.raises(ValueError, match="scores of ValueNorm do not compare across heads"):
         EvictingCache(model, policy=ValueNorm(), budget=8, allocation="heads")
     ValueNorm.compares = "heads"

@@ -58,7 +58,10 @@ CALLS = {
     "slot_column_sums": ((QUERY, KEY, POSITIONS, AT, LSE, SPEC), {}),
     "slot_column_maxima": ((QUERY, KEY, POSITIONS, AT, LSE, LogitSpec(0.1, 12)), {}),
     "decode_attention": ((STEP, KEY, KEY, POSITIONS, AT[:, :1], SPEC), {}),
-    "ragged_attention": ((QUERY, FLAT, FLAT, EXTENTS, POSITIONS, AT, SPEC), {"bias": SCORES}),
+    "ragged_attention": (
+        (QUERY, FLAT, FLAT, EXTENTS, POSITIONS, AT, SPEC),
+        {"bias": torch.randn(len(FLAT), device=DEVICE)},
+    ),
     "ragged_decode_attention": (
         (STEP, FLAT, FLAT, EXTENTS, POSITIONS, AT[:, :1], SPEC),
         {"sink_logits": torch.randn(4, device=DEVICE)},

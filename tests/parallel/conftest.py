@@ -35,7 +35,8 @@ def alone(folders):
     for folder, caches in zip(folders, (CACHES, CONVERTED), strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         found |= {name: converse(model, make(model)) for name, make in caches.items()}
-        found.setdefault("counts", count(model))
+        if folder == folders[0]:
+            found["counts"] = count(model)
     return found
 
 
