@@ -52,6 +52,7 @@ def second_scores(scores: Tensor, norms: Tensor) -> Tensor:
     return (scores / total + _EPSILON) * norms
 
 
+@torch.no_grad()
 def output_norms(value: Tensor, weight: Tensor) -> Tensor:
     """L1 norms of what values add to the layer's output at an attention of 1, averaged over the heads of a group.
 
