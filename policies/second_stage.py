@@ -9,6 +9,7 @@ would cost more than the step.
 """
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class SecondStage(Policy):
             raise ValueError(f"second_stage must be a share of the budget, from 0 to 1, got {self.second_stage}")
 
 
-def has_second_stage(policy: Policy) -> bool:
+def has_second_stage(policy: Policy) -> TypeGuard[SecondStage]:
     """Whether some of the budget is chosen by what values add to the output."""
     return isinstance(policy, SecondStage) and policy.second_stage > 0.0
 

@@ -14,7 +14,7 @@ from kvcompress.kernels.evict import choose_victim, ranked
 from kvcompress.kernels.merge import merge_states, output_of, with_sinks
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
-from kvcompress.policies.second_stage import SecondStage, output_norms, second_scores
+from kvcompress.policies.second_stage import has_second_stage, output_norms, second_scores
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
@@ -272,29 +272,23 @@ class ChunkStep(EvictingStep):
     def _kept(self, ranking: "Ranking") -> Tensor:
         """Which candidates stay, [batch, kv_heads, candidates] bool: per head, as many as it may keep."""
         worth, limits, policy = ranking.worth, self.layer.limits_by_head(), self.layer.policy
-        if isinstance(policy, SecondStage) and policy.second_stage:
-            first = self._best(worth, ranking.positions, limits - (policy.second_stage * limits).int())
-            scores = ranking.scores.masked_fill(ranking.positions == EMPTY, 0.0)
-            second = ranked(second_scores(scores, self._output_norms())).masked_fill(first, torch.inf)
-            # a row fed one token goes by its scores, as in a step
-            by_second = worth.isfinite() & ~self._at_rest()[:, None, None]
-            worth = torch.where(by_second, second, worth)
-        chosen = self._best(worth, ranking.positions, limits)
-        if self.layer.keeps_answers:
-            chosen = chosen | self._at_rest()[:, None, None]
-        return chosen & (worth > -torch.inf)
-
-    def _best(self, worth: Tensor, positions: Tensor, counts: Tensor) -> Tensor:
-        """The best candidates, [batch, kv_heads, candidates] bool: of each head so many, [batch, 1 or kv_heads]."""
         # of equal scores the later token stays, independent of padding and slots
         if self.is_first:
             # nothing was held before: the candidates are in text order
             backwards = torch.arange(worth.shape[-1] - 1, -1, -1, device=worth.device).expand_as(worth)
         else:
-            backwards = positions.argsort(dim=-1, descending=True, stable=True)
-        order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
-        chosen = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
-        return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
+            backwards = ranking.positions.argsort(dim=-1, descending=True, stable=True)
+        if has_second_stage(policy):
+            first = _best(worth, backwards, limits - (policy.second_stage * limits).int())
+            scores = ranking.scores.masked_fill(ranking.positions == EMPTY, 0.0)
+            second = ranked(second_scores(scores, self._output_norms())).masked_fill(first, torch.inf)
+            # a row fed one token goes by its scores, as in a step
+            by_second = worth.isfinite() & ~self._at_rest()[:, None, None]
+            worth = torch.where(by_second, second, worth)
+        chosen = _best(worth, backwards, limits)
+        if self.layer.keeps_answers:
+            chosen = chosen | self._at_rest()[:, None, None]
+        return chosen & (worth > -torch.inf)
 
     def _output_norms(self) -> Tensor:
         """How much the value of each candidate can change the layer's output, [batch, kv_heads, candidates]."""
@@ -331,6 +325,14 @@ def shares_of(layers: "Sequence[EvictingLayer]", rankings: Sequence[Ranking]) ->
     floor = (first.policy.sinks + first.recents + first.policy.chooses).long().minimum(nominal)
     counts = shares(worth, nominal * heads, floor)
     return counts if ranks is None else [ranks.own_heads(each, 1) for each in counts]
+
+
+def _best(worth: Tensor, backwards: Tensor, counts: Tensor) -> Tensor:
+    """The best candidates, [batch, kv_heads, candidates] bool: of each head so many, [batch, 1 or kv_heads]; of equal
+    ones those that come first in `backwards`."""
+    order = backwards.gather(-1, worth.gather(-1, backwards).argsort(dim=-1, descending=True, stable=True))
+    chosen = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
 
 
 def _scores(layer: "EvictingLayer", candidates: Candidates) -> Tensor:

@@ -73,8 +73,8 @@ def measure_profile(
             with torch.no_grad():
                 decoder(input_ids=text.to(hf.input_device(model)), use_cache=True, **hf.cache_argument(decoder, cache))
             layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
-            kept = torch.stack([layer.tokens_of_all_heads().cpu().double() for layer in layers])
             # [layers, batch, kv_heads]
+            kept = torch.stack([layer.tokens_of_all_heads().cpu().double() for layer in layers])
             shares.append((kept / kept.mean((0, 2), keepdim=True)).mean(1))
     measured = {
         "policy": str(policy),

@@ -39,9 +39,10 @@ def attend_segments(
         if bool(within.any()):
             answers = []
             for segment in segments:
+                of_tokens = segment.bias
+                bias = None if of_tokens is None else of_tokens[0]
                 for keys, values, places in segment.pieces():
                     places = places[0].expand(keys.shape[1:3])
-                    bias = None if segment.bias is None else segment.bias[0]
                     answers.append(bounded_attention(query[within], keys[0], values[0], places, at[within], spec, bias))
             out[within], lse[within] = _merged(answers)
     return out, lse
