@@ -35,7 +35,8 @@ class Case:
     """What to measure: a prefill, steps of decoding (eager or compiled), the largest batch, or a whole `generate`.
 
     cache: "dynamic", "static", "full" (DenseCache), "hydragen" (the rows share the context), "h2o" with its share of
-        the context, "shadowkv" with the tokens it selects, or "gear" with its bits.
+        the context (heads of a layer compete for it in "ragged"), "shadowkv" with the tokens it selects, or "gear"
+        with its bits.
     """
 
     kind: str
@@ -50,12 +51,13 @@ class Case:
 def _cases(far: int, long: int, short: int, batches: tuple[int, int, int], selected: int) -> list[Case]:
     """In order of importance: where the time runs out, the last are left out."""
     one, some, many = batches
-    h2o, shadow = "h2o 20%", f"shadowkv {selected}"
+    h2o, ragged, shadow = "h2o 20%", "ragged 20%", f"shadowkv {selected}"
     caches = ("dynamic", h2o, "h2o 10%", "h2o 50%")
     return [
         *(Case("prefill", cache, long) for cache in caches[:2]),
         *(Case("decode", cache, long, many) for cache in caches[:2]),
         Case("compiled", h2o, long, many),
+        Case("compiled", ragged, long, many),
         Case("compiled", shadow, long, many),
         Case("largest batch", "dynamic", long),
         Case("largest batch", h2o, long),
@@ -340,7 +342,8 @@ class EndToEndCases:
             return ShadowKVCache(self.model, budget=int(size), outlier_chunks=max(2, int(size) // 1024 * 24))
         if name == "gear":
             return GEARCache(self.model, bits=int(size))
-        return H2OCache(self.model, budget=float(size.rstrip("%")) / 100)
+        allocation = "heads" if name == "ragged" else "uniform"
+        return H2OCache(self.model, budget=float(size.rstrip("%")) / 100, allocation=allocation)
 
     def _tokens(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)

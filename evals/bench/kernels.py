@@ -28,6 +28,7 @@ from kvcompress.evals.bench.attention import DECODE, PREFILL, decode_cases, merg
 from kvcompress.evals.bench.case import Case, MakeCases, Shape
 from kvcompress.evals.bench.packed import PACKED, packed_cases
 from kvcompress.evals.bench.prefix import PREFIX, prefix_cases
+from kvcompress.evals.bench.ragged import RAGGED, ragged_cases
 from kvcompress.evals.bench.shadowkv import CONTEXTS, shadow_cases
 from kvcompress.evals.bench.swiftkv import PROMPTS, swiftkv_cases
 from kvcompress.evals.provenance import provenance, write_results
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[MakeCases, dict[str, list[Shape]]]] = {
     "decode": (decode_cases, DECODE),
     "merge": (merge_cases, PREFILL),
     "packed": (packed_cases, PACKED),
+    "ragged": (ragged_cases, RAGGED),
     "shadowkv": (shadow_cases, CONTEXTS),
     "prefix": (prefix_cases, PREFIX),
     "swiftkv": (swiftkv_cases, PROMPTS),

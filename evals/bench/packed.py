@@ -21,6 +21,8 @@ PACKED = {
 }
 # names, and of keys and values alike bits, group, outliers and rank
 _SCHEMES = {"2 bits": (2, 64, 0, 0), "4 bits": (4, 64, 0, 0), "GEAR at 2 bits": (2, 64, 1, 4)}
+# GEARCache's own at 2 bits: a scale per token, levels around the mean of a block's keys and around 0
+_CENTRED = {"2 bits, centred": 2}
 
 
 def packed_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -33,6 +35,10 @@ def packed_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
         schemes = [QuantScheme(bits, group, axis, outliers) for axis in ("channel", "token")]
         yield from _packing_cases(name, shape, keys, schemes[0], rank)
         yield _packed_step(name, shape, keys, values, *(scheme._replace(rank=rank) for scheme in schemes))
+    for name, bits in _CENTRED.items():
+        around = QuantScheme(bits, 256, "token", zeros="block")
+        yield from _packing_cases(name, shape, keys, around, 0)
+        yield _packed_step(name, shape, keys, values, around, around._replace(zeros="none"))
 
 
 def _packing_cases(name: str, shape: Shape, keys: Tensor, scheme: QuantScheme, rank: int) -> Iterator[Case]:
@@ -46,7 +52,7 @@ def _packing_cases(name: str, shape: Shape, keys: Tensor, scheme: QuantScheme, r
     # codes of numbers midway between two may differ, scales and the error as a whole may not
     yield beside_reference(
         f"quantise, {name}", shape, quantise, quantise_reference, keys, scheme, bytes=moved,
-        compared=lambda packed: (packed.scales, packed.zeros, error(packed)),
+        compared=lambda packed: tuple(x for x in (packed.scales, packed.zeros, error(packed)) if x is not None),
     )  # fmt: skip
     if rank:
         yield beside_reference(
