@@ -342,8 +342,8 @@ class EndToEndCases:
             return ShadowKVCache(self.model, budget=int(size), outlier_chunks=max(2, int(size) // 1024 * 24))
         if name == "gear":
             return GEARCache(self.model, bits=int(size))
-        allocation = "heads" if name == "ragged" else "uniform"
-        return H2OCache(self.model, budget=float(size.rstrip("%")) / 100, allocation=allocation)
+        share = float(size.rstrip("%")) / 100
+        return H2OCache(self.model, budget=share, allocation="heads" if name == "ragged" else "uniform")
 
     def _tokens(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)

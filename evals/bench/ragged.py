@@ -39,9 +39,7 @@ def ragged_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     at = torch.full((batch, 1), longest, dtype=torch.int32, device=device)
     even_key, even_value, _ = padded(key, value, extents, positions)
     each = total // (batch * kv_heads)
-    alike_key, alike_value = (
-        x[: each * batch * kv_heads].view(batch, kv_heads, each, head_dim) for x in (key, value)
-    )
+    alike_key, alike_value = (x[: each * batch * kv_heads].view(batch, kv_heads, each, head_dim) for x in (key, value))
     alike = column[:each].expand(batch, kv_heads, -1).contiguous()
     moved = 2 * key.nbytes
 
