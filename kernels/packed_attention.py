@@ -18,15 +18,14 @@ from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.packed_pieces import attend_in_pieces
+from kvcompress.kernels.common.packed_rows import launch_rows, takes_rows
 from kvcompress.kernels.common.packed_tile import (
     TileShape,
     add_key_factors,
     add_value_factors,
     base_of,
-    code_levels,
     load_codes,
     load_decoded,
-    middle,
     tile_shape,
     tile_start,
     tile_tokens,
@@ -200,11 +199,17 @@ def _launch(
             for first in range(0, queries, step)
         ]  # fmt: skip
         return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2), parts[0][2]
+    few = takes_rows(query, keys, values, key_coding, value_coding)
     query, positions = rows_aligned(query), positions.contiguous()
     window_ends = None if spec.window is None else query_positions.contiguous()
     spans, offsets = (None if x is None else x.contiguous() for x in (spans, offsets))
     keys, key_batch_blocks, key_head_blocks = stored_blocks(keys)
     values, value_batch_blocks, value_head_blocks = stored_blocks(values)
+    if few:
+        return launch_rows(
+            query, keys, values, key_coding, value_coding, positions, window_ends, spec, offsets, with_logits,
+            (key_batch_blocks, key_head_blocks), (value_batch_blocks, value_head_blocks),
+        )  # fmt: skip
     key_right, value_right = (None if right is None else right.contiguous() for right in (keys.right, values.right))
     dim, value_width = _key_width(head_dim, query.element_size()), tile_width(value_dim)
     block_rows, tile, warps, stages = _tiles(
@@ -359,7 +364,7 @@ def _packed_kernel(
     out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
     dim = tl.arange(0, DIM)
     if KEY_CENTRED:
-        of_middle = tl.sum(query.to(tl.float32), 1) * middle(KEY_BITS)  # [R]
+        of_middle = tl.sum(query.to(tl.float32), 1) * ((2**KEY_BITS - 1) / 2)  # [R]
     if VALUE_CENTRED:
         surplus = tl.zeros([BLOCK_ROWS], tl.float32)
     for tile in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tiles)):
@@ -372,7 +377,7 @@ def _packed_kernel(
                 key_codes_ptr, key_base, block, blocks, offset, dim, KEY_BITS, HEAD_DIM, DIM,
                 BLOCK, PLANES, RUN, TILE_BLOCKS,
             )  # fmt: skip
-            key = code_levels(key, KEY_BITS).to(tl.float32).to(query.dtype)
+            key = key.to(tl.float32).to(query.dtype)
         else:
             key = load_decoded(
                 key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr,
@@ -432,7 +437,7 @@ def _packed_kernel(
                 value_codes_ptr, value_base, block, blocks, offset, tl.arange(0, VALUE_WIDTH), VALUE_BITS,
                 VALUE_DIM, VALUE_WIDTH, BLOCK, PLANES, RUN, TILE_BLOCKS,
             )  # fmt: skip
-            value = code_levels(value, VALUE_BITS).to(tl.float32).to(query.dtype)
+            value = value.to(tl.float32).to(query.dtype)
             scales = token_scales(value_scales_ptr, value_base, block, blocks, offset, BLOCK, PLANES, RUN, TILE_BLOCKS)
             scaled = (weight.to(tl.float32) * scales[None, :]).to(query.dtype)
             out = dot(scaled, value, out * fade[:, None])
@@ -461,7 +466,7 @@ def _packed_kernel(
     lse_offset = ((wide(split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
     norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     if VALUE_CENTRED:
-        out -= (surplus * middle(VALUE_BITS))[:, None]
+        out -= (surplus * ((2**VALUE_BITS - 1) / 2))[:, None]
     store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 

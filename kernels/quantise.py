@@ -12,10 +12,11 @@ rounded down and the scale up to float16, and the codes are computed against the
 further than scale / 2 from its decoded value; a constant group needs no special case. What float16 cannot hold
 (beyond 65504) saturates.
 
-Numbers that have been rotated (kernels/hadamard.py) are nearly normally distributed, and need no zeros: their levels
-lie around 0, or around the mean of the channel over the block (`QuantScheme.zeros`), and the scale is fitted:
+Numbers that have been rotated (kernels/hadamard.py) are nearly normally distributed, and need no zeros: their codes
+stand for levels around 0, or around the mean of the channel over the block (`QuantScheme.zeros`), and the scale is
+fitted:
 
-    x ~ zero + scale * (level - middle)        scale = sum x * (level - middle) / sum (level - middle)^2
+    x ~ zero + scale * level        level = code - levels / 2        scale = sum x * level / sum level^2
 
 three times, each for the levels that are nearest by the scale before.
 
@@ -39,7 +40,6 @@ from kvcompress.kernels.common.quantized import (
     QuantizedTensor,
     QuantScheme,
     check_coding,
-    code_levels,
     empty_packed,
     nearest_codes,
     pack_codes,
@@ -51,7 +51,7 @@ from kvcompress.kernels.common.tile import tile_width
 
 _LARGEST = 65504.0
 # by bits, a scale to begin with, in root mean squares of a group: what loses least of normally distributed numbers
-FIRST_SCALES = {2: 0.151, 3: 0.586, 4: 0.3352}
+FIRST_SCALES = {2: 0.9957, 3: 0.586, 4: 0.3352}
 # how often a scale is fitted to the levels that are nearest
 _FITS = 3
 
@@ -129,7 +129,7 @@ def _centred(x: Tensor, unknown: Tensor, coding: QuantScheme) -> QuantizedTensor
         steps = scales.float()[..., None]
         codes = nearest_codes(grouped * torch.where(steps > 0, 1.0 / steps, 0.0), coding)
         if fit < _FITS:
-            levels = (code_levels(codes.to(torch.uint8), coding).float() - coding.middle) * real
+            levels = (codes - coding.middle) * real
             # never zero: no level is
             scales = ((grouped * levels).sum(-1) / levels.square().sum(-1)).clamp_(0.0, _LARGEST).half()
     codes = codes.flatten(-2)[..., : x.shape[-1]].to(torch.uint8)
@@ -149,7 +149,7 @@ def dequantise(
     Returns:
         [batch, kv_heads, blocks, block, head_dim].
     """
-    x = code_levels(unpack_codes(packed.codes, coding.bits), coding).float()
+    x = unpack_codes(packed.codes, coding.bits).float()
     if coding.zeros == "group":
         assert packed.zeros is not None
         # both are spread at once
@@ -338,12 +338,8 @@ def _quantise_kernel(
                 scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)), 0.0
             )
             y = grouped * inverse[:, :, None]
-            if BITS == 2:
-                codes = (y >= -6.5).to(tl.float32) + (y >= 0.0).to(tl.float32) + (y >= 6.5).to(tl.float32)
-                level = codes * 7.0 - (codes >= 2.0).to(tl.float32) - MIDDLE
-            else:
-                codes = tl.minimum(tl.maximum(tl.floor(y + MIDDLE + 0.5), 0.0), LEVELS)
-                level = codes - MIDDLE
+            codes = tl.minimum(tl.maximum(tl.floor(y + MIDDLE + 0.5), 0.0), LEVELS)
+            level = codes - MIDDLE
             if fit < FITS:
                 squares = tl.sum(level * level * real, 2)
                 half_scale = tl.div_rn(tl.sum(grouped * level, 2), tl.where(squares > 0, squares, 1.0))

@@ -43,6 +43,11 @@ class Target:
     blocks: int
     has_wgmma: bool
 
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether it has wgmma, and runs PTX: what launches depend on."""
+        return self.has_wgmma, self.backend == "cuda"
+
     def of_triton(self) -> Any:
         return triton.backends.compiler.GPUTarget(self.backend, self.architecture, self.warp_size)
 
@@ -84,13 +89,13 @@ class Case:
     """One way a kernel can be launched.
 
     constants: the compile-time arguments and the launch options.
-    wgmma: whether the GPUs that launch it so have wgmma; some with and some without may.
+    kinds: of the GPUs that launch it so (`Target.kind`).
     """
 
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    wgmma: frozenset[bool]
+    kinds: frozenset[tuple[bool, bool]]
     label: str = ""
 
     def compiled(self, target: Target) -> Any:
@@ -141,16 +146,16 @@ def all_cases() -> dict[str, list[Case]]:
         for file in Path(folder).rglob("*.py")
     }
     cases: dict[Any, dict[str, tuple[Case, dict[str, Any]]]] = {}
-    for has_wgmma in (False, True):
-        with recording(has_wgmma) as launches:
+    for kind in sorted({target.kind for target in TARGETS.values()}):
+        with recording(*kind) as launches:
             for module in map(importlib.import_module, sorted(files)):
                 if hasattr(module, "aot_calls"):
                     module.aot_calls()
-            for case in [case for launch in launches for case in _configured(launch, has_wgmma)]:
+            for case in [case for launch in launches for case in _configured(launch, kind)]:
                 facts = case.facts()
                 of_kernel = cases.setdefault(case.kernel, {})
                 first, _ = of_kernel.get(str(facts), (case, facts))
-                of_kernel[str(facts)] = replace(first, wgmma=first.wgmma | case.wgmma), facts
+                of_kernel[str(facts)] = replace(first, kinds=first.kinds | case.kinds), facts
     by_file: dict[str, list[Case]] = {}
     for kernel, of_kernel in cases.items():
         labels = _labels([facts for _, facts in of_kernel.values()])
@@ -160,16 +165,16 @@ def all_cases() -> dict[str, list[Case]]:
     return dict(sorted(by_file.items()))
 
 
-def _configured(launch: Launch, has_wgmma: bool) -> Iterator[Case]:
+def _configured(launch: Launch, kind: tuple[bool, bool]) -> Iterator[Case]:
     """The launch at each configuration that the autotuner would try."""
-    wgmma = frozenset((has_wgmma,))
+    kinds = frozenset((kind,))
     if not isinstance(launch.kernel, triton.runtime.Autotuner):
-        yield Case(*launch, wgmma)
+        yield Case(*launch, kinds)
         return
     tuner = launch.kernel
     tuner.nargs = dict(zip(tuner.arg_names, launch.arguments, strict=False))
     for config in tuner.prune_configs(launch.constants):
-        yield Case(tuner.fn, launch.arguments, launch.constants | config.all_kwargs(), wgmma)
+        yield Case(tuner.fn, launch.arguments, launch.constants | config.all_kwargs(), kinds)
 
 
 def _labels(cases: list[dict[str, Any]]) -> list[str]:
@@ -274,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         for index, case in enumerate(cases[module])
         if options.label in f"{case.kernel.__name__} {case.label}"
         for target in ([options.target] if options.target else TARGETS)
-        if TARGETS[target].has_wgmma in case.wgmma
+        if TARGETS[target].kind in case.kinds
     ]
     failed = print_table(compile_all(jobs, options.workers))
     print(f"\n{len(jobs)} compiled, {len(failed)} failed")

@@ -64,6 +64,7 @@ def _cases(far: int, long: int, short: int, batches: tuple[int, int, int], selec
         *(Case("largest batch", cache, far) for cache in ("dynamic", shadow)),
         *(Case("prefill", cache, far) for cache in ("dynamic", shadow)),
         *(Case(kind, shadow, long, many) for kind in ("decode", "prefill")),
+        *(Case("compiled", f"gear {bits}", long, many) for bits in (2, 4)),
         *(Case("decode", f"gear {bits}", long, many) for bits in (4, 2)),
         *(Case("decode", cache, long, batch) for batch in (some, one) for cache in caches[:2]),
         Case("compiled", h2o, long, one),
@@ -163,7 +164,7 @@ class EndToEndCases:
         if cache is None:
             return {"fits": False, "needs_bytes": self._needs(case, case.batch)}
         compiled = case.kind == "compiled"
-        if compiled and isinstance(cache, DenseCache | ShadowKVCache):
+        if compiled and isinstance(cache, DenseCache | GEARCache | ShadowKVCache):
             # compiled steps take no room, and fold nothing
             cache.reserve(_COMPILED_STEPS)
         step = self._step(compiled)

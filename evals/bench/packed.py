@@ -21,8 +21,10 @@ PACKED = {
 }
 # names, and of keys and values alike bits, group, outliers and rank
 _SCHEMES = {"2 bits": (2, 64, 0, 0), "4 bits": (4, 64, 0, 0), "GEAR at 2 bits": (2, 64, 1, 4)}
-# GEARCache's own at 2 bits: a scale per token, levels around the mean of a block's keys and around 0
-_CENTRED = {"2 bits, centred": 2}
+# GEARCache's own at 4 bits, with fewer of values; at 2 bits: a scale per token, levels around the mean of a block's
+# keys and around 0
+_GEAR_4 = QuantScheme(4, 64, "channel"), QuantScheme(3, 64, "token")
+_GEAR_2 = QuantScheme(2, 256, "token", zeros="block"), QuantScheme(2, 256, "token", zeros="none")
 
 
 def packed_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -35,10 +37,9 @@ def packed_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
         schemes = [QuantScheme(bits, group, axis, outliers) for axis in ("channel", "token")]
         yield from _packing_cases(name, shape, keys, schemes[0], rank)
         yield _packed_step(name, shape, keys, values, *(scheme._replace(rank=rank) for scheme in schemes))
-    for name, bits in _CENTRED.items():
-        around = QuantScheme(bits, 256, "token", zeros="block")
-        yield from _packing_cases(name, shape, keys, around, 0)
-        yield _packed_step(name, shape, keys, values, around, around._replace(zeros="none"))
+    yield _packed_step("4 and 3 bits", shape, keys, values, *_GEAR_4)
+    yield from _packing_cases("2 bits, centred", shape, keys, _GEAR_2[0], 0)
+    yield _packed_step("2 bits, centred", shape, keys, values, *_GEAR_2)
 
 
 def _packing_cases(name: str, shape: Shape, keys: Tensor, scheme: QuantScheme, rank: int) -> Iterator[Case]:

@@ -142,7 +142,7 @@ def launches(arch: str) -> dict[str, list[Chosen]]:
     by_kernel: dict[str, list[Case]] = {}
     for cases in all_cases().values():
         for case in cases:
-            if TARGETS[arch].has_wgmma in case.wgmma:
+            if TARGETS[arch].kind in case.kinds:
                 by_kernel.setdefault(case.kernel.__name__, []).append(case)
     found = {}
     for kernel, of_kernel in by_kernel.items():

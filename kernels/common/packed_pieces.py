@@ -13,7 +13,6 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import (
     QuantizedTensor,
     QuantScheme,
-    code_levels,
     spread_groups,
     unpack_codes,
 )
@@ -152,7 +151,7 @@ def _value_products(
         else:
             out += weights[..., tokens] @ _decoded(codes, values, coding, piece).flatten(2, 3)
     if folded:
-        # what a level of 0 stands for
+        # what a code of 0 stands for
         lowest = values.scales.to(weights.dtype).mul(-coding.middle) if values.zeros is None else values.zeros
         of_zeros = weights @ lowest.to(weights.dtype).flatten(2, 3)  # [batch, kv_heads, rows, groups]
         for n, target in enumerate(out.split(coding.group, -1)):
@@ -168,8 +167,8 @@ def _is_folded(packed: QuantizedTensor, coding: QuantScheme, rows: int, axis: st
 
 
 def _codes(packed: QuantizedTensor, coding: QuantScheme, piece: slice, room: Tensor) -> Tensor:
-    """Levels of some blocks' codes as floats, in `room`: [batch, kv_heads, blocks, block, head_dim]."""
-    codes = code_levels(unpack_codes(packed.codes[:, :, piece], coding.bits), coding)
+    """Some blocks' codes as floats, in `room`: [batch, kv_heads, blocks, block, head_dim]."""
+    codes = unpack_codes(packed.codes[:, :, piece], coding.bits)
     return room[: codes.numel()].view(codes.shape).copy_(codes)
 
 

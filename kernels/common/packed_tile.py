@@ -102,18 +102,6 @@ def load_codes(
 
 
 @triton.jit
-def code_levels(codes, BITS: tl.constexpr):
-    # as kernels/common/quantized.py has them, of codes around 0
-    return codes * 7 - (codes >> 1) if BITS == 2 else codes
-
-
-@triton.jit
-def middle(BITS: tl.constexpr):
-    # the level that stands for 0
-    return 10.0 if BITS == 2 else (2**BITS - 1) / 2
-
-
-@triton.jit
 def block_means(
     ptr, base, block, blocks, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE_BLOCKS: tl.constexpr
 ):  # fmt: skip
@@ -149,8 +137,6 @@ def load_decoded(
         codes_ptr, base, block, blocks, offset, dim,
         BITS, HEAD_DIM, DIM, BLOCK, PLANES, RUN, TILE_BLOCKS,
     )  # fmt: skip
-    if CENTRED:
-        codes = code_levels(codes, BITS)
     codes = codes.to(tl.float32)
     TOKENS: tl.constexpr = TILE_BLOCKS * PLANES * RUN
     if PER_CHANNEL:
@@ -176,7 +162,7 @@ def load_decoded(
         scale = tl.load(scales_ptr + at, mask=ok, other=0.0).to(tl.float32)[:, :, None]
         codes = tl.reshape(codes, [TOKENS, GROUPS, GROUP])
         if CENTRED:
-            tile = tl.reshape((codes - middle(BITS)) * scale, [TOKENS, DIM])
+            tile = tl.reshape((codes - (2**BITS - 1) / 2) * scale, [TOKENS, DIM])
             if zeros_ptr is not None:
                 mean = tl.reshape(
                     block_means(zeros_ptr, base, block, blocks, HEAD_DIM, DIM, TILE_BLOCKS), [TILE_BLOCKS, 1, DIM]

@@ -9,9 +9,6 @@ from kvcompress.kernels.common.tile import tile_width
 
 Axis = Literal["channel", "token"]
 Zeros = Literal["group", "block", "none"]
-# the levels of 2-bit codes around 0 are -10, -3, 3 and 10: those that lose least of normally distributed numbers (Lloyd
-# and Max: 3.335 times as far), in whole numbers. Of other bits they are as far from one another as they can be
-_OUTER = 10
 
 
 class QuantScheme(NamedTuple):
@@ -24,8 +21,9 @@ class QuantScheme(NamedTuple):
             channels of a token (values).
         outliers: numbers that leave each vector at either end.
         rank: of the low-rank factors.
-        zeros: what a code's level is added to: "group": a zero of each group, its minimum; "none": nothing, levels lie
-            around 0; "block": the mean of the channel over the block. The last two are for groups of whole tokens.
+        zeros: what a code is added to: "group": a zero of each group, its minimum; "none": nothing, codes stand for
+            levels around 0; "block": so do they, around the mean of the channel over the block. The last two are for
+            groups of whole tokens.
     """
 
     bits: int
@@ -37,8 +35,8 @@ class QuantScheme(NamedTuple):
 
     @property
     def middle(self) -> float:
-        """The level that stands for 0 where levels lie around it; levels are 0 or more."""
-        return _OUTER if self.bits == 2 else (2**self.bits - 1) / 2
+        """What stands for 0 where codes stand for levels around it."""
+        return (2**self.bits - 1) / 2
 
     def groups(self, block: int, head_dim: int) -> tuple[int, int]:
         """The last two sizes of scales and zeros."""
@@ -152,16 +150,8 @@ def coding_constants(coding: QuantScheme, packed: QuantizedTensor, block: int, h
     }
 
 
-def code_levels(codes: Tensor, coding: QuantScheme) -> Tensor:
-    """The levels that uint8 codes stand for, uint8."""
-    # of 2 bits around 0: 0, 7, 13, 20
-    return codes * 7 - (codes >> 1) if coding.bits == 2 and coding.zeros != "group" else codes
-
-
 def nearest_codes(x: Tensor, coding: QuantScheme) -> Tensor:
     """The codes whose levels around 0 are nearest to x, in its dtype; of two as near the larger."""
-    if coding.bits == 2:
-        return (x >= -6.5).to(x.dtype) + (x >= 0) + (x >= 6.5)
     return (x + coding.middle + 0.5).floor_().clamp_(0, 2**coding.bits - 1)
 
 

@@ -102,6 +102,13 @@ def has_wgmma(device: torch.device) -> bool:
     return _has_wgmma(device) if _recording is None else _recording.has_wgmma
 
 
+def runs_ptx(device: torch.device) -> bool:
+    """True for NVIDIA's GPUs, whose kernels may hold assembly; one that may has a twin without."""
+    if _recording is not None:
+        return _recording.has_ptx
+    return device.type == "cuda" and torch.version.hip is None
+
+
 @functools.lru_cache
 def _has_wgmma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -132,21 +139,22 @@ class Launch(NamedTuple):
 class _Recording(NamedTuple):
     launches: list[Launch]
     has_wgmma: bool
+    has_ptx: bool
 
 
 _recording: _Recording | None = None
 
 
 @contextmanager
-def recording(has_wgmma: bool = False) -> Iterator[list[Launch]]:
-    """Lists what ops would launch on a GPU with or without wgmma; nothing is launched, and results are undefined.
+def recording(has_wgmma: bool = False, has_ptx: bool = True) -> Iterator[list[Launch]]:
+    """Lists what ops would launch on a GPU with or without wgmma and PTX; nothing is launched, results are undefined.
 
     Ops take the GPU's path wherever their tensors are: those of `shaped` will do.
     """
     global _recording
     if _missing is not None:
         raise _missing.error("what kernels are launched with")
-    _recording = _Recording([], has_wgmma)
+    _recording = _Recording([], has_wgmma, has_ptx)
     try:
         yield _recording.launches
     finally:

@@ -85,8 +85,11 @@ def launch_split(
     dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
     width, deep = max(dim, value_width), has_wgmma(query.device)
     block_rows, block_tokens, warps, stages = _split_blocks(queries * group, width, query.element_size(), deep)
-    programs, resident = batch * kv_heads * triton.cdiv(queries * group, block_rows), _resident(warps, query.device)
-    splits, split_tokens = _parts(programs, average, tokens, block_tokens, resident)
+    programs, resident = (
+        batch * kv_heads * triton.cdiv(queries * group, block_rows),
+        resident_programs(warps, query.device),
+    )
+    splits, split_tokens = even_parts(programs, average, tokens, block_tokens, resident)
     whole = splits == 1 and merge
     shape = (batch, heads, queries) if whole else (others + splits, batch, heads, queries)
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if whole else torch.float32)
@@ -114,13 +117,13 @@ def split_keys(programs: int, tokens: int, block: int, device: torch.device) -> 
     return max(1, triton.cdiv(tokens, part)), part
 
 
-def _resident(warps: int, device: torch.device) -> int:
+def resident_programs(warps: int, device: torch.device) -> int:
     """How many programs of so many warps a GPU holds at once."""
     return max(1, 8 // warps) * core_count(device)
 
 
 @functools.lru_cache(1024)
-def _parts(programs: int, tokens: int, longest: int, block: int, resident: int) -> tuple[int, int]:
+def even_parts(programs: int, tokens: int, longest: int, block: int, resident: int) -> tuple[int, int]:
     """As split_keys, where a GPU holds `resident` programs at once: the fewest rounds times tiles per part.
 
     tokens: of the average head. longest: of the longest one, which is split into parts as long as those of the others.

@@ -299,15 +299,15 @@ def test_normal_numbers_lose_little_more_than_they_must(bits, least, zeros):
     assert 0.8 * least < lost < 1.06 * least
 
 
-def test_two_bits_around_zero_stand_for_four_levels_in_whole_numbers():
+def test_two_bits_around_zero_stand_for_four_levels_around_it():
     coding = QuantScheme(2, 64, "token", zeros="none")
     x = torch.randn(1, 1, 1, 16, 64, device=DEVICE)
     packed = quantise(x, coding)
-    levels = dequantise(packed, coding)[0, 0, 0] / packed.scales[0, 0, 0].float()
-    assert levels.round().unique().tolist() == [-10, -3, 3, 10]
+    levels = 2 * dequantise(packed, coding)[0, 0, 0] / packed.scales[0, 0, 0].float()
+    assert levels.round().unique().tolist() == [-3, -1, 1, 3]
     torch.testing.assert_close(levels, levels.round(), rtol=1e-5, atol=1e-5)
     # as near as its scale allows
-    steps = torch.tensor([-10.0, -3.0, 3.0, 10.0], device=DEVICE) * packed.scales[0, 0, 0, :, :1, None].float()
+    steps = torch.tensor([-1.5, -0.5, 0.5, 1.5], device=DEVICE) * packed.scales[0, 0, 0, :, :1, None].float()
     nearest = (x[0, 0, 0, ..., None] - steps).abs().amin(-1)
     torch.testing.assert_close((dequantise(packed, coding)[0, 0, 0] - x[0, 0, 0]).abs(), nearest, rtol=1e-3, atol=1e-5)
 

@@ -117,10 +117,10 @@ def test_slots_of_other_heads_do_not_matter():
 
 
 def test_parts_are_as_long_as_those_of_the_average_head():
-    uniform = split_attention._parts(32, 4096, 4096, 64, 264)
-    assert split_attention._parts(32, 4096, 4 * 4096, 64, 264) == (4 * uniform[0], uniform[1])
+    uniform = split_attention.even_parts(32, 4096, 4096, 64, 264)
+    assert split_attention.even_parts(32, 4096, 4 * 4096, 64, 264) == (4 * uniform[0], uniform[1])
     # so long a head that its parts would be too many
-    splits, part = split_attention._parts(32, 256, 2**20, 64, 264)
+    splits, part = split_attention.even_parts(32, 256, 2**20, 64, 264)
     assert (splits, part) == (split_attention.MOST_SPLITS, 2**20 // split_attention.MOST_SPLITS)
 
 
