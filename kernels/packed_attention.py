@@ -478,6 +478,8 @@ _AOT_CODINGS = [
     (4, 2, 64, 1, 4, 128),
     (2, 2, 64, 0, 0, 64),
     (4, 4, 64, 0, 0, 64),
+    (4, 3, 64, 0, 0, 64),
+    (3, 2, 64, 0, 0, 128),
     (8, 8, 64, 1, 0, 64),
     (2, 2, 16, 0, 2, 16),
     (4, 4, 64, 0, 0, 32),
@@ -498,13 +500,18 @@ def aot_calls() -> None:
             for coding in _AOT_CODINGS[:3]:
                 _aot_call(head_dim, dtype, 4, 16, coding)
                 _aot_call(head_dim, dtype, 64, 1, coding)
+            # 16 rows, the most that are decoded by pairs, with all that a layer may ask for
+            for coding in [coding for coding in _AOT_CODINGS if not coding[3] and not coding[4]]:
+                _aot_call(head_dim, dtype, 4, 4, coding, is_plain=False)
 
 
 def _aot_call(
-    head_dim: int, dtype: torch.dtype, group: int, queries: int, coding: tuple[int, ...], is_centred: bool = False
-) -> None:
+    head_dim: int, dtype: torch.dtype, group: int, queries: int, coding: tuple[int, ...], is_centred: bool = False,
+    is_plain: bool | None = None,
+) -> None:  # fmt: skip
     key_bits, value_bits, size, outliers, rank, block = coding
-    is_plain, of_slots, blocks = not outliers, block == 32, 1024 // block
+    is_plain = not outliers if is_plain is None else is_plain
+    of_slots, blocks = block == 32, 1024 // block
 
     def packed(coding: QuantScheme) -> QuantizedTensor:
         parts = empty_packed(shaped(1, 2, blocks, block, head_dim), coding)

@@ -84,8 +84,9 @@ def launch_rows(
     value_dim, tokens, group = values.codes.shape[-1], positions.shape[-1], heads // kv_heads
     tile = tile_shape(tokens // blocks, [key_coding.bits, value_coding.bits], _TOKENS)
     programs, tiles = batch * kv_heads, tile.count(blocks)
-    # two warps only where one each would leave a GPU half empty
-    warps = 1 if programs * MOST_SPLITS >= resident_programs(1, query.device) else 2
+    # two warps where one each would leave a GPU half empty, or has too few registers
+    fits = queries * group <= 8 and not (key_coding.axis == "token" and 3 in (key_coding.bits, value_coding.bits))
+    warps = 1 if fits and programs * MOST_SPLITS >= resident_programs(1, query.device) else 2
     room = tiles * tile.tokens
     splits, split_tokens = even_parts(programs, room, room, tile.tokens, resident_programs(warps, query.device))
     shape = (batch, heads, queries) if splits == 1 else (splits, batch, heads, queries)
