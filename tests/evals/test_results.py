@@ -252,7 +252,7 @@ def test_where_evicting_caches_lose():
 
 # README: they have run on one GPU, an H100
 # README: There a compiled step of `H2OCache(budget=0.2)` after 32k tokens takes 7.6 ms
-# README: A step's attention to what `GEARCache()` packs takes 0.33 times as long there
+# README: A step's attention to what `GEARCache()` packs takes 0.33 times as long as to bf16
 def test_what_ran_on_a_gpu():
     first, second, kernels = (
         json.loads((RESULTS / "gpu" / name).read_text("utf-8"))
