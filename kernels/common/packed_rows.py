@@ -3,7 +3,8 @@
     logit of a token in plane j = scale * (q_even . level(j, even) + q_odd . level(j, odd)) + what its zeros add
 
 Keys meet queries in float16, in which levels are exact and a channel's scale is applied to the few queries, not to its
-codes. Scales of tokens are applied to logits and to weights. Logits are rows x tokens and outputs channels x rows, so
+codes. Scales of tokens are applied to logits and to weights, and values are multiplied in bfloat16, in which no small
+weight is lost. Logits are rows x tokens and outputs channels x rows, so
 that a lane has the weights it multiplies where the softmax left them. A program is one warp, without a barrier: on an
 H100 that takes 0.6 to 0.8 times as long as four warps that share a tile (evals/results/gpu).
 """
@@ -11,7 +12,6 @@ H100 that takes 0.6 to 0.8 times as long as four warps that share a tile (evals/
 # in device functions a tuple grows
 # mypy: disable-error-code="assignment"
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,10 +62,28 @@ def takes_rows(
         return False
     block = keys.codes.shape[3] * 8 // key_coding.bits
     tile = tile_shape(block, [key_coding.bits, value_coding.bits], _TOKENS)
+    # of a pair of tokens in an operand both third bits must stand alike
+    if 3 in (key_coding.bits, value_coding.bits) and block < 16:
+        return False
     if key_coding.axis == "channel":
-        # a plane of a tile has one scale per channel
-        return tile.blocks == 1 and tile.run >= MIN_SIDE and min(key_coding.group, block) % (block // tile.planes) == 0
-    return tile.run * tile.blocks >= MIN_SIDE
+        # a plane of a tile has one scale per channel, and a tile those of two groups at most
+        group = min(key_coding.group, block)
+        fits = (
+            tile.blocks == 1 and tile.run >= MIN_SIDE and not group % (block // tile.planes) and group >= 2 * MIN_SIDE
+        )
+    else:
+        fits = tile.run * tile.blocks >= MIN_SIDE and keys.codes.shape[-1] <= 2 * key_coding.group
+    paired = [keys.codes, values.codes, *_paired(keys, key_coding), *_paired(values, value_coding)]
+    return fits and not any(place % 2 for x in paired for place in (x.storage_offset(), *x.stride()[:-1]))
+
+
+def _paired(packed: QuantizedTensor, coding: QuantScheme) -> list[Tensor]:
+    """Scales and zeros of which two are loaded as one number: of neighbouring channels, or of two groups."""
+    by_channel = coding.axis == "channel"
+    found = [packed.scales] if by_channel or packed.scales.shape[-1] == 2 else []
+    if packed.zeros is not None and (by_channel or coding.zeros == "block" or packed.zeros.shape[-1] == 2):
+        found.append(packed.zeros)
+    return found
 
 
 def launch_rows(
@@ -84,8 +102,17 @@ def launch_rows(
     value_dim, tokens, group = values.codes.shape[-1], positions.shape[-1], heads // kv_heads
     tile = tile_shape(tokens // blocks, [key_coding.bits, value_coding.bits], _TOKENS)
     programs, tiles = batch * kv_heads, tile.count(blocks)
+    constants = _constants("KEY", keys, key_coding) | _constants("VALUE", values, value_coding) | tile.constants()
+    # of values around zeros too: of codes that are all 0 or more, what rounds a weight would be left in every channel;
+    # of 3 bits registers do not suffice
+    if value_coding.bits != 3:
+        constants["VALUE_MIDDLE"] = value_coding.middle
     # two warps where one each would leave a GPU half empty, or has too few registers
-    fits = queries * group <= 8 and not (key_coding.axis == "token" and 3 in (key_coding.bits, value_coding.bits))
+    simple = max(constants["KEY_GROUPS"], constants["VALUE_GROUPS"]) <= 2 and not (
+        key_coding.zeros != "group" and tile.blocks > 1
+    )
+    simple &= not (key_coding.axis == "token" and 3 in (key_coding.bits, value_coding.bits))
+    fits = simple and queries * group <= 8
     warps = 1 if fits and programs * MOST_SPLITS >= resident_programs(1, query.device) else 2
     room = tiles * tile.tokens
     splits, split_tokens = even_parts(programs, room, room, tile.tokens, resident_programs(warps, query.device))
@@ -93,11 +120,13 @@ def launch_rows(
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if splits == 1 else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
     logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
-    halves = _second_halves(tile.block, query.device) if 3 in (key_coding.bits, value_coding.bits) else None
-    constants = _constants("KEY", keys, key_coding) | _constants("VALUE", values, value_coding) | tile.constants()
+    # where third bits stand depends on the row; the compiler moves a conversion of codes to before what is loaded, and
+    # not to before what is computed from a row. Made anew: one kept could be memory of a CUDA graph
+    has_thirds = 3 in (key_coding.bits, value_coding.bits)
+    rows = torch.arange(tile.block // 4, dtype=torch.int16, device=query.device) if has_thirds else None
     launch(
         _packed_rows_kernel, (programs * splits,),
-        query.view(torch.int32), *_as_loaded(keys, key_coding), *_as_loaded(values, value_coding), halves,
+        query.view(torch.int32), *_as_loaded(keys, key_coding), *_as_loaded(values, value_coding), rows,
         positions, window_ends, offsets, out, lse, logits if with_logits else None,
         *query.stride()[:3], *key_blocks, *value_blocks,
         positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
@@ -115,34 +144,24 @@ def _constants(side: str, packed: QuantizedTensor, coding: QuantScheme) -> dict[
     """Of a side: words of a row and of a tile's group, groups of channels, planes that share a byte."""
     size = packed.codes.shape[-1]
     each = tile_width(size) if coding.axis == "channel" else min(coding.group, tile_width(size))
-    facts = {"BITS": coding.bits, "WORDS": size // 2, "WIDTH": each // 2, "GROUPS": -(-size // each)}
-    facts |= {"CENTRED": coding.zeros != "group", "PLANES": planes_of(coding.bits)}
+    facts: dict[str, Any] = {"BITS": coding.bits, "WORDS": size // 2, "WIDTH": each // 2, "GROUPS": -(-size // each)}
+    is_centred = coding.zeros != "group"
+    facts |= {"CENTRED": is_centred, "PLANES": planes_of(coding.bits), "MIDDLE": coding.middle if is_centred else 0.0}
     return {f"{side}_{name}": fact for name, fact in facts.items()}
 
 
 def _as_loaded(packed: QuantizedTensor, coding: QuantScheme) -> Iterator[Tensor | None]:
     """Codes, scales and zeros; of neighbouring channels, and of two groups, two in one number."""
     yield packed.codes.view(torch.int16)
+    paired = _paired(packed, coding)
     for numbers in packed[1:3]:
-        of_channels = coding.axis == "channel" or (coding.zeros == "block" and numbers is packed.zeros)
-        if numbers is not None and (of_channels or numbers.shape[-1] == 2):
-            numbers = numbers.view(torch.int32)
-        yield numbers
-
-
-@functools.lru_cache(64)
-def _second_halves(block: int, device: torch.device) -> Tensor:
-    """Of each row of a block's low bits whether its third bits are the higher of two (pack_codes), int16.
-
-    The compiler moves a conversion of codes to before what is loaded, and not to before what is computed from a row.
-    """
-    return (torch.arange(block // 4, device=device) >= block // 8).to(torch.int16)
+        yield numbers.view(torch.int32) if any(numbers is x for x in paired) and numbers is not None else numbers
 
 
 @triton.jit(do_not_specialize=["batch_size", "queries", "blocks", "splits", "split_tiles", "tiles", "window"])
 def _packed_rows_kernel(
     query_ptr, key_codes_ptr, key_scales_ptr, key_zeros_ptr, value_codes_ptr, value_scales_ptr, value_zeros_ptr,
-    halves_ptr, positions_ptr, query_positions_ptr, offsets_ptr, out_ptr, lse_ptr, logits_ptr,
+    rows_ptr, positions_ptr, query_positions_ptr, offsets_ptr, out_ptr, lse_ptr, logits_ptr,
     query_batch_stride, query_head_stride, query_stride,
     key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
     position_heads, batch_size, kv_heads, queries, blocks, splits, split_tiles, tiles, window, scale, softcap,
@@ -152,6 +171,7 @@ def _packed_rows_kernel(
     KEY_GROUPS: tl.constexpr,  # along the channels
     KEY_CENTRED: tl.constexpr,
     KEY_PLANES: tl.constexpr,
+    KEY_MIDDLE: tl.constexpr,  # what is taken from codes
     KEY_GROUP: tl.constexpr,  # tokens that share scales of channels, or 0
     VALUE_BITS: tl.constexpr,
     VALUE_WORDS: tl.constexpr,
@@ -159,6 +179,7 @@ def _packed_rows_kernel(
     VALUE_GROUPS: tl.constexpr,
     VALUE_CENTRED: tl.constexpr,
     VALUE_PLANES: tl.constexpr,
+    VALUE_MIDDLE: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
@@ -184,8 +205,6 @@ def _packed_rows_kernel(
     DTYPE: tl.constexpr = tl.bfloat16 if BFLOAT16 else tl.float16
     STRETCH: tl.constexpr = BLOCK // PLANES
     TOKENS: tl.constexpr = TILE_BLOCKS * RUN  # of a plane
-    KEY_MIDDLE: tl.constexpr = (2**KEY_BITS - 1) / 2 if KEY_CENTRED else 0.0
-    VALUE_MIDDLE: tl.constexpr = (2**VALUE_BITS - 1) / 2 if VALUE_CENTRED else 0.0
     LOW_KEY_BITS: tl.constexpr = 2 if KEY_BITS == 3 else KEY_BITS
     LOW_VALUE_BITS: tl.constexpr = 2 if VALUE_BITS == 3 else VALUE_BITS
 
@@ -261,7 +280,7 @@ def _packed_rows_kernel(
             logits = tl.zeros([ROWS, TOKENS], tl.float32)
             for g in tl.static_range(KEY_GROUPS):
                 words, high = plane_words(
-                    key_codes_ptr, halves_ptr, block, blocks, offset, plane_at(n, KEY_PLANES, PLANES), g * KEY_WIDTH,
+                    key_codes_ptr, rows_ptr, block, blocks, offset, plane_at(n, KEY_PLANES, PLANES), g * KEY_WIDTH,
                     KEY_BITS, KEY_PLANES, KEY_WORDS, KEY_WIDTH, BLOCK, PLANES, RUN, TILE_BLOCKS, ASSEMBLY,
                 )  # fmt: skip
                 even_levels = plane_levels(
@@ -326,20 +345,22 @@ def _packed_rows_kernel(
                 at = value_base * BLOCK + token
                 scales = of_groups(value_scales_ptr, at, token_ok, VALUE_GROUPS, TILE_BLOCKS)[g]
                 if not VALUE_CENTRED:
-                    zeros = of_groups(value_zeros_ptr, at, token_ok, VALUE_GROUPS, TILE_BLOCKS)[g]
-                    all_zeros += weight * zeros[None, :]
+                    lowest = of_groups(value_zeros_ptr, at, token_ok, VALUE_GROUPS, TILE_BLOCKS)[g]
+                    if VALUE_MIDDLE != 0:
+                        lowest = lowest + VALUE_MIDDLE * scales
+                    all_zeros += weight * lowest[None, :]
                 words, high = plane_words(
-                    value_codes_ptr, halves_ptr, block, blocks, offset, plane_at(n, VALUE_PLANES, PLANES),
+                    value_codes_ptr, rows_ptr, block, blocks, offset, plane_at(n, VALUE_PLANES, PLANES),
                     g * VALUE_WIDTH, VALUE_BITS, VALUE_PLANES, VALUE_WORDS, VALUE_WIDTH,
                     BLOCK, PLANES, RUN, TILE_BLOCKS, ASSEMBLY,
                 )  # fmt: skip
                 even_levels = plane_levels(
-                    words, high, n % VALUE_PLANES * LOW_VALUE_BITS, VALUE_BITS, VALUE_MIDDLE, DTYPE, ASSEMBLY
+                    words, high, n % VALUE_PLANES * LOW_VALUE_BITS, VALUE_BITS, VALUE_MIDDLE, tl.bfloat16, ASSEMBLY
                 )
                 odd_levels = plane_levels(
-                    words, high, n % VALUE_PLANES * LOW_VALUE_BITS + 8, VALUE_BITS, VALUE_MIDDLE, DTYPE, ASSEMBLY
+                    words, high, n % VALUE_PLANES * LOW_VALUE_BITS + 8, VALUE_BITS, VALUE_MIDDLE, tl.bfloat16, ASSEMBLY
                 )
-                scaled = tl.trans((weight * scales[None, :]).to(DTYPE))
+                scaled = tl.trans((weight * scales[None, :]).to(tl.bfloat16))
                 even_out = dot(even_levels, scaled, even_out)
                 odd_out = dot(odd_levels, scaled, odd_out)
             faded = faded + (even_out, odd_out)

@@ -140,7 +140,7 @@ def _load_words(
 
 @triton.jit
 def plane_words(
-    ptr, halves_ptr, block, blocks, offset, plane, first,
+    ptr, rows_ptr, block, blocks, offset, plane, first,
     BITS: tl.constexpr, SIDE_PLANES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, PLANES: tl.constexpr, RUN: tl.constexpr, TILE_BLOCKS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +159,8 @@ def plane_words(
     if BITS == 3:
         high_row = ahead + BLOCK // 4 + row % (BLOCK // 8)
         high = _load_words(ptr, block, blocks, high_row, ok, column, WORDS, WIDTH, TILE_BLOCKS, ALL)
-        second = tl.broadcast_to(tl.load(halves_ptr + row)[None, :], [WIDTH, TILE_BLOCKS * RUN])
+        second = (tl.load(rows_ptr + row) >= BLOCK // 8).to(tl.int16)
+        second = tl.broadcast_to(second[None, :], [WIDTH, TILE_BLOCKS * RUN])
         high = _half_of_rows(high, second, ASSEMBLY)
     return words, high
 

@@ -266,6 +266,13 @@ NARROW = {
         "LDGSTS.E": "positions; rows of short groups, whose codes lie apart",
         "LDGSTS.E.64": "rows of short groups, whose codes lie apart",
     },
+    "_packed_rows_kernel": {
+        "LDG.E.U16": "scales of slots' tokens, one for a group",
+        "LDGSTS.E": "positions, scales and zeros, one a token",
+        "LDGSTS.E.64": "the same of two tokens",
+        "STS.U16": "third bits of 3-bit codes and scales that are laid out anew",
+        "LDS.U16": "the same",
+    },
     "_quantise_kernel": dict.fromkeys(
         ("LDS.U8", "LDS.U16", "STS.U8", "STS.U16", "STG.E.U8", "STG.E.U16"),
         "codes and outliers leave as bytes and 16-bit numbers, once a block",
