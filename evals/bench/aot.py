@@ -146,7 +146,8 @@ def all_cases() -> dict[str, list[Case]]:
         for file in Path(folder).rglob("*.py")
     }
     cases: dict[Any, dict[str, tuple[Case, dict[str, Any]]]] = {}
-    for kind in sorted({target.kind for target in TARGETS.values()}):
+    # those that run PTX first
+    for kind in sorted({target.kind for target in TARGETS.values()}, key=lambda kind: (not kind[1], kind[0])):
         with recording(*kind) as launches:
             for module in map(importlib.import_module, sorted(files)):
                 if hasattr(module, "aot_calls"):

@@ -62,8 +62,8 @@ def takes_rows(
         return False
     block = keys.codes.shape[3] * 8 // key_coding.bits
     tile = tile_shape(block, [key_coding.bits, value_coding.bits], _TOKENS)
-    # of a pair of tokens in an operand both third bits must stand alike
-    if 3 in (key_coding.bits, value_coding.bits) and block < 16:
+    # of a pair of tokens in an operand both third bits must stand alike; of long blocks registers do not suffice
+    if (3 in (key_coding.bits, value_coding.bits) and block < 16) or (key_coding.bits == 3 and block > 64):
         return False
     if key_coding.axis == "channel":
         # a plane of a tile has one scale per channel, and a tile those of two groups at most

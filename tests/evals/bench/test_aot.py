@@ -65,7 +65,7 @@ def test_an_autotuned_launch_is_compiled_at_every_configuration_it_is_tried_at()
     causal = [case for case in aot.all_cases()["attention"] if case.constants["HEAD_DIM"] == 128]
     small, large = {(64, 32), (128, 32)}, {(64, 64), (128, 64)}
     for wgmma, expected in ((False, small), (True, small | large)):
-        found = [case.constants for case in causal if wgmma in case.wgmma and case.arguments[0].itemsize == 2]
+        found = [case.constants for case in causal if (wgmma, True) in case.kinds and case.arguments[0].itemsize == 2]
         assert {(constants["BLOCK_QUERIES"], constants["BLOCK_TOKENS"]) for constants in found} == expected
 
 
