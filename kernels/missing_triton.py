@@ -63,6 +63,9 @@ class MissingTriton:
     def jit(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
         return functools.partial(Kernel, self) if function is None else Kernel(self, function)
 
+    def constexpr_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
     def autotune(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         return lambda kernel: kernel
 
