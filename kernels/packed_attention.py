@@ -26,6 +26,7 @@ from kvcompress.kernels.common.packed_tile import (
     base_of,
     load_codes,
     load_decoded,
+    middle,
     tile_shape,
     tile_start,
     tile_tokens,
@@ -188,8 +189,9 @@ def _launch(
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
+    few = takes_rows(query, keys, values, key_coding, value_coding)
     step = max(1, _MEANS // (batch * heads * blocks))
-    if key_coding.zeros == "block" and queries > step:
+    if key_coding.zeros == "block" and queries > step and not few:
         parts = [
             _launch(
                 query[:, :, first : first + step], keys, values, key_coding, value_coding, positions,
@@ -199,7 +201,6 @@ def _launch(
             for first in range(0, queries, step)
         ]  # fmt: skip
         return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2), parts[0][2]
-    few = takes_rows(query, keys, values, key_coding, value_coding)
     query, positions = rows_aligned(query), positions.contiguous()
     window_ends = None if spec.window is None else query_positions.contiguous()
     spans, offsets = (None if x is None else x.contiguous() for x in (spans, offsets))
@@ -364,7 +365,7 @@ def _packed_kernel(
     out = tl.zeros([BLOCK_ROWS, VALUE_WIDTH], tl.float32)
     dim = tl.arange(0, DIM)
     if KEY_CENTRED:
-        of_middle = tl.sum(query.to(tl.float32), 1) * ((2**KEY_BITS - 1) / 2)  # [R]
+        of_middle = tl.sum(query.to(tl.float32), 1) * middle(KEY_BITS)  # [R]
     if VALUE_CENTRED:
         surplus = tl.zeros([BLOCK_ROWS], tl.float32)
     for tile in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tiles)):
@@ -466,7 +467,7 @@ def _packed_kernel(
     lse_offset = ((wide(split) * batch_size + batch) * kv_heads * GROUP + head) * queries + index
     norm = tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     if VALUE_CENTRED:
-        out -= (surplus * ((2**VALUE_BITS - 1) / 2))[:, None]
+        out -= (surplus * middle(VALUE_BITS))[:, None]
     store_tile(out_ptr, lse_offset * VALUE_DIM, out * norm, row_ok, 0, VALUE_WIDTH, VALUE_DIM)
     tl.store(lse_ptr + lse_offset, tl.where(total == 0, float("-inf"), peak / LOG2E + tl.log(total)), mask=row_ok)
 

@@ -4,9 +4,8 @@
 
 Keys meet queries in float16, in which levels are exact and a channel's scale is applied to the few queries, not to its
 codes. Scales of tokens are applied to logits and to weights, and values are multiplied in bfloat16, in which no small
-weight is lost. Logits are rows x tokens and outputs channels x rows, so
-that a lane has the weights it multiplies where the softmax left them. A program is one warp, without a barrier: on an
-H100 that takes 0.6 to 0.8 times as long as four warps that share a tile (evals/results/gpu).
+weight is lost. Logits are rows x tokens and outputs channels x rows, so that a lane has the weights it multiplies where
+the softmax left them. A program is one warp, so that none waits for another, where its registers suffice.
 """
 
 # in device functions a tuple grows
@@ -107,13 +106,16 @@ def launch_rows(
     # of 3 bits registers do not suffice
     if value_coding.bits != 3:
         constants["VALUE_MIDDLE"] = value_coding.middle
-    # two warps where one each would leave a GPU half empty, or has too few registers
-    simple = max(constants["KEY_GROUPS"], constants["VALUE_GROUPS"]) <= 2 and not (
-        key_coding.zeros != "group" and tile.blocks > 1
+    has_thirds = 3 in (key_coding.bits, value_coding.bits)
+    # what one warp has too few registers for
+    is_large = (
+        queries * group > 8
+        or max(constants["KEY_GROUPS"], constants["VALUE_GROUPS"]) > 2
+        or (key_coding.zeros != "group" and tile.blocks > 1)
+        or (key_coding.axis == "token" and has_thirds)
     )
-    simple &= not (key_coding.axis == "token" and 3 in (key_coding.bits, value_coding.bits))
-    fits = simple and queries * group <= 8
-    warps = 1 if fits and programs * MOST_SPLITS >= resident_programs(1, query.device) else 2
+    # and two where one each would leave a GPU half empty
+    warps = 2 if is_large or programs * MOST_SPLITS < resident_programs(1, query.device) else 1
     room = tiles * tile.tokens
     splits, split_tokens = even_parts(programs, room, room, tile.tokens, resident_programs(warps, query.device))
     shape = (batch, heads, queries) if splits == 1 else (splits, batch, heads, queries)
@@ -122,7 +124,6 @@ def launch_rows(
     logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
     # where third bits stand depends on the row; the compiler moves a conversion of codes to before what is loaded, and
     # not to before what is computed from a row. Made anew: one kept could be memory of a CUDA graph
-    has_thirds = 3 in (key_coding.bits, value_coding.bits)
     rows = torch.arange(tile.block // 4, dtype=torch.int16, device=query.device) if has_thirds else None
     launch(
         _packed_rows_kernel, (programs * splits,),
@@ -207,6 +208,7 @@ def _packed_rows_kernel(
     TOKENS: tl.constexpr = TILE_BLOCKS * RUN  # of a plane
     LOW_KEY_BITS: tl.constexpr = 2 if KEY_BITS == 3 else KEY_BITS
     LOW_VALUE_BITS: tl.constexpr = 2 if VALUE_BITS == 3 else VALUE_BITS
+    HAS_MEANS: tl.constexpr = KEY_CENTRED and key_zeros_ptr is not None
 
     column = tl.arange(0, KEY_WIDTH)
     query_ptr += batch * (query_batch_stride // 2) + kv_head * GROUP * (query_head_stride // 2)
@@ -247,8 +249,8 @@ def _packed_rows_kernel(
         ahead = index_in // RUN
         token_ok = block + ahead < blocks
         place = (block + ahead) * BLOCK + offset + index_in % RUN
-        # what a channel's zeros or means add to the products of all their tokens
-        if KEY_GROUP == 0 and key_zeros_ptr is not None and KEY_CENTRED:
+        # what the means of a block add to the products of all its tokens
+        if HAS_MEANS:
             if TILE_BLOCKS == 1:
                 of_block = load_pairs(key_zeros_ptr, key_base + block, column, KEY_WORDS, KEY_WIDTH)[:, None]
                 of_block = tl.broadcast_to(of_block, [KEY_WIDTH, TOKENS])
@@ -301,7 +303,7 @@ def _packed_rows_kernel(
                     if not KEY_CENTRED:
                         products += sums[g][:, None] * key_zeros[g][None, :]
                 logits += products
-            if KEY_GROUP == 0 and key_zeros_ptr is not None and KEY_CENTRED:
+            if HAS_MEANS:
                 logits += mean
             if offsets_ptr is not None:
                 logits += shared[:, None]

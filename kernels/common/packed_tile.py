@@ -102,6 +102,12 @@ def load_codes(
 
 
 @triton.jit
+def middle(BITS: tl.constexpr):
+    # what stands for 0 where codes stand for levels around it
+    return (2**BITS - 1) / 2
+
+
+@triton.jit
 def block_means(
     ptr, base, block, blocks, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE_BLOCKS: tl.constexpr
 ):  # fmt: skip
@@ -162,7 +168,7 @@ def load_decoded(
         scale = tl.load(scales_ptr + at, mask=ok, other=0.0).to(tl.float32)[:, :, None]
         codes = tl.reshape(codes, [TOKENS, GROUPS, GROUP])
         if CENTRED:
-            tile = tl.reshape((codes - (2**BITS - 1) / 2) * scale, [TOKENS, DIM])
+            tile = tl.reshape((codes - middle(BITS)) * scale, [TOKENS, DIM])
             if zeros_ptr is not None:
                 mean = tl.reshape(
                     block_means(zeros_ptr, base, block, blocks, HEAD_DIM, DIM, TILE_BLOCKS), [TILE_BLOCKS, 1, DIM]

@@ -30,7 +30,7 @@ def decode_shift(first_bit, bits):
 @triton.constexpr_function
 def decode_numbers(first_bit, bits, middle, significand, exponent_of_1):
     """What plane_levels masks with, puts in, adds, and with 3 bits masks the third with: three integers, a float."""
-    place = first_bit - (first_bit // (6 if bits == 2 else 4) * (6 if bits == 2 else 4) - 1)
+    place = first_bit - decode_shift(first_bit, bits)
     # 2^(significand - place): the places of its significand count in ones from `place` on
     return (
         ((1 << (2 if bits == 3 else bits)) - 1) << place,
@@ -125,11 +125,8 @@ def _half_of_rows(high, second, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _load_words(
-    ptr, block, blocks, row, ok, column, WORDS: tl.constexpr, WIDTH: tl.constexpr, TILE_BLOCKS: tl.constexpr,
-    ALL: tl.constexpr,
-):  # fmt: skip
-    # words [WIDTH, rows] of rows that count from a tile's first block, at these columns
+def _load_words(ptr, row, ok, column, WORDS: tl.constexpr, TILE_BLOCKS: tl.constexpr, ALL: tl.constexpr):
+    # words [columns, rows] of rows that count from a tile's first block, at these columns
     offset = column[:, None] + row[None, :] * WORDS
     if ALL and TILE_BLOCKS == 1:
         words = tl.load(ptr + offset)
@@ -154,11 +151,11 @@ def plane_words(
     column = first + tl.arange(0, WIDTH)
     ptr += wide(block) * (ROWS * WORDS)
     ahead = index // RUN * ROWS
-    words = _load_words(ptr, block, blocks, ahead + row, ok, column, WORDS, WIDTH, TILE_BLOCKS, ALL)
+    words = _load_words(ptr, ahead + row, ok, column, WORDS, TILE_BLOCKS, ALL)
     high = words
     if BITS == 3:
         high_row = ahead + BLOCK // 4 + row % (BLOCK // 8)
-        high = _load_words(ptr, block, blocks, high_row, ok, column, WORDS, WIDTH, TILE_BLOCKS, ALL)
+        high = _load_words(ptr, high_row, ok, column, WORDS, TILE_BLOCKS, ALL)
         second = (tl.load(rows_ptr + row) >= BLOCK // 8).to(tl.int16)
         second = tl.broadcast_to(second[None, :], [WIDTH, TILE_BLOCKS * RUN])
         high = _half_of_rows(high, second, ASSEMBLY)

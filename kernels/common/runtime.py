@@ -111,7 +111,7 @@ def runs_ptx(device: torch.device) -> bool:
 
 @functools.lru_cache
 def _has_wgmma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return runs_ptx(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:

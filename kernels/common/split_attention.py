@@ -85,10 +85,8 @@ def launch_split(
     dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
     width, deep = max(dim, value_width), has_wgmma(query.device)
     block_rows, block_tokens, warps, stages = _split_blocks(queries * group, width, query.element_size(), deep)
-    programs, resident = (
-        batch * kv_heads * triton.cdiv(queries * group, block_rows),
-        resident_programs(warps, query.device),
-    )
+    programs = batch * kv_heads * triton.cdiv(queries * group, block_rows)
+    resident = resident_programs(warps, query.device)
     splits, split_tokens = even_parts(programs, average, tokens, block_tokens, resident)
     whole = splits == 1 and merge
     shape = (batch, heads, queries) if whole else (others + splits, batch, heads, queries)

@@ -230,16 +230,14 @@ def test_the_assembly_decodes_every_word_exactly(bits, middle, dtype):
             assert torch.equal(found[:, half].double(), codes - middle)
 
 
-if hasattr(triton, "jit") and HAS_KERNEL:
-
-    @triton.jit
-    def decode(words_ptr, high_ptr, out_ptr, FIRST_BIT: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
-        at = tl.arange(0, 16)[:, None] * 4096 + tl.arange(0, 4096)[None, :]
-        words, high = tl.load(words_ptr + at), tl.load(high_ptr + at)
-        levels = packed_words.plane_levels(
-            words, high, FIRST_BIT, BITS, (2**BITS - 1) / 2, out_ptr.dtype.element_ty, ASSEMBLY
-        )
-        tl.store(out_ptr + at, levels)
+@triton.jit
+def decode(words_ptr, high_ptr, out_ptr, FIRST_BIT: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    at = tl.arange(0, 16)[:, None] * 4096 + tl.arange(0, 4096)[None, :]
+    words, high = tl.load(words_ptr + at), tl.load(high_ptr + at)
+    levels = packed_words.plane_levels(
+        words, high, FIRST_BIT, BITS, (2**BITS - 1) / 2, out_ptr.dtype.element_ty, ASSEMBLY
+    )
+    tl.store(out_ptr + at, levels)
 
 
 @pytest.mark.skipif(not runs_ptx(torch.device(DEVICE)), reason="needs a GPU that runs PTX")
