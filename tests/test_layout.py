@@ -305,10 +305,14 @@ def test_what_kvcompress_imports_is_declared():
             assert tops <= allowed | more, f"{file.relative_to(ROOT)} imports {tops - allowed}"
 
 
+# those that are compiled, and those that compute something while they are
+TRITONS = re.compile(r"triton\.(jit|constexpr_function)\b")
+
+
 def untyped(source):
     """Functions of a source text that lack the type of an argument or of what they return; not Triton's."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and not any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+        if isinstance(node, ast.FunctionDef) and not any(TRITONS.match(ast.unparse(d)) for d in node.decorator_list):
             given = node.args
             known = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
             missing = [each for each in known if each.annotation is None and each.arg not in ("self", "cls")]
@@ -320,6 +324,7 @@ def untyped(source):
 def test_every_function_of_kernels_but_tritons_says_its_types():
     assert not {file.name: found for file in sources("kernels") if (found := [*untyped(file.read_text())])}
     kernel = "@triton.jit(do_not_specialize=['n'])\ndef kernel(x_ptr, n): pass"
+    kernel += "\n@triton.constexpr_function\ndef half(n): pass"
     wanting = "def one(x, y: int) -> int: pass\ndef two(x: int): pass\ndef three(*x) -> None: pass"
     assert [*untyped(f"{kernel}\n{wanting}\ndef four(self, x: int) -> int: pass")] == ["one", "two", "three"]
 

@@ -20,7 +20,8 @@ def test_more_bits_are_closer_to_the_full_cache(study):
     assert found[-1].kl < 0.01 < found[0].kl
     assert found[-1].top1 > 0.98
     assert set(found[0].losses) == {"one", "other"}
-    assert abs(found[-1].losses["one"]) < 0.03 < abs(found[0].losses["one"])
+    # of a small model one text's loss may be near 0 by chance
+    assert max(map(abs, found[-1].losses.values())) < 0.01 < 0.1 < max(map(abs, found[0].losses.values()))
 
 
 def test_what_is_never_packed_loses_nothing(study):
