@@ -44,7 +44,7 @@ def decode_numbers(first_bit, bits, middle, significand, exponent_of_1):
 def decode_assembly(shift, bits, kind):
     """PTX for a pair of words: $0 levels, $1 words, $2 mask, $3 put in, $4 one, $5 added, $6 third bits, $7 mask."""
 
-    def shifted(to, source, count):
+    def shifted(to: str, source: str, count: int) -> str:
         return f"shl.b32 {to}, {source}, {-count};" if count < 0 else f"shr.u32 {to}, {source}, {count};"
 
     # 0xEA: (a & b) | c
