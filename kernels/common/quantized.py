@@ -36,7 +36,7 @@ class QuantScheme(NamedTuple):
     @property
     def middle(self) -> float:
         """What stands for 0 where codes stand for levels around it."""
-        return (2**self.bits - 1) / 2
+        return ((1 << self.bits) - 1) / 2
 
     def groups(self, block: int, head_dim: int) -> tuple[int, int]:
         """The last two sizes of scales and zeros."""
