@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.packed_pieces import attend_in_pieces
-from kvcompress.kernels.common.packed_rows import launch_rows, takes_rows
+from kvcompress.kernels.common.packed_rows import empty_logits, launch_rows, takes_rows
 from kvcompress.kernels.common.packed_tile import (
     TileShape,
     add_key_factors,
@@ -41,7 +41,7 @@ from kvcompress.kernels.common.quantized import (
     stored_blocks,
 )
 from kvcompress.kernels.common.runtime import INTERPRETED, launch, op, runs_triton, shaped, tl, triton
-from kvcompress.kernels.common.split_attention import split_keys
+from kvcompress.kernels.common.split_attention import Extents, even_parts, resident_programs, split_keys
 from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
@@ -58,7 +58,7 @@ from kvcompress.kernels.merge import merge_stack
 from kvcompress.kernels.quantise import dequantise
 
 
-@op(fake=lambda query, values, positions, with_logits, **_: _empty(query, values, positions, with_logits))
+@op(fake=lambda query, values, positions, with_logits, **_: empty_result(query, values, positions, with_logits))
 def packed_attention(
     query: Tensor,
     keys: QuantizedTensor,
@@ -70,6 +70,7 @@ def packed_attention(
     spec: LogitSpec,
     spans: Tensor | None = None,
     offsets: Tensor | None = None,
+    bias: Tensor | None = None,
     with_logits: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Attention of queries to packed tokens, all of which precede every query.
@@ -83,6 +84,7 @@ def packed_attention(
         spans: [batch, blocks] int32, which basis (`QuantizedTensor.right`) a block has. None: all have the first.
         offsets: [batch, heads, queries] float32, added to a query's q.k with every token: its product with a
             part that all keys share and that is not packed. None: no such part.
+        bias: [batch, kv_heads, blocks * block] float32, added to the logits of each token. None: 0.
         with_logits: also returns the logits; for one query.
 
     Returns:
@@ -93,16 +95,21 @@ def packed_attention(
     Raises:
         ValueError: for shapes or codings that do not fit together.
     """
-    _check(query, keys, values, key_coding, value_coding, positions, spans, offsets, with_logits)
+    _check(query, keys, values, key_coding, value_coding, positions, spans, offsets, bias, with_logits)
+    run = launch_packed if is_launched(query, values, positions) else attend_in_pieces
+    found = run(
+        query, keys, values, key_coding, value_coding, positions, query_positions, spec, spans, offsets, bias,
+        with_logits,
+    )  # fmt: skip
+    return found if with_logits else found[:2]
+
+
+def is_launched(query: Tensor, values: QuantizedTensor, positions: Tensor) -> bool:
+    """Whether a kernel takes the call, and not PyTorch."""
     width = tile_width(max(query.shape[-1], values.codes.shape[-1]))
     # products of wide float32 rows would need more registers than a thread has
     too_wide = not INTERPRETED and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
-    is_empty = not query.numel() or not positions.numel()
-    run = _launch if runs_triton(query) and not too_wide and not is_empty else attend_in_pieces
-    found = run(
-        query, keys, values, key_coding, value_coding, positions, query_positions, spec, spans, offsets, with_logits
-    )
-    return found if with_logits else found[:2]
+    return runs_triton(query) and not too_wide and query.numel() > 0 and positions.numel() > 0
 
 
 def packed_attention_reference(
@@ -116,6 +123,7 @@ def packed_attention_reference(
     spec: LogitSpec,
     spans: Tensor | None = None,
     offsets: Tensor | None = None,
+    bias: Tensor | None = None,
     with_logits: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """What packed_attention means, in plain PyTorch: attention to what the packed tensors decode to."""
@@ -127,7 +135,10 @@ def packed_attention_reference(
     if offsets is not None:
         logits += offsets.to(dtype).unflatten(1, (key.shape[1], -1))[..., None]
     seen = slots_seen(positions, query_positions, spec.window)[:, :, None]
-    logits = spec.cap_(logits * spec.scale).masked_fill(~seen, -torch.inf)
+    logits = spec.cap_(logits * spec.scale)
+    if bias is not None:
+        logits += bias.to(dtype)[:, :, None, None]
+    logits = logits.masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(-1)
     # a query that sees nothing: shifting by 0 makes exp(-inf - shift) 0 instead of NaN
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
@@ -138,7 +149,7 @@ def packed_attention_reference(
 
 def _check(
     query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, key_coding: QuantScheme, value_coding: QuantScheme,
-    positions: Tensor, spans: Tensor | None, offsets: Tensor | None, with_logits: bool,
+    positions: Tensor, spans: Tensor | None, offsets: Tensor | None, bias: Tensor | None, with_logits: bool,
 ) -> None:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
@@ -154,15 +165,18 @@ def _check(
         or positions.shape not in ((batch, 1, blocks * block), (batch, kv_heads, blocks * block))
         or (spans is not None and spans.shape != (batch, blocks))
         or (offsets is not None and offsets.shape != query.shape[:3])
+        or (bias is not None and bias.shape != (batch, kv_heads, blocks * block))
     ):
         raise ValueError(
             "packed_attention needs query [batch, heads, queries, head_dim], codes [batch, kv_heads, blocks, "
             "block * bits / 8, head_dim] with heads a multiple of kv_heads, positions [batch, 1 or kv_heads, "
-            "blocks * block], spans [batch, blocks] and offsets [batch, heads, queries]; got query "
+            "blocks * block], spans [batch, blocks], offsets [batch, heads, queries] and bias [batch, kv_heads, "
+            "blocks * block]; got query "
             f"{list(query.shape)}, {key_coding.bits}-bit keys {list(keys.codes.shape)}, "
             f"{value_coding.bits}-bit values {list(values.codes.shape)}, positions {list(positions.shape)}, "
             f"spans {None if spans is None else list(spans.shape)}, "
-            f"offsets {None if offsets is None else list(offsets.shape)}"
+            f"offsets {None if offsets is None else list(offsets.shape)}, "
+            f"bias {None if bias is None else list(bias.shape)}"
         )
     check_coding(key_coding, block, head_dim)
     check_coding(value_coding, block, values.codes.shape[-1])
@@ -172,7 +186,7 @@ def _check(
         raise ValueError(f"packed_attention reports the logits of one query, got query {list(query.shape)}")
 
 
-def _empty(
+def empty_result(
     query: Tensor, values: QuantizedTensor, positions: Tensor, with_logits: bool
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     out = query.new_empty(*query.shape[:-1], values.codes.shape[-1])
@@ -181,50 +195,62 @@ def _empty(
     return (out, lse, logits) if with_logits else (out, lse)
 
 
-def _launch(
+def launch_packed(
     query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, key_coding: QuantScheme, value_coding: QuantScheme,
     positions: Tensor, query_positions: Tensor, spec: LogitSpec, spans: Tensor | None, offsets: Tensor | None,
-    with_logits: bool,
+    bias: Tensor | None, with_logits: bool, extents: Extents | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """packed_attention, or with extents ragged_packed_attention, by a kernel; the logits [batch, heads, 0] where they
+    are not asked for."""
     batch, heads, queries, head_dim = query.shape
-    kv_heads, blocks = keys.codes.shape[1:3]
+    kv_heads = keys.codes.shape[1] if extents is None else positions.shape[1]
+    block = keys.codes.shape[3] * 8 // key_coding.bits
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
-    few = takes_rows(query, keys, values, key_coding, value_coding)
+    blocks = tokens // block
+    few = takes_rows(query, keys, values, key_coding, value_coding, kv_heads)
     step = max(1, _MEANS // (batch * heads * blocks))
     if key_coding.zeros == "block" and queries > step and not few:
         parts = [
-            _launch(
+            launch_packed(
                 query[:, :, first : first + step], keys, values, key_coding, value_coding, positions,
                 query_positions[:, first : first + step], spec, spans,
-                None if offsets is None else offsets[:, :, first : first + step], with_logits,
+                None if offsets is None else offsets[:, :, first : first + step], bias, with_logits,
             )
             for first in range(0, queries, step)
         ]  # fmt: skip
         return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2), parts[0][2]
     query, positions = rows_aligned(query), positions.contiguous()
     window_ends = None if spec.window is None else query_positions.contiguous()
-    spans, offsets = (None if x is None else x.contiguous() for x in (spans, offsets))
+    spans, offsets, bias = (None if x is None else x.contiguous() for x in (spans, offsets, bias))
     keys, key_batch_blocks, key_head_blocks = stored_blocks(keys)
     values, value_batch_blocks, value_head_blocks = stored_blocks(values)
     if few:
         return launch_rows(
-            query, keys, values, key_coding, value_coding, positions, window_ends, spec, offsets, with_logits,
-            (key_batch_blocks, key_head_blocks), (value_batch_blocks, value_head_blocks),
+            query, keys, values, key_coding, value_coding, positions, window_ends, spec, offsets, bias, with_logits,
+            (key_batch_blocks, key_head_blocks), (value_batch_blocks, value_head_blocks), extents,
         )  # fmt: skip
     key_right, value_right = (None if right is None else right.contiguous() for right in (keys.right, values.right))
     dim, value_width = _key_width(head_dim, query.element_size()), tile_width(value_dim)
     block_rows, tile, warps, stages = _tiles(
-        queries * group, tokens // blocks, [key_coding.bits, value_coding.bits], max(dim, value_width),
+        queries * group, block, [key_coding.bits, value_coding.bits], max(dim, value_width),
         query.element_size(), keys.outlier_index is not None or values.outlier_index is not None,
         key_coding.zeros != "group",
     )  # fmt: skip
     row_blocks = triton.cdiv(queries * group, block_rows)
     tiles = tile.count(blocks)
-    splits, split_tokens = split_keys(batch * kv_heads * row_blocks, tiles * tile.tokens, tile.tokens, query.device)
+    programs = batch * kv_heads * row_blocks
+    if extents is None:
+        splits, split_tokens = split_keys(programs, tiles * tile.tokens, tile.tokens, query.device)
+    else:
+        average, resident = (
+            -(-keys.codes.shape[2] * block // (batch * kv_heads)),
+            resident_programs(warps, query.device),
+        )
+        splits, split_tokens = even_parts(programs, average, tiles * tile.tokens, tile.tokens, resident)
     shape = (batch, heads, queries) if splits == 1 else (splits, batch, heads, queries)
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if splits == 1 else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
-    logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
+    logits = empty_logits(query, tokens if with_logits else 0, extents)
     constants = _constants(keys, key_coding, values, value_coding, tile, head_dim, dim, value_dim)
     means = None
     if constants["KEY_CENTRED"] and keys.zeros is not None:
@@ -232,9 +258,9 @@ def _launch(
         rows = query[..., :head_dim].float().unflatten(1, (kv_heads, group)).flatten(2, 3)
         means = (rows @ keys.zeros.flatten(2, 3).float().mT).contiguous()
     launch(
-        _packed_kernel, (batch * kv_heads * row_blocks * splits,),
+        _packed_kernel, (programs * splits,),
         query, *keys[:6], key_right, *values[:6], value_right, positions, window_ends, spans,
-        offsets, means, out, lse, logits if with_logits else None,
+        offsets, bias, *(extents or (None, None)), means, out, lse, logits if with_logits else None,
         *query.stride()[:3], key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
         1 if key_right is None else key_right.shape[2], 1 if value_right is None else value_right.shape[2],
         positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
@@ -303,8 +329,8 @@ def _packed_kernel(
     query_ptr,
     key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr, key_left_ptr, key_right_ptr,
     value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr, value_left_ptr,
-    value_right_ptr, positions_ptr, query_positions_ptr, spans_ptr, offsets_ptr, means_ptr, out_ptr, lse_ptr,
-    logits_ptr,
+    value_right_ptr, positions_ptr, query_positions_ptr, spans_ptr, offsets_ptr, bias_ptr, starts_ptr, capacities_ptr,
+    means_ptr, out_ptr, lse_ptr, logits_ptr,
     query_batch_stride, query_head_stride, query_stride,
     key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks, key_spans, value_spans,
     position_heads, batch_size, kv_heads, queries, blocks, splits, split_tiles, tiles, window, scale, softcap,
@@ -346,6 +372,15 @@ def _packed_kernel(
     key_base = batch * key_batch_blocks + kv_head * key_head_blocks
     value_base = batch * value_batch_blocks + kv_head * value_head_blocks
     positions_ptr += (batch * position_heads + kv_head % position_heads) * blocks * BLOCK
+    bias_base = (batch * kv_heads + kv_head) * blocks * BLOCK
+    held = blocks
+    if starts_ptr is not None:
+        # `blocks` are those of the longest head
+        bias_base = tl.load(starts_ptr + owner)
+        key_base = bias_base // BLOCK
+        value_base = key_base
+        held = tl.load(capacities_ptr + owner).to(tl.int32) // BLOCK
+        tiles = tl.cdiv(held, TILE_BLOCKS) * (BLOCK // (PLANES * RUN))
     TOKENS: tl.constexpr = TILE_BLOCKS * PLANES * RUN
 
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
@@ -371,25 +406,25 @@ def _packed_kernel(
     for tile in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tiles)):
         block, offset = tile_start(tile, BLOCK, PLANES, RUN, TILE_BLOCKS)
         ahead, place = tile_tokens(offset, 1, BLOCK, PLANES, RUN, TILE_BLOCKS)  # [T]
-        token_ok = block + ahead < blocks
+        token_ok = block + ahead < held
         token = (block + ahead) * BLOCK + place
         if KEY_CENTRED:
             key = load_codes(
-                key_codes_ptr, key_base, block, blocks, offset, dim, KEY_BITS, HEAD_DIM, DIM,
+                key_codes_ptr, key_base, block, held, offset, dim, KEY_BITS, HEAD_DIM, DIM,
                 BLOCK, PLANES, RUN, TILE_BLOCKS,
             )  # fmt: skip
             key = key.to(tl.float32).to(query.dtype)
         else:
             key = load_decoded(
                 key_codes_ptr, key_scales_ptr, key_zeros_ptr, key_outliers_ptr, key_index_ptr,
-                key_base, block, blocks, offset,
+                key_base, block, held, offset,
                 KEY_BITS, KEY_GROUP, KEY_PER_CHANNEL, KEY_OUTLIERS, False, HEAD_DIM, DIM,
                 BLOCK, PLANES, RUN, TILE_BLOCKS,
             ).to(query.dtype)  # fmt: skip
         logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, TOKENS], tl.float32))  # [R, T]
         if KEY_CENTRED:
             logits -= of_middle[:, None]
-            logits *= token_scales(key_scales_ptr, key_base, block, blocks, offset, BLOCK, PLANES, RUN, TILE_BLOCKS)[
+            logits *= token_scales(key_scales_ptr, key_base, block, held, offset, BLOCK, PLANES, RUN, TILE_BLOCKS)[
                 None, :
             ]
             if means_ptr is not None:
@@ -403,7 +438,7 @@ def _packed_kernel(
             left_at = (key_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
                 span = (batch * kv_heads + kv_head) * key_spans + base_of(
-                    spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
+                    spans_ptr, batch * blocks + block + n, block + n < held, SPANNED
                 )
                 of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
                 logits = add_key_factors(
@@ -412,6 +447,8 @@ def _packed_kernel(
         if offsets_ptr is not None:
             logits += shared[:, None]
         logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
+        if bias_ptr is not None:
+            logits += tl.load(bias_ptr + bias_base + token, mask=token_ok, other=0.0)[None, :]
         slot_position = tl.load(positions_ptr + token, mask=token_ok, other=-1)
         visible = (slot_position >= 0)[None, :]
         if WINDOWED:
@@ -435,11 +472,11 @@ def _packed_kernel(
         weight = weight.to(query.dtype)
         if VALUE_CENTRED:
             value = load_codes(
-                value_codes_ptr, value_base, block, blocks, offset, tl.arange(0, VALUE_WIDTH), VALUE_BITS,
+                value_codes_ptr, value_base, block, held, offset, tl.arange(0, VALUE_WIDTH), VALUE_BITS,
                 VALUE_DIM, VALUE_WIDTH, BLOCK, PLANES, RUN, TILE_BLOCKS,
             )  # fmt: skip
             value = value.to(tl.float32).to(query.dtype)
-            scales = token_scales(value_scales_ptr, value_base, block, blocks, offset, BLOCK, PLANES, RUN, TILE_BLOCKS)
+            scales = token_scales(value_scales_ptr, value_base, block, held, offset, BLOCK, PLANES, RUN, TILE_BLOCKS)
             scaled = (weight.to(tl.float32) * scales[None, :]).to(query.dtype)
             out = dot(scaled, value, out * fade[:, None])
             # what the middle level, which stands for 0, has added
@@ -447,7 +484,7 @@ def _packed_kernel(
         else:
             value = load_decoded(
                 value_codes_ptr, value_scales_ptr, value_zeros_ptr, value_outliers_ptr, value_index_ptr,
-                value_base, block, blocks, offset,
+                value_base, block, held, offset,
                 VALUE_BITS, VALUE_GROUP, VALUE_PER_CHANNEL, VALUE_OUTLIERS, False, VALUE_DIM, VALUE_WIDTH,
                 BLOCK, PLANES, RUN, TILE_BLOCKS,
             ).to(query.dtype)  # fmt: skip
@@ -456,7 +493,7 @@ def _packed_kernel(
             left_at = (value_base + block + ahead) * BLOCK + place
             for n in tl.static_range(TILE_BLOCKS):
                 span = (batch * kv_heads + kv_head) * value_spans + base_of(
-                    spans_ptr, batch * blocks + block + n, block + n < blocks, SPANNED
+                    spans_ptr, batch * blocks + block + n, block + n < held, SPANNED
                 )
                 of_block = token_ok if TILE_BLOCKS == 1 else token_ok & (ahead == n)
                 out = add_value_factors(

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from kvcompress import hf, loading, registry
 from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.budget import COMPETING, Budget
-from kvcompress.caches.evicting import kept_budget, shared_as
+from kvcompress.caches.evicting import kept_budget
 from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.caches.shadowkv import selected_budget
@@ -37,6 +37,7 @@ from kvcompress.storage.offload import ADDRESSES
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.ragged import RaggedSlots
+from kvcompress.storage.ragged_packed import RaggedPackedSlots
 from kvcompress.storage.slots import SlotSegment
 from kvcompress.storage.tail import TailSegment
 
@@ -155,13 +156,9 @@ def make_plan(
             continue
         policy, of_cache = registry.policy_of(method, settings)
         kept, packed = kept_budget(amount, policy).tokens(context), of_cache.get("packed")
-        allocation = shared_as(policy, of_cache.get("allocation"), packed is not None)
+        allocation = of_cache.get("allocation") or policy.allocates
         if isinstance(allocation, Profile):
-            if packed is not None:
-                raise ValueError(
-                    f"{spec}: a profile gives heads different numbers of slots, which packed ones cannot have"
-                )
-            cache = _allotted(shape, allocation, amount, kept, context, batch, item, policy)
+            cache = _allotted(shape, allocation, amount, kept, context, batch, item, policy, packed)
         else:
             competes = allocation in COMPETING
             cache = sum(_slots(shape, kept, batch, item, policy, packed, competes, window) for window in shape.windows)
@@ -198,20 +195,31 @@ def _slots(
     """Bytes of one layer: its slots, one of them free, and counters per sequence and for all sequences."""
     budget = min(budget, window or budget)
     size, counters = (batch, shape.kv_heads, shape.head_dim), batch * 3 * 4 + 8
-    if packed is not None:
-        return QuantizedSlots.nbytes_for(*size, packed.per_token_scheme(shape.head_dim), budget + 1) + counters
+    coding = None if packed is None else packed.per_token_scheme(shape.head_dim)
     how = policy.rereads
     if competes or (how is not None and how.keeps_answers):
         counters += 4 * batch * shape.kv_heads * competes
         # no more than the next query sees; where answers stay they go elsewhere, and no slot is free
         slots = min(budget, (window or budget + 1) - 1) + (how is None or not how.keeps_answers)
         fits = how is not None and how.fits > 0 and window is None
+        if coding is not None:
+            return RaggedPackedSlots.nbytes_for(*size, coding, slots, fits) + counters
         return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters
+    if coding is not None:
+        return QuantizedSlots.nbytes_for(*size, coding, budget + 1) + counters
     return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
 
 
 def _allotted(
-    shape: Shape, profile: Profile, amount: int | float, kept: int, context: int, batch: int, item: int, policy: Policy
+    shape: Shape,
+    profile: Profile,
+    amount: int | float,
+    kept: int,
+    context: int,
+    batch: int,
+    item: int,
+    policy: Policy,
+    packed: GEAR | None,
 ) -> int:
     """Bytes of all layers whose heads have fixed shares of the budget: of each head its slots, and positions and scores
     as wide as the layer's longest head.
@@ -234,7 +242,11 @@ def _allotted(
         most = context if window is None else min(context, window - (not has_free))
         slots = [min(count, most) + has_free for count in counts[0].tolist()]
         fits = how is not None and how.fits > 0 and window is None
-        of_heads = (RaggedSlots.nbytes_for(batch, 1, shape.head_dim, item, each, fits) for each in slots)
+        if packed is None:
+            of_heads = [RaggedSlots.nbytes_for(batch, 1, shape.head_dim, item, each, fits) for each in slots]
+        else:
+            coding = packed.per_token_scheme(shape.head_dim)
+            of_heads = [RaggedPackedSlots.nbytes_for(batch, 1, shape.head_dim, coding, each, fits) for each in slots]
         unused = shape.kv_heads * max(slots) - sum(slots)
         size += sum(of_heads) + batch * (unused * 8 + 4 * (2 + 2 * shape.kv_heads)) + 8
     return size

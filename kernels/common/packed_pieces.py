@@ -40,6 +40,7 @@ def attend_in_pieces(
     spec: LogitSpec,
     spans: Tensor | None,
     offsets: Tensor | None,
+    bias: Tensor | None,
     with_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `packed_attention`, the logits [batch, heads, 0] where they are not asked for."""
@@ -67,6 +68,8 @@ def attend_in_pieces(
         if shared is not None:
             logits += shared[:, :, chosen].to(dtype).mul(spec.scale).flatten(2, 3)[..., None]
         spec.cap_(logits)
+        if bias is not None:
+            logits += bias.to(dtype)[:, :, None]
         seen = slots_seen(positions, query_positions[:, chosen], spec.window)[:, :, :, None]
         if query.is_cuda or not bool(seen.all()):
             logits.unflatten(2, (-1, group)).masked_fill_(~seen, -torch.inf)

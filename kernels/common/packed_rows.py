@@ -35,7 +35,7 @@ from kvcompress.kernels.common.packed_words import (
 )
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.common.runtime import launch, runs_ptx, tl, triton
-from kvcompress.kernels.common.split_attention import MOST_SPLITS, even_parts, resident_programs
+from kvcompress.kernels.common.split_attention import MOST_SPLITS, Extents, even_parts, resident_programs
 from kvcompress.kernels.common.tile import LOG2E, MIN_SIDE, bound_logits, dot, tile_width, wide
 from kvcompress.kernels.merge import merge_stack
 
@@ -46,8 +46,9 @@ _WIDEST = 128
 
 
 def takes_rows(
-    query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, key_coding: QuantScheme, value_coding: QuantScheme
-) -> bool:
+    query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, key_coding: QuantScheme, value_coding: QuantScheme,
+    kv_heads: int,
+) -> bool:  # fmt: skip
     """True where launch_rows can take the call: few rows of 16 bits, 2 to 4 bits, nothing beside codes."""
     _, heads, queries, _ = query.shape
     sides = ((keys, key_coding, keys.codes.shape[-1]), (values, value_coding, values.codes.shape[-1]))
@@ -56,7 +57,7 @@ def takes_rows(
         narrow = min(tile_width(size), coding.group if coding.axis == "token" else 256) < 2 * MIN_SIDE
         if coding.bits > 4 or packed.outlier_index is not None or packed.left is not None or size % 2 or narrow:
             return False
-    rows, widest = queries * (heads // keys.codes.shape[1]), max(size for _, _, size in sides)
+    rows, widest = queries * (heads // kv_heads), max(size for _, _, size in sides)
     if query.dtype == torch.float32 or rows > MIN_SIDE or widest > _WIDEST or value_coding.axis != "token":
         return False
     block = keys.codes.shape[3] * 8 // key_coding.bits
@@ -87,19 +88,21 @@ def _paired(packed: QuantizedTensor, coding: QuantScheme) -> list[Tensor]:
 
 def launch_rows(
     query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, key_coding: QuantScheme, value_coding: QuantScheme,
-    positions: Tensor, window_ends: Tensor | None, spec: LogitSpec, offsets: Tensor | None, with_logits: bool,
-    key_blocks: tuple[int, int], value_blocks: tuple[int, int],
+    positions: Tensor, window_ends: Tensor | None, spec: LogitSpec, offsets: Tensor | None, bias: Tensor | None,
+    with_logits: bool, key_blocks: tuple[int, int], value_blocks: tuple[int, int], extents: Extents | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """packed_attention where takes_rows says so.
+    """packed_attention, or ragged_packed_attention, where takes_rows says so.
 
     Args:
         query: with rows as `rows_aligned` leaves them.
         key_blocks, value_blocks: blocks between sequences, and between heads.
+        extents: of heads that differ in how many slots they have, whose blocks lie one after another.
     """
     batch, heads, queries, _ = query.shape
-    kv_heads, blocks = keys.codes.shape[1:3]
+    kv_heads, block = positions.shape[1] if extents else keys.codes.shape[1], keys.codes.shape[3] * 8 // key_coding.bits
     value_dim, tokens, group = values.codes.shape[-1], positions.shape[-1], heads // kv_heads
-    tile = tile_shape(tokens // blocks, [key_coding.bits, value_coding.bits], _TOKENS)
+    blocks = tokens // block
+    tile = tile_shape(block, [key_coding.bits, value_coding.bits], _TOKENS)
     programs, tiles = batch * kv_heads, tile.count(blocks)
     constants = _constants("KEY", keys, key_coding) | _constants("VALUE", values, value_coding) | tile.constants()
     # of values around zeros too: of codes that are all 0 or more, what rounds a weight would be left in every channel;
@@ -117,18 +120,19 @@ def launch_rows(
     # and two where one each would leave a GPU half empty
     warps = 2 if is_large or programs * MOST_SPLITS < resident_programs(1, query.device) else 1
     room = tiles * tile.tokens
-    splits, split_tokens = even_parts(programs, room, room, tile.tokens, resident_programs(warps, query.device))
+    average = -(-keys.codes.shape[2] * block // programs) if extents else room
+    splits, split_tokens = even_parts(programs, average, room, tile.tokens, resident_programs(warps, query.device))
     shape = (batch, heads, queries) if splits == 1 else (splits, batch, heads, queries)
     out = query.new_empty(*shape, value_dim, dtype=query.dtype if splits == 1 else torch.float32)
     lse = query.new_empty(shape, dtype=torch.float32)
-    logits = query.new_empty(batch, heads, tokens if with_logits else 0, dtype=torch.float32)
+    logits = empty_logits(query, tokens if with_logits else 0, extents)
     # where third bits stand depends on the row; the compiler moves a conversion of codes to before what is loaded, and
     # not to before what is computed from a row. Made anew: one kept could be memory of a CUDA graph
     rows = torch.arange(tile.block // 4, dtype=torch.int16, device=query.device) if has_thirds else None
     launch(
         _packed_rows_kernel, (programs * splits,),
         query.view(torch.int32), *_as_loaded(keys, key_coding), *_as_loaded(values, value_coding), rows,
-        positions, window_ends, offsets, out, lse, logits if with_logits else None,
+        positions, window_ends, offsets, bias, *(extents or (None, None)), out, lse, logits if with_logits else None,
         *query.stride()[:3], *key_blocks, *value_blocks,
         positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
         *spec.arguments, **spec.constants, **constants,
@@ -139,6 +143,14 @@ def launch_rows(
     if splits > 1:
         out, lse = merge_stack(out, lse, query.dtype)
     return out, lse, logits
+
+
+def empty_logits(query: Tensor, tokens: int, extents: Extents | None) -> Tensor:
+    """Logits to write, [batch, heads, tokens]; none are written from the end of a ragged head on."""
+    shape = *query.shape[:2], tokens
+    if extents is None:
+        return query.new_empty(shape, dtype=torch.float32)
+    return query.new_full(shape, -torch.inf, dtype=torch.float32)
 
 
 def _constants(side: str, packed: QuantizedTensor, coding: QuantScheme) -> dict[str, Any]:
@@ -162,7 +174,8 @@ def _as_loaded(packed: QuantizedTensor, coding: QuantScheme) -> Iterator[Tensor 
 @triton.jit(do_not_specialize=["batch_size", "queries", "blocks", "splits", "split_tiles", "tiles", "window"])
 def _packed_rows_kernel(
     query_ptr, key_codes_ptr, key_scales_ptr, key_zeros_ptr, value_codes_ptr, value_scales_ptr, value_zeros_ptr,
-    rows_ptr, positions_ptr, query_positions_ptr, offsets_ptr, out_ptr, lse_ptr, logits_ptr,
+    rows_ptr, positions_ptr, query_positions_ptr, offsets_ptr, bias_ptr, starts_ptr, capacities_ptr,
+    out_ptr, lse_ptr, logits_ptr,
     query_batch_stride, query_head_stride, query_stride,
     key_batch_blocks, key_head_blocks, value_batch_blocks, value_head_blocks,
     position_heads, batch_size, kv_heads, queries, blocks, splits, split_tiles, tiles, window, scale, softcap,
@@ -201,6 +214,15 @@ def _packed_rows_kernel(
     key_base = batch * key_batch_blocks + kv_head * key_head_blocks
     value_base = batch * value_batch_blocks + kv_head * value_head_blocks
     positions_ptr += (batch * position_heads + kv_head % position_heads) * blocks * BLOCK
+    bias_base = (batch * kv_heads + kv_head) * blocks * BLOCK
+    held = blocks
+    if starts_ptr is not None:
+        # `blocks` are those of the longest head
+        bias_base = tl.load(starts_ptr + owner)
+        key_base = bias_base // BLOCK
+        value_base = key_base
+        held = tl.load(capacities_ptr + owner).to(tl.int32) // BLOCK
+        tiles = tl.cdiv(held, TILE_BLOCKS) * (BLOCK // (PLANES * RUN))
     key_codes_ptr += key_base * (BLOCK * KEY_BITS // 8 * KEY_WORDS)
     value_codes_ptr += value_base * (BLOCK * VALUE_BITS // 8 * VALUE_WORDS)
     DTYPE: tl.constexpr = tl.bfloat16 if BFLOAT16 else tl.float16
@@ -226,7 +248,7 @@ def _packed_rows_kernel(
     if offsets_ptr is not None:
         offset_at = (batch * kv_heads * GROUP + head) * queries + index
         shared = tl.load(offsets_ptr + offset_at, mask=row_ok, other=0.0) * (1.0 / QUERY_UNIT)
-    SCALED: tl.constexpr = SOFTCAPPED or logits_ptr is not None
+    SCALED: tl.constexpr = SOFTCAPPED or logits_ptr is not None or bias_ptr is not None
     row_scale = scale * QUERY_UNIT if SCALED else scale * (QUERY_UNIT * LOG2E)
     if KEY_GROUP == 0 and not KEY_CENTRED:
         sums = ()
@@ -247,7 +269,7 @@ def _packed_rows_kernel(
         block, offset = tile_start(tile, BLOCK, PLANES, RUN, TILE_BLOCKS)
         index_in = tl.arange(0, TOKENS)
         ahead = index_in // RUN
-        token_ok = block + ahead < blocks
+        token_ok = block + ahead < held
         place = (block + ahead) * BLOCK + offset + index_in % RUN
         # what the means of a block add to the products of all its tokens
         if HAS_MEANS:
@@ -282,7 +304,7 @@ def _packed_rows_kernel(
             logits = tl.zeros([ROWS, TOKENS], tl.float32)
             for g in tl.static_range(KEY_GROUPS):
                 words, high = plane_words(
-                    key_codes_ptr, rows_ptr, block, blocks, offset, plane_at(n, KEY_PLANES, PLANES), g * KEY_WIDTH,
+                    key_codes_ptr, rows_ptr, block, held, offset, plane_at(n, KEY_PLANES, PLANES), g * KEY_WIDTH,
                     KEY_BITS, KEY_PLANES, KEY_WORDS, KEY_WIDTH, BLOCK, PLANES, RUN, TILE_BLOCKS, ASSEMBLY,
                 )  # fmt: skip
                 even_levels = plane_levels(
@@ -309,6 +331,8 @@ def _packed_rows_kernel(
                 logits += shared[:, None]
             if SCALED:
                 logits = bound_logits(logits, row_scale, softcap, SOFTCAPPED)
+            if bias_ptr is not None:
+                logits += load_of_tokens(bias_ptr + bias_base + token, token_ok, 0.0, TILE_BLOCKS)[None, :]
             slot_position = load_of_tokens(positions_ptr + token, token_ok, -1, TILE_BLOCKS)
             seen = (slot_position >= 0)[None, :]
             if WINDOWED:
@@ -352,7 +376,7 @@ def _packed_rows_kernel(
                         lowest = lowest + VALUE_MIDDLE * scales
                     all_zeros += weight * lowest[None, :]
                 words, high = plane_words(
-                    value_codes_ptr, rows_ptr, block, blocks, offset, plane_at(n, VALUE_PLANES, PLANES),
+                    value_codes_ptr, rows_ptr, block, held, offset, plane_at(n, VALUE_PLANES, PLANES),
                     g * VALUE_WIDTH, VALUE_BITS, VALUE_PLANES, VALUE_WORDS, VALUE_WIDTH,
                     BLOCK, PLANES, RUN, TILE_BLOCKS, ASSEMBLY,
                 )  # fmt: skip

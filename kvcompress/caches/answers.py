@@ -140,10 +140,8 @@ class AnsweringLayer(TailedLayer, RereadLayer):
             self.refill(slots, tail.keys[:, :, :used], tail.values[:, :, :used], places, scores, kept)
         self.tail = None
 
-    def _new_slots(self, chunk: AttentionInput, slots: int) -> RaggedSlots:
-        return RaggedSlots(chunk.key, chunk.value, slots, has_bias=self._fits())
-
-    def _fits(self) -> bool:
+    @property
+    def _fits(self) -> bool:  # type: ignore[override]
         """Whether what is kept is fitted to answer for all; not where a window hides some of it from later queries."""
         how = self.policy.rereads
         return how is not None and how.fits > 0 and self.window is None

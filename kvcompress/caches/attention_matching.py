@@ -16,6 +16,7 @@ from kvcompress.caches.dense import DenseCache
 from kvcompress.caches.evicting import EvictingCache, Shared
 from kvcompress.layer import as_stored, ordinary_tensors
 from kvcompress.policies.attention_matching import AttentionMatching
+from kvcompress.policies.gear import GEAR
 
 
 class AttentionMatchingCache(EvictingCache):
@@ -42,6 +43,7 @@ class AttentionMatchingCache(EvictingCache):
         prompt: Sequence[int] = (),
         queries: int = 512,
         allocation: Shared | None = None,
+        packed: GEAR | None = None,
     ) -> None:
         """
         Args:
@@ -53,10 +55,10 @@ class AttentionMatchingCache(EvictingCache):
             chunk: how many tokens are read again at a time, and fitted together.
             prompt: token ids read before each chunk.
             queries: tokens of a chunk whose queries the fit looks at; until it ends they are held, in all layers.
-            allocation: as in EvictingCache; None for "global".
+            allocation, packed: as in EvictingCache; allocation None for "global".
         """
         policy = AttentionMatching(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt), queries=queries)
-        super().__init__(model, policy=policy, budget=budget, allocation=allocation)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, packed=packed)
 
     @classmethod
     @ordinary_tensors()
@@ -76,7 +78,7 @@ class AttentionMatchingCache(EvictingCache):
         With the text that a DenseCache was fed, it is the cache that is had by feeding the text to it.
 
         Args:
-            other: a DenseCache, or an evicting cache whose slots are neither packed nor rerotated.
+            other: a DenseCache, or an evicting cache that is not rerotated.
             input_ids, attention_mask: as in `compact`.
             budget, settings: of the cache, as it takes them when it is built.
 
@@ -86,8 +88,8 @@ class AttentionMatchingCache(EvictingCache):
         """
         if not isinstance(other, DenseCache | EvictingCache):
             raise TypeError(
-                "from_cache takes what a DenseCache holds, or an evicting cache whose slots are neither packed nor "
-                f"rerotated, got {type(other).__name__}"
+                "from_cache takes what a DenseCache holds, or an evicting cache that is not rerotated, got "
+                f"{type(other).__name__}"
             )
         check_ended(other)
         model = other._model()

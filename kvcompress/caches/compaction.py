@@ -212,8 +212,8 @@ def copy_tokens(layers: Sequence[AnsweringLayer], other: CompressedCache) -> Non
         pieces = _held(source, real)
         if pieces is None:
             raise TypeError(
-                f"from_cache takes what a DenseCache holds, or an evicting cache whose slots are neither packed nor "
-                f"rerotated, got {type(other).__name__} with a {type(source).__name__}"
+                "from_cache takes what a DenseCache holds, or an evicting cache that is not rerotated, got "
+                f"{type(other).__name__} with a {type(source).__name__}"
             )
         key, value, places = (torch.cat([piece[part] for piece in pieces], 2) for part in range(3))
         bias = _log_weights(source, places)
@@ -234,7 +234,7 @@ def _held(layer: CompressedLayer, real: list[int]) -> list[tuple[Tensor, Tensor,
         behind = shown.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
         places = (behind.new_tensor(real)[:, None] - behind).masked_fill(~shown, EMPTY)
         return [(key, value, places[:, None].expand(-1, key.shape[1], -1))]
-    if not isinstance(layer, EvictingLayer) or isinstance(layer, RerotatedLayer) or layer.packed is not None:
+    if not isinstance(layer, EvictingLayer) or isinstance(layer, RerotatedLayer):
         return None
     assert layer.slots is not None
     pieces = [(*layer.slots.contents(), layer.slots.positions)]

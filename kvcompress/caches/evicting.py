@@ -70,13 +70,6 @@ def kept_budget(amount: int | float, policy: Policy) -> Budget:
     return Budget(amount, least, f"sinks + recent{' + 1 to choose' * policy.chooses} = {least} tokens for {policy}")
 
 
-def shared_as(policy: Policy, asked: Shared | None, apart: bool) -> Shared:
-    """How heads share a budget if asked so; `apart`: they cannot differ in number, unless that was asked for."""
-    if asked is not None:
-        return asked
-    return "uniform" if apart and policy.allocates in COMPETING else policy.allocates
-
-
 class EvictingCache(CompressedCache):
     """Keeps a budget of tokens, which a policy chooses.
 
@@ -119,8 +112,8 @@ class EvictingCache(CompressedCache):
         """
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvcompress.policies Policy such as H2O(), got {policy!r}")
-        allocation = shared_as(policy, allocation, rerotated or packed is not None)
-        _check_allocation(allocation, policy, rerotated, packed, model)
+        allocation = policy.allocates if allocation is None else allocation
+        _check_allocation(allocation, policy, model)
         self.policy = policy
         self._budget = kept_budget(budget, policy)
         self.allocation: Shared = allocation
@@ -133,9 +126,6 @@ class EvictingCache(CompressedCache):
             packed.per_token_scheme(hf.head_counts(hf.text_config(model))[2])
             if rerotated:
                 raise ValueError("rerotated stores keys without rotation, and cannot be combined with packed")
-            if policy.rereads is not None and policy.rereads.fits:
-                name = type(policy).__name__
-                raise ValueError(f"packed slots have no log-weights, which {name} fits: leave packed off")
         super().__init__(model)
         if policy.rereads is not None and rerotated:
             raise ValueError(f"rerotated cannot be combined with {type(policy).__name__}, which reads tokens twice")
@@ -163,8 +153,7 @@ class EvictingCache(CompressedCache):
         if self.rerotated and window is None and rope is not None:
             kind = RerotatedLayer
         elif self.policy.rereads is not None:
-            # packed slots have no room for more than the budget
-            kind = AnsweringLayer if self.policy.rereads.keeps_answers and self.packed is None else RereadLayer
+            kind = AnsweringLayer if self.policy.rereads.keeps_answers else RereadLayer
         return kind(
             self.padding,
             self.policy,
@@ -261,11 +250,9 @@ class EvictingCache(CompressedCache):
         return cache
 
 
-def _check_allocation(
-    allocation: Shared, policy: Policy, rerotated: bool, packed: GEAR | None, model: PreTrainedModel
-) -> None:
-    """Raises ValueError if heads are to compete where their scores cannot be compared, or cannot differ in number, or
-    have shares that were measured for another model."""
+def _check_allocation(allocation: Shared, policy: Policy, model: PreTrainedModel) -> None:
+    """Raises ValueError if heads are to compete where their scores cannot be compared, or have shares that were
+    measured for another model."""
     name, asked = type(policy).__name__, f"allocation={allocation!r}"
     if isinstance(allocation, Profile):
         asked = "allocation=Profile"
@@ -285,9 +272,6 @@ def _check_allocation(
         )
     elif allocation == "global" and policy.rereads is None:
         raise ValueError(f"{asked} needs a policy that reads tokens twice, such as KVzip, got {name}: use 'heads'")
-    if rerotated or packed is not None:
-        given = "rerotated" if rerotated else "packed"
-        raise ValueError(f"{asked} gives heads different numbers of slots, and cannot be combined with {given}")
     if isinstance(allocation, Profile):
         allocation.check(model)
 
@@ -400,9 +384,9 @@ class KVzipCache(EvictingCache):
             chunk: how many tokens are read again at a time.
             prompt: token ids read before each chunk; the paper's "Repeat the previous context exactly."
             keeps_answers: tokens fed one at a time stay, on top of the budget, until several are fed again, and compete
-                then. False: they compete at once, as they always do with packed slots.
+                then. False: they compete at once.
             second_stage: as in H2OCache.
-            allocation: None for the paper's, "global"; "uniform" with packed slots.
+            allocation: None for the paper's, "global".
             packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
         """
         policy = KVzip(

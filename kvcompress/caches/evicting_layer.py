@@ -20,7 +20,8 @@ from kvcompress.policies.policy import Policy
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.ragged import RaggedSlots
-from kvcompress.storage.rerotated import RerotatedSlots
+from kvcompress.storage.ragged_packed import RaggedPackedSlots
+from kvcompress.storage.rerotated import RaggedRerotatedSlots, RerotatedSlots
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.slots import SlotSegment
@@ -39,6 +40,8 @@ class EvictingLayer(CompressedLayer):
     pads_first = True
     # a token that is fed alone evicts none
     keeps_answers = False
+    # slots have log-weights
+    _fits = False
     _reserves = False
     _told = False
 
@@ -399,9 +402,11 @@ class EvictingLayer(CompressedLayer):
     def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         if self.packed is not None:
             coding = self.packed.per_token_scheme(chunk.key.shape[-1])
+            if self.is_ragged:
+                return RaggedPackedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard, self._fits)
             return QuantizedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard)
         if self.is_ragged:
-            return RaggedSlots(chunk.key, chunk.value, slots)
+            return RaggedSlots(chunk.key, chunk.value, slots, self._fits)
         return SlotSegment(chunk.key, chunk.value, slots)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -428,7 +433,7 @@ class EvictingLayer(CompressedLayer):
         if self.packed is not None:
             coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
             how = {"coding": coding, "rotates": self.packed.hadamard, "dtype": getattr(torch, facts["dtype"])}
-            return QuantizedSlots.load(tensors, facts, **how)
+            return (RaggedPackedSlots if self.is_ragged else QuantizedSlots).load(tensors, facts, **how)
         return (RaggedSlots if self.is_ragged else SlotSegment).load(tensors, facts)
 
 
@@ -453,7 +458,8 @@ class RerotatedLayer(EvictingLayer):
 
     def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         assert self.rope is not None
-        return RerotatedSlots(chunk.key, chunk.value, slots, self.rope)
+        kind = RaggedRerotatedSlots if self.is_ragged else RerotatedSlots
+        return kind(chunk.key, chunk.value, slots, self.rope)
 
     def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
-        return RerotatedSlots.load(tensors, facts, rope=self.rope)
+        return (RaggedRerotatedSlots if self.is_ragged else RerotatedSlots).load(tensors, facts, rope=self.rope)

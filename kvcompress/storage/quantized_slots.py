@@ -15,6 +15,8 @@ and keeps them. Channels that RoPE rotates slowly, where models have their large
 that rotates away from it is packed more coarsely, which is less precise but not wrong.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,19 +34,18 @@ from kvcompress.storage.slots import SlotSegment
 # how many slots share bytes of codes: few, as the number of slots is rounded up to a multiple
 BLOCK = 32
 # the fewest tokens that the quantiser takes
-_LEAST = 8
+LEAST = 8
 _SIDES = ("keys", "values")
 _COMPONENTS = {"codes": "codes", "scales": "scales", "zeros": "scales", "centre": "scales", "spread": "scales"}
 _LARGEST = torch.finfo(torch.float16).max
 
 
-class QuantizedSlots(SlotSegment):
+class PackedSlots(SlotSegment):
     """Slots that hold codes, scales and outliers instead of keys and values.
 
-    packed: keys, centred and divided by their spread, and values, [batch, kv_heads, slots / BLOCK, ...] as
-    kernels/quantise.py lays them out, each token by itself. centre, spread: of the keys' channels,
-    [batch, kv_heads, head_dim] float16. positions, scores, spare: as in SlotSegment. coding: of keys and values.
-    rotates: values are stored rotated (kernels/hadamard.py).
+    packed: keys, centred and divided by their spread, and values, as kernels/quantise.py lays them out, each token by
+    itself. centre, spread: of the keys' channels, [batch, kv_heads, head_dim] float16. positions, scores, spare: as in
+    SlotSegment. coding: of keys and values. rotates: values are stored rotated (kernels/hadamard.py).
     """
 
     packed: dict[str, QuantizedTensor]
@@ -54,76 +55,9 @@ class QuantizedSlots(SlotSegment):
     dtype: torch.dtype
     rotates: bool
 
-    def __init__(self, key: Tensor, value: Tensor, slots: int, coding: QuantScheme, rotates: bool = False) -> None:
-        """Empty slots, at least so many, for tokens like these, [batch, kv_heads, any, head_dim]."""
-        batch, kv_heads = key.shape[:2]
-        blocks = -(-slots // BLOCK)
-        self.coding, self.rotates = coding, rotates
-        self.dtype = key.dtype
-        nothing = key.new_zeros(batch, kv_heads, blocks, BLOCK, key.shape[-1])
-        self.packed = {side: quantise(nothing, coding) for side in _SIDES}
-        self.centre = key.new_zeros(batch, kv_heads, key.shape[-1], dtype=torch.float16)
-        self.spread = torch.ones_like(self.centre)
-        shape = (batch, kv_heads, blocks * BLOCK)
-        self.positions = torch.full(shape, EMPTY, dtype=torch.int32, device=key.device)
-        self.scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
-        self.spare = torch.zeros(batch, kv_heads, dtype=torch.int64, device=key.device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {"positions": self.positions, "scores": self.scores, "spare": self.spare}
-        found |= {"keys.centre": self.centre, "keys.spread": self.spread}
-        for side, packed in self.packed.items():
-            found |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
-        return found
-
     def component(self, name: str) -> str:
         part = name.partition(".")[2]
         return _COMPONENTS.get(part, "outliers") if part else name
-
-    def _set(self, tensors: dict[str, Tensor]) -> None:
-        self.positions, self.scores, self.spare = (tensors[name] for name in ("positions", "scores", "spare"))
-        if "keys.centre" not in tensors:
-            # a file from before keys were centred
-            codes = tensors["keys.codes"]
-            plain = codes.new_zeros(*codes.shape[:2], codes.shape[-1], dtype=torch.float16)
-            tensors = tensors | {"keys.centre": plain, "keys.spread": plain + 1}
-        self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
-        self.packed = {
-            side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
-            for side in _SIDES
-        }
-
-    @staticmethod
-    def nbytes_for(batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int) -> int:  # type: ignore[override]
-        """Bytes of at least so many slots: codes, position and score of each; centre and spread; which one is free."""
-        blocks = -(-slots // BLOCK)
-        a_block = 2 * coding.bytes(BLOCK, head_dim) + BLOCK * (4 + 4)
-        return batch * kv_heads * (blocks * a_block + 2 * 2 * head_dim + 8)
-
-    @property
-    def slots(self) -> int:
-        return self.positions.shape[2]
-
-    def grow(self, slots: int) -> None:
-        blocks = -(-slots // BLOCK)
-        for side, packed in self.packed.items():
-            self.packed[side] = QuantizedTensor(*(None if part is None else grown(part, 2, blocks) for part in packed))  # type: ignore[arg-type]
-        self.positions = grown(self.positions, 2, blocks * BLOCK, EMPTY)
-        self.scores = grown(self.scores, 2, blocks * BLOCK)
-        torch.argmin(self.positions, -1, out=self.spare)
-
-    def like(self) -> tuple[Tensor, Tensor]:
-        codes = self.packed["keys"].codes
-        empty = codes.new_empty(*codes.shape[:2], 0, codes.shape[-1], dtype=self.dtype)
-        return empty, empty
-
-    def rotated_keys(self) -> Tensor:
-        key = dequantise(self.packed["keys"], self.coding).flatten(2, 3)
-        return key.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
-
-    def contents(self) -> tuple[Tensor, Tensor]:
-        values = dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
-        return self.rotated_keys(), rotate(values, back=True) if self.rotates else values
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         out, lse = self._attend(query, query_positions, spec, with_logits=False)
@@ -182,27 +116,27 @@ class QuantizedSlots(SlotSegment):
     ) -> tuple[Tensor, ...]:
         rows = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (self.positions.shape[1], -1))
         centre, spread = (x.to(rows.dtype)[:, :, None, None] for x in (self.centre, self.spread))
-        out, *rest = packed_attention(
-            (rows * spread).flatten(1, 2).to(query.dtype),
-            self.packed["keys"],
-            self.packed["values"],
-            self.coding,
-            self.coding,
-            self.positions if positions is None else positions,
-            query_positions,
-            spec,
-            offsets=(rows * centre).sum(-1).flatten(1, 2).float(),
-            with_logits=with_logits,
-        )
+        scaled = (rows * spread).flatten(1, 2).to(query.dtype)
+        offsets = (rows * centre).sum(-1).flatten(1, 2).float()
+        places = self.positions if positions is None else positions
+        out, *rest = self._attend_packed(scaled, places, query_positions, spec, offsets, with_logits)
         return (rotate(out, back=True) if self.rotates else out, *rest)
+
+    def _attend_packed(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        spec: LogitSpec,
+        offsets: Tensor,
+        with_logits: bool,
+    ) -> tuple[Tensor, ...]:
+        """Attention to `packed` as packed_attention gives it, for queries that meet the keys as they are stored."""
+        raise NotImplementedError
 
     def put(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
         self._learn(key, (positions != EMPTY)[:, None, None])
         super().put(key, value, positions)
-
-    def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
-        self._learn(key, positions != EMPTY)
-        super().replace(key, value, positions, scores, kept)
 
     def _learn(self, key: Tensor, real: Tensor) -> None:
         """Sets centre and spread of empty heads, from the tokens that they get.
@@ -225,15 +159,104 @@ class QuantizedSlots(SlotSegment):
             return self._normal(x)
         return rotate(x) if self.rotates else x
 
+
+class QuantizedSlots(PackedSlots):
+    """Packed slots, equally many of each KV head: `packed` is [batch, kv_heads, slots / BLOCK, ...]."""
+
+    def __init__(self, key: Tensor, value: Tensor, slots: int, coding: QuantScheme, rotates: bool = False) -> None:
+        """Empty slots, at least so many, for tokens like these, [batch, kv_heads, any, head_dim]."""
+        batch, kv_heads = key.shape[:2]
+        blocks = -(-slots // BLOCK)
+        self.coding, self.rotates = coding, rotates
+        self.dtype = key.dtype
+        nothing = key.new_zeros(batch, kv_heads, blocks, BLOCK, key.shape[-1])
+        self.packed = {side: quantise(nothing, coding) for side in _SIDES}
+        self.centre = key.new_zeros(batch, kv_heads, key.shape[-1], dtype=torch.float16)
+        self.spread = torch.ones_like(self.centre)
+        shape = (batch, kv_heads, blocks * BLOCK)
+        self.positions = torch.full(shape, EMPTY, dtype=torch.int32, device=key.device)
+        self.scores = torch.zeros(shape, dtype=torch.float32, device=key.device)
+        self.spare = torch.zeros(batch, kv_heads, dtype=torch.int64, device=key.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {"positions": self.positions, "scores": self.scores, "spare": self.spare}
+        found |= {"keys.centre": self.centre, "keys.spread": self.spread}
+        for side, packed in self.packed.items():
+            found |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
+        return found
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        self.positions, self.scores, self.spare = (tensors[name] for name in ("positions", "scores", "spare"))
+        if "keys.centre" not in tensors:
+            # a file from before keys were centred
+            codes = tensors["keys.codes"]
+            plain = codes.new_zeros(*codes.shape[:2], codes.shape[-1], dtype=torch.float16)
+            tensors = tensors | {"keys.centre": plain, "keys.spread": plain + 1}
+        self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
+        self.packed = {
+            side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
+            for side in _SIDES
+        }
+
+    @staticmethod
+    def nbytes_for(batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int) -> int:  # type: ignore[override]
+        """Bytes of at least so many slots: codes, position and score of each; centre and spread; which one is free."""
+        blocks = -(-slots // BLOCK)
+        a_block = 2 * coding.bytes(BLOCK, head_dim) + BLOCK * (4 + 4)
+        return batch * kv_heads * (blocks * a_block + 2 * 2 * head_dim + 8)
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[2]
+
+    def grow(self, slots: int) -> None:
+        blocks = -(-slots // BLOCK)
+        for side, packed in self.packed.items():
+            self.packed[side] = QuantizedTensor(*(None if part is None else grown(part, 2, blocks) for part in packed))  # type: ignore[arg-type]
+        self.positions = grown(self.positions, 2, blocks * BLOCK, EMPTY)
+        self.scores = grown(self.scores, 2, blocks * BLOCK)
+        torch.argmin(self.positions, -1, out=self.spare)
+
+    def like(self) -> tuple[Tensor, Tensor]:
+        codes = self.packed["keys"].codes
+        empty = codes.new_empty(*codes.shape[:2], 0, codes.shape[-1], dtype=self.dtype)
+        return empty, empty
+
+    def rotated_keys(self) -> Tensor:
+        key = dequantise(self.packed["keys"], self.coding).flatten(2, 3)
+        return key.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        values = dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
+        return self.rotated_keys(), rotate(values, back=True) if self.rotates else values
+
+    def _attend_packed(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        spec: LogitSpec,
+        offsets: Tensor,
+        with_logits: bool,
+    ) -> tuple[Tensor, ...]:
+        sides = self.packed["keys"], self.packed["values"], self.coding, self.coding
+        return packed_attention(
+            query, *sides, positions, query_positions, spec, offsets=offsets, with_logits=with_logits
+        )
+
+    def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
+        self._learn(key, positions != EMPTY)
+        super().replace(key, value, positions, scores, kept)
+
     def _write(self, key: Tensor, value: Tensor) -> None:
         batch, kv_heads = self.spare.shape
         row = torch.arange(batch, device=key.device)[:, None]
         head = torch.arange(kv_heads, device=key.device)
         block, place = self.spare // BLOCK, self.spare % BLOCK
         for side, x in zip(_SIDES, (key, value), strict=True):
-            fresh = quantise(self._as_packed(side, x)[:, :, None].expand(-1, -1, 1, _LEAST, -1), self.coding)
+            fresh = quantise(self._as_packed(side, x)[:, :, None].expand(-1, -1, 1, LEAST, -1), self.coding)
             packed = self.packed[side]
-            _overwrite(packed.codes, fresh.codes[:, :, 0], (row, head, block), place, self.coding.bits)
+            overwrite(packed.codes, fresh.codes[:, :, 0], (row, head, block), place, self.coding.bits)
             for old, new in zip(packed[1:5], fresh[1:5], strict=True):
                 if old is not None and new is not None:
                     old[row, head, block, place] = new[:, :, 0, 0]
@@ -288,18 +311,19 @@ def _scatter(slots: Tensor, fresh: Tensor, target: Tensor) -> None:
     slots.copy_(room[:, :, :-1].view_as(slots))
 
 
-def _overwrite(codes: Tensor, fresh: Tensor, where: tuple[Tensor, Tensor, Tensor], place: Tensor, bits: int) -> None:
-    """Writes one token's codes among those that share its bytes.
+def overwrite(codes: Tensor, fresh: Tensor, where: tuple[Any, Any, Tensor], place: Tensor, bits: int) -> None:
+    """Writes one token's codes among those that share its bytes, for each sequence and head.
 
     Args:
-        codes: as `pack_codes` returns them, [batch, kv_heads, blocks, BLOCK * bits / 8, head_dim].
-        fresh: of a block of _LEAST tokens that begins with the token, [batch, kv_heads, _LEAST * bits / 8, head_dim].
+        codes: as `pack_codes` returns them, [batch, kv_heads, blocks, block * bits / 8, head_dim].
+        fresh: of a block of LEAST tokens that begins with the token, [batch, kv_heads, LEAST * bits / 8, head_dim].
         where: row, head and block of each token. place: [batch, kv_heads], its index within the block.
     """
+    block = codes.shape[-2] * 8 // bits
     # width, and first row in either block, of each plane of codes
-    planes = [(2, 0, 0), (1, BLOCK // 4, _LEAST // 4)] if bits == 3 else [(bits, 0, 0)]
+    planes = [(2, 0, 0), (1, block // 4, LEAST // 4)] if bits == 3 else [(bits, 0, 0)]
     for width, first, fresh_first in planes:
-        rows = BLOCK * width // 8
+        rows = block * width // 8
         at = (*where, first + place % rows)
         shift = (place // rows * width).to(torch.uint8)[..., None]
         hole = torch.bitwise_left_shift(torch.full_like(shift, 2**width - 1), shift)

@@ -65,7 +65,11 @@ class RaggedSlots(SlotSegment):
     def __init__(self, key: Tensor, value: Tensor, slots: int, has_bias: bool = False) -> None:
         super().__init__(key, value, slots)
         self.log_weights = torch.zeros_like(self.scores).flatten() if has_bias else None
-        self._lay_out(torch.full(key.shape[:2], slots))
+        self._lay_out(torch.full(key.shape[:2], self.slots))
+        self._flatten()
+
+    def _flatten(self) -> None:
+        """Makes rows of what SlotSegment lays out by head."""
         self.keys, self.values = self.keys.flatten(0, 2), self.values.flatten(0, 2)
 
     def _lay_out(self, capacities: Tensor) -> None:
@@ -104,11 +108,31 @@ class RaggedSlots(SlotSegment):
 
     def weigh(self, bias: Tensor) -> None:
         """Sets the log-weights, [batch, kv_heads, most slots] float32; not read from a head's capacity on."""
-        within = torch.arange(self.slots, device=bias.device) < self.capacities[..., None]
-        self.log_weights = bias.flatten(0, 1)[self.order][within.flatten(0, 1)[self.order]]
+        self.log_weights = self._by_row(bias)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """What each slot has of [batch, kv_heads, most slots], in the order of the rows, [slots of all heads]."""
+        within = torch.arange(self.slots, device=x.device) < self.capacities[..., None]
+        return x.flatten(0, 1)[self.order][within.flatten(0, 1)[self.order]]
+
+    def _rows(self) -> dict[str, Tensor]:
+        """What slots hold of their tokens, [slots of all heads, ...] each."""
+        return {"keys": self.keys, "values": self.values}
+
+    def _set_rows(self, rows: dict[str, Tensor]) -> None:
+        """Puts what `_rows` gives in its place, of other slots."""
+        self.keys, self.values = rows["keys"], rows["values"]
+
+    def _as_rows(self, key: Tensor | None, value: Tensor, heads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Tokens as slots hold them, by the names of `_rows`.
+
+        Args:
+            key, value: [tokens, head_dim]; no keys: of values alone. heads: sequence and KV head of each, [tokens].
+        """
+        return {"values": value} if key is None else {"keys": key, "values": value}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        keys, values, weights, starts = self.keys, self.values, self.log_weights, change(self.starts)
+        rows, weights, starts = self._rows(), self.log_weights, change(self.starts)
         for name in ("positions", "scores", "spare"):
             setattr(self, name, change(getattr(self, name)))
         self._lay_out(change(self.capacities).cpu())
@@ -116,15 +140,19 @@ class RaggedSlots(SlotSegment):
         # in the new order of slots, where each one was
         moved = (starts - self.starts).flatten()[self.order].repeat_interleave(sizes)
         source = torch.arange(len(moved), device=moved.device) + moved
-        self.keys, self.values = keys[source], values[source]
+        self._set_rows({name: held[source] for name, held in rows.items()})
         self.log_weights = None if weights is None else weights[source]
 
     def rotated_keys(self) -> Tensor:
         return self.contents()[0]
 
+    def _rotated_rows(self) -> Tensor:
+        """The keys as queries see them, [slots of all heads, head_dim]."""
+        return self.keys
+
     def contents(self) -> tuple[Tensor, Tensor]:
         """Keys and values, [batch, kv_heads, most slots, head_dim]: a copy, with 0 from a head's capacity on."""
-        keys, values, _ = padded(self.keys, self.values, self._extents(), self.positions)
+        keys, values, _ = padded(self._rotated_rows(), self.values, self._extents(), self.positions)
         return keys, values
 
     def like(self) -> tuple[Tensor, Tensor]:
@@ -133,6 +161,7 @@ class RaggedSlots(SlotSegment):
     def _stored(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """By capacity: the heads' places in `order`, their keys and values, [heads, 1, capacity, head_dim], and their
         log-weights, [heads, 1, capacity]."""
+        stored = self._rotated_rows(), self.values, self.log_weights
         for bucket in self.buckets:
             keys, values, weights = (
                 None
@@ -140,7 +169,7 @@ class RaggedSlots(SlotSegment):
                 else x.narrow(0, bucket.first, bucket.heads * bucket.capacity).view(
                     bucket.heads, 1, bucket.capacity, *x.shape[1:]
                 )
-                for x in (self.keys, self.values, self.log_weights)
+                for x in stored
             )
             assert keys is not None
             assert values is not None
@@ -184,8 +213,8 @@ class RaggedSlots(SlotSegment):
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         if runs_triton(query):
             at = query_positions.expand(len(query), -1)
-            weights = self.log_weights
-            return ragged_attention(query, self.keys, self.values, self._extents(), self.positions, at, spec, weights)
+            keys, weights = self._rotated_rows(), self.log_weights
+            return ragged_attention(query, keys, self.values, self._extents(), self.positions, at, spec, weights)
         if query.shape[2] == 1:
             return self._attend_once(query, query_positions, spec)
         outs, lses = [], []
@@ -211,9 +240,8 @@ class RaggedSlots(SlotSegment):
         if not runs_triton(query):
             return self._decode_in_pytorch(query, query_positions, spec, sink_logits)
         at = query_positions.expand(len(query), -1)
-        return ragged_decode_attention(
-            query, self.keys, self.values, self._extents(), self.positions, at, spec, sink_logits
-        )
+        keys, extents = self._rotated_rows(), self._extents()
+        return ragged_decode_attention(query, keys, self.values, extents, self.positions, at, spec, sink_logits)
 
     def _attend_once(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         """`attend` of one query of each head: two products per capacity, and all between at once."""
@@ -299,9 +327,8 @@ class RaggedSlots(SlotSegment):
 
     def resize(self, capacities: Tensor) -> None:
         """Gives each head another number of slots, [batch, kv_heads] int64 on the CPU, more than it holds tokens."""
-        nothing = self.keys.new_empty(*self.starts.shape, 0, self.keys.shape[-1])
         kept = self.positions != EMPTY
-        self.refill(nothing, nothing, self.positions[..., :0], self.scores, kept, capacities)
+        self.refill(*self.like(), self.positions[..., :0], self.scores, kept, capacities)
 
     def refill(
         self,
@@ -321,7 +348,8 @@ class RaggedSlots(SlotSegment):
             fitted: values [batch, kv_heads, slots + tokens, head_dim] and log-weights [batch, kv_heads, slots + tokens]
                 of slots then chunk, in place of those they have.
         """
-        old, starts, held, bias = self.slots, self.starts, (self.keys, self.values), self.bias
+        old, starts, held, bias = self.slots, self.starts, self._rows(), self.bias
+        capacities = self._rounded(capacities)
         columns = int(capacities.max())
         # those kept, in order; of the others as many as there are columns
         order = kept.to(torch.uint8).argsort(dim=-1, stable=True, descending=True)[..., :columns]
@@ -338,16 +366,21 @@ class RaggedSlots(SlotSegment):
         source, target = order[row, head, column], self.starts[row, head] + column
         of_slots, of_chunk = source < old, source >= old
         fed = row[of_chunk], head[of_chunk], source[of_chunk] - old
-        fresh = []
-        for stored, chunk in zip(held, (key, value), strict=True):
-            slots = stored.new_zeros(int(capacities.sum()), stored.shape[-1])
+        rows, chunk = {}, self._as_rows(key[fed], value[fed], fed[:2])
+        matched = {} if fitted is None else self._as_rows(None, fitted[0][row, head, source], (row, head))
+        for name, stored in held.items():
+            slots = stored.new_zeros(int(capacities.sum()), *stored.shape[1:])
             slots[target[of_slots]] = stored[(starts[row, head] + source)[of_slots]]
-            slots[target[of_chunk]] = chunk[fed]
-            fresh.append(slots)
-        self.keys, self.values = fresh
-        if fitted is not None:
-            self.values[target] = fitted[0][row, head, source]
+            slots[target[of_chunk]] = chunk[name]
+            if name in matched:
+                slots[target] = matched[name]
+            rows[name] = slots
+        self._set_rows(rows)
         self.spare = self.positions.argmin(-1)
+
+    def _rounded(self, capacities: Tensor) -> Tensor:
+        """So many slots of each head as there can be, at least these."""
+        return capacities
 
     def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
         raise NotImplementedError("ragged slots are laid out anew: call `refill`")

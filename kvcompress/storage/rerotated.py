@@ -7,9 +7,12 @@ Indices are counted per head, as heads keep different tokens. A chunk's own leng
 that, together with the budget, stay within the trained length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.slots import SlotSegment
 
@@ -26,9 +29,12 @@ class RerotatedSlots(SlotSegment):
         self.rope = rope
 
     def rotated_keys(self) -> Tensor:
+        return self._turned(self._indices())
+
+    def _turned(self, index: Tensor) -> Tensor:
+        """The keys rotated to these indices, one for each."""
         # few distinct angles: one table, from which every slot takes its row
         cos, sin = self.rope.turns(torch.arange(self.slots, device=self.keys.device))
-        index = self._indices()
         return self.rope.turn(self.keys, cos[index], sin[index])
 
     def _indices(self) -> Tensor:
@@ -48,3 +54,19 @@ class RerotatedSlots(SlotSegment):
 
     def replace(self, key: Tensor, value: Tensor, positions: Tensor, scores: Tensor, kept: Tensor) -> None:
         super().replace(self.rope.unrotate(key, positions), value, positions, scores, kept)
+
+
+class RaggedRerotatedSlots(RerotatedSlots, RaggedSlots):
+    """Such slots whose number differs from head to head; the newest token has the same index in every head."""
+
+    def rotated_keys(self) -> Tensor:
+        return RaggedSlots.rotated_keys(self)
+
+    def _rotated_rows(self) -> Tensor:
+        return self._turned(self._by_row(self._indices()))
+
+    def replace(self, *args: Any, **options: Any) -> None:
+        RaggedSlots.replace(self, *args, **options)
+
+    def refill(self, key: Tensor, value: Tensor, positions: Tensor, *args: Any, **options: Any) -> None:
+        super().refill(self.rope.unrotate(key, positions), value, positions, *args, **options)
