@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompress import AttentionMatching, AttentionMatchingCache, DenseCache, EvictingCache, KVzipCache
+from kvcompress import AttentionMatching, AttentionMatchingCache, DenseCache, KVzipCache
 from kvcompress.caches.matching import Asked, match
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.policies.gear import GEAR
 from tests.contract.drive import feed, generate
 from tests.contract.models import left_padded, prompt, tiny
 
@@ -302,11 +301,6 @@ def test_rows_that_are_fed_nothing_but_padding_right_after_a_text_attend_to_the_
     token = prompt(1, 2, seed=4)
     after = feed(model, cache, token, torch.cat([mask, torch.ones_like(mask[:, :1])], 1))
     close(after, feed(model, alone, token))
-
-
-def test_packed_slots_have_no_log_weights_and_say_so():
-    with pytest.raises(ValueError, match="packed slots have no log-weights, which AttentionMatching fits"):
-        EvictingCache(tiny(), policy=AttentionMatching(), budget=8, packed=GEAR(bits=4, rank=0))
 
 
 @pytest.mark.parametrize("setting", ["chunk", "queries"])

@@ -282,7 +282,7 @@ def test_tokens_that_follow_come_after_all_that_was_seen():
         close(model(more, **cache_argument(model, cache)).logits, told)
 
 
-# docs: `from_cache` takes a `DenseCache`, and evicting caches whose slots are neither packed nor rerotated
+# docs: `from_cache` takes a `DenseCache`, and evicting caches that are not rerotated
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -290,6 +290,8 @@ def test_tokens_that_follow_come_after_all_that_was_seen():
         (SnapKVCache, {"budget": 20, "window": 4, "allocation": "heads"}),
         (KVzipCache, {"budget": 20}),
         (AttentionMatchingCache, {"budget": 20}),
+        (H2OCache, {"budget": 20, "packed": GEAR(bits=8)}),
+        (AttentionMatchingCache, {"budget": 20, "packed": GEAR(bits=8)}),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -367,16 +369,15 @@ def test_an_empty_cache_is_refused():
     [
         functools.partial(GEARCache, bits=4),
         HydragenCache,
-        functools.partial(H2OCache, budget=12, packed=GEAR(bits=4, rank=0)),
         functools.partial(H2OCache, budget=12, rerotated=True),
     ],
-    ids=["gear", "hydragen", "packed", "rerotated"],
+    ids=["gear", "hydragen", "rerotated"],
 )
 def test_caches_that_hold_other_than_plain_tokens_are_refused_by_name(build):
     model = tiny()
     other = build(model)
     feed(model, other, prompt(40))
-    with pytest.raises(TypeError, match=f"neither packed nor rerotated, got {type(other).__name__}"):
+    with pytest.raises(TypeError, match=f"that is not rerotated, got {type(other).__name__}"):
         AttentionMatchingCache.from_cache(other, prompt(40), budget=12)
 
 

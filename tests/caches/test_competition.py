@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvcompress import TOVA, AttentionMatchingCache, EvictingCache, H2OCache, KeyDiff, KVzipCache, Policy, SnapKVCache
+from kvcompress import TOVA, AttentionMatchingCache, EvictingCache, H2OCache, KeyDiff, KVzipCache, Policy
 from kvcompress.caches.competition import shares
 from kvcompress.policies.gear import GEAR
 from tests.contract.drive import feed, tokens_kept
@@ -91,14 +91,7 @@ def test_layers_whose_scores_do_not_compare_cannot_compete():
         H2OCache(tiny(), budget=8, allocation="global")
     assert all(kind(tiny(), budget=8).allocation == "global" for kind in (KVzipCache, AttentionMatchingCache))
     packed = KVzipCache(tiny(), budget=8, packed=GEAR(bits=4, rank=0))
-    assert packed.allocation == "uniform"
-
-
-# docs: Neither combines with `rerotated` or `packed`
-@pytest.mark.parametrize("other", [{"rerotated": True}, {"packed": GEAR(bits=4, rank=0)}])
-def test_heads_compete_for_plain_slots_only(other):
-    with pytest.raises(ValueError, match=f"cannot be combined with {next(iter(other))}"):
-        SnapKVCache(tiny(), budget=64, allocation="heads", **other)
+    assert packed.allocation == "global"
 
 
 # docs: Where heads compete, they keep different numbers of tokens, and memory is what is kept

@@ -9,7 +9,6 @@ import torch
 
 import kvcompress
 from kvcompress import (
-    GEAR,
     H2O,
     TOVA,
     AttentionMatchingCache,
@@ -283,14 +282,6 @@ def test_a_profile_of_another_model_is_refused():
         H2OCache(tiny(), budget=8, allocation=other)
     with pytest.raises(ValueError, match="They differ in .*sizes"):
         H2OCache(tiny(num_hidden_layers=2), budget=8, allocation=profile(tiny()))
-
-
-# docs: Profiles combine with `rerotated` and `packed` as little as competing heads do
-@pytest.mark.parametrize("other", [{"rerotated": True}, {"packed": GEAR(bits=4, rank=0)}])
-def test_a_profile_is_for_plain_slots_only(other):
-    message = "allocation=Profile gives heads different numbers of slots, and cannot be combined with"
-    with pytest.raises(ValueError, match=f"{message} {next(iter(other))}"):
-        H2OCache(tiny(), budget=64, allocation=profile(tiny()), **other)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,10 @@ from kvcompress import (
 )  # fmt: skip
 from kvcompress.caches.evicting import Shared
 from kvcompress.hf import attention_windows, head_counts
-from kvcompress.storage.rerotated import RerotatedSlots
+from kvcompress.kernels.common.split_attention import Extents
+from kvcompress.kernels.ragged import by_column
+from kvcompress.storage.quantized_slots import PackedSlots
+from kvcompress.storage.rerotated import RaggedRerotatedSlots, RerotatedSlots
 from tests.contract.oracle import Decoded, Kept, Transcript, recording
 
 BUDGET = 8
@@ -125,7 +128,11 @@ def closed_up(cache: Any) -> Decoded:
         stored, positions = layer.slots, layer.slots.positions.long()
         places = kept.shape[-1]
         # rolled slots give their keys out for another query than the newest
-        contents = (stored.keys, stored.values) if isinstance(stored, RerotatedSlots) else stored.contents()
+        contents = stored.contents()
+        if isinstance(stored, RaggedRerotatedSlots):
+            contents = by_column(stored.keys, Extents(stored.starts, stored.capacities), stored.slots), contents[1]
+        elif isinstance(stored, RerotatedSlots):
+            contents = stored.keys, stored.values
         at = positions.masked_fill(positions < 0, places)[..., None].expand_as(contents[0])
         keys, values = (
             tensor.new_zeros(*tensor.shape[:2], places + 1, tensor.shape[3]).scatter_(2, at, tensor)[:, :, :places]
@@ -139,19 +146,26 @@ def closed_up(cache: Any) -> Decoded:
 
 
 def fitted(cache: Any) -> Decoded:
-    """Values and log-weights of the slots of a cache that fits them; what was decoded after that is as it was fed."""
+    """Values and log-weights of the slots of a cache that fits them, and keys where they are packed; what was decoded
+    after that is as it was fed."""
     decoded: Decoded = []
     for layer in cache.layers:
         slots, seen = layer.slots, layer.get_seq_length()
-        if slots.bias is None:
+        is_packed = isinstance(slots, PackedSlots)
+        if slots.bias is None and not is_packed:
             decoded.append((None, None))
             continue
         at = slots.positions.masked_fill(slots.positions < 0, seen).long()[..., None]
-        _, held = slots.contents()
-        values = torch.full((*at.shape[:2], seen + 1, held.shape[3]), torch.nan, dtype=held.dtype, device=held.device)
-        values.scatter_(2, at.expand_as(held), held)
+        keys, values = (
+            held.new_full((*at.shape[:2], seen + 1, held.shape[3]), torch.nan).scatter_(2, at.expand_as(held), held)
+            for held in slots.contents()
+        )
+        of_keys = keys[:, :, :-1] if is_packed else None
+        if slots.bias is None:
+            decoded.append((of_keys, values[:, :, :-1]))
+            continue
         weights = slots.bias.new_zeros(*at.shape[:2], seen + 1, 1).scatter_(2, at, slots.bias[..., None])
-        decoded.append((None, values[:, :, :-1], weights[:, :, :-1]))
+        decoded.append((of_keys, values[:, :, :-1], weights[:, :, :-1]))
     return decoded
 
 
@@ -351,6 +365,15 @@ ENTRIES = [
     ),
     _evicting("h2o_packed", H2O(sinks=1), packed=GEAR(bits=3, group_size=8), decoded=closed_up, dtype=torch.float64),
     _evicting("h2o_heads", H2O(recent=2), allocation="heads", competes=True),
+    _evicting(
+        "h2o_packed_heads",
+        H2O(sinks=1, recent=2),
+        packed=GEAR(bits=3, group_size=8),
+        allocation="heads",
+        competes=True,
+        decoded=closed_up,
+        dtype=torch.float64,
+    ),
     _evicting("kvzip_global", POLICIES["kvzip"], allocation="global", competes=True),
     _evicting(
         "kvzip_answers",
@@ -367,7 +390,27 @@ ENTRIES = [
         competes=True,
         keeps_answers=True,
     ),
+    _evicting(
+        "attention_matching_packed",
+        POLICIES["attention_matching"],
+        packed=GEAR(bits=4, group_size=8),
+        allocation="global",
+        decoded=fitted,
+        # answers are packed when several tokens are fed, before these attend to them
+        during="_begin",
+        competes=True,
+        keeps_answers=True,
+    ),
     _evicting("h2o_rolled", H2O(), rerotated=True, decoded=closed_up, refuses=("opt",)),
+    _evicting(
+        "h2o_rolled_heads",
+        H2O(recent=2),
+        rerotated=True,
+        allocation="heads",
+        competes=True,
+        decoded=closed_up,
+        refuses=("opt",),
+    ),
     _evicting("h2o_profile", H2O(sinks=1), allocation=uneven, competes=True),
     _evicting("criticalkv", SnapKV(window=3, recent=3, kernel=3, second_stage=0.5)),
 ]
@@ -386,7 +429,7 @@ KINDS = (
     "shadowkv",
     "h2o_packed",
     "h2o_heads",
-    "kvzip",
+    "h2o_packed_heads",
     "kvzip_global",
     "attention_matching",
     "h2o_rolled",

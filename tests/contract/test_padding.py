@@ -190,7 +190,7 @@ def test_a_row_that_waits_for_long_finds_its_window_again(entry):
         for index, tokens in enumerate([20, 300, 300, 4, 2, 1]):
             shown = torch.cat([shown, torch.ones(2, tokens, dtype=torch.long, device=DEVICE)], 1)
             shown[0, 20:620] = 0
-            if index == 4 and entry.name != "h2o_rolled":
+            if index == 4 and not entry.name.startswith("h2o_rolled"):
                 # hidden a turn too late; the oracle reads where rolled tokens stand before it knows of that
                 shown[0, 621:624] = 0
             feed(model, cache, prompt(tokens, batch=2, seed=index), shown)
