@@ -66,7 +66,7 @@ def scene(case, dtype, heads_apart=False):
 
 
 def check(arguments, options, dtype):
-    assert takes_rows(*arguments[:5])
+    assert takes_rows(*arguments[:5], 2)
     with_logits = arguments[0].shape[2] == 1
     found = packed_attention(*arguments, **options, with_logits=with_logits)
     # in float64, of the same packed numbers
@@ -110,9 +110,10 @@ def test_small_weights_beside_a_large_one_are_not_lost(dtype):
 
 @needs_kernel
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=ids)
-def test_offsets_and_positions_of_each_head(case):
+def test_offsets_positions_and_log_weights_of_each_head(case):
     arguments, options = scene(case, torch.bfloat16, heads_apart=True)
     options["offsets"] = torch.randn(arguments[0].shape[:3], device=DEVICE) * 3
+    options["bias"] = torch.randn(arguments[5].shape, device=DEVICE) * 3
     check(arguments, options, torch.bfloat16)
 
 
@@ -158,7 +159,7 @@ def test_the_other_kernel_takes_what_does_not_fit(monkeypatch):
 
 def test_what_does_not_fit_is_not_taken():
     (query, keys, values, of_keys, of_values, *_), _ = scene(CASES[1], torch.bfloat16)
-    assert takes_rows(query, keys, values, of_keys, of_values)
+    assert takes_rows(query, keys, values, of_keys, of_values, 2)
     wide = torch.cat([keys.codes, keys.codes], -1)
     for changed in (
         (query.float(), keys, values, of_keys, of_values),
@@ -172,11 +173,11 @@ def test_what_does_not_fit_is_not_taken():
         (query, keys._replace(codes=torch.zeros(keys.codes.numel() + 1, dtype=torch.uint8)[1:].view_as(keys.codes)),
          values, of_keys, of_values),
     ):  # fmt: skip
-        assert not takes_rows(*changed)
+        assert not takes_rows(*changed, 2)
     # two tokens of an operand have their third bits at different places
     for key_bits, value_bits in ((4, 3), (3, 4)):
         arguments, _ = scene((key_bits, value_bits, "centred", 128, 128, (1, 1), 8, 8, 128, {}), torch.bfloat16)
-        assert not takes_rows(*arguments[:5])
+        assert not takes_rows(*arguments[:5], 2)
 
 
 # what a lane does, instruction for instruction

@@ -38,6 +38,9 @@ THERE = torch.arange(48, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
 NEW = KEY[:, :, :1]
 FLAT = torch.randn(20, 64, device=DEVICE)
 EXTENTS = Extents(*(torch.tensor(x, device=DEVICE) for x in ([[9, 0], [18, 12]], [[3, 9], [2, 6]])))
+SLOT_CODING = QuantScheme(4, 64, "token")
+SLOTTED = [packed_blocks(blocks(1, 1, 7, 16, 64), SLOT_CODING) for _ in range(2)]
+SLOT_EXTENTS = Extents(*(torch.tensor(x, device=DEVICE) for x in ([[48, 0], [64, 96]], [[16, 48], [32, 16]])))
 SPEC = LogitSpec(0.1)
 HELD_PLACES = chunk_positions(HELD, 2, None)
 # read by its address, so that it is not to go
@@ -65,6 +68,10 @@ CALLS = {
     "ragged_decode_attention": (
         (STEP, FLAT, FLAT, EXTENTS, POSITIONS, AT[:, :1], SPEC),
         {"sink_logits": torch.randn(4, device=DEVICE)},
+    ),
+    "ragged_packed_attention": (
+        (STEP, *SLOTTED, SLOT_CODING, SLOT_EXTENTS, THERE.repeat(1, 2, 1), AT[:, :1], SPEC),
+        {"bias": torch.randn(112, device=DEVICE), "with_logits": True},
     ),
     "shared_attention": (
         (STEP, KEY, KEY, NODES, SPEC),
