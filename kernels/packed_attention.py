@@ -266,7 +266,7 @@ def launch_packed(
         positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
         *spec.arguments, **spec.constants,
         **constants,
-        HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None,
+        HEAD_ROOM=query.shape[-1], GROUP=group, SPANNED=spans is not None, RAGGED=extents is not None,
         BLOCK_ROWS=block_rows, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
@@ -359,6 +359,7 @@ def _packed_kernel(
     SPANNED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     # one program owns BLOCK_ROWS rows of one KV head and the tiles of one split;
@@ -374,7 +375,7 @@ def _packed_kernel(
     positions_ptr += (batch * position_heads + kv_head % position_heads) * blocks * BLOCK
     bias_base = (batch * kv_heads + kv_head) * blocks * BLOCK
     held = blocks
-    if starts_ptr is not None:
+    if RAGGED:
         # `blocks` are those of the longest head
         bias_base = tl.load(starts_ptr + owner)
         key_base = bias_base // BLOCK

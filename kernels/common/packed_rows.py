@@ -137,7 +137,7 @@ def launch_rows(
         positions.shape[1], batch, kv_heads, queries, blocks, splits, split_tokens // tile.tokens, tiles,
         *spec.arguments, **spec.constants, **constants,
         KEY_GROUP=min(key_coding.group, tile.block) if key_coding.axis == "channel" else 0,
-        GROUP=group, VALUE_DIM=value_dim, ROWS=8 if queries * group <= 8 else 16,
+        RAGGED=extents is not None, GROUP=group, VALUE_DIM=value_dim, ROWS=8 if queries * group <= 8 else 16,
         BFLOAT16=query.dtype == torch.bfloat16, ASSEMBLY=runs_ptx(query.device), num_warps=warps, num_stages=3,
     )  # fmt: skip
     if splits > 1:
@@ -203,6 +203,7 @@ def _packed_rows_kernel(
     ROWS: tl.constexpr,  # of the output: 8 or 16
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    RAGGED: tl.constexpr,
     BFLOAT16: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +217,7 @@ def _packed_rows_kernel(
     positions_ptr += (batch * position_heads + kv_head % position_heads) * blocks * BLOCK
     bias_base = (batch * kv_heads + kv_head) * blocks * BLOCK
     held = blocks
-    if starts_ptr is not None:
+    if RAGGED:
         # `blocks` are those of the longest head
         bias_base = tl.load(starts_ptr + owner)
         key_base = bias_base // BLOCK

@@ -17,7 +17,7 @@ from kvcompress.kernels.packed_attention import is_launched, packed_attention
 from kvcompress.kernels.quantise import dequantise, quantise
 from kvcompress.kernels.ragged import by_column
 from kvcompress.kernels.ragged_packed import ragged_packed_attention
-from kvcompress.storage.quantized_slots import LEAST, PackedSlots, overwrite
+from kvcompress.storage.quantized_slots import LEAST, PackedSlots, QuantizedSlots, overwrite
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 
@@ -62,12 +62,27 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         return found
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
+        if "starts" not in tensors:
+            # files of before December 2026, in which KVzip's heads have equally many packed slots
+            older = QuantizedSlots.load(tensors, coding=self.coding, rotates=self.rotates, dtype=self.dtype)
+            tensors = self._of_equal(older)
         self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
-        self.packed = {
-            side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
-            for side in _SIDES
-        }
+        self.packed = _sides(tensors)
         RaggedSlots._set(self, tensors)
+
+    def _of_equal(self, slots: QuantizedSlots) -> dict[str, Tensor]:
+        """The tensors of slots that are equally many of each head."""
+        heads = slots.positions.shape[:2]
+        rows: dict[str, Tensor] = {}
+        for side, packed in slots.packed.items():
+            rows |= self._rows_of(side, QuantizedTensor(*map(_flat, packed)))  # type: ignore[arg-type]
+        found = slots.tensors() | {
+            f"{side}.{name}": part
+            for side, packed in self._as_blocks(rows).items()
+            for name, part in packed._asdict().items()
+            if part is not None
+        }
+        return found | {"capacities": torch.full(heads, slots.slots, device=slots.positions.device)}
 
     def map_tensors(self, change: Any) -> None:
         RaggedSlots.map_tensors(self, change)
@@ -110,12 +125,14 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
             name: rows for side, packed in self.packed.items() for name, rows in self._rows_of(side, packed).items()
         }
 
-    def _set_rows(self, rows: dict[str, Tensor]) -> None:
+    def _as_blocks(self, rows: dict[str, Tensor]) -> dict[str, QuantizedTensor]:
         blocks = {name: held.unflatten(0, (-1, BLOCK))[None, None] for name, held in rows.items()}
         for side in _SIDES:
-            codes = pack_codes(blocks[f"{side}.codes"], self.coding.bits)
-            others = (blocks.get(f"{side}.{name}") for name in QuantizedTensor._fields[1:])
-            self.packed[side] = QuantizedTensor(codes, *others)  # type: ignore[arg-type]
+            blocks[f"{side}.codes"] = pack_codes(blocks[f"{side}.codes"], self.coding.bits)
+        return _sides(blocks)
+
+    def _set_rows(self, rows: dict[str, Tensor]) -> None:
+        self.packed = self._as_blocks(rows)
 
     def _as_rows(self, key: Tensor | None, value: Tensor, heads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         sides = {"values": value} if key is None else {"keys": key, "values": value}
@@ -226,3 +243,16 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
     def refill(self, key: Tensor, value: Tensor, positions: Tensor, *args: Any, **options: Any) -> None:
         self._learn(key, positions != EMPTY)
         RaggedSlots.refill(self, key, value, positions, *args, **options)
+
+
+def _sides(tensors: dict[str, Tensor]) -> dict[str, QuantizedTensor]:
+    """Packed keys and values of the tensors that are called keys.codes, values.scales and so on."""
+    return {
+        side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
+        for side in _SIDES
+    }
+
+
+def _flat(part: Tensor | None) -> Tensor | None:
+    """Blocks of all heads, one after another: [batch, kv_heads, blocks, ...] as [1, 1, blocks of all, ...]."""
+    return None if part is None else part.flatten(0, 2)[None, None]

@@ -82,7 +82,7 @@ piqa, arc_easy, arc_challenge, openbookqa, copa, boolq, winogrande, lambada, gsm
 )
 
 # documents that are examples only
-_SHOTS = 8
+_SHOTS = 32
 
 
 def _same_shots(load: Callable[..., Splits]) -> Callable[..., Splits]:

@@ -80,7 +80,7 @@ def test_every_task_file_is_tested_here():
 @pytest.mark.parametrize("task", ["piqa", "arc_easy", "openbookqa"])
 def test_the_same_examples_stand_before_every_question(run, tmp_path, task):
     stem = local._FILES[task][0]
-    rows = [ROWS[stem] | {"query": f"Question: {number}?"} for number in range(11)]
+    rows = [ROWS[stem] | {"query": f"Question: {number}?"} for number in range(35)]
     (tmp_path / f"{stem}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     name = f"local_{task}_same_shots"
     asked = prompts(run(name, shots=2, data=str(tmp_path)), name)
@@ -88,8 +88,8 @@ def test_the_same_examples_stand_before_every_question(run, tmp_path, task):
     assert len(asked) == 3
     assert len(heads) == 1
     assert "Question: 3?" in heads.pop()
-    (tmp_path / f"{stem}.jsonl").write_text("\n".join(map(json.dumps, rows[:8])))
-    with pytest.raises(ValueError, match="needs more than 8 documents, got 8"):
+    (tmp_path / f"{stem}.jsonl").write_text("\n".join(map(json.dumps, rows[:32])))
+    with pytest.raises(ValueError, match="needs more than 32 documents, got 32"):
         run(name, shots=2, data=str(tmp_path))
 
 
