@@ -5,7 +5,7 @@
                    scales and outliers, and 4 x head_dim bytes per KV head for centre and spread of the keys' channels;
                    plus the policy's state (policies/policy.py); where heads compete for the budget, as many on average,
                    32 bytes per KV head for where they lie, and 4 more per token with a log-weight; with a profile, as
-                   many as each head's share allows
+                   many as each head's share allows; packed ones of heads that differ come in blocks of 16
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and an unpacked tail of one block
     shadowkv     = on the device: low-rank keys, landmarks, and the selected, outlier and newest tokens
                    (policies/shadowkv.py); the values of all tokens are on the host
@@ -37,7 +37,7 @@ from kvcompress.storage.offload import ADDRESSES
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.ragged import RaggedSlots
-from kvcompress.storage.ragged_packed import RaggedPackedSlots
+from kvcompress.storage.ragged_packed import BLOCK, RaggedPackedSlots
 from kvcompress.storage.slots import SlotSegment
 from kvcompress.storage.tail import TailSegment
 
@@ -203,6 +203,9 @@ def _slots(
         slots = min(budget, (window or budget + 1) - 1) + (how is None or not how.keeps_answers)
         fits = how is not None and how.fits > 0 and window is None
         if coding is not None:
+            # of heads that differ, the last block is half full on average
+            half_full = competes and slots < (window or slots + 1) - 1
+            slots = slots + BLOCK // 2 if half_full else RaggedPackedSlots.whole(slots)
             return RaggedPackedSlots.nbytes_for(*size, coding, slots, fits) + counters
         return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters
     if coding is not None:
@@ -245,7 +248,7 @@ def _allotted(
         if packed is None:
             of_heads = [RaggedSlots.nbytes_for(batch, 1, shape.head_dim, item, each, fits) for each in slots]
         else:
-            coding = packed.per_token_scheme(shape.head_dim)
+            coding, slots = packed.per_token_scheme(shape.head_dim), [*map(RaggedPackedSlots.whole, slots)]
             of_heads = [RaggedPackedSlots.nbytes_for(batch, 1, shape.head_dim, coding, each, fits) for each in slots]
         unused = shape.kv_heads * max(slots) - sum(slots)
         size += sum(of_heads) + batch * (unused * 8 + 4 * (2 + 2 * shape.kv_heads)) + 8

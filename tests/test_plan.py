@@ -22,7 +22,13 @@ PACKED = [
     "gear:preset=gear:buffer=32:group_size=32",
     "h2o:bits=4:group_size=8:outliers=0.1",
 ]
-RAGGED = ["kvzip:allocation=uniform", "kvzip:bits=4:group_size=8", "attention_matching:allocation=uniform"]
+RAGGED = [
+    "kvzip:allocation=uniform",
+    "kvzip:bits=4:group_size=8",
+    "attention_matching:allocation=uniform",
+    "attention_matching:allocation=uniform:bits=3:group_size=8",
+    "h2o:allocation=heads:bits=8:group_size=8",
+]
 
 
 def kinds():
@@ -63,7 +69,7 @@ def test_the_plan_is_what_a_cache_comes_to_hold(method, saved):
         assert (report.host_bytes > 0) == method.startswith("shadowkv:")
 
 
-@pytest.mark.parametrize("method", ["h2o:recent=5", "kvzip:keeps_answers=false", "kvzip"])
+@pytest.mark.parametrize("method", ["h2o:recent=5", "kvzip:keeps_answers=false", "kvzip", "h2o:bits=4:group_size=8"])
 @torch.inference_mode()
 def test_the_plan_counts_the_slots_of_each_heads_share(method, saved, tmp_path):
     model, folder = saved

@@ -47,7 +47,7 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         self.coding, self.rotates, self.dtype = coding, rotates, key.dtype
         self.centre = key.new_zeros(*key.shape[:2], key.shape[-1], dtype=torch.float16)
         self.spread = torch.ones_like(self.centre)
-        RaggedSlots.__init__(self, key, value, -(-slots // BLOCK) * BLOCK, has_bias)
+        RaggedSlots.__init__(self, key, value, self.whole(slots), has_bias)
 
     def _flatten(self) -> None:
         # of zeros
@@ -92,10 +92,14 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
     def nbytes_for(  # type: ignore[override]
         batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int, has_bias: bool = False
     ) -> int:
-        """Bytes of so many slots per head on average, which whole blocks make BLOCK / 2 more, and where they lie."""
-        blocks, held = slots / BLOCK + 0.5, slots + BLOCK // 2
-        of_head = 2 * blocks * coding.bytes(BLOCK, head_dim) + 2 * 2 * head_dim + held * (4 + 4 + 4 * has_bias)
-        return int(batch * kv_heads * (of_head + 8 + 3 * 8))
+        """Bytes of so many slots per head on average, in whole blocks, and where they lie."""
+        of_head = slots * (2 * coding.bytes(BLOCK, head_dim) // BLOCK + 4 + 4 + 4 * has_bias) + 2 * 2 * head_dim
+        return batch * kv_heads * (of_head + 8 + 3 * 8)
+
+    @staticmethod
+    def whole(slots: int) -> int:
+        """So many slots of a head in whole blocks."""
+        return -(-slots // BLOCK) * BLOCK
 
     def _encoded(self, side: str, x: Tensor, heads: tuple[Tensor, Tensor], block: int = BLOCK) -> QuantizedTensor:
         """Tokens [tokens, head_dim] as blocks [1, 1, blocks, ...], the last one filled up with 0.
