@@ -26,7 +26,7 @@ CALLS = {
     "reset": 0.5,
     "share": 0.7,
 }
-LATER = ["h2o_profile"]
+LATER = ["h2o_profile", "h2o_packed_heads", "attention_matching_packed", "h2o_rolled_heads"]
 # and of a tree of prefixes
 LEVELS = {"fork": 2, "push": 2, "pop": 1, "share": 1}
 
@@ -141,9 +141,8 @@ def _varied(rng: random.Random, entry: Entry) -> tuple[Entry, dict[str, Any]]:
         kind, settings = ShadowKVCache, SHADOW | _shadow(rng)
     elif entry.budget is not None:
         kind, settings = EvictingCache, _evicting(rng, entry)
-        entry = dataclasses.replace(
-            entry, budget=None, decoded=closed_up if settings["rerotated"] or settings["packed"] else entry.decoded
-        )
+        changed = entry.decoded is None and (settings["rerotated"] or settings["packed"])
+        entry = dataclasses.replace(entry, budget=None, decoded=closed_up if changed else entry.decoded)
     else:
         return entry, {}
 
@@ -184,30 +183,37 @@ def _shadow(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def _allocation(rng: random.Random, policy: Policy, entry: Entry) -> str:
-    plain = entry.name not in ("h2o_packed", "h2o_rolled")
-    heads = ["heads"] if plain and policy.compares != "no" else []
-    layers = ["global"] if plain and policy.compares == "layers" else []
+def _allocation(rng: random.Random, policy: Policy) -> str:
+    heads = ["heads"] if policy.compares != "no" else []
+    layers = ["global"] if policy.compares == "layers" else []
     return rng.choice(["uniform", "uniform", "pyramid", *heads, *layers])
 
 
 def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     # a model may be refused to a policy that uses its rotary embedding, and other settings to one that reads twice
     names = [name for name, policy in POLICIES.items() if not policy.uses_rotary and policy.rereads is None]
-    base = {"kvzip_global": "kvzip", "kvzip_answers": "kvzip"}.get(entry.name, entry.name)
+    base = {
+        "kvzip_global": "kvzip",
+        "kvzip_answers": "kvzip",
+        "attention_matching_packed": "attention_matching",
+    }.get(entry.name, entry.name)
     if base in POLICIES and base not in names:
         names = [base]
-    if entry.name == "h2o_packed":
+    is_packed = entry.name in ("h2o_packed", "h2o_packed_heads", "attention_matching_packed")
+    if entry.name in ("h2o_packed", "h2o_packed_heads"):
         names = [*names, "kvzip"]
     method = registry.METHODS[rng.choice(names)]
     assert method.kind is not None
     own = {setting: rng.choice(values) for setting, values in method.tried.items()}
     if entry.name == "kvzip_answers":
         own["keeps_answers"] = True
+    elif is_packed and "keeps_answers" in own:
+        # answers are packed by the forward that attends to them; attention_matching_packed is read then
+        own["keeps_answers"] = False
     protected = {"recent": rng.choice([1, 2, 0.25, 0.5, 1.0]), "sinks": rng.choice([0, 0, 1, 3])}
     policy: Policy = method.kind(**own | protected)
     packed = None
-    if entry.name == "h2o_packed":
+    if is_packed:
         backbone = rng.choice(["kivi", "whole"])
         outliers = rng.choice([0.0, 0.1])
         packed = GEAR(bits=rng.choice([2, 3, 4, 8]), group_size=8, outliers=outliers, backbone=backbone)
@@ -215,7 +221,7 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     return {
         "policy": policy,
         "budget": rng.choice([least, least + 1, least + 5, least + 17, 0.1, 0.5, 1.0]),
-        "allocation": "profile" if entry.name == "h2o_profile" else _allocation(rng, policy, entry),
-        "rerotated": entry.name == by_name["h2o_rolled"].name,
+        "allocation": "profile" if entry.name == "h2o_profile" else _allocation(rng, policy),
+        "rerotated": entry.name.startswith("h2o_rolled"),
         "packed": packed,
     }
