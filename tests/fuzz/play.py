@@ -291,7 +291,7 @@ class _Game:
     def _hide(self, rng: random.Random, live: Live) -> None:
         """A new mask makes padding of tokens that were none: what a row of a batch was given while it waited."""
         layers = live.cache.layers
-        if not live.transcript.forwards or live.entry.name == "h2o_rolled":
+        if not live.transcript.forwards or live.entry.name.startswith("h2o_rolled"):
             # the oracle reads where rolled tokens stand before it knows which of them the mask hides
             return
         if all(layer.get_seq_length() == 0 for layer in layers):
@@ -452,7 +452,7 @@ class _Game:
         with self._mode(rng, other):
             if self.case.entry.name == "hydragen":
                 self._share_prompts(rng, other)
-            elif self.case.entry.name != "h2o_rolled":
+            elif not self.case.entry.name.startswith("h2o_rolled"):
                 self._share_cache(rng, other)
         if other.cache is not None:
             self._add(rng, live, other)
