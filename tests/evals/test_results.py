@@ -187,6 +187,18 @@ def test_attention_matching_beside_kvzip():
     assert told in said("| `AttentionMatchingCache(budget=0.1)`")
 
 
+# README: | `budget=0.2, packed=GEAR(bits=4)`, the same text | `budget=0.1` |
+def test_fewer_tokens_in_fewer_bits_beside_fewer_tokens():
+    at = {"samples": 12, "length": 512, "text": WIKITEXT}
+    (plain,) = rows("allocation", method="attention_matching", budget=0.1, **at)
+    (packed,) = rows("allocation", method="attention_matching:bits=4", budget=0.2, **at)
+    line = said("| `budget=0.2, packed=GEAR(bits=4)`, the same text")
+    assert 0.3 < packed["bytes"] / plain["bytes"] < 0.37
+    assert f"{100 * packed['ratio']:.1f} % of float32's" in line
+    assert f"KL {packed['kl']:.3f} nats" in line
+    assert packed["kl"] < plain["kl"]
+
+
 # README: | SwiftKV, half skipped: perplexity lost, after least squares / 46 minutes of distillation on a CPU |
 def test_what_training_brings_back_of_swiftkv():
     base, converted, fitted, distilled = of("swiftkv")["rows"]
