@@ -5,7 +5,8 @@
                    scales and outliers, and 4 x head_dim bytes per KV head for centre and spread of the keys' channels;
                    plus the policy's state (policies/policy.py); where heads compete for the budget, as many on average,
                    32 bytes per KV head for where they lie, and 4 more per token with a log-weight; with a profile, as
-                   many as each head's share allows; packed ones of heads that differ come in blocks of 16
+                   many as each head's share allows; packed ones of heads that differ come in blocks of 16; positions
+                   and scores are as wide as the longest head, taken as twice the mean where heads compete
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and an unpacked tail of one block
     shadowkv     = on the device: low-rank keys, landmarks, and the selected, outlier and newest tokens
                    (policies/shadowkv.py); the values of all tokens are on the host
@@ -162,7 +163,8 @@ def make_plan(
         else:
             competes = allocation in COMPETING
             cache = sum(_slots(shape, kept, batch, item, policy, packed, competes, window) for window in shape.windows)
-        frequencies = 4 * (shape.head_dim // 2) if policy.uses_rotary else 0
+        rotates = policy.uses_rotary or of_cache.get("rerotated", False)
+        frequencies = 4 * (shape.head_dim // 2) if rotates else 0
         cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
         # a policy that reads a prompt twice holds all of it until then, in every layer
         in_full = batch * context * token if policy.rereads is None else full
@@ -199,6 +201,9 @@ def _slots(
     how = policy.rereads
     if competes or (how is not None and how.keeps_answers):
         counters += 4 * batch * shape.kv_heads * competes
+        if competes and budget < (window or budget + 1) - 1:
+            # positions and scores are as wide as the longest head, here taken as twice the mean
+            counters += 8 * batch * shape.kv_heads * budget
         # no more than the next query sees; where answers stay they go elsewhere, and no slot is free
         slots = min(budget, (window or budget + 1) - 1) + (how is None or not how.keeps_answers)
         fits = how is not None and how.fits > 0 and window is None

@@ -116,6 +116,7 @@ def launch_rows(
         or max(constants["KEY_GROUPS"], constants["VALUE_GROUPS"]) > 2
         or (key_coding.zeros != "group" and tile.blocks > 1)
         or (key_coding.axis == "token" and has_thirds)
+        or (tile.blocks > 2 and constants["KEY_GROUPS"] > 1)
     )
     # and two where one each would leave a GPU half empty
     warps = 2 if is_large or programs * MOST_SPLITS < resident_programs(1, query.device) else 1

@@ -18,7 +18,7 @@ from kvcompress.caches.reconstruction import RereadLayer
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
-from kvcompress.storage.ragged import RaggedSlots
+from kvcompress.storage.ragged import Fitted, RaggedSlots
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.tail import TailSegment, moved
 
@@ -190,7 +190,8 @@ class AnsweringLayer(TailedLayer, RereadLayer):
         if bias is not None:
             held = slots.bias
             assert held is not None
-            fitted = torch.cat([slots.contents()[1], value], 2), torch.cat([held, bias], -1)
+            values = torch.cat([slots.contents()[1], value], 2)
+            fitted = Fitted(values, torch.cat([held, bias], -1), torch.zeros_like(kept))
         scores = torch.zeros_like(kept, dtype=torch.float32)
         slots.refill(key, value, places, scores, kept, self._capacities(kept.sum(-1)), fitted)
         self._follow_budget(self.lengths)
@@ -205,7 +206,7 @@ class AnsweringLayer(TailedLayer, RereadLayer):
         value: Tensor,
         places: Tensor,
         kept: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Fitted:
         """Values and log-weights of slots and of a chunk, fitted to the queries of the second reading."""
         how = self.policy.rereads
         assert how is not None
@@ -216,7 +217,9 @@ class AnsweringLayer(TailedLayer, RereadLayer):
         of_chunk = torch.where(places == EMPTY, -1, 1 + (places - first) // how.chunk)
         blocks = torch.cat([torch.where(slots.positions == EMPTY, -1, 0), of_chunk], -1).long()
         bias = torch.cat([held, torch.zeros_like(places, dtype=held.dtype)], -1)
-        return match(asked, torch.cat([keys, key], 2), torch.cat([values, value], 2), bias, blocks, kept, spec)
+        keys, values = torch.cat([keys, slots.as_held(key, places)], 2), torch.cat([values, value], 2)
+        fresh, bias = match(asked, keys, values, bias, blocks, kept, spec)
+        return Fitted(fresh, bias, (fresh != values).any(-1))
 
     def _capacities(self, kept: Tensor) -> Tensor:
         # none is free, as what is decoded goes elsewhere

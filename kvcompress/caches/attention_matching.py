@@ -75,7 +75,8 @@ class AttentionMatchingCache(EvictingCache):
 
             cache = AttentionMatchingCache.from_cache(dense, input_ids, budget=0.1)
 
-        With the text that a DenseCache was fed, it is the cache that is had by feeding the text to it.
+        With the text that a DenseCache was fed, it is the cache that is had by feeding the text to it, unless it is
+        packed: then tokens are packed before it is chosen which of them stay.
 
         Args:
             other: a DenseCache, or an evicting cache that is not rerotated.

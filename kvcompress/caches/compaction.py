@@ -26,7 +26,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.layer import AttentionInput, CompressedLayer, as_stored
 from kvcompress.policies.policy import SecondReading
 from kvcompress.storage.dense import DenseSegment
-from kvcompress.storage.ragged import RaggedSlots
+from kvcompress.storage.ragged import Fitted, RaggedSlots
 from kvcompress.storage.segment import EMPTY
 
 
@@ -60,7 +60,9 @@ class CompactionStep(ChunkStep):
         if asked:
             bias = slots.bias
             assert bias is not None
-            fitted = match(asked, *slots.contents(), bias, self._blocks(slots), kept, spec)
+            keys, values = slots.contents()
+            fresh, bias = match(asked, keys, values, bias, self._blocks(slots), kept, spec)
+            fitted = Fitted(fresh, bias, (fresh != values).any(-1))
         capacities = layer._capacities(kept.sum(-1))
         slots.refill(x.key, x.value, ranking.places, ranking.scores, kept, capacities, fitted)
         layer._pin()

@@ -228,6 +228,8 @@ class EvictingCache(CompressedCache):
             "allocation": self.allocation.facts() if isinstance(self.allocation, Profile) else self.allocation,
             "rerotated": self.rerotated,
             "packed": None if self.packed is None else dataclasses.asdict(self.packed),
+            # those of files without it kept no answers in packed slots, whatever the policy says
+            "packs_answers": True,
         }
 
     @classmethod
@@ -238,6 +240,8 @@ class EvictingCache(CompressedCache):
         kind = class_named(Policy, policy.pop("of" if "of" in policy else "name"))
         chosen = kind(**policy.get("settings", policy))
         packed = None if settings["packed"] is None else GEAR(**UNROTATED | settings["packed"])
+        if not settings.pop("packs_answers", False) and packed is not None and isinstance(chosen, KVzip):
+            chosen = dataclasses.replace(chosen, keeps_answers=False)
         allocation = settings["allocation"]
         if isinstance(allocation, dict):
             # the file is of the model that it was made for

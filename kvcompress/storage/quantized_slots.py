@@ -145,6 +145,8 @@ class PackedSlots(SlotSegment):
             key: [batch, kv_heads, tokens, head_dim].
             real: [batch, 1 or kv_heads, tokens] bool.
         """
+        if not key.shape[2]:
+            return
         holds_nothing = (self.positions == EMPTY).all(-1) & real.any(-1)
         for held, learned in zip((self.centre, self.spread), _channels(key, real), strict=True):
             held.copy_(torch.where(holds_nothing[..., None], learned, held))

@@ -10,7 +10,7 @@ attends to all heads (kernels/ragged.py), and only sums and maxima of columns ru
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,18 @@ class Bucket:
     @property
     def heads(self) -> int:
         return self.stop - self.start
+
+
+class Fitted(NamedTuple):
+    """What was fitted to slots, then to a chunk's tokens.
+
+    values: [batch, kv_heads, slots + tokens, head_dim]. log_weights: [batch, kv_heads, slots + tokens] float32.
+    changed: [batch, kv_heads, slots + tokens] bool, which values are not those they had.
+    """
+
+    values: Tensor
+    log_weights: Tensor
+    changed: Tensor
 
 
 class RaggedSlots(SlotSegment):
@@ -130,6 +142,10 @@ class RaggedSlots(SlotSegment):
             key, value: [tokens, head_dim]; no keys: of values alone. heads: sequence and KV head of each, [tokens].
         """
         return {"values": value} if key is None else {"keys": key, "values": value}
+
+    def as_held(self, key: Tensor, positions: Tensor) -> Tensor:
+        """The keys of a chunk as `contents` would give them; key, positions: as `refill` takes them next."""
+        return key
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         rows, weights, starts = self._rows(), self.log_weights, change(self.starts)
@@ -338,15 +354,14 @@ class RaggedSlots(SlotSegment):
         scores: Tensor,
         kept: Tensor,
         capacities: Tensor,
-        fitted: tuple[Tensor, Tensor] | None = None,
+        fitted: Fitted | None = None,
     ) -> None:
         """Keeps some of the slots and of a chunk's tokens, in new slots.
 
         Args:
             key, value, positions, scores, kept: as in `replace`.
             capacities: [batch, kv_heads] int64 on the CPU, slots of each head, more than it keeps.
-            fitted: values [batch, kv_heads, slots + tokens, head_dim] and log-weights [batch, kv_heads, slots + tokens]
-                of slots then chunk, in place of those they have.
+            fitted: values and log-weights in place of those they have.
         """
         old, starts, held, bias = self.slots, self.starts, self._rows(), self.bias
         capacities = self._rounded(capacities)
@@ -360,20 +375,24 @@ class RaggedSlots(SlotSegment):
         self.scores = torch.nn.functional.pad(scores.gather(-1, order).masked_fill(~there, 0.0), missing)
         self._lay_out(capacities)
         if bias is not None:
-            bias = torch.cat([bias, torch.zeros_like(scores[..., old:])], -1) if fitted is None else fitted[1]
+            bias = torch.cat([bias, torch.zeros_like(scores[..., old:])], -1) if fitted is None else fitted.log_weights
             self.weigh(torch.nn.functional.pad(bias.gather(-1, order).masked_fill(~there, 0.0), missing))
         row, head, column = there.nonzero(as_tuple=True)
         source, target = order[row, head, column], self.starts[row, head] + column
         of_slots, of_chunk = source < old, source >= old
         fed = row[of_chunk], head[of_chunk], source[of_chunk] - old
         rows, chunk = {}, self._as_rows(key[fed], value[fed], fed[:2])
-        matched = {} if fitted is None else self._as_rows(None, fitted[0][row, head, source], (row, head))
+        matched, anew = {}, target[:0]
+        if fitted is not None:
+            is_new = fitted.changed[row, head, source]
+            anew, heads = target[is_new], (row[is_new], head[is_new])
+            matched = self._as_rows(None, fitted.values[(*heads, source[is_new])], heads)
         for name, stored in held.items():
             slots = stored.new_zeros(int(capacities.sum()), *stored.shape[1:])
             slots[target[of_slots]] = stored[(starts[row, head] + source)[of_slots]]
             slots[target[of_chunk]] = chunk[name]
             if name in matched:
-                slots[target] = matched[name]
+                slots[anew] = matched[name]
             rows[name] = slots
         self._set_rows(rows)
         self.spare = self.positions.argmin(-1)

@@ -17,7 +17,7 @@ from kvcompress.kernels.packed_attention import is_launched, packed_attention
 from kvcompress.kernels.quantise import dequantise, quantise
 from kvcompress.kernels.ragged import by_column
 from kvcompress.kernels.ragged_packed import ragged_packed_attention
-from kvcompress.storage.quantized_slots import LEAST, PackedSlots, QuantizedSlots, overwrite
+from kvcompress.storage.quantized_slots import LEAST, PackedSlots, overwrite
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 
@@ -62,27 +62,9 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         return found
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
-        if "starts" not in tensors:
-            # files of before December 2026, in which KVzip's heads have equally many packed slots
-            older = QuantizedSlots.load(tensors, coding=self.coding, rotates=self.rotates, dtype=self.dtype)
-            tensors = self._of_equal(older)
         self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
         self.packed = _sides(tensors)
         RaggedSlots._set(self, tensors)
-
-    def _of_equal(self, slots: QuantizedSlots) -> dict[str, Tensor]:
-        """The tensors of slots that are equally many of each head."""
-        heads = slots.positions.shape[:2]
-        rows: dict[str, Tensor] = {}
-        for side, packed in slots.packed.items():
-            rows |= self._rows_of(side, QuantizedTensor(*map(_flat, packed)))  # type: ignore[arg-type]
-        found = slots.tensors() | {
-            f"{side}.{name}": part
-            for side, packed in self._as_blocks(rows).items()
-            for name, part in packed._asdict().items()
-            if part is not None
-        }
-        return found | {"capacities": torch.full(heads, slots.slots, device=slots.positions.device)}
 
     def map_tensors(self, change: Any) -> None:
         RaggedSlots.map_tensors(self, change)
@@ -144,6 +126,14 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         for side, x in sides.items():
             found |= {name: rows[: len(x)] for name, rows in self._rows_of(side, self._encoded(side, x, heads)).items()}
         return found
+
+    def as_held(self, key: Tensor, positions: Tensor) -> Tensor:
+        self._learn(key, positions != EMPTY)
+        kv_heads, tokens = key.shape[1:3]
+        number = torch.arange(key.shape[:2].numel(), device=key.device).repeat_interleave(tokens)
+        packed = self._encoded("keys", key.flatten(0, 2), (number // kv_heads, number % kv_heads))
+        held = dequantise(packed, self.coding)[0, 0].flatten(0, 1)[: len(number)].view(key.shape)
+        return held.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
 
     def _rounded(self, capacities: Tensor) -> Tensor:
         return (capacities + BLOCK - 1) // BLOCK * BLOCK
@@ -255,8 +245,3 @@ def _sides(tensors: dict[str, Tensor]) -> dict[str, QuantizedTensor]:
         side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
         for side in _SIDES
     }
-
-
-def _flat(part: Tensor | None) -> Tensor | None:
-    """Blocks of all heads, one after another: [batch, kv_heads, blocks, ...] as [1, 1, blocks of all, ...]."""
-    return None if part is None else part.flatten(0, 2)[None, None]

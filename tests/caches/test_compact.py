@@ -51,7 +51,7 @@ def divergence(full, other):
     return float((full.exp() * (full - other)).sum(-1).mean())
 
 
-# docs: With the text that a `DenseCache` was fed it is the cache that you would have got by feeding the text to it.
+# docs: With the text that a `DenseCache` was fed it is the cache that you would have got by feeding the text to it
 @ALL_AND_WINDOWS
 @pytest.mark.parametrize("settings", [{}, {"chunk": 7}, {"budget": 0.3}, {"allocation": "pyramid"}], ids=str)
 def test_a_dense_cache_is_compacted_to_what_a_cache_fed_the_text_holds(family, settings):
@@ -482,3 +482,31 @@ def test_on_real_text_a_dense_cache_is_compacted_as_well_as_a_prompt(smollm2):
     assert abs(own - prompts) < 0.05 * prompts
     assert own < 0.6 * kvzip
     assert of_a_part > 2 * own
+
+
+def test_packed_slots_are_compacted_again_and_again():
+    """Without new tokens nothing is learnt; what stays keeps its codes, and what is fitted is packed again."""
+    model, ids = tiny(dtype=torch.bfloat16), prompt(64, 2)
+    cache = AttentionMatchingCache(model, budget=24, packed=GEAR(bits=4))
+    feed(model, cache, ids)
+    for budget in (16, 12, 10):
+        cache.compact(ids, budget=budget)
+        assert 8 <= mean_kept(cache).max() <= budget
+    assert feed(model, cache, prompt(3, 2, seed=1)).isfinite().all()
+    dense = fed(DenseCache, model, ids)
+    taken = AttentionMatchingCache.from_cache(dense, ids, budget=20, packed=GEAR(bits=8))
+    assert feed(model, taken, prompt(3, 2, seed=1)).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_values_that_nothing_was_fitted_to_keep_their_codes(bits):
+    model = tiny(dtype=torch.bfloat16)
+    cache = AttentionMatchingCache(model, budget=400, packed=GEAR(bits=bits))
+    feed(model, cache, prompt(64))
+    before = [layer.slots.contents()[1][:, :, :64].clone() for layer in cache.layers]
+    for turn in range(4):
+        feed(model, cache, prompt(2, seed=turn + 10))
+    for layer, values in zip(cache.layers, before, strict=True):
+        order = layer.slots.positions.masked_fill(layer.slots.positions < 0, 1000).argsort(-1)[..., :64]
+        now = layer.slots.contents()[1].gather(2, order[..., None].expand_as(values))
+        assert torch.equal(now, values)

@@ -10,8 +10,10 @@ import torch
 from kvcompress import TOVA, AttentionMatchingCache, EvictingCache, H2OCache, KeyDiff, KVzipCache, Policy
 from kvcompress.caches.competition import shares
 from kvcompress.policies.gear import GEAR
-from tests.contract.drive import feed, tokens_kept
+from tests.contract.caches import by_name
+from tests.contract.drive import feed, generate, tokens_kept
 from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
+from tests.contract.oracle import assert_equals_oracle
 
 INF = torch.inf
 # batches of other sizes sum in another order
@@ -211,3 +213,24 @@ def test_a_padded_row_keeps_what_it_does_alone_one_token_or_many_at_a_time(famil
     for together, single in zip(cache.layers, alone.layers, strict=True):
         held = [[sorted(p for p in head if p >= 0) for head in row] for row in together.slots.positions.tolist()]
         assert held[1] == [sorted(p for p in head if p >= 0) for head in single.slots.positions[0].tolist()]
+
+
+@pytest.mark.parametrize("budget", [64, 0.5])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_packed_heads_take_room_as_they_grow(bits, budget):
+    """From a few tokens to more than two blocks of slots, step by step and at once."""
+    model = tiny(dtype=torch.float64)
+    how = {"allocation": "heads", "packed": GEAR(bits=bits, group_size=8)}
+    entry = by_name["h2o_packed_heads"]
+    cache = H2OCache(model, budget=budget, **how)
+    with entry.recording(model, cache) as transcript:
+        generate(model, cache, prompt(12, 2), max_new_tokens=70)
+    assert torch.stack(tokens_kept(cache)).max() >= 40
+    assert_equals_oracle(model, transcript)
+    other = H2OCache(model, budget=64, **how)
+    with entry.recording(model, other) as transcript:
+        feed(model, other, prompt(12, 2))
+        other.reserve(50)
+        assert all(bool((layer.slots.capacities >= 65).all()) for layer in other.layers)
+        feed(model, other, prompt(1, 2, seed=1))
+    assert_equals_oracle(model, transcript)

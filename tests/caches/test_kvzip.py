@@ -342,3 +342,18 @@ def test_where_answers_stay_a_row_that_is_fed_one_token_among_longer_ones_is_as_
     torch.testing.assert_close(got, feed(model, alone, last[1:, :1]), rtol=1e-5, atol=1e-5)
     for mine, other in zip(together.layers, alone.layers, strict=True):
         assert (mine.slots.kept()[1] == other.slots.kept()[0]).all()
+
+
+def test_packed_slots_of_older_files_keep_no_answers(tmp_path):
+    """Whatever their policy says: it was not followed where slots were packed."""
+    model = tiny()
+    cache = KVzipCache(model, budget=12, packed=GEAR(bits=4), allocation="uniform", keeps_answers=False)
+    feed(model, cache, prompt(40))
+    settings = cache._settings()
+    del settings["packs_answers"]
+    settings["policy"]["keeps_answers"] = True
+    older = KVzipCache._rebuild(model, settings)
+    assert not older.policy.keeps_answers
+    assert [type(layer) for layer in older.layers] == [type(layer) for layer in cache.layers]
+    again = KVzipCache(model, budget=12, packed=GEAR(bits=4))
+    assert KVzipCache._rebuild(model, again._settings()).policy.keeps_answers

@@ -9,7 +9,6 @@ from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.common.split_attention import Extents
 from kvcompress.kernels.packed_attention import packed_attention_reference
 from kvcompress.kernels.ragged_packed import ragged_packed_attention, ragged_packed_attention_reference
-from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.ragged_packed import BLOCK, RaggedPackedSlots
 from kvcompress.storage.segment import EMPTY
 from tests.kernels.inputs import DEVICE, heads, packed_blocks
@@ -153,23 +152,6 @@ def test_slots_of_a_cache_attend_to_what_they_decode_to(bits, rotates):
     for side in range(2):
         wanted = held[side].scatter(2, spare[..., None, None].expand(-1, -1, 1, 64), alone.contents()[side][:, :, :1])
         torch.testing.assert_close(written[side], wanted)
-
-
-def test_equally_many_slots_of_older_files_are_read():
-    coding = QuantScheme(3, 64, "token", 1)
-    key, value = heads(2, 2, 50, 64), heads(2, 2, 50, 64)
-    older = QuantizedSlots(key, value, 60, coding, rotates=True)
-    kept = torch.rand(2, 2, older.slots + 50, device=DEVICE) < 0.7
-    kept[..., : older.slots] = False
-    places = torch.arange(50, device=DEVICE).int().expand(2, 2, -1)
-    older.replace(key, value, places, torch.rand(kept.shape, device=DEVICE), kept)
-    how = {"coding": coding, "rotates": True, "dtype": torch.float32}
-    slots = RaggedPackedSlots.load(older.dump()[0], **how)
-    assert torch.equal(slots.positions, older.positions)
-    assert torch.equal(slots.scores, older.scores)
-    assert all(map(torch.equal, slots.contents(), older.contents()))
-    again = RaggedPackedSlots.load(slots.dump()[0], **how)
-    assert all(map(torch.equal, again.contents(), older.contents()))
 
 
 def test_mismatched_shapes_are_named_in_the_error():
