@@ -78,7 +78,7 @@ def models(ends, pad):
 # docs: Rows that have ended evict nothing
 @those(lambda entry: entry.kept is slots)
 def test_a_batched_chat_of_three_turns_is_each_rows_chat_alone(entry):
-    compare(entry.build, PAD, True)
+    compare(entry.build, PAD, True, entry.dtype)
 
 
 # docs: they are recognised by a mask of 0, or by `generation_config.pad_token_id` after an end token
@@ -87,9 +87,9 @@ def test_rows_that_have_ended_are_known_by_the_mask_or_by_what_generate_feeds_th
     compare(lambda model: H2OCache(model, budget=8), pad, shows_filler)
 
 
-def compare(build_cache, pad, shows_filler):
+def compare(build_cache, pad, shows_filler, dtype=torch.float32):
     """A batched chat, and each row's chat alone."""
-    model = models(list(ENDS), pad)
+    model = models(list(ENDS), pad).to(dtype)
     # what generate takes where no token is named for it
     pad = ENDS[0] if pad is None else pad
     rows = [spoken(0), spoken(1)]
