@@ -262,6 +262,13 @@ def test_codes_that_are_read_wrongly_are_found(monkeypatch, cache):
     assert "8 bits: codes of 8 bits lose" in fault(cache)
 
 
+@pytest.mark.parametrize("cache", ["attention_matching:bits=4", "kvzip:bits=4", "h2o:allocation=heads:bits=4"])
+def test_packed_heads_that_differ_are_no_fault(cache):
+    # values that were fitted are not those that were fed
+    outcome, reason = outcomes([cache])[cache]
+    assert outcome == "OK", reason
+
+
 def test_packed_slots_that_are_read_wrongly_are_found(monkeypatch):
     def attend(self, query, *args, real=QuantizedSlots._attend, **kwargs):
         return real(self, query * 1.3, *args, **kwargs)

@@ -154,6 +154,28 @@ def test_slots_of_a_cache_attend_to_what_they_decode_to(bits, rotates):
         torch.testing.assert_close(written[side], wanted)
 
 
+@pytest.mark.parametrize("rotates", [False, True])
+def test_slots_hold_what_they_were_given(rotates):
+    """Channels far from the others are centred, and `as_held` tells what the keys will be."""
+    key, value = heads(2, 2, 48, 64), heads(2, 2, 48, 64)
+    key += 80 * (torch.arange(64, device=DEVICE) == 7)
+    places = torch.arange(48, device=DEVICE).int().expand(2, 2, -1)
+    slots = RaggedPackedSlots(key, value, 1, QuantScheme(8, 64, "token"), rotates)
+    told = slots.as_held(key, places)
+    kept = torch.rand(2, 2, 48, device=DEVICE) < torch.tensor([[[0.1], [0.9]], [[0.5], [1.0]]], device=DEVICE)
+    kept = torch.cat([kept.new_zeros(2, 2, BLOCK), kept], -1)
+    slots.refill(key, value, places, torch.zeros(kept.shape, device=DEVICE), kept, kept.sum(-1).cpu() + 1)
+    there = slots.positions != EMPTY
+    at = slots.positions.clamp(min=0).long()[..., None].expand(-1, -1, -1, 64)
+    keys, values = slots.contents()
+    assert torch.equal(keys[there], told.gather(2, at)[there])
+    for held, given in ((keys, key), (values, value)):
+        error = (held - given.gather(2, at))[there]
+        # of numbers that are about 1 large, without the channel that stands out
+        assert error.square().mean() < 0.02**2
+    assert int(there.sum()) == int(kept.sum())
+
+
 def test_mismatched_shapes_are_named_in_the_error():
     query, keys, values, coding, extents, positions, at, spec = ragged(CASES[0])
     bias, several, by_channel = torch.zeros(719), query.expand(-1, -1, 3, -1), coding._replace(axis="channel")
