@@ -214,7 +214,9 @@ class EvictingCache(CompressedCache):
             read_again(decoder, waiting, input_ids, self.padding, seen, how, all_compete)
 
     def _shown(self) -> dict[str, Any]:
-        return {"policy": self.policy, **super()._shown(), "allocation": self.allocation, "packed": self.packed}
+        shown = {"policy": self.policy, **super()._shown(), "allocation": self.allocation, "packed": self.packed}
+        del shown["packs_answers"]
+        return shown
 
     def _parts_of_others(self) -> dict[str, Any]:
         return super()._parts_of_others() | {type(self.policy).__name__: self.policy}
