@@ -35,7 +35,7 @@ from kvcompress.storage.slots import SlotSegment
 BLOCK = 32
 # the fewest tokens that the quantiser takes
 LEAST = 8
-_SIDES = ("keys", "values")
+SIDES = ("keys", "values")
 _COMPONENTS = {"codes": "codes", "scales": "scales", "zeros": "scales", "centre": "scales", "spread": "scales"}
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -54,6 +54,13 @@ class PackedSlots(SlotSegment):
     coding: QuantScheme
     dtype: torch.dtype
     rotates: bool
+
+    def _packed_tensors(self) -> dict[str, Tensor]:
+        """What is packed, and how keys were centred, by name: keys.codes, values.scales, keys.centre and so on."""
+        found = {"keys.centre": self.centre, "keys.spread": self.spread}
+        for side, packed in self.packed.items():
+            found |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
+        return found
 
     def component(self, name: str) -> str:
         part = name.partition(".")[2]
@@ -151,15 +158,23 @@ class PackedSlots(SlotSegment):
         for held, learned in zip((self.centre, self.spread), _channels(key, real), strict=True):
             held.copy_(torch.where(holds_nothing[..., None], learned, held))
 
-    def _normal(self, key: Tensor) -> Tensor:
-        """Keys [batch, kv_heads, tokens, head_dim] as they are packed."""
-        return (key.float() - self.centre[:, :, None]) / self.spread[:, :, None]
-
-    def _as_packed(self, side: str, x: Tensor) -> Tensor:
-        """Keys or values, [batch, kv_heads, tokens, head_dim], as they are packed."""
+    def _as_packed(self, side: str, x: Tensor, heads: tuple[Tensor, ...] | None = None) -> Tensor:
+        """Keys or values as packed: [batch, kv_heads, tokens, head_dim], or of these heads [tokens, head_dim]."""
         if side == "keys":
-            return self._normal(x)
+            centre, spread = self._of_channels(heads)
+            return (x.float() - centre) / spread
         return rotate(x) if self.rotates else x
+
+    def _as_fed(self, key: Tensor, heads: tuple[Tensor, ...] | None = None) -> Tensor:
+        """Keys as they were before `_as_packed`, of its shapes, in the dtype in which tokens are fed; changes them."""
+        centre, spread = self._of_channels(heads)
+        return key.mul_(spread).add_(centre).to(self.dtype)
+
+    def _of_channels(self, heads: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+        """Centre and spread for the tokens of all heads, or of these: sequences and KV heads."""
+        if heads is None:
+            return self.centre[:, :, None], self.spread[:, :, None]
+        return self.centre[heads], self.spread[heads]
 
 
 class QuantizedSlots(PackedSlots):
@@ -172,7 +187,7 @@ class QuantizedSlots(PackedSlots):
         self.coding, self.rotates = coding, rotates
         self.dtype = key.dtype
         nothing = key.new_zeros(batch, kv_heads, blocks, BLOCK, key.shape[-1])
-        self.packed = {side: quantise(nothing, coding) for side in _SIDES}
+        self.packed = {side: quantise(nothing, coding) for side in SIDES}
         self.centre = key.new_zeros(batch, kv_heads, key.shape[-1], dtype=torch.float16)
         self.spread = torch.ones_like(self.centre)
         shape = (batch, kv_heads, blocks * BLOCK)
@@ -181,11 +196,7 @@ class QuantizedSlots(PackedSlots):
         self.spare = torch.zeros(batch, kv_heads, dtype=torch.int64, device=key.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {"positions": self.positions, "scores": self.scores, "spare": self.spare}
-        found |= {"keys.centre": self.centre, "keys.spread": self.spread}
-        for side, packed in self.packed.items():
-            found |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
-        return found
+        return {"positions": self.positions, "scores": self.scores, "spare": self.spare} | self._packed_tensors()
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         self.positions, self.scores, self.spare = (tensors[name] for name in ("positions", "scores", "spare"))
@@ -195,10 +206,7 @@ class QuantizedSlots(PackedSlots):
             plain = codes.new_zeros(*codes.shape[:2], codes.shape[-1], dtype=torch.float16)
             tensors = tensors | {"keys.centre": plain, "keys.spread": plain + 1}
         self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
-        self.packed = {
-            side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
-            for side in _SIDES
-        }
+        self.packed = packed_of(tensors)
 
     @staticmethod
     def nbytes_for(batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int) -> int:  # type: ignore[override]
@@ -226,7 +234,7 @@ class QuantizedSlots(PackedSlots):
 
     def rotated_keys(self) -> Tensor:
         key = dequantise(self.packed["keys"], self.coding).flatten(2, 3)
-        return key.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
+        return self._as_fed(key)
 
     def contents(self) -> tuple[Tensor, Tensor]:
         values = dequantise(self.packed["values"], self.coding, self.dtype).flatten(2, 3)
@@ -255,7 +263,7 @@ class QuantizedSlots(PackedSlots):
         row = torch.arange(batch, device=key.device)[:, None]
         head = torch.arange(kv_heads, device=key.device)
         block, place = self.spare // BLOCK, self.spare % BLOCK
-        for side, x in zip(_SIDES, (key, value), strict=True):
+        for side, x in zip(SIDES, (key, value), strict=True):
             fresh = quantise(self._as_packed(side, x)[:, :, None].expand(-1, -1, 1, LEAST, -1), self.coding)
             packed = self.packed[side]
             overwrite(packed.codes, fresh.codes[:, :, 0], (row, head, block), place, self.coding.bits)
@@ -271,7 +279,7 @@ class QuantizedSlots(PackedSlots):
             # tokens that do not move all go to one slot that is not written
             target[..., -excess:] = self.slots
         target = target.masked_fill(~wanted, self.slots)
-        for side, x in zip(_SIDES, (key, value), strict=True):
+        for side, x in zip(SIDES, (key, value), strict=True):
             taken = x.gather(2, source[..., None].expand(-1, -1, -1, x.shape[-1]))
             fresh = quantise(self._as_packed(side, taken).unflatten(2, (-1, BLOCK)), self.coding)
             packed = self.packed[side]
@@ -311,6 +319,14 @@ def _scatter(slots: Tensor, fresh: Tensor, target: Tensor) -> None:
     room = torch.cat([flat, flat[:, :, :1]], 2)
     room.scatter_(2, target[..., None].expand(-1, -1, -1, room.shape[-1]), fresh.flatten(2, 3))
     slots.copy_(room[:, :, :-1].view_as(slots))
+
+
+def packed_of(tensors: dict[str, Tensor]) -> dict[str, QuantizedTensor]:
+    """Packed keys and values of tensors by name: keys.codes, values.scales and so on."""
+    return {
+        side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
+        for side in SIDES
+    }
 
 
 def overwrite(codes: Tensor, fresh: Tensor, where: tuple[Any, Any, Tensor], place: Tensor, bits: int) -> None:

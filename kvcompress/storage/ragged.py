@@ -43,6 +43,11 @@ class Bucket:
     def heads(self) -> int:
         return self.stop - self.start
 
+    def rows_of(self, x: Tensor, each: int = 1) -> Tensor:
+        """What these heads have of the rows of all, one for `each` slots, as [heads, 1, rows of a head, ...]."""
+        own = x.narrow(0, self.first // each, self.heads * self.capacity // each)
+        return own.view(self.heads, 1, -1, *x.shape[1:])
+
 
 class Fitted(NamedTuple):
     """What was fitted to slots, then to a chunk's tokens.
@@ -148,7 +153,7 @@ class RaggedSlots(SlotSegment):
         return key
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        rows, weights, starts = self._rows(), self.log_weights, change(self.starts)
+        weights, starts = self.log_weights, change(self.starts)
         for name in ("positions", "scores", "spare"):
             setattr(self, name, change(getattr(self, name)))
         self._lay_out(change(self.capacities).cpu())
@@ -156,8 +161,12 @@ class RaggedSlots(SlotSegment):
         # in the new order of slots, where each one was
         moved = (starts - self.starts).flatten()[self.order].repeat_interleave(sizes)
         source = torch.arange(len(moved), device=moved.device) + moved
-        self._set_rows({name: held[source] for name, held in rows.items()})
+        self._take(source)
         self.log_weights = None if weights is None else weights[source]
+
+    def _take(self, source: Tensor) -> None:
+        """Makes slots of those there were, whole heads one after another: which, [slots of all heads] int64."""
+        self.keys, self.values = self.keys[source], self.values[source]
 
     def rotated_keys(self) -> Tensor:
         return self.contents()[0]
@@ -179,14 +188,7 @@ class RaggedSlots(SlotSegment):
         log-weights, [heads, 1, capacity]."""
         stored = self._rotated_rows(), self.values, self.log_weights
         for bucket in self.buckets:
-            keys, values, weights = (
-                None
-                if x is None
-                else x.narrow(0, bucket.first, bucket.heads * bucket.capacity).view(
-                    bucket.heads, 1, bucket.capacity, *x.shape[1:]
-                )
-                for x in stored
-            )
+            keys, values, weights = (None if x is None else bucket.rows_of(x) for x in stored)
             assert keys is not None
             assert values is not None
             yield slice(bucket.start, bucket.stop), keys, values, weights

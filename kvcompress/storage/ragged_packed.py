@@ -17,12 +17,11 @@ from kvcompress.kernels.packed_attention import is_launched, packed_attention
 from kvcompress.kernels.quantise import dequantise, quantise
 from kvcompress.kernels.ragged import by_column
 from kvcompress.kernels.ragged_packed import ragged_packed_attention
-from kvcompress.storage.quantized_slots import LEAST, PackedSlots, overwrite
+from kvcompress.storage.quantized_slots import LEAST, SIDES, PackedSlots, overwrite, packed_of
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 
 BLOCK = 16
-_SIDES = ("keys", "values")
 
 
 class RaggedPackedSlots(PackedSlots, RaggedSlots):
@@ -32,7 +31,7 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
     The rest as in RaggedSlots.
     """
 
-    tensor_names = tuple(name for name in RaggedSlots.tensor_names if name not in _SIDES)
+    tensor_names = tuple(name for name in RaggedSlots.tensor_names if name not in SIDES)
 
     def __init__(
         self,
@@ -51,24 +50,29 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
 
     def _flatten(self) -> None:
         # of zeros
-        nothing = {side: getattr(self, side).flatten(0, 2).unflatten(0, (-1, BLOCK))[None, None] for side in _SIDES}
+        nothing = {side: getattr(self, side).flatten(0, 2).unflatten(0, (-1, BLOCK))[None, None] for side in SIDES}
         self.packed = {side: quantise(x, self.coding) for side, x in nothing.items()}
         del self.keys, self.values
 
     def tensors(self) -> dict[str, Tensor]:
-        found = super().tensors() | {"keys.centre": self.centre, "keys.spread": self.spread}
-        for side, packed in self.packed.items():
-            found |= {f"{side}.{name}": part for name, part in packed._asdict().items() if part is not None}
-        return found
+        return super().tensors() | self._packed_tensors()
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         self.centre, self.spread = tensors["keys.centre"], tensors["keys.spread"]
-        self.packed = _sides(tensors)
+        self.packed = packed_of(tensors)
         RaggedSlots._set(self, tensors)
 
     def map_tensors(self, change: Any) -> None:
         RaggedSlots.map_tensors(self, change)
         self.centre, self.spread = change(self.centre), change(self.spread)
+
+    def _take(self, source: Tensor) -> None:
+        # heads are whole blocks
+        blocks = source[::BLOCK] // BLOCK
+        self.packed = {
+            side: QuantizedTensor(*(None if part is None else part[:, :, blocks] for part in packed))  # type: ignore[arg-type]
+            for side, packed in self.packed.items()
+        }
 
     @staticmethod
     def nbytes_for(  # type: ignore[override]
@@ -89,11 +93,7 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         Args:
             heads: sequence and KV head of each token.
         """
-        x = x.float()
-        if side == "keys":
-            x = (x - self.centre[heads]) / self.spread[heads]
-        elif self.rotates:
-            x = rotate(x)
+        x = self._as_packed(side, x.float(), heads)
         x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % block))
         return quantise(x.unflatten(0, (-1, block))[None, None], self.coding)
 
@@ -111,14 +111,11 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
             name: rows for side, packed in self.packed.items() for name, rows in self._rows_of(side, packed).items()
         }
 
-    def _as_blocks(self, rows: dict[str, Tensor]) -> dict[str, QuantizedTensor]:
-        blocks = {name: held.unflatten(0, (-1, BLOCK))[None, None] for name, held in rows.items()}
-        for side in _SIDES:
-            blocks[f"{side}.codes"] = pack_codes(blocks[f"{side}.codes"], self.coding.bits)
-        return _sides(blocks)
-
     def _set_rows(self, rows: dict[str, Tensor]) -> None:
-        self.packed = self._as_blocks(rows)
+        blocks = {name: held.unflatten(0, (-1, BLOCK))[None, None] for name, held in rows.items()}
+        for side in SIDES:
+            blocks[f"{side}.codes"] = pack_codes(blocks[f"{side}.codes"], self.coding.bits)
+        self.packed = packed_of(blocks)
 
     def _as_rows(self, key: Tensor | None, value: Tensor, heads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         sides = {"values": value} if key is None else {"keys": key, "values": value}
@@ -133,7 +130,7 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         number = torch.arange(key.shape[:2].numel(), device=key.device).repeat_interleave(tokens)
         packed = self._encoded("keys", key.flatten(0, 2), (number // kv_heads, number % kv_heads))
         held = dequantise(packed, self.coding)[0, 0].flatten(0, 1)[: len(number)].view(key.shape)
-        return held.mul_(self.spread[:, :, None]).add_(self.centre[:, :, None]).to(self.dtype)
+        return self._as_fed(held)
 
     def _rounded(self, capacities: Tensor) -> Tensor:
         return (capacities + BLOCK - 1) // BLOCK * BLOCK
@@ -143,13 +140,15 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         return empty, empty
 
     def _decoded(self, packed: dict[str, QuantizedTensor], heads: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, [.., slots, head_dim], of blocks of these heads, numbers that shape like the first sizes."""
-        keys, values = (dequantise(packed[side], self.coding).flatten(2, 3) for side in _SIDES)
-        centre, spread = (x.flatten(0, 1)[heads] for x in (self.centre, self.spread))
-        if heads.dim() == 1:
-            centre, spread = centre[:, None, None], spread[:, None, None]
-        keys = keys.mul_(spread).add_(centre)
-        return keys.to(self.dtype), (rotate(values, back=True) if self.rotates else values).to(self.dtype)
+        """Keys and values of blocks, [any, 1, slots, head_dim].
+
+        Args:
+            heads: [any, 1, slots or 1], of which heads these are, by number.
+        """
+        keys, values = (dequantise(packed[side], self.coding).flatten(2, 3) for side in SIDES)
+        kv_heads = self.starts.shape[1]
+        keys = self._as_fed(keys, (heads // kv_heads, heads % kv_heads))
+        return keys, (rotate(values, back=True) if self.rotates else values).to(self.dtype)
 
     def contents(self) -> tuple[Tensor, Tensor]:
         sizes = self.capacities.flatten()[self.order]
@@ -159,27 +158,19 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
 
     def _stored(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         for heads, packed, weights in self._packed_by_capacity():
-            yield heads, *self._decoded(packed, self.order[heads]), weights
+            yield heads, *self._decoded(packed, self.order[heads][:, None, None]), weights
 
     def _packed_by_capacity(self) -> Iterator[tuple[slice, dict[str, QuantizedTensor], Tensor | None]]:
         """By capacity: the heads' places in `order`, their blocks [heads, 1, blocks, ...], and their log-weights
         [heads, 1, capacity]."""
+        weights = self.log_weights
         for bucket in self.buckets:
-            first, count = bucket.first // BLOCK, bucket.heads * bucket.capacity // BLOCK
             packed = {
-                side: QuantizedTensor(
-                    *(
-                        None if part is None else part[0, 0].narrow(0, first, count).unflatten(0, (bucket.heads, 1, -1))  # type: ignore[arg-type]
-                        for part in held
-                    )
-                )
+                side: QuantizedTensor(*(None if part is None else bucket.rows_of(part[0, 0], BLOCK) for part in held))  # type: ignore[arg-type]
                 for side, held in self.packed.items()
             }
-            weights = self.log_weights
-            if weights is not None:
-                weights = weights.narrow(0, bucket.first, bucket.heads * bucket.capacity)
-                weights = weights.view(bucket.heads, 1, bucket.capacity)
-            yield slice(bucket.start, bucket.stop), packed, weights
+            of_heads = None if weights is None else bucket.rows_of(weights)
+            yield slice(bucket.start, bucket.stop), packed, of_heads
 
     def decode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if self.log_weights is not None:
@@ -195,7 +186,7 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         offsets: Tensor,
         with_logits: bool,
     ) -> tuple[Tensor, ...]:
-        keys, values = (self.packed[side] for side in _SIDES)
+        keys, values = (self.packed[side] for side in SIDES)
         if is_launched(query, values, positions):
             at = query_positions.expand(len(query), -1)
             return ragged_packed_attention(
@@ -221,7 +212,7 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         head = torch.arange(kv_heads, device=key.device).repeat(batch)
         free = (self.starts + self.spare).view(1, -1)
         block, place = free // BLOCK, free % BLOCK
-        for side, x in zip(_SIDES, (key, value), strict=True):
+        for side, x in zip(SIDES, (key, value), strict=True):
             # each token as the first of a block of its own
             tokens = x.flatten(0, 2).repeat_interleave(LEAST, 0)
             heads = row.repeat_interleave(LEAST), head.repeat_interleave(LEAST)
@@ -237,11 +228,3 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
     def refill(self, key: Tensor, value: Tensor, positions: Tensor, *args: Any, **options: Any) -> None:
         self._learn(key, positions != EMPTY)
         RaggedSlots.refill(self, key, value, positions, *args, **options)
-
-
-def _sides(tensors: dict[str, Tensor]) -> dict[str, QuantizedTensor]:
-    """Packed keys and values of the tensors that are called keys.codes, values.scales and so on."""
-    return {
-        side: QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields))  # type: ignore[arg-type]
-        for side in _SIDES
-    }

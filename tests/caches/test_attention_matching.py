@@ -323,6 +323,27 @@ def test_what_is_fitted_may_be_packed():
     assert caches[2].layers[0].tail is None
 
 
+# docs: fits values and log-weights to keys as they are packed, and packs the values then
+def test_a_fit_looks_at_keys_as_they_are_packed(monkeypatch):
+    seen = []
+
+    def watched(asked, key, value, bias, blocks, kept, spec):
+        seen.append((key.clone(), blocks, kept))
+        return match(asked, key, value, bias, blocks, kept, spec)
+
+    monkeypatch.setattr("kvcompress.caches.answers.match", watched)
+    model, ids = tiny(dtype=torch.float64), prompt(60, 2)
+    cache = AttentionMatchingCache(model, budget=20, packed=GEAR(bits=2))
+    feed(model, cache, ids)
+    for layer, (keys, blocks, kept) in zip(cache.layers, seen, strict=True):
+        held, there = layer.slots.contents()[0], layer.slots.positions >= 0
+        at = layer.slots.positions.clamp(min=0).long()[..., None].expand_as(held)
+        # the slots, which are empty, stand before the text
+        of_text = keys[:, :, -ids.shape[1] :].gather(2, at)
+        torch.testing.assert_close(held[there], of_text[there])
+        assert int(there.sum()) == int((kept & (blocks > 0)).sum())
+
+
 @pytest.mark.parametrize("setting", ["chunk", "queries"])
 def test_settings_below_one_are_refused(setting):
     with pytest.raises(ValueError, match=f"{setting} must be at least 1 token, got 0"):

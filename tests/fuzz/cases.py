@@ -199,8 +199,8 @@ def _evicting(rng: random.Random, entry: Entry) -> dict[str, Any]:
     }.get(entry.name, entry.name)
     if base in POLICIES and base not in names:
         names = [base]
-    is_packed = entry.name in ("h2o_packed", "h2o_packed_heads", "attention_matching_packed")
-    if entry.name in ("h2o_packed", "h2o_packed_heads"):
+    is_packed = "_packed" in entry.name
+    if entry.name.startswith("h2o_packed"):
         names = [*names, "kvzip"]
     method = registry.METHODS[rng.choice(names)]
     assert method.kind is not None
