@@ -6,7 +6,7 @@
                    plus the policy's state (policies/policy.py); where heads compete for the budget, as many on average,
                    32 bytes per KV head for where they lie, and 4 more per token with a log-weight; with a profile, as
                    many as each head's share allows; packed ones of heads that differ come in blocks of 16; positions
-                   and scores are as wide as the longest head, taken as twice the mean where heads compete
+                   and scores are as wide as the longest head, which is more where heads compete, and not foreseen
     gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and an unpacked tail of one block
     shadowkv     = on the device: low-rank keys, landmarks, and the selected, outlier and newest tokens
                    (policies/shadowkv.py); the values of all tokens are on the host
@@ -201,16 +201,13 @@ def _slots(
     how = policy.rereads
     if competes or (how is not None and how.keeps_answers):
         counters += 4 * batch * shape.kv_heads * competes
-        if competes and budget < (window or budget + 1) - 1:
-            # positions and scores are as wide as the longest head, here taken as twice the mean
-            counters += 8 * batch * shape.kv_heads * budget
         # no more than the next query sees; where answers stay they go elsewhere, and no slot is free
         slots = min(budget, (window or budget + 1) - 1) + (how is None or not how.keeps_answers)
         fits = how is not None and how.fits > 0 and window is None
         if coding is not None:
-            # of heads that differ, the last block is half full on average
-            half_full = competes and slots < (window or slots + 1) - 1
-            slots = slots + BLOCK // 2 if half_full else RaggedPackedSlots.whole(slots)
+            # of heads that differ, the last block is half full on average; where a window binds they do not
+            differ = competes and (window is None or budget < window - 1)
+            slots = slots + BLOCK // 2 if differ else RaggedPackedSlots.whole(slots)
             return RaggedPackedSlots.nbytes_for(*size, coding, slots, fits) + counters
         return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters
     if coding is not None:
