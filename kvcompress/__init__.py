@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvcompress.cache import CompressedCache as CompressedCache
     from kvcompress.caches.attention_matching import AttentionMatchingCache as AttentionMatchingCache
+    from kvcompress.caches.basis import Basis as Basis
+    from kvcompress.caches.calibration import measure_basis as measure_basis
     from kvcompress.caches.dense import DenseCache as DenseCache
     from kvcompress.caches.evicting import EvictingCache as EvictingCache
     from kvcompress.caches.evicting import H2OCache as H2OCache
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AcrossKVCache": "swiftkv.cache",
     "AttentionMatchingCache": "caches.attention_matching",
+    "Basis": "caches.basis",
     "Candidates": "policies.policy",
     "CompressedCache": "cache",
     "DenseCache": "caches.dense",
@@ -64,6 +67,7 @@ _HOMES = {
     "SwiftKVCache": "swiftkv.cache",
     "convert": "swiftkv.conversion",
     "load_model": "loading",
+    "measure_basis": "caches.calibration",
     "measure_profile": "caches.profiling",
     "register": "policies.method",
     "release": "hf",

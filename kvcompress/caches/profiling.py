@@ -56,7 +56,7 @@ def measure_profile(
             nothing to choose of some text, or all of it.
     """
     policy = KVzip() if policy is None else policy
-    rows = [_rows(text) for text in texts]
+    rows = [rows_of(text) for text in texts]
     # numbers of NumPy and torch become Python's, which a file can hold
     given = [kept_budget(budget, policy) for budget in budgets]
     if not rows or not given:
@@ -94,7 +94,8 @@ def least_tokens(policy: Policy, budgets: Sequence[int | float]) -> int:
     return max(budget + 1 if isinstance(budget, int) else int(least / budget) + 1 for budget in budgets)
 
 
-def _rows(text: Tensor) -> Tensor:
+def rows_of(text: Tensor) -> Tensor:
+    """The text as [batch, tokens]; TypeError and ValueError where it is none."""
     if not isinstance(text, Tensor) or text.dtype not in (torch.int64, torch.int32):
         kind = text.dtype if isinstance(text, Tensor) else type(text).__name__
         raise TypeError(f"texts must be tensors of token ids, int64 or int32, got {kind}")

@@ -1,0 +1,193 @@
+"""In which directions the keys and values of a model vary, of all KV heads of a layer together, measured once.
+
+Keys before RoPE hardly depend on their place, and those of all heads of a layer move together: in the basis of their
+principal components most numbers hardly vary, and need few bits or none. (Keys without RoPE are of low rank:
+arXiv:2410.21465; a basis calibrated once, and entropy codes for files: KVTC, arXiv:2511.01815.)
+
+    x = mean + vectors @ y        y = vectors^T (x - mean), of variance `variances`, falling
+
+`kvcompress/caches/calibration.py` measures one; `GEARCache(model, basis=...)` and `save(codec=...)` use it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.hf.tensor_parallel import TPGroup
+from kvcompress.storage.durable import write_whole
+from kvcompress.storage.tensor_file import TensorFile, write_tensors
+
+_FORMAT = "kvcompress-basis-1"
+
+
+class Directions(NamedTuple):
+    """The principal components of one layer's keys, or values.
+
+    Attributes:
+        mean: [width] float32, width = kv_heads * head_dim, heads one after another.
+        vectors: [width, width] float32, orthonormal columns as float16 rounds them.
+        variances: [width] float32, of the components, falling.
+    """
+
+    mean: Tensor
+    vectors: Tensor
+    variances: Tensor
+
+    @classmethod
+    def of(cls, count: int, total: Tensor, squares: Tensor) -> Self:
+        """From `count` vectors: their sum [width] and the sum of their outer products [width, width], float64."""
+        mean = total / count
+        variances, vectors = torch.linalg.eigh(squares / count - torch.outer(mean, mean))
+        # one of two equally good signs, on every machine the same
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        vectors = (vectors * largest.sign()).flip(-1).half().float()
+        return cls(mean.half().float(), vectors, variances.flip(-1).clamp(min=0.0).float())
+
+
+class LayerBasis(NamedTuple):
+    """The directions of a layer's keys, without RoPE, and of its values."""
+
+    keys: Directions
+    values: Directions
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Basis:
+    """Directions of keys and values, of each layer of a model.
+
+        basis = Basis.load("basis.safetensors")
+        cache = GEARCache(model, bits=2, basis=basis)
+
+    layers: of each layer.
+    model: of which model; a cache refuses it for another one.
+    measured: on what, as facts that JSON can hold.
+    """
+
+    layers: tuple[LayerBasis, ...]
+    model: hf.Fingerprint
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def given(cls, basis: "Basis | str | os.PathLike[str]") -> "Basis":
+        """A basis, or the one in a file; TypeError for anything else, and errors as of `load`."""
+        if isinstance(basis, Basis):
+            return basis
+        if not isinstance(basis, str | os.PathLike):
+            raise TypeError(f"basis must be a Basis or the path of its file, got {type(basis).__name__}")
+        return cls.load(basis)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises ValueError unless this is the model that the basis was made for, whole in this process."""
+        check_whole(model)
+        self.model.check(hf.Fingerprint.of(model), "the basis")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell this basis from any other."""
+        found = hashlib.sha256()
+        for layer in self.layers:
+            for directions in layer:
+                for tensor in directions:
+                    found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it to one safetensors file, which replaces an existing one only when it is complete.
+
+        Raises:
+            ValueError: JSON cannot hold the facts.
+            OSError: the file cannot be written; an existing one is still there.
+        """
+        path = Path(path)
+        facts = {"fingerprint": dataclasses.asdict(self.model), "measured": dict(self.measured)}
+
+        def parts() -> Any:
+            for index, layer in enumerate(self.layers):
+                tensors = {}
+                for side, directions in layer._asdict().items():
+                    for name, tensor in directions._asdict().items():
+                        stored = tensor if name == "variances" else tensor.half()
+                        tensors[f"layers.{index}.{side}.{name}"] = stored
+                yield tensors, {}
+
+        def write(file: BinaryIO) -> str:
+            write_tensors(file, _FORMAT, facts, parts)
+            return path.name
+
+        write_whole(path.parent, path.name, write)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a basis that `save` wrote, on the CPU.
+
+        Raises:
+            ValueError: the file is no basis, or is damaged.
+            OSError: it cannot be read.
+        """
+        with TensorFile(path) as file:
+            given = file.metadata.get("format")
+            if given != _FORMAT:
+                raise ValueError(
+                    f"{file.path} is not a basis (format {_FORMAT!r}), got format {given!r}; kvcompress calibrate or "
+                    "measure_basis makes one"
+                )
+            if file.digest is None:
+                raise file.damaged("it has no digest")
+            try:
+                facts = json.loads(file.metadata["facts"])
+                layers = []
+                for index in range(len(facts["parts"])):
+                    sides = [
+                        Directions(
+                            *(file.tensor(f"layers.{index}.{side}.{name}").float() for name in Directions._fields)
+                        )
+                        for side in LayerBasis._fields
+                    ]
+                    layers.append(LayerBasis(*sides))
+                model, measured = hf.Fingerprint(**facts["fingerprint"]), dict(facts["measured"])
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file.path} holds no basis that this release of kvcompress reads ({error}); measure it again"
+                ) from error
+        return cls(tuple(layers), model, measured)
+
+    def __repr__(self) -> str:
+        width = self.layers[0].keys.mean.shape[0] if self.layers else 0
+        return f"<Basis of {self.model.architecture}: {len(self.layers)} layers, {width} numbers a token's keys>"
+
+    def __str__(self) -> str:
+        """The model, what it was measured on, and how many directions hold nine tenths of the variance."""
+        told = {"of": f"{self.model.architecture}, {self.model.text()}", **self.measured}
+        width = max(map(len, told))
+        lines = [f"{name:<{width}}  {value}" for name, value in told.items()]
+        lines.append(f"{'layer':>9}  directions with 90 % of the variance: keys, values; of each layer's numbers a token")
+        for index, layer in enumerate(self.layers):
+            most = [f"{nine_tenths(side.variances):>5}" for side in layer]
+            lines.append(f"{index:>9}  {' '.join(most)}  of {len(layer.keys.mean)}")
+        return "\n".join(lines)
+
+
+def nine_tenths(variances: Sequence[float] | Tensor) -> int:
+    """How many of falling variances make up 90 % of their sum."""
+    shares = torch.as_tensor(variances, dtype=torch.float64).cumsum(0)
+    return int((shares < 0.9 * shares[-1]).sum()) + 1
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raises ValueError if other processes hold some of the model's KV heads."""
+    if TPGroup.of(model) is not None:
+        raise ValueError(
+            "a basis spans all KV heads of a layer, but this process has only some of them: load the model without "
+            "tp_plan"
+        )
