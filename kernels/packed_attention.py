@@ -35,6 +35,7 @@ from kvcompress.kernels.common.packed_tile import (
 from kvcompress.kernels.common.quantized import (
     QuantizedTensor,
     QuantScheme,
+    block_of,
     check_coding,
     coding_constants,
     empty_packed,
@@ -153,9 +154,7 @@ def _check(
 ) -> None:  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     kv_heads, blocks = keys.codes.shape[1:3]
-    block, value_block = (
-        packed.codes.shape[3] * 8 // coding.bits for packed, coding in ((keys, key_coding), (values, value_coding))
-    )
+    block, value_block = (block_of(packed, coding) for packed, coding in ((keys, key_coding), (values, value_coding)))
     if (
         keys.codes.shape[:3] != values.codes.shape[:3]
         or block != value_block
@@ -204,7 +203,7 @@ def launch_packed(
     are not asked for."""
     batch, heads, queries, head_dim = query.shape
     kv_heads = keys.codes.shape[1] if extents is None else positions.shape[1]
-    block = keys.codes.shape[3] * 8 // key_coding.bits
+    block = block_of(keys, key_coding)
     group, tokens, value_dim = heads // kv_heads, positions.shape[-1], values.codes.shape[-1]
     blocks = tokens // block
     few = takes_rows(query, keys, values, key_coding, value_coding, kv_heads)
@@ -409,7 +408,10 @@ def _packed_kernel(
         ahead, place = tile_tokens(offset, 1, BLOCK, PLANES, RUN, TILE_BLOCKS)  # [T]
         token_ok = block + ahead < held
         token = (block + ahead) * BLOCK + place
-        if KEY_CENTRED:
+        if KEY_BITS == 16:
+            key_at = ((key_base + block + ahead) * BLOCK + place) * HEAD_DIM
+            key = load_tile(key_codes_ptr, key_at, token_ok, 0, DIM, HEAD_DIM)
+        elif KEY_CENTRED:
             key = load_codes(
                 key_codes_ptr, key_base, block, held, offset, dim, KEY_BITS, HEAD_DIM, DIM,
                 BLOCK, PLANES, RUN, TILE_BLOCKS,

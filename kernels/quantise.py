@@ -36,6 +36,7 @@ from torch import Tensor
 
 from kvcompress.kernels.common.packed_tile import planes_of
 from kvcompress.kernels.common.quantized import (
+    PLAIN,
     Axis,
     QuantizedTensor,
     QuantScheme,
@@ -53,7 +54,7 @@ _LARGEST = 65504.0
 # by bits, a scale to begin with, in root mean squares of a group: what loses least of normally distributed numbers
 FIRST_SCALES = {2: 0.9957, 3: 0.586, 4: 0.3352}
 # how often a scale is fitted to the levels that are nearest
-_FITS = 3
+FITS = 3
 
 
 @op(fake=lambda x, coding: empty_packed(x, coding))
@@ -125,10 +126,10 @@ def _centred(x: Tensor, unknown: Tensor, coding: QuantScheme) -> QuantizedTensor
         x = x - zeros.float()
     grouped, real = _group(x, coding, 0.0), _group(torch.ones_like(x[:1, :1, :1, :1]), coding, 0.0)
     scales = (grouped.square().sum(-1) / real.sum(-1)).sqrt().mul(FIRST_SCALES[coding.bits]).half()
-    for fit in range(_FITS + 1):
+    for fit in range(FITS + 1):
         steps = scales.float()[..., None]
         codes = nearest_codes(grouped * torch.where(steps > 0, 1.0 / steps, 0.0), coding)
-        if fit < _FITS:
+        if fit < FITS:
             levels = (codes - coding.middle) * real
             # never zero: no level is
             scales = ((grouped * levels).sum(-1) / levels.square().sum(-1)).clamp_(0.0, _LARGEST).half()
@@ -149,6 +150,8 @@ def dequantise(
     Returns:
         [batch, kv_heads, blocks, block, head_dim].
     """
+    if coding == PLAIN:
+        return packed.codes.to(dtype)
     x = unpack_codes(packed.codes, coding.bits).float()
     if coding.zeros == "group":
         assert packed.zeros is not None
@@ -255,7 +258,7 @@ def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, fl
         "CENTRED": coding.zeros != "group",
         "MIDDLE": coding.middle,
         "FIRST": FIRST_SCALES.get(coding.bits, 0.0),
-        "FITS": _FITS,
+        "FITS": FITS,
         "HEAD_DIM": head_dim,
         "BLOCK": block,
         "PLANES": planes,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, check_coding, empty_packed
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, block_of, check_coding, empty_packed
 from kvcompress.kernels.common.runtime import op, shaped
 from kvcompress.kernels.common.split_attention import Extents
 from kvcompress.kernels.packed_attention import empty_result, is_launched, launch_packed, packed_attention_reference
@@ -74,7 +74,7 @@ def ragged_packed_attention_reference(
     with_logits: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """What ragged_packed_attention means, in plain PyTorch."""
-    block = _block(keys, coding)
+    block = block_of(keys, coding)
     columns = torch.arange(positions.shape[2], device=positions.device)
     beyond = columns >= extents.capacities[..., None]
     number = torch.arange(positions.shape[2] // block, device=positions.device)
@@ -91,15 +91,11 @@ def ragged_packed_attention_reference(
     )  # fmt: skip
 
 
-def _block(keys: QuantizedTensor, coding: QuantScheme) -> int:
-    return keys.codes.shape[3] * 8 // coding.bits
-
-
 def _check(
     query: Tensor, keys: QuantizedTensor, values: QuantizedTensor, coding: QuantScheme, extents: Extents,
     positions: Tensor, offsets: Tensor | None, bias: Tensor | None, with_logits: bool,
 ) -> None:  # fmt: skip
-    heads, block, slots = positions.shape[:2], _block(keys, coding), keys.codes.shape[2] * _block(keys, coding)
+    heads, block, slots = positions.shape[:2], block_of(keys, coding), keys.codes.shape[2] * block_of(keys, coding)
     if (
         query.shape[0] != heads[0]
         or query.shape[1] % heads[1]

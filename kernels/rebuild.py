@@ -88,7 +88,7 @@ def rebuild_warps(head_dim: int, element_size: int) -> int:
 
 
 @triton.jit
-def _cos_sin(angle):
+def cos_sin(angle):
     # cosine and sine of angles up to 1e5 to the last digits; the device's own keep a table in local memory for those
     # beyond. First to the nearest quarter turn, subtracted in three parts of few bits, then by polynomials made for an
     # eighth of a turn
@@ -196,7 +196,7 @@ def rebuild_slots(
             else:
                 a, b = tl.split(tl.permute(tl.reshape(turned, [TOKENS, 2, PAIRS_SIDE]), (0, 2, 1)))
             angle = place.to(tl.float32)[:, None] * tl.load(inv_freq_ptr + pair, mask=pair_ok, other=0.0)[None, :]
-            cos, sin = _cos_sin(angle)
+            cos, sin = cos_sin(angle)
             cos, sin = cos * scaling, sin * scaling
             store = ok[:, None] & pair_ok[None, :]
             kind = keys_ptr.dtype.element_ty

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import (
+    PLAIN,
     QuantizedTensor,
     QuantScheme,
+    block_of,
     spread_groups,
     unpack_codes,
 )
@@ -98,7 +100,9 @@ def _key_products(
     rows: Tensor, keys: QuantizedTensor, coding: QuantScheme, pieces: list[slice], spans: Tensor | None, room: Tensor
 ) -> Tensor:
     """rows @ keys^T, [batch, kv_heads, rows, tokens]."""
-    blocks, block = keys.codes.shape[2], keys.codes.shape[3] * 8 // coding.bits
+    if coding == PLAIN:
+        return rows @ keys.codes.to(rows.dtype).flatten(2, 3).mT
+    blocks, block = keys.codes.shape[2], block_of(keys, coding)
     per_block = block // min(coding.group, block) if coding.axis == "channel" else 1
     # [batch, kv_heads, groups, rows, tokens of a group]
     products = rows.new_empty(*rows.shape[:2], blocks * per_block, rows.shape[2], block // per_block)
@@ -138,7 +142,7 @@ def _value_products(
     room: Tensor,
 ) -> Tensor:
     """weights @ values, [batch, kv_heads, rows, value_dim]."""
-    block, value_dim = values.codes.shape[3] * 8 // coding.bits, values.codes.shape[-1]
+    block, value_dim = block_of(values, coding), values.codes.shape[-1]
     out = weights.new_zeros(*weights.shape[:3], value_dim)
     folded = _is_folded(values, coding, weights.shape[2], "token", value_dim)
     if folded:

@@ -33,7 +33,7 @@ from kvcompress.kernels.common.packed_words import (
     plane_words,
     turn_of,
 )
-from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
+from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, block_of
 from kvcompress.kernels.common.runtime import launch, runs_ptx, tl, triton
 from kvcompress.kernels.common.split_attention import MOST_SPLITS, Extents, even_parts, resident_programs
 from kvcompress.kernels.common.tile import LOG2E, MIN_SIDE, bound_logits, dot, tile_width, wide
@@ -60,7 +60,7 @@ def takes_rows(
     rows, widest = queries * (heads // kv_heads), max(size for _, _, size in sides)
     if query.dtype == torch.float32 or rows > MIN_SIDE or widest > _WIDEST or value_coding.axis != "token":
         return False
-    block = keys.codes.shape[3] * 8 // key_coding.bits
+    block = block_of(keys, key_coding)
     tile = tile_shape(block, [key_coding.bits, value_coding.bits], _TOKENS)
     # of a pair of tokens in an operand both third bits must stand alike; of long blocks registers do not suffice
     if (3 in (key_coding.bits, value_coding.bits) and block < 16) or (key_coding.bits == 3 and block > 64):
@@ -99,7 +99,7 @@ def launch_rows(
         extents: of heads that differ in how many slots they have, whose blocks lie one after another.
     """
     batch, heads, queries, _ = query.shape
-    kv_heads, block = positions.shape[1] if extents else keys.codes.shape[1], keys.codes.shape[3] * 8 // key_coding.bits
+    kv_heads, block = positions.shape[1] if extents else keys.codes.shape[1], block_of(keys, key_coding)
     value_dim, tokens, group = values.codes.shape[-1], positions.shape[-1], heads // kv_heads
     blocks = tokens // block
     tile = tile_shape(block, [key_coding.bits, value_coding.bits], _TOKENS)

@@ -52,6 +52,11 @@ class QuantScheme(NamedTuple):
         return codes + 2 * (groups[0] * groups[1] + zeros) + 6 * self.outliers * vectors + 2 * block * self.rank
 
 
+# keys that are not packed, beside values that are: `QuantizedTensor.codes` are the numbers, [batch, kv_heads, blocks,
+# block, head_dim]
+PLAIN = QuantScheme(16, 256, "token")
+
+
 class QuantizedTensor(NamedTuple):
     """Blocks of tokens as `quantise` packs them; every block is independent of the others.
 
@@ -74,6 +79,12 @@ class QuantizedTensor(NamedTuple):
     outlier_index: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
+
+
+def block_of(packed: QuantizedTensor, coding: QuantScheme) -> int:
+    """Tokens of a block."""
+    rows = packed.codes.shape[3]
+    return rows if coding == PLAIN else rows * 8 // coding.bits
 
 
 def check_coding(coding: QuantScheme, block: int, head_dim: int) -> None:
