@@ -264,7 +264,7 @@ def calibrated_attention(
     kv_heads = values.codes.shape[1]
     answers = []
     for some in _runs(query, keys, kv_heads, by_kernel):
-        part, of_part = keys.of_blocks(some), _some_blocks(values, some)
+        part, of_part = keys.of_blocks(some), values.of_blocks(some)
         places = positions[..., some.start * keys.block : some.stop * keys.block]
         if by_kernel:
             key, run = _rebuilt(part, decoder, kv_heads, query.dtype), launch_packed
@@ -291,9 +291,8 @@ def calibrated_attention_reference(
     query_positions: Tensor,
     spec: LogitSpec,
 ) -> tuple[Tensor, Tensor]:
-    """What calibrated_attention means, in plain PyTorch: attention to what keys and values decode to."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    key = decoded_keys(keys, decoder, values.codes.shape[1], dtype)
+    """What calibrated_attention means, in plain PyTorch: attention to decoded keys, in query's dtype, and values."""
+    key = decoded_keys(keys, decoder, values.codes.shape[1], query.dtype)
     found = packed_attention_reference(
         query, QuantizedTensor(key, key), values, PLAIN, value_coding, positions, query_positions, spec
     )
@@ -310,10 +309,6 @@ def _runs(query: Tensor, keys: CalibratedKeys, kv_heads: int, by_kernel: bool) -
     numbers = batch * kv_heads * keys.block * query.shape[-1]
     step = max(1, _AT_ONCE["cuda" if by_kernel or query.is_cuda else "cpu"] // max(1, numbers))
     return [slice(first, min(blocks, first + step)) for first in range(0, blocks, step)]
-
-
-def _some_blocks(values: QuantizedTensor, some: slice) -> QuantizedTensor:
-    return QuantizedTensor(*(None if part is None else part[:, :, some] for part in values))  # type: ignore[arg-type]
 
 
 def _check(

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
+from kvcompress.caches.basis import Basis
 from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
 from kvcompress.policies.method import is_own
@@ -221,6 +222,8 @@ class CompressedCache(hf.AttendingCache):
             fetched += layer.fetched_bytes()
             members.setdefault("counters", []).extend(layer.counters().values())
             members.setdefault("statistics", []).extend(layer.statistics().values())
+            for name, tensors in layer.constants().items():
+                members.setdefault(name, []).extend(tensors)
             if layer.kv_shape is not None:
                 size = full_cache_bytes(int(layer.get_seq_length()), layer.window, layer.kv_shape, layer.dtype)
                 full, elements = full + size, elements + size // layer.dtype.itemsize
@@ -343,17 +346,28 @@ class CompressedCache(hf.AttendingCache):
 
     @classmethod
     @as_stored()
-    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, *, host: str | None = None) -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        *,
+        host: str | None = None,
+        basis: Basis | str | os.PathLike[str] | None = None,
+    ) -> Self:
         """Reads a cache that `save` wrote, for the model that filled it, onto the devices of the model's layers.
 
         Args:
             host: for a cache that keeps values off the device, where to put them, as ShadowKVCache takes it; None for
                 where they were.
+            basis: for a cache that packs in a calibrated basis, which the file names and does not hold: the basis, or
+                the path of its file. None: one that this process uses already.
 
         Raises:
             ValueError: the file is not a cache of this class, is damaged, or was made with another model; or `host` is
                 invalid, or given for a cache that keeps nothing off the device.
         """
+        # held while the file is read, which names it
+        _held = None if basis is None else Basis.given(basis)
         with TensorFile(path) as file:
             if file.metadata.get("format") == _FIRST_FORMAT:
                 warn_of_unchecked(path)

@@ -240,6 +240,10 @@ class CompressedLayer(hf.CacheLayerMixin):
         """What the layer's policy stores about whole sequences, by name."""
         return {}
 
+    def constants(self) -> dict[str, list[Tensor]]:
+        """What the layer computes with that no token changes, and other caches of the model may share, by component."""
+        return {}
+
     def fetched_bytes(self) -> int:
         """Bytes that were off the device and moved to it, since the layer was built or loaded."""
         return 0

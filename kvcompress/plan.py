@@ -25,14 +25,17 @@ from transformers import AutoModelForCausalLM
 
 from kvcompress import hf, loading, registry
 from kvcompress.caches.allotment import Allotment
+from kvcompress.caches.basis import Basis
 from kvcompress.caches.budget import COMPETING, Budget
 from kvcompress.caches.evicting import kept_budget
 from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.caches.shadowkv import selected_budget
+from kvcompress.kernels.calibrated import CalibratedScheme
 from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.shadowkv import ShadowKV
+from kvcompress.storage.key_codec import KeyCodec, scheme_for
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
@@ -137,8 +140,16 @@ def make_plan(
         weights = shape.parameters * item
         if method.name in ("gear", "kivi"):
             named = settings.pop("preset", "default" if method.name == "gear" else method.name)
+            path = settings.pop("basis", None)
             codes = preset(named, **settings)
-            cache = sum(_packed(shape, codes, context, window, batch, item) for window in shape.windows)
+            schemes: list[CalibratedScheme | None] = [None] * len(shape.windows)
+            if path is not None:
+                codes = codes.calibrated()
+                schemes = [scheme_for(each.keys.variances, codes.bits) for each in Basis.load(path).layers]
+            cache = sum(
+                _packed(shape, codes, context, window, batch, item, scheme)
+                for window, scheme in zip(shape.windows, schemes, strict=True)
+            )
             needs.append(Need(spec, None, weights, cache, full, activations + batch * context * token))
             continue
         if method.name in ("none", "hydragen"):
@@ -267,8 +278,17 @@ def _asked(shape: Shape, policy: Policy, context: int) -> int:
     )
 
 
-def _packed(shape: Shape, settings: GEAR, context: int, window: int | None, batch: int, item: int) -> int:
-    """Bytes of one layer of GEAR after a prefill of the whole context: blocks of codes, and the tail."""
+def _packed(
+    shape: Shape,
+    settings: GEAR,
+    context: int,
+    window: int | None,
+    batch: int,
+    item: int,
+    scheme: CalibratedScheme | None = None,
+) -> int:
+    """Bytes of one layer of GEAR after a prefill of the whole context: blocks of codes, and the tail; with a scheme,
+    of keys in a calibrated basis, which counts too."""
     block, size = settings.buffer, (batch, shape.kv_heads, shape.head_dim)
     sinks = settings.sinks if window is None and context > DRAFT else 0
     full = max(0, context - sinks) // block if context > DRAFT else 0
@@ -276,7 +296,9 @@ def _packed(shape: Shape, settings: GEAR, context: int, window: int | None, batc
     skipped = 0 if window is None else min(max(0, (context - window - DRAFT) // block), full)
     codings = settings.codings(shape.head_dim, settings.rank)
     room = max(block, context - sinks - full * block) + sinks
-    return QuantizedBlocks.nbytes_for(*size, codings, block, full - skipped) + TailSegment.nbytes_for(*size, item, room)
+    blocks = QuantizedBlocks.nbytes_for(*size, codings, block, full - skipped, scheme)
+    basis = 0 if scheme is None else KeyCodec.nbytes_for(scheme, shape.kv_heads * shape.head_dim, item)
+    return blocks + TailSegment.nbytes_for(*size, item, room) + basis
 
 
 def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:

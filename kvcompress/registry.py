@@ -50,7 +50,7 @@ SPELLINGS = {
 # what a spec may set of an evicting cache, beside its policy's own settings; a file is a Profile's
 _OF_CACHE: dict[str, Any] = {"allocation": Allocation | Path, "rerotated": bool}
 _OF_CODES = {name: declared(GEAR)[name] for name in ("bits", "group_size", "outliers", "hadamard")}
-_OF_GEAR = {"preset": str, **declared(GEAR)}
+_OF_GEAR = {"preset": str, "basis": str, **declared(GEAR)}
 
 
 @dataclass(frozen=True)

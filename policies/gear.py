@@ -26,7 +26,7 @@ bits for keys and 3 for values, which are rotated first, and the first 4 tokens 
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 from kvcompress.kernels.common.quantized import QuantScheme, check_coding
 from kvcompress.policies.settings import settle
@@ -110,6 +110,21 @@ class GEAR:
         if self.centred is None:
             return self.hadamard and self.bits == 2 and self.value_bits in (None, 2) and not self.outliers
         return self.centred
+
+    def calibrated(self) -> Self:
+        """The same where keys are packed in a calibrated basis: values, if rotated, are then coded around 0.
+
+        Raises:
+            ValueError: a setting that does not go with it.
+        """
+        if self.rank or self.rank_decode or self.outliers or self.backbone != "kivi":
+            raise ValueError(
+                "keys in a calibrated basis are packed without a low-rank part, outliers and the backbone 'whole', got "
+                f"rank={self.rank}, rank_decode={self.rank_decode}, outliers={self.outliers}, backbone="
+                f"{self.backbone!r}"
+            )
+        few = self.bits <= 4 and (self.value_bits or 0) <= 4
+        return replace(self, centred=self.hadamard and few) if self.centred is None else self
 
     def codings(self, head_dim: int, rank: int) -> tuple[QuantScheme, QuantScheme]:
         """How keys and values of this head_dim are encoded.

@@ -106,7 +106,9 @@ class Study:
                 apart = [part for layer in layers for part in (layer.first, layer.tail) if part is not None]
                 in_tail = sum(sum(part.held) * 2 * part.keys[0, :, 0].numel() for part in apart)
                 packed = numbers - in_tail
-                bits = 8 * (report.total_bytes - report.by_component["tail"]) / packed if packed else None
+                # a basis does not grow with the text
+                beside = report.by_component["tail"] + report.by_component.get("basis", 0)
+                bits = 8 * (report.total_bytes - beside) / packed if packed else None
                 all_bits = report.bits_per_element
             return self._compare(setting, bits, all_bits, cache)
 

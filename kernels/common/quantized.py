@@ -80,6 +80,11 @@ class QuantizedTensor(NamedTuple):
     left: Tensor | None = None
     right: Tensor | None = None
 
+    def of_blocks(self, blocks: slice) -> "QuantizedTensor":
+        """Views of some blocks; the bases stay."""
+        parts = (None if part is None else part[:, :, blocks] for part in self[:6])
+        return QuantizedTensor(*parts, self.right)  # type: ignore[arg-type]
+
 
 def block_of(packed: QuantizedTensor, coding: QuantScheme) -> int:
     """Tokens of a block."""

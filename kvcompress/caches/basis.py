@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,33 +27,12 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.storage.durable import write_whole
+from kvcompress.storage.key_codec import Directions as Directions
 from kvcompress.storage.tensor_file import TensorFile, write_tensors
 
 _FORMAT = "kvcompress-basis-1"
-
-
-class Directions(NamedTuple):
-    """The principal components of one layer's keys, or values.
-
-    Attributes:
-        mean: [width] float32, width = kv_heads * head_dim, heads one after another.
-        vectors: [width, width] float32, orthonormal columns as float16 rounds them.
-        variances: [width] float32, of the components, falling.
-    """
-
-    mean: Tensor
-    vectors: Tensor
-    variances: Tensor
-
-    @classmethod
-    def of(cls, count: int, total: Tensor, squares: Tensor) -> Self:
-        """From `count` vectors: their sum [width] and the sum of their outer products [width, width], float64."""
-        mean = total / count
-        variances, vectors = torch.linalg.eigh(squares / count - torch.outer(mean, mean))
-        # one of two equally good signs, on every machine the same
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        vectors = (vectors * largest.sign()).flip(-1).half().float()
-        return cls(mean.half().float(), vectors, variances.flip(-1).clamp(min=0.0).float())
+# by digest, those in use: a saved cache names its basis, and does not hold it
+_KNOWN: weakref.WeakValueDictionary[str, "Basis"] = weakref.WeakValueDictionary()
 
 
 class LayerBasis(NamedTuple):
@@ -81,11 +61,26 @@ class Basis:
     @classmethod
     def given(cls, basis: "Basis | str | os.PathLike[str]") -> "Basis":
         """A basis, or the one in a file; TypeError for anything else, and errors as of `load`."""
-        if isinstance(basis, Basis):
-            return basis
-        if not isinstance(basis, str | os.PathLike):
-            raise TypeError(f"basis must be a Basis or the path of its file, got {type(basis).__name__}")
-        return cls.load(basis)
+        if not isinstance(basis, Basis):
+            if not isinstance(basis, str | os.PathLike):
+                raise TypeError(f"basis must be a Basis or the path of its file, got {type(basis).__name__}")
+            basis = cls.load(basis)
+        _KNOWN[basis.digest] = basis
+        return basis
+
+    @classmethod
+    def known(cls, digest: str) -> "Basis":
+        """The basis with this digest that something in this process uses.
+
+        Raises:
+            ValueError: nothing does.
+        """
+        if digest not in _KNOWN:
+            raise ValueError(
+                f"what the file holds was packed in the basis {digest}, which a file of its own holds: give that file, "
+                f"as load(path, model, basis=...); bases in use: {', '.join(sorted(_KNOWN)) or 'none'}"
+            )
+        return _KNOWN[digest]
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises ValueError unless this is the model that the basis was made for, whole in this process."""
@@ -171,7 +166,7 @@ class Basis:
         told = {"of": f"{self.model.architecture}, {self.model.text()}", **self.measured}
         width = max(map(len, told))
         lines = [f"{name:<{width}}  {value}" for name, value in told.items()]
-        lines.append(f"{'layer':>9}  directions with 90 % of the variance: keys, values; of each layer's numbers a token")
+        lines.append(f"{'layer':>9}  directions with 90 % of the variance: of keys, of values")
         for index, layer in enumerate(self.layers):
             most = [f"{nine_tenths(side.variances):>5}" for side in layer]
             lines.append(f"{index:>9}  {' '.join(most)}  of {len(layer.keys.mean)}")

@@ -45,8 +45,8 @@ def measure_basis(model: PreTrainedModel, texts: Sequence[Tensor], *, source: st
     _, kv_heads, head_dim = hf.head_counts(hf.text_config(model))
     if tokens < kv_heads * head_dim:
         raise ValueError(
-            f"a basis of {type(model).__name__} takes texts of at least {kv_heads * head_dim} tokens in all, as many as "
-            f"a layer has numbers for a token's keys, without the first {SINKS} of each; got {tokens}"
+            f"a basis of {type(model).__name__} takes texts of at least {kv_heads * head_dim} tokens in all, without "
+            f"the first {SINKS} of each: as many as a layer has numbers for a token's keys; got {tokens}"
         )
     cache = _SummingCache(model)
     for text in rows:

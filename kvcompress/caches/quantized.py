@@ -9,15 +9,19 @@ a sliding window can take back 32 tokens of a prompt's own forward, or as many a
 """
 
 import dataclasses
+import os
 from typing import Any, Self
 
 from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
+from kvcompress.caches.basis import Basis
 from kvcompress.caches.quantized_layer import QuantizedLayer
 from kvcompress.layer import CompressedLayer, as_stored
 from kvcompress.policies.gear import GEAR, UNROTATED, Backbone, preset
+from kvcompress.storage.key_codec import KeyCodec
+from kvcompress.storage.rope import Rope
 
 
 class GEARCache(CompressedCache):
@@ -42,6 +46,7 @@ class GEARCache(CompressedCache):
         sinks: int = GEAR.sinks,
         hadamard: bool = GEAR.hadamard,
         centred: bool | None = GEAR.centred,
+        basis: Basis | str | os.PathLike[str] | None = None,
     ) -> None:
         """
         Args:
@@ -60,10 +65,16 @@ class GEARCache(CompressedCache):
             hadamard: rotate values by a Hadamard matrix with random signs before they are packed (arXiv:2404.00456).
             centred: rotate keys too, around the mean of their block, and let codes stand for levels around 0, without
                 zero points; None: with 2 bits and no outliers.
+            basis: pack keys in directions that were calibrated for this model, of all heads together, before RoPE: a
+                `Basis`, or the path of its file (`kvcompress calibrate`). `bits` is then what a number of a key gets on
+                average. Loses least, and each step decodes all keys anew (kernels/calibrated.py).
 
         Raises:
-            ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not support.
+            ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not support; with
+                a basis, one of another model, or settings that it does not go with.
+            TypeError: basis is neither a Basis nor a path.
         """
+        self.basis = None if basis is None else Basis.given(basis)
         self.settings = GEAR(
             bits=bits,
             group_size=group_size,
@@ -77,18 +88,28 @@ class GEARCache(CompressedCache):
             hadamard=hadamard,
             centred=centred,
         )
+        if self.basis is not None:
+            self.basis.check(model)
+            self.settings = self.settings.calibrated()
         head_dim = hf.head_counts(hf.text_config(model))[2]
         self.settings.codings(head_dim, max(rank, rank_decode))
         super().__init__(model)
 
     @classmethod
-    def preset(cls, model: PreTrainedModel, name: str, **changes: Any) -> "GEARCache":
+    def preset(
+        cls,
+        model: PreTrainedModel,
+        name: str,
+        *,
+        basis: Basis | str | os.PathLike[str] | None = None,
+        **changes: Any,
+    ) -> "GEARCache":
         """A cache with the settings of a preset (policies/gear.py), and changes to them.
 
         Raises:
             ValueError: there is no preset of this name.
         """
-        return GEARCache(model, **dataclasses.asdict(preset(name, **changes)))
+        return GEARCache(model, **dataclasses.asdict(preset(name, **changes)), basis=basis)
 
     @as_stored()
     def fill(self, full: hf.Cache) -> Self:
@@ -121,15 +142,27 @@ class GEARCache(CompressedCache):
         return self
 
     def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return QuantizedLayer(self.padding, self.settings, window, is_first=index == 0)
+        codec = None
+        if self.basis is not None:
+            model = self._model()
+            assert model is not None
+            kv_heads = hf.head_counts(hf.text_config(model))[1]
+            device, rope = hf.layer_device(model, index), Rope.of(model, index)
+            codec = KeyCodec(self.basis.layers[index].keys, kv_heads, rope, self.settings.bits, device)
+        return QuantizedLayer(self.padding, self.settings, window, index == 0, codec)
 
     def _settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.settings)
+        # a file names the basis, and does not hold it
+        named = {} if self.basis is None else {"basis": self.basis.digest}
+        return dataclasses.asdict(self.settings) | named
 
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         cache = cls.__new__(cls)
-        GEARCache.__init__(cache, model, **UNROTATED | settings)
+        settings = UNROTATED | settings
+        if settings.get("basis") is not None:
+            settings["basis"] = Basis.known(settings["basis"])
+        GEARCache.__init__(cache, model, **settings)
         return cache
 
 

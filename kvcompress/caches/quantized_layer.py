@@ -16,6 +16,7 @@ from kvcompress.caches.compiled_steps import CompiledTailStep, TailedLayer, pin
 from kvcompress.caches.quantized_step import QuantizedStep
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.gear import GEAR
+from kvcompress.storage.key_codec import KeyCodec
 from kvcompress.storage.padding import PaddingRecord, warn_of_short_windows
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.segment import EMPTY, Segment
@@ -35,15 +36,22 @@ class QuantizedLayer(TailedLayer):
     reserves_on_gpu = True
 
     def __init__(
-        self, padding: PaddingRecord, settings: GEAR, window: int | None = None, is_first: bool = False
+        self,
+        padding: PaddingRecord,
+        settings: GEAR,
+        window: int | None = None,
+        is_first: bool = False,
+        codec: KeyCodec | None = None,
     ) -> None:
         """
         Args:
             settings: how tokens are encoded.
             padding, window, is_first: as in CompressedLayer.
+            codec: of a calibrated basis, which packs the keys; None: they are packed as the settings say.
         """
         super().__init__(padding, window, is_first)
         self.settings = settings
+        self.codec = codec
         self.prompt: QuantizedBlocks | None = None
         self.decoded: QuantizedBlocks | None = None
         # the first tokens of rows that have packed some; not on a sliding layer, where they would soon be out of sight
@@ -64,6 +72,9 @@ class QuantizedLayer(TailedLayer):
         if self.tail is None:
             return []
         return [*self._packed(), *([] if self.first is None else [self.first]), self.tail]
+
+    def constants(self) -> dict[str, list[Tensor]]:
+        return super().constants() if self.codec is None else {"basis": self.codec.tensors()}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         self._look()
@@ -289,7 +300,7 @@ class QuantizedLayer(TailedLayer):
     def _target(self, head_dim: int, of_prompt: bool) -> QuantizedBlocks:
         settings = self.settings
         if self.prompt is None:
-            how = settings.buffer, settings.hadamard
+            how = settings.buffer, settings.hadamard, self.codec
             self.prompt = QuantizedBlocks(settings.codings(head_dim, settings.rank), *how)
             self.decoded = self.prompt
             if settings.rank_decode != settings.rank:
@@ -411,7 +422,7 @@ class QuantizedLayer(TailedLayer):
         for name in ("prompt", "decoded"):
             if part := _under(f"{name}.", tensors):
                 target = self._target(self.tail.keys.shape[-1], name == "prompt")
-                how = {"codings": target.codings, "block": target.block, "rotates": target.rotates}
+                how = {name: getattr(target, name) for name in ("codings", "block", "rotates", "codec")}
                 loaded = QuantizedBlocks.load(part, facts, **how)
                 vars(target).update(vars(loaded))
 

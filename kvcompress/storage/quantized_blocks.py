@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.calibrated import CalibratedKeys, CalibratedScheme, calibrated_attention
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme, empty_packed
 from kvcompress.kernels.hadamard import rotate
@@ -17,6 +18,7 @@ from kvcompress.kernels.low_rank import residual_factors
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import blocks_apart, dequantise, quantise
 from kvcompress.storage.columns import grown, marked_first, span_of_rows, taken
+from kvcompress.storage.key_codec import KeyCodec
 from kvcompress.storage.padding import reordered
 from kvcompress.storage.segment import EMPTY, NO_FACTS, Segment
 
@@ -26,6 +28,10 @@ _COMPONENTS = {
     "zeros": "scales",
     "outlier_values": "outliers",
     "outlier_index": "outliers",
+    "eight": "codes",
+    "four": "codes",
+    "two": "codes",
+    "starts": "positions",
     "left": "factors",
     "right": "factors",
 }
@@ -39,6 +45,7 @@ class QuantizedBlocks(Segment):
     keys, values: as kernels/quantise.py lays them out, [batch, kv_heads, blocks, ...]; of the factors, `right` is
     [batch, kv_heads, spans, head_dim, rank], one basis for all blocks that were packed at once.
     positions: [batch, 1, blocks * block] int32, each token's position in its sequence, or EMPTY.
+    codec: of a calibrated basis, in which the keys are packed, of all KV heads together; None: each head's as they are.
     spans: [batch, blocks] int32, the basis of each block; None without a low-rank part.
     blocks: how many blocks each row holds; the others, up to the longest row's, exist but are empty.
     rotates: values are stored rotated (kernels/hadamard.py), and keys too that are coded around their block's mean.
@@ -46,15 +53,19 @@ class QuantizedBlocks(Segment):
     """
 
     has_room = False
-    keys: QuantizedTensor
+    codec: KeyCodec | None = None
+    keys: QuantizedTensor | CalibratedKeys
     values: QuantizedTensor
     positions: Tensor
     spans: Tensor | None
 
-    def __init__(self, codings: tuple[QuantScheme, QuantScheme], block: int, rotates: bool = False) -> None:
+    def __init__(
+        self, codings: tuple[QuantScheme, QuantScheme], block: int, rotates: bool = False, codec: KeyCodec | None = None
+    ) -> None:
         """An empty segment; its shapes follow from what is appended first."""
         self.codings = codings
         self.rotates = rotates
+        self.codec = codec
         self.block = block
         self.blocks: list[int] = []
 
@@ -89,7 +100,7 @@ class QuantizedBlocks(Segment):
 
     @classmethod
     def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
-        """As Segment.load; built_with: codings, block and rotates."""
+        """As Segment.load; built_with: codings, block, rotates and codec."""
         segment = super().load(tensors, facts, **built_with)
         held = (segment.positions.unflatten(2, (-1, segment.block)) != EMPTY).any(-1)[:, 0]  # [batch, blocks]
         number = torch.arange(1, held.shape[1] + 1, device=held.device)
@@ -97,8 +108,10 @@ class QuantizedBlocks(Segment):
         return segment
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
-        for side in _SIDES:
-            setattr(self, side, QuantizedTensor(*(tensors.get(f"{side}.{name}") for name in QuantizedTensor._fields)))  # type: ignore[arg-type]
+        for side, kind in zip(
+            _SIDES, (QuantizedTensor if self.codec is None else CalibratedKeys, QuantizedTensor), strict=True
+        ):
+            setattr(self, side, kind(*(tensors.get(f"{side}.{name}") for name in kind._fields)))  # type: ignore[arg-type]
         self.positions, self.spans = tensors["positions"], tensors.get("spans")
 
     def trim(self) -> None:
@@ -110,14 +123,17 @@ class QuantizedBlocks(Segment):
         keys, values, positions, spans = self.keys, self.values, self.positions, self.spans
         if self.has_room and not torch.compiler.is_compiling():
             # a graph attends to the room too, where nothing is
-            most = max(self.blocks)
-            keys, values = (
-                QuantizedTensor(*(None if part is None else part[:, :, :most] for part in side[:6]))._replace(  # type: ignore[arg-type]
-                    right=side.right
-                )
-                for side in (keys, values)
+            some = slice(0, max(self.blocks))
+            keys, values = keys.of_blocks(some), values.of_blocks(some)
+            positions = positions[:, :, : some.stop * self.block]
+            spans = None if spans is None else spans[:, some]
+        if isinstance(keys, CalibratedKeys):
+            assert self.codec is not None
+            decoder = self.codec.decoder(query.dtype)
+            out, lse = calibrated_attention(
+                query, keys, values, decoder, self.codings[1], positions, query_positions, spec
             )
-            positions, spans = positions[:, :, : most * self.block], None if spans is None else spans[:, :most]
+            return rotate(out, back=True) if self.rotates else out, lse
         query = rotate(query, at_once=True) if self._rotated(0) else query
         out, lse, *_ = packed_attention(query, keys, values, *self.codings, positions, query_positions, spec, spans)
         return rotate(out, back=True) if self.rotates else out, lse
@@ -128,28 +144,45 @@ class QuantizedBlocks(Segment):
     def decoded(self) -> tuple[Tensor, Tensor]:
         """The keys and values that attention sees, [batch, kv_heads, blocks * block, head_dim] float32 each."""
         key, value = (
-            self._turned_back(side, dequantise(packed, coding, spans=self.spans).flatten(2, 3))
-            for side, (packed, coding) in enumerate(zip((self.keys, self.values), self.codings, strict=True))
+            self._decode(side, packed, self.spans).flatten(2, 3) for side, packed in enumerate((self.keys, self.values))
         )
         return key, value
+
+    def _decode(self, side: int, packed: Any, spans: Tensor | None) -> Tensor:
+        """What attention sees of packed keys (0) or values (1), [batch, kv_heads, blocks, block, head_dim] float32."""
+        if isinstance(packed, CalibratedKeys):
+            assert self.codec is not None
+            return self.codec.decode(packed)
+        x = dequantise(packed, self.codings[side], spans=spans)
+        return rotate(x, back=True) if self._rotated(side) else x
 
     def _rotated(self, side: int) -> bool:
         """Whether keys (0) or values (1) are stored rotated."""
         return self.rotates and (side == 1 or self.codings[0].zeros == "block")
 
-    def _turned_back(self, side: int, x: Tensor) -> Tensor:
-        return rotate(x, back=True) if self._rotated(side) else x
-
     def kept(self) -> Tensor:
-        return (self.positions != EMPTY).sum(-1).expand(-1, self.keys.codes.shape[1])
+        return (self.positions != EMPTY).sum(-1).expand(-1, self.values.codes.shape[1])
 
     @staticmethod
     def nbytes_for(
-        batch: int, kv_heads: int, head_dim: int, codings: tuple[QuantScheme, QuantScheme], block: int, blocks: int
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        codings: tuple[QuantScheme, QuantScheme],
+        block: int,
+        blocks: int,
+        scheme: CalibratedScheme | None = None,
     ) -> int:
-        """Bytes of so many blocks encoded at once: codes, scales, outliers, factors, and positions."""
+        """Bytes of so many blocks encoded at once: codes, scales, outliers, factors, and positions.
+
+        Args:
+            scheme: of keys in a calibrated basis; None: they are packed as the first of the codings says.
+        """
         rank = codings[0].rank
         a_head = blocks * sum(coding.bytes(block, head_dim) for coding in codings) + 2 * 2 * head_dim * rank
+        if scheme is not None:
+            a_head = blocks * codings[1].bytes(block, head_dim)
+            return batch * blocks * (scheme.bytes(block) + 4 * block) + batch * kv_heads * a_head
         return batch * (kv_heads * a_head + blocks * (4 * block + (4 if rank else 0))) if blocks else 0
 
     def room(self) -> int:
@@ -186,6 +219,11 @@ class QuantizedBlocks(Segment):
         batch, kv_heads, _, head_dim = key.shape
         tensors = {"positions": key.new_empty(batch, 1, 0, dtype=torch.int32)}
         for side, x, coding in zip(_SIDES, (key, value), self.codings, strict=True):
+            if side == "keys" and self.codec is not None:
+                starts = x.new_empty(batch, 0, dtype=torch.int32)
+                none = self.codec.encode(x.new_empty(batch, kv_heads, 0, self.block, head_dim), starts)
+                tensors |= {f"{side}.{name}": part for name, part in none._asdict().items()}
+                continue
             packed = empty_packed(x.new_empty(batch, kv_heads, 0, self.block, head_dim), coding)
             if coding.rank:
                 shapes = (0, self.block, coding.rank), (0, head_dim, coding.rank)
@@ -216,22 +254,27 @@ class QuantizedBlocks(Segment):
         device, batch, most = key.device, key.shape[0], max(counts)
         present = torch.arange(most, device=device) < torch.tensor(counts, device=device)[:, None]  # [rows, blocks]
         whole = min(counts) == most
-        places = torch.tensor(first, device=device)[:, None] + torch.arange(most * self.block, device=device)
+        starts = torch.tensor(first, dtype=torch.int32, device=device)[:, None]
+        places = starts + torch.arange(most * self.block, device=device)
+        starts = starts + torch.arange(0, most * self.block, self.block, dtype=torch.int32, device=device)
         places = places.masked_fill(~present.repeat_interleave(self.block, 1), EMPTY)
         fresh = {"positions": places[:, None].to(torch.int32)}
         for side, x, coding in zip(_SIDES, (key, value), self.codings, strict=True):
             if len(set(begins)) == 1 and begins[0] + most * self.block <= x.shape[2]:
                 taken = x if len(rows) == batch else x[list(rows)]
                 taken = taken[:, :, begins[0] : begins[0] + most * self.block].unflatten(2, (-1, self.block))
-                packed = self._encode(side, taken, coding, None if whole else present)
+                packed = self._encode(side, taken, coding, starts, None if whole else present)
             else:
                 # row by row, to avoid a second copy of all of them
                 packed = _side_by_side(
                     [
                         self._encode(
-                            side, x[row : row + 1, :, at : at + n * self.block].unflatten(2, (-1, self.block)), coding
+                            side,
+                            x[row : row + 1, :, at : at + n * self.block].unflatten(2, (-1, self.block)),
+                            coding,
+                            start[None, :n],
                         )
-                        for row, at, n in zip(rows, begins, counts, strict=True)
+                        for row, at, n, start in zip(rows, begins, counts, starts, strict=True)
                     ],
                     most,
                 )
@@ -244,7 +287,11 @@ class QuantizedBlocks(Segment):
             return
         self._place(fresh, present, list(counts), list(rows), batch)
 
-    def _encode(self, side: str, x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> QuantizedTensor:
+    def _encode(
+        self, side: str, x: Tensor, coding: QuantScheme, starts: Tensor, present: Tensor | None = None
+    ) -> QuantizedTensor | CalibratedKeys:
+        if side == "keys" and self.codec is not None:
+            return self.codec.encode(x, starts)
         if not self._rotated(_SIDES.index(side)):
             return _encode(x, coding, present)
         if coding.rank:
@@ -311,26 +358,29 @@ class QuantizedBlocks(Segment):
         limit = torch.tensor(lengths, device=places.device)[:, None]
         goes = (places >= limit[..., None]).any(-1)  # [batch, blocks]
         if not bool(goes.any()):
-            none = [
-                side.codes.new_empty(*side.codes.shape[:2], 0, side.codes.shape[-1])
-                for side in (self.keys, self.values)
-            ]
-            return none[0], none[1], [0] * len(places)
+            none = slice(0, 0)
+            spans = None if self.spans is None else self.spans[:, none]
+            key, value = (
+                self._decode(side, packed.of_blocks(none), spans).flatten(2, 3)
+                for side, packed in enumerate((self.keys, self.values))
+            )
+            return key, value, [0] * len(places)
         at = goes.to(torch.uint8).argmax(1, keepdim=True)
         stays = places.gather(1, at[..., None].expand(-1, -1, self.block))[:, 0]
         stays = (stays != EMPTY) & (stays < limit) & goes.any(1, keepdim=True)
         order = marked_first(stays)
         spans = None if self.spans is None else self.spans.gather(1, at)
         sides = []
-        for packed, coding in zip((self.keys, self.values), self.codings, strict=True):
-            one: Any = [None if part is None else taken(part, at, 2) for part in packed[:6]]
-            sides.append(
-                reordered(dequantise(QuantizedTensor._make([*one, packed.right]), coding, spans=spans)[:, :, 0], order)
-            )
+        for side, packed in enumerate((self.keys, self.values)):
+            one: Any = [
+                part if part is None or name == "right" else taken(part, at, 2)
+                for name, part in packed._asdict().items()
+            ]
+            sides.append(reordered(self._decode(side, packed._make(one), spans)[:, :, 0], order))
         # blocks after a dropped one are dropped too, hidden tokens or not
         held = torch.tensor(self.blocks, device=at.device)
         self.keep([0] * len(places), torch.where(goes.any(1), at[:, 0], held).tolist())
-        return self._turned_back(0, sides[0]), self._turned_back(1, sides[1]), stays.sum(-1).tolist()
+        return sides[0], sides[1], stays.sum(-1).tolist()
 
     def keep(self, first: Sequence[int], last: Sequence[int]) -> None:
         """Keeps only blocks first .. last - 1 of each row, and frees the others' memory."""
@@ -375,14 +425,14 @@ def _encode(x: Tensor, coding: QuantScheme, present: Tensor | None = None) -> Qu
     return packed._replace(left=left, right=right[:, :, None])
 
 
-def _side_by_side(rows: list[QuantizedTensor], blocks: int) -> QuantizedTensor:
+def _side_by_side(rows: list[Any], blocks: int) -> Any:
     """One batch of rows that were encoded separately, each padded to as many blocks."""
     parts: dict[str, Any] = {}
-    for name, tensors in zip(QuantizedTensor._fields, zip(*rows, strict=True), strict=True):
+    for name, tensors in zip(rows[0]._fields, zip(*rows, strict=True), strict=True):
         if tensors[0] is not None:
             wide = tensors if name == "right" else [grown(each, 2, blocks) for each in tensors]
             parts[name] = torch.cat(list(wide))
-    return QuantizedTensor(**parts)
+    return type(rows[0])(**parts)
 
 
 def _room_for(old: Tensor | None, like: Tensor, batch: int, dim: int, columns: int, fill: int) -> Tensor:

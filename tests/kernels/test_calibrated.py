@@ -148,7 +148,7 @@ def test_no_block_is_no_attention():
     out, lse = calibrated_attention(
         query,
         keys.of_blocks(none),
-        module._some_blocks(values, none),
+        values.of_blocks(none),
         decoder,
         coding,
         positions[..., :0],
