@@ -32,7 +32,6 @@ from kvcompress.kernels.common.packed_tile import load_codes, tile_shape, tile_s
 from kvcompress.kernels.common.quantized import PLAIN, QuantizedTensor, QuantScheme, pack_codes, unpack_codes
 from kvcompress.kernels.common.runtime import launch, op, shaped, tl, triton
 from kvcompress.kernels.common.tile import MIN_SIDE, dot, wide
-from kvcompress.kernels.fill import Rotation
 from kvcompress.kernels.merge import merge_states
 from kvcompress.kernels.packed_attention import (
     empty_result,
@@ -119,12 +118,14 @@ class KeyDecoder(NamedTuple):
     Attributes:
         rows: [components, kv_heads * head_dim]: `level @ rows` is a key without its mean, scale and RoPE.
         mean: [kv_heads * head_dim] float32.
-        rotation: how keys are rotated.
+        inv_freq, scaling, interleaved: how keys are rotated, as storage/rope.py has it.
     """
 
     rows: Tensor
     mean: Tensor
-    rotation: Rotation
+    inv_freq: Tensor | None = None
+    scaling: float = 1.0
+    interleaved: bool = False
 
 
 def water_filling(variances: Sequence[float], bits: float, step: int) -> CalibratedScheme:
@@ -184,7 +185,7 @@ def calibrated_codes(
     z = x / steps
     largest = torch.cat([x.new_full((count,), (2**width - 1) / 2) for width, count in zip(WIDTHS, scheme, strict=True)])
     weights = steps.square()
-    scales = (x / deviations).square().mean(-1).sqrt().half()
+    scales = (x.square().sum(-1) / deviations.square().sum()).sqrt().half()
     codes = torch.empty(0)
     for fit in range(FITS + 1):
         scale = scales.float()[..., None]
@@ -210,10 +211,10 @@ def decoded_keys(keys: CalibratedKeys, decoder: KeyDecoder, kv_heads: int, dtype
     )[:, 0]
     flat = (levels @ decoder.rows.to(of_product)).mul_(keys.scales[:, 0].to(of_product)).add_(decoder.mean)
     key = flat.unflatten(-1, (kv_heads, -1)).permute(0, 3, 1, 2, 4)
-    return _rotated(key, keys.starts[:, 0, :, 0], decoder.rotation).to(dtype)
+    return _rotated(key, keys.starts[:, 0, :, 0], decoder).to(dtype)
 
 
-def _rotated(key: Tensor, starts: Tensor, rotation: Rotation) -> Tensor:
+def _rotated(key: Tensor, starts: Tensor, rotation: KeyDecoder) -> Tensor:
     """Keys [batch, kv_heads, blocks, block, head_dim] rotated by their places."""
     if rotation.inv_freq is None:
         return key
@@ -346,18 +347,17 @@ def _rebuilt(keys: CalibratedKeys, decoder: KeyDecoder, kv_heads: int, dtype: to
     """`decoded_keys` by a kernel."""
     batch, blocks, block, scheme = keys.scales.shape[0], keys.scales.shape[2], keys.block, keys.scheme
     parts = [part if part.stride(2) == part[0, 0, 0].numel() else part.contiguous() for part in keys]
-    rotation = decoder.rotation
     head_dim = decoder.rows.shape[1] // kv_heads
     key = decoder.rows.new_empty(batch, kv_heads, blocks, block, head_dim, dtype=dtype)
     tile = tile_shape(block, [4, 2], 16 if dtype == torch.float32 else 64)
     tiles = tile.count(blocks)
-    pairs = 0 if rotation.inv_freq is None else rotation.inv_freq.shape[0]
+    pairs = 0 if decoder.inv_freq is None else decoder.inv_freq.shape[0]
     rest = head_dim - 2 * pairs
     launch(
         _rebuild_kernel, (batch * kv_heads * tiles,),
-        *parts, decoder.rows.to(dtype).contiguous(), decoder.mean, rotation.inv_freq, key,
-        *(part.stride(0) for part in parts), kv_heads, blocks, tiles, rotation.scaling,
-        EIGHT=scheme.eight, FOUR=scheme.four, TWO=scheme.two, HEAD_DIM=head_dim, INTERLEAVED=rotation.interleaved,
+        *parts, decoder.rows.to(dtype).contiguous(), decoder.mean, decoder.inv_freq, key,
+        *(part.stride(0) for part in parts), kv_heads, blocks, tiles, decoder.scaling,
+        EIGHT=scheme.eight, FOUR=scheme.four, TWO=scheme.two, HEAD_DIM=head_dim, INTERLEAVED=decoder.interleaved,
         STEP=16 if dtype == torch.float32 else 32, PAIRS=pairs,
         PAIRS_SIDE=max(MIN_SIDE, triton.next_power_of_2(pairs)) if pairs else 0,
         REST_SIDE=max(MIN_SIDE, triton.next_power_of_2(rest)) if rest else 0,
@@ -521,7 +521,8 @@ def _aot_call(
     decoder = KeyDecoder(
         shaped(scheme.components, kv_heads * head_dim, dtype=dtype),
         shaped(kv_heads * head_dim),
-        Rotation(shaped(pairs) if pairs else None, 1.0, interleaved),
+        shaped(pairs) if pairs else None,
+        interleaved=interleaved,
     )
     calibrated_attention(
         shaped(1, 4 * kv_heads, 1, head_dim, dtype=dtype), keys, values, decoder,

@@ -360,14 +360,15 @@ class CompressedCache(hf.AttendingCache):
             host: for a cache that keeps values off the device, where to put them, as ShadowKVCache takes it; None for
                 where they were.
             basis: for a cache that packs in a calibrated basis, which the file names and does not hold: the basis, or
-                the path of its file. None: one that this process uses already.
+                the path of its file. None: one that this model was given before.
 
         Raises:
             ValueError: the file is not a cache of this class, is damaged, or was made with another model; or `host` is
                 invalid, or given for a cache that keeps nothing off the device.
         """
-        # held while the file is read, which names it
-        _held = None if basis is None else Basis.given(basis)
+        if basis is not None:
+            # what the file names
+            Basis.given(basis, model)
         with TensorFile(path) as file:
             if file.metadata.get("format") == _FIRST_FORMAT:
                 warn_of_unchecked(path)

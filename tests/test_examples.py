@@ -98,3 +98,9 @@ def test_the_hydragen_example(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     sizes = [float(line.split()[-2]) for line in lines if "MiB" in line]
     assert sizes[0] < 0.5 * sizes[1]
+
+
+def test_the_calibrated_example(run):
+    cache = run("calibrated", new_tokens=8)
+    report = cache.memory()
+    assert report.by_component["codes"] < report.by_component["basis"]

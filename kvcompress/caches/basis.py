@@ -31,8 +31,8 @@ from kvcompress.storage.key_codec import Directions as Directions
 from kvcompress.storage.tensor_file import TensorFile, write_tensors
 
 _FORMAT = "kvcompress-basis-1"
-# by digest, those in use: a saved cache names its basis, and does not hold it
-_KNOWN: weakref.WeakValueDictionary[str, "Basis"] = weakref.WeakValueDictionary()
+# by digest, those that a model was given, for as long as it lives
+_OF_MODELS: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, "Basis"]] = weakref.WeakKeyDictionary()
 
 
 class LayerBasis(NamedTuple):
@@ -59,28 +59,34 @@ class Basis:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def given(cls, basis: "Basis | str | os.PathLike[str]") -> "Basis":
-        """A basis, or the one in a file; TypeError for anything else, and errors as of `load`."""
+    def given(cls, basis: "Basis | str | os.PathLike[str]", model: PreTrainedModel) -> "Basis":
+        """A basis, or the one in a file, which the model then keeps: saved caches only name theirs.
+
+        Raises:
+            TypeError: it is neither.
+            ValueError: as `load` and `check`.
+        """
         if not isinstance(basis, Basis):
             if not isinstance(basis, str | os.PathLike):
                 raise TypeError(f"basis must be a Basis or the path of its file, got {type(basis).__name__}")
             basis = cls.load(basis)
-        _KNOWN[basis.digest] = basis
-        return basis
+        basis.check(model)
+        return _OF_MODELS.setdefault(model, {}).setdefault(basis.digest, basis)
 
     @classmethod
-    def known(cls, digest: str) -> "Basis":
-        """The basis with this digest that something in this process uses.
+    def known(cls, digest: str, model: PreTrainedModel) -> "Basis":
+        """The basis with this digest that the model was given.
 
         Raises:
-            ValueError: nothing does.
+            ValueError: it was not.
         """
-        if digest not in _KNOWN:
+        held = _OF_MODELS.get(model, {})
+        if digest not in held:
             raise ValueError(
-                f"what the file holds was packed in the basis {digest}, which a file of its own holds: give that file, "
-                f"as load(path, model, basis=...); bases in use: {', '.join(sorted(_KNOWN)) or 'none'}"
+                f"what the file holds was packed in the basis {digest}, which has a file of its own: give that file "
+                f"too, load(path, model, basis=...); this model was given {', '.join(sorted(held)) or 'none'}"
             )
-        return _KNOWN[digest]
+        return held[digest]
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises ValueError unless this is the model that the basis was made for, whole in this process."""

@@ -74,7 +74,6 @@ class GEARCache(CompressedCache):
                 a basis, one of another model, or settings that it does not go with.
             TypeError: basis is neither a Basis nor a path.
         """
-        self.basis = None if basis is None else Basis.given(basis)
         self.settings = GEAR(
             bits=bits,
             group_size=group_size,
@@ -88,9 +87,11 @@ class GEARCache(CompressedCache):
             hadamard=hadamard,
             centred=centred,
         )
-        if self.basis is not None:
-            self.basis.check(model)
+        # the digest of the basis; the model keeps it
+        self.basis = None
+        if basis is not None:
             self.settings = self.settings.calibrated()
+            self.basis = Basis.given(basis, model).digest
         head_dim = hf.head_counts(hf.text_config(model))[2]
         self.settings.codings(head_dim, max(rank, rank_decode))
         super().__init__(model)
@@ -110,6 +111,15 @@ class GEARCache(CompressedCache):
             ValueError: there is no preset of this name.
         """
         return GEARCache(model, **dataclasses.asdict(preset(name, **changes)), basis=basis)
+
+    def check_model(self, decoder: Any) -> None:
+        super().check_model(decoder)
+        model = self._model()
+        if self.basis is not None and model is not None and decoder is not hf.decoder_of(model):
+            raise ValueError(
+                f"this {type(self).__name__} packs in a basis of the {type(model).__name__} that it was built for, and "
+                f"another model uses it, a {type(decoder).__name__}: build one for that model, with its own basis"
+            )
 
     @as_stored()
     def fill(self, full: hf.Cache) -> Self:
@@ -148,12 +158,13 @@ class GEARCache(CompressedCache):
             assert model is not None
             kv_heads = hf.head_counts(hf.text_config(model))[1]
             device, rope = hf.layer_device(model, index), Rope.of(model, index)
-            codec = KeyCodec(self.basis.layers[index].keys, kv_heads, rope, self.settings.bits, device)
+            directions = Basis.known(self.basis, model).layers[index].keys
+            codec = KeyCodec(directions, kv_heads, rope, self.settings.bits, device, model.dtype)
         return QuantizedLayer(self.padding, self.settings, window, index == 0, codec)
 
     def _settings(self) -> dict[str, Any]:
         # a file names the basis, and does not hold it
-        named = {} if self.basis is None else {"basis": self.basis.digest}
+        named = {} if self.basis is None else {"basis": self.basis}
         return dataclasses.asdict(self.settings) | named
 
     @classmethod
@@ -161,7 +172,7 @@ class GEARCache(CompressedCache):
         cache = cls.__new__(cls)
         settings = UNROTATED | settings
         if settings.get("basis") is not None:
-            settings["basis"] = Basis.known(settings["basis"])
+            settings["basis"] = Basis.known(settings["basis"], model)
         GEARCache.__init__(cache, model, **settings)
         return cache
 

@@ -74,7 +74,9 @@ class QuantizedLayer(TailedLayer):
         return [*self._packed(), *([] if self.first is None else [self.first]), self.tail]
 
     def constants(self) -> dict[str, list[Tensor]]:
-        return super().constants() if self.codec is None else {"basis": self.codec.tensors()}
+        if self.codec is None or self.tail is None:
+            return super().constants()
+        return {"basis": self.codec.tensors()}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         self._look()

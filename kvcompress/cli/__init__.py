@@ -1,4 +1,4 @@
-"""The command line: sweep, report, eval, generate, plan, check, profile, distill; bench, study and peers.
+"""The command line: sweep, report, eval, generate, plan, check, profile, calibrate, distill; bench, study and peers.
 
 Heavy imports wait until a command runs. A user's mistake gives one line on stderr and exit status 2.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvcompress.cli import checks, distillation, generation, measurements, plans, profiles, sweeps
+from kvcompress.cli import calibrations, checks, distillation, generation, measurements, plans, profiles, sweeps
 from kvcompress.cli.arguments import KNOWN, UsageError, with_options
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ _OF_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("eval", context_settings=_OF_EVAL)(with_options(sweeps.evaluate))
 for function in (
     *(sweeps.sweep, sweeps.report, generation.generate, plans.plan, checks.check),
-    *(profiles.profile, distillation.distill),
+    *(profiles.profile, calibrations.calibrate, distillation.distill),
 ):
     app.command()(with_options(function))
 

@@ -13,12 +13,11 @@ from kvcompress.kernels.calibrated import (
     decoded_keys,
     water_filling,
 )
-from kvcompress.kernels.fill import Rotation
 from kvcompress.kernels.quantise import blocks_apart
 from kvcompress.storage.rope import Rope
 
-# the smallest deviation of a component, as a share of the largest
-_LEAST = 1e-6
+# the smallest deviation of a component, as a share of that of the whole key: what vectors in float16 leave of it
+_LEAST = 1e-3
 
 
 class Directions(NamedTuple):
@@ -60,7 +59,13 @@ class KeyCodec:
     """
 
     def __init__(
-        self, directions: Directions, kv_heads: int, rope: Rope | None, bits: float, device: torch.device
+        self,
+        directions: Directions,
+        kv_heads: int,
+        rope: Rope | None,
+        bits: float,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """
         Args:
@@ -68,19 +73,21 @@ class KeyCodec:
             rope: the layer's rotary embedding; None if it has none.
             bits: of a number of a key, on average, without scales.
             device: where the layer is.
+            dtype: in which it attends, mostly.
         """
         self.scheme = scheme_for(directions.variances, bits)
         self.rope = rope
         self.kv_heads = kv_heads
         used = self.scheme.components
-        deviations = directions.variances[:used].sqrt()
-        self.deviations = deviations.clamp(min=_LEAST * float(deviations[0])).to(device)
+        least = _LEAST * float(directions.variances.sum().sqrt())
+        self.deviations = directions.variances[:used].sqrt().clamp(min=least).to(device)
         self.vectors = directions.vectors[:, :used].half().to(device)
         self.mean = directions.mean.to(device)
-        self.rotation = Rotation()
+        self.rotation: tuple[Any, ...] = ()
         if rope is not None:
-            self.rotation = Rotation(rope.inv_freq.to(device), rope.scaling, rope.interleaved)
+            self.rotation = rope.inv_freq.to(device), rope.scaling, rope.interleaved
         self._decoders: dict[torch.dtype, KeyDecoder] = {}
+        self.decoder(dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -92,7 +99,14 @@ class KeyCodec:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, for any number of tokens."""
-        return [self.deviations, self.vectors, self.mean, *(each.rows for each in self._decoders.values())]
+        frequencies = self.rotation[:1]
+        return [
+            self.deviations,
+            self.vectors,
+            self.mean,
+            *frequencies,
+            *(each.rows for each in self._decoders.values()),
+        ]
 
     def encode(self, key: Tensor, starts: Tensor) -> CalibratedKeys:
         """Packs whole blocks.
@@ -120,13 +134,18 @@ class KeyCodec:
 
     def decode(self, packed: CalibratedKeys) -> Tensor:
         """The keys that attention sees, [batch, kv_heads, blocks, block, head_dim] float32."""
-        return decoded_keys(packed, self.decoder(torch.float32), self.kv_heads, torch.float32)
+        return decoded_keys(packed, self._decoder(torch.float32), self.kv_heads, torch.float32)
 
     def decoder(self, dtype: torch.dtype) -> KeyDecoder:
-        """What attention in this dtype decodes with."""
+        """What attention in this dtype decodes with; held from then on."""
         if dtype not in self._decoders:
-            units = self.deviations * self.scheme.units(self.deviations.device) / 2
-            with torch.inference_mode(False), torch.no_grad():
-                rows = (self.vectors.float() * units).mT.to(dtype, memory_format=torch.contiguous_format)
-            self._decoders[dtype] = KeyDecoder(rows, self.mean, self.rotation)
+            self._decoders[dtype] = self._decoder(dtype)
         return self._decoders[dtype]
+
+    def _decoder(self, dtype: torch.dtype) -> KeyDecoder:
+        if dtype in self._decoders:
+            return self._decoders[dtype]
+        units = self.deviations * self.scheme.units(self.deviations.device) / 2
+        with torch.inference_mode(False), torch.no_grad():
+            rows = (self.vectors.float() * units).mT.to(dtype, memory_format=torch.contiguous_format)
+        return KeyDecoder(rows, self.mean, *self.rotation)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache
 from kvcompress import (
     GEAR,
     H2O,
+    Basis,
     DenseCache,
     EvictingCache,
     GEARCache,
@@ -24,6 +26,7 @@ from kvcompress import (
     Profile,
     ShadowKVCache,
     SnapKV,
+    measure_basis,
     registry,
 )  # fmt: skip
 from kvcompress.caches.evicting import Shared
@@ -70,6 +73,7 @@ class Entry:
     competes: its heads keep different numbers of tokens, and the budget on average.
     keeps_answers: what it is fed one token at a time stays, on top of the budget, until several tokens are fed.
     shares: it stores what rows have in common once, in tensors called prefix_*.
+    of_one_model: it refuses another model than the one it was built for, also when it is empty.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Entry:
     competes: bool = False
     keeps_answers: bool = False
     shares: bool = False
+    of_one_model: bool = False
 
     def recording(
         self, model: PreTrainedModel, cache: Any, transcript: Transcript | None = None
@@ -189,9 +194,22 @@ def unpacked(cache: Any) -> Decoded:
     return decoded
 
 
-def _packing(name: str, **settings: Any) -> Entry:
+_bases: weakref.WeakKeyDictionary[PreTrainedModel, Basis] = weakref.WeakKeyDictionary()
+
+
+def basis_of(model: PreTrainedModel) -> Basis:
+    """A basis of random tokens, measured once for a model."""
+    if model not in _bases:
+        few = min(500, model.config.vocab_size)
+        ids = torch.randint(1, few, (8, 70), generator=torch.Generator().manual_seed(0))
+        _bases[model] = measure_basis(model, [ids])
+    return _bases[model]
+
+
+def _packing(name: str, is_calibrated: bool = False, **settings: Any) -> Entry:
     def build(model: PreTrainedModel, buffer: int = 8) -> GEARCache:
-        return GEARCache(model, buffer=buffer, **{"group_size": 8, **settings})
+        basis = basis_of(model) if is_calibrated else None
+        return GEARCache(model, buffer=buffer, basis=basis, **{"group_size": 8, **settings})
 
     return Entry(
         name,
@@ -203,6 +221,7 @@ def _packing(name: str, **settings: Any) -> Entry:
         roomy=lambda model: build(model, 256),
         decoded=unpacked,
         dtype=torch.float64,
+        of_one_model=is_calibrated,
     )
 
 
@@ -356,6 +375,7 @@ ENTRIES = [
     _packing("gear", bits=4, rank=3, rank_decode=2, outliers=0.1),
     _packing("gear_whole", bits=2, rank=2, rank_decode=2, outliers=0.05, backbone="whole", hadamard=False),
     _packing("gear_centred", bits=2, rank=2, rank_decode=2, backbone="whole"),
+    _packing("gear_basis", is_calibrated=True, bits=3),
     _packing("kivi", bits=3, outliers=0.0),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
     dataclasses.replace(
@@ -426,6 +446,7 @@ KINDS = (
     "h2o_fraction",
     "snapkv",
     "gear",
+    "gear_basis",
     "shadowkv",
     "h2o_packed",
     "h2o_heads",

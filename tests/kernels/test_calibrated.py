@@ -14,7 +14,6 @@ from kvcompress.kernels.calibrated import (
 )
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantScheme
-from kvcompress.kernels.fill import Rotation
 from kvcompress.kernels.quantise import dequantise, quantise
 from kvcompress.storage.rope import Rope
 from tests.kernels.inputs import DEVICE, DTYPES, blocks, heads, tolerance
@@ -41,7 +40,7 @@ def scene(case, dtype=torch.float32, queries=1):
     used = scheme.components
     rows = (vectors[:, :used] * deviations[:used] * scheme.units(DEVICE) / 2).mT.to(dtype)
     inv_freq = 1e4 ** -(torch.arange(pairs, device=DEVICE) / max(1, pairs)) if pairs else None
-    decoder = KeyDecoder(rows.contiguous(), torch.randn(width, device=DEVICE), Rotation(inv_freq, 1.1, interleaved))
+    decoder = KeyDecoder(rows.contiguous(), torch.randn(width, device=DEVICE), inv_freq, 1.1, interleaved)
     coding = QuantScheme(2, 256, "token", zeros="none")
     values = quantise(blocks(2, kv_heads, count, block, head_dim, dtype), coding)
     positions = torch.arange(count * block, dtype=torch.int32, device=DEVICE).repeat(2, 1, 1)
@@ -82,7 +81,7 @@ def test_reference_is_attention_to_what_the_codes_stand_for():
             levels[:, :, token, some] = (2 * code - (2**width - 1)).float()
     flat = (levels @ decoder.rows) * keys.scales[:, 0].float() + decoder.mean
     key = flat.view(2, count * block, kv_heads, head_dim).transpose(1, 2)
-    rope = Rope(decoder.rotation.inv_freq, decoder.rotation.scaling, decoder.rotation.interleaved)
+    rope = Rope(*decoder[2:])
     key = rope.rotate(key, torch.arange(count * block, device=DEVICE) + 4)
     value = dequantise(values, coding).flatten(2, 3)
     expected = slot_attention(query, key, value, positions.expand(-1, kv_heads, -1), places, spec)
@@ -101,7 +100,7 @@ def test_more_bits_lose_less():
         assert scheme.bits <= bits * 64
         keys = calibrated_codes(components, deviations, scheme, starts)
         rows = decoder[: scheme.components] * scheme.units(torch.device("cpu"))[:, None] / 2
-        found = decoded_keys(keys, KeyDecoder(rows, torch.zeros(64), Rotation()), 1, torch.float32)
+        found = decoded_keys(keys, KeyDecoder(rows, torch.zeros(64)), 1, torch.float32)
         lost.append(float((found[:, 0] - components).square().mean() / components.square().mean()))
     assert lost == sorted(lost, reverse=True)
     # evenly spaced levels of as many bits for each component lose 0.119 and 0.0115 of it
@@ -122,7 +121,7 @@ def test_a_token_that_is_not_finite_stays_alone():
     broken = components.clone()
     broken[0, 0, 3, 5] = torch.nan
     broken[0, 0, 5, 2] = torch.inf
-    decoder = KeyDecoder(torch.eye(16), torch.zeros(16), Rotation())
+    decoder = KeyDecoder(torch.eye(16), torch.zeros(16))
     found, expected = (
         decoded_keys(
             calibrated_codes(x, deviations, scheme, torch.zeros(1, 1, dtype=torch.int32)), decoder, 1, torch.float32
