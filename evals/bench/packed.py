@@ -8,11 +8,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompress.evals.bench.case import Case, Shape, beside_reference, make_random
 from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.calibrated import (
+    CalibratedKeys,
+    KeyDecoder,
+    calibrated_attention,
+    calibrated_attention_reference,
+    calibrated_codes,
+)
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import dequantise, quantise, quantise_reference
+from kvcompress.storage.key_codec import scheme_for
 
 # Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
 PACKED = {
@@ -40,6 +48,7 @@ def packed_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iter
     yield _packed_step("4 and 3 bits", shape, keys, values, *_GEAR_4)
     yield from _packing_cases("2 bits, centred", shape, keys, _GEAR_2[0], 0)
     yield _packed_step("2 bits, centred", shape, keys, values, *_GEAR_2)
+    yield _calibrated_step(shape, keys, values)
 
 
 def _packing_cases(name: str, shape: Shape, keys: Tensor, scheme: QuantScheme, rank: int) -> Iterator[Case]:
@@ -61,6 +70,54 @@ def _packing_cases(name: str, shape: Shape, keys: Tensor, scheme: QuantScheme, r
             keys, packed, scheme, rank, bytes=4 * moved,
             compared=lambda factors: error(packed._replace(left=factors[0], right=factors[1][:, :, None])),
         )  # fmt: skip
+
+
+def _calibrated_step(shape: Shape, keys: Tensor, values: Tensor) -> Case:
+    """Attention to keys in a calibrated basis, whose variances fall as those of models do, and values of 2 bits."""
+    batch, heads, kv_heads, tokens, head_dim = shape
+    spec, width, blocks, block = LogitSpec(head_dim**-0.5), kv_heads * head_dim, keys.shape[2], keys.shape[3]
+    device, dtype = keys.device, keys.dtype
+    variances = torch.logspace(1, -2, width)
+    scheme = scheme_for(variances, 2)
+    random = make_random(torch.float32, device)
+    starts = torch.arange(0, blocks * block, block, dtype=torch.int32, device=device).repeat(batch, 1)
+    deviations = variances.sqrt().to(device)
+    # row by row: components are float32
+    codes = [
+        calibrated_codes(random(1, blocks, block, width) * deviations, deviations, scheme, start[None])
+        for start in starts
+    ]
+    packed_keys = CalibratedKeys(*map(torch.cat, zip(*codes, strict=True)))
+    rows = random(scheme.components, width) * (scheme.units(device) * deviations[: scheme.components])[:, None]
+    inv_freq = 1e4 ** -(torch.arange(head_dim // 2, device=device) / (head_dim // 2))
+    decoder = KeyDecoder((rows / width**0.5).to(dtype), random(width), inv_freq)
+    packed_values, query = quantise(values, _GEAR_2[1]), make_random(dtype, device)(batch, heads, 1, head_dim)
+    positions = torch.arange(blocks * block, dtype=torch.int32, device=device).repeat(batch, 1, 1)
+    at = torch.full((batch, 1), tokens, dtype=torch.int32, device=device)
+    arguments = packed_keys, packed_values, decoder, _GEAR_2[1], positions, at, spec
+    key, value = keys.flatten(2, 3), values.flatten(2, 3)
+
+    def dense() -> None:
+        slot_attention(query, key, value, positions.expand(-1, kv_heads, -1), at, spec)
+
+    def in_float32() -> Tensor:
+        wide = decoder._replace(rows=decoder.rows.float())
+        return calibrated_attention_reference(query.float(), packed_keys, packed_values, wide, *arguments[3:])[0]
+
+    return Case(
+        "calibrated_attention, 2 bits",
+        shape,
+        {
+            "ours": lambda: calibrated_attention(query, *arguments)[0],
+            "dense slot_attention": dense,
+            "in float32": in_float32,
+        },
+        "in float32",
+        # decoded keys are written once, and read again
+        bytes=sum(part.nbytes for side in (packed_keys, packed_values) for part in side if part is not None)
+        + 2 * keys.nbytes,
+        flops=2 * batch * blocks * block * scheme.components * width,
+    )
 
 
 def _packed_step(

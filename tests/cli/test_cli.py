@@ -9,7 +9,7 @@ import torch
 import typer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from kvcompress import H2O, EvictingCache, Profile, registry
+from kvcompress import H2O, Basis, EvictingCache, Profile, registry
 from kvcompress.cli import app, main, sweeps
 from kvcompress.swiftkv.distill import Distillation
 
@@ -104,6 +104,11 @@ def rows(tmp_path):
         (["distill", "TEXT", "--hidden-weight", "nan"], "hidden_weight 0 or more"),
         (["generate", "hi", "--model", "/nowhere"], "there is no folder /nowhere"),
         (["plan"], "Missing option '--context'"),
+        (["calibrate"], "Missing argument 'data'"),
+        (["calibrate", "/nowhere.txt"], "there is no file /nowhere.txt"),
+        (["calibrate", "TEXT", "--out", "."], "--out must be a file, . is a folder"),
+        (["calibrate", "TEXT", "--model", "FOLDER", "--texts", "1", "--length", "16"], "at least 32 tokens in all"),
+        (["generate", "hi", "--model", "FOLDER", "--cache", "gear:basis=text.txt"], "is not a safetensors file"),
         (["profile"], "Missing argument 'data'"),
         (["profile", "/nowhere.txt"], "there is no file /nowhere.txt"),
         (["profile", "TEXT", "--budgets", "2.5"], "budget must be a count of tokens"),
@@ -375,6 +380,23 @@ def test_a_profile_is_measured_written_and_used_and_refused_for_another_model(fo
     capsys.readouterr()
     assert main([*ask, "--model", "other"]) == 2
     assert "the profile was made with LlamaForCausalLM" in capsys.readouterr().err
+
+
+# docs: `kvcompress calibrate` measures them once, and keys are then packed in them
+def test_a_basis_is_measured_written_and_used(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The pass key of the old castle lies below the third stone. " * 20)
+    options = ["--length", "100", "--texts", "3", "--out", "a/basis.safetensors"]
+    assert main(["calibrate", "text.txt", "--model", folder, "--device", "cpu", *options]) == 0
+    out = capsys.readouterr().out
+    basis = Basis.load("a/basis.safetensors")
+    assert str(basis) in out
+    assert (basis.measured["texts"], basis.measured["tokens"], basis.measured["source"]) == (3, 288, "text.txt")
+    spec = "gear:bits=2:basis=a/basis.safetensors"
+    ask = ["generate", "What is the pass key of the old castle?", "--device", "cpu", "--cache", spec]
+    assert main([*ask, "--model", folder, "--max-new-tokens", "8"]) == 0
+    assert f"{registry.canonical(spec)}: " in capsys.readouterr().out
+    assert main(["plan", "--model", folder, "--context", "100", "--methods", spec]) == 0
 
 
 def test_the_options_of_distill_are_its_settings_and_those_of_the_model():

@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kvcompress.kernels
+from kvcompress.kernels.calibrated import CalibratedScheme, KeyDecoder, calibrated_codes
 from kvcompress.kernels.common import runtime
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
@@ -52,8 +53,22 @@ FOLDED = FoldedChunks(
 
 NODES = block_tables(KeyBlocks([KEY[0], KEY[1]], [KEY[0], KEY[1]]), Sharing([(0, 1), (1,)], 2), 2, SPEC)
 
+COMPONENTS = CalibratedScheme(8, 24, 32)
+CALIBRATED = calibrated_codes(
+    torch.randn(2, 3, 16, 128, device=DEVICE),
+    torch.ones(128, device=DEVICE),
+    COMPONENTS,
+    torch.arange(0, 48, 16, dtype=torch.int32, device=DEVICE).repeat(2, 1),
+)
+VALUE_CODING = QuantScheme(2, 64, "token", zeros="none")
+OF_BASIS = KeyDecoder(torch.randn(64, 128), torch.randn(128), torch.rand(32))
+
 # arguments of every op
 CALLS = {
+    "calibrated_attention": (
+        (STEP, CALIBRATED, packed_blocks(X, VALUE_CODING), OF_BASIS, VALUE_CODING, THERE[:, :1], AT[:, :1], SPEC),
+        {},
+    ),
     "merge_states": (([QUERY, QUERY], [LSE, LSE]), {}),
     "causal_attention": ((QUERY, KEY, KEY, SPEC), {}),
     "slot_attention": ((QUERY, KEY, KEY, POSITIONS, AT, SPEC), {"bias": SCORES}),
