@@ -20,6 +20,7 @@ from kvcompress.caches.basis import Basis
 from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
 from kvcompress.policies.method import is_own
+from kvcompress.policies.settings import names_settings
 from kvcompress.storage.classes import class_name, is_named
 from kvcompress.storage.durable import write_whole
 from kvcompress.storage.padding import PaddingRecord
@@ -44,6 +45,12 @@ class CompressedCache(hf.AttendingCache):
     # the decoder whose forward came last
     _filled_by: weakref.ref[Any] | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = names_settings(cls.__init__)  # type: ignore[method-assign]
+
+    @names_settings
     def __init__(self, model: PreTrainedModel) -> None:
         """
         Args:

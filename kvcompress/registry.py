@@ -23,14 +23,14 @@ from transformers import PreTrainedModel
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import Allocation, Budget
 from kvcompress.caches.dense import DenseCache
-from kvcompress.caches.evicting import RENAMED, EvictingCache
+from kvcompress.caches.evicting import EvictingCache
 from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized import GEARCache, KIVICache
 from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.method import LISTED, Listed, describe, import_policies, is_own, register
 from kvcompress.policies.policy import Policy
-from kvcompress.policies.settings import declared, read
+from kvcompress.policies.settings import RENAMED, declared, instead, read
 from kvcompress.prefix.cache import HydragenCache
 
 FULL = "none"
@@ -114,9 +114,7 @@ def _value(method: Method, setting: str, text: str) -> Any:
     if known is None:
         return read(text)
     if setting not in known:
-        raise ValueError(
-            f"the method {method.name} does not take these settings: {setting}; it takes {', '.join(known) or 'none'}"
-        )
+        raise ValueError(f"the method {method.name} does not take these settings: {setting}; {instead(setting, known)}")
     try:
         return read(text, known[setting])
     except ValueError as error:

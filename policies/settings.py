@@ -1,18 +1,62 @@
-"""What a setting may be, by the type that it is declared with: an int, a choice of words, None.
+"""What a setting may be, by the type that it is declared with: an int, a choice of words, None; and what it is called.
 
 A value of another type is refused before it can mean something else: the word "no" is true to Python, and half a
 token kept is one.
 """
 
 import dataclasses
+import difflib
+import functools
 import inspect
 import math
 import operator
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, ParamSpec, Union
+
+Arguments = ParamSpec("Arguments")
+
+# names of parameters before 0.2: accepted in calls until 0.3; in saved files, specs and recorded rows always
+RENAMED = {"rolled": "rerotated"}
+
+
+def names_settings(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """An `__init__` that says which settings there are if it is given another, and takes those of RENAMED, with a
+    warning, by their old names."""
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    known = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+    @functools.wraps(init)
+    def checked(*args: Arguments.args, **settings: Arguments.kwargs) -> None:
+        for name in [name for name in settings if name not in known and not takes_all]:
+            new = RENAMED.get(name)
+            if new not in known:
+                # the model is no setting
+                takes = [each for each in known if each != "model"]
+                raise TypeError(f"{name} is no setting of {type(args[0]).__name__}; {instead(name, takes)}")
+            if new in settings:
+                raise TypeError(f"{name} is the old name of {new}: pass {new} alone")
+            settings[new] = settings.pop(name)
+            warnings.warn(
+                f"{name} is now called {new}, and will be removed in 0.3: write {new}={settings[new]!r}",
+                FutureWarning,
+                stacklevel=2,
+            )
+        init(*args, **settings)
+
+    return checked
+
+
+def instead(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is none of the known settings: the one that is spelled most like it, and all."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    meant = f"did you mean {near[0]}? It" if near else "it"
+    return f"{meant} takes {', '.join(names) or 'none'}"
 
 
 def declared(kind: Callable[..., Any]) -> dict[str, Any]:

@@ -87,3 +87,43 @@ def test_notebooks_show_the_same_block():
     cache._shown = lambda: {"name": "<script>"}
     assert "<script>" not in cache._repr_html_()
     assert "&lt;script&gt;" in cache._repr_html_()
+
+
+NAMED = [
+    kind
+    for kind in (getattr(kvcompress, name) for name in kvcompress.__all__)
+    if isinstance(kind, type) and issubclass(kind, CompressedCache) and kind is not CompressedCache
+]
+
+
+@pytest.mark.parametrize("kind", NAMED, ids=lambda kind: kind.__name__)
+def test_a_setting_that_a_cache_does_not_take_is_named_beside_those_it_takes(kind):
+    with pytest.raises(TypeError) as caught:
+        kind(tiny(), foo=1)
+    known = [name for name in inspect.signature(kind).parameters if name != "model"]
+    assert str(caught.value) == f"foo is no setting of {kind.__name__}; it takes {', '.join(known) or 'none'}"
+
+
+def test_the_setting_that_is_spelled_most_like_one_that_is_not_known_is_proposed():
+    with pytest.raises(
+        TypeError, match="^budgt is no setting of H2OCache; did you mean budget. It takes budget, recen"
+    ):
+        H2OCache(tiny(), budgt=64)
+    with pytest.raises(TypeError, match="^rolled is no setting of DenseCache; it takes none"):
+        kvcompress.DenseCache(tiny(), rolled=True)
+
+
+def test_a_cache_of_ones_own_says_which_settings_it_takes():
+    class Own(H2OCache):
+        def __init__(self, model, *, strict=True, **settings):
+            super().__init__(model, **settings)
+
+    class Bare(Own):
+        pass
+
+    assert Bare(tiny(), budget=8, strict=False).budget == 8
+    # those that it hands on are told by the one that takes them
+    with pytest.raises(TypeError, match="^sink is no setting of Bare; did you mean sinks"):
+        Bare(tiny(), budget=8, sink=2)
+    with pytest.warns(FutureWarning, match="rolled is now called rerotated"):
+        assert Bare(tiny(), budget=8, rolled=True).rerotated

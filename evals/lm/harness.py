@@ -4,12 +4,15 @@ import contextlib
 import functools
 import json
 import logging
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+import lm_eval
+import numpy
+import torch
 from lm_eval._cli import HarnessCLI
 from lm_eval.tasks import TaskManager
 
@@ -19,6 +22,8 @@ from kvcompress.evals.sweep.text import TEXT
 
 # task files for the user's own data
 TASKS = Path(__file__).parent / "tasks"
+# with which lm-eval draws examples, and seeds NumPy and torch
+_SEED = 1234
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,18 @@ class Scored:
 
 
 def evaluate(lm: CompressedLM, name: str, metadata: str, num_fewshot: int | None, limit: int | None) -> Scored:
-    """Runs one task. metadata: for the task files, as JSON."""
+    """Runs one task. metadata: for the task files, as JSON.
+
+    As lm-eval's simple_evaluate, which would also ask pip and the compilers about the machine, seconds for each point.
+    """
     with errors_only():
-        run = simple_evaluate(
-            model=lm,
-            tasks=[name],
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=find_manager(name, metadata),
-            bootstrap_iters=0,
-        )
+        loaded = find_manager(name, metadata).load([name])
+        set_examples(loaded["tasks"][name], num_fewshot)
+        # its own seeds
+        random.seed(0)
+        numpy.random.seed(_SEED)
+        torch.manual_seed(_SEED)
+        run = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0)
     found = run["results"][name]
     metrics = {key: value for key, value in found.items() if "," in key and "_stderr" not in key}
     chosen = next((key for key in metrics if key.startswith("acc,")), next(iter(metrics)))
@@ -53,6 +60,14 @@ def evaluate(lm: CompressedLM, name: str, metadata: str, num_fewshot: int | None
     samples = [sample for sample in run["samples"][name] if sample["filter"] == kind]
     scores = [sample[metric] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
     return Scored(metric, metrics[chosen], run["higher_is_better"][name].get(metric) is not False, metrics, scores)
+
+
+def set_examples(task: Any, num_fewshot: int | None) -> None:
+    """Lets a task draw so many examples, as lm-eval does: None for its own number. A task that says 0 keeps to that."""
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=_SEED)
 
 
 def run_command(arguments: list[str]) -> None:

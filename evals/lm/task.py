@@ -15,7 +15,7 @@ import math
 from functools import cached_property
 from typing import Any
 
-from kvcompress.evals.lm.harness import errors_only, evaluate, find_manager, load_task
+from kvcompress.evals.lm.harness import errors_only, evaluate, find_manager, load_task, set_examples
 from kvcompress.evals.lm.model import CompressedLM
 from kvcompress.evals.sweep.points import CONTINUATION, Point, Settings, make_points
 from kvcompress.evals.sweep.protocol import AWARE, NotCompressedError
@@ -103,8 +103,9 @@ class HarnessTask:
 
     @property
     def _num_fewshot(self) -> int:
-        asked = self.settings.num_fewshot
-        return int((asked if asked is not None else self._task.config.num_fewshot) or 0)
+        asked, own = self.settings.num_fewshot, self._task.config.num_fewshot
+        # as set_examples
+        return int((own if asked is None or own == 0 else asked) or 0)
 
     def _hold_back(self, protocol: str) -> int | str:
         """How many tokens of a context are read after compression, or the text whose last occurrence begins them."""
@@ -126,10 +127,7 @@ class HarnessTask:
         """A hash of everything that lm-eval would ask."""
         task = load_task(self.name, self._metadata)
         with errors_only():
-            if self.settings.num_fewshot is not None:
-                task.set_config(key="num_fewshot", value=self.settings.num_fewshot)
-            # as simple_evaluate draws the examples
-            task.set_fewshot_seed(seed=1234)
+            set_examples(task, self.settings.num_fewshot)
             task.build_all_requests(limit=self.settings.limit)
         asked = [list(map(str, instance.arguments)) for instance in task.instances]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]

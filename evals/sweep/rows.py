@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvcompress.caches.evicting import RENAMED
 from kvcompress.evals.sweep.protocol import Measured
+from kvcompress.policies.settings import RENAMED
 
 
 class Results:

@@ -108,7 +108,11 @@ class AttentionMatchingCache(EvictingCache):
 
     @ordinary_tensors()
     def compact(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, budget: int | float | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | int | float | None = None,
+        *,
+        budget: int | float | None = None,
     ) -> None:
         """Compacts all that the cache holds, with its log-weights and the answers since the last text.
 
@@ -122,17 +126,23 @@ class AttentionMatchingCache(EvictingCache):
         Args:
             input_ids: [batch, tokens], what each row reads, at least 2 tokens: the whole conversation so far, as what
                 the text does not look up is lost. It takes as long as a prompt of so many tokens.
-            attention_mask: [batch, tokens], 0 for padding in input_ids; None: no padding.
+            attention_mask: [batch, tokens], 0 for padding in input_ids; None: no padding. A number is no mask but the
+                budget: `compact(input_ids, 0.5)`.
             budget: tokens kept per sequence and KV head, on average: a count, or a fraction of those held; None for the
                 cache's own, which is a fraction of those seen if it is none. What is held already if that is less.
 
         Raises:
-            TypeError: the budget is no number, or input_ids are no tensor of integers.
+            TypeError: the budget is no number or given twice, input_ids are no tensor of integers, or attention_mask is
+                no tensor.
             ValueError: the cache is empty, another model filled it, its model has been deleted, input_ids or
                 attention_mask has another shape, or the budget leaves nothing to choose. The cache is unchanged.
             RuntimeError: an earlier forward was interrupted, or the model no longer attends through this library; or
                 memory ran out while heads chose, after which the cache must be reset.
         """
+        if isinstance(attention_mask, int | float):
+            if budget is not None:
+                raise TypeError(f"the budget must be given once, got {attention_mask!r} and budget={budget!r}")
+            attention_mask, budget = None, attention_mask
         check_ended(self)
         model = self._model()
         if model is None:

@@ -80,7 +80,7 @@ def texts(input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> list[
     """The tokens of each sequence without padding.
 
     Raises:
-        TypeError: they are no tensor of integers.
+        TypeError: they are no tensor of integers, or the mask is no tensor.
         ValueError: they are not [batch, tokens], or a row has fewer than two.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
@@ -90,6 +90,8 @@ def texts(input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> list[
         raise ValueError(f"input_ids must be [batch={batch}, tokens], got {list(input_ids.shape)}")
     if attention_mask is None:
         rows = input_ids.tolist()
+    elif not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor like input_ids, got {attention_mask!r}")
     elif attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must be like input_ids, {list(input_ids.shape)}, got {list(attention_mask.shape)}"

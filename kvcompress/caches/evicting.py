@@ -7,10 +7,8 @@ before and everything that it was fed.
 """
 
 import dataclasses
-import functools
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,37 +29,14 @@ from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.method import import_policies, is_own
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.second_stage import has_second_stage
+from kvcompress.policies.settings import RENAMED
 from kvcompress.policies.snapkv import SnapKV
 from kvcompress.policies.streaming_llm import StreamingLLM
 from kvcompress.storage.classes import class_name, class_named
 from kvcompress.storage.rope import Rope
 
-Arguments = ParamSpec("Arguments")
 # how layers and heads share a budget
 Shared = Allocation | Profile
-
-# names of parameters before 0.2: accepted in calls until 0.3; in saved files, specs and recorded rows always
-RENAMED = {"rolled": "rerotated"}
-
-
-def _takes_old_names(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """An `__init__` that accepts a parameter's old name, with a warning."""
-
-    @functools.wraps(init)
-    def renaming(*args: Arguments.args, **settings: Arguments.kwargs) -> None:
-        for old, new in RENAMED.items():
-            if old in settings:
-                if new in settings:
-                    raise TypeError(f"{old} is the old name of {new}: pass {new} alone")
-                settings[new] = settings.pop(old)
-                warnings.warn(
-                    f"{old} is now called {new}, and will be removed in 0.3: write {new}={settings[new]!r}",
-                    FutureWarning,
-                    stacklevel=2,
-                )
-        init(*args, **settings)
-
-    return renaming
 
 
 def kept_budget(amount: int | float, policy: Policy) -> Budget:
@@ -79,7 +54,6 @@ class EvictingCache(CompressedCache):
     Policies are TOVA, KeyDiff, Knorm, ChunkKV, ExpectedAttention, Random and others in `kvcompress`, or your own.
     """
 
-    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -293,7 +267,6 @@ class H2OCache(EvictingCache):
     Half of the budget goes to the newest tokens, unless `recent` says otherwise.
     """
 
-    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -329,7 +302,6 @@ class SnapKVCache(EvictingCache):
     The last `window` tokens are observed, and kept themselves.
     """
 
-    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -365,7 +337,6 @@ class KVzipCache(EvictingCache):
     held.
     """
 
-    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -416,7 +387,6 @@ class StreamingLLMCache(EvictingCache):
     which works up to the length that the model was trained for.
     """
 
-    @_takes_old_names
     def __init__(
         self,
         model: PreTrainedModel,

@@ -16,6 +16,7 @@ from kvcompress.caches.budget import Budget
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
     from transformers import PreTrainedModel
 
 # the default of --methods: registry.USUAL
@@ -25,6 +26,13 @@ KNOWN = "{methods}"
 
 ModelOption = Annotated[str | None, "Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct."]
 DeviceOption = Annotated[str | None, "cpu, cuda, cuda:1, ...; else a GPU if there is one."]
+DataArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Text files, or .jsonl with a text or a chat per line. All texts of a file, its paragraphs or lines, are "
+        "read as one, which is cut every --length tokens; a chat is read by itself."
+    ),
+]
 CacheOption = Annotated[str, f"With settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."]
 
 
@@ -159,3 +167,26 @@ def check_folder(folder: Path) -> None:
 def gibibytes(size: int) -> str:
     value = size / 2**30
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"
+
+
+def show_table(table: "Table") -> None:
+    """Prints a table in which no word is cut: in a terminal that is too narrow, cells are broken between words, then
+    there are no lines between columns, and if that is not enough, its rows are longer."""
+    from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console()
+
+    def width() -> int:
+        return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+
+    if width() > console.width:
+        for column in table.columns:
+            words = [word for cell in (column.header, *column.cells) for word in str(cell).split()]
+            column.width = max(map(cell_len, words), default=0)
+    if width() > console.width:
+        table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0)
+    console.width = max(console.width, width())
+    console.print(table)

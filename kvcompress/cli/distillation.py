@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kvcompress.cli.arguments import ModelOption, UsageError, check_extra, check_folder, load, user_errors
+from kvcompress.cli.arguments import DataArgument, ModelOption, UsageError, check_extra, check_folder, load, user_errors
 
 
 def distill(
     context: typer.Context,
-    data: Annotated[list[Path], typer.Argument(help="Text files, or .jsonl with a text or a chat per line.")],
+    data: DataArgument,
     model: ModelOption = None,
     out: Annotated[Path, "Folder for the model, losses and checkpoints; an earlier run is resumed."] = Path("swiftkv"),
     skip_from: Annotated[str, "First layer that prompts skip: its index, or a fraction (0.5)."] = "0.5",

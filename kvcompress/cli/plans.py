@@ -12,6 +12,7 @@ from kvcompress.cli.arguments import (
     as_dtype,
     gibibytes,
     parts,
+    show_table,
     user_errors,
 )
 
@@ -65,8 +66,8 @@ def plan(
             "yes" if fits else "no",
             str(largest_batch(need, batch, int(gpu_memory * 2**30))),
         )
+    show_table(table)
     console = Console()
-    console.print(table)
     console.print(
         f"GPU of {gpu_memory:g} GiB. Prefill: activations of one forward over the context and, for caches that evict, "
         "the full keys and values of one layer (kvzip and attention_matching: of all). Feeding the prompt in chunks "

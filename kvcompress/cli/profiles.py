@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from kvcompress.cli.arguments import (
+    DataArgument,
     DeviceOption,
     ModelOption,
     UsageError,
@@ -19,7 +18,7 @@ from kvcompress.cli.arguments import (
 
 
 def profile(
-    data: Annotated[list[Path], typer.Argument(help="Text files, or .jsonl with a text or a chat per line.")],
+    data: DataArgument,
     model: ModelOption = None,
     out: Annotated[Path, "File for the profile; one that is there is replaced."] = Path("profile.safetensors"),
     policy: Annotated[str, "Whose scores heads compete with: kvzip, attention_matching, snapkv, h2o, ..."] = "kvzip",

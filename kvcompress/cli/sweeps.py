@@ -24,6 +24,7 @@ from kvcompress.cli.arguments import (
     is_default,
     load,
     parts,
+    show_table,
     unescaped,
     user_errors,
 )
@@ -239,12 +240,10 @@ def _run(work: "Sweep") -> "list[Row]":
 
 
 def show(rows: "list[Row]", paths: list[Path]) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from kvcompress.evals.sweep import report
 
-    console = Console()
     for table in report.make_tables(rows) + report.make_comparisons(rows):
         shown = Table(title=table.title, title_justify="left")
         shown.add_column("method")
@@ -252,7 +251,7 @@ def show(rows: "list[Row]", paths: list[Path]) -> int:
             shown.add_column(budget, justify="right")
         for line in table.lines:
             shown.add_row(*line)
-        console.print(shown)
+        show_table(shown)
     for path in paths:
         print(path)
     failed = [row for row in rows if row["status"] != "ok"]

@@ -126,6 +126,16 @@ def test_a_budget_is_the_caches_own_a_count_or_a_fraction_of_what_is_held(alloca
     assert 18 <= mean_kept(cache) <= 20
 
 
+@pytest.mark.parametrize("budget", [10, 0.5])
+def test_a_number_where_the_mask_belongs_is_the_budget(budget):
+    model, ids = tiny(), prompt(80)
+    named, placed = (fed(AttentionMatchingCache, model, ids, budget=20) for _ in range(2))
+    named.compact(ids, budget=budget)
+    placed.compact(ids, budget)
+    assert 8 <= mean_kept(placed) <= 10
+    assert torch.equal(feed(model, placed, prompt(3)), feed(model, named, prompt(3)))
+
+
 # docs: Five compactions in a row stay sane
 def test_five_compactions_in_a_row_stay_sane():
     model, ids, after = tiny(dtype=torch.float64), prompt(200), prompt(20, seed=2)
@@ -330,6 +340,9 @@ REFUSED = [
     ({"ids": prompt(30)[0]}, {}, ValueError, r"input_ids must be \[batch=2, tokens\], got \[30\]"),
     ({"ids": prompt(1, 2)}, {}, ValueError, "at least 2 tokens is read for each row, row 0 has 1"),
     ({"mask": torch.ones(2, 29)}, {}, ValueError, r"attention_mask must be like input_ids, \[2, 30\], got \[2, 29\]"),
+    ({"mask": "12"}, {}, TypeError, "attention_mask must be a tensor like input_ids, got '12'"),
+    ({"mask": 0.5}, {"budget": 12}, TypeError, "the budget must be given once, got 0.5 and budget=12"),
+    ({"mask": 1.5}, {}, ValueError, "a fraction of the tokens held in"),
     ({"mask": torch.eye(2).repeat_interleave(15, 1)}, {}, None, ""),
     ({"mask": torch.eye(2)[:, :1].expand(2, 30)}, {}, ValueError, "row 1 has 0"),
 ]
@@ -344,7 +357,7 @@ def test_what_is_refused_leaves_the_cache_as_it_was(text, settings, error, messa
         feed(model, cache, prompt(1, 2, seed=10 + seed))
     before = {name: tensor.clone() for name, tensor in held(cache).items()}
     ids, mask = text.get("ids", prompt(30, 2, seed=3)), text.get("mask")
-    mask = None if mask is None else mask.to(ids.device)
+    mask = mask.to(ids.device) if isinstance(mask, torch.Tensor) else mask
     if error is None:
         # different tokens of the rows may be shown
         cache.compact(ids, mask, **settings)

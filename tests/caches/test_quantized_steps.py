@@ -6,9 +6,9 @@ import torch
 from kvcompress import GEARCache, KIVICache
 from kvcompress.hf import cache_argument
 from kvcompress.storage.segment import EMPTY
-from tests.contract.drive import counting_graphs, feed
+from tests.contract.drive import compiled_apart, counting_graphs, feed
 from tests.contract.models import DEVICE, left_padded, prompt, tiny
-from tests.contract.test_compile import ONE_LAYER, step_function
+from tests.contract.test_compile import ONE_LAYER, TWO_LAYERS, step_function
 
 ROWS = [prompt(20)[0], prompt(13, seed=2)[0]]
 
@@ -18,10 +18,9 @@ def gear(model, **settings):
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def fresh_dynamo(request):
+    # of this one case may run what another has compiled
+    yield from compiled_apart(request, ("test_what_comes_after_compiled_steps_finds_what_they_wrote",))
 
 
 class Fed:
@@ -164,7 +163,7 @@ def test_what_comes_after_compiled_steps_finds_what_they_wrote(change, tmp_path)
 # docs: `generate` packs between its compiled steps, all of which one graph serves
 @pytest.mark.parametrize("make", [gear, lambda model: KIVICache(model, group_size=8, buffer=8)], ids=["gear", "kivi"])
 def test_generate_packs_between_its_compiled_steps_what_eager_steps_would_have_packed(make):
-    model = tiny(dtype=torch.float64)
+    model = tiny(dtype=torch.float64, **TWO_LAYERS)
     ids, mask = left_padded(ROWS)
     config, graphs = counting_graphs()
     cache, eager = make(model), make(model)
@@ -182,7 +181,7 @@ def test_generate_packs_between_its_compiled_steps_what_eager_steps_would_have_p
 
 
 def test_a_compiled_step_must_follow_on_compiled_steps_or_on_reserve():
-    fed = Fed(tiny())
+    fed = Fed(tiny(**ONE_LAYER))
     fed.cache.reserve(8)
     fed.step(1)
     feed(fed.model, fed.cache, prompt(1, 2), torch.cat([fed.mask, torch.ones_like(fed.mask[:, :1])], 1))

@@ -24,7 +24,20 @@ from kvcompress.storage.slots import SlotSegment
 from kvcompress.swiftkv.cache import FollowingLayer
 
 FEW = ["none", "h2o", "gear", "shadowkv"]
-MORE = ["mistral", "qwen2", "gemma2", "phi3", "opt", "mixtral", "gpt_oss", "smollm3", "olmo2", "granite", "cohere2"]
+MORE = [
+    "qwen3",
+    "mistral",
+    "qwen2",
+    "gemma2",
+    "phi3",
+    "opt",
+    "mixtral",
+    "gpt_oss",
+    "smollm3",
+    "olmo2",
+    "granite",
+    "cohere2",
+]
 
 
 @functools.cache
@@ -64,7 +77,7 @@ def test_every_cache_and_variant_is_ok_on_llama():
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3", "gemma3_text", "gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+    "family", ["gemma3_text", "gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )
 def test_caches_are_ok_on_other_families(family):
     rows = outcomes(FEW, tiny(family))
@@ -72,7 +85,7 @@ def test_caches_are_ok_on_other_families(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_neox", *MORE])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", *MORE])
 def test_no_cache_is_at_fault_on_other_families(family):
     assert {name: said for name, said in outcomes(None, tiny(family)).items() if said[0] == "FAULT"} == {}
 

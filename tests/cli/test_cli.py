@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -416,3 +417,53 @@ def test_plan_tells_what_fits(folder, capsys, monkeypatch):
     assert " no " in none
     assert " yes " in h2o
     assert any("trained for at most 2048 tokens" in line for line in lines)
+
+
+def test_a_plan_cuts_no_word_in_a_narrow_terminal(folder, capsys, monkeypatch):
+    methods = ["none", "attention_matching", "snapkv:window=4:recent=4:second_stage=0.5:allocation=pyramid:bits=4"]
+    shown = []
+    for columns in ("300", "140", "60"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["plan", "--model", folder, "--context", "1000", "--methods", ",".join(methods)]) == 0
+        # without the lines between columns
+        out = re.sub("[│┃]", " ", capsys.readouterr().out)
+        rows = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in methods]
+        assert [row[0] for row in rows] == methods
+        assert [len(row) for row in rows] == [9] * 3
+        shown.append(rows)
+        assert "…" not in out
+    assert shown[0] == shown[1] == shown[2]
+
+
+def test_a_plan_of_usual_methods_fits_into_80_columns(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "--model", folder, "--context", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert "attention_matching " in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_sweeps_tables_cut_no_word_in_a_narrow_terminal(sweep, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert sweep("--methods", "h2o:second_stage=0.25:allocation=pyramid") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^h2o:allocation=pyramid:second_stage=0.25 +[01]\.", out, re.M), out
+    assert "…" not in out
+
+
+# docs: The texts of a file, its paragraphs or the lines of a `.jsonl`, are read as one
+def test_a_profile_reads_all_paragraphs_of_a_file_as_one_text_and_says_so(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")
+    for command in ("profile", "distill"):
+        assert main([command, "--help"]) == 0
+        assert "All texts of a file, its paragraphs or lines, are read as one" in capsys.readouterr().out
+    # none is as long as asked
+    paragraphs = ["The pass key lies below the third stone."] * 8
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": each}) for each in paragraphs))
+    for name in ("text.txt", "text.jsonl"):
+        options = ["--length", "100", "--budgets", "0.2", "--policy", "h2o", "--out", "profile.safetensors"]
+        assert main(["profile", name, "--model", folder, "--device", "cpu", *options]) == 0
+        measured = Profile.load("profile.safetensors").measured
+        assert (measured["texts"], measured["tokens"]) == (4, len("\n\n".join(paragraphs)))

@@ -490,3 +490,18 @@ def _entries(entries: Iterable[Entry], default: Collection[str], mark: pytest.Ma
 every_cache = those(lambda entry: True)
 # all by default: for tests of what a score or a setting can break
 every_variant = all_those(lambda entry: True)
+
+
+def every_variant_with(name: str, first: Any, *others: Any) -> pytest.MarkDecorator:
+    """All caches with one value of a parameter, and one of each kind with the others; all where variants run."""
+    cases = [
+        pytest.param(
+            entry,
+            value,
+            marks=() if value == first or entry.name in KINDS else pytest.mark.variant,
+            id=f"{value}-{entry.name}",
+        )
+        for value in (first, *others)
+        for entry in ENTRIES
+    ]
+    return pytest.mark.parametrize(("entry", name), cases)

@@ -1,7 +1,9 @@
 """How the tests drive a cache: generate under recording, feed by hand, replay what was recorded."""
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
@@ -69,6 +71,25 @@ def counting_graphs() -> tuple[CompileConfig, list[Any]]:
     config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     config._compile_all_devices = True
     return config, graphs
+
+
+def compiled_apart(request: pytest.FixtureRequest, sharing: Collection[str] = ()) -> Iterator[None]:
+    """A fixture: what a test compiles is forgotten, but for the cases of those in `sharing`, of which each finds what
+    those before it have compiled. They must not count it."""
+    name = request.node.originalname
+    if name not in sharing or name != _compiled_for[0]:
+        torch._dynamo.reset()
+    _compiled_for[0] = name
+    # of one function for as many cases
+    limit = 32 if name in sharing else torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        yield
+    if name not in sharing:
+        torch._dynamo.reset()
+
+
+# the test that what is compiled is for
+_compiled_for: list[str | None] = [None]
 
 
 def tokens_kept(cache: Any) -> list[Tensor]:

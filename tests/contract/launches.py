@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import kvcompress
@@ -32,7 +31,7 @@ from kvcompress.kernels.common.runtime import recording
 from tests.contract.caches import ENTRIES, Entry, by_name
 from tests.contract.drive import feed
 from tests.contract.models import build, prompt
-from tests.parallel.devices import KIND, Devices
+from tests.parallel.devices import KIND, Devices, tensors_in
 
 ROOT = Path(kvcompress.__file__).resolve().parents[1]
 OURS = tuple(str(ROOT / folder) for folder in ("kvcompress", "kernels", "policies"))
@@ -56,7 +55,7 @@ class Count(TorchDispatchMode):
         if name in ALLOCATIONS:
             # kernels that are not launched leave it as it is
             return out.zero_()
-        given, made = ([x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
+        given, made = [*tensors_in(args), *tensors_in((kwargs or {}).values())], [*tensors_in(out)]
         from_host = any(x.device.type == "cpu" and x.dim() for x in given)
         on_device = [any(x.device.type == KIND for x in tensors) for tensors in (given, made)]
         is_view = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)

@@ -117,6 +117,11 @@ def tiny(family: str = "llama", **changes: Any) -> PreTrainedModel:
     return model
 
 
+def is_shared(model: PreTrainedModel) -> bool:
+    """Whether other tests get this model too."""
+    return model in _AS_BUILT
+
+
 def take_back() -> None:
     """Ends what a test may do with the models that it was given.
 

@@ -11,6 +11,7 @@ without any cache, under that mask must give the logits that the cache gave one 
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache
 
 from kvcompress.hf import cache_in
+from tests.contract.models import is_shared
 
 # what a cache holds in a layer: [batch, kv_heads, places] bool, or None for every token seen
 Kept = list[Tensor | None]
@@ -266,10 +268,23 @@ def oracle_of(model: PreTrainedModel) -> PreTrainedModel:
     return judge
 
 
+@functools.cache
+def _oracle_of_shared(model: PreTrainedModel) -> PreTrainedModel:
+    """The same of one that no test changes, without the hooks that a test may have put there for a while."""
+    judge = oracle_of(model)
+    for module in judge.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return judge
+
+
 @torch.no_grad()
 def oracle_logits(model: PreTrainedModel, transcript: Transcript) -> Tensor:
     """The logits of one forward over all of a transcript's tokens, [batch, tokens, vocabulary]."""
-    judge = model if model.config._attn_implementation == "oracle" else oracle_of(model)
+    if model.config._attn_implementation == "oracle":
+        judge = model
+    else:
+        judge = _oracle_of_shared(model) if is_shared(model) else oracle_of(model)
     global _transcript
     _transcript = transcript
     try:

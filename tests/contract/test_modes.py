@@ -188,7 +188,7 @@ def test_a_cache_that_is_loaded_in_inference_mode_goes_on_outside_of_it(entry, t
 @caches("dense", "hydragen", "h2o", "h2o_fraction", "h2o_packed", "h2o_rolled", "kvzip", "gear", "shadowkv")
 def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_traced_is(entry):
     torch._dynamo.reset()
-    model, backend = build("llama"), CompileCounterWithBackend("eager")
+    model, backend = build("llama", num_hidden_layers=2), CompileCounterWithBackend("eager")
     ids = prompt(20, 2)
     cache, straight = entry.build(model), entry.build(model)
     expected = generate(model, straight, ids, max_new_tokens=6)
@@ -209,7 +209,7 @@ def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_tra
 
 # what is reserved is folded, and read in other pieces
 @those(lambda entry: entry.between_folds is None)
-@pytest.mark.parametrize("when", ["before", "between", "both"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "between", "both"])
 def test_room_for_compiled_steps_changes_no_token_of_eager_ones(entry, when):
     model, question = tiny("mistral"), prompt(6, 2, seed=4)
     answers = []

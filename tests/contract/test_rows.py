@@ -6,12 +6,13 @@ from safetensors.torch import save_file
 
 from kvcompress import DenseCache, EvictingCache, H2OCache
 from kvcompress.policies.tova import TOVA
-from tests.contract.caches import caches, every_cache, every_variant, those
+from tests.contract.caches import caches, every_cache, every_variant, every_variant_with, those
 from tests.contract.drive import assert_same_state, feed, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, FAMILIES, families, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle
 
 ROWS = [prompt(20)[0], prompt(13, seed=2)[0], prompt(9, seed=3)[0]]
+BY_MASK = torch.tensor([True, False, True], device=DEVICE)
 
 
 def index(*rows):
@@ -20,17 +21,20 @@ def index(*rows):
 
 @every_cache
 @pytest.mark.parametrize(
-    ("method", "argument", "rows"),
+    ("padded", "method", "argument", "rows"),
     [
-        ("reorder_cache", index(2, 0, 0), [2, 0, 0]),
-        ("batch_select_indices", index(2, 1), [2, 1]),
-        ("batch_select_indices", torch.tensor([True, False, True], device=DEVICE), [0, 2]),
-        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+        pytest.param(True, "reorder_cache", index(2, 0, 0), [2, 0, 0], id="padded-reorder"),
+        pytest.param(True, "batch_select_indices", index(2, 1), [2, 1], id="padded-select"),
+        pytest.param(True, "batch_select_indices", BY_MASK, [0, 2], id="padded-select by mask"),
+        pytest.param(True, "batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2], id="padded-repeat"),
+        pytest.param(False, "reorder_cache", index(2, 0, 0), [2, 0, 0], id="reorder"),
+        pytest.param(False, "batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2], id="repeat"),
+        # which rows are chosen, and how they are named, has nothing to do with padding
+        pytest.param(False, "batch_select_indices", index(2, 1), [2, 1], id="select", marks=pytest.mark.slow),
+        pytest.param(False, "batch_select_indices", BY_MASK, [0, 2], id="select by mask", marks=pytest.mark.slow),
     ],
-    ids=["reorder", "select", "select by mask", "repeat"],
 )
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_rows_take_all_they_have_along(entry, method, argument, rows, padded):
+def test_rows_take_all_they_have_along(entry, padded, method, argument, rows):
     """The cache then goes on as one that was fed those rows from the beginning: scores, positions and padding moved."""
     model = tiny(dtype=entry.dtype)
     ids, mask = left_padded(ROWS) if padded else (prompt(20, 3), torch.ones(3, 20, dtype=torch.long, device=DEVICE))
@@ -204,8 +208,8 @@ def save_and_load(entry, model, cache, path):
 
 
 # docs: `cache.save(path)` writes it to disk, and `H2OCache.load(path, model)` reads it back
-@every_variant
-@pytest.mark.parametrize("way", ["clone", "file"])
+# of what a file holds, a clone is made too
+@every_variant_with("way", "file", "clone")
 @families("llama", slow=("gemma2", "gpt_oss"))
 def test_a_copy_goes_on_as_the_original_and_apart_from_it(entry, way, family, tmp_path):
     model = tiny(family)

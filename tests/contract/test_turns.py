@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from tests.contract.caches import caches, every_cache, every_variant, those
+from tests.contract.caches import caches, every_cache, every_variant, every_variant_with, those
 from tests.contract.drive import feed, full, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, END, FAMILIES, PAD, families, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle
@@ -13,8 +13,7 @@ TOKENS = 12
 
 
 # README: beam search and several turns
-@every_variant
-@pytest.mark.parametrize("ids_of", ["full", "new"])
+@every_variant_with("ids_of", "full", "new")
 def test_a_second_turn_feeds_only_what_is_new_and_equals_the_oracle(entry, ids_of):
     model = tiny()
     first, cache, transcript = recorded(entry, model, prompt(20, 2))

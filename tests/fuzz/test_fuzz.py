@@ -9,16 +9,21 @@ from kvcompress.caches.dense import DenseLayer
 from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.layer import CompressedLayer
 from kvcompress.storage.padding import PaddingRecord
-from tests.contract.caches import ENTRIES
+from tests.contract.caches import ENTRIES, KINDS
 from tests.fuzz.cases import CALLS, LEVELS, draw
 from tests.fuzz.play import play
 from tests.fuzz.run import failure, main
 
-# every cache twice, in turn
-CASES = 2 * len(ENTRIES)
+# every cache once, in turn, and one of each kind twice
+CASES = [
+    pytest.param(
+        seed, marks=() if seed < len(ENTRIES) or ENTRIES[seed % len(ENTRIES)].name in KINDS else pytest.mark.slow
+    )
+    for seed in range(2 * len(ENTRIES))
+]
 
 
-@pytest.mark.parametrize("seed", range(CASES))
+@pytest.mark.parametrize("seed", CASES)
 def test_a_random_case_equals_the_oracle(seed):
     play(draw(seed, ENTRIES[seed % len(ENTRIES)].name))
 

@@ -9,19 +9,24 @@ from torch._guards import TracingContext
 
 from kvcompress import GEARCache, H2OCache, HydragenCache
 from kvcompress.hf import cache_argument
-from tests.contract.drive import counting_graphs, feed
+from tests.contract.drive import compiled_apart, counting_graphs, feed
 from tests.contract.models import DEVICE, left_padded, prompt, tiny
-from tests.contract.test_compile import ONE_LAYER, STEPS, addresses, decode, step_function
+from tests.contract.test_compile import ONE_LAYER, STEPS, TWO_LAYERS, addresses, decode, step_function
 from tests.prefix.rows import PREFIX, ROWS, SUFFIXES, TREE
 
 FEW = 12
 
 
+# of these one case may run what another has compiled
+SHARING = (
+    "test_steps_behind_a_changed_tree_are_those_of_eager_mode",
+    "test_a_compiled_step_must_be_made_ready_after_the_tree_or_the_suffixes_changed",
+)
+
+
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def fresh_dynamo(request):
+    yield from compiled_apart(request, SHARING)
 
 
 def tree(model, **settings):
@@ -65,8 +70,9 @@ def six():
     ],
     ids=lambda given: getattr(given, "__name__", given if isinstance(given, str) else "rows"),
 )
-def test_two_hundred_steps_behind_nodes_are_one_graph_and_the_tokens_of_eager_mode(make, family, suffixes):
-    model = tiny(family)
+def test_a_hundred_steps_behind_nodes_are_one_graph_and_the_tokens_of_eager_mode(make, family, suffixes):
+    # the layers of these two are alike
+    model = tiny(family, **(TWO_LAYERS if family in ("llama", "mistral") else {}))
     (cache, token, position), (straight, *_) = (begun(model, make, suffixes) for _ in range(2))
     cache.reserve(STEPS)
     compiled, backend = counting()
@@ -127,9 +133,9 @@ CHANGES = [change_rows, select_rows, take_back, take_back_shared, fork, fork_onc
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_steps_behind_a_changed_tree_are_those_of_eager_mode(change, family):
     model = tiny(family, **ONE_LAYER)
-    compiled, _ = counting()
+    compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
     results = []
-    for run, is_compiled in ((compiled(model), True), (step_function(model), False)):
+    for run, is_compiled in ((compiled, True), (step_function(model), False)):
         cache, token, position = begun(model, prefix, SUFFIXES)
         cache.reserve(FEW + 4)
         tokens = decode(run, cache, token, position, FEW)
@@ -152,7 +158,7 @@ def test_a_compiled_step_must_be_made_ready_after_the_tree_or_the_suffixes_chang
     model = tiny(**ONE_LAYER)
     cache, token, position = begun(model, prefix, SUFFIXES)
     cache.reserve(STEPS)
-    compiled = counting()[0](model)
+    compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
     decode(compiled, cache, token, position, FEW)
     cache = change(cache)
     rows = len(cache.tree.leaves)

@@ -258,6 +258,7 @@ def test_tokens_fed_again_see_log_weights():
 
 
 # docs: can go on from it where it is the prefix of a `HydragenCache`
+# docs: `put` stores a cache that you made yourself, also one that compresses
 @pytest.mark.parametrize("way", ["compact", "from_cache"])
 def test_a_compacted_cache_is_stored_and_continued_from(way, tmp_path):
     model = tiny()

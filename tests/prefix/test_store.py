@@ -46,6 +46,7 @@ def test_a_document_is_run_once(run_through):
 
 
 # docs: and runs only what is not stored yet
+# docs: `get` looks for the longest stored beginning of a document or of prompts, without running anything
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_the_longest_beginning_is_taken_and_the_rest_run(family, run_through):
     model = tiny(family)
@@ -58,7 +59,10 @@ def test_the_longest_beginning_is_taken_and_the_rest_run(family, run_through):
     cache = store.prefix(OTHER)
     assert sum(counted) - before == 20
     check(model, cache, OTHER)
-    check(model, store.get(DOCUMENT[:45]), DOCUMENT[:45])
+    before = sum(counted)
+    found = store.get(DOCUMENT[:45])
+    assert sum(counted) == before
+    check(model, found, DOCUMENT[:45])
     assert store.nbytes() == 80 * TOKEN, "what two have in common is stored once"
     assert store.get(prompt(60, seed=9)[0]) is None
 

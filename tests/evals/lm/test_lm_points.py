@@ -95,6 +95,12 @@ def test_a_sweep_measures_them_beside_its_own(sweep, model, tokenizer, data):
         assert row["bytes"] == pytest.approx(sum(row["by_component"].values()), abs=5)
 
 
+def test_a_sweep_does_not_ask_pip_and_compilers_about_the_machine_at_each_point(sweep, monkeypatch):
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: pytest.fail("it was asked for"))
+    rows = sweep(protocols=("question-aware",), methods=("none",), limit=1, num_fewshot=0).run()
+    assert {row["status"] for row in rows} == {"ok"}
+
+
 def test_the_question_is_compressed_or_not_as_the_protocol_says(sweep):
     def seen(**change):
         rows = sweep(limit=1, methods=("none", "streaming"), **change).run()
