@@ -120,7 +120,7 @@ class QuantizedBlocks(Segment):
             positions, spans = positions[:, :, : most * self.block], None if spans is None else spans[:, :most]
         query = rotate(query, at_once=True) if self._rotated(0) else query
         out, lse, *_ = packed_attention(query, keys, values, *self.codings, positions, query_positions, spec, spans)
-        return rotate(out, back=True) if self.rotates else out, lse
+        return rotate(out, back=True, at_once=True) if self.rotates else out, lse
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield (*self.decoded(), self.positions)
