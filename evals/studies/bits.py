@@ -104,7 +104,7 @@ class Study:
                 report = cache.fill(self.full).memory()
                 layers: Any = cache.layers
                 apart = [part for layer in layers for part in (layer.first, layer.tail) if part is not None]
-                in_tail = sum(sum(part.held) * 2 * part.keys[0, :, 0].numel() for part in apart)
+                in_tail = sum(sum(part.held) * 2 * part.contents()[0][0, :, 0].numel() for part in apart)
                 packed = numbers - in_tail
                 bits = 8 * (report.total_bytes - report.by_component["tail"]) / packed if packed else None
                 all_bits = report.bits_per_element

@@ -17,7 +17,7 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.quantized_layer import QuantizedLayer
 from kvcompress.layer import CompressedLayer, as_stored
-from kvcompress.policies.gear import GEAR, UNROTATED, Backbone, preset
+from kvcompress.policies.gear import GEAR, OLDER_FILES, Backbone, preset
 
 
 class GEARCache(CompressedCache):
@@ -42,6 +42,7 @@ class GEARCache(CompressedCache):
         sinks: int = GEAR.sinks,
         hadamard: bool = GEAR.hadamard,
         centred: bool | None = GEAR.centred,
+        tail_bits: int | None = GEAR.tail_bits,
     ) -> None:
         """
         Args:
@@ -55,7 +56,8 @@ class GEARCache(CompressedCache):
             rank_decode: the same for what decoding packs, a block at a time.
             outliers: share of the elements kept in 16 bits, 0 to 1; of each vector (a channel of a block, or a token of
                 a head), rounded up to equally many at either end, so that 0.02 of 64 are 2, or 3.1 %.
-            buffer: tokens packed at a time, a power of two; fewer newest tokens than that stay unpacked.
+            buffer: tokens packed at a time, a power of two; fewer newest tokens than that wait for it.
+            tail_bits: bits per code of tokens that wait, each packed by itself: 8, or None to leave them as they came.
             backbone: "kivi", or "whole", whose groups are whole blocks of a channel and whole heads of a token.
             hadamard: rotate values by a Hadamard matrix with random signs before they are packed (arXiv:2404.00456).
             centred: rotate keys too, around the mean of their block, and let codes stand for levels around 0, without
@@ -76,6 +78,7 @@ class GEARCache(CompressedCache):
             sinks=sinks,
             hadamard=hadamard,
             centred=centred,
+            tail_bits=tail_bits,
         )
         head_dim = hf.head_counts(hf.text_config(model))[2]
         self.settings.codings(head_dim, max(rank, rank_decode))
@@ -129,7 +132,7 @@ class GEARCache(CompressedCache):
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         cache = cls.__new__(cls)
-        GEARCache.__init__(cache, model, **UNROTATED | settings)
+        GEARCache.__init__(cache, model, **OLDER_FILES | settings)
         return cache
 
 
@@ -156,4 +159,5 @@ class KIVICache(GEARCache):
             sinks=0,
             hadamard=False,
             centred=False,
+            tail_bits=None,
         )

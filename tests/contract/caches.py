@@ -174,11 +174,11 @@ def unpacked(cache: Any) -> Decoded:
     decoded: Decoded = []
     for layer in cache.layers:
         tail = layer.tail
-        parts = [(part.keys, part.values, part.positions) for part in (tail, layer.first) if part is not None]
+        parts = [(*part.contents(), part.positions) for part in (tail, layer.first) if part is not None]
         parts += [(*part.decoded(), part.positions[:, 0]) for part in layer._packed()]
         keys, values = (
             x.new_zeros(*x.shape[:2], layer.get_seq_length() + 1, x.shape[3], dtype=torch.float32)
-            for x in (tail.keys, tail.values)
+            for x in tail.contents()
         )
         for key, value, positions in parts:
             # what is not there goes past the end
