@@ -38,15 +38,13 @@ def rotate(x: Tensor, back: bool = False, at_once: bool = False) -> Tensor:
         matrix = _matrix(dim, dtype, x.device)
         return (x.to(dtype) @ (matrix.mT if back else matrix)).to(x.dtype).contiguous()
     power, (signs, hadamard, cosines) = dim & -dim, _factors(dim, x.device)
-    y = x.double() if back else x.double() * signs
-    y = y.unflatten(-1, (power, -1)).mT
-    if len(cosines) > 1 and not back:
-        y = _combined(y, cosines)
-    y = y @ hadamard
-    if len(cosines) > 1 and back:
-        y = _combined(y, cosines.mT)
-    rotated: Tensor = y.mT.flatten(-2)
-    rotated = rotated * signs if back else rotated
+    if power == dim:
+        rotated: Tensor = x.double() @ (hadamard.mT if back else hadamard)
+    elif back:
+        rotated = _combined(x.double().unflatten(-1, (power, -1)).mT @ hadamard, cosines.mT).mT.flatten(-2) * signs
+    else:
+        y = (x.double() * signs).unflatten(-1, (power, -1)).mT
+        rotated = (_combined(y, cosines) @ hadamard).mT.flatten(-2)
     return rotated.mul(1 / math.sqrt(power)).to(x.dtype)
 
 
@@ -63,9 +61,11 @@ def rotate_reference(x: Tensor, back: bool = False, at_once: bool = False) -> Te
 
 @functools.cache
 def _factors(dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The signs, [dim], H without its scale, and C, as `_matrix` has them."""
+    """The signs, [dim], H without its scale, with the signs where it is all, and C, as `_matrix` has them."""
     with torch.inference_mode(False), torch.no_grad():
-        parts = _signs(dim), _ones(dim & -dim), _cosines(dim // (dim & -dim))
+        power, signs = dim & -dim, _signs(dim)
+        hadamard = _ones(power) * signs[:, None] if power == dim else _ones(power)
+        parts = signs, hadamard, _cosines(dim // power)
         return tuple(part.to(device) for part in parts)  # type: ignore[return-value]
 
 

@@ -51,6 +51,8 @@ from kvcompress.kernels.common.runtime import launch, op, runs_triton, shaped, t
 from kvcompress.kernels.common.tile import tile_width
 
 _LARGEST = 65504.0
+# the least positive number of float16
+_LEAST = 2.0**-24
 # by bits, a scale to begin with, in root mean squares of a group: what loses least of normally distributed numbers
 FIRST_SCALES = {2: 0.9957, 3: 0.586, 4: 0.3352}
 # how often a scale is fitted to the levels that are nearest
@@ -112,11 +114,12 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     zeros = _round_down(low)
     levels = 2**coding.bits - 1
     # by a tensor: instead of dividing by a number, CUDA multiplies by its inverse, which rounds differently
-    scales = -_round_down((zeros.float() - high) / torch.full_like(high, levels))
+    scales = _round_up((high - zeros.float()) / torch.full_like(high, levels))
     steps = scales.float()
-    inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
+    # of a group without range all are the zero, whatever they are multiplied by
+    inverse = steps.clamp(min=_LEAST).reciprocal_()
     lowest, steps, inverse = _spread([zeros.float(), steps, inverse], coding, x)
-    codes = (x - lowest).mul_(inverse).add_(0.5).floor_().clamp_(0, levels)
+    codes = (x - lowest).mul_(inverse).add_(0.5).clamp_(0, levels).to(torch.uint8)
     values = None
     if index is not None:
         rest = x - (lowest + steps * codes)
@@ -124,7 +127,7 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
         index = index.to(torch.uint8)
     if unknown is not None:
         zeros = zeros + _group(unknown, coding, 0.0).sum(-1).half()
-    return QuantizedTensor(pack_codes(codes.to(torch.uint8), coding.bits), scales, zeros, values, index)
+    return QuantizedTensor(pack_codes(codes, coding.bits), scales, zeros, values, index)
 
 
 def _centred(x: Tensor, unknown: Tensor, coding: QuantScheme) -> QuantizedTensor:
@@ -227,6 +230,12 @@ def _round_down(x: Tensor) -> Tensor:
     # a step down in the bits of a positive number is -1, in those of a negative one, -0 among them, 1
     bits = half.view(torch.int16)
     return (bits - (bits >> 14 | 1) * (half > x)).view(torch.float16)
+
+
+def _round_up(x: Tensor) -> Tensor:
+    """float32, not negative, as float16, never below it."""
+    half = x.half()
+    return (half.view(torch.int16) + (half < x)).view(torch.float16)
 
 
 def blocks_apart(x: Tensor) -> list[slice]:

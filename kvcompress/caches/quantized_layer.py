@@ -24,7 +24,7 @@ from kvcompress.storage.packed_tail import PackedTail
 from kvcompress.storage.padding import PaddingRecord, warn_of_short_windows
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.segment import EMPTY, Segment
-from kvcompress.storage.tail import TailSegment, moved
+from kvcompress.storage.tail import TailSegment, moved, numbers
 
 # a forward of at most so many tokens may be a draft, which can be taken back, so its tokens are not packed at once; a
 # layer that had to take back more expects longer drafts
@@ -92,29 +92,29 @@ class QuantizedLayer(TailedLayer):
         return QuantizedStep(self, x)
 
     def _past(
-        self, chunk: AttentionInput, query_positions: Tensor, own: tuple[Tensor, Tensor, Tensor] | None
+        self, chunk: AttentionInput, query_positions: Tensor, joins: list[int] | None
     ) -> list[tuple[Tensor, Tensor]]:
         """Attention to each segment that holds something, with the log-sum-exp.
 
         Args:
-            own: keys, values [batch, kv_heads, 1, head_dim] and positions [batch, 1] of a token that no segment holds.
+            joins: where the chunk is one token that no segment holds yet, in which rows it counts.
         """
         query, spec, tail, first = chunk.query, chunk.spec, self.tail, self.first
         assert tail is not None
         answers = [part.attend(query, query_positions, spec) for part in self._packed()]
-        apart = first if first is not None and any(first.held) else None
-        if not query.is_cuda:
-            others = [] if apart is None else [(apart.keys, apart.values, apart.positions)]
-            others += [] if own is None else [own]
-            if others or any(tail.held):
-                answers.append(tail.attend_beside(others, query, query_positions, spec))
-        else:
-            parts = [part for part in (apart, tail) if part is not None and any(part.held)]
+        parts = [part for part in (first, tail) if part is not None and any(part.held)]
+        if query.is_cuda:
             answers += [part.attend(query, query_positions, spec) for part in parts]
-            if own is not None:
-                key, value, places = own
-                visible = None if chunk.visible is None and apart is self.first else places != EMPTY
-                answers.append(causal_attention(query, key, value, spec, visible))
+            if joins is not None:
+                visible = None if all(joins) else torch.tensor(joins, device=query.device)[:, None] > 0
+                answers.append(causal_attention(query, chunk.key, chunk.value, spec, visible))
+        elif parts or joins is not None:
+            # on a CPU a call costs more than a copy of so few tokens
+            others = [] if first is None or first not in parts else [(first.keys, first.values, first.positions)]
+            if joins is not None:
+                places = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
+                others.append((chunk.key, chunk.value, numbers(places, query.device)[:, None]))
+            answers.append(tail.attend_beside(others, query, query_positions, spec))
         if not answers and chunk.tokens == 1:
             # a row that is all padding, alone
             nothing = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)

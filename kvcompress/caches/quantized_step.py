@@ -11,7 +11,7 @@ from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.storage.columns import marked_first
 from kvcompress.storage.padding import reordered
 from kvcompress.storage.segment import EMPTY
-from kvcompress.storage.tail import TailSegment, numbers
+from kvcompress.storage.tail import TailSegment
 
 if TYPE_CHECKING:
     from kvcompress.caches.quantized_layer import QuantizedLayer
@@ -22,10 +22,11 @@ class QuantizedStep(ForwardStep):
 
     A single token is stored at once where that changes nothing: among a row's first tokens, or in a tail that packs
     none. real: tokens of each row that are not padding. query_positions: [batch, queries] int32. joins: of a single
-    token, which rows' tail it comes to. own: its keys, values and positions [batch, 1] where it is not stored yet.
+    token, which rows' tail it comes to. waits: whether it is not stored there yet.
     """
 
-    own: tuple[Tensor, Tensor, Tensor] | None = None
+    joins: list[int]
+    waits = False
 
     def __init__(self, layer: "QuantizedLayer", x: AttentionInput) -> None:
         super().__init__(x)
@@ -42,19 +43,17 @@ class QuantizedStep(ForwardStep):
             layer.first.put(x.key, x.value, apart, lengths)
         if self.tail.is_exact:
             self.tail.put(x.key, x.value, self.joins, lengths)
-        elif any(self.joins):
-            places = [length if joins else EMPTY for joins, length in zip(self.joins, lengths, strict=True)]
-            self.own = x.key, x.value, numbers(places, x.key.device)[:, None]
+        self.waits = not self.tail.is_exact and any(self.joins)
 
     def attend(self, x: AttentionInput) -> Tensor:
-        answers = self.layer._past(x, self.query_positions, self.own)
+        answers = self.layer._past(x, self.query_positions, self.joins if self.waits else None)
         if x.tokens > 1:
             answers.append(causal_attention(x.query, x.key, x.value, x.spec, x.visible))
         return joint_output(answers, x.sinks)
 
     def commit(self) -> None:
         layer, x, real = self.layer, self.input, self.real
-        if self.own is not None:
+        if self.waits:
             self.tail.put(x.key, x.value, self.joins, layer.lengths)
         layer.lengths = [length + fresh for length, fresh in zip(layer.lengths, real, strict=True)]
         if x.tokens == 1:

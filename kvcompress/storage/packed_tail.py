@@ -97,13 +97,11 @@ class PackedTail(TailSegment):
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
         block = min(BLOCK, self.room & -self.room)
-        # a graph serves however many there are
-        used = self.room if torch.compiler.is_compiling() else -(-max(self.held) // block) * block
         parts = (self.codes, self.scales, self.zeros)
-        of_sides = zip(*(each[:, :, :used].unflatten(2, (-1, block)).chunk(2, 1) for each in parts), strict=True)
+        of_sides = zip(*(each.unflatten(2, (-1, block)).chunk(2, 1) for each in parts), strict=True)
         keys, values = (QuantizedTensor(*side) for side in of_sides)
         query = rotate(query, at_once=True) if self.rotates else query
-        codings, places = (self.coding, self.coding), self.positions[:, None, :used]
+        codings, places = (self.coding, self.coding), self.positions[:, None]
         out, lse, *_ = packed_attention(query, keys, values, *codings, places, query_positions, spec)
         return rotate(out, back=True, at_once=True) if self.rotates else out, lse
 

@@ -107,7 +107,7 @@ class TailSegment(Segment):
         query_positions: Tensor,
         spec: LogitSpec,
     ) -> tuple[Tensor, Tensor]:
-        """Attention to what is held and to a few other tokens, in one call: on a CPU calls cost more than copies.
+        """Attention to what is held and to a few other tokens, in one call.
 
         Args:
             others: keys, values [batch, kv_heads, any, head_dim] and positions [batch, any] int32.

@@ -655,7 +655,7 @@ def test_drafts_are_taken_back_from_a_row_whose_first_tokens_were_hidden():
     assert cache.layers[0].first.positions.tolist() == [[0, 1, 2, 3], [0, -1, -1, -1]]
     found, expected = (feed(model, each, prompt(1, 2, seed=8), mask) for each in (cache, full))
     # in 8 bits
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.std()))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1 * float(expected.std()))
 
 
 # docs: Values are rotated by a Hadamard matrix with random signs before they are packed

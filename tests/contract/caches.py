@@ -200,7 +200,8 @@ def _packing(name: str, **settings: Any) -> Entry:
         croppable=True,
         compileable=True,
         packs_between=True,
-        roomy=lambda model: build(model, 256),
+        # with tokens that wait as they came
+        roomy=lambda model: GEARCache(model, buffer=256, **{"group_size": 8, **settings, "tail_bits": None}),
         decoded=unpacked,
         dtype=torch.float64,
     )
