@@ -19,6 +19,9 @@ With `centred`, what is rotated by R (kernels/hadamard.py) is nearly normally di
 
     K R ~ mean of the block + scale of the token * level        V R ~ scale of the token * level
 
+Tokens that wait for a block to be full stay as they are in the paper (`tail_bits=None`); by default each is packed by
+itself in 8 bits, which lose little beside what its block will.
+
 The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; evals/studies/bits.py): plain codes, 4
 bits for keys and 3 for values, which are rotated first, and the first 4 tokens as they are. There neither rank 4 nor
 2 % of outliers is worth its bits. PRESETS has the papers' settings.

@@ -5,7 +5,7 @@
 The context of each window of text is read once, by a full cache, and packed with every setting (`GEARCache.fill`); what
 follows is read with the packed cache, `chunk` tokens per forward, and compared with the full cache's own continuation.
 Bits count everything that the cache keeps of the packed tokens (codes, scales, outliers, factors, positions) per number
-of their keys and values; the unpacked tail counts only in `all bits`.
+of their keys and values; the tail counts only in `all bits`.
 
 If they are installed, transformers' own QuantizedCache backends (optimum-quanto, hqq) are measured on the same context.
 """

@@ -1,8 +1,9 @@
 """GEAR and KIVI: every token is kept, in two to eight bits per element (arXiv:2403.05527, arXiv:2402.02750).
 
-The newest tokens stay unpacked; as soon as there are `buffer` of them they are packed, once and for all
-(policies/gear.py says how, storage/quantized_blocks.py where). Attention reads the codes: nothing is expanded in
-memory. A forward attends to its own tokens exactly; they are packed when it ends.
+The newest tokens wait, each by itself in 8 bits (storage/packed_tail.py) or as they came. As soon as there are `buffer`
+of them they are packed, once and for all (policies/gear.py says how, storage/quantized_blocks.py where). Attention
+reads the codes: nothing is expanded in memory. A forward attends to its own tokens exactly; they are packed when it
+ends.
 
 Drafts of assisted and prompt-lookup decoding of any length can be taken back (caches/quantized_layer.py). A layer with
 a sliding window can take back 32 tokens of a prompt's own forward, or as many as generate drafts after it.

@@ -5,7 +5,7 @@ apart from it, as they came.
 
 Drafts of assisted and prompt-lookup decoding are taken back by `crop`. A forward that may be a draft stays in the tail
 until the next one, and can be taken back exactly. A crop that reaches further and ends inside a block takes the block
-apart: its remaining tokens go to the tail as attention saw them, decoded, and are packed again later. From then on,
+apart: its remaining tokens go to the tail as attention saw them, decoded, and are packed again. From then on,
 forwards of up to twice as many tokens wait in the tail too.
 """
 
