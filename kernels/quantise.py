@@ -116,8 +116,11 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     # by a tensor: instead of dividing by a number, CUDA multiplies by its inverse, which rounds differently
     scales = _round_up((high - zeros.float()) / torch.full_like(high, levels))
     steps = scales.float()
-    # of a group without range all are the zero, whatever they are multiplied by
-    inverse = steps.clamp(min=_LEAST).reciprocal_()
+    if unknown is None:
+        # of a group without range all are the zero, whatever they are multiplied by
+        inverse = steps.clamp(min=_LEAST).reciprocal_()
+    else:
+        inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
     lowest, steps, inverse = _spread([zeros.float(), steps, inverse], coding, x)
     codes = (x - lowest).mul_(inverse).add_(0.5).clamp_(0, levels).to(torch.uint8)
     values = None
