@@ -357,7 +357,7 @@ ENTRIES = [
     _packing("gear", bits=4, rank=3, rank_decode=2, outliers=0.1),
     _packing("gear_whole", bits=2, rank=2, rank_decode=2, outliers=0.05, backbone="whole", hadamard=False),
     _packing("gear_centred", bits=2, rank=2, rank_decode=2, backbone="whole"),
-    _packing("kivi", bits=3, outliers=0.0),
+    _packing("kivi", bits=3, outliers=0.0, tail_bits=None),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
     dataclasses.replace(
         _shadow("shadowkv_whole", {"exact": True}),
