@@ -239,9 +239,6 @@ def test_512_tokens_take_less_than_a_sixth_of_the_full_cache():
         feed(model, cache, torch.cat([prompt(256), prompt(256, seed=1)], 1))
         memory = cache.memory()
         report[tail_bits] = memory.total_bytes / memory.full_bytes
-        for step in range(70):
-            feed(model, cache, prompt(1, seed=step))
-        assert cache.memory().total_bytes < 1.14 * memory.total_bytes
     assert round(report[8], 3) == 0.153
     assert round(report[None], 3) == 0.245
 
