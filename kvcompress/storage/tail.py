@@ -157,8 +157,8 @@ class TailSegment(Segment):
 
         Args:
             lengths: tokens of each row, with these.
-            own: from which on of the row's tokens here the first of those are these, which stay as they are stored;
-                None, or as many as there are: none are.
+            own: for each row, the first of its tokens here that stays, as it is stored: those that stay come first
+                among the others. None: none stays.
         """
         at, _ = span_of_rows(first, held, self.positions.device)
         columns = at.shape[1]
