@@ -8,8 +8,8 @@ values that are stored rotated need to be rotated back only once, after attentio
 
     out = p V = (p rotate(V)) R'
 
-Operations per number: log2(head_dim) to rotate, 2 * head_dim to rotate back. Bytes: each vector read and written once,
-to rotate once in each step: bound by bandwidth.
+Operations per number: 2 * head_dim, as a product. Bytes: each vector read and written once, to rotate once in each
+step: bound by bandwidth.
 """
 
 import functools
@@ -23,29 +23,34 @@ from kvcompress.kernels.common.runtime import op
 
 @op(fake=lambda x, **_: x.new_empty(x.shape))
 def rotate(x: Tensor, back: bool = False, at_once: bool = False) -> Tensor:
-    """Rotates vectors [..., head_dim] of any floating dtype; back: takes a rotation back. Computed in float32 or more.
+    """Rotates vectors [..., head_dim] of any floating dtype; back: takes a rotation back.
 
-    What a vector is rotated to does not depend on the others, bit by bit: a row is packed as it would be alone. With
-    `at_once`, and back, it is one product, where that does not hold.
+    What a vector of 32 bits or fewer becomes does not depend on the others, bit by bit: a row is packed as it would be
+    alone. In float64, sums of such numbers are exact in any order, if none is 2^20 times another. With `at_once` it is
+    one product, in float32 or more, where that does not hold.
 
     Returns:
         As x.
     """
-    dim, dtype = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
-    if back or at_once:
+    dim = x.shape[-1]
+    if at_once:
+        dtype = torch.promote_types(x.dtype, torch.float32)
         matrix = _matrix(dim, dtype, x.device)
         return (x.to(dtype) @ (matrix.mT if back else matrix)).to(x.dtype).contiguous()
-    power, (signs, cosines) = dim & -dim, _factors(dim, dtype, x.device)
-    y = (x.to(dtype) * signs).unflatten(-1, (power, -1))
-    if len(cosines) > 1:
-        y = functools.reduce(torch.add, [y[..., [k]] * cosines[k] for k in range(len(cosines))])
-    half = 1
-    while half < power:
-        one, other = y.unflatten(-2, (-1, 2, half)).unbind(-3)
-        y = torch.stack([one + other, one - other], -3).flatten(-4, -2)
-        half *= 2
-    rotated: Tensor = y.flatten(-2) / math.sqrt(power)
-    return rotated.to(x.dtype)
+    power, (signs, hadamard, cosines) = dim & -dim, _factors(dim, x.device)
+    if power == dim:
+        rotated: Tensor = x.double() @ (hadamard.mT if back else hadamard)
+    elif back:
+        rotated = _combined(x.double().unflatten(-1, (power, -1)).mT @ hadamard, cosines.mT).mT.flatten(-2) * signs
+    else:
+        y = (x.double() * signs).unflatten(-1, (power, -1)).mT
+        rotated = (_combined(y, cosines) @ hadamard).mT.flatten(-2)
+    return rotated.mul(1 / math.sqrt(power)).to(x.dtype)
+
+
+def _combined(y: Tensor, cosines: Tensor) -> Tensor:
+    """The products of rows with a small matrix, [..., size, any], summed one by one."""
+    return functools.reduce(torch.add, [y[..., [k], :] * cosines[k, :, None] for k in range(len(cosines))])
 
 
 def rotate_reference(x: Tensor, back: bool = False, at_once: bool = False) -> Tensor:
@@ -55,10 +60,13 @@ def rotate_reference(x: Tensor, back: bool = False, at_once: bool = False) -> Te
 
 
 @functools.cache
-def _factors(dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The signs, [dim], and C, as `_matrix` has them."""
-    with torch.inference_mode(False):
-        return _signs(dim).to(device, dtype), _cosines(dim // (dim & -dim)).to(device, dtype)
+def _factors(dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The signs, [dim], H without its scale, with the signs where it is all, and C, as `_matrix` has them."""
+    with torch.inference_mode(False), torch.no_grad():
+        power, signs = dim & -dim, _signs(dim)
+        hadamard = _ones(power) * signs[:, None] if power == dim else _ones(power)
+        parts = signs, hadamard, _cosines(dim // power)
+        return tuple(part.to(device) for part in parts)  # type: ignore[return-value]
 
 
 @functools.cache
@@ -67,11 +75,16 @@ def _matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # shared by all that comes
     with torch.inference_mode(False), torch.no_grad():
         power = dim & -dim
-        hadamard = torch.ones(1, 1, dtype=torch.float64)
-        while len(hadamard) < power:
-            hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
-        whole = torch.kron(hadamard * power**-0.5, _cosines(dim // power))
+        whole = torch.kron(_ones(power) * power**-0.5, _cosines(dim // power))
         return (_signs(dim)[:, None] * whole).to(device, dtype)
+
+
+def _ones(power: int) -> Tensor:
+    """The Hadamard matrix of 1 and -1, [power, power]."""
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < power:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
+    return hadamard
 
 
 def _signs(dim: int) -> Tensor:

@@ -29,6 +29,7 @@ outliers take (`QuantScheme.bytes`) written, in one pass, and one more before it
 operations per number: bound by bandwidth.
 """
 
+from collections.abc import Iterable
 from typing import get_args
 
 import torch
@@ -51,6 +52,8 @@ from kvcompress.kernels.common.runtime import launch, op, runs_triton, shaped, t
 from kvcompress.kernels.common.tile import tile_width
 
 _LARGEST = 65504.0
+# the least positive number of float16
+_LEAST = 2.0**-24
 # by bits, a scale to begin with, in root mean squares of a group: what loses least of normally distributed numbers
 FIRST_SCALES = {2: 0.9957, 3: 0.586, 4: 0.3352}
 # how often a scale is fitted to the levels that are nearest
@@ -72,12 +75,16 @@ def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
         ValueError: for a block, head_dim or coding that cannot be packed.
     """
     check_coding(coding, x.shape[-2], x.shape[-1])
+    pieces = blocks_apart(x)
+    is_launched = runs_triton(x) and x.numel() > 0
+    if len(pieces) == 1 and not is_launched:
+        return quantise_reference(x, coding)
     packed = empty_packed(x, coding)
-    if runs_triton(x) and x.numel():
+    if is_launched:
         _launch(x, coding, packed)
         return packed
     # some blocks at a time: what the reference computes in float32 is a multiple of them
-    for piece in blocks_apart(x):
+    for piece in pieces:
         for part, some in zip(packed, quantise_reference(x[:, :, piece], coding), strict=True):
             if part is not None and some is not None:
                 part[:, :, piece] = some
@@ -86,36 +93,45 @@ def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
 
 def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     """What quantise means, in plain PyTorch: the oracle of its test and its path on a CPU."""
-    # a number that is not finite cannot be ordered: it makes its group NaN, and counts as 0 otherwise
-    unknown = x.float() - x.float()
-    x = x.float().nan_to_num(0.0, 0.0, 0.0)
-    if coding.zeros != "group":
-        return _centred(x, unknown, coding)
-    dim = -2 if coding.axis == "channel" else -1
-    low = high = x
-    index = None
-    if coding.outliers:
-        index = _outlier_index(x, coding.outliers, dim)
-        low, high = x.scatter(dim, index, torch.inf), x.scatter(dim, index, -torch.inf)
-    low, high = _group(low, coding, torch.inf).amin(-1), _group(high, coding, -torch.inf).amax(-1)
-    # a group that has only outliers
-    empty = low > high
-    low, high = (bound.clamp(-_LARGEST, _LARGEST).masked_fill(empty, 0.0) for bound in (low, high))
+    x = x.float()
+    index, unknown = None, None
+    low, high = (x, x) if coding.zeros != "group" or coding.outliers else _bounds(x, x, coding)
+    # what is not finite is no bound that float16 holds
+    if low is x or x.is_cuda or not bool((torch.maximum(high, -low) <= _LARGEST).all()):
+        # it cannot be ordered: it makes its group NaN, and counts as 0 otherwise
+        unknown = x - x
+        x = x.nan_to_num(0.0, 0.0, 0.0)
+        if coding.zeros != "group":
+            return _centred(x, unknown, coding)
+        low = high = x
+        dim = -2 if coding.axis == "channel" else -1
+        if coding.outliers:
+            index = _outlier_index(x, coding.outliers, dim)
+            low, high = x.scatter(dim, index, torch.inf), x.scatter(dim, index, -torch.inf)
+        low, high = _bounds(low, high, coding)
+        # a group that has only outliers
+        empty = low > high
+        low, high = (bound.clamp(-_LARGEST, _LARGEST).masked_fill(empty, 0.0) for bound in (low, high))
     zeros = _round_down(low)
     levels = 2**coding.bits - 1
     # by a tensor: instead of dividing by a number, CUDA multiplies by its inverse, which rounds differently
-    scales = -_round_down(-((high - zeros.float()) / torch.full_like(high, levels)))
+    scales = _round_up((high - zeros.float()) / torch.full_like(high, levels))
     steps = scales.float()
-    inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
-    spread = spread_groups(torch.stack([zeros.float(), steps, inverse]), coding, x)
-    codes = ((x - spread[0]) * spread[2] + 0.5).floor_().clamp_(0, levels)
-    zeros = zeros + _group(unknown, coding, 0.0).sum(-1).half()
+    if unknown is None:
+        # of a group without range all are the zero, whatever they are multiplied by
+        inverse = steps.clamp(min=_LEAST).reciprocal_()
+    else:
+        inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
+    lowest, steps, inverse = _spread([zeros.float(), steps, inverse], coding, x)
+    codes = (x - lowest).mul_(inverse).add_(0.5).clamp_(0, levels).to(torch.uint8)
     values = None
     if index is not None:
-        rest = x - (spread[0] + spread[1] * codes)
+        rest = x - (lowest + steps * codes)
         values = rest.gather(dim, index).clamp_(-_LARGEST, _LARGEST).half()
         index = index.to(torch.uint8)
-    return QuantizedTensor(pack_codes(codes.to(torch.uint8), coding.bits), scales, zeros, values, index)
+    if unknown is not None:
+        zeros = zeros + _group(unknown, coding, 0.0).sum(-1).half()
+    return QuantizedTensor(pack_codes(codes, coding.bits), scales, zeros, values, index)
 
 
 def _centred(x: Tensor, unknown: Tensor, coding: QuantScheme) -> QuantizedTensor:
@@ -155,8 +171,7 @@ def dequantise(
     x = unpack_codes(packed.codes, coding.bits).float()
     if coding.zeros == "group":
         assert packed.zeros is not None
-        # both are spread at once
-        scales, zeros = spread_groups(torch.stack([packed.scales.float(), packed.zeros.float()]), coding, x)
+        scales, zeros = _spread([packed.scales.float(), packed.zeros.float()], coding, x)
         x.mul_(scales).add_(zeros)
     else:
         x.sub_(coding.middle).mul_(spread_groups(packed.scales.float(), coding, x))
@@ -202,13 +217,31 @@ def _group(x: Tensor, coding: QuantScheme, fill: float) -> Tensor:
     return grouped
 
 
+def _spread(parts: list[Tensor], coding: QuantScheme, x: Tensor) -> Iterable[Tensor]:
+    """What each group has, for each of its numbers, as `spread_groups` does it."""
+    of_block, of_token = coding.groups(*x.shape[-2:])
+    is_whole = (of_block if coding.axis == "channel" else of_token) == 1
+    # else all are spread at once
+    return parts if is_whole else spread_groups(torch.stack(parts), coding, x)
+
+
+def _bounds(low: Tensor, high: Tensor, coding: QuantScheme) -> tuple[Tensor, Tensor]:
+    """The least number of each group of one tensor, and the largest of another."""
+    return _group(low, coding, torch.inf).amin(-1), _group(high, coding, -torch.inf).amax(-1)
+
+
 def _round_down(x: Tensor) -> Tensor:
     """float32 as float16, never above it."""
     half = x.half()
-    # a step down in the bits of a positive number, up in those of a negative one; below 0 comes the least negative
+    # a step down in the bits of a positive number is -1, in those of a negative one, -0 among them, 1
     bits = half.view(torch.int16)
-    below = torch.where(half > 0, bits - 1, torch.where(half == 0, -0x7FFF, bits + 1)).view(torch.float16)
-    return torch.where(half.float() > x, below, half)
+    return (bits - (bits >> 14 | 1) * (half > x)).view(torch.float16)
+
+
+def _round_up(x: Tensor) -> Tensor:
+    """float32, not negative, as float16, never below it."""
+    half = x.half()
+    return (half.view(torch.int16) + (half < x)).view(torch.float16)
 
 
 def blocks_apart(x: Tensor) -> list[slice]:

@@ -7,7 +7,8 @@
                    32 bytes per KV head for where they lie, and 4 more per token with a log-weight; with a profile, as
                    many as each head's share allows; packed ones of heads that differ come in blocks of 16; positions
                    and scores are as wide as the longest head, which is more where heads compete, and not foreseen
-    gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), and an unpacked tail of one block
+    gear, kivi   = blocks of codes, scales, outliers and factors (policies/gear.py), the first tokens as they came, and
+                   a tail of one block, in 8 bits each by itself, or as they came too
     shadowkv     = on the device: low-rank keys, landmarks, and the selected, outlier and newest tokens
                    (policies/shadowkv.py); the values of all tokens are on the host
     during prefill, an evicting cache also holds the full keys and values of the layer at work; kvzip, which reads a
@@ -38,6 +39,7 @@ from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.key_codec import KeyCodec, scheme_for
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
+from kvcompress.storage.packed_tail import PackedTail
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.ragged import RaggedSlots
@@ -290,15 +292,16 @@ def _packed(
     """Bytes of one layer of GEAR after a prefill of the whole context: blocks of codes, and the tail; with a scheme,
     of keys in a calibrated basis, which counts too."""
     block, size = settings.buffer, (batch, shape.kv_heads, shape.head_dim)
-    sinks = settings.sinks if window is None and context > DRAFT else 0
-    full = max(0, context - sinks) // block if context > DRAFT else 0
-    sinks = sinks if full else 0
+    sinks = settings.sinks if window is None else 0
+    behind = max(0, context - sinks)
+    full = behind // block if context > DRAFT else 0
     skipped = 0 if window is None else min(max(0, (context - window - DRAFT) // block), full)
-    codings = settings.codings(shape.head_dim, settings.rank)
-    room = max(block, context - sinks - full * block) + sinks
+    codings, waits = settings.codings(shape.head_dim, settings.rank), settings.tail_coding(shape.head_dim)
+    room = max(block, behind - full * block)
+    tail = TailSegment.nbytes_for(*size, item, room) if waits is None else PackedTail.nbytes_for(*size, waits, room)
     blocks = QuantizedBlocks.nbytes_for(*size, codings, block, full - skipped, scheme)
     basis = 0 if scheme is None else KeyCodec.nbytes_for(scheme, shape.kv_heads * shape.head_dim, item)
-    return blocks + TailSegment.nbytes_for(*size, item, room) + basis
+    return blocks + basis + tail + TailSegment.nbytes_for(*size, item, sinks)
 
 
 def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:

@@ -334,7 +334,7 @@ def _list_own() -> None:
     for method in (
         Method(
             "gear", "every token: keys in 4 bits, values in 3; or 2, 3, 8 bits, outliers, low rank", _gear("default"),
-            costs="packing once, unpacking where attention reads", paper="2403.05527",
+            costs="packing a token, then its block; unpacking where attention reads", paper="2403.05527",
             kind=GEARCache, label="GEARCache", takes_budget=False, settings=_OF_GEAR,
         ),
         Method(

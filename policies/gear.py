@@ -19,6 +19,9 @@ With `centred`, what is rotated by R (kernels/hadamard.py) is nearly normally di
 
     K R ~ mean of the block + scale of the token * level        V R ~ scale of the token * level
 
+Tokens that wait for a block to be full stay as they are in the paper (`tail_bits=None`); by default each is packed by
+itself in 8 bits, which lose little beside what its block will.
+
 The defaults are what lost least at equal measured bits on SmolLM2 (head_dim 64; evals/studies/bits.py): plain codes, 4
 bits for keys and 3 for values, which are rotated first, and the first 4 tokens as they are. There neither rank 4 nor
 2 % of outliers is worth its bits. PRESETS has the papers' settings.
@@ -36,7 +39,7 @@ Backbone = Literal["kivi", "whole"]
 # values tolerate fewer bits than keys
 _FEWER = {4: 3, 3: 2}
 # what a saved file means that is older than a setting
-UNROTATED = {"hadamard": False, "centred": False}
+OLDER_FILES = {"hadamard": False, "centred": False, "tail_bits": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,9 @@ class GEAR:
 
     bits: of a code: 2, 3, 4 or 8. group_size: elements that share a scale. rank, rank_decode: of the correction, for
     what a prompt and what decoding compresses. outliers: share of a vector's elements that stay in 16 bits, rounded up
-    to as many at either end. buffer: tokens of a block, a power of two; up to that many of the newest tokens stay as
-    they are.
+    to as many at either end. buffer: tokens of a block, a power of two; up to that many of the newest tokens wait to be
+    packed. tail_bits: of the codes of those that wait, each packed by itself and rotated with `hadamard`; None: they
+    stay as they are.
     backbone: how groups are cut. value_bits: of the codes of values; None for what loses least beside `bits`, one bit
     less where those are 3 or 4. sinks: first tokens that stay as they are, because their keys and values are outliers
     among all others. hadamard: values are rotated by a Hadamard matrix with random signs before they are encoded
@@ -66,6 +70,7 @@ class GEAR:
     sinks: int = 4
     hadamard: bool = True
     centred: bool | None = None
+    tail_bits: int | None = 8
 
     def __post_init__(self) -> None:
         settle(self)
@@ -73,6 +78,11 @@ class GEAR:
             raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits!r}")
         if self.value_bits not in (None, 2, 3, 4, 8):
             raise ValueError(f"value_bits must be 2, 3, 4 or 8, or None, got {self.value_bits!r}")
+        if self.tail_bits not in (None, 8):
+            raise ValueError(
+                "tail_bits must be 8, or None for newest tokens that stay as they are until they are packed, got "
+                f"{self.tail_bits!r}"
+            )
         if self.sinks < 0:
             raise ValueError(f"sinks must be 0 tokens or more, got {self.sinks!r}")
         if not _power_of_two(self.buffer) or not 8 <= self.buffer <= 256:
@@ -142,7 +152,7 @@ class GEAR:
         )
         if self.is_centred:
             # numbers that were rotated are alike
-            of_token = max(8, 1 << (head_dim - 1).bit_length())
+            of_token = _whole(head_dim)
             found = (
                 QuantScheme(self.bits, of_token, "token", 0, rank, "block"),
                 QuantScheme(value_bits, of_token, "token", 0, rank, "none"),
@@ -150,6 +160,10 @@ class GEAR:
         for coding in found:
             check_coding(coding, self.buffer, head_dim)
         return found
+
+    def tail_coding(self, head_dim: int) -> QuantScheme | None:
+        """How the newest tokens are encoded, keys and values alike, until there are enough for a block; None: not."""
+        return None if self.tail_bits is None else QuantScheme(self.tail_bits, _whole(head_dim), "token")
 
     def per_token_scheme(self, head_dim: int) -> QuantScheme:
         """How keys and values are encoded where every token is packed by itself. There the policy keeps the sinks.
@@ -174,13 +188,18 @@ class GEAR:
 
     def _of_a_vector(self, head_dim: int) -> int:
         """Numbers of a token that share a scale; a power of two; a group longer than a token takes it whole."""
-        whole = max(8, 1 << (head_dim - 1).bit_length())
+        whole = _whole(head_dim)
         return min(self.group_size, whole) if self.backbone == "kivi" else whole
 
     def _a_side(self, elements: int) -> int:
         """Outliers at each end of a vector."""
         # 0.07 * 100 / 2 is a little more than 3.5
         return min(math.ceil(self.outliers * elements / 2 - 1e-9), (elements + 1) // 2)
+
+
+def _whole(head_dim: int) -> int:
+    """The group that takes a token of a head whole."""
+    return max(8, 1 << (head_dim - 1).bit_length())
 
 
 def _power_of_two(number: int) -> bool:
@@ -191,14 +210,26 @@ def _power_of_two(number: int) -> bool:
 PRESETS = {
     "default": GEAR(),
     "small": GEAR(bits=3),
-    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, sinks=0, hadamard=False, centred=False),
-    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, sinks=0, hadamard=False, centred=False),
+    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, sinks=0, hadamard=False, centred=False, tail_bits=None),
+    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, sinks=0, hadamard=False, centred=False, tail_bits=None),
     "gear-whole": GEAR(
-        bits=4, value_bits=4, rank=4, rank_decode=2, outliers=0.02, backbone="whole", sinks=0, hadamard=False
+        bits=4,
+        value_bits=4,
+        rank=4,
+        rank_decode=2,
+        outliers=0.02,
+        backbone="whole",
+        sinks=0,
+        hadamard=False,
+        tail_bits=None,
     ),
-    "gear-l-whole": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, backbone="whole", sinks=0, hadamard=False),
-    "kivi": GEAR(bits=2, value_bits=2, group_size=32, buffer=128, sinks=0, hadamard=False, centred=False),
-    "whole": GEAR(bits=4, value_bits=4, backbone="whole", sinks=0, hadamard=False),
+    "gear-l-whole": GEAR(
+        bits=4, value_bits=4, rank=4, rank_decode=2, backbone="whole", sinks=0, hadamard=False, tail_bits=None
+    ),
+    "kivi": GEAR(
+        bits=2, value_bits=2, group_size=32, buffer=128, sinks=0, hadamard=False, centred=False, tail_bits=None
+    ),
+    "whole": GEAR(bits=4, value_bits=4, backbone="whole", sinks=0, hadamard=False, tail_bits=None),
 }
 
 

@@ -5,7 +5,7 @@
 The context of each window of text is read once, by a full cache, and packed with every setting (`GEARCache.fill`); what
 follows is read with the packed cache, `chunk` tokens per forward, and compared with the full cache's own continuation.
 Bits count everything that the cache keeps of the packed tokens (codes, scales, outliers, factors, positions) per number
-of their keys and values; the unpacked tail counts only in `all bits`.
+of their keys and values; the tail counts only in `all bits`.
 
 If they are installed, transformers' own QuantizedCache backends (optimum-quanto, hqq) are measured on the same context.
 """
@@ -104,7 +104,7 @@ class Study:
                 report = cache.fill(self.full).memory()
                 layers: Any = cache.layers
                 apart = [part for layer in layers for part in (layer.first, layer.tail) if part is not None]
-                in_tail = sum(sum(part.held) * 2 * part.keys[0, :, 0].numel() for part in apart)
+                in_tail = sum(sum(part.held) * 2 * part.contents()[0][0, :, 0].numel() for part in apart)
                 packed = numbers - in_tail
                 # a basis does not grow with the text
                 beside = report.by_component["tail"] + report.by_component.get("basis", 0)

@@ -209,6 +209,8 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
 
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
     per = 8 // bits
+    if per == 1:
+        return codes.contiguous()
     planes = codes.unflatten(-2, (per, -1))
     packed: Tensor = planes[..., 0, :, :].clone(memory_format=torch.contiguous_format)
     for j in range(1, per):

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import slot_attention
+from kvcompress.kernels.attention import causal_attention, slot_attention
 from kvcompress.kernels.merge import joint_output, output_of
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.packed_tail import PackedTail
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.tail import TailSegment
 
@@ -37,7 +38,7 @@ class CompiledSteps:
 
     def pin(self) -> None:
         """Tells the compiler that tensors stay where they are."""
-        pin(self.segment.keys, self.segment.values, *self.tensors())
+        pin(*self.segment.tensors().values(), *self.tensors())
 
     def catch_up(self, places: Places) -> None:
         """Counts anew, after the segment was changed by other means."""
@@ -51,20 +52,31 @@ class CompiledSteps:
 
     def store(self, x: AttentionInput) -> None:
         """Writes a token, with which `attend` counts from now on; RuntimeError: there is no room."""
+        self._check_room()
+        self.segment.write(self.column, x.key, x.value)
+        self._place(x)
+
+    def _check_room(self) -> None:
         torch._assert_async(
             (self.column < self.positions.shape[1]).all(),
             "a compiled step has no room for its token: call cache.reserve() with as many steps as will come",
         )
-        self.segment.keys.index_copy_(2, self.column, x.key)
-        self.segment.values.index_copy_(2, self.column, x.value)
+
+    def _place(self, x: AttentionInput) -> None:
+        """Makes the token visible."""
         at = self.lengths if x.visible is None else torch.where(x.visible[:, 0], self.lengths, EMPTY)
         self.positions.index_copy_(1, self.column, at[:, None])
 
     def attend(self, x: AttentionInput) -> tuple[Tensor, Tensor]:
         """Attention of one token to all that is held, its own among it, and the log-sum-exp."""
+        assert not isinstance(self.segment, PackedTail)
         keys = self.segment.keys
         positions = self.positions[:, None].expand(keys.shape[:3])
         return slot_attention(x.query, keys, self.segment.values, positions, self.lengths[:, None], x.spec)
+
+    def answers(self, x: AttentionInput) -> list[tuple[Tensor, Tensor]]:
+        """What `attend` gives, in as many parts as it takes."""
+        return [self.attend(x)]
 
     def output(self, x: AttentionInput) -> Tensor:
         """The output of a layer that holds nothing else, with learned sink logits, [batch, heads, 1, head_dim]."""
@@ -74,6 +86,24 @@ class CompiledSteps:
         """Counts the token that `store` wrote."""
         self.lengths.add_(x.real_tokens)
         self.column.add_(1)
+
+
+class PackedSteps(CompiledSteps):
+    """Steps into a tail that packs: a token is attended to as it came by itself, and as it is stored by later ones."""
+
+    segment: PackedTail
+
+    def store(self, x: AttentionInput) -> None:
+        self._check_room()
+        self.segment.write(self.column, x.key, x.value)
+
+    def answers(self, x: AttentionInput) -> list[tuple[Tensor, Tensor]]:
+        past = self.segment.attend(x.query, self.lengths[:, None], x.spec)
+        return [past, causal_attention(x.query, x.key, x.value, x.spec, x.visible)]
+
+    def count(self, x: AttentionInput) -> None:
+        self._place(x)
+        super().count(x)
 
 
 class CompiledTailStep(ForwardStep):
@@ -88,7 +118,7 @@ class CompiledTailStep(ForwardStep):
     def attend(self, x: AttentionInput) -> Tensor:
         places = self.steps.lengths[:, None]
         answers = [part.attend(x.query, places, x.spec) for part in self.parts]
-        answers.append(self.steps.attend(x))
+        answers += self.steps.answers(x)
         return joint_output(answers, x.sinks)
 
     def commit(self) -> None:
@@ -166,7 +196,7 @@ class SteppedLayer(CompressedLayer):
             self._steps.catch_up(places)
         if self.clock.tensor is None:
             seen = self.clock.seen
-            counted = torch.full((), seen, dtype=torch.int64, device=segment.keys.device)
+            counted = torch.full((), seen, dtype=torch.int64, device=places[0].device)
             pin(counted)
             self.clock.count_on(counted, seen)
         self._counted, self._is_ready = self.clock.seen, True

@@ -23,7 +23,7 @@ from kvcompress.caches.profile import Profile
 from kvcompress.caches.reconstruction import RereadLayer, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.layer import CompressedLayer, ordinary_tensors
-from kvcompress.policies.gear import GEAR, UNROTATED
+from kvcompress.policies.gear import GEAR, OLDER_FILES
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.method import import_policies, is_own
@@ -215,7 +215,7 @@ class EvictingCache(CompressedCache):
         import_policies()
         kind = class_named(Policy, policy.pop("of" if "of" in policy else "name"))
         chosen = kind(**policy.get("settings", policy))
-        packed = None if settings["packed"] is None else GEAR(**UNROTATED | settings["packed"])
+        packed = None if settings["packed"] is None else GEAR(**OLDER_FILES | settings["packed"])
         if not settings.pop("packs_answers", False) and packed is not None and isinstance(chosen, KVzip):
             chosen = dataclasses.replace(chosen, keeps_answers=False)
         allocation = settings["allocation"]

@@ -1,8 +1,9 @@
 """GEAR and KIVI: every token is kept, in two to eight bits per element (arXiv:2403.05527, arXiv:2402.02750).
 
-The newest tokens stay unpacked; as soon as there are `buffer` of them they are packed, once and for all
-(policies/gear.py says how, storage/quantized_blocks.py where). Attention reads the codes: nothing is expanded in
-memory. A forward attends to its own tokens exactly; they are packed when it ends.
+The newest tokens wait, each by itself in 8 bits (storage/packed_tail.py) or as they came. As soon as there are `buffer`
+of them they are packed, once and for all (policies/gear.py says how, storage/quantized_blocks.py where). Attention
+reads the codes: nothing is expanded in memory. A forward attends to its own tokens exactly; they are packed when it
+ends.
 
 Drafts of assisted and prompt-lookup decoding of any length can be taken back (caches/quantized_layer.py). A layer with
 a sliding window can take back 32 tokens of a prompt's own forward, or as many as generate drafts after it.
@@ -19,7 +20,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.caches.basis import Basis
 from kvcompress.caches.quantized_layer import QuantizedLayer
 from kvcompress.layer import CompressedLayer, as_stored
-from kvcompress.policies.gear import GEAR, UNROTATED, Backbone, preset
+from kvcompress.policies.gear import GEAR, OLDER_FILES, Backbone, preset
 from kvcompress.storage.key_codec import KeyCodec
 from kvcompress.storage.rope import Rope
 
@@ -47,6 +48,7 @@ class GEARCache(CompressedCache):
         hadamard: bool = GEAR.hadamard,
         centred: bool | None = GEAR.centred,
         basis: Basis | str | os.PathLike[str] | None = None,
+        tail_bits: int | None = GEAR.tail_bits,
     ) -> None:
         """
         Args:
@@ -60,7 +62,8 @@ class GEARCache(CompressedCache):
             rank_decode: the same for what decoding packs, a block at a time.
             outliers: share of the elements kept in 16 bits, 0 to 1; of each vector (a channel of a block, or a token of
                 a head), rounded up to equally many at either end, so that 0.02 of 64 are 2, or 3.1 %.
-            buffer: tokens packed at a time, a power of two; fewer newest tokens than that stay unpacked.
+            buffer: tokens packed at a time, a power of two; fewer newest tokens than that wait for it.
+            tail_bits: bits per code of tokens that wait, each packed by itself: 8, or None to leave them as they came.
             backbone: "kivi", or "whole", whose groups are whole blocks of a channel and whole heads of a token.
             hadamard: rotate values by a Hadamard matrix with random signs before they are packed (arXiv:2404.00456).
             centred: rotate keys too, around the mean of their block, and let codes stand for levels around 0, without
@@ -86,6 +89,7 @@ class GEARCache(CompressedCache):
             sinks=sinks,
             hadamard=hadamard,
             centred=centred,
+            tail_bits=tail_bits,
         )
         # the digest of the basis; the model keeps it
         self.basis = None
@@ -170,7 +174,7 @@ class GEARCache(CompressedCache):
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
         cache = cls.__new__(cls)
-        settings = UNROTATED | settings
+        settings = OLDER_FILES | settings
         if settings.get("basis") is not None:
             settings["basis"] = Basis.known(settings["basis"], model)
         GEARCache.__init__(cache, model, **settings)
@@ -200,4 +204,5 @@ class KIVICache(GEARCache):
             sinks=0,
             hadamard=False,
             centred=False,
+            tail_bits=None,
         )

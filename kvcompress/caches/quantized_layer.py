@@ -1,8 +1,11 @@
-"""A layer of GEARCache: packed blocks, and a dense tail that collects the next block (arXiv:2403.05527).
+"""A layer of GEARCache: packed blocks, and a tail that collects the next block (arXiv:2403.05527).
+
+The tail holds tokens as they came, or in 8 bits each by itself (storage/packed_tail.py); a row's first tokens stay
+apart from it, as they came.
 
 Drafts of assisted and prompt-lookup decoding are taken back by `crop`. A forward that may be a draft stays in the tail
 until the next one, and can be taken back exactly. A crop that reaches further and ends inside a block takes the block
-apart: its remaining tokens go to the tail as attention saw them, decoded, and are packed again later. From then on,
+apart: its remaining tokens go to the tail as attention saw them, decoded, and are packed again. From then on,
 forwards of up to twice as many tokens wait in the tail too.
 """
 
@@ -12,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.caches.compiled_steps import CompiledTailStep, TailedLayer, pin
+from kvcompress.caches.compiled_steps import CompiledTailStep, PackedSteps, TailedLayer, pin
 from kvcompress.caches.quantized_step import QuantizedStep
+from kvcompress.kernels.attention import causal_attention
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.gear import GEAR
 from kvcompress.storage.key_codec import KeyCodec
+from kvcompress.storage.packed_tail import PackedTail
 from kvcompress.storage.padding import PaddingRecord, warn_of_short_windows
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.segment import EMPTY, Segment
-from kvcompress.storage.tail import TailSegment, moved
+from kvcompress.storage.tail import TailSegment, moved, numbers
 
 # a forward of at most so many tokens may be a draft, which can be taken back, so its tokens are not packed at once; a
 # layer that had to take back more expects longer drafts
@@ -54,12 +59,14 @@ class QuantizedLayer(TailedLayer):
         self.codec = codec
         self.prompt: QuantizedBlocks | None = None
         self.decoded: QuantizedBlocks | None = None
-        # the first tokens of rows that have packed some; not on a sliding layer, where they would soon be out of sight
+        # each row's first tokens; not on a sliding layer, where they would soon be out of sight
         self.first: TailSegment | None = None
         self.sinks = settings.sinks if window is None else 0
         # real tokens of each row so far
         self.lengths: list[int] = []
         self.draft = DRAFT
+        if settings.tail_bits is not None:
+            self.steps = PackedSteps
         # the segments beside the tail that compiled steps attend to; tokens that such steps fed each row, until packed
         self._parts: list[Segment] = []
         self._fed: list[int] = []
@@ -97,17 +104,34 @@ class QuantizedLayer(TailedLayer):
             return CompiledTailStep(self._ready_steps(), self._parts, x)
         return QuantizedStep(self, x)
 
-    def _past(self, chunk: AttentionInput, query_positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Attention to each segment that holds something, with the log-sum-exp."""
-        parts = [part for part in self.segments() if not isinstance(part, TailSegment) or any(part.held)]
-        if self.first in parts[-2:-1] and parts[-1] is self._tail and not chunk.query.is_cuda:
+    def _past(
+        self, chunk: AttentionInput, query_positions: Tensor, joins: list[int] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Attention to each segment that holds something, with the log-sum-exp.
+
+        Args:
+            joins: where the chunk is one token that no segment holds yet, in which rows it counts.
+        """
+        query, spec, tail, first = chunk.query, chunk.spec, self.tail, self.first
+        assert tail is not None
+        answers = [part.attend(query, query_positions, spec) for part in self._packed()]
+        parts = [part for part in (first, tail) if part is not None and any(part.held)]
+        if query.is_cuda:
+            answers += [part.attend(query, query_positions, spec) for part in parts]
+            if joins is not None:
+                visible = None if all(joins) else torch.tensor(joins, device=query.device)[:, None] > 0
+                answers.append(causal_attention(query, chunk.key, chunk.value, spec, visible))
+        elif parts or joins is not None:
             # on a CPU a call costs more than a copy of so few tokens
-            parts[-2:] = [self.first.beside(self._tail)]
-        answers = [part.attend(chunk.query, query_positions, chunk.spec) for part in parts]
+            others = [] if first is None or first not in parts else [(first.keys, first.values, first.positions)]
+            if joins is not None:
+                places = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
+                others.append((chunk.key, chunk.value, numbers(places, query.device)[:, None]))
+            answers.append(tail.attend_beside(others, query, query_positions, spec))
         if not answers and chunk.tokens == 1:
             # a row that is all padding, alone
-            nothing = chunk.query.new_full(chunk.query.shape[:3], -torch.inf, dtype=torch.float32)
-            answers.append((torch.zeros_like(chunk.query), nothing))
+            nothing = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+            answers.append((torch.zeros_like(query), nothing))
         return answers
 
     def fill(self, key: Tensor, value: Tensor) -> None:
@@ -125,12 +149,25 @@ class QuantizedLayer(TailedLayer):
         self._pack_fed()
         self._is_ready = False
         if tail is None:
-            self.tail = tail = TailSegment(key, value, self.settings.buffer)
+            self.tail = tail = self._empty_tail(key, value)
+            if self.sinks:
+                self.first = TailSegment(key, value, self.sinks)
             self.lengths = [0] * key.shape[0]
         elif tail.room <= max(tail.held):
             # accepted drafts have filled it
             tail.grow(tail.room + DRAFT)
         return tail
+
+    def _empty_tail(self, key: Tensor, value: Tensor) -> TailSegment:
+        settings = self.settings
+        coding = settings.tail_coding(key.shape[-1])
+        if coding is None:
+            return TailSegment(key, value, settings.buffer)
+        return PackedTail(key, value, settings.buffer, coding, settings.hadamard)
+
+    def lacking(self) -> list[int]:
+        """How many of the first tokens that are to stay apart have not come yet, for each row."""
+        return [0] * len(self.lengths) if self.first is None else [self.sinks - held for held in self.first.held]
 
     def _take_in(self, written: int) -> None:
         assert self._tail is not None
@@ -151,10 +188,7 @@ class QuantizedLayer(TailedLayer):
         if tail is None:
             return
         self._pack_fed()
-        if self.sinks and self.first is None:
-            self.first = TailSegment(tail.keys, tail.values, self.sinks)
-        apart = [0] * len(self.lengths) if self.first is None else self.first.held
-        due = min(block + self.sinks - first - held for first, held in zip(apart, tail.held, strict=True))
+        due = min(block + lacks - held for lacks, held in zip(self.lacking(), tail.held, strict=True))
         # a flush may come when so many steps have come, or, after a prompt that may be a draft, after the next one
         self._left = max(1, due)
         longest = max(tail.held)
@@ -169,27 +203,47 @@ class QuantizedLayer(TailedLayer):
     def _take_room(self, tokens: int, tail: TailSegment) -> None:
         """Makes room for so many tokens in blocks, for as many steps as are reserved at a time."""
         block, settings = self.settings.buffer, self.settings
-        target = self._target(tail.keys.shape[-1], settings.rank == settings.rank_decode)
+        like = tail.like()
+        target = self._target(like[0].shape[-1], settings.rank == settings.rank_decode)
         held = max(target.blocks, default=0)
         if target.room() < held + tokens // block:
             # a step is compiled anew for each room
             more = max(tokens, self._reserved + block) // block + 1
-            target.take_room(max(more, held // 4 if self.window is None else 0), tail.keys, tail.values)
+            target.take_room(max(more, held // 4 if self.window is None else 0), *like)
 
     def _pack_fed(self) -> None:
         """Packs what eager steps would have packed of what compiled steps have written: whole blocks one by one, or as
         many as there were when the first step came."""
-        if not (self._is_ready and any(self._fed)):
-            return
         tail, fed = self._tail, self._fed
-        assert tail is not None
-        apart = [0] * len(fed) if self.first is None else self.first.held
+        if tail is None:
+            return
+        self._fill_first(tail)
+        if not (self._is_ready and any(fed)):
+            return
         most = [
-            max(1, (held - came + 1 - self.sinks + first) // self.settings.buffer)
-            for held, came, first in zip(tail.held, fed, apart, strict=True)
+            max(1, (held - came + 1 - lacks) // self.settings.buffer)
+            for held, came, lacks in zip(tail.held, fed, self.lacking(), strict=True)
         ]
-        while self._pack(tail.keys, tail.values, [0] * len(fed), [min(1, came) for came in fed], 1, most):
+        while self._pack_tail([min(1, came) for came in fed], most):
             most = [1] * len(fed)
+
+    def _fill_first(self, tail: TailSegment) -> None:
+        """Moves what belongs to a row's first tokens out of the tail, where compiled steps have put it, or an older
+        version of this cache."""
+        apart = [min(lacks, held) for lacks, held in zip(self.lacking(), tail.held, strict=True)]
+        if any(apart):
+            key, value = tail.contents()
+            self._set_apart(key, value, [0] * len(apart), apart, tail.held)
+            rest = [held - count for held, count in zip(tail.held, apart, strict=True)]
+            tail.refill(key, value, apart, rest, self.lengths, own=apart)
+
+    def _pack_tail(self, real: list[int], most: list[int] | None = None) -> bool:
+        """As `_pack`, after a forward of one token, which is in the tail, or several such."""
+        tail = self.tail
+        assert tail is not None
+        if all(held < self.settings.buffer for held in tail.held):
+            return False
+        return self._pack(*tail.contents(max(tail.held)), [0] * len(real), real, 1, most)
 
     def _real(self, chunk: AttentionInput) -> list[int]:
         counts = self.padding.counts(chunk.visible)
@@ -221,7 +275,7 @@ class QuantizedLayer(TailedLayer):
         """Packs the blocks that are complete, and leaves the rest in the tail.
 
         Args:
-            key, value: what is not packed yet, each row's real tokens contiguous; for one token, the tail itself.
+            key, value: what is not packed yet, each row's real tokens contiguous; for one token, what the tail holds.
             begins: where they begin.
             real: how many of them this forward brought.
             most: of how many blocks at most, for each row; None: of all.
@@ -233,19 +287,19 @@ class QuantizedLayer(TailedLayer):
         assert tail is not None
         totals = tail.held if tokens == 1 else [held + fresh for held, fresh in zip(tail.held, real, strict=True)]
         # a row that was fed nothing stays as it is
-        has_first = [0] * len(totals) if self.first is None else self.first.held
-        missing = [self.sinks - held for held in has_first]
+        apart = [
+            min(lacks, total) if fresh else 0 for lacks, total, fresh in zip(self.lacking(), totals, real, strict=True)
+        ]
+        if any(apart):
+            self._set_apart(key, value, begins, apart, totals)
+            begins = [begin + count for begin, count in zip(begins, apart, strict=True)]
+            totals = [total - count for total, count in zip(totals, apart, strict=True)]
         ready = [
-            max(0, total - sinks - (fresh if 1 < fresh <= self.draft else 0)) // block if fresh else 0
-            for total, fresh, sinks in zip(totals, real, missing, strict=True)
+            max(0, total - (fresh if 1 < fresh <= self.draft else 0)) // block if fresh else 0
+            for total, fresh in zip(totals, real, strict=True)
         ]
         if most is not None:
             ready = [min(count, limit) for count, limit in zip(ready, most, strict=True)]
-        if any(count and sinks for count, sinks in zip(ready, missing, strict=True)):
-            apart = [sinks if count else 0 for count, sinks in zip(ready, missing, strict=True)]
-            self._set_apart(key, value, begins, apart)
-            begins = [begin + sinks for begin, sinks in zip(begins, apart, strict=True)]
-            totals = [total - sinks for total, sinks in zip(totals, apart, strict=True)]
         for of_prompt in (True, False):
             # what decoding packs has its own rank; a row decides as it would alone
             here = [count if (fresh > 1) == of_prompt else 0 for count, fresh in zip(ready, real, strict=True)]
@@ -254,22 +308,24 @@ class QuantizedLayer(TailedLayer):
         if any(ready) or tokens > 1:
             first = [begin + count * block for begin, count in zip(begins, ready, strict=True)]
             rest = [total - count * block for total, count in zip(totals, ready, strict=True)]
-            tail.refill(key, value, first, rest, self.lengths)
+            own = [early + count * block for early, count in zip(apart, ready, strict=True)]
+            tail.refill(key, value, first, rest, self.lengths, own)
         if any(ready) and self.window is not None:
             self._drop_old(real)
         return any(ready)
 
-    def _set_apart(self, key: Tensor, value: Tensor, begins: list[int], apart: list[int]) -> None:
-        """Keeps the first `apart` tokens of each row unpacked."""
-        if self.first is None:
-            self.first = TailSegment(key, value, self.sinks)
-        rows = [row for row, sinks in enumerate(apart) if sinks]
-        which, begin = (torch.tensor(each, device=key.device) for each in (rows, [begins[row] for row in rows]))
-        place = torch.arange(self.sinks, dtype=torch.int32, device=key.device)
-        for held, x in ((self.first.keys, key), (self.first.values, value)):
-            held[which] = x[which[:, None], :, begin[:, None] + place].transpose(1, 2)
-        self.first.positions[which] = place
-        self.first.held = [sinks or held for sinks, held in zip(apart, self.first.held, strict=True)]
+    def _set_apart(self, key: Tensor, value: Tensor, begins: list[int], apart: list[int], totals: list[int]) -> None:
+        """Keeps the next `apart` tokens of each row, of `totals` that are not packed, among its first ones."""
+        first = self.first
+        assert first is not None
+        counts = zip(begins, first.held, self.lengths, totals, strict=True)
+        starts = [(begin, held, length - total) for begin, held, length, total in counts]
+        moves = [(row, *(x + n for x in starts[row])) for row, count in enumerate(apart) for n in range(count)]
+        row, source, target, place = (torch.tensor(each, device=key.device) for each in zip(*moves, strict=True))
+        first.keys[row, :, target] = key[row, :, source]
+        first.values[row, :, target] = value[row, :, source]
+        first.positions[row, target] = place.to(torch.int32)
+        first.held = [held + count for held, count in zip(first.held, apart, strict=True)]
 
     def _append(
         self,
@@ -383,16 +439,18 @@ class QuantizedLayer(TailedLayer):
         held = [max(0, count - before + n) for count, before, n in zip(tail.held, self.lengths, lengths, strict=True)]
         left = [part.cut(lengths) for part in self._packed()]
         if self.first is not None:
-            left.append(self.first.cut(lengths))
+            self.first.keep_below(lengths)
         if any(any(counts) for _, _, counts in left):
             # each row's newest tokens are in one of these, at its beginning
-            first, key, value = [0] * len(held), [tail.keys], [tail.values]
+            of_tail = tail.contents(max(tail.held))
+            first, own, key, value = [0] * len(held), [0] * len(held), [of_tail[0]], [of_tail[1]]
             for of_key, of_value, counts in left:
                 start = sum(part.shape[2] for part in key)
                 first = [start if count else at for count, at in zip(counts, first, strict=True)]
-                held = [count or own for count, own in zip(counts, held, strict=True)]
-                key, value = [*key, of_key.to(tail.keys.dtype)], [*value, of_value.to(tail.values.dtype)]
-            tail.refill(torch.cat(key, 2), torch.cat(value, 2), first, held, lengths)
+                own = [had if count else at for count, had, at in zip(counts, tail.held, own, strict=True)]
+                held = [count or before for count, before in zip(counts, held, strict=True)]
+                key, value = [*key, of_key.to(key[0].dtype)], [*value, of_value.to(value[0].dtype)]
+            tail.refill(torch.cat(key, 2), torch.cat(value, 2), first, held, lengths, own)
             self.draft = max(self.draft, 2 * tokens)
         else:
             tail.drop_last([count - own for count, own in zip(tail.held, held, strict=True)])
@@ -408,22 +466,33 @@ class QuantizedLayer(TailedLayer):
         for name, part in named:
             if part is not None and not (isinstance(part, QuantizedBlocks) and not part.blocks):
                 tensors |= {f"{name}.{key}": tensor for key, tensor in part.dump()[0].items()}
-        facts = super().dump()[1] | {"lengths": self.lengths, "draft": self.draft} | self.tail.dump()[1]
+        told = {"lengths": self.lengths, "draft": self.draft, "dtype": str(self.dtype).removeprefix("torch.")}
+        facts = super().dump()[1] | told | self.tail.dump()[1]
         return tensors, facts | ({} if self.first is None else {"first": self.first.held})
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if not tensors:
             return
         super().restore(tensors, facts)
-        self.tail = TailSegment.load(_under("tail.", tensors), facts)
+        of_tail = _under("tail.", tensors)
+        if "codes" in of_tail:
+            coding = self.settings.tail_coding(of_tail["codes"].shape[-1])
+            how = {"coding": coding, "rotates": self.settings.hadamard, "dtype": getattr(torch, facts["dtype"])}
+            self.tail = PackedTail.load(of_tail, facts, **how)
+        else:
+            self.tail = TailSegment.load(of_tail, facts)
         self.lengths = list(facts["lengths"])
         self.draft = facts.get("draft", self.draft)
+        like = self.tail.like()
         if "first" in facts:
             self.first = TailSegment.load(_under("first.", tensors), {"held": facts["first"]})
-        self.lazy_initialization(self.tail.keys, self.tail.values)
+        elif self.sinks:
+            # it was made when a block was
+            self.first = TailSegment(*like, self.sinks)
+        self.lazy_initialization(*like)
         for name in ("prompt", "decoded"):
             if part := _under(f"{name}.", tensors):
-                target = self._target(self.tail.keys.shape[-1], name == "prompt")
+                target = self._target(like[0].shape[-1], name == "prompt")
                 how = {name: getattr(target, name) for name in ("codings", "block", "rotates", "codec")}
                 loaded = QuantizedBlocks.load(part, facts, **how)
                 vars(target).update(vars(loaded))

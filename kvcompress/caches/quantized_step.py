@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 
 class QuantizedStep(ForwardStep):
-    """A forward: its tokens are attended to unpacked, and encoded when it ends; a single token joins the tail at once.
+    """A forward: its tokens are attended to as they came, and encoded when it ends.
 
-    real: tokens of each row that are not padding. query_positions: [batch, queries] int32.
+    A single token is stored at once where that changes nothing: among a row's first tokens, or in a tail that packs
+    none. real: tokens of each row that are not padding. query_positions: [batch, queries] int32. joins: of a single
+    token, which rows' tail it comes to. waits: whether it is not stored there yet.
     """
+
+    joins: list[int]
+    waits = False
 
     def __init__(self, layer: "QuantizedLayer", x: AttentionInput) -> None:
         super().__init__(x)
@@ -29,20 +34,30 @@ class QuantizedStep(ForwardStep):
         self.tail = layer._tail_for(x.key, x.value)
         self.real = layer._real(x)
         self.query_positions = layer._query_positions(x)[:, -x.queries :]
-        if x.tokens == 1:
-            self.tail.put(x.key, x.value, self.real, layer.lengths)
+        if x.tokens > 1:
+            return
+        lengths, lacking = layer.lengths, layer.lacking()
+        apart = [min(fresh, lacks) for fresh, lacks in zip(self.real, lacking, strict=True)]
+        self.joins = [fresh - early for fresh, early in zip(self.real, apart, strict=True)]
+        if layer.first is not None:
+            layer.first.put(x.key, x.value, apart, lengths)
+        if self.tail.is_exact:
+            self.tail.put(x.key, x.value, self.joins, lengths)
+        self.waits = not self.tail.is_exact and any(self.joins)
 
     def attend(self, x: AttentionInput) -> Tensor:
-        answers = self.layer._past(x, self.query_positions)
+        answers = self.layer._past(x, self.query_positions, self.joins if self.waits else None)
         if x.tokens > 1:
             answers.append(causal_attention(x.query, x.key, x.value, x.spec, x.visible))
         return joint_output(answers, x.sinks)
 
     def commit(self) -> None:
         layer, x, real = self.layer, self.input, self.real
+        if self.waits:
+            self.tail.put(x.key, x.value, self.joins, layer.lengths)
         layer.lengths = [length + fresh for length, fresh in zip(layer.lengths, real, strict=True)]
         if x.tokens == 1:
-            layer._pack(self.tail.keys, self.tail.values, [0] * len(real), real, 1)
+            layer._pack_tail(real)
         else:
             layer._pack(*behind_the_tail(self.tail, x, real), real, x.tokens)
 
@@ -52,8 +67,7 @@ def behind_the_tail(tail: TailSegment, chunk: AttentionInput, real: list[int]) -
     used = max(tail.held)
     key, value = chunk.key, chunk.value
     if used:
-        key = torch.cat([tail.keys[:, :, :used], key], 2)
-        value = torch.cat([tail.values[:, :, :used], value], 2)
+        key, value = (torch.cat(sides, 2) for sides in zip(tail.contents(used), (key, value), strict=True))
     if all(fresh == chunk.tokens for fresh in real) and all(held == used for held in tail.held):
         return key, value, [0] * len(real)
     is_real = torch.ones(chunk.key.shape[0], chunk.tokens, dtype=torch.bool, device=key.device)

@@ -195,7 +195,7 @@ def _stored(layer: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
     if isinstance(layer, EvictingLayer):
         assert layer.slots is not None
         return [(*layer.slots.contents(), layer.slots.positions.long())]
-    parts = [(part.keys, part.values, part.positions) for part in (layer.tail, layer.first) if part is not None]
+    parts = [(*part.contents(), part.positions) for part in (layer.tail, layer.first) if part is not None]
     parts += [(*part.decoded(), part.positions[:, 0]) for part in layer._packed()]
     return [(keys, values, at[:, None].expand(keys.shape[:3]).long()) for keys, values, at in parts]
 

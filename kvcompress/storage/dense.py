@@ -118,6 +118,11 @@ class DenseSegment(Segment):
         if self.visible is not None:
             self.visible[:, :tokens] = self.visible[:, :tokens].gather(1, order)
 
+    def write(self, column: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores a token per row, [batch, kv_heads, 1, head_dim], in a column of the room, [1] int64."""
+        self.keys.index_copy_(2, column, key)
+        self.values.index_copy_(2, column, value)
+
     def drop_first(self, tokens: int) -> None:
         """Drops the oldest tokens, and frees their memory."""
         self._reallocate(tokens, self.length - tokens)

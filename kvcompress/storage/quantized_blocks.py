@@ -136,7 +136,7 @@ class QuantizedBlocks(Segment):
             return rotate(out, back=True) if self.rotates else out, lse
         query = rotate(query, at_once=True) if self._rotated(0) else query
         out, lse, *_ = packed_attention(query, keys, values, *self.codings, positions, query_positions, spec, spans)
-        return rotate(out, back=True) if self.rotates else out, lse
+        return rotate(out, back=True, at_once=True) if self.rotates else out, lse
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield (*self.decoded(), self.positions)

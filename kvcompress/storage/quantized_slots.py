@@ -127,7 +127,7 @@ class PackedSlots(SlotSegment):
         offsets = (rows * centre).sum(-1).flatten(1, 2).float()
         places = self.positions if positions is None else positions
         out, *rest = self._attend_packed(scaled, places, query_positions, spec, offsets, with_logits)
-        return (rotate(out, back=True) if self.rotates else out, *rest)
+        return (rotate(out, back=True, at_once=True) if self.rotates else out, *rest)
 
     def _attend_packed(
         self,

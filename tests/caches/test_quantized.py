@@ -100,8 +100,10 @@ def expected_bytes(model, settings, rows, kv_heads=2, head_dim=16, element=4):
     bases = 2 * 2 * head_dim * settings.rank * spans
     positions = 4 * buffer * blocks + (4 * blocks if settings.rank else 0)
     packed = batch * (kv_heads * (blocks * (codes + scales + outliers + factors) + bases) + positions)
-    tail = batch * (buffer + settings.sinks) * (2 * kv_heads * head_dim * element + 4)
-    return packed + tail
+    a_token = 2 * kv_heads * head_dim * element + 4
+    # a byte for each number, a scale and a zero for each vector
+    waits = a_token if settings.tail_bits is None else 2 * kv_heads * (head_dim + 2 * 2) + 4
+    return packed + batch * (settings.sinks * a_token + buffer * waits)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,7 @@ def expected_bytes(model, settings, rows, kv_heads=2, head_dim=16, element=4):
         GEAR(bits=3, group_size=16, buffer=32, outliers=0.1),
         GEAR(bits=4, group_size=8, buffer=8, rank=2, rank_decode=2, outliers=0.0, backbone="whole"),
         GEAR(bits=8, group_size=8, buffer=16, rank=3, rank_decode=3, outliers=0.05),
+        GEAR(group_size=8, buffer=32, tail_bits=None),
     ],
     ids=str,
 )
@@ -163,7 +166,7 @@ def test_nothing_of_the_compressed_tokens_lives_on_in_full():
     del kept
 
 
-# README: packing once, unpacking where attention reads
+# README: packing a token, then its block; unpacking where attention reads
 def test_blocks_once_packed_are_never_touched_again():
     model = tiny()
     cache = GEARCache(model, bits=2, group_size=8, buffer=8, rank=2, rank_decode=2, outliers=0.1)
@@ -181,7 +184,8 @@ def test_blocks_once_packed_are_never_touched_again():
 
 def test_without_factors_a_prompt_in_chunks_is_packed_as_in_one():
     model = tiny(dtype=torch.float64)
-    whole, chunks = (GEARCache(model, bits=3, group_size=8, buffer=16, outliers=0.1) for _ in range(2))
+    how = {"bits": 3, "group_size": 8, "buffer": 16, "outliers": 0.1, "tail_bits": None}
+    whole, chunks = (GEARCache(model, **how) for _ in range(2))
     ids = prompt(200, 2)
     feed(model, whole, ids)
     for chunk in ids.split(33, 1):
@@ -214,7 +218,7 @@ def test_a_row_is_packed_as_it_would_be_alone(settings):
 
 def test_the_newest_tokens_are_what_they_were():
     model = tiny()
-    cache, full = GEARCache(model, bits=2, group_size=8, buffer=16, sinks=0), DenseCache(model)
+    cache, full = GEARCache(model, bits=2, group_size=8, buffer=16, sinks=0, tail_bits=None), DenseCache(model)
     ids = prompt(50, 2)
     both(model, cache, full, ids, torch.ones_like(ids))
     tail = cache.layers[0].tail
@@ -222,6 +226,98 @@ def test_the_newest_tokens_are_what_they_were():
     assert tail.held == [2, 2]
     assert torch.equal(tail.keys[:, :, :2], keys[:, :, 48:])
     assert torch.equal(tail.values[:, :, :2], values[:, :, 48:])
+
+
+# docs: 512 tokens of the default model take 0.153 of the full cache's bytes in float32
+# docs: they stay as they are, and take 0.245
+def test_512_tokens_take_less_than_a_sixth_of_the_full_cache():
+    """transformers' own caches of 4 bits take 0.156, where 9 heads of 64 share 3."""
+    model = tiny(head_dim=64, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=1)
+    report = {}
+    for tail_bits in (8, None):
+        cache = GEARCache(model, bits=4, tail_bits=tail_bits)
+        feed(model, cache, torch.cat([prompt(256), prompt(256, seed=1)], 1))
+        memory = cache.memory()
+        report[tail_bits] = memory.total_bytes / memory.full_bytes
+    assert round(report[8], 3) == 0.153
+    assert round(report[None], 3) == 0.245
+
+
+def test_what_waits_has_the_codes_that_the_row_alone_has_and_keeps_them():
+    model = tiny()
+    ids, mask = left_padded([prompt(30, seed=3)[0], prompt(20, seed=4)[0]])
+    cache = GEARCache(model, buffer=32, group_size=8)
+    feed(model, cache, ids, mask)
+
+    def codes(cache, row):
+        tail = cache.layers[0].tail
+        return {name: x[row, :, : tail.held[row]].clone() for name, x in tail._of_tokens().items()}
+
+    before = [codes(cache, row) for row in range(2)]
+    for row, tokens in enumerate((30, 20)):
+        alone = GEARCache(model, buffer=32, group_size=8)
+        feed(model, alone, ids[row : row + 1, -tokens:])
+        for name, tensor in codes(alone, 0).items():
+            assert torch.equal(before[row][name], tensor), name
+    cache.reorder_cache(torch.tensor([1, 0], device=DEVICE))
+    mask = torch.cat([mask.flip(0), mask.new_ones(2, 3)], 1)
+    feed(model, cache, prompt(3, 2), mask)
+    cache.crop(-2)
+    for row in range(2):
+        for name, tensor in codes(cache, row).items():
+            then = before[1 - row][name]
+            assert torch.equal(tensor[:, : then.shape[1]], then), name
+
+
+def test_a_block_is_packed_of_what_waited_and_of_what_just_came():
+    model = tiny()
+    cache, full = GEARCache(model, bits=8, buffer=16, group_size=8, sinks=0), DenseCache(model)
+    ids = prompt(40)
+    for each in (cache, full):
+        feed(model, each, ids[:, :10])
+    waited = cache.layers[0].tail.contents(10)
+    for each in (cache, full):
+        # longer than a draft
+        feed(model, each, torch.cat([ids[:, 10:], prompt(3, seed=5)], 1))
+    came = full.layers[0].dense.held()
+    for found, early, late in zip(cache.layers[0].prompt.decoded(), waited, came, strict=False):
+        for part, wanted in ((found[:, :, :10], early), (found[:, :, 10:32], late[:, :, 10:32])):
+            error = (part - wanted).abs().max()
+            assert error < 0.006 * wanted.abs().max()
+        assert (early - late[:, :, :10]).abs().max() > 0
+
+
+# docs: nor do they wait in 8 bits
+@pytest.mark.parametrize("fed", [(3,), (1, 1, 1), (30,), (2, 5)], ids=str)
+def test_the_first_tokens_never_wait_in_eight_bits(fed):
+    model = tiny()
+    cache, full = GEARCache(model, sinks=3), DenseCache(model)
+    for seed, tokens in enumerate(fed):
+        both(model, cache, full, prompt(tokens, seed=seed), None)
+    keys, values, _ = full.layers[0].dense.held()
+    first = cache.layers[0].first
+    assert torch.equal(first.keys, keys[:, :, :3])
+    assert torch.equal(first.values, values[:, :, :3])
+    assert cache.layers[0].tail.held == [sum(fed) - 3]
+
+
+def test_a_file_whose_newest_tokens_are_unpacked_goes_on(tmp_path):
+    """As they were saved before, the first tokens among them."""
+    model = tiny()
+    cache = GEARCache(model, tail_bits=None, sinks=0)
+    feed(model, cache, prompt(20, 2))
+    settings = cache._settings() | {"sinks": 4}
+    del settings["tail_bits"]
+    cache._settings = lambda: settings
+    cache.save(tmp_path / "old")
+    loaded, straight = GEARCache.load(tmp_path / "old", model), GEARCache(model, tail_bits=None)
+    assert type(loaded.layers[0].tail) is TailSegment
+    feed(model, straight, prompt(20, 2))
+    for tokens in (1, 70, 1):
+        ids = prompt(tokens, 2, seed=tokens)
+        torch.testing.assert_close(feed(model, loaded, ids), feed(model, straight, ids))
+    assert loaded.layers[0].first.held == [4, 4]
+    assert loaded.memory().total_bytes == straight.memory().total_bytes
 
 
 def test_a_sliding_layer_lets_blocks_go():
@@ -237,9 +333,10 @@ def test_a_sliding_layer_lets_blocks_go():
     assert max(sizes[50:]) <= max(sizes[:50])
 
 
-def test_crop_takes_back_whole_blocks_exactly_and_takes_apart_the_one_it_ends_in():
+@pytest.mark.parametrize("tail_bits", [None, 8])
+def test_crop_takes_back_whole_blocks_exactly_and_takes_apart_the_one_it_ends_in(tail_bits):
     model = tiny()
-    cache = GEARCache(model, bits=4, group_size=8, buffer=8, sinks=0)
+    cache = GEARCache(model, bits=4, group_size=8, buffer=8, sinks=0, tail_bits=tail_bits)
     feed(model, cache, prompt(50, 2))
     state = unpacked(cache)
     for tokens in (10, 3, 2):
@@ -247,7 +344,12 @@ def test_crop_takes_back_whole_blocks_exactly_and_takes_apart_the_one_it_ends_in
         for then, now in zip(state, unpacked(cache), strict=True):
             # in another order, a packed token is what it was
             assert now[0].shape[2] == cache.get_seq_length()
-            torch.testing.assert_close(then[0][:, :, : now[0].shape[2]], now[0], rtol=0, atol=0)
+            then, now = then[0][:, :, : now[0].shape[2]], now[0]
+            # of two crops the second takes apart what the first had
+            blocks = now.shape[2] // 8 * 8
+            torch.testing.assert_close(then[:, :, :blocks], now[:, :, :blocks], rtol=0, atol=0)
+            step = 0 if tail_bits is None else (then.amax() - then.amin()) / 255
+            torch.testing.assert_close(then, now, rtol=0, atol=float(step))
     assert cache.get_seq_length() == 35
     assert [layer.tail.held for layer in cache.layers] == [[3, 3]] * 3
     assert torch.isfinite(feed(model, cache, prompt(5, 2))).all()
@@ -298,7 +400,7 @@ def test_a_crop_may_take_the_first_tokens_back_too():
     ids = prompt(40, 2)
     feed(model, cache, ids)
     cache.crop(-38)
-    assert [layer.first.held for layer in cache.layers] == [[0, 0]] * 3
+    assert [layer.first.held for layer in cache.layers] == [[2, 2]] * 3
     feed(model, straight, ids[:, :2])
     for tokens in (30, 1, 1):
         more = prompt(tokens, 2, seed=tokens)
@@ -411,6 +513,7 @@ def test_a_full_cache_can_be_packed_afterwards():
         ({"centred": True, "outliers": 0.02}, "centred codes are .* without outliers, got .* outliers=0.02"),
         ({"centred": True, "bits": 8}, "centred codes are .* of 2 to 4 bits .* bits=8"),
         ({"backbone": "gptq"}, "backbone must be 'kivi' or 'whole'.*got 'gptq'"),
+        ({"tail_bits": 4}, "tail_bits must be 8, or None for newest tokens that stay as they are.*got 4"),
     ],
     ids=str,
 )
@@ -436,6 +539,7 @@ def test_the_papers_settings_have_names():
         sinks=0,
         hadamard=False,
         centred=False,
+        tail_bits=None,
     )
     assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
     with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, small, gear, "):
@@ -453,9 +557,9 @@ def test_a_tail_with_room_for_all_is_the_full_cache():
     model = tiny()
     ids = prompt(30, 2)
     expected = generate(model, DynamicCache(config=model.config), ids)
-    cache = GEARCache(model, bits=2, buffer=64)
+    cache = GEARCache(model, bits=2, buffer=64, tail_bits=None)
     assert torch.equal(generate(model, cache, ids), expected)
-    assert [type(segment) for segment in cache.layers[0].segments()] == [TailSegment]
+    assert [type(segment) for segment in cache.layers[0].segments()] == [TailSegment] * 2
 
 
 def test_tokens_hidden_afterwards_leave_the_others_in_place():
@@ -498,9 +602,9 @@ def test_the_first_tokens_stay_as_they_were(fed):
 def test_rows_set_their_first_tokens_apart_each_in_its_time():
     model = tiny()
     cache, full = eight_bits(model, sinks=2), DenseCache(model)
-    ids, mask = left_padded(ROWS)
+    ids, mask = left_padded([ROWS[0], ROWS[1][:1], ROWS[2]])
     both(model, cache, full, ids, mask)
-    assert cache.layers[0].first.held == [2, 0, 0]
+    assert cache.layers[0].first.held == [2, 1, 2]
     for step in range(12):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         both(model, cache, full, prompt(1, 3, seed=step), mask)
@@ -644,7 +748,7 @@ def test_drafts_are_taken_back_from_a_row_whose_first_tokens_were_hidden():
     assert cache.layers[0].first.positions.tolist() == [[0, 1, 2, 3], [0, -1, -1, -1]]
     found, expected = (feed(model, each, prompt(1, 2, seed=8), mask) for each in (cache, full))
     # in 8 bits
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.std()))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1 * float(expected.std()))
 
 
 # docs: Values are rotated by a Hadamard matrix with random signs before they are packed
@@ -710,11 +814,11 @@ def test_keys_with_large_means_lose_less_around_them(backbone):
 def test_a_file_from_before_values_were_rotated_means_what_it_meant(tmp_path):
     model = tiny()
     for make in (GEARCache, lambda model, **how: H2OCache(model, budget=30, packed=GEAR(**how))):
-        cache = make(model, hadamard=False)
+        cache = make(model, hadamard=False, tail_bits=None)
         feed(model, cache, prompt(72))
         settings = cache._settings()
         own = settings if "hadamard" in settings else settings["packed"]
-        del own["hadamard"], own["centred"]
+        del own["hadamard"], own["centred"], own["tail_bits"]
         cache._settings = lambda settings=settings: settings
         cache.save(tmp_path / "old")
         loaded = type(cache).load(tmp_path / "old", model)
@@ -723,10 +827,10 @@ def test_a_file_from_before_values_were_rotated_means_what_it_meant(tmp_path):
 
 def test_a_file_from_before_codes_were_around_zero_means_what_it_meant(tmp_path):
     model = tiny()
-    cache = GEARCache(model, bits=2, centred=False)
+    cache = GEARCache(model, bits=2, centred=False, tail_bits=None)
     feed(model, cache, prompt(72))
     settings = cache._settings()
-    del settings["centred"]
+    del settings["centred"], settings["tail_bits"]
     cache._settings = lambda: settings
     cache.save(tmp_path / "old")
     loaded = GEARCache.load(tmp_path / "old", model)

@@ -53,10 +53,12 @@ def assert_same(found, wanted):
     assert found.tail.held == wanted.tail.held
     assert found.lengths == wanted.lengths
     for row, held in enumerate(wanted.tail.held):
-        for name in ("keys", "values"):
-            sides = (getattr(layer.tail, name)[row, :, :held] for layer in (found, wanted))
+        for name, tensor in wanted.tail.tensors().items():
+            sides = (
+                each[row, :held] if name == "positions" else each[row, :, :held]
+                for each in (tensor, found.tail.tensors()[name])
+            )
             assert torch.equal(*sides), name
-        assert torch.equal(*(layer.tail.positions[row, :held] for layer in (found, wanted)))
         assert (found.tail.positions[row, held:] == EMPTY).all()
     for part, other in zip(found._packed(), wanted._packed(), strict=True):
         assert part.blocks == other.blocks
@@ -199,6 +201,6 @@ def test_room_that_compiled_steps_use_later_is_not_saved(tmp_path):
     assert packed.positions.shape[2] > 500
     assert (packed.positions[:, :, 8 * max(packed.blocks, default=0) :] == EMPTY).all()
     # but for the tail, which has room to be written to at once
-    tail = sum(layer.tail.keys.nbytes + layer.tail.values.nbytes for layer in fed.cache.layers)
+    tail = sum(tensor.nbytes for layer in fed.cache.layers for tensor in layer.tail.tensors().values())
     sizes = [(tmp_path / name).stat().st_size for name in ("plain", "roomy")]
     assert sizes[1] <= sizes[0] + tail + 8192

@@ -179,11 +179,11 @@ def unpacked(cache: Any) -> Decoded:
     decoded: Decoded = []
     for layer in cache.layers:
         tail = layer.tail
-        parts = [(part.keys, part.values, part.positions) for part in (tail, layer.first) if part is not None]
+        parts = [(*part.contents(), part.positions) for part in (tail, layer.first) if part is not None]
         parts += [(*part.decoded(), part.positions[:, 0]) for part in layer._packed()]
         keys, values = (
             x.new_zeros(*x.shape[:2], layer.get_seq_length() + 1, x.shape[3], dtype=torch.float32)
-            for x in (tail.keys, tail.values)
+            for x in tail.contents()
         )
         for key, value, positions in parts:
             # what is not there goes past the end
@@ -207,9 +207,9 @@ def basis_of(model: PreTrainedModel) -> Basis:
 
 
 def _packing(name: str, is_calibrated: bool = False, **settings: Any) -> Entry:
-    def build(model: PreTrainedModel, buffer: int = 8) -> GEARCache:
+    def build(model: PreTrainedModel, buffer: int = 8, **changes: Any) -> GEARCache:
         basis = basis_of(model) if is_calibrated else None
-        return GEARCache(model, buffer=buffer, basis=basis, **{"group_size": 8, **settings})
+        return GEARCache(model, buffer=buffer, basis=basis, **{"group_size": 8, **settings, **changes})
 
     return Entry(
         name,
@@ -218,7 +218,8 @@ def _packing(name: str, is_calibrated: bool = False, **settings: Any) -> Entry:
         croppable=True,
         compileable=True,
         packs_between=True,
-        roomy=lambda model: build(model, 256),
+        # with tokens that wait as they came
+        roomy=lambda model: build(model, 256, tail_bits=None),
         decoded=unpacked,
         dtype=torch.float64,
         of_one_model=is_calibrated,
@@ -376,7 +377,7 @@ ENTRIES = [
     _packing("gear_whole", bits=2, rank=2, rank_decode=2, outliers=0.05, backbone="whole", hadamard=False),
     _packing("gear_centred", bits=2, rank=2, rank_decode=2, backbone="whole"),
     _packing("gear_basis", is_calibrated=True, bits=3),
-    _packing("kivi", bits=3, outliers=0.0),
+    _packing("kivi", bits=3, outliers=0.0, tail_bits=None),
     _shadow("shadowkv", {"roomy": lambda model: ShadowKVCache(model, **SHADOW | {"budget": LARGE})}),
     dataclasses.replace(
         _shadow("shadowkv_whole", {"exact": True}),

@@ -165,6 +165,7 @@ def _packing(rng: random.Random) -> dict[str, Any]:
         "backbone": rng.choice(["kivi", "whole"]),
         "sinks": rng.choice([0, 0, 1, 4]),
         "value_bits": rng.choice([None, None, 2, 8]),
+        "tail_bits": rng.choice([8, 8, None]),
     }
 
 

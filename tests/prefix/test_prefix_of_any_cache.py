@@ -155,7 +155,7 @@ ROOMY = {
     "h2o": evicting(H2O(), 1000),
     "attention matching": lambda model: AttentionMatchingCache(model, budget=1000),
     "packed slots": evicting(H2O(), 1000, packed=GEAR(bits=8, group_size=8, outliers=0.2)),
-    "gear": lambda model: GEARCache(model, buffer=256),
+    "gear": lambda model: GEARCache(model, buffer=256, tail_bits=None),
     "shadowkv": lambda model: ShadowKVCache(model, **SHADOW | {"budget": 10_000, "rank": 32}),
 }
 
