@@ -357,7 +357,7 @@ def test_a_sliding_layer_with_room_for_its_window_is_exact_whatever_the_sinks():
     torch.testing.assert_close(feed_all(model, cache, ids, pieces), expected, atol=2e-5, rtol=1e-4)
 
 
-# README: A count too small to leave the policy a choice is refused
+# README: A count too small for a choice is refused
 def test_a_budget_without_room_for_recent_and_sinks_is_refused():
     model = tiny("llama")
     with pytest.raises(ValueError, match=r"budget must be at least sinks \+ recent \+ 1 to choose = 10 tokens"):
