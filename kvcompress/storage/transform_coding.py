@@ -4,16 +4,18 @@ After KVTC (arXiv:2511.01815): what is decorrelated and quantised evenly is code
 become zeros that take next to no bits. Of a token's keys, without RoPE, or values x, all heads side by side:
 
     y = vectors^T (x - mean) / s        s: the token's size over that of all, a power of two to 1/8 of an octave
-    c = sign(y) floor(|y| / step + 0.4)                  decoded as step * (c - 0.05 sign(c))
+    c = sign(y) floor(|y| / step + 0.45)                decoded as step * sign(c) (|c| - d)
 
+d is how much smaller, on average, the numbers are than their codes: one for |c| = 1, one for 2 and one for the others.
 KVTC gives each component a number of bits. Here all have the same step, and entropy coding does the rest; the step is
-the one for which the encoded bytes are as many as asked for. The codes of 16 components at a time lie component after
-component, as many consecutive tokens in a byte as fit in 256 values, r^k <= 256, and are coded by how often each byte
-comes. The first tokens of a sequence, whose keys are unlike all others, stay in 16 bits.
+the one for which the encoded bytes are as many as asked for. The codes of 16 components at a time, cut off to a few
+values, lie component after component, as many consecutive tokens in a byte as fit in 256 values, r^k <= 256, and are
+coded by how often each byte comes; so is what was cut off. The first tokens of a sequence, whose keys are unlike all
+others, stay in 16 bits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,9 +27,12 @@ from kvcompress.storage.rope import Rope
 
 # the first tokens of a sequence, in 16 bits
 SINKS = 4
-# what of a step below a half is rounded down more than up, and how far a code is decoded nearer to 0
-_DEAD_ZONE = 0.1
-_TOWARDS_ZERO = 0.05
+# a code is the next one towards 0 of a number plus this
+_ROUNDS_UP = 0.45
+# the least and the most that what a code stands for is nearer to 0, in steps: coded again, it is the same code
+_SHIFTS = (-0.2, 0.3)
+# the limit of a group's codes, by their mean size
+_LIMITS = ((1, 0.35), (2, 0.85), (5, 3.0), (127, math.inf))
 # components whose codes are coded together, and tokens that are transformed together
 _GROUP = 16
 _TOKENS = 4096
@@ -37,6 +42,8 @@ _LARGEST = 120
 _NOT_FINITE = -128
 # bytes of a tensor's own in the header of a file
 _IN_HEADER = 320
+# bytes that a group's facts take at most, nearly
+_OF_GROUP = 30
 # the share of the bits that codes get at least, however much else a short text takes
 _FOR_CODES = 0.75
 # the search for a step
@@ -155,9 +162,10 @@ def encode(tensor: Tensor, places: Places, transform: Transform, bits: float) ->
     room = bits * width * (count + len(sinks.row)) / 8 - len(pack(facts, around)) - _IN_HEADER
     least = _FOR_CODES * bits * width * count / 8
     if before is None:
-        step, groups, frames = _coded(y, max(room, least), bits)
+        step = _step(y, max(room, least))
     else:
-        step, (groups, frames) = before.step, _frames(y, before.step)
+        step = before.step
+    groups, frames = _frames(y, step, shifted=True)
     return pack(facts | {"step": step, "groups": groups}, [*around, *frames])
 
 
@@ -176,14 +184,9 @@ def decode(
     sinks.put(tensor, kept.view(-1, kv_heads, head_dim).to(device))
     sizes = expand(frames[2], count).view(torch.int8)
     y = torch.empty(width, count)
-    at = 3
-    for index, (low, radix) in enumerate(facts["groups"]):
-        part = y[index * _GROUP : (index + 1) * _GROUP]
-        planes = _planes(radix)
-        _read_codes(part, frames[at : at + planes], low, radix)
-        at += planes
-    if at != len(frames) or len(facts["groups"]) != -(-width // _GROUP):
-        raise ValueError(f"expected frames of {width} components, got {len(frames)}")
+    others = iter(frames[3:])
+    for part, group in zip(y.split(_GROUP), facts["groups"], strict=True):
+        _read_group(part, others, _Group(*group))
     scale = _scale(sizes) * facts["step"]
     scale[sizes == _NOT_FINITE] = torch.nan
     for start, piece in zip(range(0, count, _TOKENS), tokens.pieces(), strict=True):
@@ -242,14 +245,74 @@ def _from_bits(data: Tensor) -> Tensor:
 # codes
 
 
+class _Group(NamedTuple):
+    """How the codes of a group of components lie in frames.
+
+    limit: larger ones, either way, are cut off to it in the first frame. low, radix: the least there, and how many
+    values there are. rest: how many values what was cut off has, 1 for none; of each code at the limit, in frames of
+    their own. shifts: how much nearer to 0 than the code is what it stands for, in hundredths of the step, for codes
+    of 1, of 2 and larger, either way.
+    """
+
+    limit: int
+    low: int
+    radix: int
+    rest: int
+    shifts: list[int]
+
+
 def _codes(y: Tensor, step: float) -> Tensor:
     q = y / step
-    return (q.abs() + (0.5 - _DEAD_ZONE)).floor().copysign(q).to(torch.int32)
+    return (q.abs() + _ROUNDS_UP).floor().copysign(q).to(torch.int32)
 
 
-def _planes(radix: int) -> int:
-    """How many bytes a code takes, one after another, that has `radix` values."""
-    return 0 if radix == 1 else math.ceil(math.log2(radix) / 8)
+def _shifts(y: Tensor, step: float, codes: Tensor) -> list[int]:
+    above = codes.abs() - (y / step).abs()
+    sizes = codes.abs().clamp(max=3).flatten()
+    sums = torch.bincount(sizes, above.flatten(), minlength=4)
+    means = sums[1:] / torch.bincount(sizes, minlength=4)[1:].clamp(min=1)
+    hundredths: list[int] = (100 * means.clamp(*_SHIFTS)).round().int().tolist()
+    return hundredths
+
+
+def _frames(y: Tensor, step: float, shifted: bool = False) -> tuple[list[_Group], list[bytes]]:
+    """The groups of components y [width, tokens], without their shifts or with them, and their frames."""
+    groups, frames = [], []
+    for part in y.split(_GROUP):
+        codes = _codes(part, step)
+        low, high, typical = 0, 0, 0.0
+        if codes.numel():
+            low, high = (int(each) for each in codes.aminmax())
+            typical = float(codes.abs().sum()) / codes.numel()
+        # few values, so that many codes fit in a byte, and how often each byte comes says much
+        limit = next(limit for limit, below in _LIMITS if typical < below)
+        rest = max(high, -low) - limit + 1
+        least, most = max(low, -limit), min(high, limit)
+        groups.append(
+            _Group(limit, least, most - least + 1, max(rest, 1), _shifts(part, step, codes) if shifted else [])
+        )
+        frames += _packed(codes.clamp(least, most), least, most - least + 1)
+        if rest > 1:
+            cut_off = codes.abs()[codes.abs() >= limit] - limit
+            frames += _packed(cut_off[None], 0, rest)
+    return groups, frames
+
+
+def _read_group(y: Tensor, frames: Iterator[memoryview], group: _Group) -> None:
+    """Puts what a group's codes stand for, but for step and scale, into y [components, tokens]."""
+    shifts = torch.tensor([0, *group.shifts]) / 100
+
+    def decoded(codes: Tensor) -> Tensor:
+        return codes.sign() * (codes.abs() - shifts[codes.abs().clamp(max=3)])
+
+    codes = _unpacked(frames, group.low, group.radix, tuple(y.shape), decoded if group.rest == 1 else None)
+    if group.rest == 1:
+        y.copy_(codes)
+        return
+    at_limit = codes.abs() == group.limit
+    more = _unpacked(frames, 0, group.rest, (1, int(at_limit.sum())))
+    codes[at_limit] += codes[at_limit].sign() * more[0]
+    y.copy_(decoded(codes))
 
 
 def _in_a_byte(radix: int) -> int:
@@ -260,84 +323,91 @@ def _in_a_byte(radix: int) -> int:
     return fit
 
 
-def _frames(y: Tensor, step: float) -> tuple[list[tuple[int, int]], list[bytes]]:
-    """The least code and the number of codes of each group of components, and their frames."""
-    groups, frames = [], []
-    for part in y.split(_GROUP):
-        codes = _codes(part, step)
-        low, high = (int(each) for each in codes.aminmax()) if codes.numel() else (0, 0)
-        radix = high - low + 1
-        groups.append((low, radix))
-        codes -= low
-        if radix == 1:
-            continue
-        if radix > 256:
-            for plane in range(_planes(radix)):
-                frames.append(compress((codes >> 8 * plane & 255).to(torch.uint8).cpu()))
-            continue
-        digits, fit = codes.to(torch.uint8), _in_a_byte(radix)
-        if digits.shape[1] % fit:
-            digits = torch.nn.functional.pad(digits, (0, -digits.shape[1] % fit), value=min(max(-low, 0), radix - 1))
-        packed = digits[:, fit - 1 :: fit]
-        for at in range(fit - 2, -1, -1):
-            packed = packed * radix + digits[:, at::fit]
-        frames.append(compress(packed.cpu()))
-    return groups, frames
+def _bytes_of_one(radix: int) -> int:
+    """How many bytes, one after another, a code of more than 256 values takes."""
+    return math.ceil(math.log2(radix) / 8)
 
 
-def _read_codes(y: Tensor, frames: list[memoryview], low: int, radix: int) -> None:
-    """Puts the codes of a group, as they are decoded but for step and scale, into y [components, tokens]."""
-    components, tokens = y.shape
-
-    def decoded(codes: Tensor) -> Tensor:
-        return codes - _TOWARDS_ZERO * codes.sign()
-
+def _packed(codes: Tensor, low: int, radix: int) -> list[bytes]:
+    """The frames of codes [rows, tokens], from `low` on, of `radix` values."""
     if radix == 1:
-        y.fill_(float(decoded(torch.tensor(float(low)))))
-    elif radix > 256:
-        codes = torch.full((components * tokens,), low, dtype=torch.int32)
-        for plane, frame in enumerate(frames):
-            codes += expand(frame, len(codes)).int() << 8 * plane
-        y.copy_(decoded(codes.float()).view(components, tokens))
-    else:
-        fit = _in_a_byte(radix)
+        return []
+    digits = codes - low
+    if radix > 256:
+        return [compress((digits >> 8 * at & 255).to(torch.uint8).cpu()) for at in range(_bytes_of_one(radix))]
+    digits, fit = digits.to(torch.uint8), _in_a_byte(radix)
+    digits = torch.nn.functional.pad(digits, (0, -digits.shape[1] % fit), value=min(-low, radix - 1))
+    packed = digits[:, fit - 1 :: fit]
+    for at in range(fit - 2, -1, -1):
+        packed = packed * radix + digits[:, at::fit]
+    return [compress(packed.cpu())]
+
+
+def _unpacked(
+    frames: Iterator[memoryview],
+    low: int,
+    radix: int,
+    shape: tuple[int, ...],
+    decoded: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The codes [rows, tokens], from the frames that come next; or what `decoded` makes of them."""
+    rows, tokens = shape
+    if radix <= 256:
+        fit = 1 if radix == 1 else _in_a_byte(radix)
         # all codes of each byte
         table = torch.arange(256)[:, None] // radix ** torch.arange(fit) % radix + low
-        table = decoded(table.float())
-        size = components * -(-tokens // fit)
-        codes = table[expand(frames[0], size).int()].view(components, -1)
-        y.copy_(codes[:, :tokens])
+        table = table.int() if decoded is None else decoded(table)
+        columns = -(-tokens // fit)
+        data = torch.zeros(1, dtype=torch.int32).expand(rows * columns)
+        data = data if radix == 1 else expand(next(frames), rows * columns).int()
+        return table[data].view(rows, -1)[:, :tokens]
+    codes = torch.full((rows * tokens,), low, dtype=torch.int32)
+    for at in range(_bytes_of_one(radix)):
+        codes += expand(next(frames), len(codes)).int() << 8 * at
+    codes = codes.view(rows, tokens)
+    return codes if decoded is None else decoded(codes)
 
 
-def _coded(y: Tensor, room: float, bits: float) -> tuple[float, list[tuple[int, int]], list[bytes]]:
-    """Nearly the least step with which the frames of y [width, tokens] take no more than `room` bytes, and its
-    frames."""
+def _step(y: Tensor, room: float) -> float:
+    """Nearly the least step with which the frames of y [width, tokens] take no more than `room` bytes."""
     spread = float(y.square().mean().sqrt()) if y.numel() else 0.0
     if spread == 0.0:
-        return 1.0, *_frames(y, 1.0)
-    step, count = spread * 2 ** (1.0 - bits), y.shape[1]
+        return 1.0
+    # what may be said of the groups
+    room -= _OF_GROUP * -(-len(y) // _GROUP)
+    step, count = _expected_step(y, 8 * room / y.numel()), y.shape[1]
     if count > 2 * _TOKENS:
         # most of the search looks at some tokens only
         some = y[:, :: -(-count // _TOKENS)].contiguous()
-        step, *_ = _search(some, room * some.shape[1] / count, step)
+        step = _search(some, room * some.shape[1] / count, step)
     return _search(y, room, step)
 
 
-def _search(y: Tensor, room: float, step: float) -> tuple[float, list[tuple[int, int]], list[bytes]]:
+def _expected_step(y: Tensor, bits: float) -> float:
+    """The step with which normally distributed components like these would take so many bits a number, nearly."""
+    spreads = y.square().mean(1).sqrt()
+    low, high = -40.0, 40.0
+    for _ in range(24):
+        at = (low + high) / 2
+        # codes of a spread of r steps have log2(4.13 r) bits where r is large, and next to none where it is small
+        found = float((1 + (4.13 * spreads / 2**at) ** 3).log2().mean()) / 3
+        low, high = (at, high) if found > bits else (low, at)
+    return float(2**high)
+
+
+def _search(y: Tensor, room: float, step: float) -> float:
     """False position in the step's logarithm, from this step on, with which sizes fall."""
     # half of what is allowed below the target
     target, per_octave = (1 + _CLOSE) / 2 * room, 0.8 * y.numel() / 8
-    # the last step that was too small, and the best one so far, with their sizes
+    # the last step that was too small, and the last one that was not, with their sizes
     small: tuple[float, int] | None = None
     fits: tuple[float, int] | None = None
-    found = None
     at = math.log2(step)
     for attempt in range(_ATTEMPTS):
-        groups, frames = _frames(y, 2**at)
-        size = sum(map(len, frames))
+        size = sum(map(len, _frames(y, 2**at)[1]))
         if size <= room:
-            fits, found = (at, size), (2**at, groups, frames)
-            if size >= _CLOSE * room or not frames:
+            fits = at, size
+            if size >= _CLOSE * room or not size:
                 break
         else:
             small = at, size
@@ -346,12 +416,11 @@ def _search(y: Tensor, room: float, step: float) -> tuple[float, list[tuple[int,
             # the middle, now and then: a bracket always shrinks
             at = small[0] + (fits[0] - small[0]) * (0.5 if attempt % 4 == 3 else min(max(share, 0.05), 0.95))
         else:
-            # the first two on one side of the target may be far from it
+            # those on one side of the target may be far from it
             at += (size - target) / per_octave * (1.0 + 0.5 * attempt)
-    while found is None:
+    while fits is None:
         at = max(at, small[0] if small is not None else at) + 1.0
-        groups, frames = _frames(y, 2**at)
-        if sum(map(len, frames)) <= room or all(group == (0, 1) for group in groups):
-            found = 2**at, groups, frames
-    return found
-
+        size = sum(map(len, _frames(y, 2**at)[1]))
+        if size <= room or not size:
+            fits = at, size
+    return float(2 ** fits[0])
