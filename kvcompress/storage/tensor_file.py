@@ -181,13 +181,13 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._places)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, decoded."""
+    def nbytes(self, prefix: str = "") -> int:
+        """Bytes of all tensors whose names begin so, decoded."""
         total = 0
         for name, place in self._places.items():
-            _, dtype, shape = self._encoded.get(name, [None, place["dtype"], place["shape"]])
-            total += math.prod(shape) * _DTYPES[dtype].itemsize
+            if name.startswith(prefix):
+                _, dtype, shape = self._encoded.get(name, [None, place["dtype"], place["shape"]])
+                total += math.prod(shape) * _DTYPES[dtype].itemsize
         return total
 
     def codec(self, name: str) -> str | None:

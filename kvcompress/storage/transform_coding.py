@@ -54,7 +54,8 @@ _CLOSE = 0.995
 class Coding(NamedTuple):
     """How a tensor was coded: coded again like this, it gives the same bytes, and loses nothing.
 
-    basis: the digest of its basis. step: of its codes. sizes: [tokens] int8, of those that are coded.
+    basis: the digest of its basis. step: of its codes. sizes: [tokens] int8, of those that are coded, or of more that
+    come after them.
     """
 
     basis: str
@@ -153,7 +154,7 @@ def encode(tensor: Tensor, places: Places, transform: Transform, bits: float) ->
         x = piece.take(tensor)
         y[:, start : start + _TOKENS] = transform.forward(x, piece.position.to(x.device))
     before = places.coding if places.coding is not None and places.coding.basis == transform.basis else None
-    sizes = _sizes(y) if before is None else before.sizes.to(y.device)
+    sizes = _sizes(y) if before is None else before.sizes[:count].to(y.device)
     # codes of what is not finite are not read
     y[:, sizes == _NOT_FINITE] = 0.0
     y /= _scale(sizes)
