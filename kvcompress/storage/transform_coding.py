@@ -44,11 +44,15 @@ _NOT_FINITE = -128
 _IN_HEADER = 320
 # bytes that a group's facts take at most, nearly
 _OF_GROUP = 30
+# bytes of a frame around its codes
+_OF_FRAME = 16
 # the share of the bits that codes get at least, however much else a short text takes
 _FOR_CODES = 0.75
 # the search for a step
 _ATTEMPTS = 12
 _CLOSE = 0.995
+# codes have no more bits than this, and a sign
+_FINEST = 20
 
 
 class Coding(NamedTuple):
@@ -161,7 +165,7 @@ def encode(tensor: Tensor, places: Places, transform: Transform, bits: float) ->
     around.append(compress(sizes.cpu().view(torch.uint8)))
     facts = {"side": places.side, "first": places.first, "shift": places.shift, "sinks": kind}
     room = bits * width * (count + len(sinks.row)) / 8 - len(pack(facts, around)) - _IN_HEADER
-    least = _FOR_CODES * bits * width * count / 8
+    least = _FOR_CODES * bits * width * count / 8 + _OF_FRAME * -(-width // _GROUP)
     if before is None:
         step = _step(y, max(room, least))
     else:
@@ -403,12 +407,13 @@ def _search(y: Tensor, room: float, step: float) -> float:
     # the last step that was too small, and the last one that was not, with their sizes
     small: tuple[float, int] | None = None
     fits: tuple[float, int] | None = None
-    at = math.log2(step)
+    finest = math.log2(float(y.abs().amax())) - _FINEST
+    at = max(math.log2(step), finest)
     for attempt in range(_ATTEMPTS):
         size = sum(map(len, _frames(y, 2**at)[1]))
         if size <= room:
             fits = at, size
-            if size >= _CLOSE * room or not size:
+            if size >= _CLOSE * room or at == finest:
                 break
         else:
             small = at, size
@@ -418,7 +423,7 @@ def _search(y: Tensor, room: float, step: float) -> float:
             at = small[0] + (fits[0] - small[0]) * (0.5 if attempt % 4 == 3 else min(max(share, 0.05), 0.95))
         else:
             # those on one side of the target may be far from it
-            at += (size - target) / per_octave * (1.0 + 0.5 * attempt)
+            at = max(at + (size - target) / per_octave * (1.0 + 0.5 * attempt), finest)
     while fits is None:
         at = max(at, small[0] if small is not None else at) + 1.0
         size = sum(map(len, _frames(y, 2**at)[1]))
