@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # fewer bits leave nothing to read, and more are no fewer than what there was
 _BITS = (0.5, 12.0)
+# bits a number that values get of those of keys, which lose less by it, and at most which share
+_TO_VALUES, _MOST = 0.3, 0.15
 
 
 class TransformCodec:
@@ -56,6 +58,11 @@ class TransformCodec:
             raise ValueError(f"bits must be from {_BITS[0]} to {_BITS[1]:g} a number, got {bits}")
         self.basis = Basis.given(basis)
         self.bits = float(bits)
+
+    def bits_of(self, side: str) -> float:
+        """Bits a number of keys, or of values, of which there are as many."""
+        more = min(_TO_VALUES, _MOST * self.bits)
+        return self.bits + more if side == "values" else self.bits - more
 
     def __repr__(self) -> str:
         return f"TransformCodec({self.basis!r}, bits={self.bits:g})"
@@ -111,7 +118,7 @@ def encoder_of(cache: "CompressedCache", model: PreTrainedModel, codec: Codec | 
         if coding is not None and coding.basis != transform.basis:
             # what another basis has coded would lose again
             return frames.encode(name, tensor)
-        return EncodedTensor(TRANSFORM, transform_coding.encode(tensor, places, transform, codec.bits))
+        return EncodedTensor(TRANSFORM, transform_coding.encode(tensor, places, transform, codec.bits_of(places.side)))
 
     return Encoder({"codec": TRANSFORM, "bits": codec.bits, "basis": codec.basis.digest}, encode)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 # bytes whose number a file must keep down to are encoded at a time
 _PIECE = 1 << 22
 _ALIGNMENT = 8
+# bytes that the header of a file says of a tensor that was encoded
+_IN_HEADER = 64
 LOSSLESS = "zstd"
 # of keys and values through a basis: kvcompress/storage/transform_coding.py
 TRANSFORM = "transform"
@@ -87,14 +89,14 @@ def expand(frame: memoryview, size: int) -> Tensor:
 
 
 def encode(name: str, tensor: Tensor) -> EncodedTensor | None:
-    """A tensor without loss; None where that takes no fewer bytes."""
+    """A tensor without loss; None where that hardly takes fewer bytes."""
     flat, width = tensor.detach().contiguous().reshape(-1), tensor.element_size()
     frames = []
     for piece in flat.split(_PIECE // width):
         columns = piece.cpu().view(torch.uint8).view(-1, width)
         frames += [compress(columns[:, at]) for at in range(width)]
     payload = pack({}, frames)
-    return EncodedTensor(LOSSLESS, payload) if len(payload) < tensor.nbytes else None
+    return EncodedTensor(LOSSLESS, payload) if len(payload) + _IN_HEADER < tensor.nbytes else None
 
 
 def decode(payload: memoryview, dtype: torch.dtype, shape: list[int]) -> Tensor:

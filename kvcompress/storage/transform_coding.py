@@ -44,8 +44,8 @@ _NOT_FINITE = -128
 _IN_HEADER = 320
 # bytes that a group's facts take at most, nearly
 _OF_GROUP = 30
-# bytes of a frame around its codes
-_OF_FRAME = 16
+# bytes that a group may take on top of that in a short text: a frame without codes has some
+_SPARED = 128
 # the share of the bits that codes get at least, however much else a short text takes
 _FOR_CODES = 0.75
 # the search for a step
@@ -165,7 +165,7 @@ def encode(tensor: Tensor, places: Places, transform: Transform, bits: float) ->
     around.append(compress(sizes.cpu().view(torch.uint8)))
     facts = {"side": places.side, "first": places.first, "shift": places.shift, "sinks": kind}
     room = bits * width * (count + len(sinks.row)) / 8 - len(pack(facts, around)) - _IN_HEADER
-    least = _FOR_CODES * bits * width * count / 8 + _OF_FRAME * -(-width // _GROUP)
+    least = _FOR_CODES * bits * width * count / 8 + _SPARED * -(-width // _GROUP)
     if before is None:
         step = _step(y, max(room, least))
     else:
@@ -411,7 +411,7 @@ def _search(y: Tensor, room: float, step: float) -> float:
     at = max(math.log2(step), finest)
     for attempt in range(_ATTEMPTS):
         size = sum(map(len, _frames(y, 2**at)[1]))
-        if size <= room:
+        if size <= room or not size:
             fits = at, size
             if size >= _CLOSE * room or at == finest:
                 break
