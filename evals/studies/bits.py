@@ -10,9 +10,9 @@ of their keys and values; the unpacked tail counts only in `all bits`.
 If they are installed, transformers' own QuantizedCache backends (optimum-quanto, hqq) are measured on the same context.
 
 With a codec (`dense:codec_bits=2`, `dense:codec=zstd`, `gear:bits=4:codec=zstd`) the cache goes through a real file: bits
-are those of the whole file per number of keys and values in it, and saving and loading are timed beside the prefill, in
-seconds of the CPU, which other work on the machine hardly changes.
-`dtype=bfloat16` says in which numbers a dense cache is kept.
+are those of the whole file per number of keys and values in it. Saving and loading are timed beside the prefill, in
+seconds of the CPU, which other work on the machine hardly changes. `dtype=bfloat16` says in which numbers
+a dense cache is kept.
 """
 
 import math
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class OfFile:
-    """nbytes: of the file, and plain_nbytes: of the same cache's without a codec. Seconds of the CPU for each 1000 tokens."""
+    """nbytes: of the file, plain_nbytes: of the same cache's without a codec; seconds of the CPU for 1000 tokens."""
 
     nbytes: int
     plain_nbytes: int

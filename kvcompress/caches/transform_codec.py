@@ -1,4 +1,4 @@
-"""Codecs of `save(path, codec=...)`: which of a cache's tensors are coded through a basis, and how a file is read again.
+"""Codecs of `save(path, codec=...)`: which of a cache's tensors go through a basis, and how a file is read again.
 
 KVTC (arXiv:2511.01815) stores a prompt's keys and values for its next use: decorrelated by a basis that was measured
 once, quantised, and entropy-coded. How one tensor is coded says kvcompress/storage/transform_coding.py.
@@ -19,7 +19,7 @@ from kvcompress.storage import frames, transform_coding
 from kvcompress.storage.frames import LOSSLESS, TRANSFORM, EncodedTensor
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.tensor_file import Decode
-from kvcompress.storage.transform_coding import Coding, Transform
+from kvcompress.storage.transform_coding import Coding, Places, Transform
 
 if TYPE_CHECKING:
     from kvcompress.cache import CompressedCache
@@ -94,7 +94,7 @@ def encoder_of(cache: "CompressedCache", model: PreTrainedModel, codec: Codec | 
     frames.zstandard()
     if not isinstance(codec, TransformCodec):
         return Encoder({"codec": LOSSLESS}, frames.encode)
-    coded = {}
+    coded: dict[str, tuple[int, Places]] = {}
     for index, layer in enumerate(cache.layers):
         plain = layer.plain_tokens()
         if plain is None:

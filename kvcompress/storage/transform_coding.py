@@ -166,10 +166,7 @@ def encode(tensor: Tensor, places: Places, transform: Transform, bits: float) ->
     facts = {"side": places.side, "first": places.first, "shift": places.shift, "sinks": kind}
     room = bits * width * (count + len(sinks.row)) / 8 - len(pack(facts, around)) - _IN_HEADER
     least = _FOR_CODES * bits * width * count / 8 + _SPARED * -(-width // _GROUP)
-    if before is None:
-        step = _step(y, max(room, least))
-    else:
-        step = before.step
+    step = _step(y, max(room, least)) if before is None else before.step
     groups, frames = _frames(y, step, shifted=True)
     return pack(facts | {"step": step, "groups": groups}, [*around, *frames])
 

@@ -1,5 +1,6 @@
 """Files with a codec: every cache comes back through zstd, and through a basis those that hold tokens as they are."""
 
+import itertools
 import json
 import random
 import sys
@@ -120,13 +121,14 @@ def test_more_bits_are_closer_whatever_the_rope_and_the_padding(family, bases, t
         found = DenseCache.load(tmp_path / "coded", model, basis=bases(model))
         off.append(errors(found, cache))
         far.append(float((feed(model, found, token, mask) - wanted).norm() / wanted.norm()))
-    for more, less in zip(off, off[1:], strict=False):
+    for more, less in itertools.pairwise(off):
         assert all(y < 0.5 * x for x, y in zip(more, less, strict=True))
     assert far == sorted(far, reverse=True)
     assert max(off[-1]) < 0.02
     assert far[-1] < 0.05
 
 
+# docs: Everything counts into `bits`
 def test_a_file_has_no_more_bits_than_asked_for(bases, tmp_path):
     model = build("llama", num_key_value_heads=4, head_dim=48, max_position_embeddings=2048)
     basis = measure_basis(model, [long(300, 2)])
@@ -189,7 +191,7 @@ def test_nodes_and_suffixes_of_a_tree_are_coded(bases, tmp_path):
     assert far[-1] < 0.05
 
 
-# docs: a prefix that was loaded and is saved again loses nothing more
+# docs: of a `HydragenCache`, a prefix that was loaded and is saved again loses nothing more
 def test_a_prefix_loses_once_and_its_continuation_too(bases, tmp_path):
     model = tiny()
     basis = bases(model)
@@ -311,6 +313,7 @@ def test_what_cannot_be_coded_is_refused_before_a_file_is_touched(bases, tmp_pat
     assert repr(TransformCodec(basis, bits=2)).endswith(", bits=2)")
 
 
+# docs: brings zstandard, which such files need, to be written and to be read
 def test_without_zstandard_nothing_is_written_and_the_error_says_what_to_install(bases, tmp_path, monkeypatch):
     model, path = tiny(), tmp_path / "cache"
     cache = filled(model)
@@ -332,7 +335,10 @@ def test_every_flipped_bit_of_a_coded_file_is_an_error(lossy, bases, tmp_path):
     whole = path.read_bytes()
     generator = random.Random(0)
     head = 8 + int.from_bytes(whole[:8], "little")
-    spots = [*(generator.randrange(head) for _ in range(20)), *(generator.randrange(head, len(whole)) for _ in range(20))]
+    spots = [
+        *(generator.randrange(head) for _ in range(20)),
+        *(generator.randrange(head, len(whole)) for _ in range(20)),
+    ]
     for at in spots:
         data = bytearray(whole)
         data[at] ^= 1 << generator.randrange(8)

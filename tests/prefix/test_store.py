@@ -565,12 +565,14 @@ def basis():
 def same_keys(ours, theirs):
     """Whether two caches hold the same in their first nodes."""
     pairs = [
-        (next(iter(layer.held.values()))[0] for layer in pair)
-        for pair in zip(ours.layers, theirs.layers, strict=True)
+        (next(iter(layer.held.values()))[0] for layer in pair) for pair in zip(ours.layers, theirs.layers, strict=True)
     ]
-    return all(torch.equal(x.prefix_keys, y.prefix_keys) and torch.equal(x.prefix_values, y.prefix_values) for x, y in pairs)
+    return all(
+        torch.equal(x.prefix_keys, y.prefix_keys) and torch.equal(x.prefix_values, y.prefix_values) for x, y in pairs
+    )
 
 
+# docs: a folder may hold prefixes of several codecs
 def test_a_folder_may_hold_prefixes_of_several_codecs(basis, tmp_path):
     model = tiny()
     store = PrefixStore(model)
@@ -592,7 +594,7 @@ def test_a_folder_may_hold_prefixes_of_several_codecs(basis, tmp_path):
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")} == before
 
 
-# docs: saved anew, or continued and saved, it loses nothing more
+# docs: what was loaded from a lossy file may be saved anew, or continued and saved: it loses nothing more
 def test_what_was_loaded_from_a_lossy_file_loses_nothing_more(basis, tmp_path):
     model = tiny()
     store = PrefixStore(model)
