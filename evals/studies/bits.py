@@ -9,10 +9,10 @@ of their keys and values; the unpacked tail counts only in `all bits`.
 
 If they are installed, transformers' own QuantizedCache backends (optimum-quanto, hqq) are measured on the same context.
 
-With a codec (`dense:codec_bits=2`, `dense:codec=zstd`, `gear:bits=4:codec=zstd`) the cache goes through a real file: bits
+With a codec (`dense:codec_bits=2`, `dense:codec=zstd`, `gear:bits=4:codec=zstd`) the cache goes through a file: bits
 are those of the whole file per number of keys and values in it. Saving and loading are timed beside the prefill, in
-seconds of the CPU, which other work on the machine hardly changes. `dtype=bfloat16` says in which numbers
-a dense cache is kept.
+seconds of the CPU, which other work on the machine hardly changes. `dtype=bfloat16` says in which numbers a dense cache
+is kept.
 """
 
 import math
@@ -149,7 +149,7 @@ class Study:
         told = dict(pair.split("=", 1) for pair in pairs)
         codec, bits = told.pop("codec", None), told.pop("codec_bits", None)
         if bits is not None and self.basis is None:
-            raise ValueError(f"{setting!r} needs a basis: --basis basis.safetensors, as kvcompress calibrate makes it")
+            raise ValueError(f"{setting!r} needs a basis: --basis basis.safetensors, as Basis.save writes it")
         if bits is None and codec != "zstd":
             raise ValueError(f"codec must be zstd, or codec_bits be given, got {setting!r}")
         with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
@@ -228,7 +228,7 @@ def main(
     scored: Annotated[int, "tokens read after them"] = 256,
     chunk: Annotated[int, "how many of these per forward; generation has 1", 1] = 64,
     windows: Annotated[int, "of each text"] = 2,
-    basis: Annotated[Path | None, "of codec_bits, as kvcompress calibrate makes it"] = None,
+    basis: Annotated[Path | None, "file of the basis that codec_bits need, as Basis.save writes it"] = None,
     out: Annotated[Path | None, "JSON"] = None,
 ) -> None:
     """Quality of packed caches at their measured bits."""

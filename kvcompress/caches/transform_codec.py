@@ -45,8 +45,8 @@ class TransformCodec:
     def __init__(self, basis: Basis | str | os.PathLike[str], bits: float = 2.0) -> None:
         """
         Args:
-            basis: of the model whose cache is saved, or the path of its file: `kvcompress calibrate` or `measure_basis`
-                makes one. The file names it, and needs it again to be loaded.
+            basis: of the model whose cache is saved, or the path of its file: `measure_basis` makes one. The cache's
+                file names it, and needs it again to be loaded.
             bits: of the file for each number of keys and values of tokens, everything counted, 0.5 to 12. A text of few
                 hundred tokens may take more.
 

@@ -107,7 +107,7 @@ def test_each_dtype_comes_back(dtype, bases, tmp_path):
         assert max(errors(found, cache)) < (1e-9 if codec == "zstd" else 0.05)
 
 
-# docs: of keys and values as they are, a `TransformCodec` makes files of a few bits a number
+# docs: A `TransformCodec` codes keys and values in a few bits a number, where a cache keeps them as they are
 @families("llama", "mistral", "opt", "gpt_neox", slow=("gemma3", "phi3", "qwen3", "gemma2"))
 def test_more_bits_are_closer_whatever_the_rope_and_the_padding(family, bases, tmp_path):
     model = tiny(family)
