@@ -344,6 +344,7 @@ class CompressedCache(hf.AttendingCache):
 
         return encoder_of(self, model, codec)
 
+    @as_stored()
     def _to_file(
         self,
         file: BinaryIO,

@@ -210,7 +210,10 @@ class DenseLayer(SteppedLayer):
         held = [dense.length] * len(dense.keys) if visible is None else visible.sum(-1).tolist()
         seen = self._row_lengths()
         first = [max(0, total - own) for total, own in zip(seen, held, strict=True)]
-        last = self.padding.last_position or [-1] * len(seen)
+        last = self.padding.last_position
+        if last is None or len(last) != len(seen):
+            last = [-1] * len(seen)
+        # where it is unknown, or was not followed, keys are decoded as well, from a few more bits
         shift = [max(0, at + 1 - total) for at, total in zip(last, seen, strict=True)]
         return {side: Places(side, dense.length, visible, first, shift) for side in ("keys", "values")}
 

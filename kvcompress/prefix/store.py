@@ -229,7 +229,8 @@ class PrefixStore:
             ImportError: the codec needs zstandard.
         """
         # what is no codec, or not for this model, is refused before the folder is touched
-        encoder_of(HydragenCache(self.model), self.model, codec)
+        if codec is not None:
+            encoder_of(HydragenCache(self.model), self.model, codec)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         fingerprint = hf.Fingerprint.of(self.model)

@@ -215,7 +215,7 @@ class TensorFile:
             raise ValueError(f"{self.path} holds {name} encoded by {codec!r}, which this release cannot decode alone")
         try:
             return chosen(held.numpy().data, _DTYPES[dtype], shape)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
             raise self.damaged(f"{name} cannot be decoded: {error}") from error
 
     def _bytes(self, name: str) -> Tensor:

@@ -222,7 +222,7 @@ _KINDS = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 def _sizes(y: Tensor) -> Tensor:
     """The size of each token, [tokens] int8, of components [width, tokens]."""
-    rms = y.square().mean(0).sqrt()
+    rms = torch.linalg.vector_norm(y, dim=0) / math.sqrt(len(y))
     fine = rms.isfinite()
     typical = rms[fine].mean() if bool(fine.any()) else rms.new_ones(())
     octaves = (rms / typical.clamp(min=torch.finfo(torch.float32).tiny)).log2().nan_to_num(0.0)
@@ -372,8 +372,7 @@ def _unpacked(
 
 def _step(y: Tensor, room: float) -> float:
     """Nearly the least step with which the frames of y [width, tokens] take no more than `room` bytes."""
-    spread = float(y.square().mean().sqrt()) if y.numel() else 0.0
-    if spread == 0.0:
+    if not bool(y.any()):
         return 1.0
     # what may be said of the groups
     room -= _OF_GROUP * -(-len(y) // _GROUP)
@@ -387,7 +386,7 @@ def _step(y: Tensor, room: float) -> float:
 
 def _expected_step(y: Tensor, bits: float) -> float:
     """The step with which normally distributed components like these would take so many bits a number, nearly."""
-    spreads = y.square().mean(1).sqrt()
+    spreads = torch.linalg.vector_norm(y, dim=1) / math.sqrt(y.shape[1])
     low, high = -40.0, 40.0
     for _ in range(24):
         at = (low + high) / 2

@@ -156,6 +156,16 @@ def test_positions_may_be_those_of_the_columns(bases, tmp_path):
     assert off[1] == pytest.approx(off[0], rel=0.05)
 
 
+def test_autocast_and_inference_mode_change_nothing(bases, tmp_path):
+    model = tiny()
+    cache = filled(model)
+    codec = TransformCodec(bases(model), bits=4)
+    cache.save(tmp_path / "plain", codec=codec)
+    with torch.inference_mode(), torch.autocast(torch.device(DEVICE).type, dtype=torch.bfloat16):
+        cache.save(tmp_path / "cast", codec=codec)
+    assert (tmp_path / "cast").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
 def test_a_window_whose_first_tokens_are_gone_keeps_its_positions(bases, tmp_path):
     model = tiny("mistral", max_position_embeddings=4096)
     cache, whole = DenseCache(model), DenseCache(model)
@@ -188,7 +198,7 @@ def test_nodes_and_suffixes_of_a_tree_are_coded(bases, tmp_path):
         assert found.known_ids(1).equal(cache.known_ids(1))
         far.append(float((feed(model, found, token, mask) - wanted).norm() / wanted.norm()))
     assert far == sorted(far, reverse=True)
-    assert far[-1] < 0.05
+    assert far[-1] < 0.1
 
 
 # docs: of a `HydragenCache`, a prefix that was loaded and is saved again loses nothing more
