@@ -59,10 +59,10 @@ def write_tensors(
         for name, tensor in tensors.items():
             header.add(name, tensor, None)
             if encode is not None:
-                # room for what may be said of it
+                # room for what may be said of it; its place takes no more, as the one digit that a number of bytes may
+                # have more than a number of elements is saved by the dtype
                 header.encoded[name] = _told(max(frames.CODECS, key=len), tensor)
-    # an encoded tensor's number of bytes may have more digits than its shape
-    start = 8 + len(header.text(_BLANK, 0 if encode is None else len(header.text(_BLANK)) + 8 * len(header.places)))
+    start = 8 + len(header.text(_BLANK))
     file.seek(start)
     written = header if encode is None else _Header(format, facts, header.parts)
     for tensors, _ in parts():

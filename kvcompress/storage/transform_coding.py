@@ -226,7 +226,7 @@ def _sizes(y: Tensor) -> Tensor:
     fine = rms.isfinite()
     typical = rms[fine].mean() if bool(fine.any()) else rms.new_ones(())
     octaves = (rms / typical.clamp(min=torch.finfo(torch.float32).tiny)).log2().nan_to_num(0.0)
-    sizes = (octaves * _EIGHTHS).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    sizes: Tensor = (octaves * _EIGHTHS).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
     return sizes.masked_fill(~fine, _NOT_FINITE)
 
 

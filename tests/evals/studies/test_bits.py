@@ -84,7 +84,7 @@ def test_a_codec_that_cannot_be_measured_says_why(study):
         ("dense:codec_bits=2", "needs a basis: --basis basis.safetensors"),
         ("dense:codec=gzip", "codec must be zstd, or codec_bits be given"),
         ("dense:codec=zstd:x=1", "dense takes dtype, codec and codec_bits"),
-        ("h2o:sinks=1:codec=zstd", "files are measured of dense, gear and kivi"),
+        ("none:codec=zstd", "files are measured of dense, gear and kivi"),
     ):
         with pytest.raises(ValueError, match=match):
             study.measure(setting)
