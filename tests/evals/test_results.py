@@ -285,3 +285,35 @@ def test_what_ran_on_a_gpu():
     assert f"takes {packed['packed_attention, 4 and 3 bits']:.2f} times" in sentence
     assert f"with `bits=2` {packed['packed_attention, 2 bits, centred']:.2f} times" in sentence
     assert f"but {packed['packed_attention, GEAR at 2 bits']:.1f} times" in sentence
+
+
+def coded(setting):
+    (row,) = [row for row in of("bits_codec")["rows"] if row["setting"] == setting]
+    return row
+
+
+# docs: and [loses less](../results.md) than in a `GEARCache` of as many
+def test_coded_files_are_as_small_and_as_close_as_asked():
+    for setting, bits, kl in (("dense:codec_bits=2", 2.0, 0.035), ("dense:codec_bits=4", 4.0, 0.004)):
+        assert coded(setting)["bits"] <= bits
+        assert coded(setting)["kl"] <= kl
+    for bits in (2, 4):
+        assert coded(f"gear:bits={bits}")["bits"] > bits
+        assert coded(f"gear:bits={bits}")["kl"] > 3 * coded(f"dense:codec_bits={bits}")["kl"]
+
+
+# docs: float32 by a sixth, bfloat16 by a third, packed codes by little
+def test_what_is_not_coded_through_a_basis_gets_smaller_too():
+    for setting, share in (("dense:codec=zstd", 5 / 6), ("dense:dtype=bfloat16:codec=zstd", 2 / 3)):
+        file = coded(setting)["file"]
+        assert file["nbytes"] / file["plain_nbytes"] == pytest.approx(share, abs=0.015)
+    for bits in (2, 4):
+        file = coded(f"gear:bits={bits}:codec=zstd")["file"]
+        assert 0.8 < file["nbytes"] / file["plain_nbytes"] < 0.9
+
+
+# docs: Saving takes a quarter of the time of a prefill, loading a seventh
+def test_coding_takes_part_of_the_time_of_a_prefill():
+    file = coded("dense:codec_bits=2")["file"]
+    assert file["save_seconds"] / file["prefill_seconds"] == pytest.approx(1 / 4, abs=0.03)
+    assert file["load_seconds"] / file["prefill_seconds"] == pytest.approx(1 / 7, abs=0.02)
