@@ -380,7 +380,8 @@ def _step(y: Tensor, room: float) -> float:
     if count > 2 * _TOKENS:
         # most of the search looks at some tokens only
         some = y[:, :: -(-count // _TOKENS)].contiguous()
-        step = _search(some, room * some.shape[1] / count, step)
+        if bool(some.any()):
+            step = _search(some, room * some.shape[1] / count, step)
     return _search(y, room, step)
 
 

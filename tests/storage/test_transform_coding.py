@@ -163,6 +163,14 @@ def test_a_few_tokens_are_coded_though_they_take_more_bits(tokens):
         assert error(found, tensor) < 0.2
 
 
+def test_a_search_that_looks_at_some_tokens_may_find_only_zeros_there(monkeypatch):
+    monkeypatch.setattr(transform_coding, "_TOKENS", 8)
+    y = torch.zeros(WIDTH, 300)
+    y[:, 1::2] = torch.randn(WIDTH, 150, generator=torch.Generator().manual_seed(0))
+    step = transform_coding._step(torch.cat([torch.zeros(WIDTH, 1), y * (torch.arange(300) % 38 == 1)], 1), 500.0)
+    assert 0 < step < 2
+
+
 def test_pieces_of_a_long_text_give_what_the_whole_does(monkeypatch):
     places = plain()
     tensor = held(places)
