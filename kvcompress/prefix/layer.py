@@ -316,8 +316,9 @@ class SharedLayer(NodeLayer):
         tensors += [] if self._tables is None else self._tables.tensors()
         if self.is_first:
             tensors += self.tree.tensors() + ([] if self.padding.fed is None else [self.padding.fed])
-        for node in self.held.values():
-            tensors += [coding.sizes for coding in getattr(node[0], "codings", {}).values()]
+        for segment in (segments[0] for segments in self.held.values()):
+            if isinstance(segment, NodeSegment):
+                tensors += [coding.sizes for coding in segment.codings.values()]
         for other in self.coded.values():
             tensors += [*other.counters().values(), *other.statistics().values()]
         return super().counters() | {f"map {index}": tensor for index, tensor in enumerate(tensors)}
