@@ -196,7 +196,7 @@ def calibrated_codes(
             fitted = (z * levels * weights).sum(-1) / (levels.square() * weights).sum(-1)
             scales = fitted.clamp_(0.0, torch.finfo(torch.float16).max).half()
     packed = [pack_codes(codes[..., some].to(torch.uint8), width)[:, None] for width, some in scheme.stretches()]
-    return CalibratedKeys(*packed, (scales + unknown.half())[:, None, ..., None], starts[:, None, :, None])
+    return CalibratedKeys._make([*packed, (scales + unknown.half())[:, None, ..., None], starts[:, None, :, None]])
 
 
 def decoded_keys(keys: CalibratedKeys, decoder: KeyDecoder, kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -267,10 +267,8 @@ def calibrated_attention(
     for some in _runs(query, keys, kv_heads, by_kernel):
         part, of_part = keys.of_blocks(some), values.of_blocks(some)
         places = positions[..., some.start * keys.block : some.stop * keys.block]
-        if by_kernel:
-            key, run = _rebuilt(part, decoder, kv_heads, query.dtype), launch_packed
-        else:
-            key, run = decoded_keys(part, decoder, kv_heads, query.dtype), attend_in_pieces
+        rebuild, run = (_rebuilt, launch_packed) if by_kernel else (decoded_keys, attend_in_pieces)
+        key = rebuild(part, decoder, kv_heads, query.dtype)
         plain = QuantizedTensor(key, key)
         out, lse, _ = run(
             query, plain, of_part, PLAIN, value_coding, places, query_positions, spec, None, None, None, False
@@ -509,10 +507,12 @@ def _aot_call(
         shaped(1, 1, blocks, block * width // 8, count, dtype=torch.uint8)
         for width, count in zip(WIDTHS, scheme, strict=True)
     ]
-    keys = CalibratedKeys(
-        *codes,
-        shaped(1, 1, blocks, block, 1, dtype=torch.float16),
-        shaped(1, 1, blocks, 1, dtype=torch.int32),
+    keys = CalibratedKeys._make(
+        [
+            *codes,
+            shaped(1, 1, blocks, block, 1, dtype=torch.float16),
+            shaped(1, 1, blocks, 1, dtype=torch.int32),
+        ]
     )
     values = QuantizedTensor(
         shaped(1, kv_heads, blocks, block // 4, head_dim, dtype=torch.uint8),

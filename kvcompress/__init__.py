@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvcompress.caches.quantized import GEARCache as GEARCache
     from kvcompress.caches.quantized import KIVICache as KIVICache
     from kvcompress.caches.shadowkv import ShadowKVCache as ShadowKVCache
+    from kvcompress.caches.transform_codec import TransformCodec as TransformCodec
     from kvcompress.hf import release as release
     from kvcompress.loading import load_model as load_model
     from kvcompress.policies.attention_matching import AttentionMatching as AttentionMatching
@@ -65,6 +66,7 @@ _HOMES = {
     "SnapKVCache": "caches.evicting",
     "StreamingLLMCache": "caches.evicting",
     "SwiftKVCache": "swiftkv.cache",
+    "TransformCodec": "caches.transform_codec",
     "convert": "swiftkv.conversion",
     "load_model": "loading",
     "measure_basis": "caches.calibration",

@@ -15,6 +15,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.storage.clock import TokenClock
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
 from kvcompress.storage.segment import Segment
+from kvcompress.storage.transform_coding import Coding, Places
 
 
 @contextlib.contextmanager
@@ -247,6 +248,14 @@ class CompressedLayer(hf.CacheLayerMixin):
     def fetched_bytes(self) -> int:
         """Bytes that were off the device and moved to it, since the layer was built or loaded."""
         return 0
+
+    def plain_tokens(self) -> dict[str, Places] | None:
+        """Which of the tensors that `dump` returns are keys and values of tokens, by name, and of which tokens; None
+        if the layer holds tokens in a form of its own."""
+        return None
+
+    def note_codings(self, codings: dict[str, Coding]) -> None:
+        """Called after `restore` with how some of its tensors were coded in the file, by name."""
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `restore` needs: tensors, and facts that JSON can hold. The base's: the clock."""

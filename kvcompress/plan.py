@@ -32,11 +32,10 @@ from kvcompress.caches.evicting import kept_budget
 from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.caches.shadowkv import selected_budget
-from kvcompress.kernels.calibrated import CalibratedScheme
 from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.shadowkv import ShadowKV
-from kvcompress.storage.key_codec import KeyCodec, scheme_for
+from kvcompress.storage.key_codec import CalibratedScheme, KeyCodec, scheme_for
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
 from kvcompress.storage.packed_tail import PackedTail

@@ -118,7 +118,7 @@ def test_the_extra_for_evals_takes_in_the_others():
         name: {extra for line in lines for extra in Requirement(line).extras if "kvcompress" in line}
         for name, lines in EXTRAS.items()
     }
-    assert taken_in["eval"] == {"cli", "model", "distill"}
+    assert taken_in["eval"] == {"cli", "codec", "model", "distill"}
     assert taken_in["distill"] == {"cli"}
 
 
@@ -127,11 +127,11 @@ def test_the_command_line_is_no_dependency_of_the_caches():
     assert set(asked(EXTRAS["cli"])) == {"typer", "rich", "filelock"}
 
 
-# README: | `dev` | tests and checks |
-# README: | `docs` | the site: `make docs` |
-@pytest.mark.parametrize("extra", ["cli", "model", "distill", "eval", "triton", "docs", "dev"])
+# README: | `codec` | `save(path, codec=...)`: entropy-coded files |
+# README: | `dev`, `docs` | tests and checks; the site: `make docs` |
+@pytest.mark.parametrize("extra", ["cli", "codec", "model", "distill", "eval", "triton", "docs", "dev"])
 def test_readme_names_the_extra(extra):
-    assert set(EXTRAS) == {"cli", "model", "distill", "eval", "triton", "docs", "dev"}
+    assert set(EXTRAS) == {"cli", "codec", "model", "distill", "eval", "triton", "docs", "dev"}
     section = (ROOT / "README.md").read_text().partition("## Install and run")[2].partition("\n## ")[0]
     assert f"`{extra}`" in section
 

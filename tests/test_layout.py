@@ -156,6 +156,8 @@ PACKAGES = {
 LATE = {
     "kvcompress": {"cache", "caches", "hf", "loading", "policies", "prefix", "swiftkv"},
     "__main__": {"cli"},
+    # a codec's basis is that of the caches
+    "cache": {"caches"},
     "cli": {
         *("check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress", "loading", "plan"),
         *("registry", "swiftkv"),
@@ -293,6 +295,7 @@ def test_what_kvcompress_imports_is_declared():
             tops = {name.partition(".")[0] for name in imports(file.read_text())}
             more = {
                 "distill.py": extras["distill"],
+                "frames.py": extras["codec"],
                 # what unpacks a GGUF file
                 "loading.py": {"filelock"},
                 # torch and huggingface_hub bring it at every version

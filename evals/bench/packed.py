@@ -14,13 +14,13 @@ from kvcompress.kernels.calibrated import (
     calibrated_attention,
     calibrated_attention_reference,
     calibrated_codes,
+    water_filling,
 )
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.low_rank import residual_factors, residual_factors_reference
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import dequantise, quantise, quantise_reference
-from kvcompress.storage.key_codec import scheme_for
 
 # Llama-3.1-8B on a GPU, SmolLM2-135M on a CPU
 PACKED = {
@@ -78,7 +78,7 @@ def _calibrated_step(shape: Shape, keys: Tensor, values: Tensor) -> Case:
     spec, width, blocks, block = LogitSpec(head_dim**-0.5), kv_heads * head_dim, keys.shape[2], keys.shape[3]
     device, dtype = keys.device, keys.dtype
     variances = torch.logspace(1, -2, width)
-    scheme = scheme_for(variances, 2)
+    scheme = water_filling(variances.tolist(), 2, 32)
     random = make_random(torch.float32, device)
     starts = torch.arange(0, blocks * block, block, dtype=torch.int32, device=device).repeat(batch, 1)
     deviations = variances.sqrt().to(device)

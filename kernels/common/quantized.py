@@ -1,6 +1,6 @@
 """How packed keys and values are stored: the scheme, the tensors, and their codes (kernels/quantise.py says why)."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -82,8 +82,8 @@ class QuantizedTensor(NamedTuple):
 
     def of_blocks(self, blocks: slice) -> "QuantizedTensor":
         """Views of some blocks; the bases stay."""
-        parts = (None if part is None else part[:, :, blocks] for part in self[:6])
-        return QuantizedTensor(*parts, self.right)  # type: ignore[arg-type]
+        parts: list[Any] = [None if part is None else part[:, :, blocks] for part in self[:6]]
+        return QuantizedTensor._make([*parts, self.right])
 
 
 def block_of(packed: QuantizedTensor, coding: QuantScheme) -> int:

@@ -59,6 +59,15 @@ class Basis:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
+    def opened(cls, basis: "Basis | str | os.PathLike[str]") -> "Basis":
+        """A basis, or the one in a file; TypeError for anything else, and errors as of `load`."""
+        if isinstance(basis, Basis):
+            return basis
+        if not isinstance(basis, str | os.PathLike):
+            raise TypeError(f"basis must be a Basis or the path of its file, got {type(basis).__name__}")
+        return cls.load(basis)
+
+    @classmethod
     def given(cls, basis: "Basis | str | os.PathLike[str]", model: PreTrainedModel) -> "Basis":
         """A basis, or the one in a file, which the model then keeps: saved caches only name theirs.
 
@@ -66,25 +75,25 @@ class Basis:
             TypeError: it is neither.
             ValueError: as `load` and `check`.
         """
-        if not isinstance(basis, Basis):
-            if not isinstance(basis, str | os.PathLike):
-                raise TypeError(f"basis must be a Basis or the path of its file, got {type(basis).__name__}")
-            basis = cls.load(basis)
-        basis.check(model)
-        return _OF_MODELS.setdefault(model, {}).setdefault(basis.digest, basis)
+        found = cls.opened(basis)
+        found.check(model)
+        return _OF_MODELS.setdefault(model, {}).setdefault(found.digest, found)
 
     @classmethod
-    def known(cls, digest: str, model: PreTrainedModel) -> "Basis":
+    def known(cls, digest: str, model: PreTrainedModel, what: str = "what the file holds") -> "Basis":
         """The basis with this digest that the model was given.
 
+        Args:
+            what: what needs it, for the message.
+
         Raises:
-            ValueError: it was not.
+            ValueError: the model was not given it.
         """
         held = _OF_MODELS.get(model, {})
         if digest not in held:
             raise ValueError(
-                f"what the file holds was packed in the basis {digest}, which has a file of its own: give that file "
-                f"too, load(path, model, basis=...); this model was given {', '.join(sorted(held)) or 'none'}"
+                f"{what} was coded in the basis {digest}, which has a file of its own: pass that, as basis=...; this "
+                f"model was given {', '.join(sorted(held)) or 'none'}"
             )
         return held[digest]
 

@@ -13,6 +13,7 @@ from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordin
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.transform_coding import Places
 
 # tokens past the window that a sliding layer keeps, so that drafted tokens can be taken back
 SLACK = 256
@@ -200,6 +201,27 @@ class DenseLayer(SteppedLayer):
         super().reset()
         self.dense = None
         self.dropped = 0
+
+    def plain_tokens(self) -> dict[str, Places]:
+        dense = self.dense
+        if dense is None:
+            return {}
+        _, _, visible = dense.held()
+        held = [dense.length] * len(dense.keys) if visible is None else visible.sum(-1).tolist()
+        seen = self._row_lengths()
+        first = [max(0, total - own) for total, own in zip(seen, held, strict=True)]
+        last = self.padding.last_position
+        if last is None or len(last) != len(seen):
+            last = [-1] * len(seen)
+        # where it is unknown, or was not followed, keys are decoded as well, from a few more bits
+        shift = [max(0, at + 1 - total) for at, total in zip(last, seen, strict=True)]
+        return {side: Places(side, dense.length, visible, first, shift) for side in ("keys", "values")}
+
+    def _row_lengths(self) -> list[int]:
+        """How many tokens each row has seen, padding not counted."""
+        assert self.dense is not None
+        seen = int(self.get_seq_length())
+        return self.padding.real_of_last(seen, seen) or [seen] * len(self.dense.keys)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, facts = ({}, {"length": 0}) if self.dense is None else self.dense.dump()

@@ -20,6 +20,7 @@ from kvcompress.prefix.segments import NodeSegment, SuffixSegment
 from kvcompress.prefix.tree import Tree
 from kvcompress.storage.padding import warn_of_short_windows
 from kvcompress.storage.segment import Segment
+from kvcompress.storage.transform_coding import Coding, Places
 
 
 class SharedLayer(NodeLayer):
@@ -315,12 +316,38 @@ class SharedLayer(NodeLayer):
         tensors += [] if self._tables is None else self._tables.tensors()
         if self.is_first:
             tensors += self.tree.tensors() + ([] if self.padding.fed is None else [self.padding.fed])
+        for segment in (segments[0] for segments in self.held.values()):
+            if isinstance(segment, NodeSegment):
+                tensors += [coding.sizes for coding in segment.codings.values()]
         for other in self.coded.values():
             tensors += [*other.counters().values(), *other.statistics().values()]
         return super().counters() | {f"map {index}": tensor for index, tensor in enumerate(tensors)}
 
     def fetched_bytes(self) -> int:
         return sum(other.fetched_bytes() for other in self.coded.values())
+
+    def plain_tokens(self) -> dict[str, Places]:
+        found = super().plain_tokens()
+        for name, segments in self.held.items():
+            if name in self.coded:
+                continue
+            node: Any = segments[0]
+            first = self.tree.nodes[name].stop - node.tokens
+            for part, side in zip(NodeSegment.tensor_names, ("keys", "values"), strict=True):
+                places = Places(side, node.tokens, None, [first], [0], node.codings.get(part))
+                found[f"nodes.{name}.0.{part}"] = places
+        return found
+
+    def _row_lengths(self) -> list[int]:
+        own = self.padding.own_lengths(int(self.get_seq_length()))
+        return [length + more for length, more in zip(self.tree.lengths(), own, strict=True)]
+
+    def note_codings(self, codings: dict[str, Coding]) -> None:
+        for name, segments in self.held.items():
+            if name not in self.coded:
+                node: Any = segments[0]
+                prefix = f"nodes.{name}.0."
+                node.codings = {part: codings[prefix + part] for part in node.tensor_names if prefix + part in codings}
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, facts = super().dump()

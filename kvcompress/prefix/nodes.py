@@ -82,7 +82,9 @@ class NodeLayer(DenseLayer):
         """Makes a node of the first tokens of another, or of the same, without a copy."""
         node: Any = self.held[name][0]
         held = max(0, tokens - (self.tree.nodes[name].tokens - node.tokens))
-        self.held[into] = [NodeSegment(*(getattr(node, part)[:, :, :held] for part in NodeSegment.tensor_names))]
+        cut = NodeSegment(*(getattr(node, part)[:, :, :held] for part in NodeSegment.tensor_names))
+        cut.codings = node.codings
+        self.held[into] = [cut]
         self._forget_tables()
 
     def check_reach(self, leaf: int, position: int) -> None:

@@ -1,5 +1,7 @@
 """The segments of nodes and suffixes in a layer."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.segment import Segment
+from kvcompress.storage.transform_coding import Coding
 
 
 class SuffixSegment(DenseSegment):
@@ -18,13 +21,15 @@ class SuffixSegment(DenseSegment):
 class NodeSegment(Segment):
     """Every token of a node, or on a sliding layer its last ones. It never changes, so copies share it.
 
-    prefix_keys, prefix_values: [1, kv_heads, tokens, head_dim].
+    prefix_keys, prefix_values: [1, kv_heads, tokens, head_dim]. codings: by tensor, how a file had them, if it was a
+    lossy one: they are coded so again, and lose nothing more.
     """
 
     tensor_names = ("prefix_keys", "prefix_values")
 
     prefix_keys: Tensor
     prefix_values: Tensor
+    codings: Mapping[str, Coding] = MappingProxyType({})
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.prefix_keys, self.prefix_values = keys, values

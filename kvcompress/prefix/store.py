@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import warn_of_unchecked
+from kvcompress.caches.basis import Basis
+from kvcompress.caches.transform_codec import Codec, encoder_of
 from kvcompress.prefix.cache import MIN_TOKENS, HydragenCache
 from kvcompress.prefix.store_folder import FILE, FIRST_FILE, INDEX, LOCK, STEM, FolderIndex, tokens_of, write_prefix
 from kvcompress.prefix.tree import UNKNOWN, leading
@@ -209,18 +211,26 @@ class PrefixStore:
 
     # files
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, codec: Codec | None = None) -> None:
         """Updates a folder to what the store holds; creates it if it is missing.
 
         Prefixes that this store once saved there, or loaded from there, and no longer holds are deleted; what others
         have saved there stays. A prefix that is already there is not written again. A reader, also after a crash, finds
         the folder either as it was before or as it is afterwards.
 
+        Args:
+            codec: of the prefixes that are written now, as `cache.save` takes it; a folder may hold those of several.
+                What was loaded from a lossy file loses nothing more.
+
         Raises:
             ValueError: the folder holds prefixes of another model, or some of an earlier kvcompress that this store
-                has not loaded.
+                has not loaded; or the codec is not for this model.
             OSError: the folder cannot be written; what was saved there is still there.
+            ImportError: the codec needs zstandard.
         """
+        # what is no codec, or not for this model, is refused before the folder is touched
+        if codec is not None:
+            encoder_of(HydragenCache(self.model), self.model, codec)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         fingerprint = hf.Fingerprint.of(self.model)
@@ -243,7 +253,9 @@ class PrefixStore:
             mine = []
             for entry in entries:
                 if entry.file is None or not FILE.fullmatch(entry.file) or not (folder / entry.file).exists():
-                    entry.file = write_prefix(folder, entry.tokens, entry.cache, fingerprint)
+                    entry.file = write_prefix(
+                        folder, entry.tokens, entry.cache, fingerprint, encoder_of(entry.cache, self.model, codec)
+                    )
                 mine.append(entry.file)
             files = [name for name in others if name not in mine] + mine
             FolderIndex(files, self.min_tokens, fingerprint).write(folder)
@@ -254,16 +266,32 @@ class PrefixStore:
             self._files[folder.resolve()] = set(mine)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], model: PreTrainedModel, max_bytes: int | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        model: PreTrainedModel,
+        max_bytes: int | None = None,
+        *,
+        basis: Basis | str | os.PathLike[str] | None = None,
+    ) -> Self:
         """Loads the prefixes that `save` wrote, for the model that they were made with, on its device.
 
         If they exceed `max_bytes`, the most recently used ones are loaded. Damaged ones are skipped. A warning tells of
         either; the files stay in the folder.
 
+        Args:
+            max_bytes: as in `PrefixStore`; what counts is what prefixes take in memory.
+            basis: in which prefixes were coded, or the path of its file. None: one that the model was given before.
+
         Raises:
-            ValueError: the folder holds no store, one for another model, or its index names a file that is no prefix.
+            ValueError: the folder holds no store, one for another model, or its index names a file that is no prefix;
+                or a prefix needs another basis.
+            ImportError: a prefix was saved with a codec, and zstandard is not installed.
         """
         folder = Path(folder)
+        if basis is not None:
+            # what files name
+            Basis.given(basis, model)
         fingerprint = hf.Fingerprint.of(model)
         # what was read, None for a damaged file
         read: dict[str, tuple[Tensor, HydragenCache] | None] = {}
@@ -315,10 +343,11 @@ class PrefixStore:
             try:
                 if name not in read:
                     with TensorFile(folder / name) as file:
-                        if room is not None and file.nbytes > room:
+                        if room is not None and file.nbytes("layers.") > room:
                             fits = False
                             continue
-                        read[name] = tokens_of(file, index), HydragenCache._from_file(file, self.model, fingerprint)
+                        cache = HydragenCache._from_file(file, self.model, fingerprint)
+                        read[name] = tokens_of(file, index), cache
             except FileNotFoundError:
                 gone.append(name)
             except DamagedFileError as error:

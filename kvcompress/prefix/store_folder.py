@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcompress import hf
+from kvcompress.caches.transform_codec import Encoder
 from kvcompress.prefix.cache import MIN_TOKENS, HydragenCache
 from kvcompress.storage.durable import write_whole
 from kvcompress.storage.tensor_file import TensorFile
@@ -90,11 +91,13 @@ def _sum(told: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def write_prefix(folder: Path, tokens: Tensor, cache: HydragenCache, fingerprint: hf.Fingerprint) -> str:
+def write_prefix(
+    folder: Path, tokens: Tensor, cache: HydragenCache, fingerprint: hf.Fingerprint, encoder: Encoder | None
+) -> str:
     """Writes a prefix to a folder, and returns the file's name."""
 
     def write(file: BinaryIO) -> str:
-        return cache._to_file(file, fingerprint, {"tokens": tokens}) + ".safetensors"
+        return cache._to_file(file, fingerprint, {"tokens": tokens}, encoder) + ".safetensors"
 
     return write_whole(folder, STEM, write).name
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from kvcompress.kernels.calibrated import (
     CalibratedKeys,
-    CalibratedScheme,
     KeyDecoder,
     calibrated_codes,
     decoded_keys,
     water_filling,
 )
+from kvcompress.kernels.calibrated import CalibratedScheme as CalibratedScheme
 from kvcompress.kernels.quantise import blocks_apart
 from kvcompress.storage.rope import Rope
 

@@ -376,7 +376,7 @@ class QuantizedBlocks(Segment):
                 part if part is None or name == "right" else taken(part, at, 2)
                 for name, part in packed._asdict().items()
             ]
-            sides.append(reordered(self._decode(side, packed._make(one), spans)[:, :, 0], order))
+            sides.append(reordered(self._decode(side, type(packed)(*one), spans)[:, :, 0], order))
         # blocks after a dropped one are dropped too, hidden tokens or not
         held = torch.tensor(self.blocks, device=at.device)
         self.keep([0] * len(places), torch.where(goes.any(1), at[:, 0], held).tolist())

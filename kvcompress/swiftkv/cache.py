@@ -23,6 +23,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.layer import CompressedLayer
 from kvcompress.storage.classes import class_name, class_named
 from kvcompress.storage.segment import Segment
+from kvcompress.storage.transform_coding import Places
 from kvcompress.swiftkv.conversion import first_later
 from kvcompress.swiftkv.model import SwiftKVModel
 
@@ -79,6 +80,9 @@ class FollowingLayer(CompressedLayer):
 
     def _crop(self, tokens: int) -> None:
         """Does nothing, as the group's first layer crops."""
+
+    def plain_tokens(self) -> dict[str, Places]:
+        return {}
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {}

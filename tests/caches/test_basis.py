@@ -206,7 +206,7 @@ def test_a_saved_cache_names_its_basis_and_goes_on_with_it(tmp_path):
     torch.testing.assert_close(feed(model, again, prompt(5, 2)), expected)
     # the same weights, elsewhere
     twin = build("llama")
-    with pytest.raises(ValueError, match=f"packed in the basis {basis.digest}, which has a file of its own"):
+    with pytest.raises(ValueError, match=f"coded in the basis {basis.digest}, which has a file of its own"):
         GEARCache.load(tmp_path / "cache.safetensors", twin)
     again = GEARCache.load(tmp_path / "cache.safetensors", twin, basis=tmp_path / "basis.safetensors")
     torch.testing.assert_close(feed(twin, again, prompt(5, 2)), expected)

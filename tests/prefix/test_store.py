@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import kvcompress.prefix.store
-from kvcompress import DenseCache, HydragenCache, PrefixStore
+from kvcompress import DenseCache, HydragenCache, PrefixStore, TransformCodec, measure_basis
+from kvcompress.storage.tensor_file import TensorFile
 from tests.contract.drive import feed, full, generate
 from tests.contract.models import build, left_padded, prompt, tiny
 from tests.prefix.rows import alone, pointers
@@ -558,3 +559,95 @@ def test_a_least_length_of_another_library_can_be_held_by_a_file(tmp_path):
     store.prefix(prompt(8)[0])
     store.save(tmp_path / "store")
     assert PrefixStore.load(tmp_path / "store", model).min_tokens == 5
+
+
+@pytest.fixture(scope="module")
+def basis():
+    return measure_basis(build("llama"), [prompt(200, 2, seed=9)])
+
+
+def same_keys(ours, theirs):
+    """Whether two caches hold the same in their first nodes."""
+    pairs = [
+        (next(iter(layer.held.values()))[0] for layer in pair) for pair in zip(ours.layers, theirs.layers, strict=True)
+    ]
+    return all(
+        torch.equal(x.prefix_keys, y.prefix_keys) and torch.equal(x.prefix_values, y.prefix_values) for x, y in pairs
+    )
+
+
+# docs: a folder may hold prefixes of several codecs
+def test_a_folder_may_hold_prefixes_of_several_codecs(basis, tmp_path):
+    model = tiny()
+    store = PrefixStore(model)
+    documents = [prompt(300, seed=seed)[0] for seed in (3, 4, 5)]
+    codecs = (None, "zstd", TransformCodec(basis, bits=4))
+    for document, codec in zip(documents, codecs, strict=True):
+        store.prefix(document)
+        store.save(tmp_path, codec=codec)
+    sizes = sorted(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert len(sizes) == 3
+    assert sizes[0] < 0.25 * sizes[1] < 0.25 * sizes[2]
+    again = PrefixStore.load(tmp_path, model, basis=basis)
+    assert again.nbytes() == store.nbytes() == 900 * TOKEN
+    for document, exact in zip(documents, (True, True, False), strict=True):
+        assert same_keys(again.get(document), store.get(document)) == exact
+    # nothing is written twice, whatever the codec
+    before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
+    again.save(tmp_path, codec=TransformCodec(basis, bits=1))
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")} == before
+
+
+# docs: what was loaded from a lossy file may be saved anew, or continued and saved: it loses nothing more
+def test_what_was_loaded_from_a_lossy_file_loses_nothing_more(basis, tmp_path):
+    model = tiny()
+    store = PrefixStore(model)
+    document, longer = prompt(200, seed=3)[0], prompt(300, seed=3)[0]
+    store.prefix(document)
+    store.save(tmp_path / "first", codec=TransformCodec(basis, bits=3))
+    once = PrefixStore.load(tmp_path / "first", model, basis=basis)
+    held = once.get(document)
+    assert not same_keys(held, store.get(document))
+    once.save(tmp_path / "second", codec=TransformCodec(basis, bits=1))
+    assert same_keys(PrefixStore.load(tmp_path / "second", model, basis=basis).get(document), held)
+    once.prefix(longer)
+    once.save(tmp_path / "first", codec=TransformCodec(basis, bits=1))
+    last = PrefixStore.load(tmp_path / "first", model, basis=basis)
+    assert len(last) == 1
+    assert same_keys(last.get(longer), held)
+
+
+def test_room_is_for_what_prefixes_take_in_memory(basis, tmp_path):
+    model = tiny()
+    store = PrefixStore(model)
+    for seed in (3, 4):
+        store.prefix(prompt(300, seed=seed)[0])
+    store.save(tmp_path, codec=TransformCodec(basis, bits=2))
+    files = [*tmp_path.glob("*.safetensors")]
+    assert sum(file.stat().st_size for file in files) < 300 * TOKEN
+    assert len(PrefixStore.load(tmp_path, model, 600 * TOKEN, basis=basis)) == 2
+    with pytest.warns(UserWarning, match="1 of 2 prefixes in .* are loaded"):
+        assert len(PrefixStore.load(tmp_path, model, 599 * TOKEN, basis=basis)) == 1
+    with pytest.warns(UserWarning, match="0 of 2 prefixes in .* are loaded"):
+        assert len(PrefixStore.load(tmp_path, model, 299 * TOKEN, basis=basis)) == 0
+    with TensorFile(files[0]) as file:
+        assert file.nbytes("layers.") == 300 * TOKEN
+
+
+def test_a_store_that_needs_a_basis_says_which(basis, tmp_path):
+    # which was given no basis
+    model = build("llama")
+    store = PrefixStore(model)
+    store.prefix(prompt(100, seed=3)[0])
+    with pytest.raises(TypeError, match="codec must be 'zstd', a TransformCodec or None, got 'gzip'"):
+        store.save(tmp_path / "store", codec="gzip")
+    assert not (tmp_path / "store").exists()
+    store.save(tmp_path / "store", codec=TransformCodec(basis))
+    with pytest.raises(ValueError, match=f"coded in the basis {basis.digest}, .* given none"):
+        PrefixStore.load(tmp_path / "store", model)
+    file = next((tmp_path / "store").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="a prefix is skipped: .*does not match its checksum"):
+        assert len(PrefixStore.load(tmp_path / "store", model, basis=basis)) == 0

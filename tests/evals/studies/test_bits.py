@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from kvcompress import measure_basis
 from kvcompress.cli import main
 from kvcompress.evals.studies import bits
 from kvcompress.evals.sweep import baselines
@@ -50,6 +51,43 @@ def test_transformers_own_caches_are_measured_beside_ours(study):
     assert row.kl < 1e-6
     if baselines.installed("quanto"):
         assert study.measure("quanto:bits=4").kl > 1e-3
+
+
+def test_files_are_measured_by_what_lies_on_the_disk(study):
+    with_basis = bits.Study(
+        study.model,
+        {"one": [row.tolist() for row in prompt(405, 2)]},
+        context=360,
+        chunk=45,
+        basis=measure_basis(study.model, [prompt(200, 2, seed=9)]),
+    )
+    found = [with_basis.measure(f"dense:codec_bits={size}") for size in (3, 6)]
+    assert found[0].kl > 3 * found[1].kl
+    # what a file says beside its tensors counts for much in a tiny model
+    assert all(size < row.bits < size + 0.6 for size, row in zip((3, 6), found, strict=True))
+    for row in found:
+        assert row.file.nbytes * 8 == pytest.approx(row.bits * 2 * 3 * 2 * 32 * 360)
+        assert row.file.nbytes < 0.25 * row.file.plain_nbytes
+        assert min(row.file.save_seconds, row.file.load_seconds, row.file.prefill_seconds) > 0
+    exact = with_basis.measure("dense:codec=zstd")
+    assert exact.kl < 1e-6
+    assert 16 < exact.bits < 32.6
+    half = with_basis.measure("dense:dtype=bfloat16:codec=zstd")
+    assert half.all_bits == 16
+    assert half.bits < 14
+    packed = with_basis.measure("gear:bits=4:buffer=16:group_size=16:codec=zstd")
+    assert packed.bits < packed.all_bits + 0.6
+
+
+def test_a_codec_that_cannot_be_measured_says_why(study):
+    for setting, match in (
+        ("dense:codec_bits=2", "needs a basis: --basis basis.safetensors"),
+        ("dense:codec=gzip", "codec must be zstd, or codec_bits be given"),
+        ("dense:codec=zstd:x=1", "dense takes dtype, codec and codec_bits"),
+        ("none:codec=zstd", "files are measured of dense, gear and kivi"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            study.measure(setting)
 
 
 def test_other_caches_are_refused(study):
