@@ -74,6 +74,7 @@ class CompressedCache(hf.AttendingCache):
         super().__init__(layers=[self._layer(index, window, len(windows)) for index, window in enumerate(windows)])
         self.layers[-1].is_last = True
         self.padding.needs_even_positions = any(getattr(layer, "rope", None) is not None for layer in self.layers)
+        self.padding.notes_shift = any(getattr(layer, "codec", None) is not None for layer in self.layers)
 
     def __repr__(self) -> str:
         """The settings it was built with, its model, and what it holds."""

@@ -66,7 +66,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one cache needs. prefill: an estimate of what prefill holds on top of weights and cache."""
+    """Bytes that one cache needs. prefill: an estimate of what prefill holds on top of weights and cache. fixed: what
+    of the cache does not grow with the batch."""
 
     method: str
     budget: int | None
@@ -74,6 +75,7 @@ class Need:
     cache: int
     full_cache: int
     prefill: int
+    fixed: int = 0
 
     @property
     def peak(self) -> int:
@@ -146,12 +148,14 @@ def make_plan(
             schemes: list[CalibratedScheme | None] = [None] * len(shape.windows)
             if path is not None:
                 codes = codes.calibrated()
-                schemes = [scheme_for(each.keys.variances, codes.bits) for each in Basis.load(path).layers]
+                schemes = _schemes(shape, Basis.load(path), codes.bits)
             cache = sum(
                 _packed(shape, codes, context, window, batch, item, scheme)
                 for window, scheme in zip(shape.windows, schemes, strict=True)
             )
-            needs.append(Need(spec, None, weights, cache, full, activations + batch * context * token))
+            width = shape.kv_heads * shape.head_dim
+            fixed = sum(KeyCodec.nbytes_for(scheme, width, item) for scheme in schemes if scheme is not None)
+            needs.append(Need(spec, None, weights, cache, full, activations + batch * context * token, fixed))
             continue
         if method.name in ("none", "hydragen"):
             # HydragenCache keeps the ids that it compares prompts with
@@ -191,9 +195,9 @@ def is_sized(method: registry.Listed) -> bool:
 
 
 def largest_batch(need: Need, batch: int, memory: int) -> int:
-    """The largest batch that fits; everything but the weights grows with the batch."""
-    free = memory - need.weights
-    return max(0, free * batch // (need.cache + need.prefill))
+    """The largest batch that fits; everything but the weights and a basis grows with the batch."""
+    free = memory - need.weights - need.fixed
+    return max(0, free * batch // (need.cache - need.fixed + need.prefill))
 
 
 def _slots(
@@ -301,6 +305,18 @@ def _packed(
     blocks = QuantizedBlocks.nbytes_for(*size, codings, block, full - skipped, scheme)
     basis = 0 if scheme is None else KeyCodec.nbytes_for(scheme, shape.kv_heads * shape.head_dim, item)
     return blocks + basis + tail + TailSegment.nbytes_for(*size, item, sinks)
+
+
+def _schemes(shape: Shape, basis: Basis, bits: int) -> list[CalibratedScheme | None]:
+    """How each layer's keys are packed; ValueError where the basis is of another model, as far as sizes tell."""
+    sizes = [len(layer.keys.mean) for layer in basis.layers]
+    expected = [shape.kv_heads * shape.head_dim] * len(shape.windows)
+    if sizes != expected:
+        raise ValueError(
+            f"the basis must be of {len(expected)} layers with {expected[0]} numbers for a token's keys for "
+            f"{shape.name}, got {len(sizes)} layers with {sizes[0] if sizes else 0}"
+        )
+    return [scheme_for(layer.keys.variances, bits) for layer in basis.layers]
 
 
 def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:

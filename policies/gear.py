@@ -133,7 +133,12 @@ class GEAR:
                 f"rank={self.rank}, rank_decode={self.rank_decode}, outliers={self.outliers}, backbone="
                 f"{self.backbone!r}"
             )
-        few = self.bits <= 4 and (self.value_bits or 0) <= 4
+        if self.bits > 4:
+            raise ValueError(
+                "keys in a calibrated basis are packed in 2, 3 or 4 bits a number: those of 8 bits lose less without a "
+                f"basis, got bits={self.bits}"
+            )
+        few = (self.value_bits or 0) <= 4
         return replace(self, centred=self.hadamard and few) if self.centred is None else self
 
     def codings(self, head_dim: int, rank: int) -> tuple[QuantScheme, QuantScheme]:

@@ -22,6 +22,7 @@ import inspect
 import sys
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -193,10 +194,22 @@ canonical = functools.partial(registry.canonical, methods=METHODS)
 
 
 def source(spec: str) -> dict[str, str]:
-    """What decides a point besides the name of its method: for a class of one's own, a hash of its module's text.
+    """What decides a point besides the name of its method: for a class of one's own, a hash of its module's text; of
+    files that its settings name, a hash of what is in them.
 
-    Empty for kvcompress's own methods, and where the text is not known.
+    Empty for kvcompress's own methods without files, and where the text is not known.
     """
+    return _module(spec) | _files(spec)
+
+
+def _files(spec: str) -> dict[str, str]:
+    # a setting is a path where there is such a file
+    paths = [Path(value) for part in spec.split(":") if (value := part.partition("=")[2]) and Path(value).is_file()]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths))
+    return {"files": digest.hexdigest()[:16]} if paths else {}
+
+
+def _module(spec: str) -> dict[str, str]:
     with contextlib.suppress(ValueError, OSError, TypeError):
         kind = parse(spec)[0].kind
         theirs = [each for each in (kind or object).__mro__ if not is_own(each) and issubclass(each, Policy | Cache)]

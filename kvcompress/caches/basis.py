@@ -28,11 +28,18 @@ from kvcompress import hf
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.storage.durable import write_whole
 from kvcompress.storage.key_codec import Directions as Directions
+from kvcompress.storage.key_codec import KeyCodec
+from kvcompress.storage.rope import Rope
 from kvcompress.storage.tensor_file import TensorFile, write_tensors
 
 _FORMAT = "kvcompress-basis-1"
 # by digest, those that a model was given, for as long as it lives
 _OF_MODELS: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, "Basis"]] = weakref.WeakKeyDictionary()
+
+# of a model by digest, layer, bits, device and dtype, those that caches use
+_CODECS: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakValueDictionary[Any, KeyCodec]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class LayerBasis(NamedTuple):
@@ -101,6 +108,18 @@ class Basis:
         """Raises ValueError unless this is the model that the basis was made for, whole in this process."""
         check_whole(model)
         self.model.check(hf.Fingerprint.of(model), "the basis")
+
+    def codec(self, model: PreTrainedModel, layer: int, bits: float) -> KeyCodec:
+        """What packs and decodes the keys of a layer of its model; caches that are alike share it."""
+        device = hf.layer_device(model, layer)
+        name = layer, bits, device, model.dtype
+        codecs = _CODECS.setdefault(model, weakref.WeakValueDictionary())
+        found = codecs.get((self.digest, *name))
+        if found is None:
+            kv_heads = hf.head_counts(hf.text_config(model))[1]
+            found = KeyCodec(self.layers[layer].keys, kv_heads, Rope.of(model, layer), bits, device, model.dtype)
+            codecs[(self.digest, *name)] = found
+        return found
 
     @functools.cached_property
     def digest(self) -> str:

@@ -1,6 +1,7 @@
 """Measures a basis: the principal components of the keys and values that a model makes of some texts."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from kvcompress.storage.rope import Rope
 
 # the first tokens of a text, whose keys and values are outliers among all others, and are never packed
 SINKS = 4
+# tokens for each number of a token's keys: fewer may be worse than no basis, and more gain little
+_FEW, _MANY = 4, 10
 
 
 def measure_basis(model: PreTrainedModel, texts: Sequence[Tensor], *, source: str = "") -> Basis:
@@ -48,6 +51,12 @@ def measure_basis(model: PreTrainedModel, texts: Sequence[Tensor], *, source: st
             f"a basis of {type(model).__name__} takes texts of at least {kv_heads * head_dim} tokens in all, without "
             f"the first {SINKS} of each: as many as a layer has numbers for a token's keys; got {tokens}"
         )
+    if tokens < _FEW * kv_heads * head_dim:
+        warnings.warn(
+            f"a basis of {tokens} tokens: directions of {kv_heads * head_dim} numbers are known well from about "
+            f"{_MANY * kv_heads * head_dim} tokens on; with few it may lose more than no basis",
+            stacklevel=2,
+        )
     cache = _SummingCache(model)
     for text in rows:
         digest.update(text.shape[1].to_bytes(8, "little") + text.long().cpu().numpy().tobytes())
@@ -79,8 +88,8 @@ class _Sums:
         found = []
         for x in (key, value):
             # [tokens, kv_heads * head_dim]
-            flat = x[:, :, SINKS:].float().transpose(1, 2).flatten(0, 1).flatten(1)
-            found.append([flat.sum(0).double().cpu(), (flat.mT @ flat).double().cpu()])
+            flat = x[:, :, SINKS:].double().transpose(1, 2).flatten(0, 1).flatten(1)
+            found.append([flat.sum(0).cpu(), (flat.mT @ flat).cpu()])
         if not self.sums:
             self.sums = found
             return

@@ -21,8 +21,6 @@ from kvcompress.caches.basis import Basis
 from kvcompress.caches.quantized_layer import QuantizedLayer
 from kvcompress.layer import CompressedLayer, as_stored
 from kvcompress.policies.gear import GEAR, OLDER_FILES, Backbone, preset
-from kvcompress.storage.key_codec import KeyCodec
-from kvcompress.storage.rope import Rope
 
 
 class GEARCache(CompressedCache):
@@ -160,10 +158,7 @@ class GEARCache(CompressedCache):
         if self.basis is not None:
             model = self._model()
             assert model is not None
-            kv_heads = hf.head_counts(hf.text_config(model))[1]
-            device, rope = hf.layer_device(model, index), Rope.of(model, index)
-            directions = Basis.known(self.basis, model).layers[index].keys
-            codec = KeyCodec(directions, kv_heads, rope, self.settings.bits, device, model.dtype)
+            codec = Basis.known(self.basis, model).codec(model, index, self.settings.bits)
         return QuantizedLayer(self.padding, self.settings, window, index == 0, codec)
 
     def _settings(self) -> dict[str, Any]:

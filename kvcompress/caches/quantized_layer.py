@@ -345,6 +345,7 @@ class QuantizedLayer(TailedLayer):
             reach = self._reach(real)
             skip = min(max(0, min((r - f) // block, n)) for r, f, n in zip(reach, first, ready, strict=True) if n)
         rows = [row for row, count in enumerate(ready) if count > skip]
+        shifts = None if self.codec is None else self.padding.shifts(len(ready))
         if rows:
             self._target(key.shape[-1], of_prompt).append(
                 key,
@@ -353,6 +354,7 @@ class QuantizedLayer(TailedLayer):
                 [first[row] + skip * block for row in rows],
                 [ready[row] - skip for row in rows],
                 rows,
+                None if shifts is None else [shifts[row] for row in rows],
             )
 
     def _target(self, head_dim: int, of_prompt: bool) -> QuantizedBlocks:

@@ -44,7 +44,7 @@ def calibrate(
     loaded, tokenizer = load(model, dtype, device)
     with user_errors():
         found = first_rows(read_rows(data, tokenizer, length), texts * length, seed)
-        used = [ids for ids in found if len(ids) > SINKS]
+        used = [ids for ids in found if len(ids) > SINKS][:texts]
         basis = measure_basis(loaded, used, source=", ".join(path.name for path in data))
         basis.save(out)
     print(basis)

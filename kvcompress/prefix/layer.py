@@ -311,6 +311,13 @@ class SharedLayer(NodeLayer):
                 own[row] += of_node[name].to(own.device)
         return own
 
+    def constants(self) -> dict[str, list[Tensor]]:
+        found = super().constants()
+        for other in self.coded.values():
+            for name, tensors in other.constants().items():
+                found.setdefault(name, []).extend(tensors)
+        return found
+
     def counters(self) -> dict[str, Tensor]:
         tensors = [tensor for each in self._last or () for tensor in each.tensors()]
         tensors += [] if self._tables is None else self._tables.tensors()

@@ -431,10 +431,11 @@ def _common(ours: Tensor, theirs: Tensor) -> int:
 
 
 def _storages(cache: HydragenCache) -> dict[tuple[str, int], int]:
-    """The bytes of each storage behind a cache's segments."""
+    """The bytes of each storage behind a cache's segments, and behind what these are decoded with."""
     tensors = [
         tensor for layer in cache.layers for segment in layer.segments() for tensor in segment.tensors().values()
     ]
+    tensors += [tensor for layer in cache.layers for shared in layer.constants().values() for tensor in shared]
     storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
     return {(str(device), storage.data_ptr()): storage.nbytes() for device, storage in storages if storage.nbytes()}
 

@@ -18,6 +18,7 @@ from kvcompress.storage.rope import Rope
 
 # the smallest deviation of a component, as a share of that of the whole key: what vectors in float16 leave of it
 _LEAST = 1e-3
+_TINY = 1e-12
 
 
 class Directions(NamedTuple):
@@ -49,7 +50,9 @@ def scheme_for(variances: Tensor, bits: float) -> CalibratedScheme:
     width = len(variances)
     # widths change where kernels' tiles end; of few components, more often
     step = max(8, min(32, width // 8))
-    return water_filling(variances.tolist(), bits, step)
+    found = water_filling(variances.tolist(), bits, step)
+    # keys that do not vary at all have codes too, of a token that is not finite
+    return found if found.components else CalibratedScheme(0, 0, min(step, width))
 
 
 class KeyCodec:
@@ -79,7 +82,7 @@ class KeyCodec:
         self.rope = rope
         self.kv_heads = kv_heads
         used = self.scheme.components
-        least = _LEAST * float(directions.variances.sum().sqrt())
+        least = max(_LEAST * float(directions.variances.sum().sqrt()), _TINY)
         self.deviations = directions.variances[:used].sqrt().clamp(min=least).to(device)
         self.vectors = directions.vectors[:, :used].half().to(device)
         self.mean = directions.mean.to(device)
@@ -87,7 +90,7 @@ class KeyCodec:
         if rope is not None:
             self.rotation = rope.inv_freq.to(device), rope.scaling, rope.interleaved
         self._decoders: dict[torch.dtype, KeyDecoder] = {}
-        self.decoder(dtype)
+        self.decoder(dtype, device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -108,6 +111,14 @@ class KeyCodec:
             *(each.rows for each in self._decoders.values()),
         ]
 
+    def _follow(self, device: torch.device) -> None:
+        """Moves everything to where the layer is by now."""
+        if self.mean.device != device:
+            for name in ("deviations", "vectors", "mean"):
+                setattr(self, name, getattr(self, name).to(device))
+            self.rotation = tuple(each.to(device) if isinstance(each, Tensor) else each for each in self.rotation)
+            self._decoders = {dtype: self._decoder(dtype) for dtype in self._decoders}
+
     def encode(self, key: Tensor, starts: Tensor) -> CalibratedKeys:
         """Packs whole blocks.
 
@@ -115,6 +126,7 @@ class KeyCodec:
             key: [batch, kv_heads, blocks, block, head_dim], rotated by its place.
             starts: [batch, blocks] int32, the place of each block's first token.
         """
+        self._follow(key.device)
         # some blocks at a time, once even of none: there is no second copy of all of them
         runs = blocks_apart(key) or [slice(0, 0)]
         parts = [self._encode(key[:, :, some], starts[:, some]) for some in runs]
@@ -134,17 +146,18 @@ class KeyCodec:
 
     def decode(self, packed: CalibratedKeys) -> Tensor:
         """The keys that attention sees, [batch, kv_heads, blocks, block, head_dim] float32."""
-        return decoded_keys(packed, self._decoder(torch.float32), self.kv_heads, torch.float32)
+        self._follow(packed.scales.device)
+        decoder = self._decoders.get(torch.float32) or self._decoder(torch.float32)
+        return decoded_keys(packed, decoder, self.kv_heads, torch.float32)
 
-    def decoder(self, dtype: torch.dtype) -> KeyDecoder:
+    def decoder(self, dtype: torch.dtype, device: torch.device) -> KeyDecoder:
         """What attention in this dtype decodes with; held from then on."""
+        self._follow(device)
         if dtype not in self._decoders:
             self._decoders[dtype] = self._decoder(dtype)
         return self._decoders[dtype]
 
     def _decoder(self, dtype: torch.dtype) -> KeyDecoder:
-        if dtype in self._decoders:
-            return self._decoders[dtype]
         units = self.deviations * self.scheme.units(self.deviations.device) / 2
         with torch.inference_mode(False), torch.no_grad():
             rows = (self.vectors.float() * units).mT.to(dtype, memory_format=torch.contiguous_format)

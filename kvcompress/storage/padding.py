@@ -23,6 +23,8 @@ class PaddingRecord:
     names = ("padding", "filler", "last_position", "shift", "last_fed")
     # the cache's method undoes rotations, so a sequence's positions must increase by one per token
     needs_even_positions = False
+    # how far positions are ahead of a count of tokens is noted, and may change
+    notes_shift = False
 
     def __init__(self) -> None:
         self.visible: Tensor | None = None
@@ -159,19 +161,31 @@ class PaddingRecord:
         self.last_position = reached[:, -1].maximum(last).tolist()
         if self.needs_even_positions:
             self._check_even(position_ids, fresh, past)
+        elif self.notes_shift:
+            shifts, known = self._shifts(position_ids, fresh, past)
+            newest = queries - 1 - fresh.flip(-1).to(torch.uint8).argmax(1, keepdim=True)
+            self.shift = torch.where(fresh.any(1), shifts.gather(1, newest)[:, 0], known).tolist()
+
+    def shifts(self, batch: int) -> list[int]:
+        """How far the model's positions are ahead of a count of real tokens, by row; 0 where that is not known."""
+        return [0 if shift == _UNKNOWN else shift for shift in self.shift or [0] * batch]
 
     def _last_positions(self, batch: int, past: int) -> Tensor:
         """The positions that the next tokens must come after, [batch]."""
         return torch.tensor([-1] * batch if self.last_position is None else self.last_position)
 
-    def _check_even(self, position_ids: Tensor, fresh: Tensor, past: int) -> None:
+    def _shifts(self, position_ids: Tensor, fresh: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Of each token of a forward how far its position is ahead, [batch, queries], and of each row until now."""
         shown = fresh.new_full((len(fresh),), past, dtype=torch.int64)
         if self.visible is not None:
             # compiled steps leave no record; all tokens that they fed are real
             held = self.visible.to(fresh.device)
             shown = held.sum(-1) + past - held.shape[1]
         shifts = position_ids - (shown[:, None] + fresh.cumsum(-1) - 1)
-        known = shown.new_tensor([_UNKNOWN] * len(shown) if self.shift is None else self.shift)
+        return shifts, shown.new_tensor([_UNKNOWN] * len(shown) if self.shift is None else self.shift)
+
+    def _check_even(self, position_ids: Tensor, fresh: Tensor, past: int) -> None:
+        shifts, known = self._shifts(position_ids, fresh, past)
         first = shifts.gather(1, fresh.to(torch.uint8).argmax(1, keepdim=True))[:, 0]
         known = torch.where((known == _UNKNOWN) & fresh.any(1), first, known)
         uneven = fresh & (shifts != known[:, None])

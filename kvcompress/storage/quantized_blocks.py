@@ -129,7 +129,7 @@ class QuantizedBlocks(Segment):
             spans = None if spans is None else spans[:, some]
         if isinstance(keys, CalibratedKeys):
             assert self.codec is not None
-            decoder = self.codec.decoder(query.dtype)
+            decoder = self.codec.decoder(query.dtype, query.device)
             out, lse = calibrated_attention(
                 query, keys, values, decoder, self.codings[1], positions, query_positions, spec
             )
@@ -241,6 +241,7 @@ class QuantizedBlocks(Segment):
         first: Sequence[int],
         counts: Sequence[int],
         rows: Sequence[int],
+        shifts: Sequence[int] | None = None,
     ) -> None:
         """Packs blocks of some rows, each after the blocks that its row has.
 
@@ -250,12 +251,15 @@ class QuantizedBlocks(Segment):
             first: position of each row's first token.
             counts: blocks of each row.
             rows: which rows of the batch these are.
+            shifts: how far the positions by which keys are rotated are ahead of these, of each row; None: not at all.
         """
         device, batch, most = key.device, key.shape[0], max(counts)
         present = torch.arange(most, device=device) < torch.tensor(counts, device=device)[:, None]  # [rows, blocks]
         whole = min(counts) == most
         starts = torch.tensor(first, dtype=torch.int32, device=device)[:, None]
         places = starts + torch.arange(most * self.block, device=device)
+        if shifts is not None:
+            starts = starts + torch.tensor(shifts, dtype=torch.int32, device=device)[:, None]
         starts = starts + torch.arange(0, most * self.block, self.block, dtype=torch.int32, device=device)
         places = places.masked_fill(~present.repeat_interleave(self.block, 1), EMPTY)
         fresh = {"positions": places[:, None].to(torch.int32)}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvcompress import Basis, DenseCache, GEARCache, HydragenCache, measure_basis
+from kvcompress import Basis, DenseCache, GEARCache, HydragenCache, PrefixStore, measure_basis
 from kvcompress.caches.basis import nine_tenths
 from kvcompress.hf import cache_argument
-from kvcompress.plan import make_plan, read_shape
+from kvcompress.plan import largest_batch, make_plan, read_shape
 from kvcompress.storage.key_codec import Directions, KeyCodec, scheme_for
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.tensor_file import write_tensors
@@ -135,7 +135,7 @@ def test_settings_that_do_not_go_with_a_basis_are_refused(settings):
 def test_more_bits_come_nearer_to_what_was_fed(family):
     model, ids = tiny(family), prompt(68, 2)
     lost = []
-    for bits in (2, 3, 4, 8):
+    for bits in (2, 3, 4):
         cache = GEARCache(model, bits=bits, buffer=16, group_size=16, basis=basis_of(model))
         feed(model, cache, ids)
         of_layers = []
@@ -146,7 +146,7 @@ def test_more_bits_come_nearer_to_what_was_fed(family):
             of_layers.append(float((key - true).square().mean() / true.square().mean()))
         lost.append(sum(of_layers) / len(of_layers))
     assert lost == sorted(lost, reverse=True)
-    assert lost[-1] < 1e-3
+    assert lost[-1] < 0.02
     assert lost[0] < 0.2
 
 
@@ -181,7 +181,7 @@ def test_keys_stay_where_they_were_rotated_when_padding_comes_to_light():
     # positions move when tokens are hidden; a key that was packed at its place must not turn with them
     model = tiny()
     ids, mask = left_padded([prompt(40)[0], prompt(33, 1, 2)[0]])
-    cache = GEARCache(model, bits=8, buffer=8, group_size=8, basis=basis_of(model))
+    cache = GEARCache(model, bits=4, buffer=8, group_size=8, basis=basis_of(model))
     feed(model, cache, ids, mask)
     before = [layer.prompt.decoded()[0].clone() for layer in cache.layers]
     hidden = mask.clone()
@@ -234,6 +234,84 @@ def test_another_model_is_refused_even_by_an_empty_cache():
     with pytest.raises(ValueError, match="packs in a basis of the LlamaForCausalLM that it was built for"):
         feed(other, cache, prompt(20))
     feed(model, cache, prompt(20))
+
+
+def test_keys_are_turned_back_by_the_positions_that_the_model_gave_them():
+    """Also where padding in front counts, or a text begins elsewhere: else a basis is worth nothing."""
+    model, ids = tiny(), prompt(68, 2)
+    expected = torch.cat([keys[:, :, 4:68] for keys, _ in held(model, ids)])
+
+    def lost(shift):
+        cache = GEARCache(model, bits=2, buffer=16, group_size=16, basis=basis_of(model))
+        positions = torch.arange(68).expand(2, -1) + torch.tensor([[0], [shift]])
+        feed(model, cache, ids, position_ids=positions)
+        found = torch.cat([layer.prompt.decoded()[0] for layer in cache.layers])
+        ropes = [Rope.of(model, index) for index in range(3)]
+        back = torch.cat([
+            rope.unrotate(layer, torch.arange(4, 68) + torch.tensor([0, shift])[:, None, None])
+            for rope, layer in zip(ropes, found.split(2), strict=True)
+        ])  # fmt: skip
+        true = torch.cat(
+            [rope.unrotate(keys, torch.arange(4, 68)) for rope, keys in zip(ropes, expected.split(2), strict=True)]
+        )
+        return (back - true).square().mean((1, 2, 3)).view(3, 2).mean(0)
+
+    torch.testing.assert_close(lost(37), lost(0), rtol=0.02, atol=1e-4)
+
+
+def test_keys_that_do_not_vary_are_their_mean():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.zero_()
+    cache = GEARCache(model, bits=2, buffer=16, group_size=16, basis=measure_basis(model, [prompt(200, 2)]))
+    feed(model, cache, prompt(90))
+    assert bool(feed(model, cache, prompt(1)).isfinite().all())
+    torch.testing.assert_close(cache.layers[1].prompt.decoded()[0], torch.zeros(1, 2, 80, 16), rtol=0, atol=1e-5)
+
+
+def test_eight_bits_are_refused_as_they_lose_less_without():
+    with pytest.raises(ValueError, match="packed in 2, 3 or 4 bits a number"):
+        GEARCache(tiny(), bits=8, basis=basis_of(tiny()))
+
+
+def test_few_tokens_are_warned_of():
+    with pytest.warns(
+        UserWarning, match="a basis of 96 tokens: directions of 32 numbers are known well from about 320"
+    ):
+        measure_basis(tiny(), [prompt(100)])
+
+
+def test_caches_that_are_alike_share_what_they_decode_with_and_it_counts_everywhere():
+    model, basis = tiny(), basis_of(tiny())
+    one, other = (GEARCache(model, bits=2, buffer=8, group_size=8, basis=basis) for _ in range(2))
+    assert one.layers[0].codec is other.layers[0].codec
+    assert one.layers[0].codec is not GEARCache(model, bits=3, basis=basis).layers[0].codec
+    ids = prompt(40)
+    feed(model, one, ids)
+    of_basis = one.memory().by_component["basis"]
+    prefix = HydragenCache.from_cache(one)
+    assert prefix.memory().by_component["basis"] == of_basis
+    store = PrefixStore(model, min_tokens=4)
+    store.put(ids, prefix)
+    assert store.nbytes() > of_basis
+
+
+def test_a_codec_follows_its_model():
+    codec = basis_of(tiny()).codec(tiny(), 0, 2)
+    codec._follow(torch.device("meta"))
+    assert {tensor.device.type for tensor in codec.tensors()} == {"meta"}
+
+
+def test_plan_refuses_the_basis_of_another_model_and_counts_it_once(tmp_path):
+    basis_of(tiny()).save(tmp_path / "basis.safetensors")
+    spec = f"gear:bits=2:basis={tmp_path / 'basis.safetensors'}"
+    build("llama", num_hidden_layers=2).config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be of 2 layers with 32 numbers .* got 3 layers with 32"):
+        make_plan(read_shape(str(tmp_path)), [spec], 100, 1, 1.0, torch.float32)
+    tiny().config.save_pretrained(tmp_path)
+    one, many = (make_plan(read_shape(str(tmp_path)), [spec], 1000, batch, 1.0, torch.float32)[0] for batch in (1, 100))
+    assert one.fixed == many.fixed > 0
+    assert largest_batch(one, 1, many.peak) == 100
 
 
 def test_components_that_do_not_vary_take_no_bits():
