@@ -68,7 +68,7 @@ class GEARCache(CompressedCache):
                 zero points; None: with 2 bits and no outliers.
             basis: pack keys in directions that were calibrated for this model, of all heads together, before RoPE: a
                 `Basis`, or the path of its file (`kvcompress calibrate`). `bits` is then what a number of a key gets on
-                average. Loses least, and each step decodes all keys anew (kernels/calibrated.py).
+                average: 2, 3 or 4. Loses least, and each step decodes all keys anew (kernels/calibrated.py).
 
         Raises:
             ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not support; with

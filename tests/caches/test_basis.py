@@ -297,7 +297,8 @@ def test_caches_that_are_alike_share_what_they_decode_with_and_it_counts_everywh
 
 
 def test_a_codec_follows_its_model():
-    codec = basis_of(tiny()).codec(tiny(), 0, 2)
+    model = build("llama")
+    codec = measure_basis(model, [prompt(200, 2)]).codec(model, 0, 2)
     codec._follow(torch.device("meta"))
     assert {tensor.device.type for tensor in codec.tensors()} == {"meta"}
 
