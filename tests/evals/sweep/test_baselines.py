@@ -156,3 +156,14 @@ def test_they_are_methods_of_a_sweep(model, tokenizer, tmp_path):
     assert dynamic["status"] == "ok"
     assert dynamic["predictions"] == full["predictions"]
     assert dynamic["bytes"] == dynamic["by_component"]["keys"] * 2 > 0.99 * dynamic["full_bytes"]
+
+
+def test_a_point_depends_on_what_the_files_of_its_settings_hold(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(b"basis")
+    other.write_bytes(b"basis")
+    before = baselines.source(f"gear:bits=2:basis={one}")
+    assert before == baselines.source(f"gear:bits=2:basis={other}") != {}
+    one.write_bytes(b"another")
+    assert baselines.source(f"gear:bits=2:basis={one}") != before
+    assert baselines.source("gear:bits=2") == {}
