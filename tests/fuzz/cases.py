@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvcompress import GEAR, EvictingCache, GEARCache, HydragenCache, Policy, ShadowKVCache, registry
-from tests.contract.caches import ENTRIES, POLICIES, SHADOW, Entry, by_name, closed_up, uneven
+from tests.contract.caches import ENTRIES, POLICIES, SHADOW, Entry, basis_of, by_name, closed_up, uneven
 from tests.contract.models import FAMILIES
 
 # how often each call is drawn; those that move rows or copy are worth most where something has been fed
@@ -26,7 +26,7 @@ CALLS = {
     "reset": 0.5,
     "share": 0.7,
 }
-LATER = ["h2o_profile", "h2o_packed_heads", "attention_matching_packed", "h2o_rolled_heads"]
+LATER = ["h2o_profile", "h2o_packed_heads", "attention_matching_packed", "h2o_rolled_heads", "gear_basis"]
 # and of a tree of prefixes
 LEVELS = {"fork": 2, "push": 2, "pop": 1, "share": 1}
 
@@ -135,6 +135,9 @@ def _varied(rng: random.Random, entry: Entry) -> tuple[Entry, dict[str, Any]]:
     kind: Any
     if entry.name == "hydragen":
         kind, settings = HydragenCache, {"min_tokens": rng.randint(1, 9)}
+    elif entry.name == "gear_basis":
+        kind, settings = GEARCache, _packing(rng) | {"rank": 0, "rank_decode": 0, "outliers": 0.0, "backbone": "kivi"}
+        settings["bits"] = min(settings["bits"], 4)
     elif entry.name.startswith(("gear", "kivi")):
         kind, settings = GEARCache, _packing(rng)
     elif entry.name == "shadowkv":
@@ -147,8 +150,10 @@ def _varied(rng: random.Random, entry: Entry) -> tuple[Entry, dict[str, Any]]:
         return entry, {}
 
     def make(model: PreTrainedModel) -> Any:
-        profile = {"allocation": uneven(model)} if settings.get("allocation") == "profile" else {}
-        return kind(model, **settings | profile)
+        of_model: dict[str, Any] = {"allocation": uneven(model)} if settings.get("allocation") == "profile" else {}
+        if entry.of_one_model:
+            of_model["basis"] = basis_of(model)
+        return kind(model, **settings | of_model)
 
     return dataclasses.replace(entry, make=make), settings
 
