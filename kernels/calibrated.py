@@ -356,10 +356,10 @@ def _rebuilt(keys: CalibratedKeys, decoder: KeyDecoder, kv_heads: int, dtype: to
         *parts, decoder.rows.to(dtype).contiguous(), decoder.mean, decoder.inv_freq, key,
         *(part.stride(0) for part in parts), kv_heads, blocks, tiles, decoder.scaling,
         EIGHT=scheme.eight, FOUR=scheme.four, TWO=scheme.two, HEAD_DIM=head_dim, INTERLEAVED=decoder.interleaved,
-        STEP=16 if dtype == torch.float32 else 32, PAIRS=pairs,
+        STEP=16 if dtype == torch.float32 else 64, PAIRS=pairs,
         PAIRS_SIDE=max(MIN_SIDE, triton.next_power_of_2(pairs)) if pairs else 0,
         REST_SIDE=max(MIN_SIDE, triton.next_power_of_2(rest)) if rest else 0,
-        **tile.constants(), num_warps=8 if head_dim * dtype.itemsize > 128 else 4,
+        **tile.constants(), num_warps=8 if head_dim * dtype.itemsize > 256 else 4,
     )  # fmt: skip
     return key
 

@@ -161,7 +161,8 @@ def _taking(name: str, known: str, kind: type) -> Callable[..., Any]:
 CACHES = {
     "dense": DenseCache,
     "h2o": lambda model: H2OCache(model, budget=LARGE),
-    "gear": GEARCache,
+    # with tokens that wait as they came
+    "gear": lambda model: GEARCache(model, tail_bits=None),
     "rolled": lambda model: H2OCache(model, budget=LARGE, rerotated=True),
     "expected": lambda model: EvictingCache(model, policy=ExpectedAttention(), budget=LARGE),
     "kvzip": lambda model: KVzipCache(model, budget=LARGE),

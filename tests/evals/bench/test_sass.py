@@ -277,6 +277,7 @@ NARROW = {
         ("LDS.U8", "LDS.U16", "STS.U8", "STS.U16", "STG.E.U8", "STG.E.U16"),
         "codes and outliers leave as bytes and 16-bit numbers, once a block",
     ),
+    "_rebuild_kernel": {"LDGSTS.E.64": "a tile's 2-bit codes, a kilobyte beside 16 of the matrix"},
     "_residual_kernel": {
         "LDG.E.U16": "scales and outliers",
         "LDG.E.U8": "codes and places of outliers",
