@@ -140,7 +140,8 @@ class QuantizedLayer(TailedLayer):
         batch, _, tokens, _ = key.shape
         self._tail_for(key, value)
         self.lengths = [tokens] * batch
-        self._pack(key, value, [0] * batch, self.lengths, tokens)
+        # a single token is not in the tail yet either
+        self._pack(key, value, [0] * batch, self.lengths, max(tokens, 2))
         self.clock.advance(tokens)
 
     def _tail_for(self, key: Tensor, value: Tensor) -> TailSegment:

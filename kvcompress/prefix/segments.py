@@ -22,7 +22,7 @@ class NodeSegment(Segment):
     """Every token of a node, or on a sliding layer its last ones. It never changes, so copies share it.
 
     prefix_keys, prefix_values: [1, kv_heads, tokens, head_dim]. codings: by tensor, how a file had them, if it was a
-    lossy one: they are coded so again, and lose nothing more.
+    lossy one: they are coded so again, and lose next to nothing more.
     """
 
     tensor_names = ("prefix_keys", "prefix_values")

@@ -220,7 +220,7 @@ class PrefixStore:
 
         Args:
             codec: of the prefixes that are written now, as `cache.save` takes it; a folder may hold those of several.
-                What was loaded from a lossy file loses nothing more.
+                What was loaded from a lossy file loses next to nothing more.
 
         Raises:
             ValueError: the folder holds prefixes of another model, or some of an earlier kvcompress that this store

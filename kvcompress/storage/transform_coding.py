@@ -56,7 +56,7 @@ _FINEST = 20
 
 
 class Coding(NamedTuple):
-    """How a tensor was coded: coded again like this, it gives the same bytes, and loses nothing.
+    """How a tensor was coded: coded again like this, it loses next to nothing, up to about 6 bits a number.
 
     basis: the digest of its basis. step: of its codes. sizes: [tokens] int8, of those that are coded, or of more that
     come after them.

@@ -489,6 +489,12 @@ def test_a_full_cache_can_be_packed_afterwards():
         filled.fill(full)
     with pytest.raises(ValueError, match=r"layer 0 should hold keys .*got None"):
         GEARCache(model).fill(DynamicCache(config=model.config))
+    one, fed = DynamicCache(config=model.config), GEARCache(model)
+    feed(model, fed, ids[:, :1])
+    with torch.no_grad():
+        model(ids[:, :1], **cache_argument(model, one))
+    filled = GEARCache(model).fill(one)
+    torch.testing.assert_close(feed(model, filled, ids[:, 1:2]), feed(model, fed, ids[:, 1:2]))
     windowed = tiny("mistral")
     full = DynamicCache(config=windowed.config)
     with torch.no_grad():

@@ -203,7 +203,7 @@ def test_nodes_and_suffixes_of_a_tree_are_coded(bases, tmp_path):
     assert far[-1] < 0.1
 
 
-# docs: of a `HydragenCache`, a prefix that was loaded and is saved again loses nothing more
+# docs: of a `HydragenCache`, a prefix that was loaded and is saved again loses next to nothing more
 def test_a_prefix_loses_once_and_its_continuation_too(bases, tmp_path):
     model = tiny()
     basis = bases(model)

@@ -598,7 +598,7 @@ def test_a_folder_may_hold_prefixes_of_several_codecs(basis, tmp_path):
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")} == before
 
 
-# docs: what was loaded from a lossy file may be saved anew, or continued and saved: it loses nothing more
+# docs: what was loaded from a lossy file may be saved anew, or continued and saved: it loses next to nothing more
 def test_what_was_loaded_from_a_lossy_file_loses_nothing_more(basis, tmp_path):
     model = tiny()
     store = PrefixStore(model)
