@@ -1,4 +1,4 @@
-"""Measures in which directions the default model's keys vary, and packs a text in them: python examples/calibrated.py"""
+"""Measures in which directions a model's keys vary, and packs a text in them: python examples/calibrated.py"""
 
 import pydoc_data.topics
 
