@@ -40,7 +40,7 @@ from kvcompress.kernels.packed_attention import (
     packed_attention_reference,
 )
 from kvcompress.kernels.quantise import FIRST_SCALES, FITS
-from kvcompress.kernels.rebuild import cos_sin
+from kvcompress.kernels.rebuild import cos_sin, turn_pairs
 
 # bits of a code, of the components that vary most to those that vary least
 WIDTHS = (8, 4, 2)
@@ -143,19 +143,19 @@ def water_filling(variances: Sequence[float], bits: float, step: int) -> Calibra
     while True:
         best, gain = None, 0.0
         for index, group in enumerate(groups):
-            at = _ERRORS.index(widths[index])
-            if at + 1 == len(_ERRORS):
+            at = _STEPS.index(widths[index])
+            if at + 1 == len(_STEPS):
                 continue
-            more = (_ERRORS[at + 1] - widths[index]) * len(group)
+            more = (_STEPS[at + 1] - widths[index]) * len(group)
             # components that vary more never get less
-            if more > left or (index and widths[index - 1] < _ERRORS[at + 1]):
+            if more > left or (index and widths[index - 1] < _STEPS[at + 1]):
                 continue
-            saved = sum(group) * (_LOST[widths[index]] - _LOST[_ERRORS[at + 1]]) / more
+            saved = sum(group) * (_LOST[widths[index]] - _LOST[_STEPS[at + 1]]) / more
             if saved > gain:
                 best, gain = index, saved
         if best is None:
             break
-        more = _ERRORS[_ERRORS.index(widths[best]) + 1] - widths[best]
+        more = _STEPS[_STEPS.index(widths[best]) + 1] - widths[best]
         left -= more * len(groups[best])
         widths[best] += more
     counts = {width: sum(len(g) for g, w in zip(groups, widths, strict=True) if w == width) for width in WIDTHS}
@@ -163,7 +163,7 @@ def water_filling(variances: Sequence[float], bits: float, step: int) -> Calibra
 
 
 # the widths of codes, and the share of the variance that each loses of normally distributed numbers
-_ERRORS = [0, 2, 4, 8]
+_STEPS = [0, 2, 4, 8]
 _LOST = {0: 1.0, 2: 0.1188, 4: 0.01154, 8: 1.9e-4}
 
 
@@ -211,25 +211,11 @@ def decoded_keys(keys: CalibratedKeys, decoder: KeyDecoder, kv_heads: int, dtype
     )[:, 0]
     flat = (levels @ decoder.rows.to(of_product)).mul_(keys.scales[:, 0].to(of_product)).add_(decoder.mean)
     key = flat.unflatten(-1, (kv_heads, -1)).permute(0, 3, 1, 2, 4)
-    return _rotated(key, keys.starts[:, 0, :, 0], decoder).to(dtype)
-
-
-def _rotated(key: Tensor, starts: Tensor, rotation: KeyDecoder) -> Tensor:
-    """Keys [batch, kv_heads, blocks, block, head_dim] rotated by their places."""
-    if rotation.inv_freq is None:
-        return key
-    places = starts[:, None, :, None] + torch.arange(key.shape[3], device=key.device)
-    # float32 angles, as storage/rope.py has them
-    angles = places[..., None].float() * rotation.inv_freq.to(key.device)
-    cos, sin = angles.cos() * rotation.scaling, angles.sin() * rotation.scaling
-    half = rotation.inv_freq.shape[0]
-    first, second = slice(0, half), slice(half, 2 * half)
-    if rotation.interleaved:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    a, b = key[..., first], key[..., second]
-    turned = key.clone(memory_format=torch.contiguous_format)
-    turned[..., first], turned[..., second] = a * cos - b * sin, b * cos + a * sin
-    return turned
+    if decoder.inv_freq is not None:
+        key = key.contiguous()
+        places = keys.starts[:, 0, :, 0][:, None, :, None] + torch.arange(key.shape[3], device=key.device)
+        turn_pairs(key, places, decoder.inv_freq, decoder.scaling, decoder.interleaved)
+    return key.to(dtype)
 
 
 @op(fake=lambda query, values, positions, **_: empty_result(query, values, positions, False))

@@ -46,15 +46,21 @@ def rebuild_keys_reference(
     of_head = basis.unflatten(2, (held.shape[1], -1)).transpose(1, 2)  # [batch, kv_heads, rank, head_dim]
     rebuilt = coefficients[row[..., None], places].flatten(2, 3).float() @ of_head.float()
     if inv_freq is not None:
-        angles = places.flatten(2)[..., None].float() * inv_freq
-        cos, sin = angles.cos() * scaling, angles.sin() * scaling
-        rotary_dim = 2 * inv_freq.shape[0]
-        first, second = slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
-        if interleaved:
-            first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
-        a, b = rebuilt[..., first].clone(), rebuilt[..., second].clone()
-        rebuilt[..., first], rebuilt[..., second] = a * cos - b * sin, b * cos + a * sin
+        turn_pairs(rebuilt, places.flatten(2), inv_freq, scaling, interleaved)
     keys.unflatten(2, (-1, chunk))[row, head, slots] = rebuilt.to(keys.dtype).unflatten(2, (-1, chunk))
+
+
+def turn_pairs(x: Tensor, places: Tensor, inv_freq: Tensor, scaling: float, interleaved: bool) -> None:
+    """Rotates vectors [..., head_dim] in place to these places, which broadcast to [...], as storage/rope.py does."""
+    # float32 angles, as models compute them
+    angles = places[..., None].float() * inv_freq
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    rotary_dim = 2 * inv_freq.shape[0]
+    first, second = slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
+    if interleaved:
+        first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+    a, b = x[..., first].clone(), x[..., second].clone()
+    x[..., first], x[..., second] = a * cos - b * sin, b * cos + a * sin
 
 
 def new_first(is_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,7 +56,7 @@ def scheme_for(variances: Tensor, bits: float) -> CalibratedScheme:
 
 
 class KeyCodec:
-    """What packs and decodes a layer's keys. It never changes, so copies share it.
+    """What packs and decodes a layer's keys. It only moves with the model, so copies share it.
 
     scheme: how many components have codes of 8, 4 and 2 bits.
     """
