@@ -210,7 +210,7 @@ def decoded_keys(keys: CalibratedKeys, decoder: KeyDecoder, kv_heads: int, dtype
         -1,
     )[:, 0]
     flat = (levels @ decoder.rows.to(of_product)).mul_(keys.scales[:, 0].to(of_product)).add_(decoder.mean)
-    key = flat.unflatten(-1, (kv_heads, -1)).permute(0, 3, 1, 2, 4)
+    key: Tensor = flat.unflatten(-1, (kv_heads, -1)).permute(0, 3, 1, 2, 4)
     if decoder.inv_freq is not None:
         key = key.contiguous()
         places = keys.starts[:, 0, :, 0][:, None, :, None] + torch.arange(key.shape[3], device=key.device)
