@@ -63,6 +63,10 @@ class Measured:
         """Bytes held over those of the full cache."""
         return self.bytes_held / self.full_bytes
 
+    def facts(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it; `Measured(**facts)` is the same again."""
+        return dataclasses.asdict(self)
+
     @classmethod
     def mean(cls, parts: Sequence["Measured"]) -> "Measured":
         """The average per sequence over several batches, weighted by their sequences."""
@@ -97,13 +101,10 @@ class Reader:
     @torch.inference_mode()
     def read(self, rows: Sequence[Sequence[int]], logits: int = 1) -> Tensor:
         """One forward over these tokens, [batch, logits, vocabulary] for the last of them."""
-        width = max(len(row) for row in rows)
-        device = self.model.device
-        tokens = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in rows], device=device)
-        fresh = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        tokens, fresh = self.columns(rows)
         self.mask = fresh if self.mask is None else torch.cat([self.mask, fresh], 1)
         # positions in each token's own sequence, pads not counted
-        places = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
+        places = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         mask = None if bool(self.mask.all()) else self.mask
         return self.model(
             tokens,
@@ -112,6 +113,13 @@ class Reader:
             **cache_argument(self.model, self.cache),
             logits_to_keep=logits,
         ).logits
+
+    def columns(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The tokens as the model is fed them, and which of them are real, both [batch, columns] int64."""
+        width = max(len(row) for row in rows)
+        device = self.model.device
+        tokens = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in rows], device=device)
+        return tokens, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
     def measure(self) -> Measured:
         """What the cache holds now, per sequence."""

@@ -26,24 +26,75 @@ class Results:
         """Reads what other processes have written."""
         self.rows |= read_rows(self.path.parent)
 
-    def is_done(self, key: str) -> bool:
-        """True if a row of this key succeeded."""
-        return self.rows.get(key, {}).get("status") == "ok"
+    def is_done(self, key: str, precision: float | None = None) -> bool:
+        """True if a row of this key succeeded, with all of its samples or, if asked, with this precision."""
+        row = self.rows.get(key, {})
+        if row.get("status") != "ok" or "stopped_at" not in row:
+            return row.get("status") == "ok"
+        reached = row["stopped_at"].get("precision")
+        return precision is not None and reached is not None and bool(reached <= precision)
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row, in one write that is on disk when this returns."""
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        with self.path.open("ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read(1) != b"\n":
-                    # ends a line that was cut off, so that it does not damage the new one
-                    line = "\n" + line
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.path, row)
         self.rows[row["key"]] = row
+
+
+class Parts:
+    """What was measured of points that are not finished, in a folder, from all processes; new parts go to `name`."""
+
+    def __init__(self, folder: Path, forget: bool = False, name: str = "parts.jsonl") -> None:
+        self.path = folder / name
+        self._found: dict[tuple[str, int, int], dict[str, Any]] = {}
+        if forget:
+            self.clear()
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads what other processes have measured."""
+        for path in self._paths():
+            for part in _lines(path):
+                self._found[part["key"], part["batch"], part["part"]] = part
+
+    def of(self, key: str, batch: int) -> list[dict[str, Any]]:
+        """A point's first parts, up to the first that is missing, each of so many samples."""
+        found: list[dict[str, Any]] = []
+        while (key, batch, len(found)) in self._found:
+            found.append(self._found[key, batch, len(found)])
+        return found
+
+    def has(self, key: str, batch: int, part: int) -> bool:
+        return (key, batch, part) in self._found
+
+    def append(self, key: str, batch: int, part: int, found: dict[str, Any], seconds: float) -> None:
+        """Adds a part, which is on disk when this returns."""
+        line = {"key": key, "batch": batch, "part": part, "found": found, "seconds": seconds}
+        _append(self.path, line)
+        # as it will be read again
+        self._found[key, batch, part] = json.loads(json.dumps(line))
+
+    def clear(self) -> None:
+        """Deletes all parts of all processes."""
+        self._found.clear()
+        for path in self._paths():
+            path.unlink(missing_ok=True)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.path.parent.glob("parts*.jsonl"))
+
+
+def _append(path: Path, value: dict[str, Any]) -> None:
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                # ends a line that was cut off, so that it does not damage the new one
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -99,3 +150,19 @@ def mean_of(values: Sequence[float]) -> float:
 def standard_error(values: Sequence[float]) -> float | None:
     """The standard error of the mean, from the spread of the samples; None for a single one."""
     return None if len(values) < 2 else statistics.stdev(values) / math.sqrt(len(values))
+
+
+# of a normal distribution's two-sided interval of 95 %
+_Z = 1.959964
+
+
+def half_width(scores: Sequence[float]) -> float:
+    """Half of a mean's 95 % interval: from the spread of the samples, or where all are 0 or all are 1, Wilson's."""
+    count = len(scores)
+    if count < 2:
+        return math.inf
+    error = standard_error(scores)
+    assert error is not None
+    if error == 0 and scores[0] in (0, 1):
+        return _Z**2 / (count + _Z**2) / 2
+    return _Z * error

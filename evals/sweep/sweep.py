@@ -5,9 +5,11 @@ sweep resumes where it stopped. The full cache (ceiling) and sinks + recent toke
 converted to tokens by the requested length, so that all methods hold equally many, under both protocols.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,14 +23,31 @@ from kvcompress.evals.provenance import provenance
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.claims import Claims
 from kvcompress.evals.sweep.points import Point, Settings
-from kvcompress.evals.sweep.rows import Results
+from kvcompress.evals.sweep.rows import Parts, Results, half_width
 from kvcompress.evals.sweep.samples import Tokenizer
-from kvcompress.evals.sweep.task import MEASURED, BuildCache, Subject, Task
+from kvcompress.evals.sweep.task import MEASURED, BuildCache, PartedTask, Subject, Task
 
 # part of every key: increase it whenever the same settings come to mean another measurement
 _PROTOCOL_VERSION = 1
 # how many seconds to wait before reading again what other processes have done
 _PAUSE = 1.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is measured at one go: one part of points that read the same samples, or one point of a task without parts.
+
+    points: those to measure. group: all that read the same samples.
+    """
+
+    points: tuple[Point, ...]
+    group: tuple[Point, ...]
+    part: int
+
+
+# told of a point, and of how much of it has just been measured, from 0 to 1
+OnPart = Callable[[Point, float], None]
+OnRow = Callable[[Point, dict[str, Any]], None]
 
 
 @dataclass
@@ -39,6 +58,10 @@ class Sweep:
     forget: measure again what the folder already has; old rows stay in the file, but the newest count.
     rank, processes: for processes that run the same sweep on one folder. Each measures what no other has claimed,
         writes to its own file, and returns when all points are done; others take over what a killed one had begun.
+    precision: points of tasks with parts end early, together with those that read the same samples, once half of each
+        score's 95 % interval is at most this; None: they read all samples.
+    seconds: after so many no part is begun. Points that have one get a row of the samples they have read, and go on in
+        the next run; None: no limit.
     """
 
     settings: Settings
@@ -50,12 +73,19 @@ class Sweep:
     build: BuildCache = baselines.build
     rank: int = 0
     processes: int = 1
+    precision: float | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
+        if self.precision is not None and not 0 < self.precision < 1:
+            raise ValueError(f"precision must be between 0 and 1, got {self.precision}")
+        if self.seconds is not None and self.seconds <= 0:
+            raise ValueError(f"seconds must be more than 0, got {self.seconds}")
         self.points = [point for task in self.tasks.values() for point in task.points()]
         self.subject = Subject(self.model, self.tokenizer, self.build)
-        name = "results.jsonl" if self.processes == 1 else f"results.{self.rank}.jsonl"
-        self.results = Results(self.folder, self.forget, name)
+        suffix = "jsonl" if self.processes == 1 else f"{self.rank}.jsonl"
+        self.results = Results(self.folder, self.forget, f"results.{suffix}")
+        self.parts = Parts(self.folder, self.forget, f"parts.{suffix}")
 
     def key(self, point: Point) -> str:
         """A hash of everything that decides what the point measures."""
@@ -63,7 +93,7 @@ class Sweep:
 
     def missing(self) -> list[Point]:
         """Points without a row that succeeded."""
-        return [point for point in self.points if not self.results.is_done(self.key(point))]
+        return [point for point in self.points if not self.results.is_done(self.key(point), self.precision)]
 
     def check_tasks(self) -> None:
         """Makes one sample of each task at each length.
@@ -102,56 +132,158 @@ class Sweep:
             | self.tasks[point.task].facts(point)
         )
 
-    def run(self, on_row: Callable[[Point, dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
-        """Measures the missing points; a failure is recorded, and the others continue."""
-        missing = self.missing()
-        if self.processes == 1:
-            for point in missing:
-                self._add(point, on_row)
-        else:
-            self._share_out(missing, on_row)
-        return [self.results.rows[self.key(point)] for point in self.points]
-
-    def _share_out(self, points: list[Point], on_row: Callable[[Point, dict[str, Any]], None] | None) -> None:
-        """Measures those of these points that no other process does, until each has a row of this run."""
-        claims = Claims(self.folder)
-        before = dict(self.results.rows)
-
-        def is_open(point: Point) -> bool:
-            row = self.results.rows.get(self.key(point))
-            return row is None or (row["status"] != "ok" and row == before.get(self.key(point)))
-
-        # each process starts at a different point, as neighbouring points share their prompts
-        first = len(points) * self.rank // self.processes
-        points = points[first:] + points[:first]
-        while points:
-            for point in points:
-                with claims.claim(self.key(point)) as ours:
+    def run(self, on_row: OnRow | None = None, on_part: OnPart | None = None) -> list[dict[str, Any]]:
+        """Measures the missing points, and returns the rows that there are; a failure is recorded, the others go on."""
+        self._on_row, self._on_part = on_row, on_part
+        self._ends = math.inf if self.seconds is None else time.monotonic() + self.seconds
+        # what an earlier run has left, to be measured again
+        self._before = {self.key(point): self.results.rows.get(self.key(point)) for point in self.missing()}
+        self._claims = Claims(self.folder) if self.processes > 1 else None
+        units = self._units()
+        # each process starts at a different one
+        first = len(units) * self.rank // self.processes
+        units = units[first:] + units[:first]
+        while units or self._unfinished():
+            for unit in units:
+                with self._claim(f"{self.key(unit.points[0])}.{unit.part}") as ours:
                     if ours:
-                        self.results.reload()
-                        if is_open(point):
-                            self._add(point, on_row)
-            self.results.reload()
-            points = [point for point in points if is_open(point)]
-            if points:
+                        self._reload()
+                        self._measure(unit)
+            self._reload()
+            for point in self._unfinished():
+                with self._claim(self.key(point)) as ours:
+                    if ours:
+                        self._reload()
+                        if point in self._unfinished():
+                            self._finish(point, self._known(point))
+            units = [unit for unit in units if self._open(unit)]
+            if units or self._unfinished():
                 time.sleep(_PAUSE)
+        rows = [self.results.rows[self.key(point)] for point in self.points if self.key(point) in self.results.rows]
+        if self.rank == 0 and not self.missing():
+            self.parts.clear()
+        return rows
 
-    def _add(self, point: Point, on_row: Callable[[Point, dict[str, Any]], None] | None) -> None:
-        started = time.perf_counter()
+    def _reload(self) -> None:
+        if self.processes > 1:
+            self.results.reload()
+            self.parts.reload()
+
+    def _claim(self, name: str) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(True) if self._claims is None else self._claims.claim(name)
+
+    def _units(self) -> list[Unit]:
+        """What there is to measure, in the order of the points: parts first of what points share."""
+        groups: dict[Any, list[Point]] = {}
+        for point in self.missing():
+            shares = isinstance(self.tasks[point.task], PartedTask)
+            groups.setdefault((point.task, point.length, point.protocol) if shares else point, []).append(point)
+        units = [
+            Unit(tuple(points), tuple(points), part)
+            for points in groups.values()
+            for part in range(self._count(points[0]))
+        ]
+        if len(units) >= self.processes:
+            return units
+        # better a forward twice than a process without work
+        return [Unit((point,), unit.group, unit.part) for unit in units for point in unit.points]
+
+    def _unfinished(self) -> list[Point]:
+        """Points whose parts were measured by several processes, none of which knew all."""
+        parted = [point for point in self.points if isinstance(self.tasks[point.task], PartedTask)]
+        waiting = [point for point in parted if self.key(point) in self._before and not self._has_row(point)]
+        return [point for point in waiting if len(self._known(point)) == self._count(point)]
+
+    def _count(self, point: Point) -> int:
+        task = self.tasks[point.task]
+        return task.parts(point) if isinstance(task, PartedTask) else 1
+
+    def _open(self, unit: Unit) -> list[Point]:
+        """The points of a unit that have neither a row of this run nor this part."""
+        if unit.part and (time.monotonic() > self._ends or self._is_precise(unit)):
+            self._close(unit)
+        if time.monotonic() > self._ends:
+            return []
+        batch = self.settings.batch
+        return [p for p in unit.points if not self._has_row(p) and not self.parts.has(self.key(p), batch, unit.part)]
+
+    def _has_row(self, point: Point) -> bool:
+        row = self.results.rows.get(self.key(point))
+        return row is not None and row != self._before.get(self.key(point))
+
+    def _is_precise(self, unit: Unit) -> bool:
+        """Whether all points are known well enough from the parts before this one."""
+        if self.precision is None:
+            return False
+        open_points = [point for point in unit.group if not self._has_row(point)]
+        found = [self._known(point) for point in open_points]
+        if not open_points or any(len(parts) < unit.part for parts in found):
+            return False
+        rows = [self._joined(point, parts[: unit.part]) for point, parts in zip(open_points, found, strict=True)]
+        return all(half_width(row["scores"]) <= self.precision for row in rows)
+
+    def _close(self, unit: Unit) -> None:
+        """Gives points the rows of what was measured before this part."""
+        for point in unit.group:
+            parts = self._known(point)[: unit.part]
+            if parts and not self._has_row(point):
+                self._finish(point, parts)
+
+    def _measure(self, unit: Unit) -> None:
+        for point in self._open(unit):
+            started = time.perf_counter()
+            task = self.tasks[point.task]
+            try:
+                if isinstance(task, PartedTask):
+                    found = task.measure_part(point, self.subject, unit.part)
+                else:
+                    found = _checked(point, self.measure(point))
+            except Exception as error:
+                self._fail(point, error, time.perf_counter() - started)
+                continue
+            took = time.perf_counter() - started
+            count = self._count(point)
+            if not isinstance(task, PartedTask):
+                self._add(point, {"status": "ok"} | found, took)
+            else:
+                self.parts.append(self.key(point), self.settings.batch, unit.part, found, took)
+                parts = self._known(point)
+                if len(parts) == count:
+                    self._finish(point, parts)
+            if self._on_part is not None:
+                self._on_part(point, 1 / count)
+
+    def _known(self, point: Point) -> list[dict[str, Any]]:
+        return self.parts.of(self.key(point), self.settings.batch)
+
+    def _joined(self, point: Point, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        task = self.tasks[point.task]
+        assert isinstance(task, PartedTask)
+        return _checked(point, task.join(point, [part["found"] for part in parts], self.subject))
+
+    def _finish(self, point: Point, parts: list[dict[str, Any]]) -> None:
+        seconds = sum(part["seconds"] for part in parts)
         try:
-            found = {"status": "ok"} | _checked(point, self.measure(point))
+            found = {"status": "ok"} | self._joined(point, parts)
         except Exception as error:
-            found = {
-                "status": "failed",
-                "error": f"{type(error).__name__}: {error}",
-                "traceback": traceback.format_exc(),
-            }
-        row = {"key": self.key(point)} | self.facts(point) | found
+            self._fail(point, error, seconds)
+            return
+        if len(parts) < self._count(point):
+            width = half_width(found["scores"])
+            found["stopped_at"] = {"precision": width if math.isfinite(width) else None}
+        self._add(point, found, seconds)
+
+    def _fail(self, point: Point, error: Exception, seconds: float) -> None:
+        said = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}
+        self._add(point, {"status": "failed"} | said, seconds)
+
+    def _add(self, point: Point, found: dict[str, Any], seconds: float) -> None:
         source = provenance(self.model.device) | {"batch": self.settings.batch}
-        row |= {"seconds": round(time.perf_counter() - started, 3), "provenance": source}
+        row = {"key": self.key(point)} | self.facts(point) | found
+        row |= {"seconds": round(seconds, 3), "provenance": source}
         self.results.append(row)
-        if on_row is not None:
-            on_row(point, row)
+        if self._on_row is not None:
+            self._on_row(point, row)
 
 
 def _checked(point: Point, found: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The synthetic tasks of samples.py, as tasks of a sweep."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,13 +9,13 @@ from kvcompress.evals.sweep.points import Point, Settings, make_points
 from kvcompress.evals.sweep.protocol import AWARE, Measured, Reader, answer, split
 from kvcompress.evals.sweep.rows import held, mean_of, standard_error
 from kvcompress.evals.sweep.samples import RECIPES, Prompt, Sample, Tokenizer, make_prompt, make_samples, score
-from kvcompress.evals.sweep.task import Subject
+from kvcompress.evals.sweep.task import PartedTask, Subject
 
-# how many bytes of first forwards to keep for the caches that share them
-_MOST_RECORDED = 4 * 2**30
+# how many bytes a first forward may take for the caches that share it
+_MOST_RECORDED = 8 * 2**30
 
 
-class SyntheticTask:
+class SyntheticTask(PartedTask):
     """One of RECIPES: contexts of the requested lengths, whose answers are searched in what the model says."""
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -46,48 +47,61 @@ class SyntheticTask:
             self.name, tokenizer, length, count or settings.samples, seed=settings.seed, text=settings.text
         )
 
-    def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
+    def parts(self, point: Point) -> int:
+        return math.ceil(self.settings.samples / self.settings.batch)
+
+    def measure_part(self, point: Point, subject: Subject, part: int) -> dict[str, Any]:
+        _, prompts, chosen = self._part(point, subject, part)
+        asked = [prompts[index] for index in chosen]
+        budget = self._budget(point, prompts)
+        found, measured = answer(
+            subject.model,
+            lambda: subject.build(point.method, subject.model, budget),
+            asked,
+            point.protocol,
+            hold_back=self.settings.hold_back,
+            stops=subject.stops,
+            must_keep_at_most=must_keep(budget, min(len(prompt.context) for prompt in asked)),
+            first=self._first_forward(point, subject, asked),
+        )
+        return {"answers": found, "measured": measured.facts()}
+
+    def join(self, point: Point, parts: Sequence[dict[str, Any]], subject: Subject) -> dict[str, Any]:
+        answers: dict[int, list[int]] = {}
+        for number, part in enumerate(parts):
+            samples, prompts, chosen = self._part(point, subject, number)
+            answers.update(zip(chosen, part["answers"], strict=True))
+        told = [samples[index] for index in sorted(answers)]
+        scores, said = score_answers(subject.tokenizer, told, [answers[index] for index in sorted(answers)])
+        measured = [Measured(**part["measured"]) for part in parts]
+        return scores | held(measured, self._budget(point, prompts)) | said | {"samples": len(answers)}
+
+    def _part(self, point: Point, subject: Subject, part: int) -> tuple[list[Sample], list[Prompt], list[int]]:
+        """All samples and prompts of the point's length, and which of them are in a part."""
+
         def prepare() -> tuple[list[Sample], list[Prompt]]:
             made = self.samples(subject.tokenizer, point.context)
             return made, [make_prompt(subject.tokenizer, sample) for sample in made]
 
         samples, prompts = subject.share("prompts", (self.name, point.length), prepare)
-        budget = point.budget_tokens(max(len(p.context) + len(p.question) + p.max_new_tokens for p in prompts))
         # sequences of similar length need the least padding
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].context))
-        answers: dict[int, list[int]] = {}
-        measured: list[Measured] = []
-        for first in range(0, len(order), self.settings.batch):
-            chosen = order[first : first + self.settings.batch]
-            asked = [prompts[index] for index in chosen]
-            found, part = answer(
-                subject.model,
-                lambda: subject.build(point.method, subject.model, budget),
-                asked,
-                point.protocol,
-                hold_back=self.settings.hold_back,
-                stops=subject.stops,
-                must_keep_at_most=must_keep(budget, min(len(prompt.context) for prompt in asked)),
-                first=self._first_forward(point, subject, asked),
-            )
-            measured.append(part)
-            answers.update(zip(chosen, found, strict=True))
-        scores, said = score_answers(subject.tokenizer, samples, [answers[index] for index in range(len(samples))])
-        return scores | held(measured, budget) | said
+        return samples, prompts, order[part * self.settings.batch :][: self.settings.batch]
+
+    def _budget(self, point: Point, prompts: Sequence[Prompt]) -> int | None:
+        return point.budget_tokens(max(len(p.context) + len(p.question) + p.max_new_tokens for p in prompts))
 
     def _first_forward(self, point: Point, subject: Subject, prompts: Sequence[Prompt]) -> Callable[[Reader], None]:
-        """The first forward of these prompts, which evicting caches share: the model runs it once for all."""
+        """The first forward of these prompts, which most caches share: the model runs it once for all."""
         rows = tuple(split(prompt, point.protocol, self.settings.hold_back)[0] for prompt in prompts)
-        fits = FirstForward.size(subject.model, max(map(len, rows)) * self.settings.samples) <= _MOST_RECORDED
+        fits = FirstForward.size(subject.model, max(map(len, rows)) * len(rows)) <= _MOST_RECORDED
 
         def first(reader: Reader) -> None:
-            if not (fits and FirstForward.serves(reader.cache)):
+            if fits and FirstForward.serves(reader.cache):
+                recorded = subject.share("first forward", rows, lambda: FirstForward(subject.model, rows))
+                recorded.fill(reader)
+            else:
                 reader.read(rows)
-                return
-            known = subject.share("first forwards", (self.name, point.length, point.protocol), dict)
-            if rows not in known:
-                known[rows] = FirstForward(subject.model, rows)
-            known[rows].fill(reader)
 
         return first
 

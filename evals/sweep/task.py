@@ -1,6 +1,7 @@
 """The interface of a sweep's tasks, and the subject that they measure: one model, with a new cache for each point."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -65,3 +66,27 @@ class Task(Protocol):
         metric: what the score is called. score: a finite number. stderr: its standard error, or None.
         bytes: measured per sequence; `kvcompress.evals.sweep.rows.held` gives them, with all else about memory.
         """
+
+
+class PartedTask(ABC):
+    """A `Task` whose points are measured a batch of samples at a time: its parts.
+
+    Points of one length and protocol read the same samples. A sweep measures a part of all of them before the next, so
+    that what they share is in memory once, and a run that stops loses one part of one point.
+    """
+
+    @abstractmethod
+    def parts(self, point: Point) -> int:
+        """How many parts a point has, at least 1."""
+
+    @abstractmethod
+    def measure_part(self, point: Point, subject: Subject, part: int) -> dict[str, Any]:
+        """What is measured on one part, as JSON can hold it."""
+
+    @abstractmethod
+    def join(self, point: Point, parts: Sequence[dict[str, Any]], subject: Subject) -> dict[str, Any]:
+        """What `Task.measure` returns, of the first parts of a point; samples: how many they have together."""
+
+    def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
+        """As `Task.measure`, of all parts."""
+        return self.join(point, [self.measure_part(point, subject, n) for n in range(self.parts(point))], subject)

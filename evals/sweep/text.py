@@ -1,20 +1,23 @@
 """Plain text as a task of a sweep: how much a cache changes the model's predictions (agreement.py)."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from kvcompress.evals.sweep.agreement import FullReference, make_windows
 from kvcompress.evals.sweep.points import CONTINUATION, Point, Settings, make_points
+from kvcompress.evals.sweep.protocol import Measured
 from kvcompress.evals.sweep.rows import held, mean_of, standard_error
 from kvcompress.evals.sweep.samples import Tokenizer, read_text
 from kvcompress.evals.sweep.synthetic import must_keep
-from kvcompress.evals.sweep.task import Subject
+from kvcompress.evals.sweep.task import PartedTask, Subject
 
 # its name among tasks
 TEXT = "text"
 
 
-class TextTask:
+class TextTask(PartedTask):
     """Windows of a text: contexts of the requested lengths, and the tokens that follow them."""
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -45,25 +48,27 @@ class TextTask:
             "text": settings.text_hash,
         }
 
-    def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
+    def parts(self, point: Point) -> int:
+        return math.ceil(self.settings.samples / self.settings.batch)
+
+    def measure_part(self, point: Point, subject: Subject, part: int) -> dict[str, Any]:
         settings, length = self.settings, point.context
 
-        def prepare() -> list[FullReference]:
-            windows = self._windows(subject.tokenizer, length)
-            batches = [windows[first : first + settings.batch] for first in range(0, len(windows), settings.batch)]
-            return [FullReference(subject.model, batch, length) for batch in batches]
+        def prepare() -> FullReference:
+            windows = self._windows(subject.tokenizer, length)[part * settings.batch :][: settings.batch]
+            return FullReference(subject.model, windows, length)
 
-        budget = point.budget_tokens(length + settings.continuation)
-        found = [
-            reference.compare(
-                lambda: subject.build(point.method, subject.model, budget),
-                chunk=settings.chunk,
-                must_keep_at_most=must_keep(budget, length - 1),
-            )
-            for reference in subject.share("prompts", (self.name, length), prepare)
-        ]
+        budget = self._budget(point)
+        found, measured = subject.share("reference", (self.name, length, part), prepare).compare(
+            lambda: subject.build(point.method, subject.model, budget),
+            chunk=settings.chunk,
+            must_keep_at_most=must_keep(budget, length - 1),
+        )
+        return {"found": dataclasses.asdict(found), "measured": measured.facts()}
+
+    def join(self, point: Point, parts: Sequence[dict[str, Any]], subject: Subject) -> dict[str, Any]:
         top1, kl, loss, full_loss, by_layer = (
-            [value for part, _ in found for value in getattr(part, name)]
+            [value for part in parts for value in part["found"][name]]
             for name in ("top1", "kl", "loss", "full_loss", "attention_error")
         )
         errors = [mean_of(layers) for layers in by_layer]
@@ -79,7 +84,12 @@ class TextTask:
             "perplexity": math.exp(mean_of(loss)),
             "full_perplexity": math.exp(mean_of(full_loss)),
             "scores": top1,
-        } | held([memory for _, memory in found], budget)
+            "kls": kl,
+            "samples": len(top1),
+        } | held([Measured(**part["measured"]) for part in parts], self._budget(point))
+
+    def _budget(self, point: Point) -> int | None:
+        return point.budget_tokens(point.context + self.settings.continuation)
 
     def _windows(self, tokenizer: Tokenizer, length: int) -> list[list[int]]:
         self._tokens = self._tokens or tokenizer.encode(read_text(self.settings.text), add_special_tokens=False)

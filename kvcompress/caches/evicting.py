@@ -20,7 +20,7 @@ from kvcompress.caches.answers import AnsweringLayer
 from kvcompress.caches.budget import ALLOCATIONS, COMPETING, Allocation, Budget
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
 from kvcompress.caches.profile import Profile
-from kvcompress.caches.reconstruction import RereadLayer, read_again
+from kvcompress.caches.reconstruction import RereadLayer, choose, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.layer import CompressedLayer, ordinary_tensors
 from kvcompress.policies.gear import GEAR, OLDER_FILES
@@ -181,11 +181,16 @@ class EvictingCache(CompressedCache):
     @ordinary_tensors()
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
         super().forward_ended(decoder, input_ids)
-        how = self.policy.rereads
         waiting = [layer for layer in self.layers if isinstance(layer, RereadLayer) and layer.waiting is not None]
-        if waiting and how is not None and input_ids is not None:
-            seen, all_compete = int(self.get_seq_length()), self.allocation == "global"
-            read_again(decoder, waiting, input_ids, self.padding, seen, how, all_compete)
+        if waiting and input_ids is not None:
+            self._read_again(decoder, waiting, input_ids)
+            choose(waiting, self.allocation == "global")
+
+    def _read_again(self, decoder: Any, waiting: Sequence[RereadLayer], input_ids: Tensor) -> None:
+        """Lets waiting layers note what a second reading of their tokens attends to."""
+        how = self.policy.rereads
+        assert how is not None
+        read_again(decoder, waiting, input_ids, self.padding, int(self.get_seq_length()), how)
 
     def _shown(self) -> dict[str, Any]:
         shown = {"policy": self.policy, **super()._shown(), "allocation": self.allocation, "packed": self.packed}

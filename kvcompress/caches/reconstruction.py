@@ -189,9 +189,8 @@ def read_again(
     padding: PaddingRecord,
     seen: int,
     how: SecondReading,
-    all_compete: bool = False,
 ) -> None:
-    """Feeds a model the tokens of its last forward again, after themselves, and lets the layers choose.
+    """Feeds a model the tokens of its last forward again, after themselves: then the layers can `choose`.
 
     Args:
         model: a module that takes input_ids and a cache; it needs no head.
@@ -199,7 +198,6 @@ def read_again(
         padding: which of the tokens seen are padding, and where the model has placed the last one.
         seen: how many tokens were seen, with these.
         how: the prompt and the chunks to read; each chunk is read at the same positions.
-        all_compete: the heads of all layers compete for one budget, instead of each layer choosing alone.
     """
     batch, tokens = ids.shape
     visible = padding.visible
@@ -212,8 +210,6 @@ def read_again(
     rows = [row[shown].tolist() for row, shown in zip(ids, fresh, strict=True)]
     # a single token is not read again
     read_rows(model, layers, [row if len(row) > 1 else [] for row in rows], lengths, how)
-    with as_stored():
-        choose(layers, all_compete)
 
 
 @torch.no_grad()
@@ -251,8 +247,14 @@ def read_rows(
         )
 
 
+@torch.no_grad()
+@as_stored()
 def choose(layers: Sequence[RereadLayer], all_compete: bool) -> None:
-    """Lets the policy choose in each layer, or in all at once, by what the second reading attended to."""
+    """Lets the policy choose in each layer, or in all at once, by what the second reading attended to.
+
+    Args:
+        all_compete: the heads of all layers compete for one budget, instead of each layer choosing alone.
+    """
     layers[0].forwards_begun += 1
     ended = [layer.received() for layer in layers]
     if all_compete:

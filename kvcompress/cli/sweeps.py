@@ -55,7 +55,11 @@ def sweep(
     budgets: Annotated[str, "Fractions of the length (0.2), or tokens (512)."] = _BUDGETS,
     tasks: Annotated[str, "Comma-separated; other names are tasks of lm-eval."] = _TASKS,
     lengths: Annotated[str, "Context lengths in tokens."] = "1024",
-    samples: Annotated[int, "Prompts, or windows of text, per point."] = 20,
+    samples: Annotated[int, "Prompts, or windows of text, per point."] = 50,
+    precision: Annotated[
+        float | None, "Fewer samples, once half of each score's 95 % interval is at most this: 0.1."
+    ] = None,
+    minutes: Annotated[float | None, "Begin nothing after so many; the same command goes on later."] = None,
     protocols: Annotated[str, "By commas."] = "question-agnostic,question-aware",
     out: Annotated[Path, "Folder for rows, table, plot and page."] = Path("sweep"),
     quick: Annotated[bool, "About ten minutes on two cores; other options still apply."] = False,
@@ -100,7 +104,8 @@ def sweep(
         settings = Settings(**values)
         tasks_by_name = make_tasks(settings)
     check_folder(out)
-    return run_sweep(settings, tasks_by_name, model, out, fresh, dtype, device)
+    seconds = None if minutes is None else 60 * minutes
+    return run_sweep(settings, tasks_by_name, model, out, fresh, dtype, device, precision, seconds)
 
 
 def report(
@@ -160,6 +165,8 @@ def run_sweep(
     fresh: bool,
     dtype: str,
     device: str | None,
+    precision: float | None = None,
+    seconds: float | None = None,
 ) -> int:
     """Runs one sweep at a time in a folder, or several processes that share it, and writes the tables at the end."""
     from filelock import FileLock, Timeout
@@ -182,7 +189,18 @@ def run_sweep(
     with lock:
         model, tokenizer = load(name, dtype, device)
         with user_errors():
-            work = Sweep(settings, tasks, model, tokenizer, folder, forget=fresh, rank=rank, processes=processes)
+            work = Sweep(
+                settings,
+                tasks,
+                model,
+                tokenizer,
+                folder,
+                forget=fresh,
+                rank=rank,
+                processes=processes,
+                precision=precision,
+                seconds=seconds,
+            )
             check_budgets(model, work.points)
             work.check_tasks()
         try:
@@ -191,6 +209,12 @@ def run_sweep(
             print(f"interrupted; the same command continues from what {folder} has", file=sys.stderr)
             return 130
         if rank:
+            return 0
+        failed = [row["key"] for row in rows if row["status"] != "ok"]
+        cut = sum(work.key(point) not in failed for point in work.missing())
+        if cut:
+            print(f"time is up for {cut} of {len(work.points)} points; the same command goes on", file=sys.stderr)
+        if not rows:
             return 0
         paths = report.write_all(rows, folder)
     return show(rows, [work.results.path, *paths])
@@ -221,22 +245,29 @@ def _run(work: "Sweep") -> "list[Row]":
         # progress counts tokens to read, so that long points count more
         total = sum(work.cost(point) for point in missing)
         task = bar.add_task(missing[0].title if missing else "", total=total, count=f"{done}/{len(work.points)}")
-        finished = 0
+        finished, told = 0, 0.0
+
+        def on_part(point: Any, share: float) -> None:
+            nonlocal told
+            bar.update(task, advance=share * work.cost(point), description=point.title)
+            so_far = bar.tasks[task].completed / total
+            if bar.disable and share < 1 and so_far > told + 0.02:
+                told = so_far
+                print(f"{so_far:.0%} read, {point.title}", flush=True)
 
         def on_row(point: Any, row: "Row") -> None:
             nonlocal finished
             finished += 1
-            following = missing[finished].title if finished < len(missing) else "done"
             # points that other processes have done count too
             count = f"{max(done + finished, len(work.points) - len(work.missing()))}/{len(work.points)}"
-            bar.update(task, advance=work.cost(point), description=following, count=count)
+            bar.update(task, count=count)
             said = f"{row['score']:.3f}" if row["status"] == "ok" else f"failed: {row['error'].splitlines()[0]}"
             if bar.disable:
                 print(f"{count} {point.title}: {said} ({row['seconds']:.1f} s)", flush=True)
             elif row["status"] != "ok":
                 bar.console.print(f"{point.title}: {said}", style="red", markup=False)
 
-        return work.run(on_row)
+        return work.run(on_row, on_part)
 
 
 def show(rows: "list[Row]", paths: list[Path]) -> int:

@@ -6,11 +6,12 @@ import pytest
 
 from kvcompress import DenseCache, registry
 from kvcompress.evals.sweep import report, synthetic
+from kvcompress.evals.sweep import sweep as sweeps
 from kvcompress.evals.sweep.first_forward import FirstForward
 from kvcompress.evals.sweep.points import Point, Settings, check_budgets
 from kvcompress.evals.sweep.points import make_points as points_of
 from kvcompress.evals.sweep.protocol import answer
-from kvcompress.evals.sweep.rows import Results
+from kvcompress.evals.sweep.rows import Results, half_width
 from kvcompress.evals.sweep.samples import make_prompt, make_samples
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
@@ -265,21 +266,119 @@ def test_mistakes_are_named(change, message):
         settings(**change)
 
 
-def test_evicting_caches_share_one_first_forward_and_its_rows_are_those_of_their_own(sweep, monkeypatch, tmp_path):
+def test_caches_share_one_first_forward_and_its_rows_are_those_of_their_own(sweep, monkeypatch, tmp_path):
     recorded = []
     monkeypatch.setattr(
         FirstForward, "fill", lambda self, reader, fill=FirstForward.fill: recorded.append(fill(self, reader))
     )
     change = {"protocols": ("question-agnostic", "question-aware"), "batch": 1}
     shared = sweep(**change).run()
-    # two prompts, two protocols, three methods at two budgets
-    assert len(recorded) == 24
+    # two prompts, two protocols, three methods at two budgets and the full cache
+    assert len(recorded) == 28
     monkeypatch.setattr(synthetic, "_MOST_RECORDED", 0)
     (tmp_path / "results.jsonl").unlink()
     alone = sweep(**change).run()
-    assert len(recorded) == 24
+    assert len(recorded) == 28
     for row, other in zip(shared, alone, strict=True):
         assert {**row, "seconds": 0, "provenance": 0} == {**other, "seconds": 0, "provenance": 0}
+
+
+def test_a_part_of_all_methods_comes_before_the_next_part(sweep):
+    built = Counting()
+    rows = sweep(built, samples=3, batch=2).run()
+    methods = [row["method"] for row in rows]
+    assert [method for method, _ in built.built] == methods * 2
+    assert [len(row["scores"]) for row in rows] == [3] * 7
+
+
+def without_times(rows):
+    return [{name: row[name] for name in row if name not in ("seconds", "provenance")} for row in rows]
+
+
+# docs: and what it had begun
+def test_what_was_interrupted_between_parts_goes_on_with_the_next_part(sweep, tmp_path):
+    whole = sweep(samples=3, batch=1, tasks=("passkey", "text"), continuation=4).run()
+    assert not list(tmp_path.glob("parts*"))
+    (tmp_path / "results.jsonl").unlink()
+    change = {"samples": 3, "batch": 1, "tasks": ("passkey", "text"), "continuation": 4}
+    first, second = Counting(at=12, error=KeyboardInterrupt()), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(first, **change).run()
+    assert not sweep().results.rows
+    assert without_times(sweep(second, **change).run()) == without_times(whole)
+    # 11 parts of the first task were done
+    assert len(second.built) == 2 * 21 - 11
+    assert not list(tmp_path.glob("parts*"))
+
+
+def test_parts_of_other_batches_are_not_taken_for_these(sweep):
+    with pytest.raises(KeyboardInterrupt):
+        sweep(Counting(at=12, error=KeyboardInterrupt()), samples=4, batch=1).run()
+    again = Counting()
+    sweep(again, samples=4, batch=2).run()
+    assert len(again.built) == 14
+
+
+def test_a_method_that_fails_in_a_later_part_is_a_failed_row_and_the_rest_goes_on(sweep):
+    rows = sweep(Counting(at=9, error=RuntimeError("no luck")), samples=3, batch=1).run()
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok", "ok", "ok", "ok", "ok"]
+    again = Counting()
+    assert [row["status"] for row in sweep(again, samples=3, batch=1).run()] == ["ok"] * 7
+    # its first part was measured before
+    assert len(again.built) == 2
+
+
+def sequential(sweep, **change):
+    work = sweep(samples=12, batch=4, tasks=("text",), lengths=(64,), continuation=2, **change)
+    work.precision = 0.3
+    return work
+
+
+# docs: ends early once every score's 95 % interval is at most so wide to either side
+def test_points_end_early_once_they_are_known_well_enough(sweep, monkeypatch):
+    # the first point is not known well enough from its first part
+    widths = iter([0.5] + [0.2] * 100)
+    monkeypatch.setattr(sweeps, "half_width", lambda scores: next(widths))
+    built = Counting()
+    rows = sequential(sweep, build=built).run()
+    assert [row["samples"] for row in rows] == [8] * 7
+    assert [row["stopped_at"] for row in rows] == [{"precision": 0.2}] * 7
+    assert len(built.built) == 14
+    monkeypatch.undo()
+    # another run that asks for no more is done; one that asks for all goes on
+    assert sequential(sweep).missing() == []
+    work = sequential(sweep)
+    work.precision = None
+    assert len(work.missing()) == 7
+
+
+def test_a_sweep_out_of_time_says_how_many_samples_it_has_and_goes_on_later(sweep, monkeypatch):
+    change = {"samples": 3, "batch": 1}
+    whole = sweep(**change).run()
+    work = sweep(**change)
+    work.results.path.unlink()
+    # read when the sweep starts, before the first part, and twice before every other
+    clock = iter([0.0] * 4 + [99.0] * 1000)
+    monkeypatch.setattr(sweeps.time, "monotonic", lambda: next(clock))
+    built = Counting()
+    work = sweep(built, **change)
+    work.seconds = 50.0
+    rows = work.run()
+    assert len(built.built) == 14
+    assert [row["samples"] for row in rows] == [2] * 7
+    monkeypatch.undo()
+    rest = Counting()
+    rows = sweep(rest, **change).run()
+    assert len(rest.built) == 7
+    assert without_times(rows) == without_times(whole)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([1.0], math.inf), ([0.0] * 16, 0.0968), ([1.0] * 50, 0.0357), ([0.0, 1.0] * 50, 0.0985), ([0.4] * 3, 0.0)],
+)
+def test_the_interval_of_a_mean(scores, expected):
+    assert half_width(scores) == pytest.approx(expected, abs=2e-4)
 
 
 class Given:
