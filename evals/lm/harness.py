@@ -103,21 +103,40 @@ def load_task(name: str, metadata: str) -> Any:
         raise ValueError(f"lm-eval cannot load the task {name}: {type(error).__name__}: {error}") from error
 
 
+def members(name: str, metadata: str) -> list[str]:
+    """The tasks of a group or a tag of lm-eval's, in its order, groups within it taken apart; a task's own name.
+
+    Raises:
+        ValueError: lm-eval does not know it, or it has members that have no name of their own.
+    """
+    manager = _manager(False, metadata)
+    if name not in manager.task_index:
+        manager = _manager(True, metadata)
+    entry = manager.task_index.get(name)
+    if entry is None:
+        known = ", ".join((*RECIPES, TEXT, *_manager(False, metadata).all_subtasks))
+        raise ValueError(f"unknown task {name!r}; known: {known}, and all of lm-eval's own")
+    if name in manager.all_subtasks:
+        return [name]
+    within = sorted(entry.tags) if name in manager.all_tags else (entry.cfg or {}).get("task", [])
+    nameless = [member for member in within if member not in manager.task_index]
+    if nameless or not within:
+        raise ValueError(
+            f"{name} is a group of lm-eval's whose members cannot be told apart by name, such as {nameless[:1]}"
+        )
+    return list(dict.fromkeys(found for member in within for found in members(member, metadata)))
+
+
 def find_manager(name: str, metadata: str) -> TaskManager:
     """The manager that knows the task: that of the files here, or else of lm-eval's whole index, which takes seconds.
 
     Raises:
         ValueError: neither knows it, or it is a group.
     """
+    if members(name, metadata) != [name]:
+        raise ValueError(f"{name} is a group of lm-eval's tasks, not one of them")
     manager = _manager(False, metadata)
-    if name not in manager.all_subtasks:
-        manager = _manager(True, metadata)
-    if name in manager.all_subtasks:
-        return manager
-    if name in manager.all_groups or name in manager.all_tags:
-        raise ValueError(f"{name} is a group of lm-eval's tasks; name the members that you want")
-    known = ", ".join((*RECIPES, TEXT, *_manager(False, metadata).all_subtasks))
-    raise ValueError(f"unknown task {name!r}; known: {known}, and all of lm-eval's own")
+    return manager if name in manager.all_subtasks else _manager(True, metadata)
 
 
 @functools.cache

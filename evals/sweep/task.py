@@ -44,6 +44,8 @@ class Subject:
 class Task(Protocol):
     """One task of a sweep, made from its name and the sweep's settings."""
 
+    name: str
+
     def points(self) -> list[Point]:
         """All points to measure.
 

@@ -1,6 +1,7 @@
 """lm-eval's tasks in a sweep: the harness's own scores, measured bytes, keys that hang on the prompts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from kvcompress import cli
-from kvcompress.evals.lm.harness import TASKS
+from kvcompress.evals.lm import harness
+from kvcompress.evals.lm.harness import TASKS, find_manager
 from kvcompress.evals.sweep.points import Settings
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
@@ -172,11 +174,30 @@ def test_mistakes_are_named(settings, change, message):
         [task.points() for task in make_tasks(settings(**change)).values()]
 
 
-def test_a_group_and_a_name_nobody_knows_are_refused(settings, few_tasks):
+def test_a_group_stands_for_its_members_and_a_name_nobody_knows_is_refused(settings, few_tasks):
     with pytest.raises(ValueError, match="unknown task 'needles'; known: needle, .*text, local_arc_challenge, .*own"):
         make_tasks(settings(tasks=("needles",)))
-    with pytest.raises(ValueError, match="ai2_arc is a group of lm-eval's tasks; name the members"):
-        make_tasks(settings(tasks=("ai2_arc",)))
+    assert list(make_tasks(settings(tasks=("passkey", "ai2_arc", "arc_easy")))) == [
+        "passkey",
+        "arc_challenge",
+        "arc_easy",
+    ]
+    with pytest.raises(ValueError, match="ai2_arc is a group of lm-eval's tasks, not one of them"):
+        find_manager("ai2_arc", "{}")
+
+
+def test_groups_within_groups_are_taken_apart(monkeypatch):
+    entries = {
+        "all": SimpleNamespace(cfg={"task": ["some", "c"]}, tags=set()),
+        "some": SimpleNamespace(cfg={"task": ["a", "b", "c"]}, tags=set()),
+        "odd": SimpleNamespace(cfg={"task": [{"task": "a", "num_fewshot": 2}]}, tags=set()),
+        **{name: SimpleNamespace(cfg={}, tags=set()) for name in "abc"},
+    }
+    manager = SimpleNamespace(task_index=entries, all_subtasks=["a", "b", "c"], all_tags=[])
+    monkeypatch.setattr(harness, "_manager", lambda defaults, metadata: manager)
+    assert harness.members("all", "{}") == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="odd is a group of lm-eval's whose members cannot be told apart by name"):
+        harness.members("odd", "{}")
 
 
 def test_the_harness_is_imported_for_its_tasks_alone(fresh):
