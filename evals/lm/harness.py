@@ -119,11 +119,8 @@ def members(name: str, metadata: str) -> list[str]:
     if name in manager.all_subtasks:
         return [name]
     within = sorted(entry.tags) if name in manager.all_tags else (entry.cfg or {}).get("task", [])
-    nameless = [member for member in within if member not in manager.task_index]
-    if nameless or not within:
-        raise ValueError(
-            f"{name} is a group of lm-eval's whose members cannot be told apart by name, such as {nameless[:1]}"
-        )
+    if not within or not all(isinstance(member, str) and member in manager.task_index for member in within):
+        raise ValueError(f"{name} is a group of lm-eval's whose members cannot be told apart by name: {within}")
     return list(dict.fromkeys(found for member in within for found in members(member, metadata)))
 
 
