@@ -1,7 +1,9 @@
 """The tasks that a sweep's settings name: synthetic ones, plain text, or lm-eval's."""
 
+from collections.abc import Iterator
+
 from kvcompress.evals.sweep.points import Settings
-from kvcompress.evals.sweep.samples import RECIPES
+from kvcompress.evals.sweep.samples import RECIPES, RULER, RULER_OFFLINE
 from kvcompress.evals.sweep.synthetic import SyntheticTask
 from kvcompress.evals.sweep.task import Task
 from kvcompress.evals.sweep.text import TEXT, TextTask
@@ -10,12 +12,21 @@ OWN: dict[str, type[SyntheticTask] | type[TextTask]] = {**dict.fromkeys(RECIPES,
 
 
 def make_tasks(settings: Settings) -> dict[str, Task]:
-    """The tasks by name, in the order in which they are first named.
+    """The tasks by name, in the order in which they are first named; "ruler" names all of RULER's that can be made.
 
     Raises:
         ValueError: an unknown name.
     """
-    return {name: _make_task(name, settings) for name in dict.fromkeys(settings.tasks)}
+    return {name: _make_task(name, settings) for name in dict.fromkeys(_expanded(settings))}
+
+
+def _expanded(settings: Settings) -> Iterator[str]:
+    """The names of tasks; "ruler" stands for RULER's: all thirteen if there are documents, else those without."""
+    for name in settings.tasks:
+        if name == "ruler":
+            yield from RULER if settings.documents else RULER_OFFLINE
+        else:
+            yield name
 
 
 def _make_task(name: str, settings: Settings) -> Task:
@@ -26,7 +37,7 @@ def _make_task(name: str, settings: Settings) -> Task:
         from kvcompress.evals.lm.task import HarnessTask
     except ImportError as error:
         raise ValueError(
-            f"unknown task {name!r}; known: {', '.join(OWN)}, and with pip install 'kvcompress[eval]' "
-            f"those of lm-eval ({error})"
+            f"unknown task {name!r}; known: {', '.join(OWN)}, ruler for all of RULER, and with pip install "
+            f"'kvcompress[eval]' those of lm-eval ({error})"
         ) from error
     return HarnessTask(name, settings)

@@ -27,6 +27,7 @@ class Settings:
         lm-eval's tasks use neither.
     hold_back: tokens of the question read after compression, if question-aware. batch: sequences at a time.
     text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read per forward, on text.
+    documents: a file of documents, or a folder of them, for RULER's questions about documents.
     num_fewshot, limit, metadata: for lm-eval's tasks, as its own command takes them.
     question: the text with which their questions begin; None for the last example of a few-shot context.
     """
@@ -47,6 +48,7 @@ class Settings:
     limit: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     question: str | None = None
+    documents: str | None = None
 
     def __post_init__(self) -> None:
         for protocol in self.protocols:

@@ -6,6 +6,7 @@ from typing import Any
 from kvcompress.evals.sweep.first_forward import FirstForward
 from kvcompress.evals.sweep.points import Point, Settings, make_points
 from kvcompress.evals.sweep.protocol import AWARE, Measured, Reader, answer, split
+from kvcompress.evals.sweep.recipes.documents import documents_file, documents_hash
 from kvcompress.evals.sweep.rows import held, mean_of, standard_error
 from kvcompress.evals.sweep.samples import RECIPES, Prompt, Sample, Tokenizer, make_prompt, make_samples, score
 from kvcompress.evals.sweep.task import Subject
@@ -22,6 +23,8 @@ class SyntheticTask:
         self.settings = settings
 
     def points(self) -> list[Point]:
+        if RECIPES[self.name].reads_documents:
+            documents_file(self.name, self.settings.documents)
         return make_points(self.name, self.settings.lengths, self.settings.protocols, self.settings)
 
     def check(self, tokenizer: Tokenizer) -> None:
@@ -37,13 +40,22 @@ class SyntheticTask:
         settings = self.settings
         held_back = {"hold_back": settings.hold_back} if point.protocol == AWARE else {}
         text = {"text": settings.text_hash} if RECIPES[self.name].reads_text else {}
-        return {"samples": settings.samples, **held_back, **text}
+        documents = (
+            {"documents": documents_hash(self.name, settings.documents)} if RECIPES[self.name].reads_documents else {}
+        )
+        return {"samples": settings.samples, **held_back, **text, **documents}
 
     def samples(self, tokenizer: Tokenizer, length: int, count: int | None = None) -> list[Sample]:
         """The samples of a length, all of them or `count`."""
         settings = self.settings
         return make_samples(
-            self.name, tokenizer, length, count or settings.samples, seed=settings.seed, text=settings.text
+            self.name,
+            tokenizer,
+            length,
+            count or settings.samples,
+            seed=settings.seed,
+            text=settings.text,
+            documents=settings.documents,
         )
 
     def measure(self, point: Point, subject: Subject) -> dict[str, Any]:

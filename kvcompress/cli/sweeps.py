@@ -53,7 +53,7 @@ def sweep(
     model: ModelOption = None,
     methods: Annotated[str, f"Comma-separated, with settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."] = USUAL,
     budgets: Annotated[str, "Fractions of the length (0.2), or tokens (512)."] = _BUDGETS,
-    tasks: Annotated[str, "Comma-separated; other names are tasks of lm-eval."] = _TASKS,
+    tasks: Annotated[str, "Comma-separated; ruler is all of RULER; other names are tasks of lm-eval."] = _TASKS,
     lengths: Annotated[str, "Context lengths in tokens."] = "1024",
     samples: Annotated[int, "Prompts, or windows of text, per point."] = 20,
     protocols: Annotated[str, "By commas."] = "question-agnostic,question-aware",
@@ -72,6 +72,9 @@ def sweep(
     question: Annotated[
         str | None,
         "lm-eval's tasks, question-agnostic: how a question begins, such as Question:; else the last example.",
+    ] = None,
+    documents: Annotated[
+        str | None, "RULER's qa_1 and qa_2: a file of SQuAD, HotpotQA or JSON lines, or a folder of them."
     ] = None,
     dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
