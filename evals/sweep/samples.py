@@ -19,6 +19,7 @@ from kvcompress.evals.sweep.recipes import documents as about_documents
 from kvcompress.evals.sweep.recipes import needles, ruler
 from kvcompress.evals.sweep.recipes.haystack import prose, read_text
 from kvcompress.evals.sweep.recipes.recipe import ANY, Draw, Question, Recipe, Sample, Sizing, Tokenizer
+from kvcompress.evals.sweep.spans import Span, prompt_spans
 
 __all__ = [
     "RECIPES",
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "Sample",
     "Tokenizer",
+    "Turn",
     "make_prompt",
     "make_samples",
     "prose",
@@ -45,12 +47,36 @@ _BODY = "thebodyofthemessage"
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A question after the first, in tokens.
+
+    alone: asked right after the context. following: asked after the answer to another, as the next message of a
+    conversation.
+    """
+
+    alone: tuple[int, ...]
+    following: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A sample in tokens. The model reads the context, then the question with the answer's first words."""
+    """A sample in tokens. The model reads the context, then the question with the answer's first words.
+
+    more: the questions that follow, of a sample that has several. spans: its parts, in tokens.
+    """
 
     context: tuple[int, ...]
     question: tuple[int, ...]
     max_new_tokens: int
+    more: tuple[Turn, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that a conversation with it can take."""
+        turns = sum(max(len(turn.alone), len(turn.following)) + turn.max_new_tokens for turn in self.more)
+        return len(self.context) + len(self.question) + self.max_new_tokens + turns
 
 
 def make_samples(
@@ -106,9 +132,22 @@ def make_samples(
 def make_prompt(tokenizer: Tokenizer, sample: Sample) -> Prompt:
     """The sample in tokens, as one user message of the model's chat template if it has one."""
     head, tail = _template(tokenizer)
-    context = tokenizer.encode(head + sample.context, add_special_tokens=False)
-    question = tokenizer.encode(sample.question + tail + sample.answer_prefix, add_special_tokens=False)
-    return Prompt(tuple(context), tuple(question), sample.max_new_tokens)
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    def asked(question: Question) -> str:
+        return question.text + tail + question.answer_prefix
+
+    first, *others = sample.questions
+    between = _between(tokenizer) if others else ""
+    more = tuple(
+        Turn(encode(asked(each)), encode(between + asked(each).lstrip("\n")), each.max_new_tokens) for each in others
+    )
+    context, question = encode(head + sample.context), encode(asked(first))
+    template, instruction = (len(encode(text)) for text in (head, head + sample.context[: sample.instruction]))
+    spans = prompt_spans(template, instruction, len(context), len(context) + len(question))
+    return Prompt(context, question, sample.max_new_tokens, more, spans)
 
 
 def score(sample: Sample, prediction: str) -> float:
@@ -130,6 +169,16 @@ def _template(tokenizer: Tokenizer) -> tuple[str, str]:
     message = [{"role": "user", "content": _BODY}]
     head, tail = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(_BODY)
     return head, tail
+
+
+def _between(tokenizer: Tokenizer) -> str:
+    """What comes between an answer and the user's next message."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n"
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": f"{_BODY}{number}"} for number, role in enumerate(roles)]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text.split(f"{_BODY}1")[1].split(f"{_BODY}2")[0]
 
 
 def _fit(task: str, tokenizer: Tokenizer, length: int, sizing: Sizing) -> Sample:

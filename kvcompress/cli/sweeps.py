@@ -56,7 +56,9 @@ def sweep(
     tasks: Annotated[str, "Comma-separated; ruler is all of RULER; other names are tasks of lm-eval."] = _TASKS,
     lengths: Annotated[str, "Context lengths in tokens."] = "1024",
     samples: Annotated[int, "Prompts, or windows of text, per point."] = 20,
-    protocols: Annotated[str, "By commas."] = "question-agnostic,question-aware",
+    protocols: Annotated[
+        str, "By commas; multi-turn and multi-request ask several questions of each context."
+    ] = "question-agnostic,question-aware",
     out: Annotated[Path, "Folder for rows, table, plot and page."] = Path("sweep"),
     quick: Annotated[bool, "About ten minutes on two cores; other options still apply."] = False,
     fresh: Annotated[bool, "Measure again what the folder already has."] = False,
@@ -76,6 +78,7 @@ def sweep(
     documents: Annotated[
         str | None, "RULER's qa_1 and qa_2: a file of SQuAD, HotpotQA or JSON lines, or a folder of them."
     ] = None,
+    turns: Annotated[int, "Questions of a context in multi-turn and multi-request."] = 5,
     dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
 ) -> int:

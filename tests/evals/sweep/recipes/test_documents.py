@@ -113,6 +113,14 @@ def test_any_of_the_answers_is_right(folder, tokenizer):
     assert score(sample, "I do not know") == 0.0
 
 
+def test_several_questions_share_a_document(folder, tokenizer):
+    (sample,) = make_samples("ruler_qa_1", tokenizer, 800, 1, documents=str(folder), questions=5)
+    assert len({question.text for question in sample.questions}) == 5
+    assert len({re.sub(r"tower \d", "", question.text) for question in sample.questions}) == 1
+    with pytest.raises(ValueError, match="ruler_qa_2 must have 5 questions about one document, .* have 1 at most"):
+        make_samples("ruler_qa_2", tokenizer, 800, 1, documents=str(folder), questions=5)
+
+
 def settings(**change):
     return Settings(("h2o",), (0.5,), ("ruler_qa_1",), (800,), 1, **change)
 
