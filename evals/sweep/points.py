@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvcompress import registry
 from kvcompress.caches.budget import Budget
 from kvcompress.evals.sweep import baselines
-from kvcompress.evals.sweep.protocol import PROTOCOLS
+from kvcompress.evals.sweep.protocol import PROTOCOLS, SEVERAL
 from kvcompress.evals.sweep.samples import read_text
 
 # the protocol of tasks without a question
@@ -27,6 +27,8 @@ class Settings:
         lm-eval's tasks use neither.
     hold_back: tokens of the question read after compression, if question-aware. batch: sequences at a time.
     text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read per forward, on text.
+    turns: questions of each context, in multi-turn and multi-request.
+    documents: a file of documents, or a folder of them, for RULER's questions about documents.
     num_fewshot, limit, metadata: for lm-eval's tasks, as its own command takes them.
     question: the text with which their questions begin; None for the last example of a few-shot context.
     """
@@ -47,17 +49,21 @@ class Settings:
     limit: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     question: str | None = None
+    documents: str | None = None
+    turns: int = 5
 
     def __post_init__(self) -> None:
         for protocol in self.protocols:
-            if protocol not in PROTOCOLS:
-                raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+            if protocol not in PROTOCOLS + SEVERAL:
+                raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS + SEVERAL)}")
         for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one")
         for name in ("samples", "batch", "hold_back", "continuation", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.turns < 2:
+            raise ValueError(f"turns must be at least 2, got {self.turns}")
         if (self.limit is not None and self.limit < 1) or (self.num_fewshot is not None and self.num_fewshot < 0):
             raise ValueError(
                 f"limit must be at least 1 and num_fewshot at least 0, got {self.limit} and {self.num_fewshot}"
@@ -74,6 +80,13 @@ class Settings:
     def text_hash(self) -> str:
         """A hash of the text."""
         return hashlib.sha256(read_text(self.text).encode()).hexdigest()[:16]
+
+
+def one_question_only(task: str, protocols: Iterable[str]) -> None:
+    """Raises ValueError if one of the protocols asks several questions, for a task that has only one."""
+    for protocol in protocols:
+        if protocol in SEVERAL:
+            raise ValueError(f"{protocol} asks several questions of one context, and the task {task} has only one")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,17 @@ read in two forwards, and every generated token comes from the compressed cache:
     question-aware      context, question | end   it does; the last `hold_back` tokens of the question are read after
 
 Memory is measured between the two. The tokens of the second forward see one another in full.
+
+Two more protocols ask several questions of one context, as SCBench does (arXiv:2412.10319):
+
+    multi-turn      context, question | end, then one question after another, in one conversation
+    multi-request   context | each question, of a copy of the cache that was compressed once
+
+In multi-turn a cache knows the first question when it compresses, and must answer the others with what that left; each
+answer stays in the conversation.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,9 +29,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.evals.sweep.samples import Prompt
+from kvcompress.evals.sweep.spans import kept_by_span
 from kvcompress.hf import cache_argument
 
 AGNOSTIC, AWARE = PROTOCOLS = ("question-agnostic", "question-aware")
+# of several questions about one context
+MULTI_TURN, MULTI_REQUEST = SEVERAL = ("multi-turn", "multi-request")
 
 # builds an empty cache: any transformers cache that has kvcompress's memory()
 MakeCache = Callable[[], Any]
@@ -39,7 +51,8 @@ class Measured:
     bytes_held: of all live storages; host_bytes of them are off the model's device on purpose, in host memory or files.
     full_bytes: of the full cache, without padding. tokens_seen: real tokens. tokens_kept: mean over layers and KV
     heads; least_kept and most_kept: over these and the sequences. fetched_bytes: average moved to the device per
-    forward after the question came.
+    forward after the question came. kept_by_span: the share kept of each part of the prompts (spans.py), None if the
+    cache does not say.
     """
 
     sequences: int
@@ -52,6 +65,7 @@ class Measured:
     most_kept: int
     host_bytes: float = 0.0
     fetched_bytes: float = 0.0
+    kept_by_span: dict[str, float] | None = None
 
     @property
     def device_bytes(self) -> float:
@@ -82,7 +96,21 @@ class Measured:
             least_kept=min(part.least_kept for part in parts),
             most_kept=max(part.most_kept for part in parts),
             **{name: mean(getattr(part, name) for part in parts) for name in _MEANS},
+            kept_by_span=cls._mean_spans(parts),
         )
+
+    @staticmethod
+    def _mean_spans(parts: Sequence["Measured"]) -> dict[str, float] | None:
+        """The average share of each span, of the batches that have it."""
+        weighted: dict[str, list[tuple[float, int]]] = {}
+        for part in parts:
+            for name, share in (part.kept_by_span or {}).items():
+                weighted.setdefault(name, []).append((share, part.sequences))
+        means = {
+            name: sum(share * count for share, count in each) / sum(count for _, count in each)
+            for name, each in weighted.items()
+        }
+        return means or None
 
 
 # the fields of Measured that are averaged over batches
@@ -121,6 +149,13 @@ class Reader:
         tokens = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in rows], device=device)
         return tokens, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
+    def fork(self) -> "Reader":
+        """A reader that continues from here with a copy of the cache."""
+        clone = getattr(self.cache, "clone", None)
+        other = Reader(self.model, copy.deepcopy(self.cache) if clone is None else clone(), self.pad)
+        other.mask = self.mask
+        return other
+
     def measure(self) -> Measured:
         """What the cache holds now, per sequence."""
         assert self.mask is not None
@@ -147,10 +182,10 @@ def split(prompt: Prompt, protocol: str, hold_back: int = 1) -> tuple[tuple[int,
     Raises:
         ValueError: an unknown protocol, or a hold-back that leaves nothing to read before or after.
     """
-    if protocol == AGNOSTIC:
+    if protocol in (AGNOSTIC, MULTI_REQUEST):
         return prompt.context, prompt.question
-    if protocol != AWARE:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    if protocol not in (AWARE, MULTI_TURN):
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS + SEVERAL)}, got {protocol!r}")
     if not 1 <= hold_back <= len(prompt.question):
         raise ValueError(
             "hold_back must be at least 1 token, or the first answer token would come from uncompressed logits, "
@@ -181,29 +216,119 @@ def answer(
         NotCompressedError: it kept more, or held no fewer bytes than the full cache.
     """
     parts = [split(prompt, protocol, hold_back) for prompt in prompts]
+    rows = [context for context, _ in parts]
+    reader, measured = _compress(model, make_cache, prompts, rows, must_keep_at_most, first)
+    answers, _ = _decode(reader, [last for _, last in parts], [prompt.max_new_tokens for prompt in prompts], stops)
+    return answers, _with_fetches(measured, reader)
+
+
+def answer_several(
+    model: PreTrainedModel,
+    make_cache: MakeCache,
+    prompts: Sequence[Prompt],
+    protocol: str,
+    *,
+    hold_back: int = 1,
+    stops: frozenset[int] = frozenset(),
+    must_keep_at_most: int | None = None,
+    first: Callable[["Reader"], None] | None = None,
+) -> tuple[list[list[list[int]]], Measured]:
+    """As `answer`, to every question of each prompt, under one of SEVERAL: for each prompt, an answer per question.
+
+    Raises:
+        ValueError: another protocol; prompts with different numbers of questions; several prompts in multi-turn, whose
+            answers would end at different times.
+    """
+    if protocol not in SEVERAL:
+        raise ValueError(f"protocol must be one of {', '.join(SEVERAL)}, got {protocol!r}")
+    counts = {1 + len(prompt.more) for prompt in prompts}
+    if len(counts) > 1 or (protocol == MULTI_TURN and len(prompts) > 1):
+        raise ValueError(
+            "prompts of one batch must have as many questions each, and multi-turn takes one prompt at a time; got "
+            f"{len(prompts)} prompts with {', '.join(map(str, sorted(counts)))} questions"
+        )
+    parts = [split(prompt, protocol, hold_back) for prompt in prompts]
+    rows = [context for context, _ in parts]
+    reader, measured = _compress(model, make_cache, prompts, rows, must_keep_at_most, first)
+    ask = _converse if protocol == MULTI_TURN else _request
+    answers, last = ask(reader, prompts, [question for _, question in parts], stops)
+    return answers, _with_fetches(measured, last)
+
+
+def _converse(
+    reader: Reader, prompts: Sequence[Prompt], begun: list[tuple[int, ...]], stops: frozenset[int]
+) -> tuple[list[list[list[int]]], Reader]:
+    """The answers of one conversation."""
+    (prompt,), (asked,) = prompts, begun
+    (said,), unread = _decode(reader, [asked], [prompt.max_new_tokens], stops)
+    answers = [said]
+    for turn in prompt.more:
+        (said,), unread = _decode(reader, [(*unread[0], *turn.following)], [turn.max_new_tokens], stops)
+        answers.append(said)
+    return [answers], reader
+
+
+def _request(
+    reader: Reader, prompts: Sequence[Prompt], begun: list[tuple[int, ...]], stops: frozenset[int]
+) -> tuple[list[list[list[int]]], Reader]:
+    """The answers to each question alone, and the reader that was asked last."""
+    rounds = [(begun, [prompt.max_new_tokens for prompt in prompts])]
+    for turns in zip(*(prompt.more for prompt in prompts), strict=True):
+        rounds.append(([turn.alone for turn in turns], [turn.max_new_tokens for turn in turns]))
+    found = []
+    for number, (asked, limits) in enumerate(rounds, 1):
+        fork = reader if number == len(rounds) else reader.fork()
+        found.append(_decode(fork, asked, limits, stops)[0])
+    return [list(answers) for answers in zip(*found, strict=True)], reader
+
+
+def _compress(
+    model: PreTrainedModel,
+    make_cache: MakeCache,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Sequence[int]],
+    must_keep_at_most: int | None,
+    first: Callable[[Reader], None] | None,
+) -> tuple[Reader, Measured]:
+    """Reads what comes before compression, and proves it."""
     reader = Reader(model, make_cache())
     if first is None:
-        reader.read([context for context, _ in parts])
+        reader.read(rows)
     else:
         first(reader)
     measured = reader.measure()
     if must_keep_at_most is not None:
         prove_compression(measured, must_keep_at_most)
+    spans = kept_by_span(reader.cache, [prompt.spans for prompt in prompts], [len(row) for row in rows])
+    return reader, dataclasses.replace(measured, kept_by_span=spans)
 
-    answers: list[list[int]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
-    logits = reader.read([last for _, last in parts])
+
+def _decode(
+    reader: Reader, rows: Sequence[Sequence[int]], limits: Sequence[int], stops: frozenset[int]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Greedy answers after these tokens, up to a stop token or a limit each, and the tokens of them that the cache has
+    not read if it is a single row."""
+    answers: list[list[int]] = [[] for _ in rows]
+    unread: list[list[int]] = [[] for _ in rows]
+    stopped = [False] * len(rows)
+    logits = reader.read(rows)
     while True:
         chosen = logits[:, -1].argmax(-1).tolist()
         for row, token in enumerate(chosen):
             stopped[row] = stopped[row] or token in stops
             if not stopped[row]:
                 answers[row].append(token)
-                stopped[row] = len(answers[row]) >= prompts[row].max_new_tokens
+                stopped[row] = len(answers[row]) >= limits[row]
+                unread[row] = [token] if stopped[row] else []
         if all(stopped):
-            fetched = reader.cache.memory().fetched_per_forward / len(prompts)
-            return answers, dataclasses.replace(measured, fetched_bytes=fetched)
+            return answers, unread
         logits = reader.read([[token] for token in chosen])
+
+
+def _with_fetches(measured: Measured, reader: Reader) -> Measured:
+    """With what was moved to the device since."""
+    fetched = reader.cache.memory().fetched_per_forward / measured.sequences
+    return dataclasses.replace(measured, fetched_bytes=fetched)
 
 
 def prove_compression(measured: Measured, budget: int) -> None:

@@ -5,10 +5,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvcompress.evals.sweep.first_forward import FirstForward
-from kvcompress.evals.sweep.points import Point, Settings, make_points
-from kvcompress.evals.sweep.protocol import AWARE, Measured, Reader, answer, split
+from kvcompress.evals.sweep.points import Point, Settings, make_points, one_question_only
+from kvcompress.evals.sweep.protocol import (
+    AWARE,
+    MULTI_TURN,
+    SEVERAL,
+    Measured,
+    Reader,
+    answer,
+    answer_several,
+    split,
+)
+from kvcompress.evals.sweep.recipes.documents import documents_file, documents_hash
 from kvcompress.evals.sweep.rows import held, mean_of, standard_error
-from kvcompress.evals.sweep.samples import RECIPES, Prompt, Sample, Tokenizer, make_prompt, make_samples, score
+from kvcompress.evals.sweep.samples import RECIPES, Prompt, Sample, Tokenizer, make_prompt, make_samples, score_answer
 from kvcompress.evals.sweep.task import PartedTask, Subject
 
 # how many bytes a first forward may take for the caches that share it
@@ -23,12 +33,16 @@ class SyntheticTask(PartedTask):
         self.settings = settings
 
     def points(self) -> list[Point]:
+        if RECIPES[self.name].reads_documents:
+            documents_file(self.name, self.settings.documents)
+        if not RECIPES[self.name].asks_several:
+            one_question_only(self.name, self.settings.protocols)
         return make_points(self.name, self.settings.lengths, self.settings.protocols, self.settings)
 
     def check(self, tokenizer: Tokenizer) -> None:
         for length in dict.fromkeys(self.settings.lengths):
-            prompt = make_prompt(tokenizer, self.samples(tokenizer, length, 1)[0])
             for protocol in self.settings.protocols:
+                prompt = make_prompt(tokenizer, self.samples(tokenizer, length, 1, self._questions(protocol))[0])
                 split(prompt, protocol, self.settings.hold_back)
 
     def cost(self, point: Point) -> int:
@@ -36,60 +50,97 @@ class SyntheticTask(PartedTask):
 
     def facts(self, point: Point) -> dict[str, Any]:
         settings = self.settings
-        held_back = {"hold_back": settings.hold_back} if point.protocol == AWARE else {}
+        held_back = {"hold_back": settings.hold_back} if point.protocol in (AWARE, MULTI_TURN) else {}
+        turns = {"turns": settings.turns} if point.protocol in SEVERAL else {}
         text = {"text": settings.text_hash} if RECIPES[self.name].reads_text else {}
-        return {"samples": settings.samples, **held_back, **text}
+        documents = (
+            {"documents": documents_hash(self.name, settings.documents)} if RECIPES[self.name].reads_documents else {}
+        )
+        return {"samples": settings.samples, **held_back, **turns, **text, **documents}
 
-    def samples(self, tokenizer: Tokenizer, length: int, count: int | None = None) -> list[Sample]:
+    def samples(self, tokenizer: Tokenizer, length: int, count: int | None = None, questions: int = 1) -> list[Sample]:
         """The samples of a length, all of them or `count`."""
         settings = self.settings
         return make_samples(
-            self.name, tokenizer, length, count or settings.samples, seed=settings.seed, text=settings.text
+            self.name,
+            tokenizer,
+            length,
+            count or settings.samples,
+            seed=settings.seed,
+            text=settings.text,
+            questions=questions,
+            documents=settings.documents,
         )
 
+    def _questions(self, protocol: str) -> int:
+        return self.settings.turns if protocol in SEVERAL else 1
+
+    def _batch(self, point: Point) -> int:
+        return 1 if point.protocol == MULTI_TURN else self.settings.batch
+
     def parts(self, point: Point) -> int:
-        return math.ceil(self.settings.samples / self.settings.batch)
+        return math.ceil(self.settings.samples / self._batch(point))
 
     def measure_part(self, point: Point, subject: Subject, part: int) -> dict[str, Any]:
-        _, prompts, chosen = self._part(point, subject, part)
+        samples, prompts, chosen = self._part(point, subject, part)
         asked = [prompts[index] for index in chosen]
         budget = self._budget(point, prompts)
-        found, measured = answer(
-            subject.model,
-            lambda: subject.build(point.method, subject.model, budget),
+        found, measured = self._ask(
+            point,
+            subject,
+            [samples[index] for index in chosen],
             asked,
-            point.protocol,
+            make_cache=lambda: subject.build(point.method, subject.model, budget),
             hold_back=self.settings.hold_back,
-            stops=subject.stops,
             must_keep_at_most=must_keep(budget, min(len(prompt.context) for prompt in asked)),
             first=self._first_forward(point, subject, asked),
         )
         return {"answers": found, "measured": measured.facts()}
 
     def join(self, point: Point, parts: Sequence[dict[str, Any]], subject: Subject) -> dict[str, Any]:
-        answers: dict[int, list[int]] = {}
+        answers: dict[int, Any] = {}
         for number, part in enumerate(parts):
             samples, prompts, chosen = self._part(point, subject, number)
             answers.update(zip(chosen, part["answers"], strict=True))
-        told = [samples[index] for index in sorted(answers)]
-        scores, said = score_answers(subject.tokenizer, told, [answers[index] for index in sorted(answers)])
+        in_order = sorted(answers)
+        scores, said = self._scores(
+            point, subject.tokenizer, [samples[index] for index in in_order], [answers[index] for index in in_order]
+        )
         measured = [Measured(**part["measured"]) for part in parts]
-        return scores | held(measured, self._budget(point, prompts)) | said | {"samples": len(answers)}
+        memory = held(measured, self._budget(point, prompts)) | kept(measured)
+        return scores | memory | said | {"samples": len(answers)}
+
+    def _ask(
+        self, point: Point, subject: Subject, samples: Sequence[Sample], prompts: Sequence[Prompt], **how: Any
+    ) -> tuple[list[Any], Measured]:
+        """What the model answers to each of these prompts, and what the cache held. how: as `answer` takes it."""
+        ask: Callable[..., tuple[list[Any], Measured]] = answer_several if point.protocol in SEVERAL else answer
+        return ask(subject.model, prompts=prompts, protocol=point.protocol, stops=subject.stops, **how)
+
+    def _scores(
+        self, point: Point, tokenizer: Tokenizer, samples: Sequence[Sample], answers: Sequence[Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A row's fields about these answers: their score, and what was said."""
+        if point.protocol not in SEVERAL:
+            return score_answers(tokenizer, samples, answers)
+        # the first answer of a conversation is that of question-aware
+        return score_turns(tokenizer, samples, answers, slice(1 if point.protocol == MULTI_TURN else 0, None))
 
     def _part(self, point: Point, subject: Subject, part: int) -> tuple[list[Sample], list[Prompt], list[int]]:
         """All samples and prompts of the point's length, and which of them are in a part."""
+        questions, batch = self._questions(point.protocol), self._batch(point)
 
         def prepare() -> tuple[list[Sample], list[Prompt]]:
-            made = self.samples(subject.tokenizer, point.context)
+            made = self.samples(subject.tokenizer, point.context, questions=questions)
             return made, [make_prompt(subject.tokenizer, sample) for sample in made]
 
-        samples, prompts = subject.share("prompts", (self.name, point.length), prepare)
+        samples, prompts = subject.share("prompts", (self.name, point.length, questions), prepare)
         # sequences of similar length need the least padding
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].context))
-        return samples, prompts, order[part * self.settings.batch :][: self.settings.batch]
+        return samples, prompts, order[part * batch :][:batch]
 
     def _budget(self, point: Point, prompts: Sequence[Prompt]) -> int | None:
-        return point.budget_tokens(max(len(p.context) + len(p.question) + p.max_new_tokens for p in prompts))
+        return point.budget_tokens(max(prompt.tokens for prompt in prompts))
 
     def _first_forward(self, point: Point, subject: Subject, prompts: Sequence[Prompt]) -> Callable[[Reader], None]:
         """The first forward of these prompts, which most caches share: the model runs it once for all."""
@@ -111,18 +162,50 @@ def must_keep(budget: int | None, tokens: int) -> int | None:
     return budget if budget is not None and budget < tokens else None
 
 
+def kept(measured: Sequence[Measured]) -> dict[str, Any]:
+    """A row's field about the parts of the prompts that were kept."""
+    shares = Measured.mean(measured).kept_by_span
+    return {"kept_by_span": shares and {name: round(share, 5) for name, share in shares.items()}}
+
+
 def score_answers(
     tokenizer: Tokenizer, samples: Sequence[Sample], answers: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A row's fields about the answers to samples: their score, and the answers themselves."""
-    predictions = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
-    scores = [score(sample, said) for sample, said in zip(samples, predictions, strict=True)]
+    one_each = [[tokens] for tokens in answers]
+    scores, said = score_turns(tokenizer, samples, one_each, slice(None))
+    del scores["turn_scores"]
+    for name in ("answers", "predictions"):
+        said[name] = [first for (first,) in said[name]]
+    return scores, said
+
+
+def score_turns(
+    tokenizer: Tokenizer, samples: Sequence[Sample], answers: Sequence[Sequence[Sequence[int]]], counted: slice
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row's fields about the answers to each sample's questions.
+
+    Args:
+        counted: which questions make the score; `turn_scores` has them all.
+    """
+    predictions = [[tokenizer.decode(tokens, skip_special_tokens=True) for tokens in each] for each in answers]
+    found = [
+        [score_answer(question, said) for question, said in zip(sample.questions, each, strict=True)]
+        for sample, each in zip(samples, predictions, strict=True)
+    ]
+    scores = [mean_of(each[counted]) for each in found]
+    by_turn = [mean_of(turn) for turn in zip(*found, strict=True)]
     return (
-        {"metric": "answers found", "score": mean_of(scores), "stderr": standard_error(scores)},
+        {
+            "metric": "answers found",
+            "score": mean_of(scores),
+            "stderr": standard_error(scores),
+            "turn_scores": by_turn,
+        },
         {
             "scores": scores,
             "depths": [round(sample.depth, 3) for sample in samples],
-            "answers": [list(sample.answers) for sample in samples],
+            "answers": [[list(question.answers) for question in sample.questions] for sample in samples],
             "predictions": predictions,
         },
     )

@@ -53,14 +53,16 @@ def sweep(
     model: ModelOption = None,
     methods: Annotated[str, f"Comma-separated, with settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."] = USUAL,
     budgets: Annotated[str, "Fractions of the length (0.2), or tokens (512)."] = _BUDGETS,
-    tasks: Annotated[str, "Comma-separated; other names are tasks of lm-eval."] = _TASKS,
+    tasks: Annotated[str, "Comma-separated; ruler is all of RULER; other names are tasks of lm-eval."] = _TASKS,
     lengths: Annotated[str, "Context lengths in tokens."] = "1024",
     samples: Annotated[int, "Prompts, or windows of text, per point."] = 50,
     precision: Annotated[
         float | None, "Fewer samples, once half of each score's 95 % interval is at most this: 0.1."
     ] = None,
     minutes: Annotated[float | None, "Begin nothing after so many; the same command goes on later."] = None,
-    protocols: Annotated[str, "By commas."] = "question-agnostic,question-aware",
+    protocols: Annotated[
+        str, "By commas; multi-turn and multi-request ask several questions of each context."
+    ] = "question-agnostic,question-aware",
     out: Annotated[Path, "Folder for rows, table, plot and page."] = Path("sweep"),
     quick: Annotated[bool, "About ten minutes on two cores; other options still apply."] = False,
     fresh: Annotated[bool, "Measure again what the folder already has."] = False,
@@ -77,6 +79,10 @@ def sweep(
         str | None,
         "lm-eval's tasks, question-agnostic: how a question begins, such as Question:; else the last example.",
     ] = None,
+    documents: Annotated[
+        str | None, "RULER's qa_1 and qa_2: a file of SQuAD, HotpotQA or JSON lines, or a folder of them."
+    ] = None,
+    turns: Annotated[int, "Questions of a context in multi-turn and multi-request."] = 5,
     dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
 ) -> int:

@@ -94,6 +94,12 @@ def test_a_peer_that_left_samples_out_is_refused(sweep, prompts, tmp_path):
         read_rows(sweep, path)
 
 
+def test_a_peer_is_asked_one_question_of_a_context(model, tokenizer, tmp_path):
+    asked = Settings(("none",), (1.0,), ("kv",), (700,), 1, ("multi-request",))
+    with pytest.raises(ValueError, match="multi-request asks several questions .* the task kv of a peer has only one"):
+        write_prompts(Sweep(asked, make_tasks(asked), model, tokenizer, tmp_path), tmp_path)
+
+
 def test_answers_to_other_prompts_are_refused(sweep, prompts, tmp_path):
     prompts[0]["id"] = "passkey/900/question-agnostic/0"
     with pytest.raises(ValueError, match=r"answers 1 of the 2|1 answers .* to no prompt"):

@@ -82,6 +82,20 @@ def test_it_works_in_a_sweep(spec, model, tokenizer, data, out):
         assert rows["text", method]["kl"] < 1e-6
 
 
+# docs: Each question is asked of a copy of the cache
+@pytest.mark.filterwarnings("ignore:AcrossKVCache on")
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith("swiftkv")])
+def test_a_copy_of_it_answers_each_of_several_questions(spec, model, tokenizer, tmp_path):
+    if not baselines.installed(spec.partition(":")[0]):
+        pytest.skip(f"{spec} is not installed")
+    settings = Settings((spec,), (0.5,), ("kv",), (600,), 2, protocols=("multi-request",), batch=2, turns=2)
+    work = Sweep(settings, make_tasks(settings), model, tokenizer, tmp_path)
+    full, row = work.measure(work.points[0]), work.measure(work.points[spec != "none"])
+    assert len(row["turn_scores"]) == 2
+    if spec in EXACT:
+        assert row["predictions"] == full["predictions"]
+
+
 def test_swiftkv_is_refused_for_a_model_that_was_not_converted(model):
     settings = Settings(("swiftkv",), (0.5,), ("passkey",), (600,), 1)
     with pytest.raises(ValueError, match=r"swiftkv: SwiftKVCache supports converted models, got LlamaForCausalLM"):

@@ -146,7 +146,7 @@ def test_padding_is_kept_from_the_budget_and_the_positions(model):
     [
         ("question-aware", 0, "hold_back must be at least 1 token, or the first answer token would come from"),
         ("question-aware", 10, "at most the question's 9; got 10"),
-        ("aware", 1, "protocol must be one of question-agnostic, question-aware, got 'aware'"),
+        ("aware", 1, "protocol must be one of question-agnostic, question-aware, multi-turn, multi-request, got"),
     ],
 )
 def test_mistakes_are_named(protocol, hold_back, message):

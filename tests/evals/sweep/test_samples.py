@@ -1,11 +1,26 @@
+import hashlib
+
 import pytest
 
-from kvcompress.evals.sweep.samples import RECIPES, make_prompt, make_samples, prose, read_text, score
+from kvcompress.evals.sweep.recipes import needles
+from kvcompress.evals.sweep.samples import make_prompt, make_samples, prose, read_text, score
 
 LENGTH = 1500
+OWN = tuple(needles.RECIPES)
+# of samples that recorded rows were measured on
+KNOWN = {
+    "needle": "e4283eaaf68ec7c5",
+    "needle_sentences": "0f4d60fe7634be52",
+    "needle_essay": "ef66b10bbf900708",
+    "multikey": "b42b37a813c938f4",
+    "multivalue": "1b5fe38f26c0049e",
+    "kv": "a5fdea560061c005",
+    "variables": "a39d175fdfc51c5b",
+    "passkey": "1434d66071e8b5f4",
+}
 
 
-@pytest.mark.parametrize("task", RECIPES)
+@pytest.mark.parametrize("task", OWN)
 def test_a_sample_depends_on_its_seed_alone(task, tokenizer):
     first = make_samples(task, tokenizer, LENGTH, 3, seed=1)
     assert first == make_samples(task, tokenizer, LENGTH, 3, seed=1)
@@ -15,7 +30,7 @@ def test_a_sample_depends_on_its_seed_alone(task, tokenizer):
 
 
 @pytest.mark.parametrize("length", [1500, 4000])
-@pytest.mark.parametrize("task", RECIPES)
+@pytest.mark.parametrize("task", OWN)
 def test_contexts_fill_the_length_and_never_exceed_it(task, length, tokenizer):
     for sample in make_samples(task, tokenizer, length, 4):
         tokens = len(make_prompt(tokenizer, sample).context)
@@ -23,7 +38,7 @@ def test_contexts_fill_the_length_and_never_exceed_it(task, length, tokenizer):
         assert length - 450 < tokens <= length
 
 
-@pytest.mark.parametrize("task", RECIPES)
+@pytest.mark.parametrize("task", OWN)
 def test_every_answer_is_in_the_context_and_not_in_the_question(task, tokenizer):
     for sample in make_samples(task, tokenizer, LENGTH, 4):
         assert all(answer in sample.context for answer in sample.answers)
@@ -37,6 +52,17 @@ def test_single_answers_stand_at_depths_spread_evenly(task, tokenizer):
         assert sample.depth == pytest.approx((index + 0.5) / 5, abs=0.1)
         (answer,) = sample.answers
         assert sample.context.index(answer) / len(sample.context) == pytest.approx(sample.depth, abs=0.06)
+
+
+@pytest.mark.parametrize("task", KNOWN)
+def test_samples_are_those_that_results_on_disk_were_measured_on(task, tokenizer, tmp_path):
+    essay = tmp_path / "essay.txt"
+    essay.write_text(
+        " ".join(f"The {n} of them went home in the evening." for n in ["first", "second", "third", "fourth", "fifth"])
+    )
+    made = make_samples(task, tokenizer, LENGTH, 3, seed=7, text=essay)
+    facts = [(s.context, s.question, s.answer_prefix, s.answers, s.max_new_tokens, s.depth) for s in made]
+    assert hashlib.sha256(repr(facts).encode()).hexdigest()[:16] == KNOWN[task]
 
 
 def test_multikey_hides_other_numbers_that_are_no_answer(tokenizer):
