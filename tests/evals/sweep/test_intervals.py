@@ -8,6 +8,7 @@ from kvcompress.evals.sweep.intervals import difference, estimate, mean, per_sam
 from tests.evals.sweep.reported import row, scored
 
 
+# docs: so twelve needles found of twelve are 0.76 to 1.00
 def test_scores_of_0_and_1_get_wilsons_interval():
     found = estimate(scored([1.0] * 9 + [0.0]))
     # the textbook formula
@@ -16,6 +17,7 @@ def test_scores_of_0_and_1_get_wilsons_interval():
     reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / 4 / count**2)
     assert (found.low, found.high) == pytest.approx((middle - reach, middle + reach))
     # all right is not beyond doubt
+    assert estimate(scored([1.0] * 12)).low == pytest.approx(0.76, abs=0.005)
     assert estimate(scored([1.0] * 4)).low == pytest.approx(4 / (4 + z**2))
     assert estimate(scored([1.0] * 4)).high == pytest.approx(1.0)
 
@@ -28,6 +30,7 @@ def test_other_scores_are_bootstrapped_the_same_every_time():
     assert estimate(scored(scores)) == found
 
 
+# docs: Rows of older sweeps, which have no scores of single samples, get ± 1.96 standard errors
 @pytest.mark.parametrize("scores", [None, [], ["a"], [0.0, 1.0]])
 def test_without_scores_of_which_it_is_the_mean_a_score_has_what_its_error_gives(scores):
     old = row(score=0.7, stderr=0.1, scores=scores)
@@ -47,6 +50,7 @@ def test_other_figures_than_the_score_have_no_samples():
     assert found.low == pytest.approx(0.5 - 0.196, abs=1e-4)
 
 
+# docs: Methods that read the same prompts are compared prompt by prompt
 def test_methods_of_the_same_prompts_are_compared_prompt_by_prompt():
     one, other = [0.1, 0.5, 0.9, 0.3, 0.7], [0.2, 0.6, 0.95, 0.4, 0.8]
     found = difference(scored(other), [(1.0, scored(one))])

@@ -21,7 +21,8 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-# docs: `kvcompress report results --leaderboard board` writes a folder for each method and budget
+# docs: of a sweep with RULER's tasks, `--leaderboard` writes a folder for each method and budget
+# docs: Each has `predictions.csv`, `metrics.json` and `config.yaml`
 def test_a_folder_for_each_method_and_budget(tmp_path):
     made = [ruler(), ruler("qa_1"), ruler(budget=0.5), ruler(method="gear:bits=2", budget=None)]
     made += [ruler(protocol="question-agnostic"), row(task="needle")]
@@ -43,6 +44,7 @@ def test_a_folder_for_each_method_and_budget(tmp_path):
     assert {line["compression_ratio"] for line in lines} == {"0.75"}
 
 
+# docs: the bytes that were measured are in `config.yaml`, as is which of the 13 tasks did not run
 def test_the_config_says_what_ran_and_what_it_held(tmp_path):
     (place,) = write_leaderboard([ruler(size=1000)], tmp_path)
     config = yaml.safe_load((place / "config.yaml").read_text())
@@ -54,6 +56,7 @@ def test_the_config_says_what_ran_and_what_it_held(tmp_path):
     assert config["tasks_not_run"] == list(TASKS[1:])
 
 
+# docs: `compression_ratio` is nominal there
 @pytest.mark.parametrize(("budget", "ratio"), [(1024, 0.75), (0.125, 0.875), (1.0, 0.0), (None, 0.75), (8192, 0.0)])
 def test_the_ratio_is_what_was_to_be_dropped_or_else_the_bytes_saved(budget, ratio, tmp_path):
     (place,) = write_leaderboard([ruler(budget=budget, size=1000)], tmp_path)

@@ -65,6 +65,7 @@ def test_the_page_needs_nothing_beside_it(page, tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 6e6
 
 
+# docs: A mean is taken over the tasks that every method of a protocol and length has
 def test_the_summary_has_a_line_for_each_method_and_budget(page):
     made = [scored([1.0, 1.0, 0.0, 0.0], method, 0.5, task=task) for method in ("h2o", "tova") for task in "ab"]
     (table,) = cells(page([*made, scored([1.0] * 4, "none", None, task="a")]), "summary")
@@ -80,6 +81,7 @@ def test_the_summary_has_a_line_for_each_method_and_budget(page):
     assert "512 tokens: no mean, a are left out: not measured with tova." in page(alone)
 
 
+# docs: in a table `≈` marks what is not told apart from the best of its budget
 def test_a_score_says_its_interval_bytes_and_what_it_is_not_told_apart_from(page):
     made = [scored([1.0] * 12, "none", None, size=4000), scored([1.0] * 11 + [0.0], "h2o", size=2000)]
     made += [scored([1.0] * 12, "tova", size=2000), scored([0.0] * 12, "knorm", size=2000)]
@@ -95,6 +97,7 @@ def test_a_score_says_its_interval_bytes_and_what_it_is_not_told_apart_from(page
     assert tie[2:] == ["tova (1.00)", "h2o (1 of 2)", "h2o, tova (2 of 3)"]
 
 
+# docs: A point that failed is listed with its error
 def test_failures_and_what_others_wrote_are_escaped(page):
     text = page([*rows(), row("knorm", 0.5) | FAILED, row("a</script><b>", 0.5)])
     assert "RuntimeError: &lt;no&gt; luck" in text
@@ -104,6 +107,7 @@ def test_failures_and_what_others_wrote_are_escaped(page):
     assert figures(text)
 
 
+# docs: the page shows scores turn by turn, and what is kept of each span
 def test_turns_and_spans_are_shown_where_rows_have_them(page):
     turns = {"turn_scores": [1.0, 0.5], "kept_by_span": {"system": 1.0, "document": 0.25}}
     text = page([row(**turns), row("tova", turn_scores=[1.0, 0.5, 0.25]), row("knorm")])
@@ -244,6 +248,7 @@ addEventListener("load", () => {
 """
 
 
+# docs: Tables sort by a click on a column's head
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium: apt-get install chromium")
 def test_in_a_browser_the_plot_is_drawn_and_tables_sort(tmp_path):

@@ -14,6 +14,7 @@ def both(scores, kls, **more):
     return [*texts, *tasks]
 
 
+# docs: order methods as a task does, by Spearman's rank correlation
 def test_a_text_that_orders_methods_as_a_task_does_predicts_it():
     (found,) = make_predictions(both([0.9, 0.7, 0.4, 0.1], [0.01, 0.02, 0.5, 3.0]))
     assert (found.text, found.task, found.protocol) == ("text, 512 tokens", "needle, 512 tokens", "question-aware")
