@@ -289,7 +289,7 @@ def test_the_wheel_built_from_the_sdist_holds_every_module(built):
         (record,) = [name for name in held if name.endswith("dist-info/METADATA")]
         said = archive.read(record).decode()
     assert {name for name in held if name.endswith(".py")} == set(PACKAGED)
-    assert "kvcompress/py.typed" in held
+    assert {"kvcompress/py.typed", "kvcompress/evals/sweep/page.html"} <= held
     assert any(name.endswith("licenses/LICENSE") for name in held)
     assert "Requires-Dist: typer" in said
     with tarfile.open(sdist) as archive:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from kvcompress.evals.sweep.sweep import Sweep
     from kvcompress.evals.sweep.task import Task
 
+# what makes tables, plot and page, beside torch's own
+_OF_REPORTS = ("matplotlib", "plotly", "scipy", "jinja2")
 _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
 _TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
 # what --quick sets, unless the user does
@@ -91,7 +93,7 @@ def sweep(
     Finished points are kept in the folder and not repeated; a point that fails is reported, and the others continue.
     Several processes share the points of a folder: accelerate launch -m kvcompress sweep ...
     """
-    check_extra("eval", "matplotlib")
+    check_extra("eval", *_OF_REPORTS)
     from kvcompress.evals.sweep.points import Settings
     from kvcompress.evals.tasks import make_tasks
     from kvcompress.registry import expanded
@@ -117,15 +119,22 @@ def sweep(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Of sweeps.")],
     out: Annotated[Path, "Folder for table, plot and page."] = Path("report"),
+    leaderboard: Annotated[Path | None, "Folder for RULER's tasks as kvpress's leaderboard takes them."] = None,
 ) -> int:
     """Put the rows of several sweeps into one table, plot and page."""
-    check_extra("eval", "matplotlib")
+    check_extra("eval", *_OF_REPORTS)
     from kvcompress.evals.sweep import report as reports
+    from kvcompress.evals.sweep.leaderboard import write_leaderboard
 
     with user_errors():
         rows = reports.collect(folders)
     check_folder(out)
-    return show(rows, reports.write_all(rows, out))
+    if leaderboard is None:
+        return show(rows, reports.write_all(rows, out))
+    check_folder(leaderboard)
+    with user_errors():
+        runs = write_leaderboard(reports.read(folders), leaderboard)
+    return show(rows, [*reports.write_all(rows, out), *runs])
 
 
 def evaluate(
@@ -277,6 +286,7 @@ def _run(work: "Sweep") -> "list[Row]":
 
 
 def show(rows: "list[Row]", paths: list[Path]) -> int:
+    """Prints tables, ties, paths and failures; returns 1 if a row failed."""
     from rich.table import Table
 
     from kvcompress.evals.sweep import report
@@ -289,9 +299,11 @@ def show(rows: "list[Row]", paths: list[Path]) -> int:
         for line in table.lines:
             shown.add_row(*line)
         show_table(shown)
+    for tie in report.make_ties(rows):
+        print(tie)
     for path in paths:
         print(path)
     failed = [row for row in rows if row["status"] != "ok"]
     for row in failed:
-        print(f"kvcompress: failed: {report.describe(row)}: {row['error'].splitlines()[0]}", file=sys.stderr)
+        print(f"kvcompress: failed: {report.describe(row)}: {report.reason(row)}", file=sys.stderr)
     return 1 if failed else 0

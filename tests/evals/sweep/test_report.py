@@ -4,55 +4,7 @@ import json
 import pytest
 
 from kvcompress.evals.sweep import report
-
-
-def row(method="h2o", budget=0.5, score=0.5, size=1000, task="needle", protocol="question-aware", **more):
-    return {
-        "key": f"{task}{protocol}{method}{budget}",
-        "status": "ok",
-        "task": task,
-        "length": 512,
-        "protocol": protocol,
-        "method": method,
-        "budget": budget,
-        "metric": "answers found",
-        "score": score,
-        "stderr": 0.1,
-        "bytes": size * 1024,
-        "full_bytes": 4000 * 1024,
-        "samples": 4,
-        "seed": 0,
-        "model": "tiny",
-        "dtype": "float32",
-        "device": "cpu",
-        "seconds": 1.0,
-        "provenance": {
-            "time": "2020-01-01",
-            "command": "kvcompress sweep <b>",
-            "commit": "abc",
-            "machine": "m",
-            "threads": 1,
-            "python": "3",
-            "versions": {"torch": "2"},
-        },
-    } | more
-
-
-def rows():
-    made = []
-    for protocol in ("question-aware", "question-agnostic"):
-        made += [
-            row("none", None, 1.0, 4000, protocol=protocol),
-            row("h2o", 0.5, 0.75, 2000, protocol=protocol),
-            row("h2o", 0.2, 0.25, 800, protocol=protocol),
-            row("streaming", 0.5, 0.5, 1990, protocol=protocol),
-            row("streaming", 0.2, 0.0, 790, protocol=protocol),
-        ]
-    text = {"task": "text", "protocol": "continuation", "kl_stderr": 0.01}
-    return [*made, row("none", None, 1.0, 4000, kl=0.0, **text), row("h2o", 0.5, 0.9, 2000, kl=0.1, **text)]
-
-
-FAILED = {"status": "failed", "error": "RuntimeError: <no> luck\nmore"}
+from tests.evals.sweep.reported import FAILED, row, rows
 
 
 def test_protocols_are_plotted_apart_and_text_has_its_kl():
@@ -84,13 +36,6 @@ def test_failed_rows_are_in_no_plot_but_in_table_and_page(tmp_path):
     with paths[0].open() as file:
         assert [line["status"] for line in csv.DictReader(file)].count("failed") == 1
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_the_page_needs_nothing_beside_it(tmp_path):
-    *_, page = report.write_all(rows(), tmp_path)
-    text = page.read_text()
-    assert 'src="data:image/png;base64,' in text
-    assert "http" not in text
 
 
 def test_where_everything_failed_there_is_a_page_and_no_plot(tmp_path):

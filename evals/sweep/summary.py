@@ -1,0 +1,70 @@
+"""Means over tasks: one figure and one share of bytes for each method and budget, by protocol and length.
+
+A mean is taken only over tasks that every method of the protocol and length has, so that all have sat the same exams.
+Tasks whose scores are no shares from 0 to 1, or where less is better, stay out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, mean
+from kvcompress.evals.sweep.panels import one_each, rank, share
+from kvcompress.evals.sweep.rows import mean_of
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at a budget: its mean over tasks, and its bytes over those of the full cache."""
+
+    score: Estimate
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Means:
+    """One protocol and length.
+
+    tasks: those of the means. left_out: other tasks, with what kept them out. entries: by method and budget; one that
+    failed at a task has none.
+    """
+
+    protocol: str
+    length: int | None
+    tasks: tuple[str, ...]
+    left_out: dict[str, str]
+    entries: dict[tuple[str, int | float | None], Entry]
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.protocol if self.length is None else f"{self.protocol}, {self.length} tokens"
+
+
+def make_means(rows: Sequence[Row]) -> list[Means]:
+    """The means of every protocol and length; without entries where no task was measured with all methods."""
+    groups: dict[tuple[str, int | None], list[Row]] = {}
+    for row in one_each(rows):
+        if row["status"] == "ok":
+            groups.setdefault((row["protocol"], row["length"]), []).append(row)
+    return [_means(protocol, length, members) for (protocol, length), members in groups.items()]
+
+
+def _means(protocol: str, length: int | None, rows: Sequence[Row]) -> Means:
+    methods = sorted({row["method"] for row in rows}, key=rank)
+    tasks, left_out = [], {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        lacking = [method for method in methods if method not in {row["method"] for row in own}]
+        if not all(row.get("higher_is_better", True) and 0.0 <= row["score"] <= 1.0 for row in own):
+            left_out[task] = "its scores are no shares"
+        elif lacking:
+            left_out[task] = f"not measured with {', '.join(lacking)}"
+        else:
+            tasks.append(task)
+    entries = {}
+    for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["budget"]) == (method, budget) and row["task"] in tasks]
+        if tasks and len({row["task"] for row in own}) == len(tasks):
+            shares = [one for row in own if (one := share(row)) is not None]
+            entries[method, budget] = Entry(mean([estimate(row) for row in own]), mean_of(shares) if shares else None)
+    return Means(protocol, length, tuple(tasks), left_out, entries)

@@ -1,0 +1,117 @@
+import math
+
+import numpy
+import pytest
+from scipy import stats
+
+from kvcompress.evals.sweep.intervals import difference, estimate, mean, per_sample, same_prompts
+from tests.evals.sweep.reported import row, scored
+
+
+# docs: so twelve needles found of twelve are 0.76 to 1.00
+def test_scores_of_0_and_1_get_wilsons_interval():
+    found = estimate(scored([1.0] * 9 + [0.0]))
+    # the textbook formula
+    share, count, z = 0.9, 10, 1.959963984540054
+    middle = (share + z**2 / 2 / count) / (1 + z**2 / count)
+    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / 4 / count**2)
+    assert (found.low, found.high) == pytest.approx((middle - reach, middle + reach))
+    # all right is not beyond doubt
+    assert estimate(scored([1.0] * 12)).low == pytest.approx(0.76, abs=0.005)
+    assert estimate(scored([1.0] * 4)).low == pytest.approx(4 / (4 + z**2))
+    assert estimate(scored([1.0] * 4)).high == pytest.approx(1.0)
+
+
+def test_other_scores_are_bootstrapped_the_same_every_time():
+    scores = [0.2, 0.25, 0.5, 0.75, 0.4, 0.9, 0.35, 0.6]
+    found = estimate(scored(scores))
+    draws = numpy.random.default_rng(5).choice(scores, (20000, len(scores))).mean(1)
+    assert (found.low, found.high) == pytest.approx(tuple(numpy.quantile(draws, [0.025, 0.975])), abs=0.01)
+    assert estimate(scored(scores)) == found
+
+
+# docs: Rows of older sweeps, which have no scores of single samples, get ± 1.96 standard errors
+@pytest.mark.parametrize("scores", [None, [], ["a"], [0.0, 1.0]])
+def test_without_scores_of_which_it_is_the_mean_a_score_has_what_its_error_gives(scores):
+    old = row(score=0.7, stderr=0.1, scores=scores)
+    assert per_sample(old) is None
+    found = estimate(old)
+    assert (found.low, found.high) == pytest.approx((0.7 - 0.196, 0.7 + 0.196), abs=1e-4)
+
+
+def test_where_nothing_is_known_of_the_error_there_is_no_interval():
+    assert estimate(row(stderr=None)).low is None
+    assert estimate(scored([0.3])).high is None
+    assert not difference(row(stderr=None), [(1.0, row(score=0.0))]).is_apart
+
+
+def test_other_figures_than_the_score_have_no_samples():
+    found = estimate(scored([0.0, 1.0], kl=0.5, kl_stderr=0.1), "kl", "kl_stderr")
+    assert found.low == pytest.approx(0.5 - 0.196, abs=1e-4)
+
+
+# docs: Methods that read the same prompts are compared prompt by prompt
+def test_methods_of_the_same_prompts_are_compared_prompt_by_prompt():
+    one, other = [0.1, 0.5, 0.9, 0.3, 0.7], [0.2, 0.6, 0.95, 0.4, 0.8]
+    found = difference(scored(other), [(1.0, scored(one))])
+    gaps = numpy.subtract(other, one)
+    assert found.paired
+    assert found.value == pytest.approx(gaps.mean())
+    assert found.stderr == pytest.approx(gaps.std(ddof=1) / math.sqrt(5))
+    interval = stats.ttest_rel(other, one).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    # 0.09 apart with scores that spread over 0.3: only the pairs tell
+    assert found.is_apart
+    apart = difference(scored(other, seed=1), [(1.0, scored(one))])
+    assert not apart.paired
+    assert not apart.is_apart
+
+
+def test_scores_of_0_and_1_need_more_than_a_few_prompts_to_be_told_apart():
+    def gap(wins, ties):
+        return difference(scored([1.0] * wins + [0.0] * ties), [(1.0, scored([0.0] * (wins + ties)))])
+
+    # all differences are equal, so a spread alone would be sure of two
+    assert gap(2, 0).stderr == 0.0
+    assert not gap(2, 0).is_apart
+    assert not gap(3, 9).is_apart
+    assert gap(8, 4).is_apart
+    # Bonett and Price with 8 wins, 0 losses, 12 prompts
+    reach = 1.959963984540054 * math.sqrt((9 / 14 + 1 / 14 - (8 / 14) ** 2) / 14)
+    assert gap(8, 4).low == pytest.approx(8 / 14 - reach)
+    assert gap(8, 4).high == pytest.approx(min(1.0, 8 / 14 + reach))
+
+
+def test_a_method_is_not_told_apart_from_itself():
+    for scores in ([1.0, 0.0, 1.0], [0.3, 0.4, 0.9]):
+        found = difference(scored(scores), [(1.0, scored(scores))])
+        assert (found.value, found.is_apart) == (0.0, False)
+
+
+def test_a_weighted_sum_is_taken_prompt_by_prompt_too():
+    own, low, high = [0.5, 0.9, 0.2], [0.1, 0.3, 0.0], [0.6, 0.8, 0.4]
+    found = difference(scored(own), [(0.25, scored(low)), (0.75, scored(high))])
+    gaps = numpy.subtract(own, numpy.multiply(low, 0.25) + numpy.multiply(high, 0.75))
+    assert found.paired
+    assert found.value == pytest.approx(gaps.mean())
+    assert found.stderr == pytest.approx(gaps.std(ddof=1) / math.sqrt(3))
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"answers": [["a"], ["c"]]}, {"model": "x"}, {"num_fewshot": 5}, {"protocol": "other"}]
+)
+def test_other_prompts_are_told(change):
+    one = scored([0.0, 1.0], answers=[["a"], ["b"]])
+    assert same_prompts(one, one | {"method": "tova", "budget": 0.1})
+    assert not same_prompts(one, one | change)
+    assert not same_prompts(one, scored([0.0, 1.0, 1.0]))
+
+
+def test_the_interval_of_a_mean_comes_from_those_of_its_parts():
+    parts = [estimate(scored([1.0] * 6)), estimate(scored([0.0, 1.0, 1.0, 0.0, 1.0, 0.0]))]
+    found = mean(parts)
+    assert found.value == pytest.approx(0.75)
+    assert found.value - found.low == pytest.approx(math.hypot(*(part.value - part.low for part in parts)) / 2)
+    assert found.high - found.value == pytest.approx(math.hypot(*(part.high - part.value for part in parts)) / 2)
+    assert mean(parts[:1]).low == pytest.approx(parts[0].low)
+    assert mean([*parts, estimate(row(stderr=None))]).low is None
