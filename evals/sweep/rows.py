@@ -150,19 +150,3 @@ def mean_of(values: Sequence[float]) -> float:
 def standard_error(values: Sequence[float]) -> float | None:
     """The standard error of the mean, from the spread of the samples; None for a single one."""
     return None if len(values) < 2 else statistics.stdev(values) / math.sqrt(len(values))
-
-
-# of a normal distribution's two-sided interval of 95 %
-_Z = 1.959964
-
-
-def half_width(scores: Sequence[float]) -> float:
-    """Half of a mean's 95 % interval: from the spread of the samples, or where all are 0 or all are 1, Wilson's."""
-    count = len(scores)
-    if count < 2:
-        return math.inf
-    error = standard_error(scores)
-    assert error is not None
-    if error == 0 and scores[0] in (0, 1):
-        return _Z**2 / (count + _Z**2) / 2
-    return _Z * error

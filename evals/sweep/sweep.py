@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from kvcompress.evals.provenance import provenance
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.claims import Claims
+from kvcompress.evals.sweep.intervals import estimate
 from kvcompress.evals.sweep.points import Point, Settings
-from kvcompress.evals.sweep.rows import Parts, Results, half_width
+from kvcompress.evals.sweep.rows import Parts, Results
 from kvcompress.evals.sweep.samples import Tokenizer
 from kvcompress.evals.sweep.task import MEASURED, BuildCache, PartedTask, Subject, Task
 
@@ -220,7 +221,7 @@ class Sweep:
         if not open_points or any(len(parts) < unit.part for parts in found):
             return False
         rows = [self._joined(point, parts[: unit.part]) for point, parts in zip(open_points, found, strict=True)]
-        return all(half_width(row["scores"]) <= self.precision for row in rows)
+        return all(_half_width(row) <= self.precision for row in rows)
 
     def _close(self, unit: Unit) -> None:
         """Gives points the rows of what was measured before this part."""
@@ -269,7 +270,7 @@ class Sweep:
             self._fail(point, error, seconds)
             return
         if len(parts) < self._count(point):
-            width = half_width(found["scores"])
+            width = _half_width(found)
             found["stopped_at"] = {"precision": width if math.isfinite(width) else None}
         self._add(point, found, seconds)
 
@@ -284,6 +285,12 @@ class Sweep:
         self.results.append(row)
         if self._on_row is not None:
             self._on_row(point, row)
+
+
+def _half_width(row: dict[str, Any]) -> float:
+    """Half of the score's 95 % interval."""
+    found = estimate(row)
+    return math.inf if found.low is None or found.high is None else (found.high - found.low) / 2
 
 
 def _checked(point: Point, found: dict[str, Any]) -> dict[str, Any]:

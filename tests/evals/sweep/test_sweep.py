@@ -11,7 +11,7 @@ from kvcompress.evals.sweep.first_forward import FirstForward
 from kvcompress.evals.sweep.points import Point, Settings, check_budgets
 from kvcompress.evals.sweep.points import make_points as points_of
 from kvcompress.evals.sweep.protocol import answer
-from kvcompress.evals.sweep.rows import Results, half_width
+from kvcompress.evals.sweep.rows import Results
 from kvcompress.evals.sweep.samples import make_prompt, make_samples
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
@@ -338,7 +338,7 @@ def sequential(sweep, **change):
 def test_points_end_early_once_they_are_known_well_enough(sweep, monkeypatch):
     # the first point is not known well enough from its first part
     widths = iter([0.5] + [0.2] * 100)
-    monkeypatch.setattr(sweeps, "half_width", lambda scores: next(widths))
+    monkeypatch.setattr(sweeps, "_half_width", lambda row: next(widths))
     built = Counting()
     rows = sequential(sweep, build=built).run()
     assert [row["samples"] for row in rows] == [8] * 7
@@ -371,14 +371,6 @@ def test_a_sweep_out_of_time_says_how_many_samples_it_has_and_goes_on_later(swee
     rows = sweep(rest, **change).run()
     assert len(rest.built) == 7
     assert without_times(rows) == without_times(whole)
-
-
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [([1.0], math.inf), ([0.0] * 16, 0.0968), ([1.0] * 50, 0.0357), ([0.0, 1.0] * 50, 0.0985), ([0.4] * 3, 0.0)],
-)
-def test_the_interval_of_a_mean(scores, expected):
-    assert half_width(scores) == pytest.approx(expected, abs=2e-4)
 
 
 class Given:
