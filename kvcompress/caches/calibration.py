@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.caches.basis import Basis, Directions, LayerBasis, check_whole
 from kvcompress.caches.dense import DenseCache
-from kvcompress.caches.profiling import rows_of
+from kvcompress.caches.profiling import rows_of_all
 from kvcompress.storage.rope import Rope
 
 # the first tokens of a text, whose keys and values are outliers among all others, and are never packed
@@ -42,7 +42,7 @@ def measure_basis(model: PreTrainedModel, texts: Sequence[Tensor], *, source: st
             applies it in its own way, or is shared by processes.
     """
     check_whole(model)
-    rows = [rows_of(text) for text in texts]
+    rows = rows_of_all(texts)
     tokens, digest = sum(text.shape[0] * max(0, text.shape[1] - SINKS) for text in rows), hashlib.sha256()
     decoder = hf.decoder_of(model)
     _, kv_heads, head_dim = hf.head_counts(hf.text_config(model))

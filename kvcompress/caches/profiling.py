@@ -56,7 +56,7 @@ def measure_profile(
             nothing to choose of some text, or all of it.
     """
     policy = KVzip() if policy is None else policy
-    rows = [rows_of(text) for text in texts]
+    rows = rows_of_all(texts)
     # numbers of NumPy and torch become Python's, which a file can hold
     given = [kept_budget(budget, policy) for budget in budgets]
     if not rows or not given:
@@ -92,6 +92,15 @@ def least_tokens(policy: Policy, budgets: Sequence[int | float]) -> int:
     """The fewest tokens of a text of which each of these budgets leaves the policy a choice, and not all."""
     least = policy.least_budget()
     return max(budget + 1 if isinstance(budget, int) else int(least / budget) + 1 for budget in budgets)
+
+
+def rows_of_all(texts: Sequence[Tensor]) -> list[Tensor]:
+    """Each text as [batch, tokens]; TypeError and ValueError where one is none."""
+    try:
+        every = list(texts)
+    except TypeError as error:
+        raise TypeError(f"texts must be a list of tensors of token ids, got {type(texts).__name__}") from error
+    return [rows_of(text) for text in every]
 
 
 def rows_of(text: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.caches.basis import Basis
+from kvcompress.policies.settings import settled
 from kvcompress.storage import frames, transform_coding
 from kvcompress.storage.frames import LOSSLESS, TRANSFORM, EncodedTensor
 from kvcompress.storage.rope import Rope
@@ -46,14 +47,17 @@ class TransformCodec:
         """
         Args:
             basis: of the model whose cache is saved, or the path of its file: `measure_basis` makes one. The cache's
-                file names it, and needs it again to be loaded.
+                file names it; to load that, another process needs it again.
             bits: of the file for each number of keys and values of tokens, everything counted, 0.5 to 12. A text of few
                 hundred tokens may take more.
 
         Raises:
-            TypeError: basis is neither a Basis nor a path.
+            TypeError: basis is neither a Basis nor a path, or bits no number.
             ValueError: bits is out of range, or the file is no basis.
         """
+        bits = settled(bits, float)
+        if isinstance(bits, bool) or not isinstance(bits, int | float):
+            raise TypeError(f"bits must be a number from {_BITS[0]} to {_BITS[1]:g}, got {bits!r}")
         if not _BITS[0] <= bits <= _BITS[1]:
             raise ValueError(f"bits must be from {_BITS[0]} to {_BITS[1]:g} a number, got {bits}")
         self.basis = Basis.opened(basis)
@@ -104,8 +108,8 @@ def encoder_of(cache: "CompressedCache", model: PreTrainedModel, codec: Codec | 
                 f"codec={LOSSLESS!r}"
             )
         coded |= {f"layers.{index}.{name}": (index, places) for name, places in plain.items()}
-    codec.basis.check(model)
-    transforms = _Transforms(model, codec.basis)
+    basis = Basis.given(codec.basis, model)
+    transforms = _Transforms(model, basis)
     # a model whose RoPE cannot be undone is refused before anything is written
     transforms.check({index for index, _ in coded.values()})
 
@@ -120,7 +124,7 @@ def encoder_of(cache: "CompressedCache", model: PreTrainedModel, codec: Codec | 
             return frames.encode(name, tensor)
         return EncodedTensor(TRANSFORM, transform_coding.encode(tensor, places, transform, codec.bits_of(places.side)))
 
-    return Encoder({"codec": TRANSFORM, "bits": codec.bits, "basis": codec.basis.digest}, encode)
+    return Encoder({"codec": TRANSFORM, "bits": codec.bits, "basis": basis.digest}, encode)
 
 
 class Decoder:

@@ -100,6 +100,8 @@ def test_a_basis_comes_back_from_its_file_and_names_its_model(tmp_path):
         ([torch.randint(1, 9, (35,))], ValueError, "without the first 4 of each: as many .* got 31"),
         ([[1, 2, 3]], TypeError, "texts must be tensors of token ids"),
         ([torch.zeros(2, 3)], TypeError, "texts must be tensors of token ids"),
+        (None, TypeError, "texts must be a list of tensors of token ids, got NoneType"),
+        ("a text", TypeError, "texts must be tensors of token ids"),
     ],
 )
 def test_what_is_no_text_is_refused(texts, error, message):
