@@ -128,7 +128,7 @@ def test_more_bits_are_closer_whatever_the_rope_and_the_padding(family, bases, t
         assert all(y < 0.5 * x for x, y in zip(more, less, strict=True))
     assert far == sorted(far, reverse=True)
     assert max(off[-1]) < 0.02
-    assert far[-1] < 0.05
+    assert far[-1] < 0.1
 
 
 # docs: Everything counts into `bits`
