@@ -157,11 +157,14 @@ class Decoder:
 
 
 class _Transforms:
-    """Each layer's transforms, of one side at a time on a device."""
+    """Each layer's transforms, of one layer at a time on a device."""
 
     def __init__(self, model: PreTrainedModel, basis: Basis) -> None:
         self._model, self._basis = model, basis
         self._ropes: dict[int, Rope | None] = {}
+        # of the layer that was asked for last, by side
+        self._layer: int | None = None
+        self._of_layer: dict[str, Transform] = {}
 
     def check(self, layers: set[int]) -> None:
         """Raises ValueError if a layer rotates keys in a way that cannot be undone."""
@@ -174,6 +177,20 @@ class _Transforms:
         return self._ropes[index]
 
     def of(self, index: int, side: str, device: torch.device) -> Transform:
-        directions = getattr(self._basis.layers[index], side)
-        mean, vectors = directions.mean.to(device), directions.vectors.to(device)
-        return Transform(mean, vectors, self._rope(index) if side == "keys" else None, self._basis.digest)
+        if index != self._layer:
+            self._layer, self._of_layer = index, {}
+        held = self._of_layer.get(side)
+        if held is None or held.mean.device != device:
+            directions = getattr(self._basis.layers[index], side)
+            rope = self._rope(index) if side == "keys" else None
+            vectors = _orthonormal(directions.vectors.to(device))
+            held = self._of_layer[side] = Transform(directions.mean.to(device), vectors, rope, self._basis.digest)
+        return held
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Vectors [width, width], which float16 has rounded, as an orthonormal basis again: else what is coded over and
+    over drifts by what they lack."""
+    exact: Tensor
+    exact, turned = torch.linalg.qr(vectors)
+    return exact * turned.diagonal().sign()
