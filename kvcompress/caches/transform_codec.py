@@ -191,6 +191,6 @@ class _Transforms:
 def _orthonormal(vectors: Tensor) -> Tensor:
     """Vectors [width, width], which float16 has rounded, as an orthonormal basis again: else what is coded over and
     over drifts by what they lack."""
-    exact: Tensor
     exact, turned = torch.linalg.qr(vectors)
-    return exact * turned.diagonal().sign()
+    found: Tensor = exact * turned.diagonal().sign()
+    return found
