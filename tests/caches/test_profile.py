@@ -434,6 +434,14 @@ def test_what_a_profile_cannot_be_measured_on_is_refused(texts, settings, kind, 
         measure_profile(tiny(), texts, **settings)
 
 
+def test_no_profile_is_measured_of_a_model_that_makes_nan():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="LlamaForCausalLM makes hidden states that are not finite: its weights hold"):
+        measure_profile(model, [prompt(60)])
+
+
 @pytest.mark.parametrize(
     "budgets", [np.array([0.3, 0.5], dtype=np.float32), [np.int64(8)], torch.tensor([0.3])], ids=str
 )
