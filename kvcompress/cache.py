@@ -22,6 +22,7 @@ from kvcompress.policies.method import is_own
 from kvcompress.policies.settings import names_settings
 from kvcompress.storage.classes import class_name, is_named
 from kvcompress.storage.durable import write_whole
+from kvcompress.storage.frames import TRANSFORM
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.tensor_file import TensorFile, write_tensors
 from kvcompress.storage.transform_coding import Coding
@@ -395,8 +396,8 @@ class CompressedCache(hf.AttendingCache):
         Args:
             host: for a cache that keeps values off the device, where to put them, as ShadowKVCache takes it; None for
                 where they were.
-            basis: for a cache that packs in a calibrated basis, or was saved by a `TransformCodec`, as files only name
-                their basis: that, or the path of its file. None: one that this model was given before.
+            basis: for a cache that packs in a calibrated basis, or was coded by a `TransformCodec`, as files only name
+                their basis: that, or the path of its file. None: one that this model was given before, or saved with.
 
         Raises:
             ValueError: the file is not a cache of this class, is damaged, was made with another model, or needs another
@@ -441,7 +442,7 @@ class CompressedCache(hf.AttendingCache):
             if settings == _hosted(settings, None):
                 raise ValueError(f"{path} holds a {cls.__name__} that keeps nothing on the host; got host={host!r}")
         decoder = None
-        if "basis" in facts:
+        if any(file.codec(name) == TRANSFORM for name in file.names):
             from kvcompress.caches.transform_codec import Decoder
 
             decoder = Decoder.of(model, facts["basis"], str(path))

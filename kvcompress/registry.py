@@ -50,7 +50,9 @@ SPELLINGS = {
 # what a spec may set of an evicting cache, beside its policy's own settings; a file is a Profile's
 _OF_CACHE: dict[str, Any] = {"allocation": Allocation | Path, "rerotated": bool}
 _OF_CODES = {name: declared(GEAR)[name] for name in ("bits", "group_size", "outliers", "hadamard")}
-_OF_GEAR = {"preset": str, "basis": str, **declared(GEAR)}
+# KIVI is one of GEAR's presets, and quantises each channel of keys by itself
+_OF_KIVI = declared(GEAR)
+_OF_GEAR = {"preset": str, "basis": str, **_OF_KIVI}
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,7 @@ def _list_own() -> None:
         Method(
             "kivi", "every token, 2-bit codes", _gear("kivi"),
             costs="as `gear`", paper="2402.02750", kind=KIVICache, label="KIVICache", takes_budget=False,
-            settings=_OF_GEAR,
+            settings=_OF_KIVI,
         ),
     ):  # fmt: skip
         LISTED[method.name] = method

@@ -199,6 +199,14 @@ def test_a_module_that_lacks_another_says_which(mine):
         registry.parse("my_policies:Oldest")
 
 
+@pytest.mark.parametrize("setting", ["basis=b.safetensors", "preset=gear"])
+def test_kivi_takes_no_basis_and_is_no_other_preset(setting):
+    name = setting.partition("=")[0]
+    with pytest.raises(ValueError, match=f"the method kivi does not take these settings: {name}; .*[iI]t takes bits, "):
+        registry.parse(f"kivi:{setting}")
+    assert registry.parse(f"gear:{setting}")[1] == {name: setting.partition("=")[2]}
+
+
 # docs: There a class of your own is `my_policies:MyPolicy`
 def test_a_class_of_ones_own_is_a_method_by_where_it_is(model, mine):
     cache = registry.build("my_policies:Oldest:bias=1:recent=3:bits=4", model, 8)

@@ -30,7 +30,7 @@ from kvcompress.storage.durable import write_whole
 from kvcompress.storage.key_codec import Directions as Directions
 from kvcompress.storage.key_codec import KeyCodec
 from kvcompress.storage.rope import Rope
-from kvcompress.storage.tensor_file import TensorFile, write_tensors
+from kvcompress.storage.tensor_file import TensorFile, told, write_tensors
 
 _FORMAT = "kvcompress-basis-1"
 # by digest, those that a model was given, for as long as it lives
@@ -139,7 +139,8 @@ class Basis:
             OSError: the file cannot be written; an existing one is still there.
         """
         path = Path(path)
-        facts = {"fingerprint": dataclasses.asdict(self.model), "measured": dict(self.measured)}
+        measured = told(self.measured, "how the basis was measured")
+        facts = {"fingerprint": dataclasses.asdict(self.model), "measured": measured}
 
         def parts() -> Any:
             for index, layer in enumerate(self.layers):
@@ -165,14 +166,7 @@ class Basis:
             OSError: it cannot be read.
         """
         with TensorFile(path) as file:
-            given = file.metadata.get("format")
-            if given != _FORMAT:
-                raise ValueError(
-                    f"{file.path} is not a basis (format {_FORMAT!r}), got format {given!r}; kvcompress calibrate or "
-                    "measure_basis makes one"
-                )
-            if file.digest is None:
-                raise file.damaged("it has no digest")
+            file.check_format(_FORMAT, "a basis", "kvcompress calibrate or measure_basis")
             try:
                 facts = json.loads(file.metadata["facts"])
                 layers = []
@@ -197,9 +191,7 @@ class Basis:
 
     def __str__(self) -> str:
         """The model, what it was measured on, and how many directions hold nine tenths of the variance."""
-        told = {"of": f"{self.model.architecture}, {self.model.text()}", **self.measured}
-        width = max(map(len, told))
-        lines = [f"{name:<{width}}  {value}" for name, value in told.items()]
+        lines = self.model.lines(self.measured)
         lines.append(f"{'layer':>9}  directions with 90 % of the variance: of keys, of values")
         for index, layer in enumerate(self.layers):
             most = [f"{nine_tenths(side.variances):>5}" for side in layer]

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.caches.basis import Basis, Directions, LayerBasis, check_whole
 from kvcompress.caches.dense import DenseCache
-from kvcompress.caches.profiling import rows_of
-from kvcompress.storage.rope import Rope
+from kvcompress.caches.profiling import rows_of_all
+from kvcompress.storage.rope import NOT_FINITE, Rope
 
 # the first tokens of a text, whose keys and values are outliers among all others, and are never packed
 SINKS = 4
@@ -38,11 +38,11 @@ def measure_basis(model: PreTrainedModel, texts: Sequence[Tensor], *, source: st
 
     Raises:
         TypeError: texts are no tensors of token ids.
-        ValueError: there are fewer tokens than numbers of a token's keys; the model changes its RoPE with the length,
-            applies it in its own way, or is shared by processes.
+        ValueError: there are fewer tokens than numbers of a token's keys; some of their keys or values are not finite;
+            the model changes its RoPE with the length, applies it in its own way, or is shared by processes.
     """
     check_whole(model)
-    rows = [rows_of(text) for text in texts]
+    rows = rows_of_all(texts)
     tokens, digest = sum(text.shape[0] * max(0, text.shape[1] - SINKS) for text in rows), hashlib.sha256()
     decoder = hf.decoder_of(model)
     _, kv_heads, head_dim = hf.head_counts(hf.text_config(model))
@@ -58,11 +58,13 @@ def measure_basis(model: PreTrainedModel, texts: Sequence[Tensor], *, source: st
             stacklevel=2,
         )
     cache = _SummingCache(model)
-    for text in rows:
+    for number, text in enumerate(rows):
         digest.update(text.shape[1].to_bytes(8, "little") + text.long().cpu().numpy().tobytes())
         cache.reset()
         with torch.no_grad():
             decoder(input_ids=text.to(hf.input_device(model)), use_cache=True, **hf.cache_argument(decoder, cache))
+        for index, sums in enumerate(cache.sums):
+            sums.check(f"layer {index} of {type(model).__name__}", f"texts[{number}]")
     measured = {
         "texts": sum(len(text) for text in rows),
         "tokens": tokens,
@@ -96,6 +98,12 @@ class _Sums:
         for sums, more in zip(self.sums, found, strict=True):
             for held, fresh in zip(sums, more, strict=True):
                 held += fresh
+
+    def check(self, layer: str, text: str) -> None:
+        """Raises ValueError if this text, the last one, has made keys or values of this layer that are not finite."""
+        for side, (_, squares) in zip(LayerBasis._fields, self.sums, strict=True):
+            if not bool(squares.isfinite().all()):
+                raise ValueError(f"{layer} makes {side} of {text} that are not finite: {NOT_FINITE}")
 
     def basis(self) -> LayerBasis:
         keys, values = (Directions.of(self.count, *sums) for sums in self.sums)

@@ -1,5 +1,6 @@
 """Steps of a compiled model into buffers with room: what changes from step to step is counted on the device."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.packed_tail import PackedTail
 from kvcompress.storage.segment import EMPTY, Segment
-from kvcompress.storage.tail import TailSegment
+from kvcompress.storage.tail import TailSegment, numbers
 
 Places = tuple[Tensor, Tensor, Tensor]
 
@@ -106,23 +107,79 @@ class PackedSteps(CompiledSteps):
         super().count(x)
 
 
-class CompiledTailStep(ForwardStep):
-    """A token that a compiled model feeds: it joins the tail, behind segments that stay as they are."""
+class FirstSteps:
+    """Where those of a row's next tokens go that stay apart from the tail, until there are enough of them.
 
-    def __init__(self, steps: CompiledSteps, parts: list[Segment], x: AttentionInput) -> None:
+    slots: [batch] int32, which slot of the segment comes next; its room where it is full.
+    """
+
+    def __init__(self, segment: TailSegment) -> None:
+        self.segment = segment
+        self.slots = numbers(segment.held, segment.positions.device)
+        pin(self.slots)
+
+    def store(self, x: AttentionInput, lengths: Tensor) -> Tensor:
+        """Writes the tokens that belong here; returns which rows' do, [batch] bool.
+
+        Args:
+            lengths: [batch] int32, the tokens' positions.
+        """
+        segment, room = self.segment, self.segment.room
+        comes = self.slots < room
+        if x.visible is not None:
+            comes = comes & x.visible[:, 0]
+        # [batch, room]
+        here = comes[:, None] & (torch.arange(room, device=comes.device) == self.slots[:, None])
+        for held, fresh in ((segment.keys, x.key), (segment.values, x.value)):
+            held.copy_(torch.where(here[:, None, :, None], fresh, held))
+        segment.positions.copy_(torch.where(here, lengths[:, None], segment.positions))
+        self.slots.add_(comes)
+        return comes
+
+    def take_in(self) -> list[int]:
+        """Counts what was written, and returns how many tokens each row has taken."""
+        held = self.slots.tolist()
+        counts = [now - before for now, before in zip(held, self.segment.held, strict=True)]
+        self.segment.held = held
+        return counts
+
+
+class CompiledTailStep(ForwardStep):
+    """A token that a compiled model feeds: it joins the tail, behind segments that stay as they are, or the first
+    tokens of its row, as long as those are too few."""
+
+    def __init__(
+        self, steps: CompiledSteps, parts: list[Segment], x: AttentionInput, first: FirstSteps | None = None
+    ) -> None:
+        """
+        Args:
+            first: of the segment in `parts` that some row's next tokens belong to; None: there are none.
+        """
         super().__init__(x)
         self.steps = steps
         self.parts = parts
-        steps.store(x)
+        self.early: Tensor | None = None
+        if first is not None:
+            self.early = first.store(x, steps.lengths)
+        steps.store(self._for_the_tail(x))
+
+    def _for_the_tail(self, x: AttentionInput) -> AttentionInput:
+        """The token, as padding in rows where it is among the first."""
+        if self.early is None:
+            return x
+        late = ~self.early[:, None]
+        return dataclasses.replace(x, visible=late if x.visible is None else x.visible & late)
 
     def attend(self, x: AttentionInput) -> Tensor:
         places = self.steps.lengths[:, None]
         answers = [part.attend(x.query, places, x.spec) for part in self.parts]
-        answers += self.steps.answers(x)
+        answers += self.steps.answers(self._for_the_tail(x))
         return joint_output(answers, x.sinks)
 
     def commit(self) -> None:
-        self.steps.count(self.input)
+        self.steps.count(self._for_the_tail(self.input))
+        if self.early is not None:
+            self.steps.lengths.add_(self.early)
 
 
 def pin(*tensors: Tensor) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.storage.durable import write_whole
-from kvcompress.storage.tensor_file import TensorFile, write_tensors
+from kvcompress.storage.tensor_file import TensorFile, told, write_tensors
 
 _FORMAT = "kvcompress-profile-1"
 _SHARES = "shares"
@@ -121,14 +121,7 @@ class Profile:
             OSError: it cannot be read.
         """
         with TensorFile(path) as file:
-            given = file.metadata.get("format")
-            if given != _FORMAT:
-                raise ValueError(
-                    f"{file.path} is not a profile (format {_FORMAT!r}), got format {given!r}; kvcompress profile or "
-                    "measure_profile makes one"
-                )
-            if file.digest is None:
-                raise file.damaged("it has no digest")
+            file.check_format(_FORMAT, "a profile", "kvcompress profile or measure_profile")
             try:
                 facts = json.loads(file.metadata["facts"])
                 shares = _rows(file.tensor(_SHARES))
@@ -145,11 +138,7 @@ class Profile:
 
     def _told(self) -> dict[str, Any]:
         """How it was measured, as a file holds it."""
-        try:
-            told: dict[str, Any] = json.loads(json.dumps(dict(self.measured)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"a file cannot hold the facts of how the profile was measured: {error}") from error
-        return told
+        return told(self.measured, "how the profile was measured")
 
     def __repr__(self) -> str:
         every = [share for row in self.shares for share in row]
@@ -158,13 +147,10 @@ class Profile:
 
     def __str__(self) -> str:
         """The model, how it was measured, and the shares of each layer's heads."""
-        told = {"of": f"{self.model.architecture}, {self.model.text()}", **self.measured}
-        width = max(map(len, told))
-        lines = [f"{name:<{width}}  {value}" for name, value in told.items()]
         rows = [
             f"layer {index:>3}  {' '.join(f'{share:6.3f}' for share in row)}" for index, row in enumerate(self.shares)
         ]
-        return "\n".join([*lines, *rows])
+        return "\n".join([*self.model.lines(self.measured), *rows])
 
 
 def _check_size(shares: tuple[tuple[float, ...], ...], layers: int, kv_heads: int, model: str) -> None:

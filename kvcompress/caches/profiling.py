@@ -21,6 +21,7 @@ from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.caches.profile import Profile
 from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.policy import Policy
+from kvcompress.storage.rope import NOT_FINITE
 
 # fractions that a budget often is
 BUDGETS = (0.1, 0.2, 0.3)
@@ -53,10 +54,10 @@ def measure_profile(
     Raises:
         TypeError: texts are no tensors of token ids, or a budget is no number.
         ValueError: there is no text or no budget, scores of the policy do not compare across heads, or a budget leaves
-            nothing to choose of some text, or all of it.
+            nothing to choose of some text, or all of it; or what the model makes of a text is not finite.
     """
     policy = KVzip() if policy is None else policy
-    rows = [rows_of(text) for text in texts]
+    rows = rows_of_all(texts)
     # numbers of NumPy and torch become Python's, which a file can hold
     given = [kept_budget(budget, policy) for budget in budgets]
     if not rows or not given:
@@ -71,7 +72,10 @@ def measure_profile(
         for budget in given:
             cache = EvictingCache(model, policy=policy, budget=budget.amount, allocation=allocation)
             with torch.no_grad():
-                decoder(input_ids=text.to(hf.input_device(model)), use_cache=True, **hf.cache_argument(decoder, cache))
+                ids, named = text.to(hf.input_device(model)), hf.cache_argument(decoder, cache)
+                hidden = decoder(input_ids=ids, use_cache=True, **named)[0]
+            if not bool(hidden.isfinite().all()):
+                raise ValueError(f"{type(model).__name__} makes hidden states that are not finite: {NOT_FINITE}")
             layers = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
             # [layers, batch, kv_heads]
             kept = torch.stack([layer.tokens_of_all_heads().cpu().double() for layer in layers])
@@ -92,6 +96,15 @@ def least_tokens(policy: Policy, budgets: Sequence[int | float]) -> int:
     """The fewest tokens of a text of which each of these budgets leaves the policy a choice, and not all."""
     least = policy.least_budget()
     return max(budget + 1 if isinstance(budget, int) else int(least / budget) + 1 for budget in budgets)
+
+
+def rows_of_all(texts: Sequence[Tensor]) -> list[Tensor]:
+    """Each text as [batch, tokens]; TypeError and ValueError where one is none."""
+    try:
+        every = list(texts)
+    except TypeError as error:
+        raise TypeError(f"texts must be a list of tensors of token ids, got {type(texts).__name__}") from error
+    return [rows_of(text) for text in every]
 
 
 def rows_of(text: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class GEARCache(CompressedCache):
             model: the model the cache will be used with.
             bits: bits per code: 2, 3, 4 or 8.
             value_bits: bits per code of values; None for what loses least with `bits`: one less for 3 and 4.
-            sinks: how many first tokens are never packed; where a prompt is shorter, compiled steps do pack the others.
+            sinks: how many first tokens are never packed, also of a prompt that is shorter.
             group_size: elements that share a scale and a zero point: tokens of a channel for keys, channels of a token
                 for values; a power of two, at most `buffer`.
             rank: rank of the correction for what a prompt packs; 0 for none.

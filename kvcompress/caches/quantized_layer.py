@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.caches.compiled_steps import CompiledTailStep, PackedSteps, TailedLayer, pin
+from kvcompress.caches.compiled_steps import CompiledTailStep, FirstSteps, PackedSteps, TailedLayer, pin
 from kvcompress.caches.quantized_step import QuantizedStep
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.layer import AttentionInput, ForwardStep
@@ -67,8 +67,10 @@ class QuantizedLayer(TailedLayer):
         self.draft = DRAFT
         if settings.tail_bits is not None:
             self.steps = PackedSteps
-        # the segments beside the tail that compiled steps attend to; tokens that such steps fed each row, until packed
+        # the segments beside the tail that compiled steps attend to, and where they put a row's first tokens, if some
+        # are lacking; tokens that such steps fed each row's tail, until packed
         self._parts: list[Segment] = []
+        self._first_steps: FirstSteps | None = None
         self._fed: list[int] = []
 
     def _packed(self) -> list[QuantizedBlocks]:
@@ -85,6 +87,10 @@ class QuantizedLayer(TailedLayer):
             return super().constants()
         return {"basis": self.codec.tensors()}
 
+    def counters(self) -> dict[str, Tensor]:
+        steps = self._first_steps
+        return super().counters() | ({} if steps is None else {"slots": steps.slots})
+
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         self._look()
         self._pack_fed()
@@ -95,13 +101,13 @@ class QuantizedLayer(TailedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.prompt = self.decoded = self.tail = self.first = None
+        self.prompt = self.decoded = self.tail = self.first = self._first_steps = None
         self.lengths = []
         self.draft = DRAFT
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
         if torch.compiler.is_compiling():
-            return CompiledTailStep(self._ready_steps(), self._parts, x)
+            return CompiledTailStep(self._ready_steps(), self._parts, x, self._first_steps)
         return QuantizedStep(self, x)
 
     def _past(
@@ -173,7 +179,8 @@ class QuantizedLayer(TailedLayer):
     def _take_in(self, written: int) -> None:
         assert self._tail is not None
         counts = self._tail.take_in(written)
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        early = [0] * len(counts) if self._first_steps is None else self._first_steps.take_in()
+        self.lengths = [sum(each) for each in zip(self.lengths, counts, early, strict=True)]
         self._fed = [count + fed for count, fed in zip(counts, self._fed, strict=True)]
         self._catch_up()
 
@@ -197,6 +204,7 @@ class QuantizedLayer(TailedLayer):
             tail.grow(max(longest + steps, block + self.sinks + DRAFT))
         self._take_room(longest + max(steps, self._left), tail)
         self._parts = [*self._packed(), *([] if self.first is None else [self.first])]
+        self._first_steps = None if self.first is None or not any(self.lacking()) else FirstSteps(self.first)
         self._fed = [0] * len(self.lengths)
         self._catch_up()
         pin(*(tensor for part in self._parts for tensor in part.tensors().values()))
@@ -229,8 +237,7 @@ class QuantizedLayer(TailedLayer):
             most = [1] * len(fed)
 
     def _fill_first(self, tail: TailSegment) -> None:
-        """Moves what belongs to a row's first tokens out of the tail, where compiled steps have put it, or an older
-        version of this cache."""
+        """Moves what belongs to a row's first tokens out of the tail, where an older version of this cache put it."""
         apart = [min(lacks, held) for lacks, held in zip(self.lacking(), tail.held, strict=True)]
         if any(apart):
             key, value = tail.contents()

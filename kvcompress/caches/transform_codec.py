@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.caches.basis import Basis
+from kvcompress.policies.settings import settled
 from kvcompress.storage import frames, transform_coding
 from kvcompress.storage.frames import LOSSLESS, TRANSFORM, EncodedTensor
 from kvcompress.storage.rope import Rope
@@ -46,14 +47,17 @@ class TransformCodec:
         """
         Args:
             basis: of the model whose cache is saved, or the path of its file: `measure_basis` makes one. The cache's
-                file names it, and needs it again to be loaded.
+                file names it; to load that, another process needs it again.
             bits: of the file for each number of keys and values of tokens, everything counted, 0.5 to 12. A text of few
                 hundred tokens may take more.
 
         Raises:
-            TypeError: basis is neither a Basis nor a path.
+            TypeError: basis is neither a Basis nor a path, or bits no number.
             ValueError: bits is out of range, or the file is no basis.
         """
+        bits = settled(bits, float)
+        if isinstance(bits, bool) or not isinstance(bits, int | float):
+            raise TypeError(f"bits must be a number from {_BITS[0]} to {_BITS[1]:g}, got {bits!r}")
         if not _BITS[0] <= bits <= _BITS[1]:
             raise ValueError(f"bits must be from {_BITS[0]} to {_BITS[1]:g} a number, got {bits}")
         self.basis = Basis.opened(basis)
@@ -104,8 +108,8 @@ def encoder_of(cache: "CompressedCache", model: PreTrainedModel, codec: Codec | 
                 f"codec={LOSSLESS!r}"
             )
         coded |= {f"layers.{index}.{name}": (index, places) for name, places in plain.items()}
-    codec.basis.check(model)
-    transforms = _Transforms(model, codec.basis)
+    basis = Basis.given(codec.basis, model)
+    transforms = _Transforms(model, basis)
     # a model whose RoPE cannot be undone is refused before anything is written
     transforms.check({index for index, _ in coded.values()})
 
@@ -120,7 +124,7 @@ def encoder_of(cache: "CompressedCache", model: PreTrainedModel, codec: Codec | 
             return frames.encode(name, tensor)
         return EncodedTensor(TRANSFORM, transform_coding.encode(tensor, places, transform, codec.bits_of(places.side)))
 
-    return Encoder({"codec": TRANSFORM, "bits": codec.bits, "basis": codec.basis.digest}, encode)
+    return Encoder({"codec": TRANSFORM, "bits": codec.bits, "basis": basis.digest}, encode)
 
 
 class Decoder:
@@ -153,11 +157,14 @@ class Decoder:
 
 
 class _Transforms:
-    """Each layer's transforms, of one side at a time on a device."""
+    """Each layer's transforms, of one layer at a time on a device."""
 
     def __init__(self, model: PreTrainedModel, basis: Basis) -> None:
         self._model, self._basis = model, basis
         self._ropes: dict[int, Rope | None] = {}
+        # of the layer that was asked for last, by side
+        self._layer: int | None = None
+        self._of_layer: dict[str, Transform] = {}
 
     def check(self, layers: set[int]) -> None:
         """Raises ValueError if a layer rotates keys in a way that cannot be undone."""
@@ -170,6 +177,20 @@ class _Transforms:
         return self._ropes[index]
 
     def of(self, index: int, side: str, device: torch.device) -> Transform:
-        directions = getattr(self._basis.layers[index], side)
-        mean, vectors = directions.mean.to(device), directions.vectors.to(device)
-        return Transform(mean, vectors, self._rope(index) if side == "keys" else None, self._basis.digest)
+        if index != self._layer:
+            self._layer, self._of_layer = index, {}
+        held = self._of_layer.get(side)
+        if held is None or held.mean.device != device:
+            directions = getattr(self._basis.layers[index], side)
+            rope = self._rope(index) if side == "keys" else None
+            vectors = _orthonormal(directions.vectors.to(device))
+            held = self._of_layer[side] = Transform(directions.mean.to(device), vectors, rope, self._basis.digest)
+        return held
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Vectors [width, width], which float16 has rounded, as an orthonormal basis again: else what is coded over and
+    over drifts by what they lack."""
+    exact, turned = torch.linalg.qr(vectors)
+    found: Tensor = exact * turned.diagonal().sign()
+    return found

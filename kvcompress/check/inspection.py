@@ -165,7 +165,9 @@ class Inspection:
         if isinstance(cache, EvictingCache):
             changes = {roomy: {}, f"8 bits, {roomy}": {"bits": 8}} if cache.packed else {roomy: {}}
         elif isinstance(cache, GEARCache):
-            changes = {"8 bits": {"bits": 8, "value_bits": 8}}
+            # as many as there are
+            bits = 8 if cache.basis is None else 4
+            changes = {f"{bits} bits": {"bits": bits, "value_bits": 8}}
         elif isinstance(cache, ShadowKVCache):
             changes = {"all chunks selected at full rank": {"rank": kv_heads * head_dim, "dense_below": 0}}
         elif isinstance(cache, AcrossKVCache):

@@ -1,5 +1,6 @@
 """The command check: compares every cache with the model run without one."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +45,16 @@ def check(
     if not specs:
         raise UsageError("--caches names no cache")
     with user_errors():
-        checking.read_specs(specs)
+        asked = checking.read_specs(specs)
+    # by a basis or a profile
+    measured = [
+        spec for spec, _, settings in asked if "basis" in settings or isinstance(settings.get("allocation"), Path)
+    ]
+    if not weights and measured:
+        raise UsageError(
+            f"{', '.join(measured)}: what was measured of a model does not fit the tiny random one that is checked "
+            "without its weights: give --weights too"
+        )
     if not weights and not is_default(context, "dtype"):
         raise UsageError("--dtype is of the model itself: give --weights too")
     logging.disable_progress_bar()

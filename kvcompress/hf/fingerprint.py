@@ -9,6 +9,8 @@ process's share of a tensor-parallel model (each process has its own fingerprint
 import base64
 import hashlib
 import json
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -29,6 +31,8 @@ _NO_MATTER = (
     *("problem", "pruned", "return_dict", "rope", "rotary", "router_aux", "sliding_window", "swiftkv", "tie_"),
     *("torchscript", "use_cache", "version", "vocab"),
 )
+# characters of a line for a reader, at most, behind its name
+_LINE = 100
 # a bfloat16 that no weight has: stands for what was not read
 _UNREAD = 0x7FFF
 
@@ -109,10 +113,30 @@ class Fingerprint:
                 "the other: give the model that it was made with, or make it again"
             )
 
+    def lines(self, more: Mapping[str, Any]) -> list[str]:
+        """The model and more facts, a short line each, for a reader."""
+        rope: dict[str, Any] = {}
+        for setting, value in json.loads(self.rope).items():
+            rope |= value if isinstance(value, dict) else {setting: value}
+        facts = {
+            "model": self.architecture,
+            "sizes": self.sizes,
+            "attention": self.windows.replace(",", ", "),
+            "rope": ", ".join(f"{name} {value}" for name, value in rope.items()),
+            "weights": self._digest(),
+            **more,
+        }
+        width = max(map(len, facts))
+        short = {name: textwrap.shorten(str(value), _LINE, placeholder=" ...") for name, value in facts.items()}
+        return [f"{name:<{width}}  {value}" for name, value in short.items() if value]
+
+    def _digest(self) -> str:
+        return hashlib.sha256(self.weights.encode()).hexdigest()[:12]
+
     def text(self) -> str:
         """Everything but the class, as text for a reader."""
         rope = "" if self.rope == "{}" else f", rope {self.rope}"
-        return f"{self.sizes}, {self.windows}{rope}, weights {hashlib.sha256(self.weights.encode()).hexdigest()[:12]}"
+        return f"{self.sizes}, {self.windows}{rope}, weights {self._digest()}"
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from kvcompress import hf
 _STATIC = ("default", "linear", "llama3", "yarn", "proportional")
 # an error that a wrong pairing or frequency exceeds by far, and bfloat16 does not
 _AGREES = 0.05
+NOT_FINITE = "its weights hold NaN or infinity, or its dtype is too narrow for them"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,8 @@ class Rope:
         resting, turned = rotary.keys(at * 0), rotary.keys(at)
         if torch.equal(resting, turned):
             return None
+        if not bool(resting.isfinite().all()):
+            raise ValueError(f"{name} makes keys that are not finite: {NOT_FINITE}")
         for interleaved in (False, True):
             rope = cls(rotary.inv_freq, rotary.scaling, interleaved)
             expected = rope.rotate(rope.unrotate(resting.float(), at * 0), at)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -35,6 +35,15 @@ _ALIGNMENT = 8
 Parts = Callable[[], Iterator[tuple[dict[str, Tensor], dict[str, Any]]]]
 # the tensor of a payload, its dtype and its shape; ValueError if it holds none
 Decode = Callable[[memoryview, torch.dtype, list[int]], Tensor]
+
+
+def told(facts: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Facts as a file holds them; ValueError if JSON cannot: `what` is what they tell, for the message."""
+    try:
+        held: dict[str, Any] = json.loads(json.dumps(dict(facts)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a file cannot hold the facts of {what}: {error}") from error
+    return held
 
 
 class DamagedFileError(ValueError):
@@ -230,6 +239,14 @@ class TensorFile:
         if self.digest is not None and hashlib.sha256(data).hexdigest() != self._sums[name]:
             raise self.damaged(f"{name} does not match its checksum")
         return held
+
+    def check_format(self, format: str, what: str, maker: str) -> None:
+        """Raises ValueError unless it is a whole file of this format: `what`, as "a basis", which `maker` makes."""
+        given = self.metadata.get("format")
+        if given != format:
+            raise ValueError(f"{self.path} is not {what} (format {format!r}), got format {given!r}; {maker} makes one")
+        if self.digest is None:
+            raise self.damaged("it has no digest")
 
     def damaged(self, how: str) -> DamagedFileError:
         return DamagedFileError(f"{self.path} is not a safetensors file or is damaged ({how}); write it again")

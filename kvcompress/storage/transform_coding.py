@@ -11,7 +11,7 @@ KVTC gives each component a number of bits. Here all have the same step, and ent
 the one for which the encoded bytes are as many as asked for. The codes of 16 components at a time, cut off to a few
 values, lie component after component, as many consecutive tokens in a byte as fit in 256 values, r^k <= 256, and are
 coded by how often each byte comes; so is what was cut off. The first tokens of a sequence, whose keys are unlike all
-others, stay in 16 bits.
+others, stay in 16 bits. Tokens beyond all sizes, few and far larger than the others, stay as they came.
 """
 
 import math
@@ -36,14 +36,19 @@ _LIMITS = ((1, 0.35), (2, 0.85), (5, 3.0), (127, math.inf))
 # components whose codes are coded together, and tokens that are transformed together
 _GROUP = 16
 _TOKENS = 4096
-# sizes of tokens: in eighths of an octave; the size of tokens that are not finite
+# sizes of tokens: in eighths of an octave; those of tokens that are not finite, and that stay as they came
 _EIGHTHS = 8
 _LARGEST = 120
 _NOT_FINITE = -128
+_AS_IT_CAME = 127
+# how many tokens may be larger than all sizes, or which share, before others count as small beside them
+_FEW, _SHARE = 8, 64
+# components of more than this may overflow on the way back
+_HUGE = 1e30
 # bytes of a tensor's own in the header of a file
 _IN_HEADER = 320
-# bytes that a group's facts take at most, nearly
-_OF_GROUP = 30
+# bytes that the step and a group's facts take at most, nearly
+_OF_STEP, _OF_GROUP = 40, 30
 # bytes that a group may take on top of that in a short text: a frame without codes has some
 _SPARED = 128
 # the share of the bits that codes get at least, however much else a short text takes
@@ -95,8 +100,8 @@ class Transform(NamedTuple):
     basis: str
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Components [width, tokens] of vectors [tokens, kv_heads, head_dim] at positions [tokens]; NaN where a token
-        is not finite."""
+        """Components [width, tokens] of vectors [tokens, kv_heads, head_dim] at positions [tokens]; not finite where
+        a token is not, or is too large."""
         x = x.float()
         if self.rope is not None:
             x = self.rope.unrotate(x, positions[:, None])
@@ -132,6 +137,10 @@ class _Tokens(NamedTuple):
         for start in range(0, len(self.row), _TOKENS):
             yield _Tokens(*(each[start : start + _TOKENS] for each in self))
 
+    def at(self, chosen: Tensor) -> "_Tokens":
+        """Some of them; chosen: [tokens] bool."""
+        return _Tokens(*(each[chosen] for each in self))
+
     def take(self, tensor: Tensor) -> Tensor:
         """[tokens, kv_heads, head_dim]."""
         return tensor[self.row.to(tensor.device), :, self.column.to(tensor.device)]
@@ -151,18 +160,24 @@ def encode(tensor: Tensor, places: Places, transform: Transform, bits: float) ->
     sinks, tokens = _Tokens.of(visible, places.first, places.shift)
     kept, kind = _in_16_bits(sinks.take(tensor))
     mask = visible.flatten()
-    around = [compress(kept.flatten().view(torch.uint8)), compress(_in_bits(mask))]
+    around = [compress(_bytes_of(kept)), compress(_in_bits(mask))]
     width, count = kv_heads * head_dim, len(tokens.row)
     y = torch.empty(width, count, device=tensor.device)
+    rms, is_finite = y.new_empty(count, dtype=torch.float64), y.new_empty(count, dtype=torch.bool)
     for start, piece in zip(range(0, count, _TOKENS), tokens.pieces(), strict=True):
-        x = piece.take(tensor)
-        y[:, start : start + _TOKENS] = transform.forward(x, piece.position.to(x.device))
+        x, some = piece.take(tensor), slice(start, start + _TOKENS)
+        y[:, some] = transform.forward(x, piece.position.to(x.device))
+        rms[some] = torch.linalg.vector_norm(y[:, some], dim=0, dtype=torch.float64) / math.sqrt(width)
+        is_finite[some] = x.flatten(1).isfinite().all(1)
     before = places.coding if places.coding is not None and places.coding.basis == transform.basis else None
-    sizes = _sizes(y) if before is None else before.sizes[:count].to(y.device)
-    # codes of what is not finite are not read
-    y[:, sizes == _NOT_FINITE] = 0.0
+    sizes = _sizes(rms, is_finite) if before is None else before.sizes[:count].to(y.device)
+    apart = sizes == _AS_IT_CAME
+    # what has no codes
+    y[:, apart | (sizes == _NOT_FINITE)] = 0.0
     y /= _scale(sizes)
     around.append(compress(sizes.cpu().view(torch.uint8)))
+    if bool(apart.any()):
+        around.append(compress(_bytes_of(tokens.at(apart.cpu()).take(tensor))))
     facts = {"side": places.side, "first": places.first, "shift": places.shift, "sinks": kind}
     room = bits * width * (count + len(sinks.row)) / 8 - len(pack(facts, around)) - _IN_HEADER
     least = _FOR_CODES * bits * width * count / 8 + _SPARED * -(-width // _GROUP)
@@ -185,15 +200,23 @@ def decode(
     kept = expand(frames[0], 2 * width * len(sinks.row)).view(_KINDS[facts["sinks"]])
     sinks.put(tensor, kept.view(-1, kv_heads, head_dim).to(device))
     sizes = expand(frames[2], count).view(torch.int8)
+    apart = tokens.at(sizes == _AS_IT_CAME)
+    stays = len(apart.row) > 0
     y = torch.empty(width, count)
-    others = iter(frames[3:])
+    others = iter(frames[4 if stays else 3 :])
     for part, group in zip(y.split(_GROUP), facts["groups"], strict=True):
         _read_group(part, others, _Group(*group))
     scale = _scale(sizes) * facts["step"]
     scale[sizes == _NOT_FINITE] = torch.nan
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     for start, piece in zip(range(0, count, _TOKENS), tokens.pieces(), strict=True):
         part = (y[:, start : start + _TOKENS] * scale[start : start + _TOKENS]).to(device)
-        piece.put(tensor, transform.backward(part, piece.position.to(device), kv_heads))
+        # rounded, a number may be beyond the largest
+        x = transform.backward(part, piece.position.to(device), kv_heads).clamp(-largest, largest)
+        piece.put(tensor, x)
+    if stays:
+        held = expand(frames[3], width * dtype.itemsize * len(apart.row)).view(dtype)
+        apart.put(tensor, held.view(-1, kv_heads, head_dim).to(device))
     return tensor, Coding(transform.basis, facts["step"], sizes)
 
 
@@ -209,25 +232,35 @@ def side_of(payload: memoryview) -> str:
 
 
 def _in_16_bits(x: Tensor) -> tuple[Tensor, str]:
-    """Numbers in 16 bits on the CPU, and the name of their dtype."""
+    """Numbers in 16 bits on the CPU, and the name of their dtype; what is finite stays so."""
     x = x.detach().cpu()
-    # what is too large for float16 fits in bfloat16
-    wide = bool((x.abs() > torch.finfo(torch.float16).max).any()) or x.dtype == torch.bfloat16
-    kind = "BF16" if wide else "F16"
-    return x.to(_KINDS[kind]).contiguous(), kind
+    # what is too large or too small for float16 fits in bfloat16
+    sizes, limits = x[x.isfinite() & (x != 0)].abs(), torch.finfo(torch.float16)
+    fits = not len(sizes) or limits.tiny <= float(sizes.max()) <= limits.max
+    kind = "F16" if fits and x.dtype != torch.bfloat16 else "BF16"
+    largest = torch.finfo(_KINDS[kind]).max
+    return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(_KINDS[kind]).contiguous(), kind
 
 
 _KINDS = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def _sizes(y: Tensor) -> Tensor:
-    """The size of each token, [tokens] int8, of components [width, tokens]."""
-    rms = torch.linalg.vector_norm(y, dim=0) / math.sqrt(len(y))
-    fine = rms.isfinite()
-    typical = rms[fine].mean() if bool(fine.any()) else rms.new_ones(())
-    octaves = (rms / typical.clamp(min=torch.finfo(torch.float32).tiny)).log2().nan_to_num(0.0)
-    sizes: Tensor = (octaves * _EIGHTHS).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
-    return sizes.masked_fill(~fine, _NOT_FINITE)
+def _bytes_of(x: Tensor) -> Tensor:
+    return x.detach().cpu().flatten().view(torch.uint8)
+
+
+def _sizes(rms: Tensor, is_finite: Tensor) -> Tensor:
+    """The size of each token, [tokens] int8, of the root mean squares of their components [tokens] float64."""
+    fine = rms[is_finite & rms.isfinite()].sort().values
+    if not len(fine):
+        return torch.where(is_finite, _AS_IT_CAME, _NOT_FINITE).to(torch.int8)
+    # a few that are large make no others small, as a mean would
+    most = fine[max(0, len(fine) - 1 - max(_FEW, len(fine) // _SHARE))] / 2.0 ** (_LARGEST / _EIGHTHS)
+    typical = torch.maximum(fine[len(fine) // 2], most).clamp(min=torch.finfo(torch.float32).tiny)
+    eighths = _EIGHTHS * (rms / typical).log2()
+    beyond = (eighths.round() > _LARGEST) | (rms > _HUGE) | ~rms.isfinite()
+    sizes = eighths.round().clamp(-_LARGEST, _LARGEST).nan_to_num(0.0).to(torch.int8)
+    return sizes.masked_fill(beyond, _AS_IT_CAME).masked_fill(~is_finite, _NOT_FINITE)
 
 
 def _scale(sizes: Tensor) -> Tensor:
@@ -374,8 +407,8 @@ def _step(y: Tensor, room: float) -> float:
     """Nearly the least step with which the frames of y [width, tokens] take no more than `room` bytes."""
     if not bool(y.any()):
         return 1.0
-    # what may be said of the groups
-    room -= _OF_GROUP * -(-len(y) // _GROUP)
+    # what may be said of it and of the groups
+    room -= _OF_STEP + _OF_GROUP * -(-len(y) // _GROUP)
     step, count = _expected_step(y, 8 * room / y.numel()), y.shape[1]
     if count > 2 * _TOKENS:
         # most of the search looks at some tokens only
@@ -387,8 +420,8 @@ def _step(y: Tensor, room: float) -> float:
 
 def _expected_step(y: Tensor, bits: float) -> float:
     """The step with which normally distributed components like these would take so many bits a number, nearly."""
-    spreads = torch.linalg.vector_norm(y, dim=1) / math.sqrt(y.shape[1])
-    low, high = -40.0, 40.0
+    spreads = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64) / math.sqrt(y.shape[1])
+    low, high = (math.log2(float(spreads.max())) + away for away in (-40.0, 40.0))
     for _ in range(24):
         at = (low + high) / 2
         # codes of a spread of r steps have log2(4.13 r) bits where r is large, and next to none where it is small

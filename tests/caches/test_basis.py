@@ -1,5 +1,7 @@
 """Keys in a calibrated basis: how it is measured, its file, and the cache that packs in it."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -100,6 +102,8 @@ def test_a_basis_comes_back_from_its_file_and_names_its_model(tmp_path):
         ([torch.randint(1, 9, (35,))], ValueError, "without the first 4 of each: as many .* got 31"),
         ([[1, 2, 3]], TypeError, "texts must be tensors of token ids"),
         ([torch.zeros(2, 3)], TypeError, "texts must be tensors of token ids"),
+        (None, TypeError, "texts must be a list of tensors of token ids, got NoneType"),
+        ("a text", TypeError, "texts must be tensors of token ids"),
     ],
 )
 def test_what_is_no_text_is_refused(texts, error, message):
@@ -272,6 +276,43 @@ def test_keys_that_do_not_vary_are_their_mean():
 def test_eight_bits_are_refused_as_they_lose_less_without():
     with pytest.raises(ValueError, match="packed in 2, 3 or 4 bits a number"):
         GEARCache(tiny(), bits=8, basis=basis_of(tiny()))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("1.self_attn.k_proj", "layer 1 of LlamaForCausalLM makes keys that are not finite: its weights hold NaN"),
+        ("1.self_attn.v_proj", r"layer 1 of LlamaForCausalLM makes values of texts\[0\] that are not finite: its"),
+        ("0.mlp.up_proj", r"layer 1 of LlamaForCausalLM makes keys of texts\[0\] that are not finite: its weights"),
+    ],
+)
+def test_a_layer_whose_keys_or_values_are_not_finite_is_named(weights, message):
+    model = build("llama")
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.{weights}").weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=message):
+        measure_basis(model, [prompt(200, 2)])
+
+
+def test_what_json_cannot_hold_is_refused_and_the_file_stays(tmp_path):
+    basis = basis_of(tiny())
+    basis.save(tmp_path / "basis")
+    with pytest.raises(ValueError, match="a file cannot hold the facts of how the basis was measured: Object of type"):
+        dataclasses.replace(basis, measured={"texts": {1}}).save(tmp_path / "basis")
+    assert Basis.load(tmp_path / "basis").measured == basis.measured
+
+
+def test_a_basis_tells_what_it_is_in_short_lines(tmp_path):
+    for name in ("llama", "gemma3"):
+        model = tiny(name)
+        basis = measure_basis(model, [prompt(200, 2)], source=", ".join(f"{number}.txt" for number in range(90)))
+        lines = str(basis).splitlines()
+        assert lines[0] == f"model      {type(model).__name__}"
+        assert max(map(len, lines)) <= 111
+        assert [line.split()[0] for line in lines[:9]] == [
+            "model", "sizes", "attention", "rope", "weights", "texts", "tokens", "sha256", "source",
+        ]  # fmt: skip
+        assert lines[8].endswith(".txt, ...")
 
 
 def test_few_tokens_are_warned_of():

@@ -327,10 +327,14 @@ def test_a_profile_comes_back_from_its_file_and_tells_what_it_is(tmp_path):
     assert loaded.measured == own.measured
     assert repr(own) == "<Profile of LlamaForCausalLM: 3 layers x 2 KV heads, shares 0.50 to 1.50>"
     lines = str(own).splitlines()
-    assert lines[0].startswith("of       LlamaForCausalLM, 3 layers, hidden size 64")
-    assert lines[1:3] == ["source   by hand", "budgets  [0.2]"]
-    assert lines[3] == "layer   0   0.500  1.500"
-    assert len(lines) == 6
+    assert lines[:2] == [
+        "model      LlamaForCausalLM",
+        "sizes      3 layers, hidden size 64, 4 heads, 2 KV heads, head_dim 16, vocabulary 512",
+    ]
+    assert lines[2:4] == ["attention  full attention", "rope       rope_theta 10000.0, rope_type default"]
+    assert lines[5:7] == ["source     by hand", "budgets    [0.2]"]
+    assert lines[7] == "layer   0   0.500  1.500"
+    assert len(lines) == 10
     assert f"allocation={own!r}" in repr(H2OCache(model, budget=8, allocation=own))
 
 
@@ -428,6 +432,14 @@ def test_a_profile_is_the_mean_over_texts_and_budgets():
 def test_what_a_profile_cannot_be_measured_on_is_refused(texts, settings, kind, message):
     with pytest.raises(kind, match=message):
         measure_profile(tiny(), texts, **settings)
+
+
+def test_no_profile_is_measured_of_a_model_that_makes_nan():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="LlamaForCausalLM makes hidden states that are not finite: its weights hold"):
+        measure_profile(model, [prompt(60)])
 
 
 @pytest.mark.parametrize(

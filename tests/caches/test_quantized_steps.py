@@ -26,10 +26,10 @@ def fresh_dynamo(request):
 class Fed:
     """A cache that is fed by compiled steps, and one that is fed the same tokens by eager ones."""
 
-    def __init__(self, model, make=gear):
+    def __init__(self, model, make=gear, rows=ROWS):
         self.model = model
         self.compiled = torch.compile(step_function(model), fullgraph=True, backend="eager")
-        ids, self.mask = left_padded(ROWS)
+        ids, self.mask = left_padded(rows)
         self.cache, self.eager = make(model), make(model)
         for each in (self.cache, self.eager):
             feed(model, each, ids, self.mask)
@@ -50,16 +50,20 @@ class Fed:
 
 
 def assert_same(found, wanted):
-    assert found.tail.held == wanted.tail.held
     assert found.lengths == wanted.lengths
-    for row, held in enumerate(wanted.tail.held):
-        for name, tensor in wanted.tail.tensors().items():
-            sides = (
-                each[row, :held] if name == "positions" else each[row, :, :held]
-                for each in (tensor, found.tail.tensors()[name])
-            )
-            assert torch.equal(*sides), name
-        assert (found.tail.positions[row, held:] == EMPTY).all()
+    for ours, theirs in ((found.tail, wanted.tail), (found.first, wanted.first)):
+        if theirs is None:
+            assert ours is None
+            continue
+        assert ours.held == theirs.held
+        for row, held in enumerate(theirs.held):
+            for name, tensor in theirs.tensors().items():
+                sides = (
+                    each[row, :held] if name == "positions" else each[row, :, :held]
+                    for each in (tensor, ours.tensors()[name])
+                )
+                assert torch.equal(*sides), name
+            assert (ours.positions[row, held:] == EMPTY).all()
     for part, other in zip(found._packed(), wanted._packed(), strict=True):
         assert part.blocks == other.blocks
         tensors, others = part.dump()[0], other.dump()[0]
@@ -100,6 +104,40 @@ def test_what_steps_by_hand_left_unpacked_is_packed_when_more_are_reserved(famil
     else:
         # packed at once, what is out of sight is not packed at all
         assert fed.cache.layers[0].tail.held == fed.eager.layers[0].tail.held
+
+
+@pytest.mark.parametrize(("prompts", "tail_bits"), [((2, 1), 8), ((20, 2), 8), ((3, 1), None)], ids=str)
+def test_first_tokens_stay_as_they_came_where_the_prompt_has_fewer(prompts, tail_bits):
+    rows = [prompt(tokens, seed=tokens)[0] for tokens in prompts]
+    fed = Fed(tiny(dtype=torch.float64, **ONE_LAYER), lambda model: gear(model, tail_bits=tail_bits), rows)
+    fed.cache.reserve(40)
+    layer = fed.cache.layers[0]
+    for steps in (1, 2, 14):
+        fed.step(steps)
+        # asking for segments takes in what was written
+        assert layer.segments()[-2:] == [layer.first, layer.tail]
+        assert layer.lengths == fed.mask.sum(-1).tolist()
+        assert layer.first.held == [min(4, length) for length in layer.lengths]
+    assert "slots" in layer.counters()
+    token, mask = prompt(1, 2, seed=99), torch.cat([fed.mask, torch.ones_like(fed.mask[:, :1])], 1)
+    logits = [feed(fed.model, each, token, mask) for each in (fed.cache, fed.eager)]
+    fed.assert_first_layers_agree()
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_first_tokens_come_from_compiled_steps_by_padded_rows_and_after_a_crop():
+    model = tiny(dtype=torch.float64, **ONE_LAYER)
+    fed = Fed(model, rows=[prompt(3)[0], prompt(1, seed=2)[0]])
+    fed.cache.reserve(9)
+    fed.step(2)
+    for each in (fed.cache, fed.eager):
+        each.crop(-3)
+    fed.mask = fed.mask[:, :-3]
+    fed.cache.reserve(20)
+    fed.step(12, packs=True)
+    fed.cache.reserve(1)
+    fed.assert_first_layers_agree()
+    assert fed.cache.layers[0].first.held == [4, 4]
 
 
 def test_a_row_that_is_fed_padding_by_compiled_steps_stores_nothing():

@@ -14,6 +14,7 @@ from kvcompress import (
     GEARCache,
     H2OCache,
     HydragenCache,
+    PrefixStore,
     SwiftKVCache,
     TransformCodec,
     convert,
@@ -127,7 +128,7 @@ def test_more_bits_are_closer_whatever_the_rope_and_the_padding(family, bases, t
         assert all(y < 0.5 * x for x, y in zip(more, less, strict=True))
     assert far == sorted(far, reverse=True)
     assert max(off[-1]) < 0.02
-    assert far[-1] < 0.05
+    assert far[-1] < 0.1
 
 
 # docs: Everything counts into `bits`
@@ -229,6 +230,19 @@ def test_a_prefix_loses_once_and_its_continuation_too(bases, tmp_path):
     assert (tmp_path / "first").stat().st_size == pytest.approx((tmp_path / "second").stat().st_size, abs=16)
 
 
+def test_what_is_coded_over_and_over_does_not_drift(tmp_path):
+    model = build("llama", num_key_value_heads=4, head_dim=64, hidden_size=256)
+    basis = measure_basis(model, [long(300, 2)])
+    first = filled(model)
+    cache, off = first, []
+    for _ in range(5):
+        cache.save(tmp_path / "coded", codec=TransformCodec(basis, bits=12))
+        cache = DenseCache.load(tmp_path / "coded", model)
+        off.append(errors(cache, first))
+    # what rounding adds by chance grows with the root of how often; what vectors in float16 lack, with how often
+    assert all(often < 2.7 * once for often, once in zip(off[-1], off[0], strict=True))
+
+
 @pytest.mark.parametrize("kind", [AcrossKVCache, SwiftKVCache])
 def test_layers_that_share_storage_are_coded_by_those_that_hold_it(kind, tmp_path):
     model = build("llama", num_hidden_layers=4)
@@ -291,10 +305,10 @@ def test_a_token_that_is_not_finite_is_not_made_finite(bases, tmp_path):
 
 # docs: The file names its basis, and any other is refused
 def test_a_file_names_its_basis(tmp_path):
-    # which was given no basis
-    model = build("llama")
-    basis, other = (measure_basis(model, [prompt(200, 2, seed=seed)]) for seed in (18, 19))
-    filled(model).save(tmp_path / "coded", codec=TransformCodec(basis, bits=4))
+    # the same weights, of which the second was given no basis
+    writer, model = build("llama"), build("llama")
+    basis, other = (measure_basis(writer, [prompt(200, 2, seed=seed)]) for seed in (18, 19))
+    filled(writer).save(tmp_path / "coded", codec=TransformCodec(basis, bits=4))
     with pytest.raises(ValueError, match=rf"coded in the basis {basis.digest}, .* given none"):
         DenseCache.load(tmp_path / "coded", model)
     match = rf"coded in the basis {basis.digest}, .* given {other.digest}"
@@ -305,6 +319,35 @@ def test_a_file_names_its_basis(tmp_path):
     # which other files do not ask for
     filled(model).save(tmp_path / "plain")
     assert DenseCache.load(tmp_path / "plain", model, basis=basis).get_seq_length() == 300
+
+
+# docs: The model that a cache was saved with knows its basis; in another process pass it to `load`
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_model_knows_the_basis_that_its_caches_were_saved_with(is_stored, tmp_path):
+    model = build("llama")
+    codec = TransformCodec(measure_basis(model, [prompt(200, 2, seed=18)]), bits=4)
+    if is_stored:
+        store = PrefixStore(model)
+        store.prefix(prompt(300)[0])
+        store.save(tmp_path / "coded", codec=codec)
+        again = PrefixStore.load(tmp_path / "coded", model).get(prompt(300)[0])
+    else:
+        filled(model).save(tmp_path / "coded", codec=codec)
+        again = DenseCache.load(tmp_path / "coded", model)
+    assert again.get_seq_length() == 300
+
+
+@pytest.mark.parametrize("held", ["nothing", "packed"])
+def test_a_file_of_which_nothing_was_coded_in_its_basis_needs_none(held, tmp_path):
+    writer, model = build("llama"), build("llama")
+    cache = DenseCache(writer)
+    if held == "packed":
+        donor = GEARCache(writer, group_size=16, buffer=16)
+        feed(writer, donor, prompt(100))
+        cache = HydragenCache.from_cache(donor)
+    cache.save(tmp_path / "coded", codec=TransformCodec(measure_basis(writer, [prompt(200, 2, seed=18)])))
+    again = type(cache).load(tmp_path / "coded", model)
+    assert again.get_seq_length() == cache.get_seq_length()
 
 
 def test_what_cannot_be_coded_is_refused_before_a_file_is_touched(bases, tmp_path):
@@ -324,6 +367,10 @@ def test_what_cannot_be_coded_is_refused_before_a_file_is_touched(bases, tmp_pat
     for bits in (0.4, 12.5, float("nan")):
         with pytest.raises(ValueError, match="bits must be from 0.5 to 12 a number, got"):
             TransformCodec(basis, bits=bits)
+    for bits in ("2", None, True, [2.0]):
+        with pytest.raises(TypeError, match="bits must be a number from 0.5 to 12, got"):
+            TransformCodec(basis, bits=bits)
+    assert TransformCodec(basis, bits=torch.tensor(3)).bits == 3.0
     with pytest.raises(TypeError, match="basis must be a Basis or the path of its file, got float"):
         TransformCodec(2.0)
     assert not list(tmp_path.iterdir())

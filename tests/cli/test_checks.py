@@ -69,6 +69,11 @@ def test_a_fault_makes_the_status_1_and_has_its_reason_in_the_row(verbose, monke
         (["--caches", ","], "--caches names no cache"),
         (["--caches", "h2o:budget=3"], "a check gives caches its own budgets: leave budget= out of h2o:budget=3"),
         (["--caches", "h2o:sizes=3"], "the method h2o does not take these settings: sizes"),
+        (
+            ["--caches", "none,gear:basis=b.safetensors"],
+            "gear:basis=b.safetensors: what was measured of",
+        ),
+        (["--caches", "h2o:allocation=p.safetensors"], "the tiny random one that is checked without"),
         (["--model", "llama", "--dtype", "float16"], "--dtype is of the model itself: give --weights too"),
         (["--model", "llama", "--device", "meta"], "device meta was requested, but torch cannot use it here"),
         (["--model", "/nowhere"], "there is no folder /nowhere"),

@@ -392,12 +392,14 @@ def test_a_basis_is_measured_written_and_used(folder, tmp_path, capsys, monkeypa
     out = capsys.readouterr().out
     basis = Basis.load("a/basis.safetensors")
     assert str(basis) in out
+    assert max(map(len, out.splitlines())) <= 120
     assert (basis.measured["texts"], basis.measured["tokens"], basis.measured["source"]) == (3, 288, "text.txt")
     spec = "gear:bits=2:basis=a/basis.safetensors"
     ask = ["generate", "What is the pass key of the old castle?", "--device", "cpu", "--cache", spec]
     assert main([*ask, "--model", folder, "--max-new-tokens", "8"]) == 0
     assert f"{registry.canonical(spec)}: " in capsys.readouterr().out
     assert main(["plan", "--model", folder, "--context", "100", "--methods", spec]) == 0
+    assert main(["check", "--model", folder, "--device", "cpu", "--caches", spec, "--weights"]) == 0
 
 
 def test_the_options_of_distill_are_its_settings_and_those_of_the_model():

@@ -635,9 +635,9 @@ def test_room_is_for_what_prefixes_take_in_memory(basis, tmp_path):
 
 
 def test_a_store_that_needs_a_basis_says_which(basis, tmp_path):
-    # which was given no basis
-    model = build("llama")
-    store = PrefixStore(model)
+    # the same weights, of which the second was given no basis
+    writer, model = build("llama"), build("llama")
+    store = PrefixStore(writer)
     store.prefix(prompt(100, seed=3)[0])
     with pytest.raises(TypeError, match="codec must be 'zstd', a TransformCodec or None, got 'gzip'"):
         store.save(tmp_path / "store", codec="gzip")
