@@ -46,6 +46,7 @@ def spec_of(name):
     return f"{name}:window=4:recent=4" if name in window else name
 
 
+# docs: filled from one recorded forward, as the model would have filled them
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_cache_filled_from_a_recording_is_the_cache_that_the_model_fills(model, spec):
     readers = filled_and_read(model, spec_of(spec))

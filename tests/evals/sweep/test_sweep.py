@@ -295,7 +295,7 @@ def without_times(rows):
     return [{name: row[name] for name in row if name not in ("seconds", "provenance")} for row in rows]
 
 
-# docs: and what it had begun
+# docs: in the middle of a point too
 def test_what_was_interrupted_between_parts_goes_on_with_the_next_part(sweep, tmp_path):
     whole = sweep(samples=3, batch=1, tasks=("passkey", "text"), continuation=4).run()
     assert not list(tmp_path.glob("parts*"))
@@ -334,7 +334,7 @@ def sequential(sweep, **change):
     return work
 
 
-# docs: ends early once every score's 95 % interval is at most so wide to either side
+# docs: it reads no more samples once every score's 95 % interval reaches at most 0.1 to either side
 def test_points_end_early_once_they_are_known_well_enough(sweep, monkeypatch):
     # the first point is not known well enough from its first part
     widths = iter([0.5] + [0.2] * 100)
@@ -352,6 +352,7 @@ def test_points_end_early_once_they_are_known_well_enough(sweep, monkeypatch):
     assert len(work.missing()) == 7
 
 
+# docs: it begins nothing after an hour; the same command goes on
 def test_a_sweep_out_of_time_says_how_many_samples_it_has_and_goes_on_later(sweep, monkeypatch):
     change = {"samples": 3, "batch": 1}
     whole = sweep(**change).run()
