@@ -15,13 +15,17 @@ from kvcompress.evals.sweep.protocol import (
     answer_several,
     split,
 )
+from kvcompress.evals.sweep.recipes import state_tracking
 from kvcompress.evals.sweep.recipes.documents import documents_file, documents_hash
+from kvcompress.evals.sweep.recipes.recipe import ALL, ANY, LINES
 from kvcompress.evals.sweep.rows import held, mean_of, standard_error
 from kvcompress.evals.sweep.samples import RECIPES, Prompt, Sample, Tokenizer, make_prompt, make_samples, score_answer
 from kvcompress.evals.sweep.task import Subject
 
 # how many bytes of first forwards to keep for the caches that share them
 _MOST_RECORDED = 4 * 2**30
+# what scores are called
+_METRICS = {ALL: "answers found", ANY: "answers found", LINES: "lines right"}
 
 
 class SyntheticTask:
@@ -55,7 +59,9 @@ class SyntheticTask:
         documents = (
             {"documents": documents_hash(self.name, settings.documents)} if RECIPES[self.name].reads_documents else {}
         )
-        return {"samples": settings.samples, **held_back, **turns, **text, **documents}
+        # the tokens of a transcript are no setting of other tasks
+        transcript = {"transcript": settings.transcript} if self.name in state_tracking.RECIPES else {}
+        return {"samples": settings.samples, **held_back, **turns, **text, **documents, **transcript}
 
     def samples(self, tokenizer: Tokenizer, length: int, count: int | None = None, questions: int = 1) -> list[Sample]:
         """The samples of a length, all of them or `count`."""
@@ -69,6 +75,7 @@ class SyntheticTask:
             text=settings.text,
             questions=questions,
             documents=settings.documents,
+            transcript=settings.transcript,
         )
 
     def _questions(self, protocol: str) -> int:
@@ -91,27 +98,37 @@ class SyntheticTask:
         for first in range(0, len(order), batch):
             chosen = order[first : first + batch]
             asked = [prompts[index] for index in chosen]
-            ask: Callable[..., tuple[list[Any], Measured]] = answer_several if questions > 1 else answer
-            found, part = ask(
-                subject.model,
-                lambda: subject.build(point.method, subject.model, budget),
+            found, part = self._ask(
+                point,
+                subject,
+                [samples[index] for index in chosen],
                 asked,
-                point.protocol,
+                make_cache=lambda: subject.build(point.method, subject.model, budget),
                 hold_back=self.settings.hold_back,
-                stops=subject.stops,
                 must_keep_at_most=must_keep(budget, min(len(prompt.context) for prompt in asked)),
                 first=self._first_forward(point, subject, asked),
             )
             measured.append(part)
             answers.update(zip(chosen, found, strict=True))
         in_order = [answers[index] for index in range(len(samples))]
-        if questions > 1:
-            # the first answer of a conversation is that of question-aware
-            counted = slice(1 if point.protocol == MULTI_TURN else 0, None)
-            scores, said = score_turns(subject.tokenizer, samples, in_order, counted)
-        else:
-            scores, said = score_answers(subject.tokenizer, samples, in_order)
+        scores, said = self._scores(point, subject.tokenizer, samples, in_order)
         return scores | held(measured, budget) | kept(measured) | said
+
+    def _ask(
+        self, point: Point, subject: Subject, samples: Sequence[Sample], prompts: Sequence[Prompt], **how: Any
+    ) -> tuple[list[Any], Measured]:
+        """What the model answers to each of these prompts, and what the cache held. how: as `answer` takes it."""
+        ask: Callable[..., tuple[list[Any], Measured]] = answer_several if point.protocol in SEVERAL else answer
+        return ask(subject.model, prompts=prompts, protocol=point.protocol, stops=subject.stops, **how)
+
+    def _scores(
+        self, point: Point, tokenizer: Tokenizer, samples: Sequence[Sample], answers: Sequence[Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A row's fields about these answers: their score, and what was said."""
+        if point.protocol not in SEVERAL:
+            return score_answers(tokenizer, samples, answers)
+        # the first answer of a conversation is that of question-aware
+        return score_turns(tokenizer, samples, answers, slice(1 if point.protocol == MULTI_TURN else 0, None))
 
     def _first_forward(self, point: Point, subject: Subject, prompts: Sequence[Prompt]) -> Callable[[Reader], None]:
         """The first forward of these prompts, which evicting caches share: the model runs it once for all."""
@@ -170,7 +187,7 @@ def score_turns(
     by_turn = [mean_of(turn) for turn in zip(*found, strict=True)]
     return (
         {
-            "metric": "answers found",
+            "metric": _METRICS[samples[0].scoring],
             "score": mean_of(scores),
             "stderr": standard_error(scores),
             "turn_scores": by_turn,
