@@ -1,11 +1,11 @@
 """Tasks whose right answer is fed to the model, token by token: what would it have said at each place?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kvcompress.evals.sweep.points import Point
 from kvcompress.evals.sweep.protocol import Measured, force
-from kvcompress.evals.sweep.recipes.state_tracking import transcript
+from kvcompress.evals.sweep.recipes.state_tracking import STATE, STEP, transcript
 from kvcompress.evals.sweep.rows import mean_of, standard_error
 from kvcompress.evals.sweep.samples import Prompt, Sample, Tokenizer
 from kvcompress.evals.sweep.synthetic import SyntheticTask
@@ -13,7 +13,7 @@ from kvcompress.evals.sweep.task import Subject
 
 
 class ForcedTask(SyntheticTask):
-    """State tracking with the right answer given: the score is the share of the values that the model predicts."""
+    """State tracking with the right answer given: scored by the steps and states that the model predicts."""
 
     def _ask(
         self, point: Point, subject: Subject, samples: Sequence[Sample], prompts: Sequence[Prompt], **how: Any
@@ -27,12 +27,10 @@ class ForcedTask(SyntheticTask):
         return score_forced(tokenizer, samples, answers)
 
 
-def pieces(tokenizer: Tokenizer, sample: Sample) -> list[tuple[int, bool | None]]:
-    """The right answer's tokens, and of those of a value whether its step has changed it; None for all others."""
+def pieces(tokenizer: Tokenizer, sample: Sample) -> list[tuple[int, str | None]]:
+    """The right answer's tokens, each with what it belongs to: STEP, STATE, or None."""
     return [
-        (token, changed)
-        for text, changed in transcript(sample)
-        for token in tokenizer.encode(text, add_special_tokens=False)
+        (token, kind) for text, kind in transcript(sample) for token in tokenizer.encode(text, add_special_tokens=False)
     ]
 
 
@@ -41,26 +39,26 @@ def score_forced(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A row's fields about the predictions at each place of the right answers."""
 
-    def shares(counts: Callable[[bool | None], bool]) -> list[float]:
+    def shares(*kinds: str) -> list[float]:
         return [
             mean_of(
                 [
                     float(said == token)
-                    for (token, changed), said in zip(pieces(tokenizer, sample), each, strict=True)
-                    if counts(changed)
+                    for (token, kind), said in zip(pieces(tokenizer, sample), each, strict=True)
+                    if kind in kinds
                 ]
             )
             for sample, each in zip(samples, predicted, strict=True)
         ]
 
-    scores = shares(lambda changed: changed is not None)
+    scores = shares(STEP, STATE)
     return (
         {
-            "metric": "values predicted",
+            "metric": "steps predicted",
             "score": mean_of(scores),
             "stderr": standard_error(scores),
-            "changed_score": mean_of(shares(lambda changed: changed is True)),
-            "kept_score": mean_of(shares(lambda changed: changed is False)),
+            "step_score": mean_of(shares(STEP)),
+            "state_score": mean_of(shares(STATE)),
         },
         {"scores": scores, "transcript_tokens": [len(each) for each in predicted]},
     )
