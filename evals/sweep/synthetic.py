@@ -49,7 +49,11 @@ class SyntheticTask:
                 split(prompt, protocol, self.settings.hold_back)
 
     def cost(self, point: Point) -> int:
-        return self.settings.samples * (point.context + 400)
+        settings = self.settings
+        answers = 400 * self._questions(point.protocol)
+        if self.name in state_tracking.RECIPES:
+            answers = 40 * min(settings.transcript, 3 * point.context)
+        return settings.samples * (point.context + answers)
 
     def facts(self, point: Point) -> dict[str, Any]:
         settings = self.settings
