@@ -3,13 +3,17 @@
 import json
 from collections.abc import Iterator, Sequence
 
+from kvcompress.evals.sweep.forced import ForcedTask
 from kvcompress.evals.sweep.points import Settings
 from kvcompress.evals.sweep.samples import RECIPES, RULER, RULER_OFFLINE
 from kvcompress.evals.sweep.synthetic import SyntheticTask
 from kvcompress.evals.sweep.task import Task
 from kvcompress.evals.sweep.text import TEXT, TextTask
 
-OWN: dict[str, type[SyntheticTask] | type[TextTask]] = {**dict.fromkeys(RECIPES, SyntheticTask), TEXT: TextTask}
+OWN: dict[str, type[SyntheticTask] | type[TextTask]] = {
+    **{name: ForcedTask if recipe.is_forced else SyntheticTask for name, recipe in RECIPES.items()},
+    TEXT: TextTask,
+}
 
 
 def make_tasks(settings: Settings) -> dict[str, Task]:

@@ -40,12 +40,15 @@ def write_leaderboard(rows: Iterable[Row], folder: Path) -> list[Path]:
         ValueError: no row is of one of RULER's tasks, or one lacks its predictions.
     """
     runs: dict[tuple[object, ...], list[Row]] = {}
-    for row in one_each([row for row in rows if row["task"] in TASKS and row["protocol"] in PROTOCOLS]):
+    of_ruler = [row | {"task": _task(row)} for row in rows if _task(row) in TASKS and row["protocol"] in PROTOCOLS]
+    for row in one_each(of_ruler):
         run = (row["model"], row["length"], row["protocol"], row["method"], row["budget"], type(row["budget"]))
         runs.setdefault(run, []).append(row)
     done = [own for members in runs.values() if (own := [row for row in members if row["status"] == "ok"])]
     if not done:
-        raise ValueError(f"a leaderboard needs rows of RULER's tasks that succeeded, one of {', '.join(TASKS)}")
+        raise ValueError(
+            f"a leaderboard needs rows of RULER's tasks that succeeded, one of {', '.join(f'ruler_{task}' for task in TASKS)}"
+        )
     for row in (row for members in done for row in members):
         _check(row)
     # before the first is written: two that would lie in one folder
@@ -54,6 +57,11 @@ def write_leaderboard(rows: Iterable[Row], folder: Path) -> list[Path]:
         place.mkdir(parents=True, exist_ok=True)
         _write_run(sorted(members, key=lambda row: TASKS.index(row["task"])), place)
     return places
+
+
+def _task(row: Row) -> str:
+    """A task's name as the leaderboard has it."""
+    return str(row["task"]).removeprefix("ruler_")
 
 
 def string_match(task: str, answers: Sequence[Sequence[str]], predictions: Sequence[str]) -> float:

@@ -12,7 +12,7 @@ from kvcompress import registry
 from kvcompress.caches.budget import Budget
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.protocol import PROTOCOLS, SEVERAL
-from kvcompress.evals.sweep.samples import read_text
+from kvcompress.evals.sweep.samples import TRANSCRIPT, read_text
 
 # the protocol of tasks without a question
 CONTINUATION = "continuation"
@@ -28,6 +28,7 @@ class Settings:
     hold_back: tokens of the question read after compression, if question-aware. batch: sequences at a time.
     text: a file for "text" and the essay haystacks. continuation, chunk: tokens scored, and read per forward, on text.
     turns: questions of each context, in multi-turn and multi-request.
+    transcript: the most tokens of an answer to state_tracking.
     documents: a file of documents, or a folder of them, for RULER's questions about documents.
     num_fewshot, limit, metadata: for lm-eval's tasks, as its own command takes them.
     question: the text with which their questions begin; None for the last example of a few-shot context.
@@ -51,6 +52,7 @@ class Settings:
     question: str | None = None
     documents: str | None = None
     turns: int = 5
+    transcript: int = TRANSCRIPT
 
     def __post_init__(self) -> None:
         for protocol in self.protocols:
@@ -59,7 +61,7 @@ class Settings:
         for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one")
-        for name in ("samples", "batch", "hold_back", "continuation", "chunk"):
+        for name in ("samples", "batch", "hold_back", "continuation", "chunk", "transcript"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.turns < 2:

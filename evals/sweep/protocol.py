@@ -282,6 +282,38 @@ def _request(
     return [list(answers) for answers in zip(*found, strict=True)], reader
 
 
+def force(
+    model: PreTrainedModel,
+    make_cache: MakeCache,
+    prompts: Sequence[Prompt],
+    given: Sequence[Sequence[int]],
+    protocol: str,
+    *,
+    hold_back: int = 1,
+    must_keep_at_most: int | None = None,
+    first: Callable[["Reader"], None] | None = None,
+) -> tuple[list[list[int]], Measured]:
+    """As `answer`, but each answer is given, and fed one token at a time: what the model would have chosen instead of
+    each of its tokens."""
+    parts = [split(prompt, protocol, hold_back) for prompt in prompts]
+    rows = [context for context, _ in parts]
+    reader, measured = _compress(model, make_cache, prompts, rows, must_keep_at_most, first)
+    logits = reader.read([last for _, last in parts])
+    predicted: list[list[int]] = [[] for _ in prompts]
+    longest = max(map(len, given))
+    for place in range(longest):
+        chosen = logits[:, -1].argmax(-1).tolist()
+        for row, tokens in enumerate(given):
+            if place < len(tokens):
+                predicted[row].append(chosen[row])
+        if place + 1 < longest:
+            # an answer that has ended goes on with whatever is chosen
+            logits = reader.read(
+                [[tokens[place] if place < len(tokens) else chosen[row]] for row, tokens in enumerate(given)]
+            )
+    return predicted, _with_fetches(measured, reader)
+
+
 def _compress(
     model: PreTrainedModel,
     make_cache: MakeCache,

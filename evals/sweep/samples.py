@@ -16,15 +16,16 @@ from pathlib import Path
 from random import Random
 
 from kvcompress.evals.sweep.recipes import documents as about_documents
-from kvcompress.evals.sweep.recipes import needles, ruler
+from kvcompress.evals.sweep.recipes import needles, ruler, state_tracking
 from kvcompress.evals.sweep.recipes.haystack import prose, read_text
-from kvcompress.evals.sweep.recipes.recipe import ANY, Draw, Question, Recipe, Sample, Sizing, Tokenizer
+from kvcompress.evals.sweep.recipes.recipe import ANY, LINES, Draw, Question, Recipe, Sample, Sizing, Tokenizer
 from kvcompress.evals.sweep.spans import Span, prompt_spans
 
 __all__ = [
     "RECIPES",
     "RULER",
     "RULER_OFFLINE",
+    "TRANSCRIPT",
     "Prompt",
     "Question",
     "Recipe",
@@ -39,10 +40,12 @@ __all__ = [
     "score_answer",
 ]
 
-RECIPES: dict[str, Recipe] = {**needles.RECIPES, **ruler.RECIPES, **about_documents.RECIPES}
+RECIPES: dict[str, Recipe] = {**needles.RECIPES, **ruler.RECIPES, **about_documents.RECIPES, **state_tracking.RECIPES}
 # RULER's tasks that need no file, and all of them
 RULER_OFFLINE, RULER = tuple(ruler.RECIPES), (*ruler.RECIPES, *about_documents.RECIPES)
 
+# the most tokens of an answer to state tracking, unless told
+TRANSCRIPT = 2048
 _BODY = "thebodyofthemessage"
 
 
@@ -89,6 +92,7 @@ def make_samples(
     *,
     questions: int = 1,
     documents: str | None = None,
+    transcript: int = TRANSCRIPT,
 ) -> list[Sample]:
     """Samples whose contexts, with what the chat template puts before them, take at most `length` tokens.
 
@@ -99,6 +103,7 @@ def make_samples(
         text: a file for the essay haystack; by default Python's own manual.
         questions: how many to ask of each context.
         documents: a file of them, or a folder with RULER's files, for the tasks that ask about documents.
+        transcript: the most tokens of an answer to state tracking.
 
     Raises:
         ValueError: an unknown task, a length that cannot hold it, documents that are missing, or a task that asks only
@@ -124,6 +129,8 @@ def make_samples(
             index=index,
             order=f"{seed}/{task}/order",
             documents=documents,
+            transcript=transcript,
+            count=lambda part: len(tokenizer.encode(part, add_special_tokens=False)),
         )
         made.append(_fit(task, tokenizer, length, recipe.build(draw)))
     return made
@@ -156,7 +163,13 @@ def score(sample: Sample, prediction: str) -> float:
 
 
 def score_answer(question: Question, prediction: str) -> float:
-    """The share of the answers that the prediction contains; where any will do, whether it contains one."""
+    """The share of the answers that the prediction contains; where any will do, whether it contains one; where they are
+    lines, the share of its lines that are the right ones."""
+    if question.scoring == LINES:
+        # the first line goes on from the answer's first words
+        lines = (question.answer_prefix.rsplit("\n")[-1] + prediction).splitlines()
+        right = [line.strip() == answer for line, answer in zip(lines, question.answers, strict=False)]
+        return sum(right) / len(question.answers)
     said = prediction.casefold()
     found = [answer.casefold() in said for answer in question.answers]
     return float(any(found)) if question.scoring == ANY else sum(found) / len(found)

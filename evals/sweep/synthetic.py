@@ -16,13 +16,17 @@ from kvcompress.evals.sweep.protocol import (
     answer_several,
     split,
 )
+from kvcompress.evals.sweep.recipes import state_tracking
 from kvcompress.evals.sweep.recipes.documents import documents_file, documents_hash
+from kvcompress.evals.sweep.recipes.recipe import ALL, ANY, LINES
 from kvcompress.evals.sweep.rows import held, mean_of, standard_error
 from kvcompress.evals.sweep.samples import RECIPES, Prompt, Sample, Tokenizer, make_prompt, make_samples, score_answer
 from kvcompress.evals.sweep.task import PartedTask, Subject
 
 # how many bytes a first forward may take for the caches that share it
 _MOST_RECORDED = 8 * 2**30
+# what scores are called
+_METRICS = {ALL: "answers found", ANY: "answers found", LINES: "lines right"}
 
 
 class SyntheticTask(PartedTask):
@@ -46,7 +50,11 @@ class SyntheticTask(PartedTask):
                 split(prompt, protocol, self.settings.hold_back)
 
     def cost(self, point: Point) -> int:
-        return self.settings.samples * (point.context + 400)
+        settings = self.settings
+        answers = 400 * self._questions(point.protocol)
+        if self.name in state_tracking.RECIPES:
+            answers = 40 * min(settings.transcript, 3 * point.context)
+        return settings.samples * (point.context + answers)
 
     def facts(self, point: Point) -> dict[str, Any]:
         settings = self.settings
@@ -56,7 +64,9 @@ class SyntheticTask(PartedTask):
         documents = (
             {"documents": documents_hash(self.name, settings.documents)} if RECIPES[self.name].reads_documents else {}
         )
-        return {"samples": settings.samples, **held_back, **turns, **text, **documents}
+        # the tokens of a transcript are no setting of other tasks
+        transcript = {"transcript": settings.transcript} if self.name in state_tracking.RECIPES else {}
+        return {"samples": settings.samples, **held_back, **turns, **text, **documents, **transcript}
 
     def samples(self, tokenizer: Tokenizer, length: int, count: int | None = None, questions: int = 1) -> list[Sample]:
         """The samples of a length, all of them or `count`."""
@@ -70,6 +80,7 @@ class SyntheticTask(PartedTask):
             text=settings.text,
             questions=questions,
             documents=settings.documents,
+            transcript=settings.transcript,
         )
 
     def _questions(self, protocol: str) -> int:
@@ -110,22 +121,6 @@ class SyntheticTask(PartedTask):
         memory = held(measured, self._budget(point, prompts)) | kept(measured)
         return scores | memory | said | {"samples": len(answers)}
 
-    def _ask(
-        self, point: Point, subject: Subject, samples: Sequence[Sample], prompts: Sequence[Prompt], **how: Any
-    ) -> tuple[list[Any], Measured]:
-        """What the model answers to each of these prompts, and what the cache held. how: as `answer` takes it."""
-        ask: Callable[..., tuple[list[Any], Measured]] = answer_several if point.protocol in SEVERAL else answer
-        return ask(subject.model, prompts=prompts, protocol=point.protocol, stops=subject.stops, **how)
-
-    def _scores(
-        self, point: Point, tokenizer: Tokenizer, samples: Sequence[Sample], answers: Sequence[Any]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A row's fields about these answers: their score, and what was said."""
-        if point.protocol not in SEVERAL:
-            return score_answers(tokenizer, samples, answers)
-        # the first answer of a conversation is that of question-aware
-        return score_turns(tokenizer, samples, answers, slice(1 if point.protocol == MULTI_TURN else 0, None))
-
     def _part(self, point: Point, subject: Subject, part: int) -> tuple[list[Sample], list[Prompt], list[int]]:
         """All samples and prompts of the point's length, and which of them are in a part."""
         questions, batch = self._questions(point.protocol), self._batch(point)
@@ -141,6 +136,22 @@ class SyntheticTask(PartedTask):
 
     def _budget(self, point: Point, prompts: Sequence[Prompt]) -> int | None:
         return point.budget_tokens(max(prompt.tokens for prompt in prompts))
+
+    def _ask(
+        self, point: Point, subject: Subject, samples: Sequence[Sample], prompts: Sequence[Prompt], **how: Any
+    ) -> tuple[list[Any], Measured]:
+        """What the model answers to each of these prompts, and what the cache held. how: as `answer` takes it."""
+        ask: Callable[..., tuple[list[Any], Measured]] = answer_several if point.protocol in SEVERAL else answer
+        return ask(subject.model, prompts=prompts, protocol=point.protocol, stops=subject.stops, **how)
+
+    def _scores(
+        self, point: Point, tokenizer: Tokenizer, samples: Sequence[Sample], answers: Sequence[Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A row's fields about these answers: their score, and what was said."""
+        if point.protocol not in SEVERAL:
+            return score_answers(tokenizer, samples, answers)
+        # the first answer of a conversation is that of question-aware
+        return score_turns(tokenizer, samples, answers, slice(1 if point.protocol == MULTI_TURN else 0, None))
 
     def _first_forward(self, point: Point, subject: Subject, prompts: Sequence[Prompt]) -> Callable[[Reader], None]:
         """The first forward of these prompts, which most caches share: the model runs it once for all."""
@@ -197,7 +208,7 @@ def score_turns(
     by_turn = [mean_of(turn) for turn in zip(*found, strict=True)]
     return (
         {
-            "metric": "answers found",
+            "metric": _METRICS[samples[0].scoring],
             "score": mean_of(scores),
             "stderr": standard_error(scores),
             "turn_scores": by_turn,

@@ -85,6 +85,7 @@ def sweep(
         str | None, "RULER's qa_1 and qa_2: a file of SQuAD, HotpotQA or JSON lines, or a folder of them."
     ] = None,
     turns: Annotated[int, "Questions of a context in multi-turn and multi-request."] = 5,
+    transcript: Annotated[int, "state_tracking: the most tokens of an answer."] = 2048,
     dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
     device: DeviceOption = None,
 ) -> int:

@@ -136,6 +136,7 @@ def test_other_documents_are_another_point(folder, model, tokenizer, tmp_path):
     assert key(folder) != key(folder / "lines.jsonl")
 
 
+# docs: Nothing is downloaded
 def test_without_a_file_a_sweep_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match=r"ruler_qa_1 needs documents: name a file of .* squad.json \(--documents\)"):
         make_tasks(settings())["ruler_qa_1"].points()

@@ -229,6 +229,7 @@ def settings(**change):
     return Settings(("h2o",), (0.5,), ("ruler",), (2000,), 1, **change)
 
 
+# docs: `ruler` is all of RULER
 def test_ruler_stands_for_its_tasks_and_for_all_where_there_are_documents(tmp_path):
     assert (len(RULER_OFFLINE), len(RULER)) == (11, 13)
     assert tuple(make_tasks(settings())) == RULER_OFFLINE
