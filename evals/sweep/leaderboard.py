@@ -46,9 +46,8 @@ def write_leaderboard(rows: Iterable[Row], folder: Path) -> list[Path]:
         runs.setdefault(run, []).append(row)
     done = [own for members in runs.values() if (own := [row for row in members if row["status"] == "ok"])]
     if not done:
-        raise ValueError(
-            f"a leaderboard needs rows of RULER's tasks that succeeded, one of {', '.join(f'ruler_{task}' for task in TASKS)}"
-        )
+        known = ", ".join(f"ruler_{task}" for task in TASKS)
+        raise ValueError(f"a leaderboard needs rows of RULER's tasks that succeeded, one of {known}")
     for row in (row for members in done for row in members):
         _check(row)
     # before the first is written: two that would lie in one folder
