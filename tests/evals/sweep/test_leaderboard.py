@@ -25,7 +25,7 @@ def metrics(folder):
 # docs: Each has `predictions.csv`, `metrics.json` and `config.yaml`
 def test_a_folder_for_each_method_and_budget(tmp_path):
     made = [ruler(), ruler("qa_1"), ruler(budget=0.5), ruler(method="gear:bits=2", budget=None)]
-    made += [ruler(protocol="question-agnostic"), row(task="needle")]
+    made += [ruler(protocol="question-agnostic"), row(task="needle"), ruler(protocol="multi-turn", predictions=[])]
     places = write_leaderboard(made, tmp_path)
     assert [place.name for place in places] == [
         "ruler__4096__Qwen--Qwen3-8B__h2o__budget_0.25__compressed_questions",
