@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kvcompress.evals.sweep.intervals import Row
 from kvcompress.evals.sweep.panels import describe, one_each, share
-from kvcompress.evals.sweep.protocol import AWARE, PROTOCOLS
+from kvcompress.evals.sweep.protocol import AGNOSTIC, AWARE
 from kvcompress.evals.sweep.rows import mean_of
 
 TASKS = (
@@ -40,8 +40,8 @@ def write_leaderboard(rows: Iterable[Row], folder: Path) -> list[Path]:
         ValueError: no row is of one of RULER's tasks, or one lacks its predictions.
     """
     runs: dict[tuple[object, ...], list[Row]] = {}
-    of_ruler = [row | {"task": _task(row)} for row in rows if _task(row) in TASKS and row["protocol"] in PROTOCOLS]
-    for row in one_each(of_ruler):
+    of_ruler = [row | {"task": _task(row)} for row in rows if row["protocol"] in (AGNOSTIC, AWARE)]
+    for row in one_each([row for row in of_ruler if row["task"] in TASKS]):
         run = (row["model"], row["length"], row["protocol"], row["method"], row["budget"], type(row["budget"]))
         runs.setdefault(run, []).append(row)
     done = [own for members in runs.values() if (own := [row for row in members if row["status"] == "ok"])]
@@ -50,7 +50,6 @@ def write_leaderboard(rows: Iterable[Row], folder: Path) -> list[Path]:
         raise ValueError(f"a leaderboard needs rows of RULER's tasks that succeeded, one of {known}")
     for row in (row for members in done for row in members):
         _check(row)
-    # before the first is written: two that would lie in one folder
     places = [folder / _name(members[0]) for members in done]
     for place, members in zip(places, done, strict=True):
         place.mkdir(parents=True, exist_ok=True)

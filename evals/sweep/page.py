@@ -309,7 +309,7 @@ def _proxies_sheet(rows: Sequence[Row]) -> list[Sheet]:
 def _turns_sheets(rows: Sequence[Row]) -> list[Sheet]:
     sheets = []
     for panel in score_panels(rows):
-        having = [row for row in panel.rows if row.get("turn_scores")]
+        having = [row for row in panel.rows if isinstance(row.get("turn_scores"), list)]
         turns = max((len(row["turn_scores"]) for row in having), default=0)
         lines = [
             (
@@ -327,7 +327,7 @@ def _turns_sheets(rows: Sequence[Row]) -> list[Sheet]:
 def _spans_sheets(rows: Sequence[Row]) -> list[Sheet]:
     sheets = []
     for panel in score_panels(rows):
-        having = [row for row in panel.rows if row.get("kept_by_span")]
+        having = [row for row in panel.rows if isinstance(row.get("kept_by_span"), dict)]
         spans = tuple(dict.fromkeys(span for row in having for span in row["kept_by_span"]))
         lines = [(*_who(row), *(_plain(row["kept_by_span"].get(span)) for span in spans)) for row in having]
         sheets += [Sheet(_title(having), ("method", "budget", *spans), tuple(lines))] if lines else []
@@ -375,8 +375,8 @@ def _budget_order(budget: int | float | None) -> float:
     return float("inf") if budget is None else float(budget)
 
 
-def _plain(value: float | None) -> Cell:
-    if value is None:
+def _plain(value: Any) -> Cell:
+    if not isinstance(value, int | float):
         return Cell()
     return Cell(f"{value:.2f}", order=value, level=_level(value))
 

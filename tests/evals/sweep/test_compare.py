@@ -16,6 +16,7 @@ FULL = row("none", None, 1.0, 4000, stderr=0.0)
     ("size", "score", "difference", "error"),
     [
         (1000, 0.5, 0.3, (0.3**2 + 0.1**2) ** 0.5),
+        (1250, 0.5, 0.2, (0.3**2 + 0.125**2) ** 0.5),
         (1500, 0.5, 0.1, (0.3**2 + 0.15**2) ** 0.5),
         (2000, 0.5, -0.1, (0.3**2 + 0.2**2) ** 0.5),
         # from the floor's last point the line goes on to the full cache

@@ -14,7 +14,7 @@ from tests.evals.sweep.test_report import write
 def ruler(task="niah_single_1", method="h2o", budget=0.25, **more):
     answers, said = [["7", "seven"], ["8"]], ["It is 7.", "Nine, or\x00 8?"]
     own = {"length": 4096, "model": "Qwen/Qwen3-8B", "answers": answers, "predictions": said}
-    return scored([0.5, 1.0], method, budget, task=task, **(own | more))
+    return scored([0.5, 1.0], method, budget, task=f"ruler_{task}", **(own | more))
 
 
 def metrics(folder):
@@ -25,7 +25,7 @@ def metrics(folder):
 # docs: Each has `predictions.csv`, `metrics.json` and `config.yaml`
 def test_a_folder_for_each_method_and_budget(tmp_path):
     made = [ruler(), ruler("qa_1"), ruler(budget=0.5), ruler(method="gear:bits=2", budget=None)]
-    made += [ruler(protocol="question-agnostic"), row(task="needle")]
+    made += [ruler(protocol="question-agnostic"), row(task="needle"), ruler(protocol="multi-turn", predictions=[])]
     places = write_leaderboard(made, tmp_path)
     assert [place.name for place in places] == [
         "ruler__4096__Qwen--Qwen3-8B__h2o__budget_0.25__compressed_questions",
@@ -78,7 +78,7 @@ def test_what_was_not_answered_is_an_error():
         write_leaderboard([lacking], None)
     with pytest.raises(ValueError, match="a prediction for each of its 2 samples, got 1"):
         write_leaderboard([ruler(predictions=["7"])], None)
-    with pytest.raises(ValueError, match="rows of RULER's tasks that succeeded, one of niah_single_1, .*qa_2"):
+    with pytest.raises(ValueError, match="rows of RULER's tasks that succeeded, one of ruler_niah_single_1, .*qa_2"):
         write_leaderboard([row(), ruler() | FAILED], None)
 
 

@@ -110,7 +110,8 @@ def test_failures_and_what_others_wrote_are_escaped(page):
 # docs: the page shows scores turn by turn, and what is kept of each span
 def test_turns_and_spans_are_shown_where_rows_have_them(page):
     turns = {"turn_scores": [1.0, 0.5], "kept_by_span": {"system": 1.0, "document": 0.25}}
-    text = page([row(**turns), row("tova", turn_scores=[1.0, 0.5, 0.25]), row("knorm")])
+    odd = {"turn_scores": None, "kept_by_span": []}
+    text = page([row(**turns), row("tova", turn_scores=[1.0, 0.5, 0.25]), row("knorm", **odd)])
     assert cells(text, "turns") == [[["h2o", "50%", "1.00", "0.50", ""], ["tova", "50%", "1.00", "0.50", "0.25"]]]
     assert cells(text, "spans") == [[["h2o", "50%", "1.00", "0.25"]]]
     assert not cells(page(rows()), "turns")

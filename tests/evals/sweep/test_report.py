@@ -4,7 +4,7 @@ import json
 import pytest
 
 from kvcompress.evals.sweep import report
-from tests.evals.sweep.reported import FAILED, row, rows
+from tests.evals.sweep.reported import FAILED, row, rows, scored
 
 
 def test_protocols_are_plotted_apart_and_text_has_its_kl():
@@ -60,6 +60,21 @@ def test_tables_have_a_line_a_method_and_a_column_a_budget():
 def test_a_budget_in_tokens_is_told_from_a_fraction(budget):
     (table,) = report.make_tables([row("none", None), row(budget=budget)])
     assert table.budgets == (("64 tokens",) if budget == 64 else ("50%",))
+
+
+def test_ties_are_told_in_a_sentence():
+    made = [scored([1.0] * 12, "none", None), scored([1.0] * 12, "tova"), scored([1.0] * 11 + [0.0], "h2o")]
+    made += [scored([0.0] * 12, "knorm"), scored([0.0] * 12, "knorm", 0.2), scored([1.0] * 12, "gear", None)]
+    place = "needle, 512 tokens, question-aware"
+    assert [str(tie) for tie in report.make_ties(made)] == [
+        f"{place}, 50%: best is tova with 1.00, not told apart from h2o; not told apart from the full cache: tova, h2o",
+        f"{place}, 20%: nothing was found; not told apart from the full cache: none",
+        f"{place}, all tokens: best is gear with 1.00; not told apart from the full cache: gear",
+    ]
+    apart = [scored([1.0] * 12, "tova"), scored([0.0] * 12, "knorm")]
+    assert [str(tie) for tie in report.make_ties(apart)] == [
+        f"{place}, 50%: best is tova with 1.00, told apart from all others"
+    ]
 
 
 # docs: what each method gains over sinks + recent at equal bytes
@@ -127,6 +142,50 @@ def test_sweeps_of_several_models_keep_them_apart(tmp_path):
     first = write(tmp_path / "one", row("h2o", 0.2))
     other = write(tmp_path / "two", row("h2o", 0.2, model="org/large") | {"key": "x"})
     assert [r["task"] for r in report.collect([first, other])] == ["tiny: needle", "large: needle"]
+
+
+def test_old_rows_take_the_full_caches_bytes_from_its_row(tmp_path):
+    old = [row("none", None, size=4000), row("h2o", size=1000), row("h2o", size=900, task="kv")]
+    for one in old:
+        del one["full_bytes"]
+    found = report.collect([write(tmp_path / "old", *old)])
+    # a task without a row of the full cache stays as it is
+    assert [one.get("full_bytes") for one in found] == [4000 * 1024, 4000 * 1024, None]
+    assert report.draw(found, tmp_path / "plot.png")
+    assert not report.draw(found[2:], tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize(("status", "lacking"), [("ok", "bytes, score"), ("failed", None)])
+def test_a_row_that_says_it_succeeded_has_what_was_measured(tmp_path, status, lacking):
+    row_without = {name: value for name, value in row(status=status).items() if name not in ("bytes", "score")}
+    folder = write(tmp_path / "rows", row_without)
+    if lacking is None:
+        assert len(report.collect([folder])) == 1
+        return
+    with pytest.raises(ValueError, match=f"is none of a sweep: it lacks {lacking}"):
+        report.collect([folder])
+
+
+def test_the_table_for_a_spreadsheet_says_what_is_told_apart(tmp_path):
+    made = [scored([1.0] * 12, "none", None, size=4000), scored([1.0] * 12, "tova", size=2000)]
+    made += [scored([1.0] * 11 + [0.0], "h2o", size=2000), scored([0.0] * 12, "streaming", size=1900)]
+    report.write_csv(made, tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open() as file:
+        full, tova, h2o, floor = csv.DictReader(file)
+    assert [(line["best_of_budget"], line["like_best"], line["like_full"]) for line in (full, tova, h2o, floor)] == [
+        ("", "", ""), ("True", "True", "True"), ("", "True", "True"), ("", "", ""),
+    ]  # fmt: skip
+    assert (h2o["score_low"], h2o["score_high"]) == ("0.64612", "0.985139")
+    assert float(h2o["over_full"]) == pytest.approx(-1 / 12, abs=1e-6)
+    assert float(h2o["over_full_low"]) < float(h2o["over_full"]) < 0 < float(h2o["over_full_high"])
+    assert float(floor["over_full_high"]) < 0
+    assert (h2o["paired"], float(h2o["over_floor_low"]) > 0) == ("True", True)
+
+
+def test_both_protocols_are_marked_in_the_table_for_a_spreadsheet(tmp_path):
+    report.write_csv(rows(), tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open() as file:
+        assert all(line["pareto"] and line["score_low"] for line in csv.DictReader(file))
 
 
 def test_a_folder_without_rows_is_named(tmp_path):
