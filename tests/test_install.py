@@ -341,8 +341,9 @@ def test_readmes_snippets_have_types_from_an_editable_install(built, tmp_path):
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps"]
     done = subprocess.run([*pip, "--no-build-isolation", "-e", str(clone)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    first, *others = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    sources = [first] + [f"from kvcompress import load_model\n\nmodel, _ = load_model()\n{other}" for other in others]
+    sources = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    sources.append("from kvcompress import TOVA, EvictingCache, load_model\n\nmodel, tokenizer = load_model()\n")
+    sources[-1] += "cache = EvictingCache(model, policy=TOVA(), budget=64)\n"
     files = [tmp_path / f"snippet_{number}.py" for number in range(len(sources))]
     for file, source in zip(files, sources, strict=True):
         file.write_text(source.partition("```")[0] + "reveal_type(cache)\nreveal_type(cache.memory())\n")
