@@ -327,7 +327,7 @@ def test_an_interruption_says_how_to_go_on(sweep, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Sweep, "measure", interrupted)
+    monkeypatch.setattr(Sweep, "_measure", interrupted)
     assert sweep() == 130
     assert "the same command continues" in capsys.readouterr().err
 
@@ -338,12 +338,13 @@ def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):
     assert main(["sweep", "--quick", "--samples", "3", "--out", str(tmp_path)]) == 0
     assert main(["sweep", "--out", str(tmp_path)]) == 0
     quick, usual = seen
-    assert (quick.samples, usual.samples) == (3, 20)
+    assert (quick.samples, usual.samples) == (3, 50)
     assert quick.lengths == (256,)
     assert usual.lengths == (1024,)
     assert len(quick.tasks) < len(usual.tasks)
     # what reads little of all it keeps, or shares what batches have in common, is asked for by name
     assert set(usual.methods) == set(registry.METHODS) - {"none", "hydragen", "shadowkv"}
+    assert set(quick.methods) - set(usual.methods) == {"h2o:bits=4", "attention_matching:bits=4"}
 
 
 @pytest.mark.parametrize("cache", ["none", "H2O", "tova:sinks=2"])
