@@ -23,9 +23,12 @@ from kvcompress.evals.sweep.protocol import Reader
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import recalling
 from kvcompress.policies.method import is_own
+from kvcompress.swiftkv.model import SwiftKVModel
 
 # caches that attend exactly in their first forward, and store afterwards
 _SERVED = (DenseCache, EvictingCache, GEARCache, HydragenCache, ShadowKVCache)
+# how many bytes a recording may take
+_MOST = 8 * 2**30
 # ops that look at all pairs of tokens
 _QUADRATIC = ("causal_attention", "causal_column_sums")
 
@@ -131,9 +134,16 @@ class FirstForward:
         """True for caches whose first forward does not depend on them.
 
         A class of somebody's own may attend to less, or want to be told of each forward. What is rotated anew attends
-        with other rounding errors.
+        with other rounding errors. A converted model gives each cache only the queries that it needs.
         """
-        return isinstance(cache, _SERVED) and is_own(type(cache)) and not getattr(cache, "rerotated", False)
+        if not isinstance(cache, _SERVED) or not is_own(type(cache)) or getattr(cache, "rerotated", False):
+            return False
+        return not isinstance(cache._model(), SwiftKVModel)
+
+    @classmethod
+    def fits(cls, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> bool:
+        """Whether a recording of these rows is small enough to be kept."""
+        return cls.size(model, len(rows) * max(map(len, rows))) <= _MOST
 
     @staticmethod
     def size(model: PreTrainedModel, tokens: int) -> int:

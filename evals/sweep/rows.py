@@ -31,13 +31,18 @@ class Results:
         row = self.rows.get(key, {})
         if row.get("status") != "ok" or "stopped_at" not in row:
             return row.get("status") == "ok"
-        reached = row["stopped_at"].get("precision")
-        return precision is not None and reached is not None and bool(reached <= precision)
+        reason, reached = row["stopped_at"]["reason"], row["stopped_at"]["half_width"]
+        return reason == "precision" and precision is not None and bool(reached <= precision)
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row, in one write that is on disk when this returns."""
         _append(self.path, row)
-        self.rows[row["key"]] = row
+        if row["key"] not in self.rows or _replaces(row, self.rows[row["key"]]):
+            self.rows[row["key"]] = row
+
+
+# what a line of parts holds
+_PART = {"key", "batch", "part", "found", "seconds"}
 
 
 class Parts:
@@ -54,7 +59,8 @@ class Parts:
         """Reads what other processes have measured."""
         for path in self._paths():
             for part in _lines(path):
-                self._found[part["key"], part["batch"], part["part"]] = part
+                if part.keys() >= _PART and isinstance(part["batch"], int) and isinstance(part["part"], int):
+                    self._found[part["key"], part["batch"], part["part"]] = part
 
     def of(self, key: str, batch: int) -> list[dict[str, Any]]:
         """A point's first parts, up to the first that is missing, each of so many samples."""
@@ -102,9 +108,19 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("results*.jsonl")):
         for row in _lines(path):
-            if row["key"] not in rows or _time(rows[row["key"]]) <= _time(row):
+            if row["key"] not in rows or _replaces(row, rows[row["key"]]):
                 rows[row["key"]] = row
     return rows
+
+
+def _replaces(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a row stands for another of its key: if it is newer, but not if it has failed or stopped earlier where
+    the other one has read samples."""
+    if _time(row) < _time(other):
+        return not _replaces(other, row)
+    if row["status"] != "ok":
+        return "stopped_at" not in other
+    return other["status"] != "ok" or row.get("samples", 0) >= other.get("samples", 0)
 
 
 def _time(row: dict[str, Any]) -> str:

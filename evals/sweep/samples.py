@@ -6,7 +6,8 @@ there are. Most are scored as RULER does (arXiv:2404.06654):
 
     score = the share of a sample's answers that the prediction contains, ignoring case
 
-A sample depends only on the seed, the task, the length and its own number, and with an essay or documents on these.
+A sample depends only on the seed, the task, the length, its own number and how many there are, and with an essay or
+documents on these.
 """
 
 import bisect
@@ -180,7 +181,13 @@ def _template(tokenizer: Tokenizer) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.bos_token or "", "\n"
     message = [{"role": "user", "content": _BODY}]
-    head, tail = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(_BODY)
+    parts = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(_BODY)
+    if len(parts) != 2:
+        raise ValueError(
+            "the tokenizer's chat template must show a user's message once and as it is, so that context and question "
+            f"can be told apart; it shows this one {len(parts) - 1} times"
+        )
+    head, tail = parts
     return head, tail
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from kvcompress.evals.sweep.task import MEASURED, BuildCache, PartedTask, Subjec
 
 # part of every key: increase it whenever the same settings come to mean another measurement
 _PROTOCOL_VERSION = 1
+# samples without which no point ends early
+_FEWEST = 8
 # how many seconds to wait before reading again what other processes have done
 _PAUSE = 1.0
 
@@ -46,7 +48,7 @@ class Unit:
     part: int
 
 
-# told of a point, and of how much of it has just been measured, from 0 to 1
+# told of a point, and of how much of it has just been measured, from 0 to 1: 0 before a part is begun
 OnPart = Callable[[Point, float], None]
 OnRow = Callable[[Point, dict[str, Any]], None]
 
@@ -61,8 +63,8 @@ class Sweep:
         writes to its own file, and returns when all points are done; others take over what a killed one had begun.
     precision: points of tasks with parts end early, together with those that read the same samples, once half of each
         score's 95 % interval is at most this; None: they read all samples.
-    seconds: after so many no part is begun. Points that have one get a row of the samples they have read, and go on in
-        the next run; None: no limit.
+    seconds: after so many nothing is begun. Points that have read samples get a row of those, all that read the same
+        of as many, and go on in the next run; None: no limit.
     """
 
     settings: Settings
@@ -84,12 +86,19 @@ class Sweep:
             raise ValueError(f"seconds must be more than 0, got {self.seconds}")
         self.points = [point for task in self.tasks.values() for point in task.points()]
         self.subject = Subject(self.model, self.tokenizer, self.build)
+        # files are read for them
+        self._keys: dict[Point, str] = {}
         suffix = "jsonl" if self.processes == 1 else f"{self.rank}.jsonl"
         self.results = Results(self.folder, self.forget, f"results.{suffix}")
         self.parts = Parts(self.folder, self.forget, f"parts.{suffix}")
 
     def key(self, point: Point) -> str:
         """A hash of everything that decides what the point measures."""
+        if point not in self._keys:
+            self._keys[point] = self._key(point)
+        return self._keys[point]
+
+    def _key(self, point: Point) -> str:
         return hashlib.sha256(json.dumps(self.facts(point), sort_keys=True).encode()).hexdigest()[:16]
 
     def missing(self) -> list[Point]:
@@ -160,8 +169,10 @@ class Sweep:
             units = [unit for unit in units if self._open(unit)]
             if units or self._unfinished():
                 time.sleep(_PAUSE)
+        if self._is_out_of_time() and self.rank == 0:
+            self._cut_off()
         rows = [self.results.rows[self.key(point)] for point in self.points if self.key(point) in self.results.rows]
-        if self.rank == 0 and not self.missing():
+        if self.rank == 0 and not self.missing() and not any("stopped_at" in row for row in rows):
             self.parts.clear()
         return rows
 
@@ -201,10 +212,10 @@ class Sweep:
 
     def _open(self, unit: Unit) -> list[Point]:
         """The points of a unit that have neither a row of this run nor this part."""
-        if unit.part and (time.monotonic() > self._ends or self._is_precise(unit)):
-            self._close(unit)
-        if time.monotonic() > self._ends:
+        if self._is_out_of_time():
             return []
+        if unit.part and self._is_precise(unit):
+            self._close(unit.group, unit.part, "precision")
         batch = self.settings.batch
         return [p for p in unit.points if not self._has_row(p) and not self.parts.has(self.key(p), batch, unit.part)]
 
@@ -221,17 +232,33 @@ class Sweep:
         if not open_points or any(len(parts) < unit.part for parts in found):
             return False
         rows = [self._joined(point, parts[: unit.part]) for point, parts in zip(open_points, found, strict=True)]
-        return all(_half_width(row) <= self.precision for row in rows)
+        return all(row["samples"] >= _FEWEST and _half_width(row) <= self.precision for row in rows)
 
-    def _close(self, unit: Unit) -> None:
-        """Gives points the rows of what was measured before this part."""
-        for point in unit.group:
-            parts = self._known(point)[: unit.part]
+    def _is_out_of_time(self) -> bool:
+        return time.monotonic() > self._ends
+
+    def _close(self, group: Sequence[Point], count: int, reason: str) -> None:
+        """Gives points the rows of their first parts, so many of them."""
+        for point in group:
+            parts = self._known(point)[:count]
             if parts and not self._has_row(point):
-                self._finish(point, parts)
+                self._finish(point, parts, reason)
+
+    def _cut_off(self) -> None:
+        """Gives points the rows of the parts that there are: of as many samples all that read the same, if each has
+        one."""
+        groups = {unit.group: None for unit in self._units()}
+        for group in groups:
+            if isinstance(self.tasks[group[0].task], PartedTask):
+                counts = [len(self._known(point)) for point in group if not self._has_row(point)]
+                self._close(group, min(counts, default=0) or max(counts, default=0), "time")
 
     def _measure(self, unit: Unit) -> None:
         for point in self._open(unit):
+            if self._is_out_of_time():
+                return
+            if self._on_part is not None:
+                self._on_part(point, 0.0)
             started = time.perf_counter()
             task = self.tasks[point.task]
             try:
@@ -262,7 +289,7 @@ class Sweep:
         assert isinstance(task, PartedTask)
         return _checked(point, task.join(point, [part["found"] for part in parts], self.subject))
 
-    def _finish(self, point: Point, parts: list[dict[str, Any]]) -> None:
+    def _finish(self, point: Point, parts: list[dict[str, Any]], reason: str = "") -> None:
         seconds = sum(part["seconds"] for part in parts)
         try:
             found = {"status": "ok"} | self._joined(point, parts)
@@ -271,7 +298,7 @@ class Sweep:
             return
         if len(parts) < self._count(point):
             width = _half_width(found)
-            found["stopped_at"] = {"precision": width if math.isfinite(width) else None}
+            found["stopped_at"] = {"reason": reason, "half_width": width if math.isfinite(width) else None}
         self._add(point, found, seconds)
 
     def _fail(self, point: Point, error: Exception, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 from kvcompress.evals.sweep.first_forward import FirstForward
@@ -23,8 +24,6 @@ from kvcompress.evals.sweep.rows import held, mean_of, standard_error
 from kvcompress.evals.sweep.samples import RECIPES, Prompt, Sample, Tokenizer, make_prompt, make_samples, score_answer
 from kvcompress.evals.sweep.task import PartedTask, Subject
 
-# how many bytes a first forward may take for the caches that share it
-_MOST_RECORDED = 8 * 2**30
 # what scores are called
 _METRICS = {ALL: "answers found", ANY: "answers found", LINES: "lines right"}
 
@@ -46,7 +45,9 @@ class SyntheticTask(PartedTask):
     def check(self, tokenizer: Tokenizer) -> None:
         for length in dict.fromkeys(self.settings.lengths):
             for protocol in self.settings.protocols:
-                prompt = make_prompt(tokenizer, self.samples(tokenizer, length, 1, self._questions(protocol))[0])
+                # samples of one file differ in what they need
+                count = self.settings.samples if RECIPES[self.name].reads_documents else 1
+                prompt = make_prompt(tokenizer, self.samples(tokenizer, length, count, self._questions(protocol))[0])
                 split(prompt, protocol, self.settings.hold_back)
 
     def cost(self, point: Point) -> int:
@@ -130,9 +131,9 @@ class SyntheticTask(PartedTask):
             return made, [make_prompt(subject.tokenizer, sample) for sample in made]
 
         samples, prompts = subject.share("prompts", (self.name, point.length, questions), prepare)
-        # sequences of similar length need the least padding
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].context))
-        return samples, prompts, order[part * batch :][:batch]
+        # at random, so that the first parts are like all; within a part, as they are made
+        order = Random(f"{self.settings.seed}/parts").sample(range(len(prompts)), len(prompts))
+        return samples, prompts, sorted(order[part * batch :][:batch])
 
     def _budget(self, point: Point, prompts: Sequence[Prompt]) -> int | None:
         return point.budget_tokens(max(prompt.tokens for prompt in prompts))
@@ -156,10 +157,9 @@ class SyntheticTask(PartedTask):
     def _first_forward(self, point: Point, subject: Subject, prompts: Sequence[Prompt]) -> Callable[[Reader], None]:
         """The first forward of these prompts, which most caches share: the model runs it once for all."""
         rows = tuple(split(prompt, point.protocol, self.settings.hold_back)[0] for prompt in prompts)
-        fits = FirstForward.size(subject.model, max(map(len, rows)) * len(rows)) <= _MOST_RECORDED
 
         def first(reader: Reader) -> None:
-            if fits and FirstForward.serves(reader.cache):
+            if FirstForward.serves(reader.cache) and FirstForward.fits(subject.model, rows):
                 recorded = subject.share("first forward", rows, lambda: FirstForward(subject.model, rows))
                 recorded.fill(reader)
             else:

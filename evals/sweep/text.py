@@ -59,7 +59,7 @@ class TextTask(PartedTask):
             return FullReference(subject.model, windows, length)
 
         budget = self._budget(point)
-        found, measured = subject.share("reference", (self.name, length, part), prepare).compare(
+        found, measured = subject.share("first forward", (self.name, length, part), prepare).compare(
             lambda: subject.build(point.method, subject.model, budget),
             chunk=settings.chunk,
             must_keep_at_most=must_keep(budget, length - 1),

@@ -11,7 +11,7 @@ Nothing is downloaded. The documents are a file, or a folder with RULER's own na
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -56,7 +56,13 @@ def documents_file(task: str, path: str | None) -> Path:
 
 def documents_hash(task: str, path: str | None) -> str:
     """A hash of what the file holds."""
-    return hashlib.sha256(documents_file(task, path).read_bytes()).hexdigest()[:16]
+    file = documents_file(task, path)
+    return _hash(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(4)
+def _hash(file: Path, changed: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 @functools.lru_cache(4)
@@ -67,9 +73,9 @@ def read_documents(file: Path) -> tuple[Asked, ...]:
         ValueError: it has none of the three formats, or no question.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         found = _read(text)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{file} must be SQuAD's JSON, HotpotQA's JSON, or lines of JSON with context, question and answers "
             f"({type(error).__name__}: {error})"
@@ -83,7 +89,7 @@ def _read(text: str) -> list[Asked]:
     try:
         whole = json.loads(text)
     except ValueError:
-        return [_line(json.loads(line)) for line in text.splitlines() if line.strip()]
+        return [_line(json.loads(line)) for line in text.split("\n") if line.strip()]
     if isinstance(whole, list):
         return [_hotpot(each) for each in whole]
     return _squad(whole) if "data" in whole else [_line(whole)]
@@ -91,14 +97,31 @@ def _read(text: str) -> list[Asked]:
 
 def _line(row: dict[str, Any]) -> Asked:
     answers = row["answers"]
-    if isinstance(answers, str) or not answers:
+    if isinstance(answers, dict):
+        # as SQuAD is published in columns
+        answers = answers["text"]
+    if not isinstance(answers, list):
         raise TypeError(f"answers must be a list of at least one text, got {answers!r}")
-    return Asked(str(row["question"]), tuple(map(str, answers)), (str(row["context"]),))
+    return Asked(_text(row["question"]), _answers(answers), (_text(row["context"]),))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"contexts, questions and answers must be text that is not empty, got {value!r}")
+    return value
+
+
+def _answers(found: Sequence[Any]) -> tuple[str, ...]:
+    if not found:
+        raise TypeError("answers must be a list of at least one text, got none")
+    return tuple(dict.fromkeys(map(_text, found)))
 
 
 def _hotpot(row: dict[str, Any]) -> Asked:
     documents = tuple(f"{title}\n{''.join(sentences)}" for title, sentences in row["context"])
-    return Asked(row["question"], (row["answer"],), documents)
+    if not documents:
+        raise TypeError(f"a question of HotpotQA must have documents, got none for {row['question']!r}")
+    return Asked(_text(row["question"]), _answers([row["answer"]]), documents)
 
 
 def _squad(whole: dict[str, Any]) -> list[Asked]:
@@ -109,9 +132,9 @@ def _squad(whole: dict[str, Any]) -> list[Asked]:
             own = paragraph["context"]
             near = tuple(context for context in contexts if context != own)
             for each in paragraph["qas"]:
-                answers = tuple(dict.fromkeys(answer["text"] for answer in each["answers"]))
-                if answers and not each.get("is_impossible", False):
-                    found.append(Asked(each["question"], answers, (own,), near))
+                if each["answers"] and not each.get("is_impossible", False):
+                    answers = _answers([answer["text"] for answer in each["answers"]])
+                    found.append(Asked(_text(each["question"]), answers, (_text(own),), near))
     return found
 
 

@@ -5,11 +5,14 @@ import torch
 from transformers import DynamicCache
 
 from kvcompress import EvictingCache, H2OCache, registry
+from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.first_forward import FirstForward, Known
 from kvcompress.evals.sweep.protocol import Reader, answer
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.policies.kvzip import KVzip
+from kvcompress.swiftkv.conversion import convert
+from tests.contract.models import build
 from tests.evals.sweep.test_protocol import prompts
 
 # every method of the registry, and settings that change how a first forward is stored
@@ -60,6 +63,12 @@ def test_a_cache_filled_from_a_recording_is_the_cache_that_the_model_fills(model
     step = [[5]] * len(questions)
     assert torch.equal(*(reader.read(step) for reader in readers))
     assert readers[0].measure() == readers[1].measure()
+
+
+def test_a_converted_model_feeds_each_cache_itself():
+    converted = convert(build("llama", num_hidden_layers=4), 0.5)
+    for spec in ("h2o", "snapkv:window=4:recent=4", "gear", "none", "swiftkv"):
+        assert not FirstForward.serves(baselines.build(spec, converted, 9)), spec
 
 
 @pytest.mark.parametrize("spec", ["h2o", "kvzip", "attention_matching", "gear", "shadowkv"])

@@ -5,13 +5,13 @@ import sys
 import pytest
 
 from kvcompress import DenseCache, registry
-from kvcompress.evals.sweep import report, synthetic
+from kvcompress.evals.sweep import first_forward, report
 from kvcompress.evals.sweep import sweep as sweeps
 from kvcompress.evals.sweep.first_forward import FirstForward
 from kvcompress.evals.sweep.points import Point, Settings, check_budgets
 from kvcompress.evals.sweep.points import make_points as points_of
 from kvcompress.evals.sweep.protocol import answer
-from kvcompress.evals.sweep.rows import Results
+from kvcompress.evals.sweep.rows import Parts, Results
 from kvcompress.evals.sweep.samples import make_prompt, make_samples
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
@@ -275,7 +275,7 @@ def test_caches_share_one_first_forward_and_its_rows_are_those_of_their_own(swee
     shared = sweep(**change).run()
     # two prompts, two protocols, three methods at two budgets and the full cache
     assert len(recorded) == 28
-    monkeypatch.setattr(synthetic, "_MOST_RECORDED", 0)
+    monkeypatch.setattr(first_forward, "_MOST", 0)
     (tmp_path / "results.jsonl").unlink()
     alone = sweep(**change).run()
     assert len(recorded) == 28
@@ -329,7 +329,7 @@ def test_a_method_that_fails_in_a_later_part_is_a_failed_row_and_the_rest_goes_o
 
 
 def sequential(sweep, **change):
-    work = sweep(samples=12, batch=4, tasks=("text",), lengths=(64,), continuation=2, **change)
+    work = sweep(samples=24, batch=8, tasks=("text",), lengths=(64,), continuation=2, **change)
     work.precision = 0.3
     return work
 
@@ -341,8 +341,8 @@ def test_points_end_early_once_they_are_known_well_enough(sweep, monkeypatch):
     monkeypatch.setattr(sweeps, "_half_width", lambda row: next(widths))
     built = Counting()
     rows = sequential(sweep, build=built).run()
-    assert [row["samples"] for row in rows] == [8] * 7
-    assert [row["stopped_at"] for row in rows] == [{"precision": 0.2}] * 7
+    assert [row["samples"] for row in rows] == [16] * 7
+    assert [row["stopped_at"] for row in rows] == [{"reason": "precision", "half_width": 0.2}] * 7
     assert len(built.built) == 14
     monkeypatch.undo()
     # another run that asks for no more is done; one that asks for all goes on
@@ -358,19 +358,20 @@ def test_a_sweep_out_of_time_says_how_many_samples_it_has_and_goes_on_later(swee
     whole = sweep(**change).run()
     work = sweep(**change)
     work.results.path.unlink()
-    # read when the sweep starts, before the first part, and twice before every other
-    clock = iter([0.0] * 4 + [99.0] * 1000)
+    # read when the sweep starts, and before each part and each point: time is up after the second point of the third
+    clock = iter([0.0] * (1 + 2 * 8 + 3) + [99.0] * 1000)
     monkeypatch.setattr(sweeps.time, "monotonic", lambda: next(clock))
     built = Counting()
     work = sweep(built, **change)
     work.seconds = 50.0
     rows = work.run()
-    assert len(built.built) == 14
-    assert [row["samples"] for row in rows] == [2] * 7
+    assert len(built.built) == 16
+    assert [row["samples"] for row in rows] == [3, 3, 2, 2, 2, 2, 2]
+    assert [row["stopped_at"]["reason"] for row in rows[2:]] == ["time"] * 5
     monkeypatch.undo()
     rest = Counting()
     rows = sweep(rest, **change).run()
-    assert len(rest.built) == 7
+    assert len(rest.built) == 5
     assert without_times(rows) == without_times(whole)
 
 
@@ -397,6 +398,54 @@ class Given:
 
 
 ENOUGH = {"metric": "points", "score": 1.0, "stderr": None, "bytes": 5}
+
+
+def test_the_first_parts_are_not_those_of_one_depth(sweep):
+    work = sweep(samples=20, batch=5)
+    task, point = work.tasks["passkey"], work.points[0]
+    chosen = [task._part(point, work.subject, part)[2] for part in range(4)]
+    assert sorted(index for part in chosen for index in part) == list(range(20))
+    # in the order in which they are made, which is that of their depths, the first would be 0 to 4
+    assert all(max(part) - min(part) > 8 for part in chosen)
+    assert chosen == [task._part(point, work.subject, part)[2] for part in range(4)]
+
+
+def test_what_is_known_of_a_point_is_not_lost_to_a_run_that_knows_less(tmp_path):
+    def row(status="ok", samples=5, at=1, **more):
+        return {"key": "a", "status": status, "samples": samples, "provenance": {"time": f"{at}"}, **more}
+
+    results = Results(tmp_path)
+    stopped = {"stopped_at": {"reason": "time", "half_width": 0.5}}
+    for newer, stands in (
+        (row(samples=2, at=1, **stopped), 2),
+        (row("failed", at=2), 2),
+        (row(samples=4, at=3, **stopped), 4),
+        (row(samples=3, at=4, **stopped), 4),
+        (row(samples=5, at=5), 5),
+        (row(samples=4, at=6, **stopped), 5),
+    ):
+        results.append(newer)
+        assert results.rows["a"]["samples"] == Results(tmp_path).rows["a"]["samples"] == stands
+    # one that had all of its samples is measured again only on demand
+    results.append(row("failed", at=7))
+    assert results.rows["a"]["status"] == Results(tmp_path).rows["a"]["status"] == "failed"
+
+
+def test_lines_that_are_no_parts_are_passed_over(tmp_path):
+    good = {"key": "a", "batch": 4, "part": 0, "found": {}, "seconds": 1.0}
+    lines = [{"key": "a"}, {**good, "batch": [1]}, good, ["a"]]
+    (tmp_path / "parts.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"key": "a", "ba')
+    assert Parts(tmp_path).of("a", 4) == [good]
+
+
+def test_time_that_is_up_in_the_first_part_leaves_rows_of_what_was_read(sweep, monkeypatch):
+    clock = iter([0.0] * (1 + 1 + 3) + [99.0] * 1000)
+    monkeypatch.setattr(sweeps.time, "monotonic", lambda: next(clock))
+    work = sweep(samples=3, batch=1)
+    work.seconds = 50.0
+    rows = work.run()
+    assert [(row["method"], row["samples"]) for row in rows] == [("none", 1), ("h2o", 1), ("h2o", 1)]
+    assert len(work.missing()) == 7
 
 
 @pytest.mark.parametrize(

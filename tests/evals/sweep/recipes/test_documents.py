@@ -4,6 +4,7 @@ import re
 import pytest
 
 from kvcompress.evals.sweep.points import Settings
+from kvcompress.evals.sweep.recipes.documents import read_documents
 from kvcompress.evals.sweep.samples import make_prompt, make_samples, score
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
@@ -158,3 +159,40 @@ def test_a_file_of_another_form_is_an_error_that_names_the_forms(tokenizer, tmp_
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         make_samples("ruler_qa_1", tokenizer, 800, 1, documents=str(file))
+
+
+def in_file(tmp_path, text):
+    file = tmp_path / "documents.json"
+    file.write_text(text, encoding="utf-8")
+    read_documents.cache_clear()
+    return read_documents(file)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"context": "A town.", "question": "Where?", "answers": ["Here"]},
+        {"context": "A town.", "question": "Where?", "answers": {"text": ["Here", "Here"], "answer_start": [1, 1]}},
+    ],
+    ids=["list", "columns"],
+)
+def test_answers_may_be_in_columns_and_lines_hold_any_character(tmp_path, line):
+    whole = json.dumps(line | {"context": "A\u2028town."}, ensure_ascii=False)
+    found = in_file(tmp_path, "\ufeff" + "\n".join([whole, whole]))
+    assert [(each.answers, each.documents) for each in found] == [(("Here",), ("A\u2028town.",))] * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"context": "A.", "question": "Q?", "answers": [""]}),
+        json.dumps({"context": None, "question": "Q?", "answers": ["A"]}),
+        json.dumps({"context": "A.", "question": "Q?", "answers": [None]}),
+        json.dumps([{"question": "Q?", "answer": 5, "context": [["T", ["S"]]]}]),
+        json.dumps([{"question": "Q?", "answer": "A", "context": []}]),
+        "[" * 100_000,
+    ],
+)
+def test_documents_without_text_are_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="must be SQuAD's JSON, HotpotQA's JSON, or lines of JSON"):
+        in_file(tmp_path, text)
