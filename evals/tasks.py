@@ -9,6 +9,7 @@ from kvcompress.evals.sweep.samples import RECIPES, RULER, RULER_OFFLINE
 from kvcompress.evals.sweep.synthetic import SyntheticTask
 from kvcompress.evals.sweep.task import Task
 from kvcompress.evals.sweep.text import TEXT, TextTask
+from kvcompress.policies.settings import nearest
 
 OWN: dict[str, type[SyntheticTask] | type[TextTask]] = {
     **{name: ForcedTask if recipe.is_forced else SyntheticTask for name, recipe in RECIPES.items()},
@@ -48,7 +49,7 @@ def _harness_tasks(name: str, settings: Settings) -> Sequence[Task]:
         from kvcompress.evals.lm.task import HarnessTask
     except ImportError as error:
         raise ValueError(
-            f"unknown task {name!r}; known: {', '.join(OWN)}, ruler for all of RULER, and with pip install "
-            f"'kvcompress[eval]' those of lm-eval ({error})"
+            f"unknown task {name!r}; {nearest(name, OWN)}known: {', '.join(OWN)}, ruler for all of RULER, and with pip "
+            f"install 'kvcompress[eval]' those of lm-eval ({error})"
         ) from error
     return [HarnessTask(member, settings) for member in members(name, json.dumps(dict(settings.metadata)))]

@@ -30,7 +30,7 @@ from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.method import LISTED, Listed, describe, import_policies, is_own, register
 from kvcompress.policies.policy import Policy
-from kvcompress.policies.settings import RENAMED, declared, instead, read
+from kvcompress.policies.settings import RENAMED, declared, instead, nearest, read
 from kvcompress.prefix.cache import HydragenCache
 
 FULL = "none"
@@ -90,9 +90,10 @@ def parse(spec: str, methods: Mapping[str, Listed] | None = None) -> tuple[Metho
     if listed is None and of_module:
         listed = _of_class(name, of_module)
     elif listed is None:
+        known = [*methods, *SPELLINGS]
         raise ValueError(
-            f"unknown method {name!r}; known: {', '.join(methods)}, or module:Class of your own, such as "
-            "my_policies:MyPolicy"
+            f"unknown method {name!r}; {nearest(name, known)}known: {', '.join(known)}, or module:Class of your own, "
+            "such as my_policies:MyPolicy"
         )
     elif colon:
         raise ValueError(f"settings must be written as {listed.name}:setting=value, got {spec!r}")

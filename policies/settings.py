@@ -54,9 +54,14 @@ def names_settings(init: Callable[Arguments, None]) -> Callable[Arguments, None]
 def instead(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of the known settings: the one that is spelled most like it, and all."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, 1)
-    meant = f"did you mean {near[0]}? It" if near else "it"
-    return f"{meant} takes {', '.join(names) or 'none'}"
+    near = nearest(name, names)
+    return f"{near}{'It' if near else 'it'} takes {', '.join(names) or 'none'}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question for the known name that is spelled most like another one; empty if none is."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def declared(kind: Callable[..., Any]) -> dict[str, Any]:

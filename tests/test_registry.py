@@ -144,7 +144,7 @@ def test_usual_stands_for_what_a_sweep_measures_unless_told():
 @pytest.mark.parametrize(
     ("spec", "budget", "message"),
     [
-        ("h3o", 64, r"unknown method 'h3o'; known: none, .*h2o, .*, or module:Class of your own"),
+        ("h3o", 64, r"unknown method 'h3o'; did you mean h2o[?] known: none, .*h2o, .*, or module:Class of your own"),
         ("h2o:sinks", 64, "settings must be written as h2o:setting=value, got 'h2o:sinks'"),
         ("h2o:sinks=", 64, "settings must be written as h2o:setting=value, got 'h2o:sinks='"),
         ("h2o:sinks=abc", 64, "the method h2o takes as sinks a whole number, got 'abc'"),

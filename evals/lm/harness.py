@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from kvcompress.evals.lm.model import CompressedLM
 from kvcompress.evals.sweep.samples import RECIPES
 from kvcompress.evals.sweep.text import TEXT
+from kvcompress.policies.settings import nearest
 
 # task files for the user's own data
 TASKS = Path(__file__).parent / "tasks"
@@ -114,8 +115,9 @@ def members(name: str, metadata: str) -> list[str]:
         manager = _manager(True, metadata)
     entry = manager.task_index.get(name)
     if entry is None:
-        known = ", ".join((*RECIPES, TEXT, *_manager(False, metadata).all_subtasks))
-        raise ValueError(f"unknown task {name!r}; known: {known}, and all of lm-eval's own")
+        known = (*RECIPES, TEXT, *_manager(False, metadata).all_subtasks)
+        near = nearest(name, [*known, *manager.task_index])
+        raise ValueError(f"unknown task {name!r}; {near}known: {', '.join(known)}, and all of lm-eval's own")
     if name in manager.all_subtasks:
         return [name]
     within = sorted(entry.tags) if name in manager.all_tags else (entry.cfg or {}).get("task", [])

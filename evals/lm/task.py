@@ -17,7 +17,7 @@ from typing import Any
 
 from kvcompress.evals.lm.harness import errors_only, evaluate, find_manager, load_task, set_examples
 from kvcompress.evals.lm.model import CompressedLM
-from kvcompress.evals.sweep.points import CONTINUATION, Point, Settings, make_points, one_question_only
+from kvcompress.evals.sweep.points import CONTINUATION, Point, Settings, make_points, of_one_question
 from kvcompress.evals.sweep.protocol import AWARE, NotCompressedError
 from kvcompress.evals.sweep.rows import held, standard_error
 from kvcompress.evals.sweep.samples import Tokenizer
@@ -38,8 +38,8 @@ class HarnessTask:
         find_manager(name, self._metadata)
 
     def points(self) -> list[Point]:
-        protocols = (CONTINUATION,) if self._is_rolling else self.settings.protocols
-        one_question_only(self.name, protocols)
+        asked = self.settings.protocols
+        protocols = [CONTINUATION] if self._is_rolling else of_one_question(self.name, asked)
         for protocol in protocols:
             self._hold_back(protocol)
         return make_points(self.name, [None], protocols, self.settings)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kvcompress.evals.provenance import provenance
-from kvcompress.evals.sweep.points import Point, Settings, one_question_only
+from kvcompress.evals.sweep.points import Point, Settings, of_one_question
 from kvcompress.evals.sweep.protocol import PROTOCOLS, Measured, split
 from kvcompress.evals.sweep.rows import Results, held, mean_of
 from kvcompress.evals.sweep.samples import Prompt, Sample, make_prompt
@@ -134,7 +134,7 @@ def _asked(sweep: Sweep) -> Iterator[tuple[Point, list[Sample], list[Prompt]]]:
         task = sweep.tasks[point.task]
         if not isinstance(task, SyntheticTask):
             raise ValueError(f"a peer can be given synthetic tasks only, got {point.task!r}")
-        one_question_only(f"{point.task} of a peer", [point.protocol])
+        of_one_question(f"{point.task} of a peer", [point.protocol])
         if point.method == FULL:
             samples = task.samples(sweep.tokenizer, point.context)
             yield point, samples, [make_prompt(sweep.tokenizer, sample) for sample in samples]

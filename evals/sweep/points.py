@@ -13,6 +13,7 @@ from kvcompress.caches.budget import Budget
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.protocol import PROTOCOLS, SEVERAL
 from kvcompress.evals.sweep.samples import TRANSCRIPT, read_text
+from kvcompress.policies.settings import nearest
 
 # the protocol of tasks without a question
 CONTINUATION = "continuation"
@@ -57,7 +58,8 @@ class Settings:
     def __post_init__(self) -> None:
         for protocol in self.protocols:
             if protocol not in PROTOCOLS + SEVERAL:
-                raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS + SEVERAL)}")
+                known = PROTOCOLS + SEVERAL
+                raise ValueError(f"unknown protocol {protocol!r}; {nearest(protocol, known)}known: {', '.join(known)}")
         for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one")
@@ -84,11 +86,17 @@ class Settings:
         return hashlib.sha256(read_text(self.text).encode()).hexdigest()[:16]
 
 
-def one_question_only(task: str, protocols: Iterable[str]) -> None:
-    """Raises ValueError if one of the protocols asks several questions, for a task that has only one."""
-    for protocol in protocols:
-        if protocol in SEVERAL:
-            raise ValueError(f"{protocol} asks several questions of one context, and the task {task} has only one")
+def of_one_question(task: str, protocols: Iterable[str]) -> list[str]:
+    """The protocols that suit a task which has one question for each context.
+
+    Raises:
+        ValueError: all of them ask several.
+    """
+    asked = list(protocols)
+    found = [protocol for protocol in asked if protocol not in SEVERAL]
+    if not found:
+        raise ValueError(f"{asked[0]} asks several questions of one context, and the task {task} has only one")
+    return found
 
 
 @dataclass(frozen=True)

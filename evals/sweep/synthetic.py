@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from kvcompress.evals.sweep.first_forward import FirstForward
-from kvcompress.evals.sweep.points import Point, Settings, make_points, one_question_only
+from kvcompress.evals.sweep.points import Point, Settings, make_points, of_one_question
 from kvcompress.evals.sweep.protocol import (
     AWARE,
     MULTI_TURN,
@@ -38,13 +38,15 @@ class SyntheticTask(PartedTask):
     def points(self) -> list[Point]:
         if RECIPES[self.name].reads_documents:
             documents_file(self.name, self.settings.documents)
-        if not RECIPES[self.name].asks_several:
-            one_question_only(self.name, self.settings.protocols)
-        return make_points(self.name, self.settings.lengths, self.settings.protocols, self.settings)
+        return make_points(self.name, self.settings.lengths, self._protocols(), self.settings)
+
+    def _protocols(self) -> Sequence[str]:
+        asked = self.settings.protocols
+        return asked if RECIPES[self.name].asks_several else of_one_question(self.name, asked)
 
     def check(self, tokenizer: Tokenizer) -> None:
         for length in dict.fromkeys(self.settings.lengths):
-            for protocol in self.settings.protocols:
+            for protocol in self._protocols():
                 # samples of one file differ in what they need
                 count = self.settings.samples if RECIPES[self.name].reads_documents else 1
                 prompt = make_prompt(tokenizer, self.samples(tokenizer, length, count, self._questions(protocol))[0])

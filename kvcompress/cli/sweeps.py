@@ -114,6 +114,8 @@ def sweep(
         settings = Settings(**values)
         tasks_by_name = make_tasks(settings)
     check_folder(out)
+    if minutes is not None and minutes <= 0:
+        raise UsageError(f"--minutes must be more than 0, got {minutes:g}")
     seconds = None if minutes is None else 60 * minutes
     return run_sweep(settings, tasks_by_name, model, out, fresh, dtype, device, precision, seconds)
 
@@ -220,21 +222,36 @@ def run_sweep(
             )
             check_budgets(model, work.points)
             work.check_tasks()
+        without = " without --fresh" * fresh
+        _tell_left_out(work)
         try:
             rows = _run(work)
         except KeyboardInterrupt:
-            print(f"interrupted; the same command continues from what {folder} has", file=sys.stderr)
+            print(f"interrupted; the same command{without} continues from what {folder} has", file=sys.stderr)
             return 130
         if rank:
             return 0
         failed = [row["key"] for row in rows if row["status"] != "ok"]
         cut = sum(work.key(point) not in failed for point in work.missing())
         if cut:
-            print(f"time is up for {cut} of {len(work.points)} points; the same command goes on", file=sys.stderr)
+            print(
+                f"time is up for {cut} of {len(work.points)} points; the same command{without} goes on", file=sys.stderr
+            )
         if not rows:
             return 0
         paths = report.write_all(rows, folder)
     return show(rows, [work.results.path, *paths])
+
+
+def _tell_left_out(work: "Sweep") -> None:
+    """Says which tasks are not asked under a protocol, as they have one question only."""
+    from kvcompress.evals.sweep.points import CONTINUATION
+
+    for protocol in work.settings.protocols:
+        ran = {point.task for point in work.points if point.protocol in (protocol, CONTINUATION)}
+        left = [task for task in work.tasks if task not in ran]
+        if left:
+            print(f"{protocol} asks several questions, and leaves out {', '.join(left)}", file=sys.stderr)
 
 
 def _run(work: "Sweep") -> "list[Row]":
@@ -268,9 +285,9 @@ def _run(work: "Sweep") -> "list[Row]":
             nonlocal told
             bar.update(task, advance=share * work.cost(point), description=point.title)
             so_far = bar.tasks[task].completed / total
-            if bar.disable and share < 1 and so_far > told + 0.02:
-                told = so_far
-                print(f"{so_far:.0%} read, {point.title}", flush=True)
+            if bar.disable and not share and so_far >= told:
+                told = so_far + 0.02
+                print(f"{so_far:.0%} done, now {point.title}", flush=True)
 
         def on_row(point: Any, row: "Row") -> None:
             nonlocal finished

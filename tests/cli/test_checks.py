@@ -64,7 +64,7 @@ def test_a_fault_makes_the_status_1_and_has_its_reason_in_the_row(verbose, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--caches", "h3o"], "unknown method 'h3o'; known: "),
+        (["--caches", "h3o"], "unknown method 'h3o'; did you mean h2o? known: "),
         (["--caches", "h2o:"], "settings must be written as h2o:setting=value"),
         (["--caches", ","], "--caches names no cache"),
         (["--caches", "h2o:budget=3"], "a check gives caches its own budgets: leave budget= out of h2o:budget=3"),

@@ -132,7 +132,10 @@ def test_sequences_are_not_taken_out_where_packed_ones_would_stay():
     [
         ("quanto:bits=4", "the method quanto needs the package optimum-quanto, which is not installed"),
         ("hqq", "the method hqq needs the package hqq, which is not installed"),
-        ("dynamo", "unknown method 'dynamo'; known: none, random, h2o, .*dynamic, quanto, hqq, fp8"),
+        (
+            "dynamo",
+            "unknown method 'dynamo'; did you mean dynamic[?] known: none, random, h2o, .*dynamic, quanto, hqq, fp8",
+        ),
         ("quanto:bit=4", "the method quanto does not take these settings"),
     ],
 )

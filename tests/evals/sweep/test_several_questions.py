@@ -231,8 +231,10 @@ def test_how_many_turns_there_are_decides_only_points_that_have_several(sweep):
 
 @pytest.mark.parametrize("protocol", SEVERAL)
 @pytest.mark.parametrize("task", ["passkey", "ruler_vt"])
-def test_a_task_of_one_question_refuses_them(task, protocol):
-    asked = settings(tasks=(task,), protocols=("question-aware", protocol))
+def test_a_task_of_one_question_is_left_out_of_them_and_refuses_them_alone(task, protocol):
+    beside = settings(tasks=(task,), protocols=("question-aware", protocol))
+    assert {point.protocol for point in make_tasks(beside)[task].points()} == {"question-aware"}
+    asked = settings(tasks=(task,), protocols=(protocol,))
     with pytest.raises(ValueError, match=f"{protocol} asks several questions of one context, and the task {task} has"):
         make_tasks(asked)[task].points()
 

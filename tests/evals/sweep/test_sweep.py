@@ -253,7 +253,7 @@ def test_without_the_harness_a_task_of_its_own_is_an_unknown_task(monkeypatch):
     ("change", "message"),
     [
         ({"protocols": ("aware",)}, "unknown protocol 'aware'; known: question-agnostic, question-aware"),
-        ({"methods": ("h3o",)}, "unknown method 'h3o'; known: none, .*h2o"),
+        ({"methods": ("h3o",)}, "unknown method 'h3o'; did you mean h2o[?] known: none, .*h2o"),
         ({"methods": ()}, "methods must name at least one"),
         ({"budgets": (1.5,)}, "budget must be .* a fraction .* got 1.5"),
         ({"budgets": (0,)}, "budget must be at least 1 token, got 0"),
