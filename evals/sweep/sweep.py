@@ -150,9 +150,8 @@ class Sweep:
         self._before = {self.key(point): self.results.rows.get(self.key(point)) for point in self.missing()}
         self._claims = Claims(self.folder) if self.processes > 1 else None
         units = self._units()
-        # each process starts at a different one
-        first = len(units) * self.rank // self.processes
-        units = units[first:] + units[:first]
+        # each process starts at a different one, all near the first: a run that is cut off has first parts
+        units = units[self.rank :] + units[: self.rank]
         while units or self._unfinished():
             for unit in units:
                 with self._claim(f"{self.key(unit.points[0])}.{unit.part}") as ours:
