@@ -160,11 +160,7 @@ class Sweep:
                         self._measure(unit)
             self._reload()
             for point in self._unfinished():
-                with self._claim(self.key(point)) as ours:
-                    if ours:
-                        self._reload()
-                        if point in self._unfinished():
-                            self._finish(point, self._known(point))
+                self._settle(point)
             units = [unit for unit in units if self._open(unit)]
             if units or self._unfinished():
                 time.sleep(_PAUSE)
@@ -198,6 +194,15 @@ class Sweep:
             return units
         # better a forward twice than a process without work
         return [Unit((point,), unit.group, unit.part) for unit in units for point in unit.points]
+
+    def _settle(self, point: Point) -> None:
+        """Gives a point its row if all of its parts are there, unless another process does."""
+        with self._claim(self.key(point)) as ours:
+            if ours:
+                self._reload()
+                parts = self._known(point)
+                if len(parts) == self._count(point) and not self._has_row(point):
+                    self._finish(point, parts)
 
     def _unfinished(self) -> list[Point]:
         """Points whose parts were measured by several processes, none of which knew all."""
@@ -274,9 +279,7 @@ class Sweep:
                 self._add(point, {"status": "ok"} | found, took)
             else:
                 self.parts.append(self.key(point), self.settings.batch, unit.part, found, took)
-                parts = self._known(point)
-                if len(parts) == count:
-                    self._finish(point, parts)
+                self._settle(point)
             if self._on_part is not None:
                 self._on_part(point, 1 / count)
 
