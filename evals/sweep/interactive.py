@@ -8,7 +8,7 @@ from typing import Any
 
 from kvcompress import registry
 from kvcompress.evals.sweep.compare import pareto_front
-from kvcompress.evals.sweep.intervals import Estimate, Row, estimate
+from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, interval
 from kvcompress.evals.sweep.panels import Panel, budget_name, make_panels, method_name, rank, share, subject
 from kvcompress.evals.sweep.plot import round_steps
 from kvcompress.evals.sweep.styles import Style, make_styles
@@ -143,8 +143,7 @@ def _told(dot: Dot) -> str:
 
 def told(found: Estimate) -> str:
     """An estimate for people."""
-    ends = "" if found.low is None or found.high is None else f" [{found.low:.3f}, {found.high:.3f}]"
-    return f"{found.value:.3f}{ends}"
+    return f"{found.value:.3f} {interval(found, '.3f')}".strip()
 
 
 def _reach(found: Estimate) -> tuple[float, float]:

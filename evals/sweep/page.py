@@ -12,7 +12,7 @@ from kvcompress import registry
 from kvcompress.evals.sweep import interactive
 from kvcompress.evals.sweep.compare import make_rankings, over_floor, pareto_front
 from kvcompress.evals.sweep.interactive import told
-from kvcompress.evals.sweep.intervals import Estimate, Row, estimate
+from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, interval
 from kvcompress.evals.sweep.panels import (
     Panel,
     budget_name,
@@ -128,7 +128,8 @@ def _sections(rows: Sequence[Row]) -> list[Section]:
 
 _ABOUT_MEANS = (
     "The mean over tasks, with its 95 % interval below, and the bytes held when the question came, in % of the full "
-    "cache: all live storages, measured. Each mean is over the tasks that every method of the column has; the best of "
+    "cache's keys and values: all live storages, measured, with masks and padding, so the full cache may hold 101 %. "
+    "Each mean is over the tasks that every method of the column has; the best of "
     "a column and budget is bold. A click on a column's head sorts."
 )
 _ABOUT_SCORES = (
@@ -390,4 +391,4 @@ def _percent(part: float | None) -> Cell:
 
 
 def _ends(found: Estimate, form: str = ".2f") -> str:
-    return "" if found.low is None or found.high is None else f"[{found.low:{form}}, {found.high:{form}}]"
+    return interval(found, form)

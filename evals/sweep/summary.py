@@ -7,7 +7,7 @@ Tasks whose scores are no shares from 0 to 1, or where less is better, stay out.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, mean
+from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, is_share, mean
 from kvcompress.evals.sweep.panels import one_each, rank, share
 from kvcompress.evals.sweep.rows import mean_of
 
@@ -55,7 +55,7 @@ def _means(protocol: str, length: int | None, rows: Sequence[Row]) -> Means:
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
         lacking = [method for method in methods if method not in {row["method"] for row in own}]
-        if not all(row.get("higher_is_better", True) and 0.0 <= row["score"] <= 1.0 for row in own):
+        if not all(is_share(row) for row in own):
             left_out[task] = "its scores are no shares"
         elif lacking:
             left_out[task] = f"not measured with {', '.join(lacking)}"

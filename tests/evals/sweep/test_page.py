@@ -97,6 +97,20 @@ def test_a_score_says_its_interval_bytes_and_what_it_is_not_told_apart_from(page
     assert tie[2:] == ["tova (1.00)", "h2o (1 of 2)", "h2o, tova (2 of 3)"]
 
 
+def test_what_is_exact_has_no_interval(page):
+    text = {"task": "text", "protocol": "continuation", "kl": 0.0, "kl_stderr": 0.0}
+    made = [scored([1.0] * 4, "none", None, size=4040, **text), scored([0.9, 0.95, 0.96, 0.9], size=2000, **text)]
+    written = page(made)
+    (table,) = cells(written, "summary")
+    assert table[0] == ["full cache (ceiling)", "all tokens", "1.000", "101 %"]
+    assert "with masks and padding, so the full cache may hold 101 %" in html.unescape(written)
+    assert cells(written, "scores")[0][0][1] == "1.00 | 101 % · KL 0.000"
+    # nor does its point in the plot
+    assert [trace["text"][0] for trace in figures(written)[0]["data"] if "full" in trace["name"]] == [
+        "budget all tokens<br>3.95 MiB, 101 % of the full cache<br>1.000"
+    ]
+
+
 # docs: A point that failed is listed with its error
 def test_failures_and_what_others_wrote_are_escaped(page):
     text = page([*rows(), row("knorm", 0.5) | FAILED, row("a</script><b>", 0.5)])
