@@ -293,6 +293,7 @@ def show(rows: "list[Row]", paths: list[Path]) -> int:
 
     from kvcompress.evals.sweep import report
 
+    rows = report.in_order(rows)
     for table in report.make_tables(rows) + report.make_comparisons(rows):
         shown = Table(title=table.title, title_justify="left")
         shown.add_column("method")
@@ -301,6 +302,9 @@ def show(rows: "list[Row]", paths: list[Path]) -> int:
         for line in table.lines:
             shown.add_row(*line)
         show_table(shown)
+    print(report.LEGEND)
+    if early := report.stopped(rows):
+        print(f"{early} of {len(rows)} points stopped early, before they had read all of their samples")
     for tie in report.make_ties(rows):
         print(tie)
     for path in paths:

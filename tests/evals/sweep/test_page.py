@@ -133,7 +133,10 @@ def test_turns_and_spans_are_shown_where_rows_have_them(page):
 
 def test_what_a_text_predicts_is_shown_with_its_points(page):
     ((line,),) = cells(page(both([0.9, 0.7, 0.4, 0.1], [0.01, 0.02, 0.5, 3.0])), "proxies")
-    assert line[3:] == ["+1.00 | 4 points", "+1.00 | 4 points", ""]
+    assert line[3:] == ["+1.00 | only 4 points, which chance may put in order"] * 2 + [""]
+    made = both([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.1], [0.01, 0.02, 0.03, 0.04, 0.5, 0.6, 1.0, 3.0])
+    ((line,),) = cells(page(made), "proxies")
+    assert line[3:] == ["+1.00 | 8 points", "+1.00 | 8 points", ""]
 
 
 def test_a_plot_for_each_panel_after_those_of_the_means(page):
@@ -219,6 +222,76 @@ def test_a_report_is_made_of_any_rows(made, tmp_path):
     assert report.make_tables(collected)
     assert all(str(tie) for tie in report.make_ties(collected))
     report.make_comparisons(collected)
+
+
+# docs: Where a point has another number of samples than the others of its table, it says so
+def test_what_is_not_finished_does_not_look_finished(page):
+    full = scored([1.0] * 12, "none", None, size=4000)
+    early = scored([1.0, 0.0, 1.0], "h2o", size=2000, stopped_at={"precision": None})
+    made = [full, early, scored([0.0] * 12, "tova", size=2000), full | {"task": "kv"}]
+    made += [scored([0.0] * 12, "h2o", task="kv", size=2000)]
+    text = page(made)
+    table, _ = cells(text, "scores")
+    assert table[1] == ["h2o", "0.67 °* | [0.21, 0.94] · 50 % · n = 3, stopped early"]
+    assert "needle, 512 tokens, question-aware: answers found, n = 12<" in text
+    assert "1 stopped early, before all of their samples" in text
+    assert cells(text, "unfinished") == [[["needle 512 question-aware, h2o 0.5", "n = 3, stopped early"]]]
+    # a mean over a task of 12 samples and one of 3
+    both = [one for one in made if one["method"] != "tova"]
+    (means,) = cells(page(both), "summary")
+    assert "question-aware, 512 tokens: needle, kv; n = 12 of each" in page(both)
+    assert [line[2].partition("·")[2] for line in means] == ["", " n = 3 to 12"]
+
+
+# docs: the page names the planned points that have no row
+def test_planned_points_without_a_row_are_named(page, tmp_path):
+    made = [row("none", None), row("h2o"), row("tova"), row("none", None, task="kv"), row("h2o", task="kv")]
+    assert not cells(page(made), "unfinished")
+    report.write_all(made, tmp_path, planned=8)
+    text = (tmp_path / "report.html").read_text()
+    assert "5 points of 8 planned" in text
+    assert "3 planned points without a row" in text
+    assert cells(text, "unfinished") == [[["kv 512 question-aware, tova 0.5"]]]
+    assert "And 2 of tasks or methods that have no row." in text
+    report.write_all(made, tmp_path, planned=5)
+    assert "planned" not in re.sub(r"<script>/\*\*.*?</script>", "", (tmp_path / "report.html").read_text(), flags=re.S)
+
+
+def test_methods_are_in_one_order_in_all_tables(page):
+    turns = {"turn_scores": [1.0], "kept_by_span": {"document": 0.25}}
+    names = ["tova", "h2o:bits=4", "peer-x", "h2o", "none", "snapkv"]
+    made = [
+        scored([0.5, 0.75, 0.5], name, None if name == "none" else budget, size=2000, task=task, **turns)
+        for task in ("needle", "kv")
+        for budget in (0.5, 0.2)
+        for name in names
+    ]
+    text = page(made)
+    orders = {
+        tuple(dict.fromkeys(line[0] for line in table))
+        for part in ("summary", "scores", "turns", "spans")
+        for table in cells(text, part)
+    }
+    assert len(orders) == 1
+    assert {tie[4] for tie in cells(text, "ties")[0]} == {"h2o, h2o:bits=4, tova, snapkv, peer-x (5 of 5)"}
+
+
+# docs: A method that holds less than the floor's smallest point has nothing to be compared with
+def test_fewer_bytes_than_the_floors_least_are_told(page):
+    made = [row("none", None, 1.0, 4000), row("h2o", size=900), row("tova", size=2000), row("streaming", size=1000)]
+    ((h2o, tova),) = cells(page(made), "floor")
+    assert h2o == ["h2o", " | fewer bytes than the floor's least"]
+    assert tova[1].startswith("-0.167")
+    (table,) = report.make_comparisons(made)
+    assert table.lines[0] == ("h2o", "fewer bytes than the floor's least")
+
+
+def test_nothing_found_in_a_few_samples_is_not_called_like_the_full_cache(page):
+    made = [scored([1.0, 0.0, 0.0], "none", None), scored([0.0] * 3, "h2o"), scored([0.0] * 3, "tova")]
+    ((tie,),) = cells(page(made), "ties")
+    assert tie[2:] == ["nothing found", "", "too few samples (3)"]
+    ((tie,),) = cells(page([scored([1.0] * 3, "h2o"), scored([1.0] * 3, "none", None)]), "ties")
+    assert tie[2:] == ["h2o (1.00)", "measured alone", "h2o (1 of 1)"]
 
 
 def test_of_two_seeds_the_one_with_more_samples_is_shown_and_the_page_says_so(page):
