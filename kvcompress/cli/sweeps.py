@@ -131,12 +131,12 @@ def report(
     with user_errors():
         rows = reports.collect(folders)
     check_folder(out)
-    if leaderboard is None:
-        return show(rows, reports.write_all(rows, out))
-    check_folder(leaderboard)
-    with user_errors():
-        runs = write_leaderboard(reports.read(folders), leaderboard)
-    return show(rows, [*reports.write_all(rows, out), *runs])
+    status = show(rows, reports.write_all(rows, out))
+    if leaderboard is not None:
+        with user_errors():
+            for path in write_leaderboard(reports.read(folders), leaderboard):
+                print(path)
+    return status
 
 
 def evaluate(
