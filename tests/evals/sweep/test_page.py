@@ -161,6 +161,13 @@ def test_a_plot_for_each_panel_after_those_of_the_means(page):
     assert traces["Pareto front"]["x"] == [20.0, 49.75, 50.0]
 
 
+def test_the_axis_of_kl_comes_from_what_is_drawn(page):
+    text = {"task": "text", "protocol": "continuation", "kl_stderr": 0.001}
+    made = [row("none", None, 1.0, 4000, kl=1e-4, **text), row("h2o", 0.2, kl=0.4, **text), row("tova", kl=0.1, **text)]
+    low, high = figures(page(made))[1]["layout"]["yaxis"]["range"]
+    assert (10**low, 10**high) == pytest.approx((0.1 / 1.5, 0.4 * 1.5))
+
+
 def test_a_hundred_methods_all_look_different():
     names = [f"m{index}" for index in range(100)]
     styles = make_styles(["none", "streaming", *names])

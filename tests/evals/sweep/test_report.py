@@ -221,3 +221,47 @@ def test_a_peers_rows_stand_after_ours_in_plot_table_and_page(tmp_path):
     assert [found["method"] for found in rows] == ["none", "h2o", "kvpress-tova"]
     assert [path.name for path in paths] == ["results.csv", "accuracy.png", "report.html"]
     assert "kvpress-tova" in paths[-1].read_text()
+
+
+def axes(made, tmp_path, monkeypatch):
+    """The axes of the plot that is drawn of rows, as it is saved."""
+    from matplotlib.figure import Figure
+
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    assert report.draw(made, tmp_path / "plot.png")
+    return saved[0]
+
+
+# docs: The bars of `accuracy.png` are the same intervals
+def test_the_plots_bars_are_the_intervals_of_the_page(tmp_path, monkeypatch):
+    figure = axes([scored([1.0] * 12, "h2o")], tmp_path, monkeypatch)
+    assert "bars are 95 % intervals" in figure.get_suptitle()
+    ((segment,),) = [bar.get_segments() for bar in figure.axes[0].collections if hasattr(bar, "get_segments")]
+    assert segment[:, 1] == pytest.approx([0.757, 1.0], abs=1e-3)
+
+
+def test_the_plots_limits_come_from_what_is_drawn(tmp_path, monkeypatch):
+    text = {"task": "text", "protocol": "continuation", "kl_stderr": 0.001}
+    made = [row("none", None, 1.0, 4000, kl=1e-9, **text), row("kivi", None, size=1000, kl=1e-8, **text)]
+    made += [row("h2o", 0.2, size=800, kl=0.4, **text), row("h2o", 0.5, size=2000, kl=0.1, **text)]
+    figure = axes(made, tmp_path, monkeypatch)
+    low, high = figure.axes[1].get_ylim()
+    assert 0.05 < low < 0.1 / 1.1
+    assert 0.4 * 1.1 < high < 0.8
+    assert [text.get_text() for text in figure.axes[1].texts] == ["1 point at or near 0 not drawn"]
+    titles = [place.get_title() for place in figure.axes]
+    assert titles == [
+        "text, 512 tokens\ncontinuation: answers found",
+        "text, 512 tokens\ncontinuation: KL from the full cache, nats",
+    ]
+
+
+def test_tasks_of_unequal_panels_leave_no_holes(tmp_path, monkeypatch):
+    text = {"task": "text", "protocol": "continuation", "kl": 0.1, "attention_error": 0.1}
+    made = [row(), row("h2o", **text), *(row(task=task) for task in ("kv", "multikey", "passkey"))]
+    figure = axes(made, tmp_path, monkeypatch)
+    assert sum(place.get_visible() for place in figure.axes) == 7
+    assert len(figure.axes) == 9
+    assert [place.get_visible() for place in figure.axes][:7] == [True] * 7
