@@ -41,7 +41,7 @@ def write_leaderboard(rows: Iterable[Row], folder: Path) -> list[Path]:
             written.
     """
     runs: dict[tuple[object, ...], list[Row]] = {}
-    of_ruler = [own for row in rows if (own := row | {"task": _task(row)})["task"] in TASKS]
+    of_ruler = [row | {"task": _task(row)} for row in rows if _task(row) in TASKS]
     for row in one_each([row for row in of_ruler if row["protocol"] in (AGNOSTIC, AWARE)]):
         run = (row["model"], row["length"], row["protocol"], row["method"], row["budget"], type(row["budget"]))
         runs.setdefault(run, []).append(row)

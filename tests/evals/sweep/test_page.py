@@ -373,16 +373,30 @@ def test_in_a_browser_the_plot_is_drawn_and_tables_sort(tmp_path):
     assert 'aria-sort="ascending"' in document
 
 
+MEASURE = """
+<script>
+addEventListener("load", () => {
+  document.body.dataset.said = document.body.scrollWidth;
+  const bar = document.querySelector("#plot .modebar").getBoundingClientRect();
+  const entries = [...document.querySelectorAll("#plot .legend .traces")].map((entry) => entry.getBoundingClientRect());
+  const covers = (one) => one.left < bar.right && one.right > bar.left && one.top < bar.bottom && one.bottom > bar.top;
+  document.body.dataset.covered = entries.some(covers) || !entries.length || !bar.width;
+});
+</script>
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1400, 700])
 def test_in_a_browser_the_page_is_as_wide_as_the_window(tmp_path, width):
     write_page(many(25), tmp_path / "report.html")
-    measure = "<script>addEventListener('load', () => document.body.dataset.said = document.body.scrollWidth)</script>"
-    text = (tmp_path / "report.html").read_text().replace("</body>", measure + "</body>")
+    text = (tmp_path / "report.html").read_text().replace("</body>", MEASURE + "</body>")
     (tmp_path / "measured.html").write_text(text)
     document, console = browse(tmp_path / "measured.html", "--dump-dom", f"--window-size={width},1000")
     assert console == []
     assert int(re.search(r'data-said="(\d+)"', document)[1]) <= width
+    # the toolbar is beside all of the legend's entries
+    assert 'data-covered="false"' in document
     # 25 methods and the full cache in the legend, and the front
     assert document.count('class="legendtext"') == 27

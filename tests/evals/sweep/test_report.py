@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from kvcompress.cli.sweeps import show
 from kvcompress.evals.sweep import report
 from tests.evals.sweep.reported import FAILED, row, rows, scored
 
@@ -221,6 +222,19 @@ def test_a_peers_rows_stand_after_ours_in_plot_table_and_page(tmp_path):
     assert [found["method"] for found in rows] == ["none", "h2o", "kvpress-tova"]
     assert [path.name for path in paths] == ["results.csv", "accuracy.png", "report.html"]
     assert "kvpress-tova" in paths[-1].read_text()
+
+
+def test_the_terminal_uses_the_width_that_it_has(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    made = [row(name, budget) for name in ("h2o:bits=4", "tova", "snapkv") for budget in (0.1, 0.2, 0.3, 0.5)]
+    early = row("knorm", 0.2, samples=3, stopped_at={"precision": None})
+    assert show([*reversed(made), early], []) == 0
+    out = capsys.readouterr().out
+    table = out.partition("[low,high]: 95 % interval")[0].splitlines()
+    assert 76 <= max(map(len, map(str.rstrip, table))) <= 80
+    assert "10%" in table[1] + table[2]
+    assert "(floor): sinks + recent tokens" in out
+    assert "1 of 13 points stopped early" in out
 
 
 def axes(made, tmp_path, monkeypatch):
