@@ -57,6 +57,12 @@ def over_floor(
     return _better(difference(row, floor, value, error), rises)
 
 
+def below_floor(row: Row, rows: Sequence[Row]) -> bool:
+    """True if a row holds fewer bytes than the floor's smallest point, so that there is nothing to compare it with."""
+    sizes = [other["bytes"] for other in rows if other["method"] == registry.FLOOR and other["status"] == "ok"]
+    return row["status"] == "ok" and bool(sizes) and row["bytes"] < min(sizes)
+
+
 def over_full(
     row: Row, rows: Sequence[Row], value: str = "score", error: str = "stderr", rises: bool = True
 ) -> Estimate | None:

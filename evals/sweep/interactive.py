@@ -8,7 +8,7 @@ from typing import Any
 
 from kvcompress import registry
 from kvcompress.evals.sweep.compare import pareto_front
-from kvcompress.evals.sweep.intervals import Estimate, Row, estimate
+from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, interval
 from kvcompress.evals.sweep.panels import Panel, budget_name, make_panels, method_name, rank, share, subject
 from kvcompress.evals.sweep.plot import round_steps
 from kvcompress.evals.sweep.styles import Style, make_styles
@@ -143,8 +143,7 @@ def _told(dot: Dot) -> str:
 
 def told(found: Estimate) -> str:
     """An estimate for people."""
-    ends = "" if found.low is None or found.high is None else f" [{found.low:.3f}, {found.high:.3f}]"
-    return f"{found.value:.3f}{ends}"
+    return f"{found.value:.3f} {interval(found, '.3f')}".strip()
 
 
 def _reach(found: Estimate) -> tuple[float, float]:
@@ -190,9 +189,10 @@ def _layout(chart: Chart) -> dict[str, Any]:
     }
     up: dict[str, Any] = {"title": {"text": chart.label}}
     if _is_logarithmic(chart):
-        values = [dot.figure.value for dot in dots if dot.figure.value > 0]
-        # exact caches would stretch the axis down to float32's rounding error
-        ends = max(min(values) / 1.5, max(values) * 1e-4), max(values) * 1.3
+        # exact caches would stretch the axis down to float32's rounding error; the full cache is no point here
+        most = max(dot.figure.value for dot in chart.dots)
+        values = [dot.figure.value for dot in chart.dots if dot.figure.value >= 1e-4 * most]
+        ends = min(values) / 1.5, most * 1.5
         up |= {"type": "log", "range": [math.log10(end) for end in ends]}
         up |= {"tickvals": (marks := round_steps(*ends)), "ticktext": [f"{mark:g}" for mark in marks]}
     elif chart.rises and all(0.0 <= dot.figure.value <= 1.0 for dot in dots):

@@ -37,17 +37,17 @@ def write_leaderboard(rows: Iterable[Row], folder: Path) -> list[Path]:
     """Writes a folder for each model, length, protocol, method and budget, and returns their paths.
 
     Raises:
-        ValueError: no row is of one of RULER's tasks, or one lacks its predictions.
+        ValueError: no row is of one of RULER's tasks and such a protocol, or one lacks its predictions; then nothing is
+            written.
     """
     runs: dict[tuple[object, ...], list[Row]] = {}
-    of_ruler = [row | {"task": _task(row)} for row in rows if row["protocol"] in (AGNOSTIC, AWARE)]
-    for row in one_each([row for row in of_ruler if row["task"] in TASKS]):
+    of_ruler = [row | {"task": _task(row)} for row in rows if _task(row) in TASKS]
+    for row in one_each([row for row in of_ruler if row["protocol"] in (AGNOSTIC, AWARE)]):
         run = (row["model"], row["length"], row["protocol"], row["method"], row["budget"], type(row["budget"]))
         runs.setdefault(run, []).append(row)
     done = [own for members in runs.values() if (own := [row for row in members if row["status"] == "ok"])]
     if not done:
-        known = ", ".join(f"ruler_{task}" for task in TASKS)
-        raise ValueError(f"a leaderboard needs rows of RULER's tasks that succeeded, one of {known}")
+        raise ValueError(f"a leaderboard needs {_needed(of_ruler)}")
     for row in (row for members in done for row in members):
         _check(row)
     places = [folder / _name(members[0]) for members in done]
@@ -55,6 +55,15 @@ def write_leaderboard(rows: Iterable[Row], folder: Path) -> list[Path]:
         place.mkdir(parents=True, exist_ok=True)
         _write_run(sorted(members, key=lambda row: TASKS.index(row["task"])), place)
     return places
+
+
+def _needed(rows: Sequence[Row]) -> str:
+    """What a leaderboard needs, though there are these rows of RULER's tasks."""
+    if any(row["status"] == "ok" for row in rows):
+        protocols = ", ".join(dict.fromkeys(row["protocol"] for row in rows if row["status"] == "ok"))
+        return f"rows of the protocol {AGNOSTIC} or {AWARE}; those of RULER's tasks that succeeded are of {protocols}"
+    known = ", ".join(f"ruler_{task}" for task in TASKS)
+    return f"rows of RULER's tasks that succeeded, of the protocol {AGNOSTIC} or {AWARE}; the tasks are {known}"
 
 
 def _task(row: Row) -> str:

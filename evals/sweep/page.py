@@ -10,13 +10,16 @@ from typing import Any
 
 from kvcompress import registry
 from kvcompress.evals.sweep import interactive
-from kvcompress.evals.sweep.compare import make_rankings, over_floor, pareto_front
+from kvcompress.evals.sweep.compare import below_floor, make_rankings, over_floor, pareto_front
 from kvcompress.evals.sweep.interactive import told
-from kvcompress.evals.sweep.intervals import Estimate, Row, estimate
+from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, interval
 from kvcompress.evals.sweep.panels import (
     Panel,
+    absent,
     budget_name,
+    count_of,
     describe,
+    in_order,
     make_panels,
     method_name,
     model_name,
@@ -26,11 +29,15 @@ from kvcompress.evals.sweep.panels import (
     samples,
     score_panels,
     share,
+    stopped,
+    usual_count,
 )
 from kvcompress.evals.sweep.proxies import make_predictions
 from kvcompress.evals.sweep.summary import Means, make_means
-from kvcompress.evals.sweep.tables import grouped, make_grid, make_ties
+from kvcompress.evals.sweep.tables import BELOW_FLOOR, Tie, grouped, make_grid, make_ties
 
+# fewer points say little about a rank correlation
+_FEW_POINTS = 8
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -71,21 +78,26 @@ class Section:
     sheets: tuple[Sheet, ...]
 
 
-def write_page(rows: Sequence[Row], path: Path) -> None:
-    """Writes the page with means, plot, tables, the failures and how it was measured."""
+def write_page(rows: Sequence[Row], path: Path, planned: int | None = None) -> None:
+    """Writes the page with means, plot, tables, the failures and how it was measured.
+
+    Args:
+        planned: how many points there would be, of a sweep that may not be finished.
+    """
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    shown = one_each(rows)
+    shown = in_order(one_each(rows))
+    lacking = max(0, (planned or 0) - len(rows))
     charts = interactive.make_charts(shown)
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = template.from_string(_TEMPLATE.read_text("utf-8")).render(
         model=model_name(rows),
-        lead=_lead(rows, shown),
+        lead=_lead(rows, shown, planned if lacking else None),
         charts=charts,
         figures=interactive.to_json(charts) if charts else "",
         plotly=get_plotlyjs() if charts else "",
-        sections=[section for section in _sections(shown) if section.sheets],
+        sections=[section for section in _sections(shown, lacking) if section.sheets],
         measured=_facts(rows, len(rows) - len(shown)),
     )
     partial = path.with_suffix(".partial")
@@ -93,13 +105,15 @@ def write_page(rows: Sequence[Row], path: Path) -> None:
     partial.replace(path)
 
 
-def _lead(rows: Sequence[Row], shown: Sequence[Row]) -> str:
+def _lead(rows: Sequence[Row], shown: Sequence[Row], planned: int | None) -> str:
+    """planned: of a sweep that lacks points."""
     methods = {row["method"] for row in shown}
     failed = sum(row["status"] != "ok" for row in rows)
     parts = [
         f"{len(methods)} method{'s' * (len(methods) != 1)}",
-        f"{len(shown)} point{'s' * (len(shown) != 1)}",
+        f"{len(shown)} point{'s' * (len(shown) != 1)}{f' of {planned} planned' if planned else ''}",
         f"{samples(rows)} samples per point" if samples(rows) else "",
+        f"{stopped(shown)} stopped early, before all of their samples" if stopped(shown) else "",
         f"{failed} failed" if failed else "",
         ", ".join(
             dict.fromkeys(f"{row['dtype']} on {row['device']}" for row in rows if {"dtype", "device"} <= row.keys())
@@ -108,11 +122,12 @@ def _lead(rows: Sequence[Row], shown: Sequence[Row]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _sections(rows: Sequence[Row]) -> list[Section]:
+def _sections(rows: Sequence[Row], lacking: int) -> list[Section]:
     """The parts below the plot's place: the first stands above it.
 
     Args:
         rows: each point once.
+        lacking: how many planned points have no row.
     """
     return [
         Section("summary", "Means over tasks", _ABOUT_MEANS, tuple(_means_sheet(make_means(rows)))),
@@ -123,12 +138,14 @@ def _sections(rows: Sequence[Row]) -> list[Section]:
         Section("turns", "Turn by turn", _ABOUT_TURNS, tuple(_turns_sheets(rows))),
         Section("spans", "What is kept of each span", _ABOUT_SPANS, tuple(_spans_sheets(rows))),
         Section("failed", "Failed", "", tuple(_failed_sheet(rows))),
+        Section("unfinished", "Not finished", _ABOUT_UNFINISHED, tuple(_unfinished_sheets(rows, lacking))),
     ]
 
 
 _ABOUT_MEANS = (
     "The mean over tasks, with its 95 % interval below, and the bytes held when the question came, in % of the full "
-    "cache: all live storages, measured. Each mean is over the tasks that every method of the column has; the best of "
+    "cache's keys and values: all live storages, measured, with masks and padding, so the full cache may hold 101 %. "
+    "Each mean is over the tasks that every method of the column has; the best of "
     "a column and budget is bold. A click on a column's head sorts."
 )
 _ABOUT_SCORES = (
@@ -156,6 +173,12 @@ _ABOUT_TURNS = "The score of each question that was put to one compressed cache,
 _ABOUT_SPANS = "The share of its tokens that the cache still held of each part of the context."
 
 
+_ABOUT_UNFINISHED = (
+    "Points that stopped before they had read all of their samples, as time was up or the precision that was asked for "
+    "was reached, and planned points that have no row at all."
+)
+
+
 def _means_sheet(everything: Sequence[Means]) -> list[Sheet]:
     found = [means for means in everything if means.entries]
     places = dict.fromkeys(place for means in found for place in means.entries)
@@ -174,10 +197,11 @@ def _means_sheet(everything: Sequence[Means]) -> list[Sheet]:
             if entry is None:
                 line += [Cell(), Cell()]
                 continue
-            line.append(_figure(entry.score, strong=id(entry) in best))
+            count = f"n = {entry.samples}" if entry.samples != means.samples else ""
+            line.append(_figure(entry.score, count, strong=id(entry) in best))
             line.append(_percent(entry.share))
         lines.append(tuple(line))
-    groups = (("", 2), *((f"{means.title}: {', '.join(means.tasks)}", 2) for means in found))
+    groups = (("", 2), *((_means_head(means), 2) for means in found))
     notes = [
         f"{means.title}: {f'without {names}' if means.tasks else f'no mean, {names} are left out'}: {why}."
         for means in everything
@@ -186,6 +210,11 @@ def _means_sheet(everything: Sequence[Means]) -> list[Sheet]:
     ]
     columns = ("method", "budget", *(name for _ in found for name in ("mean", "bytes")))
     return [Sheet("", columns, tuple(lines), groups, " ".join(notes))] if lines or notes else []
+
+
+def _means_head(means: Means) -> str:
+    count = f"; n = {means.samples} of each" if means.samples else ""
+    return f"{means.title}: {', '.join(means.tasks)}{count}"
 
 
 def _left_out(means: Means) -> list[tuple[str, list[str]]]:
@@ -214,26 +243,28 @@ def _scores_sheet(rows: Sequence[Row]) -> Sheet:
                 marks[id(row)] = marks.get(id(row), "") + sign
     for row in pareto_front(done, rises=rises):
         marks[id(row)] = marks.get(id(row), "") + "*"
-    grid = make_grid(rows)
+    grid, usual = make_grid(rows), usual_count(rows)
     lines = [
         (
             Cell(method_name(method)),
-            *(_score(row, marks.get(id(row), ""), id(row) in best) for row in found),
+            *(_score(row, marks.get(id(row), ""), id(row) in best, usual) for row in found),
         )
         for method, found in grid.lines
     ]
     metric = done[0]["metric"] if done else "score"
-    return Sheet(f"{_title(rows)}: {metric}", ("method", *map(budget_name, grid.budgets)), tuple(lines))
+    title = f"{_title(rows)}: {metric}{', ' * bool(usual)}{usual}"
+    return Sheet(title, ("method", *map(budget_name, grid.budgets)), tuple(lines))
 
 
-def _score(row: Row | None, marks: str, strong: bool) -> Cell:
+def _score(row: Row | None, marks: str, strong: bool, usual: str) -> Cell:
     if row is None:
         return Cell()
     if row["status"] != "ok":
         return Cell("failed", note=reason(row))
     found, held = estimate(row), share(row)
-    smalls = [_ends(found), "" if held is None else f"{100 * held:.3g} %"]
+    smalls = [interval(found), "" if held is None else f"{100 * held:.3g} %"]
     smalls += [f"KL {row['kl']:.3f}"] if "kl" in row else []
+    smalls += [count_of(row)] if count_of(row) != usual else []
     return Cell(
         f"{found.value:.2f} {marks}".strip(),
         " · ".join(small for small in smalls if small),
@@ -254,9 +285,9 @@ def _ties_sheet(rows: Sequence[Row]) -> list[Sheet]:
         (
             Cell(tie.place),
             Cell(tie.budget),
-            Cell(f"{tie.best} ({tie.score:.2f})", strong=True) if tie.best else Cell("nothing found"),
-            Cell(_names(tie.like_best, tie.methods - 1) if tie.best else "", order=len(tie.like_best)),
-            Cell("" if tie.like_full is None else _names(tie.like_full, tie.methods), order=len(tie.like_full or ())),
+            Cell(f"{tie.best} ({tie.score:.2f})", strong=tie.methods > 1) if tie.best else Cell("nothing found"),
+            Cell(_like_best(tie), order=len(tie.like_best)),
+            Cell(_like_full(tie), order=len(tie.like_full or ())),
         )
         for tie in make_ties(rows)
     ]
@@ -264,9 +295,21 @@ def _ties_sheet(rows: Sequence[Row]) -> list[Sheet]:
     return [Sheet("", columns, tuple(lines))] if lines else []
 
 
+def _like_best(tie: Tie) -> str:
+    if tie.best is None:
+        return ""
+    return _names(tie.like_best, tie.methods - 1) if tie.methods > 1 else "measured alone"
+
+
+def _like_full(tie: Tie) -> str:
+    if tie.is_undecided:
+        return f"too few samples ({tie.samples})"
+    return "" if tie.like_full is None else _names(tie.like_full, tie.methods)
+
+
 def _names(names: Sequence[str], of: int) -> str:
     if not names:
-        return "none"
+        return "no method"
     return f"{', '.join(names)} ({len(names)} of {of})"
 
 
@@ -275,20 +318,22 @@ def _floor_sheets(rows: Sequence[Row]) -> list[Sheet]:
     for panel in (panel for line in make_panels(rows) for panel in line):
         grid = make_grid(panel.rows, (registry.FULL, registry.FLOOR))
         lines = [(Cell(method_name(method)), *(_gain(row, panel) for row in found)) for method, found in grid.lines]
-        if any(cell.text for line in lines for cell in line[1:]):
+        if any(cell.text or cell.small for line in lines for cell in line[1:]):
             columns = ("method", *map(budget_name, grid.budgets))
             sheets.append(Sheet(f"{_title(panel.rows)}: {panel.label}", columns, tuple(lines)))
     return sheets
 
 
 def _gain(row: Row | None, panel: Panel) -> Cell:
-    over = row and over_floor(row, panel.rows, panel.value, panel.error, panel.rises)
-    if not over:
+    if row is None:
         return Cell()
+    over = over_floor(row, panel.rows, panel.value, panel.error, panel.rises)
+    if over is None:
+        return Cell(small=BELOW_FLOOR * below_floor(row, panel.rows))
     paired = "prompt by prompt" if over.paired else "as if independent"
     # just below the full cache's bytes, the line to it tells anything apart, by less than can be read
     strong = over.is_apart and abs(over.value) >= 0.005
-    return Cell(f"{over.value:+.3f}", _ends(over, "+.2f"), over.value, paired, strong=strong)
+    return Cell(f"{over.value:+.3f}", interval(over, "+.2f"), over.value, paired, strong=strong)
 
 
 def _proxies_sheet(rows: Sequence[Row]) -> list[Sheet]:
@@ -301,7 +346,9 @@ def _proxies_sheet(rows: Sequence[Row]) -> list[Sheet]:
                 line.append(Cell())
                 continue
             value, points = found.correlations[figure]
-            line.append(Cell(f"{value:+.2f}", f"{points} points", value, level=max(0.0, value)))
+            few = f"only {points} points, which chance may put in order" if points < _FEW_POINTS else f"{points} points"
+            level = None if points < _FEW_POINTS else max(0.0, value)
+            line.append(Cell(f"{value:+.2f}", few, value, level=level))
         lines.append(tuple(line))
     return [Sheet("", columns, tuple(lines))] if lines else []
 
@@ -337,6 +384,21 @@ def _spans_sheets(rows: Sequence[Row]) -> list[Sheet]:
 def _failed_sheet(rows: Sequence[Row]) -> list[Sheet]:
     lines = tuple((Cell(describe(row)), Cell(reason(row))) for row in rows if row["status"] != "ok")
     return [Sheet("", ("point", "error"), lines)] if lines else []
+
+
+def _unfinished_sheets(rows: Sequence[Row], lacking: int) -> list[Sheet]:
+    """lacking: how many planned points have no row; those of tasks without any row cannot be named."""
+    sheets = []
+    lines = tuple((Cell(describe(row)), Cell(count_of(row), order=row["samples"])) for row in rows if stopped([row]))
+    if lines:
+        sheets.append(Sheet("Stopped early", ("point", "samples"), lines))
+    if lacking:
+        named = absent(rows)[:lacking]
+        rest = lacking - len(named)
+        note = f"{'And ' * bool(named)}{rest} of tasks or methods that have no row." if rest else ""
+        title = f"{lacking} planned point{'s' * (lacking != 1)} without a row"
+        sheets.append(Sheet(title, ("point",), tuple((Cell(point),) for point in named), note=note))
+    return sheets
 
 
 def _facts(rows: Sequence[Row], hidden: int) -> dict[str, str]:
@@ -381,13 +443,10 @@ def _plain(value: Any) -> Cell:
     return Cell(f"{value:.2f}", order=value, level=_level(value))
 
 
-def _figure(found: Estimate, strong: bool = False) -> Cell:
-    return Cell(f"{found.value:.3f}", _ends(found), found.value, level=found.value, strong=strong)
+def _figure(found: Estimate, count: str = "", strong: bool = False) -> Cell:
+    small = " · ".join(part for part in (interval(found), count) if part)
+    return Cell(f"{found.value:.3f}", small, found.value, level=found.value, strong=strong)
 
 
 def _percent(part: float | None) -> Cell:
     return Cell() if part is None else Cell(f"{100 * part:.3g} %", order=part)
-
-
-def _ends(found: Estimate, form: str = ".2f") -> str:
-    return "" if found.low is None or found.high is None else f"[{found.low:{form}}, {found.high:{form}}]"

@@ -122,6 +122,52 @@ def samples(rows: Sequence[Row]) -> str:
     return " to ".join(dict.fromkeys(map(str, counts[:1] + counts[-1:])))
 
 
+def count_of(row: Row) -> str:
+    """How many samples a row has, and whether it stopped before it had all."""
+    if row["status"] != "ok" or not row.get("samples"):
+        return ""
+    return f"n = {row['samples']}{', stopped early' * ('stopped_at' in row)}"
+
+
+def usual_count(rows: Sequence[Row]) -> str:
+    """What `count_of` says of the row with the most samples, which stands for all that are not said to differ."""
+    return count_of(
+        max(rows, key=lambda row: (row["status"] == "ok", row.get("samples") or 0, "stopped_at" not in row))
+    )
+
+
+def stopped(rows: Sequence[Row]) -> int:
+    """How many rows stopped before they had all samples."""
+    return sum(row["status"] == "ok" and "stopped_at" in row for row in rows)
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Rows as reports list them: tasks and protocols as they first come, methods in one order, budgets ascending."""
+    places: dict[tuple[str, str], int] = {}
+    for row in rows:
+        places.setdefault((subject(row), row["protocol"]), len(places))
+
+    def place_of(row: Row) -> tuple[int, tuple[int, str], bool, float]:
+        budget = row["budget"]
+        return places[subject(row), row["protocol"]], rank(row["method"]), isinstance(budget, int), budget or 0.0
+
+    return sorted(rows, key=place_of)
+
+
+def absent(rows: Sequence[Row]) -> list[str]:
+    """Points without a row, though each task and each method with its budget has rows, for people."""
+    budgets = dict.fromkeys((row["method"], row["budget"]) for row in rows)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((subject(row), row["protocol"]), []).append(row)
+    return [
+        describe(own[0] | {"method": method, "budget": budget})
+        for own in groups.values()
+        for method, budget in budgets
+        if (method, budget) not in {(row["method"], row["budget"]) for row in own}
+    ]
+
+
 def model_name(rows: Sequence[Row]) -> str:
     """The names of the models, without their folders."""
     return ", ".join(dict.fromkeys(Path(row["model"]).name for row in rows))

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvcompress import registry
 from kvcompress.evals.sweep.compare import pareto_front
-from kvcompress.evals.sweep.intervals import Row
+from kvcompress.evals.sweep.intervals import Row, estimate
 from kvcompress.evals.sweep.panels import Panel, make_panels, method_name, model_name, rank, samples, share
 from kvcompress.evals.sweep.styles import Style, make_styles
 
@@ -21,8 +21,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [[panel for panel in map(_placed, line) if panel.rows] for line in make_panels(rows)]
-    lines = [line for line in lines if line]
+    lines = _arranged([[panel for panel in map(_placed, line) if panel.rows] for line in make_panels(rows)])
     if not lines:
         return False
     width = max(len(line) for line in lines)
@@ -42,7 +41,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows if row.get("dtype")))
     figure.suptitle(
         f"{model_name(rows)}{', ' * bool(dtypes)}{dtypes}: quality against measured cache memory\n"
-        f"{samples(rows) or 'unknown number of'} samples per point, bars are standard errors",
+        f"{samples(rows) or 'unknown number of'} samples per point, bars are 95 % intervals",
         fontsize=11,
     )
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
@@ -58,12 +57,22 @@ def _placed(panel: Panel) -> Panel:
     return Panel(rows, panel.value, panel.error, panel.label, panel.rises)
 
 
+def _arranged(lines: Sequence[Sequence[Panel]]) -> list[list[Panel]]:
+    """Lines of equally many panels as they are; others are filled one after another: the last alone has holes."""
+    found = [list(line) for line in lines if line]
+    if len({len(line) for line in found}) <= 1:
+        return found
+    width = min(3, max(len(line) for line in found))
+    panels = [panel for line in found for panel in line]
+    return [panels[start : start + width] for start in range(0, len(panels), width)]
+
+
 def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[str, Any]) -> None:
     styles = make_styles(methods)
+    drawn = _drawn(panel)
     for method in methods:
-        rows = sorted((row for row in panel.rows if row["method"] == method), key=lambda row: row["bytes"])
+        rows = sorted((row for row in drawn if row["method"] == method), key=lambda row: row["bytes"])
         if rows and method == registry.FULL:
-            # what is almost 0 has no place on a logarithmic axis
             if panel.value == "score":
                 place.axhline(rows[0][panel.value], **_CEILING)
             handles.setdefault(method_name(method), place.axvline(_percent(rows)[0], **_CEILING))
@@ -71,20 +80,43 @@ def _draw_panel(place: Any, panel: Panel, methods: Sequence[str], handles: dict[
             size = 11 - 7 * methods.index(method) / len(methods)
             bars = _draw_method(place, panel, rows, styles[method], size, method == registry.FLOOR)
             handles.setdefault(method_name(method), bars)
-    front = pareto_front(panel.rows, panel.value, panel.rises)
+    front = [row for row in pareto_front(panel.rows, panel.value, panel.rises) if any(row is one for one in drawn)]
     if front:
         ring = place.scatter(_percent(front), [row[panel.value] for row in front], **_RING)
         handles.setdefault("Pareto front", ring)
-    place.set_title(panel.title, fontsize=10)
-    _scale_axes(place, panel)
+    place.set_title(f"{panel.title}: {panel.label}", fontsize=10)
+    if hidden := len(panel.rows) - len(drawn):
+        said = f"{hidden} point{'s' * (hidden != 1)} at or near 0 not drawn"
+        place.text(0.99, 0.01, said, fontsize=7, ha="right", va="bottom", transform=place.transAxes)
+    _scale_axes(place, panel, drawn)
+
+
+def _is_logarithmic(panel: Panel) -> bool:
+    return not panel.rises and any(row[panel.value] > 0 for row in panel.rows)
+
+
+def _drawn(panel: Panel) -> list[Row]:
+    """The rows that have a place in a plot: what is almost 0, as of exact caches, has none on a logarithmic axis."""
+    if not _is_logarithmic(panel):
+        return list(panel.rows)
+    least = 1e-4 * max(row[panel.value] for row in panel.rows)
+    return [row for row in panel.rows if row[panel.value] >= least or _is_line(row, panel)]
+
+
+def _is_line(row: Row, panel: Panel) -> bool:
+    """True of the full cache where only its bytes are drawn."""
+    return row["method"] == registry.FULL and panel.value != "score"
 
 
 def _draw_method(place: Any, panel: Panel, rows: Sequence[Row], style: Style, size: float, is_floor: bool) -> Any:
     """size: of the markers, which are hollow and of different sizes so that methods at one place can all be seen."""
+    found = [estimate(row, panel.value, panel.error) for row in rows]
+    downs = [0.0 if one.low is None else max(0.0, one.value - one.low) for one in found]
+    ups = [0.0 if one.high is None else max(0.0, one.high - one.value) for one in found]
     return place.errorbar(
         _percent(rows),
-        [row[panel.value] for row in rows],
-        yerr=[row.get(panel.error) or 0.0 for row in rows],
+        [one.value for one in found],
+        yerr=[downs, ups],
         color=style.color,
         marker=style.marker[0],
         linestyle=style.line[0],
@@ -94,18 +126,17 @@ def _draw_method(place: Any, panel: Panel, rows: Sequence[Row], style: Style, si
     )
 
 
-def _scale_axes(place: Any, panel: Panel) -> None:
+def _scale_axes(place: Any, panel: Panel, drawn: Sequence[Row]) -> None:
     place.set_xlabel("cache, % of the full cache's bytes (measured)", fontsize=9)
     place.set_ylabel(panel.label, fontsize=9)
     place.set_xscale("log")
-    _plain_ticks(place.xaxis, _percent(panel.rows))
-    values = [row[panel.value] for row in panel.rows]
+    _plain_ticks(place.xaxis, _percent(drawn))
+    values = [row[panel.value] for row in drawn if not _is_line(row, panel)]
     if panel.rises and all(0 <= value <= 1 for value in values):
-        place.set_ylim(-0.05, 1.05)
-    elif not panel.rises and any(value > 0 for value in values):
+        place.set_ylim(-0.06, 1.06)
+    elif _is_logarithmic(panel) and values:
         place.set_yscale("log")
-        # exact caches would stretch the axis down to float32's rounding error
-        place.set_ylim(bottom=max(min(value for value in values if value > 0) / 1.5, max(values) * 1e-4))
+        place.set_ylim(*_log_ends(values))
     place.grid(True, color="#dddddd", linewidth=0.6)
     place.set_axisbelow(True)
     place.tick_params(labelsize=8)
@@ -113,6 +144,12 @@ def _scale_axes(place: Any, panel: Panel) -> None:
 
 def _percent(rows: Sequence[Row]) -> list[float]:
     return [100 * (share(row) or 0.0) for row in rows]
+
+
+def _log_ends(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a logarithmic axis, so far from the outer values that their markers are whole."""
+    room = max(1.15, (max(values) / min(values)) ** 0.08)
+    return min(values) / room, max(values) * room
 
 
 def round_steps(low: float, high: float) -> list[float]:
@@ -125,7 +162,7 @@ def _plain_ticks(axis: Any, sizes: Sequence[float]) -> None:
     """Ticks at round numbers; matplotlib would label a logarithmic axis only at powers of ten."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    low, high = min(sizes) / 1.15, max(sizes) * 1.15
+    low, high = _log_ends(sizes)
     axis.set_major_locator(FixedLocator(round_steps(low, high)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -8,22 +8,35 @@ from kvcompress import registry
 from kvcompress.evals.sweep.compare import make_rankings, over_floor, over_full, pareto_front
 from kvcompress.evals.sweep.intervals import Estimate, Row, estimate
 from kvcompress.evals.sweep.page import write_page
-from kvcompress.evals.sweep.panels import describe, make_panels, one_each, rank, reason, score_panels, subject
+from kvcompress.evals.sweep.panels import (
+    describe,
+    in_order,
+    make_panels,
+    one_each,
+    rank,
+    reason,
+    score_panels,
+    stopped,
+    subject,
+)
 from kvcompress.evals.sweep.plot import draw
 from kvcompress.evals.sweep.rows import read_rows
-from kvcompress.evals.sweep.tables import make_comparisons, make_tables, make_ties
+from kvcompress.evals.sweep.tables import LEGEND, make_comparisons, make_tables, make_ties
 
 __all__ = [
+    "LEGEND",
     "Row",
     "collect",
     "describe",
     "draw",
+    "in_order",
     "make_comparisons",
     "make_panels",
     "make_tables",
     "make_ties",
     "read",
     "reason",
+    "stopped",
     "subject",
     "write_all",
     "write_csv",
@@ -92,12 +105,16 @@ def collect(folders: Sequence[Path]) -> list[Row]:
     return sorted(rows, key=lambda row: (places[subject(row)], row["protocol"], rank(row["method"]), _size(row)))
 
 
-def write_all(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes table, plot and page into a folder, and returns their paths."""
+def write_all(rows: Sequence[Row], folder: Path, *, planned: int | None = None) -> list[Path]:
+    """Writes table, plot and page into a folder, and returns their paths.
+
+    Args:
+        planned: how many points there would be, of a sweep that may not be finished; the page says what is missing.
+    """
     table, plot, page = folder / "results.csv", folder / "accuracy.png", folder / "report.html"
     write_csv(rows, table)
     drawn = draw(one_each(rows), plot)
-    write_page(rows, page)
+    write_page(rows, page, planned)
     return [table, *([plot] if drawn else []), page]
 
 

@@ -4,20 +4,25 @@ A mean is taken only over tasks that every method of the protocol and length has
 Tasks whose scores are no shares from 0 to 1, or where less is better, stay out.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, mean
-from kvcompress.evals.sweep.panels import one_each, rank, share
+from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, is_share, mean
+from kvcompress.evals.sweep.panels import one_each, rank, samples, share
 from kvcompress.evals.sweep.rows import mean_of
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method at a budget: its mean over tasks, and its bytes over those of the full cache."""
+    """A method at a budget: its mean over tasks, and its bytes over those of the full cache.
+
+    samples: of a task, from the fewest to the most.
+    """
 
     score: Estimate
     share: float | None
+    samples: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class Means:
     tasks: tuple[str, ...]
     left_out: dict[str, str]
     entries: dict[tuple[str, int | float | None], Entry]
+
+    @property
+    def samples(self) -> str:
+        """How many samples of a task most entries have."""
+        return next(iter(dict(Counter(entry.samples for entry in self.entries.values()).most_common(1))), "")
 
     @property
     def title(self) -> str:
@@ -55,7 +65,7 @@ def _means(protocol: str, length: int | None, rows: Sequence[Row]) -> Means:
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
         lacking = [method for method in methods if method not in {row["method"] for row in own}]
-        if not all(row.get("higher_is_better", True) and 0.0 <= row["score"] <= 1.0 for row in own):
+        if not all(is_share(row) for row in own):
             left_out[task] = "its scores are no shares"
         elif lacking:
             left_out[task] = f"not measured with {', '.join(lacking)}"
@@ -66,5 +76,6 @@ def _means(protocol: str, length: int | None, rows: Sequence[Row]) -> Means:
         own = [row for row in rows if (row["method"], row["budget"]) == (method, budget) and row["task"] in tasks]
         if tasks and len({row["task"] for row in own}) == len(tasks):
             shares = [one for row in own if (one := share(row)) is not None]
-            entries[method, budget] = Entry(mean([estimate(row) for row in own]), mean_of(shares) if shares else None)
+            score = mean([estimate(row) for row in own])
+            entries[method, budget] = Entry(score, mean_of(shares) if shares else None, samples(own))
     return Means(protocol, length, tuple(tasks), left_out, entries)

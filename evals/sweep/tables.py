@@ -4,17 +4,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvcompress import registry
-from kvcompress.evals.sweep.compare import make_rankings, over_floor, pareto_front
-from kvcompress.evals.sweep.intervals import Row
+from kvcompress.evals.sweep.compare import below_floor, make_rankings, over_floor, pareto_front
+from kvcompress.evals.sweep.intervals import Row, estimate, interval
 from kvcompress.evals.sweep.panels import (
     Panel,
     budget_name,
+    count_of,
     make_panels,
     method_name,
     one_each,
     rank,
     score_panels,
     subject,
+    usual_count,
+)
+
+BELOW_FLOOR = "fewer bytes than the floor's least"
+# what stands below the tables in a terminal
+LEGEND = (
+    "[low,high]: 95 % interval; n: samples, in a cell where it is not the table's; "
+    "*: on the Pareto front, none is better in as few bytes; (floor): sinks + recent tokens"
 )
 
 
@@ -66,10 +75,12 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
         if any("kl" in row for row in members):
             metric += " / KL"
 
-        def cell(row: Row | None, front: set[int] = front) -> str:
-            return "" if row is None else _cell(row) + " *" * (id(row) in front)
+        usual = usual_count(members)
 
-        title = f"{subject(members[0])}, {members[0]['protocol']}: {metric}"
+        def cell(row: Row | None, front: set[int] = front, usual: str = usual) -> str:
+            return "" if row is None else _cell(row, usual) + " *" * (id(row) in front)
+
+        title = f"{subject(members[0])}, {members[0]['protocol']}: {metric}{', ' * bool(usual)}{usual}"
         tables.append(_table(title, members, cell))
     return tables
 
@@ -81,8 +92,12 @@ def make_comparisons(rows: Sequence[Row]) -> list[Table]:
         members = one_each(panel.rows)
 
         def cell(row: Row | None, panel: Panel = panel, members: Sequence[Row] = members) -> str:
-            over = row and over_floor(row, members, panel.value, panel.error, panel.rises)
-            return f"{over.value:+.3f}{_error(over.stderr, 3)}" if over else ""
+            if row is None:
+                return ""
+            over = over_floor(row, members, panel.value, panel.error, panel.rises)
+            if over is None:
+                return BELOW_FLOOR * below_floor(row, members)
+            return f"{over.value:+.3f} {_unbroken(interval(over, '+.2f'))}".strip()
 
         title = f"{panel.title}: {panel.label}, gained over the floor at equal bytes".replace("\n", ", ")
         table = _table(title, members, cell, (registry.FULL, registry.FLOOR))
@@ -91,12 +106,16 @@ def make_comparisons(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
+# samples below which that nothing was found is no proof
+_FEW = 20
+
+
 @dataclass(frozen=True)
 class Tie:
     """Which methods of a task, length, protocol and budget chance may have put in their order, by name.
 
     best: None if none found anything. like_best: not told apart from it. like_full: not told apart from the full cache;
-    None if that has no row.
+    None if that has no row. samples: the fewest of those like the full cache.
     """
 
     place: str
@@ -106,15 +125,27 @@ class Tie:
     like_best: tuple[str, ...]
     like_full: tuple[str, ...] | None
     methods: int
+    samples: int | None = None
+
+    @property
+    def is_undecided(self) -> bool:
+        """True if nothing was found, and in so few samples that this does not tell it from the full cache."""
+        return self.best is None and bool(self.like_full) and self.samples is not None and self.samples < _FEW
 
     def __str__(self) -> str:
         said = f"{self.place}, {self.budget}: "
-        said += f"best is {self.best} with {self.score:.2f}" if self.best else "nothing was found"
+        if self.best:
+            said += f"best is {self.best}" if self.methods > 1 else f"{self.best} alone was measured,"
+            said += f" with {self.score:.2f}"
+        else:
+            said += "nothing was found"
         if self.best and self.methods > 1:
             others = f"not told apart from {', '.join(self.like_best)}"
             said += f", {others if self.like_best else 'told apart from all others'}"
-        if self.like_full is not None:
-            said += f"; not told apart from the full cache: {', '.join(self.like_full) or 'none'}"
+        if self.is_undecided:
+            said += f"; too few samples ({self.samples}) to tell from the full cache"
+        elif self.like_full is not None:
+            said += f"; not told apart from the full cache: {', '.join(self.like_full) or 'no method'}"
         return said
 
 
@@ -132,6 +163,7 @@ def make_ties(rows: Sequence[Row]) -> list[Tie]:
                 like_best=tuple(row["method"] for row in ranking.like_best),
                 like_full=like_full,
                 methods=ranking.count,
+                samples=min((row["samples"] for row in ranking.like_full if row.get("samples")), default=None),
             )
             ties.append(tie)
     return ties
@@ -144,17 +176,20 @@ def _table(title: str, rows: Sequence[Row], cell: Callable[[Row | None], str], b
     return Table(title, tuple(map(budget_name, grid.budgets)), lines)
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Row, usual: str) -> str:
     if row["status"] != "ok":
         return "failed"
     score = f"{row['score']:.2f}"
     if "kl" in row:
-        # both errors would not fit a terminal; they are in the page and in the rows
+        # both intervals would not fit a terminal; they are in the page
         score += f" / {row['kl']:.3f}"
-    elif row["stderr"]:
-        score += _error(row["stderr"], 2)
-    return f"{score} ({row['bytes'] / 1024**2:.1f} MiB)"
+    else:
+        score += f" {_unbroken(interval(estimate(row)))}".rstrip()
+    count = count_of(row)
+    held = f"{row['bytes'] / 1024**2:.1f} MiB"
+    return f"{score} ({held}{f', {count}' * (count != usual)})"
 
 
-def _error(error: float | None, digits: int) -> str:
-    return "" if error is None else f" ±{error:.{digits}f}"
+def _unbroken(text: str) -> str:
+    """Without a space at which a terminal would break it."""
+    return text.replace(" ", "")

@@ -16,7 +16,7 @@ from kvcompress.caches.budget import Budget
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
+    from rich.table import Column, Table
     from transformers import PreTrainedModel
 
 # the default of --methods: registry.USUAL
@@ -183,10 +183,22 @@ def show_table(table: "Table") -> None:
         return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
 
     if width() > console.width:
+        natural = [max(map(cell_len, map(str, (column.header, *column.cells)))) for column in table.columns]
         for column in table.columns:
             words = [word for cell in (column.header, *column.cells) for word in str(cell).split()]
             column.width = max(map(cell_len, words), default=0)
+        _widen(table.columns, natural, console.width - width())
     if width() > console.width:
         table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0)
     console.width = max(console.width, width())
     console.print(table)
+
+
+def _widen(columns: "list[Column]", natural: list[int], spare: int) -> None:
+    """Gives columns that are narrower than what they hold the width that is left, the same to each."""
+    while spare > 0 and (
+        narrow := [one for one, full in zip(columns, natural, strict=True) if (one.width or 0) < full]
+    ):
+        for column in narrow[:spare]:
+            column.width = (column.width or 0) + 1
+        spare -= len(narrow)

@@ -133,12 +133,12 @@ def report(
     with user_errors():
         rows = reports.collect(folders)
     check_folder(out)
-    if leaderboard is None:
-        return show(rows, reports.write_all(rows, out))
-    check_folder(leaderboard)
-    with user_errors():
-        runs = write_leaderboard(reports.read(folders), leaderboard)
-    return show(rows, [*reports.write_all(rows, out), *runs])
+    status = show(rows, reports.write_all(rows, out))
+    if leaderboard is not None:
+        with user_errors():
+            for path in write_leaderboard(reports.read(folders), leaderboard):
+                print(path)
+    return status
 
 
 def evaluate(
@@ -310,6 +310,7 @@ def show(rows: "list[Row]", paths: list[Path]) -> int:
 
     from kvcompress.evals.sweep import report
 
+    rows = report.in_order(rows)
     for table in report.make_tables(rows) + report.make_comparisons(rows):
         shown = Table(title=table.title, title_justify="left")
         shown.add_column("method")
@@ -318,6 +319,9 @@ def show(rows: "list[Row]", paths: list[Path]) -> int:
         for line in table.lines:
             shown.add_row(*line)
         show_table(shown)
+    print(report.LEGEND)
+    if early := report.stopped(rows):
+        print(f"{early} of {len(rows)} points stopped early, before they had read all of their samples")
     for tie in report.make_ties(rows):
         print(tie)
     for path in paths:

@@ -22,12 +22,72 @@ def test_scores_of_0_and_1_get_wilsons_interval():
     assert estimate(scored([1.0] * 4)).high == pytest.approx(1.0)
 
 
-def test_other_scores_are_bootstrapped_the_same_every_time():
-    scores = [0.2, 0.25, 0.5, 0.75, 0.4, 0.9, 0.35, 0.6]
+# docs: other means get Student's below twenty samples, and are bootstrapped from there on
+def test_many_other_scores_are_bootstrapped_the_same_every_time():
+    scores = [0.2, 0.25, 0.5, 0.75, 0.4, 0.9, 0.35, 0.6] * 3
     found = estimate(scored(scores))
     draws = numpy.random.default_rng(5).choice(scores, (20000, len(scores))).mean(1)
     assert (found.low, found.high) == pytest.approx(tuple(numpy.quantile(draws, [0.025, 0.975])), abs=0.01)
     assert estimate(scored(scores)) == found
+
+
+def test_a_few_other_scores_get_students_interval():
+    scores = [0.3, 0.45, 0.5]
+    found = estimate(scored(scores))
+    interval = stats.ttest_1samp(scores, 0.0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+# docs: Scores that are all equal are no proof
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_equal_scores_are_not_beyond_doubt(count):
+    found = estimate(scored([0.5] * count))
+    # of a share of prompts that is missed by as many draws in one of twenty cases, the score may be anything
+    missed = 1 - 0.05 ** (1 / count)
+    assert (found.low, found.high) == pytest.approx((0.5 - missed / 2, 0.5 + missed / 2))
+    old = row(score=0.5, stderr=0.0, samples=count)
+    assert (estimate(old).low, estimate(old).high) == pytest.approx((found.low, found.high))
+
+
+def test_equal_differences_are_not_beyond_doubt():
+    def gap(count):
+        return difference(scored([0.25] * count), [(1.0, scored([0.75] * count))])
+
+    missed = 1 - 0.05 ** (1 / 3)
+    assert (gap(3).value, gap(3).paired, gap(3).is_apart) == (-0.5, True, False)
+    assert (gap(3).low, gap(3).high) == pytest.approx((-0.5 * (1 - missed) - missed, -0.5 * (1 - missed) + missed))
+    assert gap(12).is_apart
+    # as little without the samples
+    old = difference(row(score=0.25, stderr=0.0, samples=3), [(1.0, row(score=0.75, stderr=0.0, samples=3))])
+    assert not old.is_apart
+    # what has no bounds has no interval either
+    assert estimate(row(score=9.0, stderr=0.0)).low is None
+    assert estimate(row(kl=0.1, kl_stderr=0.0), "kl", "kl_stderr").low is None
+
+
+# docs: No interval leaves what is possible
+def test_no_interval_leaves_what_is_possible():
+    few = estimate(scored([0.9, 1.0, 0.5]))
+    assert (few.low < 0.5, few.high) == (True, 1.0)
+    assert estimate(row(score=0.95, stderr=0.1)).high == 1.0
+    assert estimate(row(score=9.0, stderr=1.0)).high > 10.0
+    assert estimate(row(kl=0.1, kl_stderr=0.1), "kl", "kl_stderr").low == 0.0
+    gap = difference(scored([0.1, 0.2]), [(1.0, scored([0.6, 0.95]))])
+    assert gap.low == -1.0
+    apart = difference(row(score=0.0, stderr=0.5), [(1.0, row(score=1.0, stderr=0.5))])
+    assert apart.low == -1.0
+
+
+# docs: The full cache on KL and agreement is exact
+def test_the_full_cache_compared_with_itself_is_exact():
+    text = {"kl": 0.0, "kl_stderr": 0.0}
+    full = scored([1.0] * 4, "none", None, **text)
+    for found in (estimate(full), estimate(full, "kl", "kl_stderr"), mean([estimate(full)])):
+        assert found.exact
+        assert found.low == found.high == found.value
+    # of a task it is sampled as all others are
+    assert not estimate(scored([1.0] * 4, "none", None)).exact
+    assert not estimate(scored([1.0] * 4, "h2o", **text)).exact
 
 
 # docs: Rows of older sweeps, which have no scores of single samples, get ± 1.96 standard errors

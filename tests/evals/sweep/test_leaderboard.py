@@ -78,7 +78,7 @@ def test_what_was_not_answered_is_an_error():
         write_leaderboard([lacking], None)
     with pytest.raises(ValueError, match="a prediction for each of its 2 samples, got 1"):
         write_leaderboard([ruler(predictions=["7"])], None)
-    with pytest.raises(ValueError, match="rows of RULER's tasks that succeeded, one of ruler_niah_single_1, .*qa_2"):
+    with pytest.raises(ValueError, match="RULER's tasks that succeeded, .* the tasks are ruler_niah_single_1, .*qa_2"):
         write_leaderboard([row(), ruler() | FAILED], None)
 
 
@@ -94,6 +94,32 @@ def test_the_command_writes_it_beside_the_report(tmp_path, capsys):
     assert main(arguments) == 0
     assert len(list((tmp_path / "board").glob("*/metrics.json"))) == 2
     assert "compressed_questions" in capsys.readouterr().out
-    other = write(tmp_path / "other", row())
-    assert main(["report", str(other), *arguments[2:]]) == 2
-    assert "a leaderboard needs rows of RULER's tasks" in capsys.readouterr().err
+
+
+# docs: A leaderboard that is refused leaves no folder, and the report is there
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (row(), "a leaderboard needs rows of RULER's tasks"),
+        (
+            ruler(protocol="multi-turn"),
+            "a leaderboard needs rows of the protocol question-agnostic or question-aware; "
+            "those of RULER's tasks that succeeded are of multi-turn",
+        ),
+    ],
+)
+def test_a_refusal_leaves_the_report_and_no_folder(tmp_path, capsys, made, said):
+    folder = write(tmp_path / "other", made)
+    out, board = tmp_path / "out", tmp_path / "deep" / "board"
+    assert main(["report", str(folder), "--out", str(out), "--leaderboard", str(board)]) == 2
+    assert said in capsys.readouterr().err
+    assert (out / "report.html").exists()
+    assert not board.parent.exists()
+
+
+def test_a_leaderboard_that_cannot_be_written_is_an_error(tmp_path, capsys):
+    (tmp_path / "board").write_text("a file")
+    folder = write(tmp_path / "rows", ruler())
+    arguments = ["report", str(folder), "--out", str(tmp_path / "out"), "--leaderboard", str(tmp_path / "board")]
+    assert main(arguments) == 2
+    assert str(tmp_path / "board") in capsys.readouterr().err

@@ -97,6 +97,20 @@ def test_a_score_says_its_interval_bytes_and_what_it_is_not_told_apart_from(page
     assert tie[2:] == ["tova (1.00)", "h2o (1 of 2)", "h2o, tova (2 of 3)"]
 
 
+def test_what_is_exact_has_no_interval(page):
+    text = {"task": "text", "protocol": "continuation", "kl": 0.0, "kl_stderr": 0.0}
+    made = [scored([1.0] * 4, "none", None, size=4040, **text), scored([0.9, 0.95, 0.96, 0.9], size=2000, **text)]
+    written = page(made)
+    (table,) = cells(written, "summary")
+    assert table[0] == ["full cache (ceiling)", "all tokens", "1.000", "101 %"]
+    assert "with masks and padding, so the full cache may hold 101 %" in html.unescape(written)
+    assert cells(written, "scores")[0][0][1] == "1.00 | 101 % · KL 0.000"
+    # nor does its point in the plot
+    assert [trace["text"][0] for trace in figures(written)[0]["data"] if "full" in trace["name"]] == [
+        "budget all tokens<br>3.95 MiB, 101 % of the full cache<br>1.000"
+    ]
+
+
 # docs: A point that failed is listed with its error
 def test_failures_and_what_others_wrote_are_escaped(page):
     text = page([*rows(), row("knorm", 0.5) | FAILED, row("a</script><b>", 0.5)])
@@ -119,7 +133,10 @@ def test_turns_and_spans_are_shown_where_rows_have_them(page):
 
 def test_what_a_text_predicts_is_shown_with_its_points(page):
     ((line,),) = cells(page(both([0.9, 0.7, 0.4, 0.1], [0.01, 0.02, 0.5, 3.0])), "proxies")
-    assert line[3:] == ["+1.00 | 4 points", "+1.00 | 4 points", ""]
+    assert line[3:] == ["+1.00 | only 4 points, which chance may put in order"] * 2 + [""]
+    made = both([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.1], [0.01, 0.02, 0.03, 0.04, 0.5, 0.6, 1.0, 3.0])
+    ((line,),) = cells(page(made), "proxies")
+    assert line[3:] == ["+1.00 | 8 points", "+1.00 | 8 points", ""]
 
 
 def test_a_plot_for_each_panel_after_those_of_the_means(page):
@@ -142,6 +159,13 @@ def test_a_plot_for_each_panel_after_those_of_the_means(page):
     assert traces["h2o"]["text"][1] == "budget 50%<br>1.95 MiB, 50 % of the full cache<br>0.750 [0.554, 0.946]"
     assert traces["h2o"]["error_y"]["array"] == pytest.approx([0.196, 0.196], abs=1e-4)
     assert traces["Pareto front"]["x"] == [20.0, 49.75, 50.0]
+
+
+def test_the_axis_of_kl_comes_from_what_is_drawn(page):
+    text = {"task": "text", "protocol": "continuation", "kl_stderr": 0.001}
+    made = [row("none", None, 1.0, 4000, kl=1e-4, **text), row("h2o", 0.2, kl=0.4, **text), row("tova", kl=0.1, **text)]
+    low, high = figures(page(made))[1]["layout"]["yaxis"]["range"]
+    assert (10**low, 10**high) == pytest.approx((0.1 / 1.5, 0.4 * 1.5))
 
 
 def test_a_hundred_methods_all_look_different():
@@ -205,6 +229,76 @@ def test_a_report_is_made_of_any_rows(made, tmp_path):
     assert report.make_tables(collected)
     assert all(str(tie) for tie in report.make_ties(collected))
     report.make_comparisons(collected)
+
+
+# docs: Where a point has another number of samples than the others of its table, it says so
+def test_what_is_not_finished_does_not_look_finished(page):
+    full = scored([1.0] * 12, "none", None, size=4000)
+    early = scored([1.0, 0.0, 1.0], "h2o", size=2000, stopped_at={"precision": None})
+    made = [full, early, scored([0.0] * 12, "tova", size=2000), full | {"task": "kv"}]
+    made += [scored([0.0] * 12, "h2o", task="kv", size=2000)]
+    text = page(made)
+    table, _ = cells(text, "scores")
+    assert table[1] == ["h2o", "0.67 °* | [0.21, 0.94] · 50 % · n = 3, stopped early"]
+    assert "needle, 512 tokens, question-aware: answers found, n = 12<" in text
+    assert "1 stopped early, before all of their samples" in text
+    assert cells(text, "unfinished") == [[["needle 512 question-aware, h2o 0.5", "n = 3, stopped early"]]]
+    # a mean over a task of 12 samples and one of 3
+    both = [one for one in made if one["method"] != "tova"]
+    (means,) = cells(page(both), "summary")
+    assert "question-aware, 512 tokens: needle, kv; n = 12 of each" in page(both)
+    assert [line[2].partition("·")[2] for line in means] == ["", " n = 3 to 12"]
+
+
+# docs: the page names the planned points that have no row
+def test_planned_points_without_a_row_are_named(page, tmp_path):
+    made = [row("none", None), row("h2o"), row("tova"), row("none", None, task="kv"), row("h2o", task="kv")]
+    assert not cells(page(made), "unfinished")
+    report.write_all(made, tmp_path, planned=8)
+    text = (tmp_path / "report.html").read_text()
+    assert "5 points of 8 planned" in text
+    assert "3 planned points without a row" in text
+    assert cells(text, "unfinished") == [[["kv 512 question-aware, tova 0.5"]]]
+    assert "And 2 of tasks or methods that have no row." in text
+    report.write_all(made, tmp_path, planned=5)
+    assert "planned" not in re.sub(r"<script>/\*\*.*?</script>", "", (tmp_path / "report.html").read_text(), flags=re.S)
+
+
+def test_methods_are_in_one_order_in_all_tables(page):
+    turns = {"turn_scores": [1.0], "kept_by_span": {"document": 0.25}}
+    names = ["tova", "h2o:bits=4", "peer-x", "h2o", "none", "snapkv"]
+    made = [
+        scored([0.5, 0.75, 0.5], name, None if name == "none" else budget, size=2000, task=task, **turns)
+        for task in ("needle", "kv")
+        for budget in (0.5, 0.2)
+        for name in names
+    ]
+    text = page(made)
+    orders = {
+        tuple(dict.fromkeys(line[0] for line in table))
+        for part in ("summary", "scores", "turns", "spans")
+        for table in cells(text, part)
+    }
+    assert len(orders) == 1
+    assert {tie[4] for tie in cells(text, "ties")[0]} == {"h2o, h2o:bits=4, tova, snapkv, peer-x (5 of 5)"}
+
+
+# docs: A method that holds less than the floor's smallest point has nothing to be compared with
+def test_fewer_bytes_than_the_floors_least_are_told(page):
+    made = [row("none", None, 1.0, 4000), row("h2o", size=900), row("tova", size=2000), row("streaming", size=1000)]
+    ((h2o, tova),) = cells(page(made), "floor")
+    assert h2o == ["h2o", " | fewer bytes than the floor's least"]
+    assert tova[1].startswith("-0.167")
+    (table,) = report.make_comparisons(made)
+    assert table.lines[0] == ("h2o", "fewer bytes than the floor's least")
+
+
+def test_nothing_found_in_a_few_samples_is_not_called_like_the_full_cache(page):
+    made = [scored([1.0, 0.0, 0.0], "none", None), scored([0.0] * 3, "h2o"), scored([0.0] * 3, "tova")]
+    ((tie,),) = cells(page(made), "ties")
+    assert tie[2:] == ["nothing found", "", "too few samples (3)"]
+    ((tie,),) = cells(page([scored([1.0] * 3, "h2o"), scored([1.0] * 3, "none", None)]), "ties")
+    assert tie[2:] == ["h2o (1.00)", "measured alone", "h2o (1 of 1)"]
 
 
 def test_of_two_seeds_the_one_with_more_samples_is_shown_and_the_page_says_so(page):
@@ -279,16 +373,30 @@ def test_in_a_browser_the_plot_is_drawn_and_tables_sort(tmp_path):
     assert 'aria-sort="ascending"' in document
 
 
+MEASURE = """
+<script>
+addEventListener("load", () => {
+  document.body.dataset.said = document.body.scrollWidth;
+  const bar = document.querySelector("#plot .modebar").getBoundingClientRect();
+  const entries = [...document.querySelectorAll("#plot .legend .traces")].map((entry) => entry.getBoundingClientRect());
+  const covers = (one) => one.left < bar.right && one.right > bar.left && one.top < bar.bottom && one.bottom > bar.top;
+  document.body.dataset.covered = entries.some(covers) || !entries.length || !bar.width;
+});
+</script>
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1400, 700])
 def test_in_a_browser_the_page_is_as_wide_as_the_window(tmp_path, width):
     write_page(many(25), tmp_path / "report.html")
-    measure = "<script>addEventListener('load', () => document.body.dataset.said = document.body.scrollWidth)</script>"
-    text = (tmp_path / "report.html").read_text().replace("</body>", measure + "</body>")
+    text = (tmp_path / "report.html").read_text().replace("</body>", MEASURE + "</body>")
     (tmp_path / "measured.html").write_text(text)
     document, console = browse(tmp_path / "measured.html", "--dump-dom", f"--window-size={width},1000")
     assert console == []
     assert int(re.search(r'data-said="(\d+)"', document)[1]) <= width
+    # the toolbar is beside all of the legend's entries
+    assert 'data-covered="false"' in document
     # 25 methods and the full cache in the legend, and the front
     assert document.count('class="legendtext"') == 27

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from kvcompress.cli.sweeps import show
 from kvcompress.evals.sweep import report
 from tests.evals.sweep.reported import FAILED, row, rows, scored
 
@@ -46,13 +47,15 @@ def test_where_everything_failed_there_is_a_page_and_no_plot(tmp_path):
 def test_tables_have_a_line_a_method_and_a_column_a_budget():
     tables = report.make_tables([*rows(), row("knorm", 0.5) | FAILED])
     aware = tables[0]
-    assert aware.title == "needle, 512 tokens, question-aware: answers found"
+    assert aware.title == "needle, 512 tokens, question-aware: answers found, n = 4"
     assert aware.budgets == ("50%", "20%")
     assert [line[0] for line in aware.lines] == ["full cache (ceiling)", "h2o", "streaming (floor)", "knorm"]
     # two points make the front: the floor is worse in as many bytes, and has found nothing in fewer
-    assert aware.lines[1][1:] == ("0.75 ±0.10 (2.0 MiB) *", "0.25 ±0.10 (0.8 MiB) *")
-    assert aware.lines[2][1] == "0.50 ±0.10 (1.9 MiB) *"
+    assert aware.lines[1][1:] == ("0.75 [0.55,0.95] (2.0 MiB) *", "0.25 [0.05,0.45] (0.8 MiB) *")
+    assert aware.lines[2][1] == "0.50 [0.30,0.70] (1.9 MiB) *"
     assert aware.lines[3] == ("knorm", "failed", "")
+    (early,) = report.make_tables([row(), row("tova", samples=3, stopped_at={"precision": None})])
+    assert early.lines[1][1] == "0.50 [0.30,0.70] (1.0 MiB, n = 3, stopped early)"
     assert tables[-1].lines[1][1] == "0.90 / 0.100 (2.0 MiB) *"
 
 
@@ -68,13 +71,22 @@ def test_ties_are_told_in_a_sentence():
     place = "needle, 512 tokens, question-aware"
     assert [str(tie) for tie in report.make_ties(made)] == [
         f"{place}, 50%: best is tova with 1.00, not told apart from h2o; not told apart from the full cache: tova, h2o",
-        f"{place}, 20%: nothing was found; not told apart from the full cache: none",
-        f"{place}, all tokens: best is gear with 1.00; not told apart from the full cache: gear",
+        f"{place}, 20%: nothing was found; not told apart from the full cache: no method",
+        f"{place}, all tokens: gear alone was measured, with 1.00; not told apart from the full cache: gear",
     ]
     apart = [scored([1.0] * 12, "tova"), scored([0.0] * 12, "knorm")]
     assert [str(tie) for tie in report.make_ties(apart)] == [
         f"{place}, 50%: best is tova with 1.00, told apart from all others"
     ]
+
+
+def test_nothing_found_in_a_few_samples_is_no_tie():
+    made = [scored([1.0, 0.0, 0.0], "none", None), scored([0.0] * 3, "h2o"), scored([0.0] * 3, "tova")]
+    (tie,) = report.make_ties(made)
+    assert str(tie).endswith("50%: nothing was found; too few samples (3) to tell from the full cache")
+    # of many, it is one
+    none = [scored([0.0] * 30, name, None if name == "none" else 0.5) for name in ("none", "h2o")]
+    assert str(report.make_ties(none)[0]).endswith("not told apart from the full cache: h2o")
 
 
 # docs: what each method gains over sinks + recent at equal bytes
@@ -88,7 +100,7 @@ def test_each_method_is_held_against_the_floor_at_equal_bytes():
     ]
     assert tables[0].budgets == ("50%", "20%")
     # between the floor's point of 1990 KiB and the full cache; between its two points
-    assert tables[0].lines == (("h2o", "+0.248 ±0.141", "+0.246 ±0.141"),)
+    assert tables[0].lines == (("h2o", "+0.248 [-0.03,+0.52]", "+0.246 [-0.03,+0.44]"),)
     # the text has no floor but the full cache
     assert tables[2].lines == (("h2o", ""),)
 
@@ -103,7 +115,7 @@ def test_the_table_for_a_spreadsheet_has_front_and_floor(tmp_path):
 def test_tasks_without_a_length_are_named_with_their_examples():
     harness = {"task": "local_piqa", "length": None, "num_fewshot": 5, "metric": "acc"}
     (table,) = report.make_tables([row("none", None, **harness), row("h2o", 0.2, **harness)])
-    assert table.title == "local_piqa, 5-shot, question-aware: acc"
+    assert table.title == "local_piqa, 5-shot, question-aware: acc, n = 4"
     assert report.describe(row(**harness)) == "local_piqa question-aware, h2o 0.5"
 
 
@@ -210,3 +222,60 @@ def test_a_peers_rows_stand_after_ours_in_plot_table_and_page(tmp_path):
     assert [found["method"] for found in rows] == ["none", "h2o", "kvpress-tova"]
     assert [path.name for path in paths] == ["results.csv", "accuracy.png", "report.html"]
     assert "kvpress-tova" in paths[-1].read_text()
+
+
+def test_the_terminal_uses_the_width_that_it_has(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    made = [row(name, budget) for name in ("h2o:bits=4", "tova", "snapkv") for budget in (0.1, 0.2, 0.3, 0.5)]
+    early = row("knorm", 0.2, samples=3, stopped_at={"precision": None})
+    assert show([*reversed(made), early], []) == 0
+    out = capsys.readouterr().out
+    table = out.partition("[low,high]: 95 % interval")[0].splitlines()
+    assert 76 <= max(map(len, map(str.rstrip, table))) <= 80
+    assert "10%" in table[1] + table[2]
+    assert "(floor): sinks + recent tokens" in out
+    assert "1 of 13 points stopped early" in out
+
+
+def axes(made, tmp_path, monkeypatch):
+    """The axes of the plot that is drawn of rows, as it is saved."""
+    from matplotlib.figure import Figure
+
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    assert report.draw(made, tmp_path / "plot.png")
+    return saved[0]
+
+
+# docs: The bars of `accuracy.png` are the same intervals
+def test_the_plots_bars_are_the_intervals_of_the_page(tmp_path, monkeypatch):
+    figure = axes([scored([1.0] * 12, "h2o")], tmp_path, monkeypatch)
+    assert "bars are 95 % intervals" in figure.get_suptitle()
+    ((segment,),) = [bar.get_segments() for bar in figure.axes[0].collections if hasattr(bar, "get_segments")]
+    assert segment[:, 1] == pytest.approx([0.757, 1.0], abs=1e-3)
+
+
+def test_the_plots_limits_come_from_what_is_drawn(tmp_path, monkeypatch):
+    text = {"task": "text", "protocol": "continuation", "kl_stderr": 0.001}
+    made = [row("none", None, 1.0, 4000, kl=1e-9, **text), row("kivi", None, size=1000, kl=1e-8, **text)]
+    made += [row("h2o", 0.2, size=800, kl=0.4, **text), row("h2o", 0.5, size=2000, kl=0.1, **text)]
+    figure = axes(made, tmp_path, monkeypatch)
+    low, high = figure.axes[1].get_ylim()
+    assert 0.05 < low < 0.1 / 1.1
+    assert 0.4 * 1.1 < high < 0.8
+    assert [text.get_text() for text in figure.axes[1].texts] == ["1 point at or near 0 not drawn"]
+    titles = [place.get_title() for place in figure.axes]
+    assert titles == [
+        "text, 512 tokens\ncontinuation: answers found",
+        "text, 512 tokens\ncontinuation: KL from the full cache, nats",
+    ]
+
+
+def test_tasks_of_unequal_panels_leave_no_holes(tmp_path, monkeypatch):
+    text = {"task": "text", "protocol": "continuation", "kl": 0.1, "attention_error": 0.1}
+    made = [row(), row("h2o", **text), *(row(task=task) for task in ("kv", "multikey", "passkey"))]
+    figure = axes(made, tmp_path, monkeypatch)
+    assert sum(place.get_visible() for place in figure.axes) == 7
+    assert len(figure.axes) == 9
+    assert [place.get_visible() for place in figure.axes][:7] == [True] * 7
