@@ -239,7 +239,7 @@ def run_sweep(
             )
         if not rows:
             return 0
-        paths = report.write_all(rows, folder)
+        paths = report.write_all(rows, folder, planned=len(work.points))
     return show(rows, [work.results.path, *paths])
 
 
