@@ -143,8 +143,8 @@ PACKAGES = {
         *("caches", "evals.outputs", "evals.provenance", "hf", "kernels", "kvcompress", "memory", "policies"),
         *("registry", "swiftkv"),
     },
-    "evals.lm": {"evals.sweep", "hf", "kvcompress", "registry"},
-    "evals.tasks": {"evals.sweep"},
+    "evals.lm": {"evals.sweep", "hf", "kvcompress", "policies", "registry"},
+    "evals.tasks": {"evals.sweep", "policies"},
     "evals.bench": {
         *("evals.provenance", "evals.sweep", "evals.timing", "hf", "kernels", "kvcompress", "policies", "registry"),
     },

@@ -42,18 +42,8 @@ _SHARE, _NOT_NEGATIVE, _OPEN = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf
 # two rows read the same prompts if none of these differs
 _PROMPTS = (
     *("model", "task", "length", "protocol", "seed", "samples", "hold_back", "continuation", "chunk", "text"),
-    *(
-        "turns",
-        "transcript",
-        "documents",
-        "text_version",
-        "num_fewshot",
-        "limit",
-        "question",
-        "prompts",
-        "answers",
-        "depths",
-    ),
+    *("turns", "transcript", "documents", "text_version", "num_fewshot", "limit", "question"),
+    *("prompts", "answers", "depths"),
 )
 
 

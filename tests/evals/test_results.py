@@ -44,7 +44,7 @@ def medians(name, what):
 
 
 # README: [evals/results/](evals/results) has the tables, commands, machine and losses behind each line
-# README: SmolLM2-135M-Instruct in float32 on two shared CPU cores
+# README: SmolLM2-135M-Instruct, its 4-bit weights read into float32, on two shared CPU cores
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_every_figure_has_its_command_and_machine(path):
     text = path.read_text("utf-8")
