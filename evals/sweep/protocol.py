@@ -215,10 +215,8 @@ def answer(
     Raises:
         NotCompressedError: it kept more, or held no fewer bytes than the full cache.
     """
-    parts = [split(prompt, protocol, hold_back) for prompt in prompts]
-    rows = [context for context, _ in parts]
-    reader, measured = _compress(model, make_cache, prompts, rows, must_keep_at_most, first)
-    answers, _ = _decode(reader, [last for _, last in parts], [prompt.max_new_tokens for prompt in prompts], stops)
+    reader, asked, measured = _compress(model, make_cache, prompts, protocol, hold_back, must_keep_at_most, first)
+    answers, _ = _decode(reader, asked, [prompt.max_new_tokens for prompt in prompts], stops)
     return answers, _with_fetches(measured, reader)
 
 
@@ -247,11 +245,9 @@ def answer_several(
             "prompts of one batch must have as many questions each, and multi-turn takes one prompt at a time; got "
             f"{len(prompts)} prompts with {', '.join(map(str, sorted(counts)))} questions"
         )
-    parts = [split(prompt, protocol, hold_back) for prompt in prompts]
-    rows = [context for context, _ in parts]
-    reader, measured = _compress(model, make_cache, prompts, rows, must_keep_at_most, first)
+    reader, asked, measured = _compress(model, make_cache, prompts, protocol, hold_back, must_keep_at_most, first)
     ask = _converse if protocol == MULTI_TURN else _request
-    answers, last = ask(reader, prompts, [question for _, question in parts], stops)
+    answers, last = ask(reader, prompts, asked, stops)
     return answers, _with_fetches(measured, last)
 
 
@@ -295,10 +291,8 @@ def force(
 ) -> tuple[list[list[int]], Measured]:
     """As `answer`, but each answer is given, and fed one token at a time: what the model would have chosen instead of
     each of its tokens."""
-    parts = [split(prompt, protocol, hold_back) for prompt in prompts]
-    rows = [context for context, _ in parts]
-    reader, measured = _compress(model, make_cache, prompts, rows, must_keep_at_most, first)
-    logits = reader.read([last for _, last in parts])
+    reader, asked, measured = _compress(model, make_cache, prompts, protocol, hold_back, must_keep_at_most, first)
+    logits = reader.read(asked)
     predicted: list[list[int]] = [[] for _ in prompts]
     longest = max(map(len, given))
     for place in range(longest):
@@ -318,11 +312,14 @@ def _compress(
     model: PreTrainedModel,
     make_cache: MakeCache,
     prompts: Sequence[Prompt],
-    rows: Sequence[Sequence[int]],
+    protocol: str,
+    hold_back: int,
     must_keep_at_most: int | None,
     first: Callable[[Reader], None] | None,
-) -> tuple[Reader, Measured]:
-    """Reads what comes before compression, and proves it."""
+) -> tuple[Reader, list[tuple[int, ...]], Measured]:
+    """Reads what comes before compression, and proves it; the tokens to read next are the second result."""
+    parts = [split(prompt, protocol, hold_back) for prompt in prompts]
+    rows = [context for context, _ in parts]
     reader = Reader(model, make_cache())
     if first is None:
         reader.read(rows)
@@ -332,7 +329,7 @@ def _compress(
     if must_keep_at_most is not None:
         prove_compression(measured, must_keep_at_most)
     spans = kept_by_span(reader.cache, [prompt.spans for prompt in prompts], [len(row) for row in rows])
-    return reader, dataclasses.replace(measured, kept_by_span=spans)
+    return reader, [last for _, last in parts], dataclasses.replace(measured, kept_by_span=spans)
 
 
 def _decode(
