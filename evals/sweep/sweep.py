@@ -148,6 +148,7 @@ class Sweep:
         self._ends = math.inf if self.seconds is None else time.monotonic() + self.seconds
         # what an earlier run has left, to be measured again
         self._before = {self.key(point): self.results.rows.get(self.key(point)) for point in self.missing()}
+        self._ended: set[str] = set()
         self._claims = Claims(self.folder) if self.processes > 1 else None
         units = self._units()
         # each process starts at a different one, all near the first: a run that is cut off has first parts
@@ -225,6 +226,9 @@ class Sweep:
 
     def _has_row(self, point: Point) -> bool:
         row = self.results.rows.get(self.key(point))
+        if self.key(point) in self._ended:
+            # also where what was known of it before still stands
+            return True
         return row is not None and row != self._before.get(self.key(point))
 
     def _is_precise(self, unit: Unit) -> bool:
@@ -312,6 +316,7 @@ class Sweep:
         row = {"key": self.key(point)} | self.facts(point) | found
         row |= {"seconds": round(seconds, 3), "provenance": source}
         self.results.append(row)
+        self._ended.add(self.key(point))
         if self._on_row is not None:
             self._on_row(point, row)
 

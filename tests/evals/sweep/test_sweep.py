@@ -438,6 +438,21 @@ def test_lines_that_are_no_parts_are_passed_over(tmp_path):
     assert Parts(tmp_path).of("a", 4) == [good]
 
 
+def test_a_point_that_had_stopped_and_now_fails_is_tried_once_and_keeps_its_row(sweep, monkeypatch):
+    clock = iter([0.0] * (1 + 8) + [99.0] * 1000)
+    monkeypatch.setattr(sweeps.time, "monotonic", lambda: next(clock))
+    work = sweep(samples=2, batch=1)
+    work.seconds = 50.0
+    before = work.run()
+    assert [row["samples"] for row in before] == [1] * 7
+    monkeypatch.undo()
+    monkeypatch.setattr(sweeps, "_PAUSE", 0.0)
+    failing = Counting(method="h2o", error=RuntimeError("no luck"), at=20)
+    rows = sweep(failing, samples=2, batch=1).run()
+    assert [(row["status"], row["samples"]) for row in rows] == [("ok", 2), ("ok", 1), ("ok", 1), *[("ok", 2)] * 4]
+    assert len(failing.built) == 7
+
+
 def test_time_that_is_up_in_the_first_part_leaves_rows_of_what_was_read(sweep, monkeypatch):
     clock = iter([0.0] * (1 + 1 + 3) + [99.0] * 1000)
     monkeypatch.setattr(sweeps.time, "monotonic", lambda: next(clock))
