@@ -128,7 +128,12 @@ def _time(row: dict[str, Any]) -> str:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().split(b"\n"):
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        # another process has finished, and no longer needs it
+        return
+    for line in lines:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "key" in row:

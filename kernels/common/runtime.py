@@ -14,6 +14,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -168,19 +169,19 @@ def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 # called instead of an op's function, with it and its arguments
 Recall = Callable[..., Any]
-_recall: Recall | None = None
+# each thread has its own
+_recall: ContextVar[Recall | None] = ContextVar("_recall", default=None)
 
 
 @contextmanager
 def recalling(recall: Recall) -> Iterator[None]:
     """Gives the eager calls of ops that write to none of their arguments to `recall(function, *args, **kwargs)`, which
     may know their results from before."""
-    global _recall
-    outer, _recall = _recall, recall
+    token = _recall.set(recall)
     try:
         yield
     finally:
-        _recall = outer
+        _recall.reset(token)
 
 
 class Op(NamedTuple):
@@ -237,8 +238,9 @@ def op(
         @functools.wraps(function)
         def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
             if not torch.compiler.is_compiling():
-                if _recall is not None and not is_writing:
-                    recalled: Found = _recall(function, *args, **kwargs)
+                recall = None if is_writing else _recall.get()
+                if recall is not None:
+                    recalled: Found = recall(function, *args, **kwargs)
                     return recalled
                 return function(*args, **kwargs)
             found: Any = compiled(**leaves(*args, **kwargs))

@@ -1,6 +1,7 @@
 import ast
 import importlib
 import pkgutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from kvcompress.kernels.calibrated import CalibratedScheme, KeyDecoder, calibrat
 from kvcompress.kernels.common import runtime
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
-from kvcompress.kernels.common.runtime import ALL_REGISTERS, OPS, launch, op, recording, runs_triton, shaped
+from kvcompress.kernels.common.runtime import ALL_REGISTERS, OPS, launch, op, recalling, recording, runs_triton, shaped
 from kvcompress.kernels.common.shared_blocks import KeyBlocks, Sharing
 from kvcompress.kernels.common.split_attention import Extents
 from kvcompress.kernels.decode_evict import Slots
@@ -235,6 +236,32 @@ def test_a_recorded_launch_is_listed_and_not_made():
     assert not kernel.launches
     assert not runtime.has_wgmma(x.device)
     assert runs_triton(x) == before
+
+
+def test_what_a_thread_recalls_is_not_asked_for_others():
+    asked = []
+
+    def recall(function, *args, **kwargs):
+        asked.append(function)
+        return function(*args, **kwargs)
+
+    def elsewhere():
+        with recalling(recall):
+            begun.set()
+            ended.wait(60)
+
+    begun, ended = threading.Event(), threading.Event()
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    begun.wait(60)
+    public("rotate")(X)
+    ended.set()
+    thread.join()
+    public("rotate")(X)
+    assert asked == []
+    with recalling(recall):
+        public("rotate")(X)
+    assert len(asked) == 1
 
 
 def launches_past_the_launcher(source):

@@ -15,7 +15,7 @@ import pytest
 from kvcompress import cli, registry
 from kvcompress.evals.sweep.claims import Claims
 from kvcompress.evals.sweep.points import Settings
-from kvcompress.evals.sweep.rows import read_rows
+from kvcompress.evals.sweep.rows import Parts, read_rows
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
 
@@ -91,6 +91,16 @@ def test_every_point_is_measured_once_and_all_know_all(together, tmp_path):
     # as a single process has them, which finds nothing to do
     assert together(1)[0] == returned[0]
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_files_that_another_process_deletes_meanwhile_are_no_fault(tmp_path):
+    (tmp_path / "parts.0.jsonl").symlink_to(tmp_path / "deleted")
+    (tmp_path / "results.0.jsonl").symlink_to(tmp_path / "deleted")
+    parts = Parts(tmp_path, name="parts.1.jsonl")
+    parts.append("a", 1, 0, {}, 0.0)
+    parts.reload()
+    assert len(parts.of("a", 1)) == 1
+    assert read_rows(tmp_path) == {}
 
 
 def test_a_failing_point_is_tried_by_one_process_and_again_in_the_next_run(together, tmp_path):
