@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from kvcompress.evals.sweep.intervals import Row
 from kvcompress.evals.sweep.panels import describe, one_each, share
@@ -149,7 +150,8 @@ def _name(row: Row) -> str:
     parts = ["ruler", str(row["length"]), row["model"].replace("/", "--"), row["method"]]
     parts += [f"budget_{budget}"] if budget else []
     parts += ["compressed_questions"] if row["protocol"] == AWARE else []
-    return "__".join(re.sub(r"[^\w.=-]+", "_", part) for part in parts)
+    # a colon only ever ends a method or one of its settings
+    return "__".join(quote(part.replace(":", "_"), safe="=,+") for part in parts)
 
 
 def _write_json(path: Path, value: object) -> None:

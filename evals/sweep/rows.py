@@ -5,6 +5,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,24 +61,35 @@ class Parts:
         for path in self._paths():
             for part in _lines(path):
                 if part.keys() >= _PART and isinstance(part["batch"], int) and isinstance(part["part"], int):
-                    self._found[part["key"], part["batch"], part["part"]] = part
+                    place = part["key"], part["batch"], part["part"]
+                    # the newest, whoever wrote it
+                    if place not in self._found or part.get("time", 0.0) >= self._found[place].get("time", 0.0):
+                        self._found[place] = part
 
     def of(self, key: str, batch: int) -> list[dict[str, Any]]:
         """A point's first parts, up to the first that is missing, each of so many samples."""
         found: list[dict[str, Any]] = []
-        while (key, batch, len(found)) in self._found:
+        while self.has(key, batch, len(found)):
             found.append(self._found[key, batch, len(found)])
         return found
 
     def has(self, key: str, batch: int, part: int) -> bool:
-        return (key, batch, part) in self._found
+        # one that was discarded has found nothing
+        return self._found.get((key, batch, part), {}).get("found") is not None
 
-    def append(self, key: str, batch: int, part: int, found: dict[str, Any], seconds: float) -> None:
+    def append(self, key: str, batch: int, part: int, found: dict[str, Any] | None, seconds: float) -> None:
         """Adds a part, which is on disk when this returns."""
         line = {"key": key, "batch": batch, "part": part, "found": found, "seconds": seconds}
+        line["time"] = time.time()
         _append(self.path, line)
         # as it will be read again
         self._found[key, batch, part] = json.loads(json.dumps(line))
+
+    def discard(self, key: str, batch: int) -> None:
+        """Lets a point's parts be measured again, as they do not make a row."""
+        for known, size, part in list(self._found):
+            if (known, size) == (key, batch):
+                self.append(key, batch, part, None, 0.0)
 
     def clear(self) -> None:
         """Deletes all parts of all processes."""

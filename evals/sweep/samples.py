@@ -48,6 +48,13 @@ RULER_OFFLINE, RULER = tuple(ruler.RECIPES), (*ruler.RECIPES, *about_documents.R
 # the most tokens of an answer to state tracking, unless told
 TRANSCRIPT = 2048
 _BODY = "thebodyofthemessage"
+# the day that chat templates are told: Llama's take a string, others call a function
+_DATE = "26 Jul 2024"
+_NOW = (
+    "{%- macro strftime_now(format) -%}"
+    "{{ {'%d %b %Y': '26 Jul 2024', '%B %d, %Y': 'July 26, 2024'}.get(format, '2024-07-26') }}"
+    "{%- endmacro -%}"
+)
 
 
 @dataclass(frozen=True)
@@ -180,8 +187,7 @@ def _template(tokenizer: Tokenizer) -> tuple[str, str]:
     """What comes before and after the one user message, up to where the answer begins."""
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.bos_token or "", "\n"
-    message = [{"role": "user", "content": _BODY}]
-    parts = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(_BODY)
+    parts = _rendered(tokenizer, [{"role": "user", "content": _BODY}]).split(_BODY)
     if len(parts) != 2:
         raise ValueError(
             "the tokenizer's chat template must show a user's message once and as it is, so that context and question "
@@ -197,8 +203,19 @@ def _between(tokenizer: Tokenizer) -> str:
         return "\n"
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": f"{_BODY}{number}"} for number, role in enumerate(roles)]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.split(f"{_BODY}1")[1].split(f"{_BODY}2")[0]
+    return _rendered(tokenizer, messages).split(f"{_BODY}1")[1].split(f"{_BODY}2")[0]
+
+
+def _rendered(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
+    """The messages in the chat template, up to where an answer begins; one day is today, so that a sweep that goes on
+    tomorrow reads the same prompts."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _NOW + template
+    text: str = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True, date_string=_DATE
+    )
+    return text
 
 
 def _fit(task: str, tokenizer: Tokenizer, length: int, sizing: Sizing) -> Sample:

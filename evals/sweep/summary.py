@@ -1,4 +1,4 @@
-"""Means over tasks: one figure and one share of bytes for each method and budget, by protocol and length.
+"""Means over tasks: one figure and one share of bytes for each method and budget, by model, protocol and length.
 
 A mean is taken only over tasks that every method of the protocol and length has, so that all have sat the same exams.
 Tasks whose scores are no shares from 0 to 1, or where less is better, stay out.
@@ -7,6 +7,7 @@ Tasks whose scores are no shares from 0 to 1, or where less is better, stay out.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvcompress.evals.sweep.intervals import Estimate, Row, estimate, is_share, mean
 from kvcompress.evals.sweep.panels import one_each, rank, samples, share
@@ -27,12 +28,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Means:
-    """One protocol and length.
+    """One protocol and length, of one model.
 
-    tasks: those of the means. left_out: other tasks, with what kept them out. entries: by method and budget; one that
-    failed at a task has none.
+    model: its name, where there are several. tasks: those of the means. left_out: other tasks, with what kept them out.
+    entries: by method and budget; one that failed at a task has none.
     """
 
+    model: str
     protocol: str
     length: int | None
     tasks: tuple[str, ...]
@@ -47,19 +49,24 @@ class Means:
     @property
     def title(self) -> str:
         """For people."""
-        return self.protocol if self.length is None else f"{self.protocol}, {self.length} tokens"
+        of_model = f"{self.model}: " if self.model else ""
+        return f"{of_model}{self.protocol}" + (f", {self.length} tokens" if self.length is not None else "")
 
 
 def make_means(rows: Sequence[Row]) -> list[Means]:
-    """The means of every protocol and length; without entries where no task was measured with all methods."""
-    groups: dict[tuple[str, int | None], list[Row]] = {}
+    """The means of every model, protocol and length; without entries where no task was measured with all methods."""
+    groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in one_each(rows):
         if row["status"] == "ok":
-            groups.setdefault((row["protocol"], row["length"]), []).append(row)
-    return [_means(protocol, length, members) for (protocol, length), members in groups.items()]
+            groups.setdefault((row["model"], row["protocol"], row["length"]), []).append(row)
+    models = {model for model, _, _ in groups}
+    return [
+        _means(Path(model).name if len(models) > 1 else "", protocol, length, members)
+        for (model, protocol, length), members in groups.items()
+    ]
 
 
-def _means(protocol: str, length: int | None, rows: Sequence[Row]) -> Means:
+def _means(model: str, protocol: str, length: int | None, rows: Sequence[Row]) -> Means:
     methods = sorted({row["method"] for row in rows}, key=rank)
     tasks, left_out = [], {}
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -78,4 +85,4 @@ def _means(protocol: str, length: int | None, rows: Sequence[Row]) -> Means:
             shares = [one for row in own if (one := share(row)) is not None]
             score = mean([estimate(row) for row in own])
             entries[method, budget] = Entry(score, mean_of(shares) if shares else None, samples(own))
-    return Means(protocol, length, tuple(tasks), left_out, entries)
+    return Means(model, protocol, length, tuple(tasks), left_out, entries)

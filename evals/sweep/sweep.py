@@ -301,6 +301,7 @@ class Sweep:
             found = {"status": "ok"} | self._joined(point, parts)
         except Exception as error:
             self._fail(point, error, seconds)
+            self.parts.discard(self.key(point), self.settings.batch)
             return
         if len(parts) < self._count(point):
             width = _half_width(found)

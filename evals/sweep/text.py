@@ -92,5 +92,7 @@ class TextTask(PartedTask):
         return point.budget_tokens(point.context + self.settings.continuation)
 
     def _windows(self, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-        self._tokens = self._tokens or tokenizer.encode(read_text(self.settings.text), add_special_tokens=False)
+        self._tokens = self._tokens or tokenizer.encode(
+            read_text(self.settings.text), add_special_tokens=False, verbose=False
+        )
         return make_windows(self._tokens, length, self.settings.continuation, self.settings.samples)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcompress.cli import calibrations, checks, distillation, generation, measurements, plans, profiles, sweeps
-from kvcompress.cli.arguments import KNOWN, UsageError, with_options
+from kvcompress.cli.arguments import IN_USUAL, KNOWN, KNOWN_TASKS, USUAL, UsageError, with_options
 
 app = typer.Typer(
     name="kvcompress",
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Any = typer.main.get_command(app)
     command.commands |= measurements.make_groups(arguments)
     if "--help" in arguments:
-        _name_methods(command, arguments)
+        _name_what_is_known(command, arguments)
     try:
         status = command.main(args=arguments or ["--help"], prog_name="kvcompress", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -65,20 +65,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _name_methods(command: Any, arguments: Sequence[str]) -> None:
-    """Writes the known methods into the help of the command that the arguments name."""
-    options = [
-        option
-        for name, part in getattr(command, "commands", {}).items()
-        if name in arguments
-        for option in part.params
-        if KNOWN in (getattr(option, "help", None) or "")
-    ]
-    if options:
-        from kvcompress.registry import names
+def _name_what_is_known(command: Any, arguments: Sequence[str]) -> None:
+    """Writes the known methods and tasks into the help of the command that the arguments name."""
+    for name, part in getattr(command, "commands", {}).items():
+        for option in part.params if name in arguments else ():
+            for placeholder, known in _KNOWN.items():
+                if placeholder in (getattr(option, "help", None) or ""):
+                    option.help = option.help.replace(placeholder, ", ".join(known()))
 
-        for option in options:
-            option.help = option.help.replace(KNOWN, ", ".join(names()))
+
+def _methods() -> list[str]:
+    from kvcompress.registry import names
+
+    return names()
+
+
+def _usual() -> list[str]:
+    from kvcompress.registry import expanded
+
+    return list(expanded([USUAL]))
+
+
+def _tasks() -> list[str]:
+    from kvcompress.evals.tasks import OWN
+
+    return list(OWN)
+
+
+_KNOWN = {KNOWN: _methods, IN_USUAL: _usual, KNOWN_TASKS: _tasks}
 
 
 def _show_versions(wanted: bool) -> None:

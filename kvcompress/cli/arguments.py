@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 USUAL = "usual"
 # stands in help texts for registry.METHODS, which takes seconds to import, until the help is shown
 KNOWN = "{methods}"
+# likewise for the names of tasks, and for what USUAL stands for
+KNOWN_TASKS, IN_USUAL = "{tasks}", "{usual}"
 
 ModelOption = Annotated[str | None, "Hub id, local folder or .gguf file; else SmolLM2-135M-Instruct."]
 DeviceOption = Annotated[str | None, "cpu, cuda, cuda:1, ...; else a GPU if there is one."]

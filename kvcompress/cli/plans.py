@@ -4,6 +4,7 @@ import math
 from typing import Annotated
 
 from kvcompress.cli.arguments import (
+    IN_USUAL,
     KNOWN,
     USUAL,
     ModelOption,
@@ -22,7 +23,7 @@ def plan(
     model: ModelOption = None,
     batch: Annotated[int, "Sequences at a time."] = 1,
     budget: Annotated[str, "Tokens kept (2048), or a fraction of the context (0.2)."] = "0.2",
-    methods: Annotated[str, f"Comma-separated. Known: {KNOWN}."] = f"none,{USUAL}",
+    methods: Annotated[str, f"Comma-separated. Known: {KNOWN}. {USUAL}: {IN_USUAL}."] = f"none,{USUAL}",
     gpu_memory: Annotated[float, "Memory of the GPU, in GiB."] = 80.0,
     dtype: Annotated[str, "Dtype of weights and cache: float32, bfloat16, float16."] = "bfloat16",
 ) -> None:

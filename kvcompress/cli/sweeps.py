@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvcompress.cli.arguments import (
+    IN_USUAL,
     KNOWN,
+    KNOWN_TASKS,
     USUAL,
     CacheOption,
     DeviceOption,
@@ -54,9 +56,13 @@ _QUICK: dict[str, Any] = {
 def sweep(
     context: typer.Context,
     model: ModelOption = None,
-    methods: Annotated[str, f"Comma-separated, with settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."] = USUAL,
+    methods: Annotated[
+        str, f"Comma-separated, with settings as in h2o:sinks=4:bits=4. Known: {KNOWN}. {USUAL}: {IN_USUAL}."
+    ] = USUAL,
     budgets: Annotated[str, "Fractions of the length (0.2), or tokens (512)."] = _BUDGETS,
-    tasks: Annotated[str, "Comma-separated; ruler is all of RULER; other names are tasks of lm-eval."] = _TASKS,
+    tasks: Annotated[
+        str, f"Comma-separated. Known: {KNOWN_TASKS}. ruler is all of RULER; other names are tasks of lm-eval."
+    ] = _TASKS,
     lengths: Annotated[str, "Context lengths in tokens."] = "1024",
     samples: Annotated[int, "Prompts, or windows of text, per point."] = 50,
     precision: Annotated[

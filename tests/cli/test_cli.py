@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kvcompress import H2O, Basis, EvictingCache, Profile, registry
 from kvcompress.cli import app, main, sweeps
+from kvcompress.evals.tasks import OWN
 from kvcompress.swiftkv.distill import Distillation
 
 SMALL = ["--tasks", "passkey", "--lengths", "700", "--samples", "1", "--budgets", "0.2", "--methods", "h2o"]
@@ -207,6 +208,14 @@ def test_help_names_every_method(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     assert main([command, "--help"]) == 0
     assert f"Known: {', '.join(registry.names())}." in capsys.readouterr().out
+
+
+def test_help_of_a_sweep_names_every_task_and_what_usual_stands_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    main(["sweep", "--help"])
+    said = capsys.readouterr().out
+    assert f"Known: {', '.join(OWN)}. ruler is" in said
+    assert f"usual: {', '.join(registry.expanded(['usual']))}." in said
 
 
 def test_help_takes_what_a_user_has_registered(capsys, monkeypatch):

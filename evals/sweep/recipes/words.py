@@ -20,16 +20,17 @@ def names() -> list[str]:
 def fresh(kind: str, random: Random) -> Iterator[str]:
     """Words, numbers of seven digits or UUIDs at random, none of them twice.
 
-    Raises:
-        ValueError: all words have been drawn.
+    Words are all names; then, for the longest texts, names of two adjectives.
     """
     if kind == WORDS:
         known = names()
         yield from random.sample(known, len(known))
-        raise ValueError(f"a needle's key must be one of {len(known)} names, too few for this length")
     made: set[str] = set()
     while True:
-        one = str(random.randrange(10**6, 10**7)) if kind == NUMBERS else _uuid(random)
+        if kind == WORDS:
+            one = f"{'-'.join(random.sample(_ADJECTIVES, 2))}-{random.choice(_NOUNS)}"
+        else:
+            one = str(random.randrange(10**6, 10**7)) if kind == NUMBERS else _uuid(random)
         if one not in made:
             made.add(one)
             yield one

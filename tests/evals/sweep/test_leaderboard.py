@@ -44,6 +44,13 @@ def test_a_folder_for_each_method_and_budget(tmp_path):
     assert {line["compression_ratio"] for line in lines} == {"0.75"}
 
 
+def test_what_differs_by_a_sign_has_a_folder_of_its_own(tmp_path):
+    methods = [f"gear:basis=a{sign}b" for sign in "/_ @#"]
+    places = write_leaderboard([ruler(method=method, budget=None) for method in methods], tmp_path)
+    assert len({place.name.lower() for place in places}) == len(methods)
+    assert all(place.parent == tmp_path for place in places)
+
+
 # docs: the bytes that were measured are in `config.yaml`, as is which of the 13 tasks did not run
 def test_the_config_says_what_ran_and_what_it_held(tmp_path):
     (place,) = write_leaderboard([ruler(size=1000)], tmp_path)

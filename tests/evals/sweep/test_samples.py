@@ -98,6 +98,15 @@ def test_a_prompt_is_one_message_of_the_chat_template_split_before_the_question(
     assert tokenizer.decode(prompt.question) == sample.question + "</user><assistant>" + sample.answer_prefix
 
 
+@pytest.mark.parametrize(
+    "today", ["{{ date_string }}", "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }}"]
+)
+def test_a_template_that_tells_the_day_tells_every_sweep_the_same(tokenizer, monkeypatch, today):
+    monkeypatch.setattr(tokenizer, "chat_template", today + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    prompt = make_prompt(tokenizer, make_samples("passkey", tokenizer, LENGTH, 1)[0])
+    assert tokenizer.decode(prompt.context).startswith("26 Jul 2024")
+
+
 def test_without_a_chat_template_the_answer_starts_on_a_new_line(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     (sample,) = make_samples("passkey", tokenizer, LENGTH, 1)

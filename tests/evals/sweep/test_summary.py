@@ -37,6 +37,13 @@ def test_protocols_and_lengths_are_not_mixed():
     ]
 
 
+def test_models_are_not_mixed():
+    one, other = row(model="org/one", score=0.2), row(model="org/other", score=0.8)
+    found = make_means([one, other])
+    assert [means.title for means in found] == ["one: question-aware, 512 tokens", "other: question-aware, 512 tokens"]
+    assert [means.entries["h2o", 0.5].score.value for means in found] == [0.2, 0.8]
+
+
 def test_what_is_no_share_stays_out_of_the_mean():
     rows = [row(task="a"), row(task="b", score=7.0), row(task="c", higher_is_better=False)]
     (means,) = make_means(rows)

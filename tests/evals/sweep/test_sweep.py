@@ -438,6 +438,21 @@ def test_lines_that_are_no_parts_are_passed_over(tmp_path):
     assert Parts(tmp_path).of("a", 4) == [good]
 
 
+def test_parts_that_make_no_row_are_measured_again_in_the_next_run(sweep, tmp_path):
+    change = {"samples": 2, "batch": 1}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(Counting(at=10, error=KeyboardInterrupt()), **change).run()
+    lines = [json.loads(line) for line in (tmp_path / "parts.jsonl").read_text().splitlines()]
+    lines[4]["found"] = {"answers": 7}
+    # as another process may have written them, whose file is read later
+    (tmp_path / "parts.jsonl").unlink()
+    (tmp_path / "parts.1.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert [row["status"] for row in sweep(**change).run()] == [*["ok"] * 4, "failed", "ok", "ok"]
+    again = Counting()
+    assert [row["status"] for row in sweep(again, **change).run()] == ["ok"] * 7
+    assert len(again.built) == 2
+
+
 def test_a_point_that_had_stopped_and_now_fails_is_tried_once_and_keeps_its_row(sweep, monkeypatch):
     clock = iter([0.0] * (1 + 8) + [99.0] * 1000)
     monkeypatch.setattr(sweeps.time, "monotonic", lambda: next(clock))

@@ -1,6 +1,8 @@
+import itertools
 import re
 import uuid
 from collections import Counter
+from random import Random
 
 import pytest
 
@@ -241,7 +243,7 @@ def test_a_length_that_cannot_hold_the_examples_is_refused(tokenizer):
         make_samples("ruler_vt", tokenizer, 300, 1)
 
 
-def test_too_many_keys_for_the_names_there_are_is_an_error(monkeypatch, tokenizer):
-    monkeypatch.setattr(words, "names", lambda: ["one", "two"])
-    with pytest.raises(ValueError, match="a needle's key must be one of 2 names, too few for this length"):
-        make_samples("ruler_niah_multikey_2", tokenizer, LENGTH, 1)
+def test_words_do_not_run_out():
+    drawn = list(itertools.islice(words.fresh(words.WORDS, Random(0)), 3 * len(words.names())))
+    assert len(set(drawn)) == len(drawn)
+    assert set(drawn[: len(words.names())]) == set(words.names())
