@@ -43,7 +43,7 @@ _BUDGETS = "0.1,0.2,0.3,0.5,1.0"
 _TASKS = "needle,needle_sentences,needle_essay,multikey,multivalue,kv,variables,passkey,text"
 # what --quick sets, unless the user does
 _QUICK: dict[str, Any] = {
-    "methods": "h2o,h2o:bits=4,snapkv,tova,keydiff,kvzip,attention_matching,attention_matching:bits=4,gear,kivi",
+    "methods": "h2o,h2o:bits=4,snapkv,tova,keydiff,kvzip,kvzip:bits=4,attention_matching,gear,kivi",
     "budgets": "0.2,0.5",
     "tasks": "needle,text",
     "lengths": "256",

@@ -353,7 +353,7 @@ def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):
     assert len(quick.tasks) < len(usual.tasks)
     # what reads little of all it keeps, or shares what batches have in common, is asked for by name
     assert set(usual.methods) == set(registry.METHODS) - {"none", "hydragen", "shadowkv"}
-    assert set(quick.methods) - set(usual.methods) == {"h2o:bits=4", "attention_matching:bits=4"}
+    assert set(quick.methods) - set(usual.methods) == {"h2o:bits=4", "kvzip:bits=4"}
     assert len(quick.methods) < len(usual.methods)
 
 
