@@ -11,14 +11,24 @@
                    a tail of one block, in 8 bits each by itself, or as they came too
     shadowkv     = on the device: low-rank keys, landmarks, and the selected, outlier and newest tokens
                    (policies/shadowkv.py); the values of all tokens are on the host
-    during prefill, an evicting cache also holds the full keys and values of the layer at work; kvzip, which reads a
-    prompt twice, those of all layers, and attention_matching the queries, too, to which it fits
 
-On sliding layers `tokens` and `budget` are at most the window. Activations of a prefill in one forward are estimated
-as hidden states, queries and the MLP's middle for every token; weights are counted exactly, on the meta device.
+On sliding layers `tokens` and `budget` are at most the window. Weights are counted exactly, on the meta device.
+
+A forward over c tokens of a prompt (all of them, or a chunk) takes for each, in numbers of the dtype, the larger of
+
+    MLP          4 hidden + 2 head_dim + 3 intermediate: the embedding, the layer's input, residual and norm; cosines
+                 and sines; gate, up and their product
+    attention    2 hidden + 2 head_dim + 4 heads x head_dim + 3.5 kv_heads x head_dim: queries while they are rotated,
+                 then they and the output; keys and values as they came, and for the cache
+
+on top of the cache, which has then taken in the layers before. kvzip and attention_matching, which read a prompt twice,
+hold the keys and values of all tokens of the forward, in all layers, until the second reading ends; then
+attention_matching also some queries of all layers, and what one layer's fit multiplies. Not counted: the logits of the
+last token, the workspaces of kernels, and what a GPU needs before anything runs.
 """
 
-from collections.abc import Iterable
+import bisect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +39,15 @@ from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.basis import Basis
 from kvcompress.caches.budget import COMPETING, Budget
 from kvcompress.caches.evicting import kept_budget
+from kvcompress.caches.matching import TILE
 from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.caches.shadowkv import selected_budget
 from kvcompress.policies.gear import GEAR, preset
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.shadowkv import ShadowKV
+from kvcompress.prefix.segments import SuffixSegment
+from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.key_codec import CalibratedScheme, KeyCodec, scheme_for
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import ADDRESSES
@@ -51,7 +64,8 @@ _OWN = ("none", "hydragen", "gear", "kivi", "shadowkv")
 
 @dataclass(frozen=True)
 class Shape:
-    """What a config says that memory depends on. windows: each layer's sliding window, None for full attention."""
+    """What a config says that memory depends on. windows: each layer's sliding window, None for full attention.
+    linear: how many of the parameters can be quantised, those of linear layers but the head."""
 
     name: str
     parameters: int
@@ -62,12 +76,24 @@ class Shape:
     hidden: int
     intermediate: int
     longest: int | None
+    linear: int = 0
+
+    def weights(self, dtype: torch.dtype, bits: int | None = None) -> int:
+        """Bytes of the weights in a dtype; with 8 or 4 bits, those of linear layers but the head in these, with a
+        float32 scale for each row, or for every 64 of 4 bits, as bitsandbytes has them."""
+        if bits is None:
+            return self.parameters * dtype.itemsize
+        of_codes = {8: 8, 4: 4 * 9}[bits] * self.linear // {8: 8, 4: 8 * 8}[bits]
+        return (self.parameters - self.linear) * dtype.itemsize + of_codes
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one cache needs. prefill: an estimate of what prefill holds on top of weights and cache. fixed: what
-    of the cache does not grow with the batch."""
+    """Bytes that one cache needs.
+
+    cache: after prefill. prefill: what it held at most on top of weights and cache. fixed: what of the cache does not
+    grow with the batch. chunk: how many tokens of the prompt a forward reads; None: all.
+    """
 
     method: str
     budget: int | None
@@ -76,6 +102,7 @@ class Need:
     full_cache: int
     prefill: int
     fixed: int = 0
+    chunk: int | None = None
 
     @property
     def peak(self) -> int:
@@ -97,6 +124,12 @@ def read_shape(name: str | None) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    head = model.get_output_embeddings()
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
     return Shape(
         name or loading.DEFAULT_PACKAGE,
         parameters,
@@ -107,11 +140,20 @@ def read_shape(name: str | None) -> Shape:
         sizes.hidden,
         sizes.intermediate,
         sizes.longest,
+        linear,
     )
 
 
 def make_plan(
-    shape: Shape, methods: Iterable[str], context: int, batch: int, budget: int | float, dtype: torch.dtype
+    shape: Shape,
+    methods: Iterable[str],
+    context: int,
+    batch: int,
+    budget: int | float,
+    dtype: torch.dtype,
+    *,
+    chunk: int | None = None,
+    weight_bits: int | None = None,
 ) -> list[Need]:
     """What each method's cache needs.
 
@@ -119,74 +161,151 @@ def make_plan(
         methods: specs of the registry.
         context: tokens that each sequence will have in the end.
         budget: tokens kept per KV head, or a fraction of the context.
+        dtype: of weights that are not quantised, and of keys and values.
+        chunk: tokens of the prompt in a forward, `prefill_chunk_size` of `generate`; None: all.
+        weight_bits: 8 or 4 if linear layers are quantised, else None.
 
     Raises:
         ValueError: a size below 1, an unknown method, a budget that its cache refuses, or a cache of somebody's own,
             whose sizes are not known.
     """
-    for size_name, size in (("context", context), ("batch", batch)):
+    for size_name, size in (("context", context), ("batch", batch), ("chunk", 1 if chunk is None else chunk)):
         if size < 1:
             raise ValueError(f"{size_name} must be at least 1, got {size}")
+    if weight_bits not in (None, 4, 8):
+        raise ValueError(f"weight_bits must be 4, 8 or None, got {weight_bits}")
     Budget(budget)
+    weights = shape.weights(dtype, weight_bits)
     item = dtype.itemsize
     token = 2 * shape.kv_heads * shape.head_dim * item
     full = sum(batch * token * min(context, window or context) for window in shape.windows)
-    # hidden states in and out, queries, and the gate, up and product of the MLP
-    a_token = item * (2 * shape.hidden + shape.heads * shape.head_dim + 3 * shape.intermediate)
-    activations = batch * context * a_token
+    fed = context if chunk is None else min(chunk, context)
     needs = []
     for spec in methods:
-        method, settings = registry.parse(spec)
-        if not is_sized(method):
-            raise ValueError(f"plan knows the sizes of policies and of kvcompress's own caches, not of {method.name}")
-        amount = settings.pop("budget", budget)
-        weights = shape.parameters * item
-        if method.name in ("gear", "kivi"):
-            named = settings.pop("preset", "default" if method.name == "gear" else method.name)
-            path = settings.pop("basis", None)
-            codes = preset(named, **settings)
-            schemes: list[CalibratedScheme | None] = [None] * len(shape.windows)
-            if path is not None:
-                codes = codes.calibrated()
-                schemes = _schemes(shape, Basis.load(path), codes.bits)
-            cache = sum(
-                _packed(shape, codes, context, window, batch, item, scheme)
-                for window, scheme in zip(shape.windows, schemes, strict=True)
-            )
-            width = shape.kv_heads * shape.head_dim
-            fixed = sum(KeyCodec.nbytes_for(scheme, width, item) for scheme in schemes if scheme is not None)
-            needs.append(Need(spec, None, weights, cache, full, activations + batch * context * token, fixed))
-            continue
-        if method.name in ("none", "hydragen"):
-            # HydragenCache keeps the ids that it compares prompts with
-            ids = 4 * batch * context if method.name == "hydragen" else 0
-            needs.append(Need(spec, None, weights, full + ids, full, activations))
-            continue
-        if method.name == "shadowkv":
-            chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
-            kept = selected_budget(amount, chosen.chunk).tokens(context)
-            cache = sum(
-                batch * token * min(context, window) if window else _shadow(shape, chosen, kept, context, batch, item)
-                for window in shape.windows
-            )
-            needs.append(Need(spec, kept, weights, cache, full, activations + 2 * batch * context * token))
-            continue
-        policy, of_cache = registry.policy_of(method, settings)
-        kept, packed = kept_budget(amount, policy).tokens(context), of_cache.get("packed")
-        allocation = of_cache.get("allocation") or policy.allocates
-        if isinstance(allocation, Profile):
-            cache = _allotted(shape, allocation, amount, kept, context, batch, item, policy, packed)
-        else:
-            competes = allocation in COMPETING
-            cache = sum(_slots(shape, kept, batch, item, policy, packed, competes, window) for window in shape.windows)
-        rotates = policy.uses_rotary or of_cache.get("rerotated", False)
-        frequencies = 4 * (shape.head_dim // 2) if rotates else 0
-        cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
-        # a policy that reads a prompt twice holds all of it until then, in every layer
-        in_full = batch * context * token if policy.rereads is None else full
-        in_full += batch * _asked(shape, policy, context) * shape.heads * (shape.head_dim * item + 4)
-        needs.append(Need(spec, kept, weights, cache, full, activations + in_full))
+        sizing = _sizing(shape, spec, budget, batch, item)
+        cache = sizing.held(context, fed)
+        peak = cache + _forward(shape, batch * fed, item)
+        if sizing.policy is not None and sizing.policy.rereads is not None:
+            peak = _peak_of_two_readings(shape, sizing.policy, batch, fed, item, cache, fed < context)
+        kept = sizing.kept(context)
+        needs.append(Need(spec, kept, weights, cache, full, max(0, peak - cache), sizing.fixed, chunk))
     return needs
+
+
+@dataclass(frozen=True)
+class _Sizing:
+    """How large a method's cache is. kept, held: tokens per KV head, and bytes, by tokens seen, and how many of these a
+    forward has read. fixed: bytes that do not grow with the batch. policy: of a cache that evicts."""
+
+    kept: Callable[[int], int | None]
+    held: Callable[[int, int], int]
+    fixed: int = 0
+    policy: Policy | None = None
+
+
+def _sizing(shape: Shape, spec: str, budget: int | float, batch: int, item: int) -> _Sizing:
+    """Raises ValueError as `make_plan`."""
+    method, settings = registry.parse(spec)
+    if not is_sized(method):
+        raise ValueError(f"plan knows the sizes of policies and of kvcompress's own caches, not of {method.name}")
+    amount = settings.pop("budget", budget)
+    token = 2 * shape.kv_heads * shape.head_dim * item
+    if method.name in ("gear", "kivi"):
+        named = settings.pop("preset", "default" if method.name == "gear" else method.name)
+        path = settings.pop("basis", None)
+        codes = preset(named, **settings)
+        schemes: list[CalibratedScheme | None] = [None] * len(shape.windows)
+        if path is not None:
+            codes = codes.calibrated()
+            schemes = _schemes(shape, Basis.load(path), codes.bits)
+        width = shape.kv_heads * shape.head_dim
+        fixed = sum(KeyCodec.nbytes_for(scheme, width, item) for scheme in schemes if scheme is not None)
+        of_layers = [*zip(shape.windows, schemes, strict=True)]
+        return _Sizing(
+            lambda seen: None,
+            lambda seen, fed: sum(
+                _packed(shape, codes, seen, window, batch, item, scheme) for window, scheme in of_layers
+            ),
+            fixed,
+        )
+    if method.name in ("none", "hydragen"):
+        # HydragenCache keeps the ids that it compares prompts with
+        ids, storage = (4 * batch, SuffixSegment) if method.name == "hydragen" else (0, DenseSegment)
+
+        def held(seen: int, fed: int) -> int:
+            room = storage.room_after(seen, fed)
+            return ids * seen + sum(batch * token * min(room, window or room) for window in shape.windows)
+
+        return _Sizing(lambda seen: None, held)
+    if method.name == "shadowkv":
+        chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
+
+        def selected(seen: int) -> int:
+            return selected_budget(amount, chosen.chunk).tokens(seen)
+
+        return _Sizing(
+            selected,
+            lambda seen, fed: sum(
+                batch * token * min(seen, window)
+                if window
+                else _shadow(shape, chosen, selected(seen), seen, batch, item)
+                for window in shape.windows
+            ),
+        )
+    policy, of_cache = registry.policy_of(method, settings)
+    packed, allocation = of_cache.get("packed"), of_cache.get("allocation") or policy.allocates
+    rotates = policy.uses_rotary or of_cache.get("rerotated", False)
+    frequencies = 4 * (shape.head_dim // 2) if rotates else 0
+    beside = len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
+
+    def kept(seen: int) -> int:
+        return kept_budget(amount, policy).tokens(seen)
+
+    def slots(seen: int, fed: int) -> int:
+        if isinstance(allocation, Profile):
+            return beside + _allotted(shape, allocation, amount, kept(seen), seen, batch, item, policy, packed)
+        competes = allocation in COMPETING
+        of_layers = (
+            _slots(shape, kept(seen), batch, item, policy, packed, competes, window) for window in shape.windows
+        )
+        return beside + sum(of_layers)
+
+    return _Sizing(kept, slots, policy=policy)
+
+
+def _forward(shape: Shape, tokens: int, item: int) -> int:
+    """Bytes of a forward over so many tokens, beside the cache."""
+    mlp = 4 * shape.hidden + 2 * shape.head_dim + 3 * shape.intermediate
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = 2 * shape.hidden + 2 * shape.head_dim + 4 * query + 7 * key // 2
+    return tokens * item * max(mlp, attention)
+
+
+def _peak_of_two_readings(
+    shape: Shape, policy: Policy, batch: int, fed: int, item: int, after: int, in_chunks: bool
+) -> int:
+    """Bytes of caches whose tokens are read twice, and of the forwards, at most: in the first or second reading, or
+    while what is kept is chosen and fitted. after: bytes of what is kept. in_chunks: they are there beforehand."""
+    how = policy.rereads
+    assert how is not None
+    before = after if in_chunks else 0
+    token = 2 * shape.kv_heads * shape.head_dim * item
+    # with positions and scores
+    waiting = len(shape.windows) * batch * fed * (token + 8 * shape.kv_heads)
+    again = min(fed, how.chunk) + len(how.prompt)
+    asked = batch * _asked(shape, policy, fed) * shape.heads * (shape.head_dim * item + 4)
+    fit = 0
+    if how.fits:
+        # of one layer: all candidates' keys and values, and values again; of a block, what a tile of queries gives all
+        # tokens and those that stay, and Gram matrices of the latter
+        kept = after // (len(shape.windows) * batch * (token + 12 * shape.kv_heads))
+        own = kept * again // (fed + kept) if in_chunks else kept * again // fed
+        fit = 3 * batch * (fed + kept * in_chunks) * token
+        fit += 4 * batch * shape.kv_heads * (TILE * (3 * again + 2 * own) + 4 * own * own)
+    first = before + waiting + _forward(shape, batch * fed, item)
+    # beside what the first has returned
+    second = before + waiting + asked + _forward(shape, batch * again, item) + batch * fed * shape.hidden * item
+    return max(first, second, waiting + asked + after + fit)
 
 
 def is_sized(method: registry.Listed) -> bool:
@@ -198,6 +317,11 @@ def largest_batch(need: Need, batch: int, memory: int) -> int:
     """The largest batch that fits; everything but the weights and a basis grows with the batch."""
     free = memory - need.weights - need.fixed
     return max(0, free * batch // (need.cache - need.fixed + need.prefill))
+
+
+def largest(fits: Callable[[int], bool], most: int = 2**31) -> int:
+    """The largest number from 0 to `most` that fits, where all smaller ones do."""
+    return bisect.bisect_right(range(1, most + 1), 0, key=lambda number: not fits(number))
 
 
 def _slots(

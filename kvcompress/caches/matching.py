@@ -33,7 +33,7 @@ _STEPS = 20
 # relative to the mean of the diagonals
 _DAMPING_OF_WEIGHTS, _DAMPING_OF_VALUES = 1e-3, 1e-3
 # queries times group in a tile
-_TILE = 512
+TILE = 512
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def _match_heads(
 
     def tiles() -> Iterator[tuple[Tensor, Tensor]]:
         """The weights of all tokens, and of those kept, for some queries at a time."""
-        for start in range(0, query.shape[1], _TILE):
-            part = slice(start, start + _TILE)
+        for start in range(0, query.shape[1], TILE):
+            part = slice(start, start + TILE)
             weights = (spec.cap_(query[:, part] @ columns) + offset - lse[:, part, None]).exp_()
             own = weights.gather(2, chosen[:, None].expand(-1, weights.shape[1], -1))
             yield weights, own * is_chosen[:, None]

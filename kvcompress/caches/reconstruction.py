@@ -4,6 +4,7 @@ All tokens of a forward stay until the model has read them again, after themselv
 that stores nothing. Each layer records the most attention that each token receives; then the policy chooses.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +95,12 @@ class RereadLayer(EvictingLayer):
                 "scores": torch.zeros(batch, kv_heads, tokens, device=places.device),
             }
         )
+        # until then they are held once, and of the queries what the policy looks at
+        last = self.policy.queries_needed
+        asked = x.queries if last is None else min(max(1, last), x.queries)
+        query = x.query[:, :, -asked:].clone()
+        step.input = step.placed = dataclasses.replace(x, query=query, key=segment.keys, value=segment.values)
+        step.query_positions = step.query_positions[:, -asked:]
         lengths = (self.lengths + fresh).to(torch.int32)
         self.waiting = Waiting(segment, torch.zeros_like(step.slots.scores), lengths, fresh > 1, step)
 

@@ -131,10 +131,24 @@ class DenseSegment(Segment):
         """Drops the newest tokens; the room stays."""
         self.length -= tokens
 
+    @classmethod
+    def room_after(cls, tokens: int, fed: int) -> int:
+        """For how many tokens there is room when so many have come, so many at a time."""
+        room = 0
+        while room < tokens:
+            # the forward that finds no more room
+            length = min(room // fed * fed, tokens - 1)
+            room = cls._room(length, min(length + fed, tokens))
+        return room
+
+    @classmethod
+    def _room(cls, length: int, tokens: int) -> int:
+        """The room that is taken where there was none for so many tokens, after the first `length`."""
+        return tokens if length == 0 else tokens + max(cls.growth, length // 8)
+
     def _grow(self, tokens: int) -> None:
         if tokens > self.keys.shape[2]:
-            room = tokens if self.length == 0 else tokens + max(self.growth, self.length // 8)
-            self._reallocate(0, room)
+            self._reallocate(0, self._room(self.length, tokens))
 
     def _reallocate(self, first: int, room: int) -> None:
         held = self.length - first
