@@ -162,8 +162,8 @@ LATE = {
     # a codec's basis is that of the caches
     "cache": {"caches"},
     "cli": {
-        *("check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress", "loading", "plan"),
-        *("registry", "swiftkv"),
+        *("asking", "check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress"),
+        *("loading", "plan", "registry", "swiftkv"),
     },
     "loading": {"swiftkv"},
     "evals.tasks": {"evals.lm"},
