@@ -60,6 +60,7 @@ def by_hand(model, tokenizer, cache, text, tokens=12):
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+# docs: No answer depends on another question, and the cache is left holding the text
 @pytest.mark.parametrize("name", CACHES)
 def test_each_question_is_answered_as_if_it_were_the_only_one(name, model, tokenizer):
     found = ask(model, tokenizer, TEXT, QUESTIONS, CACHES[name](model), max_new_tokens=12)
@@ -82,6 +83,7 @@ def test_answers_change_nothing_that_the_cache_holds_of_the_context(name, model,
     assert_unchanged(conversation.cache, before)
 
 
+# docs: Text and question are one user message of the chat template
 @pytest.mark.parametrize("chunk", [None, 32])
 @pytest.mark.parametrize("name", ["dense", "hydragen"])
 def test_an_exact_cache_answers_as_the_whole_message_does(name, chunk, model, tokenizer):
@@ -90,6 +92,7 @@ def test_an_exact_cache_answers_as_the_whole_message_does(name, chunk, model, to
     assert found.answers == [by_hand(model, tokenizer, DenseCache(model), prompt) for prompt in prompts]
 
 
+# docs: With `turns=True` the questions are one conversation instead
 def test_turns_are_one_conversation_of_the_template(model, tokenizer):
     found = ask(model, tokenizer, TEXT, QUESTIONS, DenseCache(model), turns=True, max_new_tokens=12)
     # letter by letter, as some that this model writes are none
@@ -139,6 +142,7 @@ def test_an_empty_line_is_put_only_where_nothing_is_between(context, question, b
     assert held == f"<user>{context}{between}{question}</user><assistant>"
 
 
+# docs: The cache is a method's name, with settings as on the command line
 def test_the_memory_is_that_of_the_context_before_any_question(model, tokenizer):
     found = ask(model, tokenizer, TEXT, QUESTIONS, "h2o:sinks=4", budget=64, max_new_tokens=4)
     assert found.memory.tokens_seen == len("<user>" + TEXT)
@@ -148,6 +152,7 @@ def test_the_memory_is_that_of_the_context_before_any_question(model, tokenizer)
     assert found.cache.memory().by_component == found.memory.by_component
 
 
+# docs: forks of a `HydragenCache` share the text
 def test_hydragen_shares_the_context_among_forks(model, tokenizer):
     conversation = Conversation(model, tokenizer, HydragenCache(model))
     conversation.read(TEXT)

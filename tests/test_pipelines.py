@@ -19,6 +19,7 @@ def pipe(model, tokenizer):
     kvcompress.release(model)
 
 
+# docs: Its arguments are those of kvpress's pipeline, with `cache` in place of `press`
 def test_one_question_gets_an_answer_and_several_get_answers(pipe, model, tokenizer):
     settings = {"cache": "h2o:sinks=4", "budget": 64, "max_new_tokens": 6}
     wanted = ask(model, tokenizer, TEXT, QUESTIONS, **settings).answers
@@ -85,6 +86,7 @@ def test_a_mistake_is_named(settings, kind, message, pipe):
         pipe(TEXT, **settings)
 
 
+# docs: Importing `kvcompress.pipelines` registers a pipeline with transformers
 def test_the_task_is_known_once_the_module_is_imported_and_loads_model_and_tokenizer(fresh, folder):
     done = fresh(
         f"""

@@ -60,6 +60,7 @@ def ids_of(conversation, question):
     return " ".join(map(str, told))
 
 
+# docs: The context is read once, and each question is answered by itself
 @pytest.mark.parametrize("chunk", [[], ["--prefill-chunk-size", "32"]])
 def test_a_context_is_read_once_and_each_question_gets_its_answer_under_it(chunk, run, file, folder):
     asked = [word for question in QUESTIONS for word in ("--question", question)]
@@ -102,6 +103,7 @@ def test_a_prompt_counts_its_tokens_and_says_dtype_and_device(run, folder):
     assert raw[3].startswith(f"{len('Who sleeps?')} prompt tokens in ")
 
 
+# docs: A chat is one conversation through one cache, a line a turn
 def test_a_chat_is_one_conversation_through_one_cache(run, folder):
     out = run("chat", "--cache", "none", stdin=f"{QUESTIONS[0]}\n\n/memory\n{QUESTIONS[1]}\n/help\n/quit\nnever\n")
     model, tokenizer = load_model(folder)
@@ -134,6 +136,7 @@ def test_an_empty_context_is_named(tmp_path, capsys):
     assert "empty.txt: the context is empty" in capsys.readouterr().err
 
 
+# docs: Weights have the checkpoint's own dtype on a GPU, and float32 on a CPU, unless `--dtype` says otherwise
 @pytest.mark.parametrize(
     ("has_gpu", "device", "asked", "expected"),
     [
@@ -166,6 +169,7 @@ def gpu(monkeypatch):
     return told
 
 
+# docs: `--quantize-weights 4` has bitsandbytes keep the weights in 4 bits, on a GPU
 def test_weights_of_4_bits_compute_in_the_dtype_asked_for_or_the_checkpoints_own(gpu):
     arguments.load("name", None, None, quantize_weights=4)
     arguments.load("name", "float16", None, device_map="auto", quantize_weights=4)
