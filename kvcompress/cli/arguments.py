@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ def load(
     device_map: str | None = None,
     quantize_weights: int | None = None,
 ) -> "tuple[PreTrainedModel, Any]":
-    """Loads a model without progress bars.
+    """Loads a model without progress bars; what takes long is said on stderr.
 
     Args:
         dtype: None for the checkpoint's own on a GPU, and float32 on a CPU.
@@ -84,11 +85,11 @@ def load(
         quantize_weights: None, or the bits that bitsandbytes keeps of a weight, 4 or 8, on a GPU.
     """
     import torch
-    from transformers import logging
+    from transformers import logging as bars
 
     from kvcompress.loading import ModelUnavailableError, load_model
 
-    logging.disable_progress_bar()
+    bars.disable_progress_bar()
     has_gpu = torch.cuda.is_available()
     if device is None and device_map is None:
         # each process of a launcher has its own GPU
@@ -98,10 +99,25 @@ def load(
     kind: Any = "auto" if dtype == "auto" else as_dtype(dtype)
     more = {} if quantize_weights is None else {"quantization_config": _quantized(name, quantize_weights, kind, device)}
     try:
-        with user_errors():
+        with user_errors(), _told():
             return load_model(name, dtype=kind, device=device, device_map=device_map, **more)
     except ModelUnavailableError as error:
         raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Within it, what kvcompress logs is shown on stderr."""
+    logger, handler = logging.getLogger("kvcompress"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("kvcompress: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _quantized(name: str | None, bits: int, dtype: Any, device: str | None) -> Any:

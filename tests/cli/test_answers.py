@@ -1,4 +1,5 @@
 import io
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -182,6 +183,17 @@ def test_weights_of_4_bits_compute_in_the_dtype_asked_for_or_the_checkpoints_own
     assert [(options["device"], options["device_map"]) for options in gpu] == [
         ("cuda:0", None), (None, "auto"), ("cuda:0", None),
     ]  # fmt: skip
+
+
+def test_what_takes_long_while_a_model_is_loaded_is_said(monkeypatch, capsys):
+    def load(*args, **kwargs):
+        logging.getLogger("kvcompress.loading").info("unpacking %s", "it")
+
+    monkeypatch.setattr("kvcompress.loading.load_model", load)
+    arguments.load("name", None, "cpu")
+    assert capsys.readouterr().err == "kvcompress: unpacking it\n"
+    load()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_missing_quantizer_is_named(gpu, monkeypatch):
