@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvcompress.asking import ask as ask
     from kvcompress.cache import CompressedCache as CompressedCache
     from kvcompress.caches.attention_matching import AttentionMatchingCache as AttentionMatchingCache
     from kvcompress.caches.basis import Basis as Basis
@@ -67,6 +68,7 @@ _HOMES = {
     "StreamingLLMCache": "caches.evicting",
     "SwiftKVCache": "swiftkv.cache",
     "TransformCodec": "caches.transform_codec",
+    "ask": "asking",
     "convert": "swiftkv.conversion",
     "load_model": "loading",
     "measure_basis": "caches.calibration",

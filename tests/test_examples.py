@@ -104,3 +104,10 @@ def test_the_calibrated_example(run):
     cache = run("calibrated", new_tokens=8)
     report = cache.memory()
     assert report.by_component["codes"] < report.by_component["basis"]
+
+
+def test_the_ask_example(run):
+    found = run("ask", new_tokens=16)
+    for answer, name in zip(found.answers, ("Halvard", "archive", "Pluto"), strict=True):
+        assert name in answer
+    assert found.memory.ratio < 0.7

@@ -132,6 +132,9 @@ PACKAGES = {
     "swiftkv": {"cache", "caches", "hf", "kernels", "layer", "storage"},
     "loading": {"hf"},
     "registry": {"cache", "caches", "policies", "prefix"},
+    "template": set(),
+    "asking": {"cache", "hf", "memory", "prefix", "registry", "template"},
+    "pipelines": {"asking", "cache", "hf"},
     "plan": {"caches", "hf", "loading", "policies", "registry", "storage"},
     "check": {"cache", "caches", "hf", "loading", "prefix", "registry", "swiftkv"},
     "kvcompress": set(),
@@ -141,7 +144,7 @@ PACKAGES = {
     "evals.timing": set(),
     "evals.sweep": {
         *("caches", "evals.outputs", "evals.provenance", "hf", "kernels", "kvcompress", "memory", "policies"),
-        *("registry", "swiftkv"),
+        *("registry", "swiftkv", "template"),
     },
     "evals.lm": {"evals.sweep", "hf", "kvcompress", "policies", "registry"},
     "evals.tasks": {"evals.sweep", "policies"},
@@ -154,13 +157,13 @@ PACKAGES = {
 }
 # what is imported on first use instead, because it costs seconds or an extra, or would close a circle
 LATE = {
-    "kvcompress": {"cache", "caches", "hf", "loading", "policies", "prefix", "swiftkv"},
+    "kvcompress": {"asking", "cache", "caches", "hf", "loading", "policies", "prefix", "swiftkv"},
     "__main__": {"cli"},
     # a codec's basis is that of the caches
     "cache": {"caches"},
     "cli": {
-        *("check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress", "loading", "plan"),
-        *("registry", "swiftkv"),
+        *("asking", "check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress"),
+        *("loading", "plan", "registry", "swiftkv"),
     },
     "loading": {"swiftkv"},
     "evals.tasks": {"evals.lm"},

@@ -7,13 +7,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    logging,
 )
 
 from kvcompress import loading
+from kvcompress.hf import gguf_bars_as_told
 from kvcompress.loading import ModelUnavailableError, load_model
 
 
@@ -95,6 +98,53 @@ def test_the_default_chat_template_survives(smollm2):
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.fixture
+def bars():
+    """Turns transformers' bars on or off for a test."""
+    was = logging.is_progress_bar_enabled()
+    yield lambda shown: logging.enable_progress_bar() if shown else logging.disable_progress_bar()
+    (logging.enable_progress_bar if was else logging.disable_progress_bar)()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_no_bar_is_shown_for_a_gguf_file_where_transformers_bars_are_off(shown, bars, capsys):
+    from transformers import modeling_gguf_pytorch_utils as unpacking
+
+    own = unpacking.tqdm
+    bars(shown)
+    with gguf_bars_as_told():
+        list(unpacking.tqdm(range(3), desc="Converting"))
+    assert ("Converting" in capsys.readouterr().err) == shown
+    assert unpacking.tqdm is own
+
+
+def test_loading_shows_no_bar_where_transformers_bars_are_off(folder, bars, capsys):
+    bars(True)
+    load_model(folder)
+    assert "Loading weights" in capsys.readouterr().err
+    bars(False)
+    load_model(folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_quantized_weights_are_loaded_where_they_stay(folder, monkeypatch):
+    asked = []
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            asked.append(kwargs)
+            return AutoModelForCausalLM.from_pretrained(*args, **{**kwargs, "quantization_config": None})
+
+    monkeypatch.setattr(loading, "AutoModelForCausalLM", Loader)
+    quantized = BitsAndBytesConfig(load_in_4bit=True)
+    load_model(folder, device="cpu", quantization_config=quantized)
+    load_model(folder)
+    assert asked[0]["quantization_config"] is quantized
+    assert asked[0]["device_map"] == {"": "cpu"}
+    assert "quantization_config" not in asked[1]
 
 
 @pytest.mark.slow

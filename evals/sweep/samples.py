@@ -21,6 +21,7 @@ from kvcompress.evals.sweep.recipes import needles, ruler, state_tracking
 from kvcompress.evals.sweep.recipes.haystack import prose, read_text
 from kvcompress.evals.sweep.recipes.recipe import ANY, LINES, Draw, Question, Recipe, Sample, Sizing, Tokenizer
 from kvcompress.evals.sweep.spans import Span, prompt_spans
+from kvcompress.template import around_message, between_messages, has_template
 
 __all__ = [
     "RECIPES",
@@ -47,7 +48,6 @@ RULER_OFFLINE, RULER = tuple(ruler.RECIPES), (*ruler.RECIPES, *about_documents.R
 
 # the most tokens of an answer to state tracking, unless told
 TRANSCRIPT = 2048
-_BODY = "thebodyofthemessage"
 # the day that chat templates are told: Llama's take a string, others call a function
 _DATE = "26 Jul 2024"
 _NOW = (
@@ -146,7 +146,8 @@ def make_samples(
 
 def make_prompt(tokenizer: Tokenizer, sample: Sample) -> Prompt:
     """The sample in tokens, as one user message of the model's chat template if it has one."""
-    head, tail = _template(tokenizer)
+    today = _today(tokenizer)
+    head, tail = around_message(tokenizer, **today)
 
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -155,7 +156,7 @@ def make_prompt(tokenizer: Tokenizer, sample: Sample) -> Prompt:
         return question.text + tail + question.answer_prefix
 
     first, *others = sample.questions
-    between = _between(tokenizer) if others else ""
+    between = between_messages(tokenizer, **today) if others else ""
     more = tuple(
         Turn(encode(asked(each)), encode(between + asked(each).lstrip("\n")), each.max_new_tokens) for each in others
     )
@@ -183,44 +184,18 @@ def score_answer(question: Question, prediction: str) -> float:
     return float(any(found)) if question.scoring == ANY else sum(found) / len(found)
 
 
-def _template(tokenizer: Tokenizer) -> tuple[str, str]:
-    """What comes before and after the one user message, up to where the answer begins."""
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer.bos_token or "", "\n"
-    parts = _rendered(tokenizer, [{"role": "user", "content": _BODY}]).split(_BODY)
-    if len(parts) != 2:
-        raise ValueError(
-            "the tokenizer's chat template must show a user's message once and as it is, so that context and question "
-            f"can be told apart; it shows this one {len(parts) - 1} times"
-        )
-    head, tail = parts
-    return head, tail
-
-
-def _between(tokenizer: Tokenizer) -> str:
-    """What comes between an answer and the user's next message."""
-    if not getattr(tokenizer, "chat_template", None):
-        return "\n"
-    roles = ("user", "assistant", "user")
-    messages = [{"role": role, "content": f"{_BODY}{number}"} for number, role in enumerate(roles)]
-    return _rendered(tokenizer, messages).split(f"{_BODY}1")[1].split(f"{_BODY}2")[0]
-
-
-def _rendered(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
-    """The messages in the chat template, up to where an answer begins; one day is today, so that a sweep that goes on
-    tomorrow reads the same prompts."""
+def _today(tokenizer: Tokenizer) -> dict[str, str]:
+    """What the chat template is told, if there is one: one day is today, so that a sweep that goes on tomorrow reads
+    the same prompts."""
+    if not has_template(tokenizer):
+        return {}
     template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _NOW + template
-    text: str = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True, date_string=_DATE
-    )
-    return text
+    return {"chat_template": _NOW + template if "strftime_now" in template else template, "date_string": _DATE}
 
 
 def _fit(task: str, tokenizer: Tokenizer, length: int, sizing: Sizing) -> Sample:
     """The sample with the most haystack that stays within the length."""
-    head, _ = _template(tokenizer)
+    head, _ = around_message(tokenizer, **_today(tokenizer))
 
     @functools.cache
     def tokens(units: int) -> int:

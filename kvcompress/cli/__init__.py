@@ -1,4 +1,5 @@
-"""The command line: sweep, report, eval, generate, plan, check, profile, calibrate, distill; bench, study and peers.
+"""The command line: sweep, report, eval, generate, chat, plan, check, profile, calibrate, distill; and bench, study,
+peers.
 
 Heavy imports wait until a command runs. A user's mistake gives one line on stderr and exit status 2.
 """
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvcompress.cli import calibrations, checks, distillation, generation, measurements, plans, profiles, sweeps
+from kvcompress.cli import calibrations, chats, checks, distillation, generation, measurements, plans, profiles, sweeps
 from kvcompress.cli.arguments import IN_USUAL, KNOWN, KNOWN_TASKS, USUAL, UsageError, with_options
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
 _OF_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("eval", context_settings=_OF_EVAL)(with_options(sweeps.evaluate))
 for function in (
-    *(sweeps.sweep, sweeps.report, generation.generate, plans.plan, checks.check),
+    *(sweeps.sweep, sweeps.report, generation.generate, chats.chat, plans.plan, checks.check),
     *(profiles.profile, calibrations.calibrate, distillation.distill),
 ):
     app.command()(with_options(function))

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ DataArgument = Annotated[
         "read as one, which is cut every --length tokens; a chat is read by itself."
     ),
 ]
+OwnDtypeOption = Annotated[
+    str | None, "float32, bfloat16, float16 or auto; else the checkpoint's own on a GPU, float32 on a CPU."
+]
 CacheOption = Annotated[str, f"With settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."]
 
 
@@ -65,21 +69,76 @@ class UsageError(Exception):
     """A user's mistake, described on one line."""
 
 
-def load(name: str | None, dtype: str, device: str | None) -> "tuple[PreTrainedModel, Any]":
+def load(
+    name: str | None,
+    dtype: str | None,
+    device: str | None,
+    *,
+    device_map: str | None = None,
+    quantize_weights: int | None = None,
+) -> "tuple[PreTrainedModel, Any]":
+    """Loads a model without progress bars; what takes long is said on stderr.
+
+    Args:
+        dtype: None for the checkpoint's own on a GPU, and float32 on a CPU.
+        device: None for a GPU if there is one, and not with device_map.
+        quantize_weights: None, or the bits that bitsandbytes keeps of a weight, 4 or 8, on a GPU.
+    """
     import torch
-    from transformers import logging
+    from transformers import logging as bars
 
     from kvcompress.loading import ModelUnavailableError, load_model
 
-    logging.disable_progress_bar()
-    if device is None:
+    bars.disable_progress_bar()
+    has_gpu = torch.cuda.is_available()
+    if device is None and device_map is None:
         # each process of a launcher has its own GPU
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has_gpu else "cpu"
+    if dtype is None:
+        dtype = "auto" if has_gpu and device != "cpu" else "float32"
+    kind: Any = "auto" if dtype == "auto" else as_dtype(dtype)
+    more = {} if quantize_weights is None else {"quantization_config": _quantized(name, quantize_weights, kind, device)}
     try:
-        with user_errors():
-            return load_model(name, dtype="auto" if dtype == "auto" else as_dtype(dtype), device=device)
+        with user_errors(), _told():
+            return load_model(name, dtype=kind, device=device, device_map=device_map, **more)
     except ModelUnavailableError as error:
         raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Within it, what kvcompress logs is shown on stderr."""
+    logger, handler = logging.getLogger("kvcompress"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("kvcompress: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _quantized(name: str | None, bits: int, dtype: Any, device: str | None) -> Any:
+    """transformers' config for weights of so many bits."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from kvcompress.loading import read_config
+
+    if bits not in (4, 8):
+        raise UsageError(f"--quantize-weights must be 4 or 8 bits, got {bits}")
+    if device == "cpu" or not torch.cuda.is_available():
+        raise UsageError("--quantize-weights needs a GPU, where bitsandbytes keeps the weights; leave it out on a CPU")
+    missing = [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"--quantize-weights needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    with user_errors():
+        computes = read_config(name).dtype or torch.float32 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
 
 
 def check_extra(extra: str, *packages: str) -> None:

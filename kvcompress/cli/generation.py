@@ -1,91 +1,86 @@
-"""The command generate: an answer through a cache, with its memory and speed."""
+"""The command generate: answers through a cache, with its memory and speed."""
 
-import math
 import sys
-import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kvcompress.cli.arguments import (
-    CacheOption,
-    DeviceOption,
-    ModelOption,
-    UsageError,
-    as_budget,
-    check_seed,
-    load,
-    user_errors,
-)
-
-if TYPE_CHECKING:
-    import torch
-
-
-class _Clock:
-    """Records when each token came, and passes it to the printer."""
-
-    def __init__(self, printer: Any) -> None:
-        self.printer = printer
-        self.times: list[float] = []
-
-    def put(self, value: "torch.Tensor") -> None:
-        self.times.append(time.perf_counter())
-        self.printer.put(value)
-
-    def end(self) -> None:
-        self.printer.end()
+from kvcompress.cli.arguments import CacheOption, DeviceOption, ModelOption, OwnDtypeOption, UsageError
+from kvcompress.cli.streaming import Session, read_contexts
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to answer; - reads it from stdin.")] = None,
+    context_file: Annotated[
+        list[str] | None, "Text that questions are about, read once; - reads stdin. May be given several times."
+    ] = None,
+    question: Annotated[
+        list[str] | None, "About --context-file. May be given several times: each is answered by itself."
+    ] = None,
     model: ModelOption = None,
     cache: CacheOption = "h2o",
     budget: Annotated[str, "Tokens kept (512), or a fraction of those seen (0.2)."] = "512",
-    max_new_tokens: Annotated[int, "At most so many."] = 256,
+    max_new_tokens: Annotated[int, "At most so many of each answer."] = 256,
+    prefill_chunk_size: Annotated[int | None, "Read at most so many tokens at a time: needs less memory.", 1] = None,
     temperature: Annotated[float, "0 is greedy."] = 0.0,
-    raw: Annotated[bool, "Continue the prompt without the chat template."] = False,
+    raw: Annotated[bool, "Continue the text without the chat template."] = False,
     seed: Annotated[int, "Of sampling."] = 0,
-    dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
+    dtype: OwnDtypeOption = None,
     device: DeviceOption = None,
+    device_map: Annotated[str | None, "auto, balanced, ...: spreads the model over devices."] = None,
+    quantize_weights: Annotated[int | None, "4 or 8: bits of a weight, on a GPU (needs bitsandbytes)."] = None,
+    quiet: Annotated[bool, "Print the answers and nothing else."] = False,
 ) -> None:
-    """Answer a prompt through a cache, and show its memory and speed."""
-    tokens_kept = as_budget(budget)
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise UsageError(f"--temperature must be 0 or more, got {temperature}")
-    check_seed(seed)
-    question = sys.stdin.read() if prompt == "-" else prompt
-    if not question.strip():
-        raise UsageError("the prompt is empty")
+    """Answer a prompt, or several questions about a text, through a cache, and show its memory and speed."""
+    asked, context = _read(prompt, context_file or [], question or [])
+    session = Session(
+        model,
+        cache,
+        budget,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        raw=raw,
+        prefill_chunk_size=prefill_chunk_size,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        quantize_weights=quantize_weights,
+    )
+    if context is not None:
+        session.read(context)
+    # of the context alone, before any question
+    memory_line = session.memory_line
+    for each in asked:
+        if context is not None:
+            print(f"> {each}")
+        session.answer(each, fork=context is not None)
+        if context is not None and each is not asked[-1]:
+            print()
+    if quiet:
+        return
+    clock = session.clock
+    print(f"\n{session.model_line}")
+    if context is None:
+        print(f"{clock.prompt} prompt tokens in {clock.prefill:.2f} s; ", end="")
+        memory_line = session.memory_line
+    else:
+        print(f"{session.context_tokens} context tokens in {session.context_seconds:.2f} s; ", end="")
+    print(f"{clock.tokens} new tokens, {clock.speed}")
+    print(memory_line)
 
-    from transformers import TextStreamer, set_seed
 
-    from kvcompress import registry
-    from kvcompress.hf import cache_argument
-
-    with user_errors():
-        registry.parse(cache)
-    loaded, tokenizer = load(model, dtype, device)
-    with user_errors():
-        built = registry.build(cache, loaded, tokens_kept)
-    inputs = _encode(question, tokenizer, raw).to(loaded.device)
-    set_seed(seed)
-    clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    answer: Any = loaded.generate
-    answer(**inputs, **cache_argument(loaded, built), max_new_tokens=max_new_tokens, streamer=clock, **sampling)
-    # the first time is the prompt's; the second is the first token's, which ends the prefill
-    prompt_tokens, new_tokens = inputs["input_ids"].shape[1], len(clock.times) - 1
-    prefill, decode = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
-    speed = f"{(new_tokens - 1) / decode:.1f} tokens/s" if new_tokens > 1 else "one token"
-    print(f"\n{prompt_tokens} prompt tokens in {prefill:.2f} s; {new_tokens} new tokens, {speed}")
-    print(f"{registry.canonical(cache)}: {built.memory()}")
-
-
-def _encode(question: str, tokenizer: Any, raw: bool) -> Any:
-    if raw or not tokenizer.chat_template:
-        return tokenizer(question, return_tensors="pt")
-    message = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+def _read(prompt: str | None, files: list[str], questions: list[str]) -> tuple[list[str], str | None]:
+    """What is asked, and the text that it is about, if there is one."""
+    if questions and not files:
+        raise UsageError("--question asks about a text: give it as --context-file, or ask by the prompt alone")
+    if prompt is None and not questions:
+        instead = "a --question about the text" if files else "or a --context-file and a --question about it"
+        raise UsageError(f"Missing argument 'prompt': what to answer, {instead}")
+    if [*files, prompt].count("-") > 1:
+        raise UsageError("stdin (-) can be read only once")
+    asked = ([] if prompt is None else [sys.stdin.read() if prompt == "-" else prompt]) + questions
+    for each in asked:
+        if not each.strip():
+            raise UsageError("a question is empty" if files else "the prompt is empty")
+    return asked, read_contexts(files) if files else None

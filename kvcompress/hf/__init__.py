@@ -7,6 +7,8 @@
     rotary      how a model computes its rotary embeddings
     parallel    how a model is split over processes
     fingerprint which model it is
+    pipelines   the registry of pipelines
+    progress    bars while a model is loaded
     families    the model classes that a SwiftKV model is built on
     versions    which releases were tested
 
@@ -51,5 +53,7 @@ from kvcompress.hf.modules import layer_of as layer_of
 from kvcompress.hf.modules import output_projection as output_projection
 from kvcompress.hf.parallel import head_group as head_group
 from kvcompress.hf.parallel import spread_over as spread_over
+from kvcompress.hf.pipelines import register_pipeline as register_pipeline
+from kvcompress.hf.progress import gguf_bars_as_told as gguf_bars_as_told
 from kvcompress.hf.rotary import Rotary as Rotary
 from kvcompress.hf.rotary import rotary_of as rotary_of

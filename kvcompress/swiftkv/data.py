@@ -32,7 +32,7 @@ def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: i
     rows: list[Row] = []
     for path in map(Path, paths):
         before = len(rows)
-        text = _read_text(path)
+        text = read_text(path)
         if path.suffix == ".jsonl":
             texts = []
             # not splitlines: JSON strings may hold other characters that Python takes for line ends
@@ -59,7 +59,12 @@ def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: i
     return rows
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file, with line breaks as they are on Unix.
+
+    Raises:
+        ValueError: it is not UTF-8; the message says where.
+    """
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")

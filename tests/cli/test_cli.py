@@ -81,6 +81,20 @@ def rows(tmp_path):
         (["sweep", "--device", "toaster"], "device must be one that torch knows"),
         (["generate"], "Missing argument 'prompt'"),
         (["generate", " "], "the prompt is empty"),
+        (["generate"], "what to answer, or a --context-file and a --question about it"),
+        (["generate", "--context-file", "TEXT"], "what to answer, a --question about the text"),
+        (["generate", "--question", "hi"], "--question asks about a text: give it as --context-file"),
+        (["generate", "--context-file", "TEXT", "--question", " "], "a question is empty"),
+        (["generate", "--context-file", "/nowhere.txt", "--question", "hi"], "/nowhere.txt: No such file"),
+        (["generate", "-", "--context-file", "-"], "stdin (-) can be read only once"),
+        (["generate", "hi", "--prefill-chunk-size", "0"], "Invalid value for '--prefill-chunk-size'"),
+        (["generate", "hi", "--quantize-weights", "3"], "--quantize-weights must be 4 or 8 bits, got 3"),
+        (["generate", "hi", "--quantize-weights", "4", "--device", "cpu"], "--quantize-weights needs a GPU"),
+        (["generate", "hi", "--device", "cpu", "--device-map", "auto"], "give device or device_map, not both"),
+        (["generate", "hi", "--dtype", "float8"], "--dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        (["chat", "--cache", "h3o"], "unknown method 'h3o'; did you mean h2o? known: none, "),
+        (["chat", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["chat", "--context-file", "/nowhere.txt", "--model", "FOLDER"], "/nowhere.txt: No such file"),
         (["generate", "hi", "--cache", "h3o"], "unknown method 'h3o'; did you mean h2o? known: none, "),
         (["generate", "hi", "--budget", "none"], "budget must be a count of tokens"),
         (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
@@ -203,7 +217,7 @@ def test_help_is_printed(arguments, capsys):
     assert "Usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["sweep", "generate", "plan", "eval"])
+@pytest.mark.parametrize("command", ["sweep", "generate", "chat", "plan", "eval"])
 def test_help_names_every_method(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     assert main([command, "--help"]) == 0

@@ -1,0 +1,73 @@
+"""The command chat: a conversation in a terminal, all of it through one cache."""
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+from kvcompress.cli.arguments import CacheOption, DeviceOption, ModelOption, OwnDtypeOption
+from kvcompress.cli.streaming import Session, read_contexts
+
+_SIGN = "> "
+_COMMANDS = "/memory shows what the cache holds, /quit ends"
+
+
+def chat(
+    context_file: Annotated[list[str] | None, "Text to talk about, read first. May be given several times."] = None,
+    model: ModelOption = None,
+    cache: CacheOption = "h2o",
+    budget: Annotated[str, "Tokens kept (512), or a fraction of those seen (0.2)."] = "512",
+    max_new_tokens: Annotated[int, "At most so many of each answer."] = 256,
+    prefill_chunk_size: Annotated[int | None, "Read at most so many tokens at a time: needs less memory.", 1] = None,
+    temperature: Annotated[float, "0 is greedy."] = 0.0,
+    seed: Annotated[int, "Of sampling."] = 0,
+    dtype: OwnDtypeOption = None,
+    device: DeviceOption = None,
+    device_map: Annotated[str | None, "auto, balanced, ...: spreads the model over devices."] = None,
+    quantize_weights: Annotated[int | None, "4 or 8: bits of a weight, on a GPU (needs bitsandbytes)."] = None,
+    quiet: Annotated[bool, "Print the answers and nothing else."] = False,
+) -> None:
+    """Talk to a model, turn by turn, through one cache; a line is a turn, and the end of the input ends it."""
+    session = Session(
+        model,
+        cache,
+        budget,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        raw=False,
+        prefill_chunk_size=prefill_chunk_size,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        quantize_weights=quantize_weights,
+    )
+    if context_file:
+        session.read(read_contexts(context_file))
+    if not quiet:
+        print(f"{session.model_line}; {_COMMANDS}")
+    for line in _lines(quiet):
+        if line == "/quit":
+            break
+        if line == "/memory":
+            print(session.memory_line)
+        elif line.startswith("/"):
+            print(f"{line.split()[0]} is no command: {_COMMANDS}")
+        else:
+            session.answer(line)
+    if not quiet:
+        print(f"\n{session.clock.tokens} new tokens, {session.clock.speed}\n{session.memory_line}")
+
+
+def _lines(quiet: bool) -> Iterator[str]:
+    """What the user says, without empty lines."""
+    # input() asks in a terminal, where lines can be edited; elsewhere lines are shown, so that the output can be read
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input(_SIGN if is_terminal else "").strip()
+        except EOFError:
+            return
+        if line and not is_terminal and not quiet:
+            print(f"{_SIGN}{line}")
+        if line:
+            yield line
