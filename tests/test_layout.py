@@ -128,10 +128,12 @@ PACKAGES = {
     "layer": {"hf", "kernels", "storage"},
     "cache": {"hf", "layer", "memory", "policies", "storage"},
     "caches": {"cache", "hf", "kernels", "layer", "policies", "storage"},
-    "prefix": {"cache", "caches", "hf", "kernels", "layer", "storage"},
+    "prefix": {"cache", "caches", "hf", "kernels", "layer", "memory", "policies", "storage"},
     "swiftkv": {"cache", "caches", "hf", "kernels", "layer", "storage"},
     "loading": {"hf"},
     "registry": {"cache", "caches", "policies", "prefix"},
+    "generation": {"hf", "registry"},
+    "custom_generate": {"generation"},
     "plan": {"caches", "hf", "loading", "policies", "registry", "storage"},
     "check": {"cache", "caches", "hf", "loading", "prefix", "registry", "swiftkv"},
     "kvcompress": set(),
@@ -154,13 +156,13 @@ PACKAGES = {
 }
 # what is imported on first use instead, because it costs seconds or an extra, or would close a circle
 LATE = {
-    "kvcompress": {"cache", "caches", "hf", "loading", "policies", "prefix", "swiftkv"},
+    "kvcompress": {"cache", "caches", "generation", "hf", "loading", "policies", "prefix", "swiftkv"},
     "__main__": {"cli"},
     # a codec's basis is that of the caches
     "cache": {"caches"},
     "cli": {
         *("check", "evals.lm", "evals.provenance", "evals.sweep", "evals.tasks", "hf", "kvcompress", "loading", "plan"),
-        *("registry", "swiftkv"),
+        *("policies", "registry", "swiftkv"),
     },
     "loading": {"swiftkv"},
     "evals.tasks": {"evals.lm"},

@@ -119,9 +119,12 @@ def _default_device() -> str:
 
 def _load(model_args: str, own: dict[str, Any]) -> "CompressedLM":
     """The model with lm-eval's own arguments for it, beside those that have options here."""
+    from transformers import logging
+
     from kvcompress.evals.lm.harness import errors_only
     from kvcompress.evals.lm.model import CompressedLM
 
+    logging.disable_progress_bar()
     repeated = {part.partition("=")[0].strip() for part in parts(model_args)} & {
         name for name, value in own.items() if value is not None
     }

@@ -1,9 +1,9 @@
 """The command methods: what each method keeps and costs, and what it can be told."""
 
 import functools
-import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,7 +151,8 @@ def explained(kind: type[Any]) -> dict[str, str]:
     the class, of its `__init__`, or of those of the classes that it derives from, whichever comes first. `as in Class`
     stands for what that class's say.
     """
-    known = "|".join(map(re.escape, inspect.signature(kind).parameters))
+    inits = [vars(owner)["__init__"] for owner in kind.__mro__[:-1] if "__init__" in vars(owner)]
+    known = "|".join({name: None for init in inits for name in inspect.signature(init).parameters})
     head = re.compile(rf"(?:^[ ]*|(?<=[.;]\s))((?:{known})(?:,\s+(?:{known}))*):\s+", re.MULTILINE)
     found: dict[str, str] = {}
     for owner in kind.__mro__ if known else ():
@@ -171,6 +172,9 @@ def _elsewhere(name: str, words: str) -> str:
     said = re.fullmatch(r"as in ([\w.]+)", words)
     if said is None:
         return words
+    import kvcompress
+
+    # a class that is not public is named with its module, which the class that names it has imported
     module, _, last = said[1].rpartition(".")
-    other = getattr(importlib.import_module(module or "kvcompress"), last)
+    other = getattr(sys.modules[module] if module else kvcompress, last)
     return explained(other).get(name, words)
