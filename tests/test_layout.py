@@ -134,6 +134,7 @@ PACKAGES = {
     "registry": {"cache", "caches", "policies", "prefix"},
     "generation": {"hf", "registry"},
     "custom_generate": {"generation"},
+    "lighteval": {"evals.lm"},
     "plan": {"caches", "hf", "loading", "policies", "registry", "storage"},
     "check": {"cache", "caches", "hf", "loading", "prefix", "registry", "swiftkv"},
     "kvcompress": set(),

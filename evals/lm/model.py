@@ -51,6 +51,7 @@ class CompressedLM(HFLM):
         budget: int | float | None = None,
         hold_back: int | str = 1,
         chunk: int = 64,
+        device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         **settings: Any,
@@ -65,10 +66,11 @@ class CompressedLM(HFLM):
                 last occurrence of a text such as "Question:". The method does not see the latter (question-agnostic);
                 with 1 token held back, it sees the question (question-aware).
             chunk: tokens read per forward after the cache has compressed.
+            device: where to load the model; None: on a GPU, if there is one.
             batch_size: sequences at a time. "auto": on a GPU as many as fit, at most `max_batch_size`, halved for good
                 whenever memory does not suffice for a batch; on a CPU 4.
             max_batch_size: where "auto" begins on a GPU; None for 64.
-            settings: of lm-eval's `hf` model: device, dtype, max_length, ...
+            settings: of lm-eval's `hf` model: dtype, max_length, ...
 
         Raises:
             ValueError: an unknown method, a budget that it needs, cannot keep or does not take, nothing held back, or
@@ -95,9 +97,11 @@ class CompressedLM(HFLM):
         limit = _AUTO_AT_MOST if max_batch_size is None else _sequences("max_batch_size", max_batch_size)
         self._is_auto = _is_auto(batch_size)
         self._size = limit if self._is_auto else _sequences("batch_size", batch_size)
+        # lm-eval would take CUDA for granted, and leaves each process of a launcher its own GPU by this name
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if pretrained is None or str(pretrained).endswith(".gguf"):
-            pretrained, settings["tokenizer"] = load_model(pretrained, device=settings.get("device"))
-        super().__init__(pretrained=pretrained, backend="causal", batch_size=self._size, **settings)
+            pretrained, settings["tokenizer"] = load_model(pretrained, device=device)
+        super().__init__(pretrained=pretrained, backend="causal", device=device, batch_size=self._size, **settings)
         if self._is_auto and self.device.type == "cpu":
             self._size = min(_AUTO_WITHOUT_GPU, limit)
         self.cache, self.budget, self.chunk = cache, budget, chunk

@@ -76,7 +76,7 @@ def evaluate(
         "chunk": chunk,
         "batch_size": batch_size,
         "max_batch_size": max_batch_size,
-        "device": device or _default_device(),
+        "device": device,
     }
     if output_path is not None:
         check_folder(output_path)
@@ -108,13 +108,6 @@ def evaluate(
     if results:
         _show(lm, results)
     return 0
-
-
-def _default_device() -> str:
-    import torch
-
-    # lm-eval gives each process of a launcher its own
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _load(model_args: str, own: dict[str, Any]) -> "CompressedLM":

@@ -377,12 +377,22 @@ def test_a_mistake_in_an_evaluation_is_one_clear_line_and_status_2(arguments, me
     assert "Traceback" not in out + error
 
 
-def test_an_evaluation_asks_for_a_gpu_only_where_there_is_one(monkeypatch):
-    from kvcompress.cli import evaluations
+# docs: Without `--device` the model is on a GPU if there is one
+@pytest.mark.parametrize(("has_gpu", "device"), [(False, "cpu"), (True, "cuda")])
+def test_a_model_is_loaded_onto_a_gpu_only_where_there_is_one(folder, monkeypatch, has_gpu, device):
+    class Asked(Exception):
+        pass
 
-    for found, device in ((False, "cpu"), (True, "cuda")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
-        assert evaluations._default_device() == device
+    def ask(self, *, device, **settings):
+        raise Asked(device)
+
+    lm = CompressedLM(pretrained=str(folder))
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(HFLM, "__init__", ask)
+    for given, wanted in ((None, device), ("cpu", "cpu")):
+        with pytest.raises(Asked, match=f"^{wanted}$"):
+            CompressedLM(pretrained=str(folder), device=given)
 
 
 # docs: Releases of lm-eval after 0.4.13 find it by the entry point group `lm_eval.models`
