@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from kvcompress.evals.lm.model import CompressedLM
 from tests.evals.conftest import folder, model, tokenizer  # noqa: F401
 
-FILE = find_spec("kvcompress.lighteval.model").origin
+FILE = find_spec("kvcompress.evals.lm.lighteval_model").origin
 TEXTS = ["red green blue " * count for count in (4, 9, 6)]
 
 
