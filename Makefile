@@ -46,7 +46,7 @@ test-slow: $(READY)
 
 # the contract of every cache, variants too, on the oldest transformers that kvcompress supports
 test-5.17: $(READY) $(OLDEST)/.installed
-	$(ON_OLDEST) -m "not slow" tests/contract tests/test_loading.py
+	$(ON_OLDEST) -m "not slow" tests/contract tests/test_loading.py tests/test_generation.py
 
 # machine code and compilation of the kernels by the oldest Triton whose code is recorded, that of torch 2.11
 test-triton-3.6: $(READY) $(TRITON_36)/.installed

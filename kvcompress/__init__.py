@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kvcompress.caches.quantized import KIVICache as KIVICache
     from kvcompress.caches.shadowkv import ShadowKVCache as ShadowKVCache
     from kvcompress.caches.transform_codec import TransformCodec as TransformCodec
+    from kvcompress.choosing import auto_cache as auto_cache
+    from kvcompress.generation import generate_folder as generate_folder
     from kvcompress.hf import release as release
     from kvcompress.loading import load_model as load_model
     from kvcompress.policies.attention_matching import AttentionMatching as AttentionMatching
@@ -69,7 +71,9 @@ _HOMES = {
     "SwiftKVCache": "swiftkv.cache",
     "TransformCodec": "caches.transform_codec",
     "ask": "asking",
+    "auto_cache": "choosing",
     "convert": "swiftkv.conversion",
+    "generate_folder": "generation",
     "load_model": "loading",
     "measure_basis": "caches.calibration",
     "measure_profile": "caches.profiling",

@@ -51,6 +51,8 @@ class CompressedCache(hf.AttendingCache):
     layers: list[CompressedLayer]  # type: ignore[assignment]
     # the decoder whose forward came last
     _filled_by: weakref.ref[Any] | None = None
+    # why it was chosen, if not by a user
+    chosen: str | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -83,7 +85,8 @@ class CompressedCache(hf.AttendingCache):
         model = self._model()
         owner = "a model that is gone" if model is None else type(model).__name__
         rows = "empty" if self.batch_size < 0 else f"batch {self.batch_size}, {self.memory()}"
-        return f"{type(self).__name__}({settings})\nfor {owner}, {len(self.layers)} layers: {rows}"
+        why = "" if self.chosen is None else f"\nchosen: {self.chosen}"
+        return f"{type(self).__name__}({settings})\nfor {owner}, {len(self.layers)} layers: {rows}{why}"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(repr(self))}</pre>"

@@ -1,6 +1,8 @@
 """What a cache holds, in bytes of live storage."""
 
 import html
+import operator
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -122,6 +124,31 @@ def full_cache_bytes(tokens: int, window: int | None, shape: tuple[int, int, int
     batch, kv_heads, head_dim = shape
     held = tokens if window is None else min(tokens, window)
     return 2 * batch * kv_heads * head_dim * held * dtype.itemsize
+
+
+def read_bytes(name: str, size: int | str) -> int:
+    """A number of bytes as people write it: 8589934592, "8GiB" or "8.6 GB".
+
+    Args:
+        name: of the setting, for the messages.
+
+    Raises:
+        ValueError: a str that is no number with a unit from B to TiB, or less than 1 byte.
+        TypeError: neither an int nor a str.
+    """
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)\s*", size, re.IGNORECASE)
+        if found is None:
+            raise ValueError(
+                f"{name} must be a number of bytes (int), or a size with its unit such as '8GiB', got {size!r}"
+            )
+        base, exponent = (1024 if "i" in found[2].lower() else 1000), "BKMGT".index(found[2][0].upper())
+        size = int(float(found[1]) * base**exponent)
+    if isinstance(size, bool) or not hasattr(size, "__index__"):
+        raise TypeError(f"{name} must be a number of bytes (int), or a size such as '8GiB', got {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return operator.index(size)
 
 
 def _size(size: int) -> str:

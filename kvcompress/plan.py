@@ -23,7 +23,8 @@ A forward over c tokens of a prompt (all of them, or a chunk) takes for each, in
 
 on top of the cache, which has then taken in the layers before. kvzip and attention_matching, which read a prompt twice,
 hold the keys and values of all tokens of the forward, in all layers, until the second reading ends; then
-attention_matching also some queries of all layers, and what one layer's fit multiplies. Not counted: the logits of the
+attention_matching also some queries of all layers, and what one layer's fit multiplies, if its heads keep about alike:
+where they compete, a fit may take more. Not counted: the logits of the
 last token, the workspaces of kernels, and what a GPU needs before anything runs.
 """
 
@@ -32,7 +33,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvcompress import hf, loading, registry
 from kvcompress.caches.allotment import Allotment
@@ -65,7 +66,8 @@ _OWN = ("none", "hydragen", "gear", "kivi", "shadowkv")
 @dataclass(frozen=True)
 class Shape:
     """What a config says that memory depends on. windows: each layer's sliding window, None for full attention.
-    linear: how many of the parameters can be quantised, those of linear layers but the head."""
+    linear: how many of the parameters can be quantised, those of linear layers but the head. dtype: the checkpoint's,
+    if the config says."""
 
     name: str
     parameters: int
@@ -77,6 +79,7 @@ class Shape:
     intermediate: int
     longest: int | None
     linear: int = 0
+    dtype: torch.dtype | None = None
 
     def weights(self, dtype: torch.dtype, bits: int | None = None) -> int:
         """Bytes of the weights in a dtype; with 8 or 4 bits, those of linear layers but the head in these, with a
@@ -119,10 +122,15 @@ def read_shape(name: str | None) -> Shape:
     """
     config = loading.read_config(name)
     hf.check_served(config, config.model_type)
-    windows = tuple(hf.attention_windows(config))
-    sizes = hf.sizes(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    return shape_of(config, model, name or loading.DEFAULT_PACKAGE)
+
+
+def shape_of(config: PreTrainedConfig, model: PreTrainedModel, name: str = "") -> Shape:
+    """The shape of a model that is there, on the meta device or with its weights."""
+    config = config.get_text_config(decoder=True)
+    windows, sizes = tuple(hf.attention_windows(config)), hf.sizes(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     linear = sum(
@@ -131,7 +139,7 @@ def read_shape(name: str | None) -> Shape:
         if isinstance(module, torch.nn.Linear) and module is not head
     )
     return Shape(
-        name or loading.DEFAULT_PACKAGE,
+        name or model.name_or_path or type(model).__name__,
         parameters,
         windows,
         sizes.heads,
@@ -141,6 +149,7 @@ def read_shape(name: str | None) -> Shape:
         sizes.intermediate,
         sizes.longest,
         linear,
+        config.dtype if isinstance(config.dtype, torch.dtype) else None,
     )
 
 

@@ -27,7 +27,7 @@ from kvcompress.caches.evicting import EvictingCache
 from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized import GEARCache, KIVICache
 from kvcompress.caches.shadowkv import ShadowKVCache
-from kvcompress.policies.gear import GEAR
+from kvcompress.policies.gear import GEAR, PRESETS
 from kvcompress.policies.method import LISTED, Listed, describe, import_policies, is_own, register
 from kvcompress.policies.policy import Policy
 from kvcompress.policies.settings import RENAMED, declared, instead, nearest, read
@@ -59,11 +59,13 @@ _OF_GEAR = {"preset": str, "basis": str, **_OF_KIVI}
 class Method(Listed):
     """A method, and the function that builds its cache: (model, budget, settings) -> cache.
 
-    settings: what a spec may set, with the types that are declared; None where that is not known.
+    settings: what a spec may set, with the types that are declared; None where that is not known. defaults: what they
+    are unless they are set; None: as the signatures of the classes say.
     """
 
     build: Callable[[PreTrainedModel, int | float, dict[str, Any]], CompressedCache] = field(kw_only=False)
     settings: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    defaults: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
 
 def names() -> list[str]:
@@ -77,7 +79,10 @@ def parse(spec: str, methods: Mapping[str, Listed] | None = None) -> tuple[Metho
     Raises:
         ValueError: an unknown method, a class that is not one, a part that is not `setting=value`, a setting that the
             method does not have or that is given twice, a value of another type than the setting's, or a bad budget.
+        TypeError: the spec is no str.
     """
+    if not isinstance(spec, str):
+        raise TypeError(f"a method must be named by a str such as 'h2o:sinks=4', got {spec!r}")
     # a colon ends a value only where another setting begins: host=mmap:/folder is one
     head, *pairs = re.split(r":(?=\w+=)", spec.strip())
     if head.lower() in SPELLINGS:
@@ -117,7 +122,8 @@ def _value(method: Method, setting: str, text: str) -> Any:
     if known is None:
         return read(text)
     if setting not in known:
-        raise ValueError(f"the method {method.name} does not take these settings: {setting}; {instead(setting, known)}")
+        takes = [*(["budget"] if method.takes_budget else []), *known]
+        raise ValueError(f"the method {method.name} does not take these settings: {setting}; {instead(setting, takes)}")
     try:
         return read(text, known[setting])
     except ValueError as error:
@@ -339,11 +345,12 @@ def _list_own() -> None:
             "gear", "every token: keys in 4 bits, values in 3; or 2, 3, 8 bits, outliers, low rank", _gear("default"),
             costs="packing a token, then its block; unpacking where attention reads", paper="2403.05527",
             kind=GEARCache, label="GEARCache", takes_budget=False, settings=_OF_GEAR,
+            defaults={"preset": "default", "basis": None, **vars(PRESETS["default"])},
         ),
         Method(
             "kivi", "every token, 2-bit codes", _gear("kivi"),
             costs="as `gear`", paper="2402.02750", kind=KIVICache, label="KIVICache", takes_budget=False,
-            settings=_OF_KIVI,
+            settings=_OF_KIVI, defaults=vars(PRESETS["kivi"]),
         ),
     ):  # fmt: skip
         LISTED[method.name] = method

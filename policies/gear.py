@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from kvcompress.kernels.common.quantized import QuantScheme, check_coding
-from kvcompress.policies.settings import settle
+from kvcompress.policies.settings import declared, names_settings, nearest, settle, unknown_setting
 
 Backbone = Literal["kivi", "whole"]
 
@@ -202,6 +202,10 @@ class GEAR:
         return min(math.ceil(self.outliers * elements / 2 - 1e-9), (elements + 1) // 2)
 
 
+# which a dataclass has only when it is made
+GEAR.__init__ = names_settings(GEAR.__init__)  # type: ignore[method-assign]
+
+
 def _whole(head_dim: int) -> int:
     """The group that takes a token of a head whole."""
     return max(8, 1 << (head_dim - 1).bit_length())
@@ -243,7 +247,11 @@ def preset(name: str, **changes: int | float | str) -> GEAR:
 
     Raises:
         ValueError: no preset has the name.
+        TypeError: a change is to no setting of GEAR.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; {nearest(name, PRESETS)}known: {', '.join(PRESETS)}")
+    for setting in changes:
+        if setting not in declared(GEAR):
+            raise unknown_setting(GEAR, setting, declared(GEAR))
     return replace(PRESETS[name], **changes)  # type: ignore[arg-type]

@@ -6,15 +6,16 @@ rest those that score highest, up to its budget. One policy object can serve man
 sequence (scores, `Candidates.state`) belongs to the cache.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from kvcompress.policies.settings import settle
+from kvcompress.policies.settings import settle, unknown_setting
 
 
 class Rotary(Protocol):
@@ -137,6 +138,16 @@ class Policy:
     allocates: ClassVar[Literal["uniform", "pyramid", "heads", "global"]] = "uniform"
     # wants `Candidates.rotary`; a model whose rotary embedding cannot be taken back is then refused
     uses_rotary: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Raises TypeError for a setting that it does not have, with the name that is most like it."""
+        known = inspect.signature(cls.__init__).parameters.values()
+        if not any(each.kind is each.VAR_KEYWORD for each in known):
+            names = [each.name for each in known][1:]
+            for name in settings:
+                if name not in names:
+                    raise unknown_setting(cls, name, names)
+        return super().__new__(cls)
 
     def __init_subclass__(cls) -> None:
         if "memory" in vars(cls):

@@ -35,9 +35,7 @@ def names_settings(init: Callable[Arguments, None]) -> Callable[Arguments, None]
         for name in [name for name in settings if name not in known and not takes_all]:
             new = RENAMED.get(name)
             if new not in known:
-                # the model is no setting
-                takes = [each for each in known if each != "model"]
-                raise TypeError(f"{name} is no setting of {type(args[0]).__name__}; {instead(name, takes)}")
+                raise unknown_setting(type(args[0]), name, known)
             if new in settings:
                 raise TypeError(f"{name} is the old name of {new}: pass {new} alone")
             settings[new] = settings.pop(name)
@@ -49,6 +47,12 @@ def names_settings(init: Callable[Arguments, None]) -> Callable[Arguments, None]
         init(*args, **settings)
 
     return checked
+
+
+def unknown_setting(kind: type[Any], name: str, known: Iterable[str]) -> TypeError:
+    """The error for a setting that a class does not have; known: the names of its parameters."""
+    # the model is no setting
+    return TypeError(f"{name} is no setting of {kind.__name__}; {instead(name, (n for n in known if n != 'model'))}")
 
 
 def instead(name: str, known: Iterable[str]) -> str:

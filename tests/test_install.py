@@ -310,6 +310,9 @@ def test_the_installed_wheel_is_what_runs(installed):
 @pytest.mark.slow
 def test_every_module_of_the_wheel_is_imported(installed):
     names = [path.removesuffix(".py").replace("/", ".") for path in PACKAGED if "__" not in path]
+    if importlib.util.find_spec("lighteval") is None:
+        # which loads it itself
+        names.remove("kvcompress.evals.lm.lighteval_model")
     done = installed("python", "-c", f"import importlib; [importlib.import_module(n) for n in {names}]")
     assert done.returncode == 0, done.stderr
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from kvcompress import EvictingCache, H2OCache
 from kvcompress.hf import cache_argument
-from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
+from kvcompress.memory import MemoryReport, full_cache_bytes, read_bytes, storage_bytes
 from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.h2o import H2O
 from tests.contract.models import prompt, tiny
@@ -97,3 +98,43 @@ def test_what_is_reported_is_every_tensor_a_cache_can_reach(tokens, settings):
 
     visit(cache, set())
     assert sum(found.values()) == cache.memory().total_bytes
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (8, 8), (torch.tensor(8), 8), ("8 B", 8), ("8GiB", 8 << 30), ("8 gib", 8 << 30), ("1.5KiB", 1536),
+        ("8GB", 8 * 10**9), ("2TiB", 2 << 40),
+    ],
+)  # fmt: skip
+def test_a_size_is_read_as_people_write_it(given, size):
+    assert read_bytes("max_bytes", given) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("8", ValueError, "max_bytes must be a number of bytes .int., or a size with its unit such as '8GiB', got '8'"),
+        ("8 apples", ValueError, "got '8 apples'"),
+        ("-8GiB", ValueError, "got '-8GiB'"),
+        ("0 GiB", ValueError, "max_bytes must be at least 1, got 0"),
+        (0, ValueError, "max_bytes must be at least 1, got 0"),
+        (2.5, TypeError, "max_bytes must be a number of bytes .int., or a size such as '8GiB', got 2.5"),
+        (True, TypeError, "got True"),
+        (None, TypeError, "got None"),
+    ],
+)
+def test_what_is_no_size_is_named(given, error, message):
+    with pytest.raises(error, match=message):
+        read_bytes("max_bytes", given)
+
+
+# docs: It is allocated once and has one shape
+def test_transformers_static_cache_has_one_shape_and_saves_nothing():
+    model, ids = tiny(), prompt(20)
+    cache = StaticCache(model.config, max_cache_len=64)
+    shapes = []
+    for _ in range(2):
+        model(ids, **cache_argument(model, cache))
+        shapes += [tuple(layer.keys.shape) for layer in cache.layers]
+    assert set(shapes) == {(1, model.config.num_key_value_heads, 64, model.config.head_dim)}

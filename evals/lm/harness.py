@@ -1,11 +1,11 @@
-"""The one way into lm-eval: its tasks, found here or in its own index, run through a CompressedLM, and its command."""
+"""The one way into lm-eval: its tasks, found here, in the user's folders or in its own index, run by a CompressedLM."""
 
 import contextlib
 import functools
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import lm_eval
 import numpy
 import torch
-from lm_eval._cli import HarnessCLI
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from kvcompress.evals.lm.model import CompressedLM
@@ -71,12 +71,86 @@ def set_examples(task: Any, num_fewshot: int | None) -> None:
     task.set_fewshot_seed(seed=_SEED)
 
 
-def run_command(arguments: list[str]) -> None:
-    """`lm_eval run --model kvcompress` with these arguments, also with the task files of this folder."""
-    if "--include_path" not in arguments:
-        arguments = [*arguments, "--include_path", str(TASKS)]
-    harness = HarnessCLI()
-    harness.execute(harness._parser.parse_args(["run", "--model", "kvcompress", *arguments]))
+class _Tasks(TaskManager):
+    """lm-eval's, which says in one line what is in the way of a task."""
+
+    def load(self, names: Any) -> Any:
+        """Raises ValueError if a task cannot be loaded, for want of a network or of its data."""
+        try:
+            return super().load(names)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            offline = [f"local_{name}" for name in names if f"local_{name}" in _manager(False, "{}").all_subtasks]
+            remedy = (
+                f'; without a network, --tasks {",".join(offline)} --metadata \'{{"data": "/folder"}}\' reads the '
+                "documents from a folder"
+            ) * bool(offline)
+            raise ValueError(
+                f"lm-eval cannot load {', '.join(names)}: {type(error).__name__}: {reason}{remedy}"
+            ) from error
+
+
+def find_tasks(names: Sequence[str], metadata: dict[str, Any], folder: Path | None) -> tuple[TaskManager, list[str]]:
+    """The manager that knows all of these tasks, groups and tags, and their names, patterns such as mmlu_* expanded.
+
+    Args:
+        metadata: for the task files.
+        folder: with more task files; None for those here and lm-eval's own.
+
+    Raises:
+        ValueError: a name that nobody knows, or a folder that is none.
+    """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"there is no folder {folder} with task files")
+    places = [str(TASKS), *([] if folder is None else [str(folder)])]
+    for defaults in (False, True):
+        with errors_only():
+            manager = _Tasks(include_path=places, include_defaults=defaults, metadata=metadata)
+        found = {name: manager.match_tasks([name]) for name in names}
+        if all(found.values()):
+            return manager, list(dict.fromkeys(task for tasks in found.values() for task in tasks))
+    unknown = next(name for name in names if not found[name])
+    near = nearest(unknown, manager.task_index)
+    raise ValueError(f"unknown task {unknown!r}; {near}`lm_eval ls tasks` lists all of lm-eval's")
+
+
+def run(
+    lm: CompressedLM, names: Sequence[str], manager: TaskManager, folder: Path | None, samples: bool, **options: Any
+) -> dict[str, Any]:
+    """What lm-eval's `simple_evaluate` gives of these tasks, written as its own command writes it.
+
+    Args:
+        names: tasks, groups and tags that the manager knows.
+        folder: for the results; None: they are not written.
+        samples: write every document's answer too.
+        options: others of simple_evaluate: num_fewshot, limit, gen_kwargs, ...
+
+    Raises:
+        ValueError: a task cannot be loaded, or asks for what the model or the cache cannot do.
+    """
+    tracker = None if folder is None else EvaluationTracker(output_path=str(folder))
+    with errors_only():
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            # which lm-eval writes down: the model is there
+            model_args={"pretrained": lm.pretrained, "cache": lm.cache, "budget": lm.budget},
+            tasks=list(names),
+            task_manager=manager,
+            batch_size=lm.batch_size,
+            device=str(lm.device),
+            log_samples=samples,
+            evaluation_tracker=tracker,
+            **options,
+        )
+        if found is None:
+            # another process than the first has nothing to tell
+            return {}
+        documents = found.pop("samples", {})
+        if tracker is not None:
+            tracker.save_results_aggregated(results=found, samples=documents or None)
+            for name, answers in documents.items():
+                tracker.save_results_samples(task_name=name, samples=answers)
+    return dict(found)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,4 @@
-"""The command line: sweep, report, eval, generate, chat, plan, check, profile, calibrate, distill; and bench, study,
-peers.
+"""The command line: sweep, report, eval, generate, chat, plan, check, methods, profile, calibrate, distill; and groups.
 
 Heavy imports wait until a command runs. A user's mistake gives one line on stderr and exit status 2.
 """
@@ -11,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from kvcompress.cli import calibrations, chats, checks, distillation, generation, measurements, plans, profiles, sweeps
+from kvcompress.cli import (
+    calibrations,
+    chats,
+    checks,
+    distillation,
+    evaluations,
+    generation,
+    measurements,
+    methods,
+    plans,
+    profiles,
+    sweeps,
+)
 from kvcompress.cli.arguments import IN_USUAL, KNOWN, KNOWN_TASKS, USUAL, UsageError, with_options
 
 app = typer.Typer(
@@ -20,11 +31,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# all other flags are lm-eval's
-_OF_EVAL = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command("eval", context_settings=_OF_EVAL)(with_options(sweeps.evaluate))
+# as lm-eval writes options: --num_fewshot
+_OF_EVAL = {"token_normalize_func": lambda name: name.replace("_", "-")}
+app.command("eval", context_settings=_OF_EVAL)(with_options(evaluations.evaluate))
 for function in (
-    *(sweeps.sweep, sweeps.report, generation.generate, chats.chat, plans.plan, checks.check),
+    *(sweeps.sweep, sweeps.report, generation.generate, chats.chat, plans.plan, checks.check, methods.methods),
     *(profiles.profile, calibrations.calibrate, distillation.distill),
 ):
     app.command()(with_options(function))

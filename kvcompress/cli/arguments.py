@@ -148,12 +148,12 @@ def check_extra(extra: str, *packages: str) -> None:
         raise UsageError(f"this command needs {', '.join(missing)}: pip install 'kvcompress[{extra}]'")
 
 
-def as_dtype(name: str) -> "torch.dtype":
+def as_dtype(name: str, option: str = "--dtype") -> "torch.dtype":
     import torch
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in kinds:
-        raise UsageError(f"--dtype must be one of {', '.join(kinds)}, got {name!r}")
+        raise UsageError(f"{option} must be one of {', '.join(kinds)}, got {name!r}")
     return kinds[name]
 
 

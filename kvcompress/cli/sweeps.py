@@ -1,4 +1,4 @@
-"""The commands sweep, report and eval: quality against measured bytes."""
+"""The commands sweep and report: quality against measured bytes."""
 
 import dataclasses
 import os
@@ -14,7 +14,6 @@ from kvcompress.cli.arguments import (
     KNOWN,
     KNOWN_TASKS,
     USUAL,
-    CacheOption,
     DeviceOption,
     ModelOption,
     UsageError,
@@ -145,41 +144,6 @@ def report(
             for path in write_leaderboard(reports.read(folders), leaderboard):
                 print(path)
     return status
-
-
-def evaluate(
-    context: typer.Context,
-    model: ModelOption = None,
-    cache: CacheOption = "none",
-    budget: Annotated[str | None, "Tokens kept (512), or a fraction of the context (0.2)."] = None,
-    hold_back: Annotated[
-        str, "Read after compression: last tokens of a context, or all from a text such as Question:"
-    ] = "1",
-    chunk: Annotated[int, "Tokens read per forward after compression."] = 64,
-) -> int:
-    """Run lm-eval's tasks through a cache. All other flags are those of `lm-eval run`: --tasks, --num_fewshot, ...
-
-    The context is compressed before the part held back is read, and scores are computed with what is left. lm-eval's
-    own output then has the bytes held next to the scores.
-    """
-    check_extra("eval", "lm_eval")
-    rest = list(context.args)
-    settings = {"pretrained": model, "cache": cache, "budget": budget, "hold_back": hold_back, "chunk": chunk}
-    for name, value in settings.items():
-        if isinstance(value, str) and ("," in value or (name != "cache" and "=" in value)):
-            raise UsageError(f"--{name.replace('_', '-')} must not contain a comma or an equals sign, got {value!r}")
-    if budget is not None:
-        as_budget(budget)
-    passed = ",".join(f"{name}={value}" for name, value in settings.items() if value is not None)
-    if "--model_args" in rest:
-        at = rest.index("--model_args")
-        passed = ",".join([passed, *rest[at + 1 : at + 2]])
-        del rest[at : at + 2]
-    from kvcompress.evals.lm.harness import run_command
-
-    with user_errors():
-        run_command(["--model_args", passed, *rest])
-    return 0
 
 
 def run_sweep(

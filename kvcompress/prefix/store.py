@@ -19,6 +19,8 @@ from kvcompress import hf
 from kvcompress.cache import warn_of_unchecked
 from kvcompress.caches.basis import Basis
 from kvcompress.caches.transform_codec import Codec, encoder_of
+from kvcompress.memory import read_bytes
+from kvcompress.policies.settings import names_settings
 from kvcompress.prefix.cache import MIN_TOKENS, HydragenCache
 from kvcompress.prefix.store_folder import FILE, FIRST_FILE, INDEX, LOCK, STEM, FolderIndex, tokens_of, write_prefix
 from kvcompress.prefix.tree import UNKNOWN, leading
@@ -58,14 +60,22 @@ class PrefixStore:
     left to run, even if the whole prompt is stored.
     """
 
-    def __init__(self, model: PreTrainedModel, max_bytes: int | None = None, *, min_tokens: int = MIN_TOKENS) -> None:
+    @names_settings
+    def __init__(
+        self, model: PreTrainedModel, max_bytes: int | str | None = None, *, min_tokens: int = MIN_TOKENS
+    ) -> None:
         """
         Args:
-            max_bytes: how many bytes all prefixes may take; the least recently used are dropped first. None: no limit.
+            max_bytes: how many bytes all prefixes may take, as a number or as "8GiB"; the least recently used are
+                dropped first. None: no limit.
             min_tokens: shorter matches do not count.
+
+        Raises:
+            TypeError: the model is none that was loaded, a setting that there is not, or max_bytes is no size.
+            ValueError: max_bytes or min_tokens is less than 1, or a size is not written as "8GiB".
         """
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError(f"max_bytes must be at least 1, or None for no limit, got {max_bytes}")
+        hf.text_config(model)
+        max_bytes = None if max_bytes is None else read_bytes("max_bytes", max_bytes)
         if min_tokens < 1:
             raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
         self.model = model

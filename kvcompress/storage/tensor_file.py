@@ -154,9 +154,16 @@ class TensorFile:
         """
         Raises:
             DamagedFileError: the file is not a safetensors file, or not as it was written.
+            FileNotFoundError: there is none.
         """
         self.path = Path(path)
-        self._file = self.path.open("rb")
+        try:
+            self._file = self.path.open("rb")
+        except FileNotFoundError as error:
+            where = "" if self.path.is_absolute() else f" below {Path.cwd()}"
+            raise FileNotFoundError(
+                error.errno, f"No such file{where}, where one that save() wrote should be", str(path)
+            ) from None
         try:
             self._read_header()
         except BaseException:

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import re
@@ -146,6 +147,18 @@ def rows(tmp_path):
         (["plan", "--context", "9", "--batch", "0", "--model", "FOLDER"], "batch must be at least 1, got 0"),
         (["plan", "--context", "9", "--gpu-memory", "0"], "--gpu-memory must be more than 0 GiB"),
         (["plan", "--context", "9", "--gpu-memory", "nan"], "--gpu-memory must be more than 0 GiB, got nan"),
+        (
+            ["plan", "--context", "9", "--gpu-memory", "24 sacks"],
+            "--gpu-memory must be a number of bytes",
+        ),
+        (["plan", "--context", "9kb"], "--context must be a number of tokens, such as 131072 or 128k, got '9kb'"),
+        (["plan", "--context", "9", "--prefill-chunk", "x"], "--prefill-chunk must be a number of tokens"),
+        (["plan", "--context", "9", "--prefill-chunk", "0", "--model", "FOLDER"], "chunk must be at least 1, got 0"),
+        (["plan", "--context", "9", "--weights", "3", "--model", "FOLDER"], "--weights must be one of float32"),
+        (
+            ["plan", "--context", "9", "--weights", "float16", "--dtype", "bfloat16", "--model", "FOLDER"],
+            "--weights must be 8, 4 or the dtype of the cache, bfloat16",
+        ),
         (["plan", "--context", "9", "--gpu-memory", "inf"], "--gpu-memory must be more than 0 GiB, got inf"),
         (["plan", "--context", "9", "--model", "/nowhere"], "there is no folder /nowhere"),
         (["plan", "--context", "9", "--model", "FOLDER", "--methods", "h3o"], "unknown method 'h3o'"),
@@ -437,13 +450,54 @@ def test_the_options_of_distill_are_its_settings_and_those_of_the_model():
 
 def test_plan_tells_what_fits(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    arguments = ["--model", folder, "--context", "1000000", "--batch", "64", "--gpu-memory", "35", "--budget", "1000"]
+    arguments = ["--model", folder, "--context", "1000000", "--batch", "64", "--gpu-memory", "30", "--budget", "1000"]
     assert main(["plan", *arguments, "--methods", "none,h2o"]) == 0
     lines = capsys.readouterr().out.splitlines()
     none, h2o = (next(line for line in lines if f" {name} " in line) for name in ("none", "h2o"))
     assert " no " in none
     assert " yes " in h2o
     assert any("trained for at most 2048 tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize(("memory", "as_well"), [("24", "24GiB"), ("1.5GiB", "1536 MiB"), ("80GB", "80000000000 B")])
+def test_a_plan_takes_units_as_people_write_them(folder, capsys, memory, as_well):
+    shown = []
+    for written, context in ((memory, "128k"), (as_well, "131072")):
+        assert main(["plan", "--model", folder, "--context", context, "--methods", "h2o", "--gpu-memory", written]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize(
+    ("memory", "more", "cache"),
+    [
+        ("80GiB", [], "--cache none --dtype"),
+        ("600MiB", [], "--cache none --prefill-chunk-size"),
+        ("560MiB", ["--question-known", "yes"], "--cache gear "),
+        ("518MiB", [], "--cache kvzip:bits=4 --budget 0.2 --prefill-chunk-size 1024 --dtype float32"),
+        ("513MiB", [], "none of the caches fits"),
+    ],
+)
+def test_a_plan_recommends_a_command_that_exists(folder, capsys, monkeypatch, tmp_path, memory, more, cache):
+    arguments = ["--context", "100k", "--gpu-memory", memory, "--methods", "none", "--dtype", "float32", *more]
+    assert main(["plan", "--model", folder, *arguments]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Recommended: ")]
+    assert cache in line
+    if "kvcompress" in line:
+        command = line.removeprefix("Recommended: kvcompress ").split()
+        text = tmp_path / "text"
+        text.write_text("Amber is red. " * 20)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Amber is red. Is it?"))
+        command = [str(text) if word == "FILE" else word for word in command]
+        assert main([*command, "--max-new-tokens", "2"]) == 0
+
+
+def test_a_plan_says_what_would_fit_where_nothing_does(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["plan", "--model", folder, "--context", "100k", "--gpu-memory", "520MiB", "--methods", "none"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "│ none" in line).split("│")
+    assert row[7].strip() == "no"
+    assert 1000 < int(row[8]) < 100 * 1024
 
 
 def test_a_plan_cuts_no_word_in_a_narrow_terminal(folder, capsys, monkeypatch):
@@ -465,9 +519,10 @@ def test_a_plan_cuts_no_word_in_a_narrow_terminal(folder, capsys, monkeypatch):
 def test_a_plan_of_usual_methods_fits_into_80_columns(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["plan", "--model", folder, "--context", "1000"]) == 0
-    out = capsys.readouterr().out
-    assert "attention_matching " in out
-    assert max(map(len, out.splitlines())) <= 80
+    lines = capsys.readouterr().out.splitlines()
+    assert any("attention_matching " in line for line in lines)
+    # the command to copy is not broken
+    assert max(len(line) for line in lines if not line.startswith("Recommended: ")) <= 80
 
 
 def test_a_sweeps_tables_cut_no_word_in_a_narrow_terminal(sweep, capsys, monkeypatch):

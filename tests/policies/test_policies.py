@@ -1,12 +1,14 @@
 """Each policy's scores against its formula, in float64 and plain loops."""
 
+import copy
 import math
+import pickle
 from collections import defaultdict
 
 import pytest
 import torch
 
-from kvcompress import EvictingCache
+from kvcompress import GEAR, EvictingCache, GEARCache
 from kvcompress.policies.chunkkv import ChunkKV
 from kvcompress.policies.h2o import H2O
 from kvcompress.policies.keydiff import KeyDiff
@@ -218,3 +220,31 @@ def test_a_policy_cannot_be_changed():
         H2O().sinks = 3
     with pytest.raises(NotImplementedError):
         Policy().score(scene(H2O(), 1).candidates)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TOVA(sink=1), "sink is no setting of TOVA; did you mean sinks[?] It takes recent, sinks$"),
+        (lambda: SnapKV(windw=8), "windw is no setting of SnapKV; did you mean window"),
+        (lambda: GEAR(bit=2), "bit is no setting of GEAR; did you mean bits"),
+        (lambda: GEARCache.preset(tiny(), "kivi", bit=2), "bit is no setting of GEAR; did you mean bits"),
+    ],
+)
+def test_a_setting_that_is_none_is_answered_with_the_nearest(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_preset_that_is_none_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown preset 'kiwi'; did you mean kivi[?] known: default, "):
+        GEARCache.preset(tiny(), "kiwi")
+
+
+def test_a_policy_may_take_settings_of_its_own_making():
+    class Free(TOVA):
+        def __init__(self, **settings):
+            super().__init__(sinks=settings["first"])
+
+    assert Free(first=3).sinks == 3
+    assert copy.deepcopy(SnapKV(window=8)) == pickle.loads(pickle.dumps(SnapKV(window=8))) == SnapKV(window=8)

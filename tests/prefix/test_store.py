@@ -651,3 +651,27 @@ def test_a_store_that_needs_a_basis_says_which(basis, tmp_path):
     file.write_bytes(data)
     with pytest.warns(UserWarning, match="a prefix is skipped: .*does not match its checksum"):
         assert len(PrefixStore.load(tmp_path / "store", model, basis=basis)) == 0
+
+
+# docs: `max_bytes` is written as a number of bytes or as `"8GiB"`
+def test_a_limit_may_have_a_unit():
+    assert PrefixStore(tiny(), max_bytes="8GiB").max_bytes == PrefixStore(tiny(), max_bytes=8 << 30).max_bytes
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: PrefixStore("name"), TypeError, "a cache is built for a loaded model, got str: pass the model itself"),
+        (
+            lambda: PrefixStore(tiny(), max_byte=8),
+            TypeError,
+            "max_byte is no setting of PrefixStore; did you mean",
+        ),
+        (lambda: PrefixStore(tiny(), "8"), ValueError, "max_bytes must be a number of bytes"),
+        (lambda: PrefixStore(tiny(), 0), ValueError, "max_bytes must be at least 1, got 0"),
+    ],
+    ids=["model", "setting", "unit", "nothing"],
+)
+def test_a_store_that_cannot_be_says_why(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

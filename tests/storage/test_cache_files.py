@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 import random
+import re
 import warnings
 import weakref
 from pathlib import Path
@@ -18,12 +19,14 @@ from safetensors.torch import save_file
 from kvcompress import (
     GEAR,
     AcrossKVCache,
+    Basis,
     DenseCache,
     EvictingCache,
     H2OCache,
     HydragenCache,
     Knorm,
     Policy,
+    Profile,
     ShadowKVCache,
     SwiftKVCache,
     convert,
@@ -422,3 +425,14 @@ def test_layers_share_the_storage_of_a_class_of_ones_own_in_a_file_too(tmp_path)
         warnings.simplefilter("ignore")
         saved(tmp_path / "cache", cache=AcrossKVCache(model, share=1, storage=Saved))
         assert AcrossKVCache.load(tmp_path / "cache", model).get_seq_length() == 20
+
+
+@pytest.mark.parametrize("read", [lambda path: DenseCache.load(path, tiny()), Basis.load, Profile.load])
+def test_a_file_that_is_not_there_is_named_with_the_folder_that_was_looked_in(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = f"No such file below {re.escape(str(tmp_path))}, where one that save.. wrote should be: 'missing.safet"
+    with pytest.raises(FileNotFoundError, match=told) as error:
+        read("missing.safetensors")
+    assert error.value.filename == "missing.safetensors"
+    with pytest.raises(FileNotFoundError, match=f"No such file, where one .*: '{tmp_path}/missing'"):
+        read(tmp_path / "missing")

@@ -1,6 +1,10 @@
 """The lm-eval model: without compression it scores as the harness's own, with it only through what is left."""
 
 import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 from lm_eval import simple_evaluate
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvcompress.cli import main
 from kvcompress.evals.lm.model import CompressedLM
 from kvcompress.evals.sweep.protocol import NotCompressedError
+from tests.test_layout import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_description")
 
@@ -118,7 +124,7 @@ def test_the_batch_changes_nothing(loaded, tasks):
     assert found[0][1] == found[1][1]
 
 
-# docs: compresses each context before it reads the part held back, and scores with what is left
+# docs: compresses each context before it reads the part held back, scores with what is left
 def test_compression_moves_every_kind_of_score_and_is_written_beside_it(loaded, tasks):
     names = ["colours_choice", "colours_rolling", "colours_until"]
     whole = evaluated(CompressedLM(**loaded, batch_size=4), tasks, *names, shots=1)
@@ -203,6 +209,11 @@ def test_too_long_a_context_is_cut_on_the_left_as_the_harness_does(loaded):
         ({"cache": "h2o"}, "the cache h2o needs a budget"),
         ({"cache": "h2o", "budget": 8, "hold_back": 0}, "hold_back must be at least 1 token.*got 0"),
         ({"chunk": 0}, "chunk must be at least 1 token, got 0"),
+        ({"budget": 0.2}, "the cache none takes no budget: leave it out; got 0.2"),
+        ({"cache": "gear:bits=4", "budget": 8}, "the cache gear:bits=4 takes no budget"),
+        ({"batch_size": "many"}, "batch_size must be a number of sequences, or auto, got 'many'"),
+        ({"batch_size": 0}, "batch_size must be a number of sequences, or auto, got 0"),
+        ({"batch_size": "auto", "max_batch_size": 0}, "max_batch_size must be a number of sequences, got 0"),
     ],
 )
 def test_mistakes_are_named(loaded, settings, message):
@@ -220,15 +231,197 @@ def test_a_cache_that_keeps_more_than_its_budget_is_an_error(loaded, monkeypatch
         lm._loglikelihood_tokens([(("", ""), list(range(5, 90)), [7])], disable_tqdm=True)
 
 
+class Short:
+    """Memory for so many sequences in a forward, and what was fed."""
+
+    def __init__(self, model, rows):
+        self.rows, self.fed = rows, []
+        self.hook = model.register_forward_pre_hook(self.feed, with_kwargs=True)
+
+    def feed(self, module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        if len(ids) > self.rows:
+            raise torch.OutOfMemoryError(f"no room for {len(ids)} rows")
+        self.fed.append(len(ids))
+
+
+# docs: halves that for good whenever a batch runs out of memory
+@pytest.mark.parametrize("name", ["colours_choice", "colours_rolling", "colours_until"])
+def test_an_automatic_batch_is_halved_until_it_fits_and_changes_nothing(loaded, tasks, name):
+    compressed = {"cache": "h2o:sinks=1", "budget": 12, "hold_back": "Question:"}
+    # 64, .. 4, 2; requests of a kind that lm-eval itself puts into batches are 6, 3, 1
+    fitting = 2 if name == "colours_choice" else 1
+    fixed = CompressedLM(**loaded, **compressed, batch_size=fitting)
+    automatic = CompressedLM(**loaded, **compressed, batch_size="auto")
+    assert automatic.batch_size == 4
+    # as on a GPU
+    automatic._size = 64
+    memory = Short(automatic.model, rows=2)
+    try:
+        found = evaluated(automatic, tasks, name)
+    finally:
+        memory.hook.remove()
+    assert max(memory.fed) == automatic.batch_size == fitting
+    expected = evaluated(fixed, tasks, name)
+    if name == "colours_until":
+        assert answers(found, name) == answers(expected, name)
+    else:
+        got, wanted = (torch.tensor([float(x) for x in _numbers(answers(run, name))]) for run in (found, expected))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+    # what failed is not counted
+    assert automatic.held() == pytest.approx(fixed.held())
+
+
+def test_a_batch_of_a_given_size_that_does_not_fit_is_an_error(loaded):
+    lm = CompressedLM(**loaded, batch_size=4)
+    memory = Short(lm.model, rows=2)
+    requests = [(("", ""), list(range(5 + index, 90)), [7]) for index in range(4)]
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="no room for 4 rows"):
+            lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        alone = CompressedLM(**loaded, batch_size="auto")
+        memory.rows = 0
+        with pytest.raises(torch.OutOfMemoryError, match="no room for 1 rows"):
+            alone._loglikelihood_tokens(requests, disable_tqdm=True)
+    finally:
+        memory.hook.remove()
+
+
+# docs: Where running out cannot be noticed, on a CPU, it is 4
+def test_an_automatic_batch_is_four_on_a_cpu(loaded):
+    for given, size in (("auto", 4), ("auto:3", 4), ("8", 8), (3, 3)):
+        assert CompressedLM(**loaded, batch_size=given).batch_size == size
+    assert CompressedLM(**loaded, batch_size="auto", max_batch_size=2).batch_size == 2
+
+
+# docs: What it held is in `config["kvcompress"]` of the results, for each task
+def test_what_each_task_took_is_told_apart(loaded, tasks):
+    lm = CompressedLM(**loaded, cache="h2o", budget=10, batch_size=4)
+    found = evaluated(lm, tasks, "colours_choice", "colours_until")
+    alone = CompressedLM(**loaded, cache="h2o", budget=10, batch_size=4)
+    evaluated(alone, tasks, "colours_choice")
+    told = found["config"]["kvcompress"]["by_task"]
+    assert set(told) == {"colours_choice", "colours_until"}
+    assert told["colours_choice"] == pytest.approx(alone.held())
+    assert told["colours_choice"]["contexts"] == told["colours_until"]["contexts"] == 6
+    assert lm.held()["contexts"] == 12
+
+
 # docs: Standard tasks go through lm-eval
-# docs: takes lm-eval's other flags
-def test_the_command_line_takes_the_flags_of_the_harness(folder, tasks, few_tasks, tmp_path, capsys):
+# docs: Its options have lm-eval's names, in either spelling
+# docs: and prints the bytes held beside the scores
+@pytest.mark.parametrize("sign", ["_", "-"])
+def test_the_command_prints_scores_and_bytes_and_writes_what_the_harness_writes(
+    folder, tasks, few_tasks, tmp_path, capsys, monkeypatch, sign
+):
+    monkeypatch.setenv("COLUMNS", "200")
     include = str(next(iter(tasks.include_path)) if isinstance(tasks.include_path, list) else tasks.include_path)
     arguments = ["--model", str(folder), "--cache", "h2o", "--budget", "0.5", "--hold-back", "Question:"]
-    harness = ["--tasks", "colours_choice", "--include_path", include, "--device", "cpu", "--batch_size", "2"]
-    assert main(["eval", *arguments, *harness, "--limit", "3", "--output_path", str(tmp_path)]) == 0
-    assert "colours_choice" in capsys.readouterr().out
+    harness = ["--tasks", "colours_choice,colours_rol*", "--include_path", include, "--batch_size", "2", "--limit", "3"]
+    harness += ["--output_path", str(tmp_path), "--log_samples"]
+    assert main(["eval", *arguments, *(word.replace("_", sign) if word[:2] == "--" else word for word in harness)]) == 0
+    out = capsys.readouterr().out
     written = json.loads(next(tmp_path.rglob("results*.json")).read_text())
-    assert written["results"]["colours_choice"]["acc,none"] >= 0
-    assert written["config"]["kvcompress"]["cache"] == "h2o"
-    assert written["config"]["kvcompress"]["contexts"] == 3
+    found, held = written["results"]["colours_choice"], written["config"]["kvcompress"]
+    assert found["acc,none"] >= 0
+    assert (held["cache"], held["budget"]) == ("h2o", 0.5)
+    assert held["by_task"]["colours_choice"]["contexts"] == 3
+    row = next(line.split("│")[1:-1] for line in out.splitlines() if "colours_choice" in line)
+    own = held["by_task"]["colours_choice"]
+    assert [cell.strip() for cell in row] == [
+        "colours_choice", "0", "acc", f"{found['acc,none']:.4f}", f"{found['acc_stderr,none']:.4f}",
+        f"{own['tokens_kept']:.1f}", f"{own['tokens_seen']:.1f}", f"{own['bytes_held'] / 2**20:.3g}",
+        f"{own['ratio']:.1%}",
+    ]  # fmt: skip
+    assert "colours_rolling" in out
+    assert len(list(tmp_path.rglob("samples_colours_choice*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "arc_easy"], "lm-eval cannot load arc_easy: "),
+        (
+            ["--tasks", "arc_easy"],
+            '--tasks local_arc_easy --metadata \'{"data": "/folder"}\' reads the documents from a',
+        ),
+        (["--tasks", "local_piqa"], "local_piqa needs a folder with data"),
+        (["--tasks", "arc_esy"], "unknown task 'arc_esy'; did you mean arc_easy?"),
+        (["--tasks", "arc_easy", "--include_path", "/nowhere"], "there is no folder /nowhere with task files"),
+        (["--tasks", ","], "--tasks must name at least one"),
+        (["--tasks", "arc_easy", "--batch_sise", "3"], "No such option: --batch-sise (Possible options: --batch-size"),
+        (["--tasks", "arc_easy", "--batch_size", "x"], "batch_size must be a number of sequences, or auto, got 'x'"),
+        (["--tasks", "arc_easy", "--cache", "h20"], "unknown method 'h20'; did you mean h2o?"),
+        (["--tasks", "arc_easy", "--cache", "gear", "--budget", "0.2"], "the cache gear takes no budget"),
+        (
+            ["--tasks", "arc_easy", "--limit", "1.5"],
+            "--limit must be a number of documents, or a share of them below 1",
+        ),
+        (["--tasks", "arc_easy", "--log_samples"], "--log-samples needs a folder to write them to: --output-path"),
+        (["--tasks", "arc_easy", "--model_args", "budget=3"], "the cache none takes no budget"),
+        (["--tasks", "arc_easy", "--budget", "3", "--model_args", "budget=3"], "what these set, got budget"),
+        (["--tasks", "arc_easy", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--tasks", "arc_easy", "--model", "nobody/nothing"], "cannot load the model nobody/nothing: We couldn't"),
+        (["--tasks", "arc_easy", "--fewshot_as_multiturn"], "--fewshot-as-multiturn needs --apply-chat-template"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_in_an_evaluation_is_one_clear_line_and_status_2(arguments, message, folder, few_tasks, capfd):
+    model = [] if "--model" in arguments else ["--model", str(folder)]
+    assert main(["eval", *arguments, *model]) == 2
+    out, error = capfd.readouterr()
+    lines = [line for line in error.splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("kvcompress: ")
+    assert message in lines[0]
+    assert "Traceback" not in out + error
+
+
+# docs: Without `--device` the model is on a GPU if there is one
+@pytest.mark.parametrize(("has_gpu", "device"), [(False, "cpu"), (True, "cuda")])
+def test_a_model_is_loaded_onto_a_gpu_only_where_there_is_one(folder, monkeypatch, has_gpu, device):
+    class AskedError(Exception):
+        pass
+
+    def ask(self, *, device, **settings):
+        raise AskedError(device)
+
+    lm = CompressedLM(pretrained=str(folder))
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(HFLM, "__init__", ask)
+    for given, wanted in ((None, device), ("cpu", "cpu")):
+        with pytest.raises(AskedError, match=f"^{wanted}$"):
+            CompressedLM(pretrained=str(folder), device=given)
+
+
+# docs: Releases of lm-eval after 0.4.13 find it by the entry point group `lm_eval.models`
+def test_the_entry_point_for_the_harness_is_the_registered_model():
+    (declared,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "lm_eval.models"
+    ].items()
+    point = EntryPoint(*declared, "lm_eval.models")
+    assert point.load() is get_model(point.name) is CompressedLM
+    # lm-eval takes the two for one by this
+    assert point.value == f"{CompressedLM.__module__}:{CompressedLM.__name__}"
+
+
+# docs: The same model works in `lm_eval` itself
+@pytest.mark.slow
+def test_the_harness_own_command_takes_the_model(folder, tasks, tmp_path):
+    include = str(next(iter(tasks.include_path)) if isinstance(tasks.include_path, list) else tasks.include_path)
+    code = "import kvcompress.evals.lm.model; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    arguments = [
+        "--model",
+        "kvcompress",
+        "--model_args",
+        f"pretrained={folder},cache=h2o,budget=0.5,hold_back=Question:",
+    ]
+    arguments += ["--tasks", "colours_choice", "--include_path", include, "--batch_size", "auto", "--device", "cpu"]
+    command = [sys.executable, "-c", code, *arguments, "--output_path", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "|colours_choice|" in done.stdout
+    told = json.loads(next(tmp_path.rglob("results*.json")).read_text())["config"]["kvcompress"]
+    assert (told["cache"], told["budget"], told["hold_back"], told["batch_size"]) == ("h2o", 0.5, "Question:", 4)
+    assert told["contexts"] == 6
