@@ -28,6 +28,7 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
+# docs: `auto_cache` makes the same choice in code, for a model that is loaded
 @pytest.mark.parametrize(
     ("memory", "known", "kind", "first"),
     [
@@ -58,6 +59,7 @@ def test_the_first_that_fits_is_chosen_and_does_fit(model, monkeypatch, memory, 
         assert peak == pytest.approx(need.peak, rel=0.05)
 
 
+# docs: Where nothing fits, the error says how many tokens would.
 def test_what_would_fit_is_said_where_nothing_does(model):
     with pytest.raises(ValueError, match=r"nothing fits 4096 tokens x batch 9 into 0.00 GiB; .*, \d+ tokens would"):
         auto_cache(model, "4MiB", batch=9)

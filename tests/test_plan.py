@@ -149,6 +149,7 @@ def wide(tmp_path_factory):
     return model, read_shape(str(folder))
 
 
+# docs: in one forward or in chunks they are within 3 % of what prefill takes
 @pytest.mark.parametrize(
     ("method", "chunk"),
     [*((method, None) for method in registry.METHODS if method != "attention_matching"), ("attention_matching", 0)]

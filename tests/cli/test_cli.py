@@ -459,6 +459,7 @@ def test_plan_tells_what_fits(folder, capsys, monkeypatch):
     assert any("trained for at most 2048 tokens" in line for line in lines)
 
 
+# docs: Units are as people write them.
 @pytest.mark.parametrize(("memory", "as_well"), [("24", "24GiB"), ("1.5GiB", "1536 MiB"), ("80GB", "80000000000 B")])
 def test_a_plan_takes_units_as_people_write_them(folder, capsys, memory, as_well):
     shown = []
@@ -468,6 +469,7 @@ def test_a_plan_takes_units_as_people_write_them(folder, capsys, memory, as_well
     assert shown[0] == shown[1]
 
 
+# docs: Below the table stands the command that runs the best of what fits.
 @pytest.mark.parametrize(
     ("memory", "more", "cache"),
     [
