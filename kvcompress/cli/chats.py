@@ -15,7 +15,9 @@ def chat(
     context_file: Annotated[list[str] | None, "Text to talk about, read first. May be given several times."] = None,
     model: ModelOption = None,
     cache: CacheOption = "h2o",
-    budget: Annotated[str, "Tokens kept (512), or a fraction of those seen (0.2)."] = "512",
+    budget: Annotated[
+        str | None, "Tokens kept (512), or a fraction of those seen (0.2); else 512, if the cache takes a budget."
+    ] = None,
     max_new_tokens: Annotated[int, "At most so many of each answer."] = 256,
     prefill_chunk_size: Annotated[int | None, "Read at most so many tokens at a time: needs less memory.", 1] = None,
     temperature: Annotated[float, "0 is greedy."] = 0.0,

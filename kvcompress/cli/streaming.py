@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# tokens that a cache with a budget keeps, unless told
+_USUAL_BUDGET = 512
+
+
 class Clock:
     """Records when each token of an answer came, and passes it to the printer."""
 
@@ -51,7 +55,7 @@ class Session:
         self,
         model: str | None,
         cache: str,
-        budget: str,
+        budget: str | None,
         *,
         max_new_tokens: int,
         temperature: float,
@@ -63,7 +67,7 @@ class Session:
         device_map: str | None,
         quantize_weights: int | None,
     ) -> None:
-        tokens_kept = as_budget(budget)
+        tokens_kept = None if budget is None else as_budget(budget)
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
         if not 0 <= temperature < math.inf:
@@ -76,10 +80,12 @@ class Session:
         from kvcompress.asking import Conversation
 
         with user_errors():
-            registry.parse(cache)
+            method, _ = registry.parse(cache)
+        if tokens_kept is not None and not method.takes_budget:
+            raise UsageError(f"the cache {cache} takes no --budget: leave it out; got {budget}")
         loaded, tokenizer = load(model, dtype, device, device_map=device_map, quantize_weights=quantize_weights)
         with user_errors():
-            built = registry.build(cache, loaded, tokens_kept)
+            built = registry.build(cache, loaded, _USUAL_BUDGET if tokens_kept is None else tokens_kept)
             self.conversation = Conversation(
                 loaded, tokenizer, built, raw=raw or not tokenizer.chat_template, prefill_chunk_size=prefill_chunk_size
             )

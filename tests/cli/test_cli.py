@@ -126,6 +126,11 @@ def rows(tmp_path):
         (["calibrate", "TEXT", "--out", "."], "--out must be a file, . is a folder"),
         (["calibrate", "TEXT", "--model", "FOLDER", "--texts", "1", "--length", "16"], "at least 32 tokens in all"),
         (["generate", "hi", "--model", "FOLDER", "--cache", "gear:basis=text.txt"], "is not a safetensors file"),
+        (
+            ["generate", "hi", "--model", "FOLDER", "--cache", "gear", "--budget", "64"],
+            "the cache gear takes no --budget",
+        ),
+        (["chat", "--model", "FOLDER", "--cache", "none", "--budget", "0.2"], "the cache none takes no --budget"),
         (["profile"], "Missing argument 'data'"),
         (["profile", "/nowhere.txt"], "there is no file /nowhere.txt"),
         (["profile", "TEXT", "--budgets", "2.5"], "budget must be a count of tokens"),
@@ -386,7 +391,8 @@ def test_quick_sets_what_the_user_does_not(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("cache", ["none", "H2O", "tova:sinks=2"])
 def test_generate_prints_answer_speed_and_memory(cache, folder, capsys):
-    arguments = ["--model", folder, "--device", "cpu", "--cache", cache, "--budget", "16", "--max-new-tokens", "8"]
+    arguments = ["--model", folder, "--device", "cpu", "--cache", cache, "--max-new-tokens", "8"]
+    arguments += [] if cache == "none" else ["--budget", "16"]
     assert main(["generate", "What is the pass key of the old castle?", *arguments]) == 0
     out = capsys.readouterr().out
     assert "prompt tokens in" in out
