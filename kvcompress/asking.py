@@ -206,11 +206,16 @@ class Conversation:
                 stacklevel=2,
             )
             ids = ids[:max_context_length]
-        decoder = hf.decoder_of(self.model)
         tokens = torch.tensor([ids], device=hf.input_device(self.model))
-        for chunk in tokens.split(self.prefill_chunk_size or len(ids), dim=1):
-            decoder(input_ids=chunk, use_cache=True, **hf.cache_argument(decoder, self.cache))
+        self._feed(tokens.split(self.prefill_chunk_size or len(ids), dim=1))
         self._ids, self._context = ids, context
+
+    @torch.no_grad()
+    def _feed(self, chunks: Sequence[torch.Tensor]) -> None:
+        """Feeds tokens to the cache, [1, any] in each forward."""
+        decoder = hf.decoder_of(self.model)
+        for chunk in chunks:
+            decoder(input_ids=chunk, use_cache=True, **hf.cache_argument(decoder, self.cache))
 
     def fork(self) -> Self:
         """A conversation that goes on from here, through a copy of the cache; this one stays as it is."""
@@ -239,7 +244,8 @@ class Conversation:
             # one row needs no padding, but generate says so at each call if it knows no token for it
             arguments |= {"eos_token_id": sorted(ends), "pad_token_id": min(ends)}
         if self.prefill_chunk_size is not None:
-            arguments["prefill_chunk_size"] = self.prefill_chunk_size
+            # by itself, generate feeds the last chunk; in older releases it would begin with what was read
+            self._feed(given[:, int(self.cache.get_seq_length()) :].split(self.prefill_chunk_size, dim=1)[:-1])
         arguments |= hf.cache_argument(self.model, self.cache) | more
         generate: Any = self.model.generate
         (row,) = generate(given, attention_mask=torch.ones_like(given), **arguments).tolist()
