@@ -51,7 +51,8 @@ MODULES = sorted(
     ".".join(("kvcompress", *file.relative_to(ROOT).with_suffix("").parts[folder == "kvcompress" :]))
     for folder in ("kvcompress", "kernels", "policies", "evals")
     for file in sources(folder)
-    if not file.name.startswith("__")
+    # what lighteval loads needs lighteval, which is in no extra
+    if not file.name.startswith("__") and file.stem != "lighteval_model"
 )
 KERNELS = [name for name in MODULES if name.startswith("kvcompress.kernels.")]
 

@@ -548,7 +548,7 @@ def test_the_papers_settings_have_names():
         tail_bits=None,
     )
     assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
-    with pytest.raises(ValueError, match="unknown preset 'gera'; known: default, small, gear, "):
+    with pytest.raises(ValueError, match=r"unknown preset 'gera'; did you mean gear\? known: default, small, gear, "):
         GEARCache.preset(model, "gera")
 
 
