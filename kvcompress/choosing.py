@@ -6,6 +6,7 @@ The order of a larger model may differ: `kvcompress sweep` measures yours.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,8 +16,8 @@ from kvcompress.cache import CompressedCache
 from kvcompress.memory import read_bytes
 from kvcompress.plan import Need, Shape, largest, make_plan, shape_of
 
-# tokens of a prompt in a forward: no more, where it has to be fed in chunks, and no fewer
-_MOST_CHUNK, _LEAST_CHUNK = 32768, 512
+# tokens of a prompt in a forward, where it has to be fed in chunks
+_CHUNKS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,8 @@ def with_chunks(
 
     if chunk is not None:
         return need(chunk)
-    sizes = [2**power for power in range(_LEAST_CHUNK.bit_length() - 1, _MOST_CHUNK.bit_length())]
     found = need(None)
-    for tokens in [size for size in reversed(sizes) if size < context]:
+    for tokens in [size for size in _CHUNKS if size < context]:
         if found.peak <= memory:
             break
         found = need(tokens)
@@ -98,13 +98,13 @@ def with_chunks(
 
 
 def largest_context(
-    shape: Shape, method: str, batch: int, budget: int | float, dtype: torch.dtype, memory: int, **how: int | None
+    shape: Shape, method: str, batch: int, budget: int | float, dtype: torch.dtype, memory: int, **how: Any
 ) -> int:
     """The longest context of so many sequences that fits into so many bytes, in chunks if need be; how: as
     `with_chunks` takes it."""
 
     def fits(context: int) -> bool:
-        return with_chunks(shape, method, context, batch, budget, dtype, memory, **how).peak <= memory  # type: ignore[arg-type]
+        return with_chunks(shape, method, context, batch, budget, dtype, memory, **how).peak <= memory
 
     return largest(fits, 2**24)
 
@@ -163,7 +163,7 @@ def auto_cache(
         ValueError: nothing fits, memory is not told and the model is on no GPU, or a number is less than 1.
         TypeError: memory is neither a number nor a size.
     """
-    shape = shape_of(model.config, model)
+    shape = shape_of(model)
     if memory is None:
         if model.device.type != "cuda":
             raise ValueError(f"memory must be told for a model on {model.device.type}, such as memory='8GiB'")
@@ -177,9 +177,7 @@ def auto_cache(
     of_model = f"{context} tokens x batch {batch}"
     if choice is None:
         last = (FORESEEN if question_known else UNFORESEEN)[-1]
-        most = largest_context(
-            shape, last.method, batch, last.budget or 1.0, model.dtype, size + shape.weights(model.dtype)
-        )
+        most = largest_context(shape, last.method, batch, last.budget or 1.0, model.dtype, size, with_weights=False)
         raise ValueError(f"nothing fits {of_model} into {size / 2**30:.2f} GiB; with {last.title}, {most} tokens would")
     cache = registry.build(choice.candidate.method, model, choice.candidate.budget)
     assert isinstance(cache, CompressedCache)

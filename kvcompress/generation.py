@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.hf import cache_argument, cache_in
-from kvcompress.registry import build, parse
+from kvcompress.registry import build, parse, refuse_budget
 
 
 def generate_folder() -> str:
@@ -37,6 +37,5 @@ def generate(model: Any, cache_method: str, budget: int | float | None = None, *
     if cache_in(arguments.values()) is not None:
         raise ValueError(f"give a cache or cache_method, not both; got cache_method={cache_method!r}")
     method, _ = parse(cache_method)
-    if budget is not None and not method.takes_budget:
-        raise ValueError(f"the method {method.name} takes no budget: leave it out; got {budget}")
+    refuse_budget(method, f"the method {method.name}", budget)
     return model.generate(**arguments, **cache_argument(model, build(cache_method, model, budget)))

@@ -24,16 +24,17 @@ A forward over c tokens of a prompt (all of them, or a chunk) takes for each, in
 on top of the cache, which has then taken in the layers before. kvzip and attention_matching, which read a prompt twice,
 hold the keys and values of all tokens of the forward, in all layers, until the second reading ends; then
 attention_matching also some queries of all layers, and what one layer's fit multiplies, if its heads keep about alike:
-where they compete, a fit may take more. Not counted: the logits of the
-last token, the workspaces of kernels, and what a GPU needs before anything runs.
+where they compete, a fit may take more. Not counted: the logits of the last token, the workspaces of kernels, and what
+a GPU needs before anything runs.
 """
 
 import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvcompress import hf, loading, registry
 from kvcompress.caches.allotment import Allotment
@@ -45,7 +46,7 @@ from kvcompress.caches.profile import Profile
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.caches.shadowkv import selected_budget
 from kvcompress.policies.gear import GEAR, preset
-from kvcompress.policies.policy import Policy
+from kvcompress.policies.policy import Policy, SecondReading
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.prefix.segments import SuffixSegment
 from kvcompress.storage.dense import DenseSegment
@@ -82,12 +83,12 @@ class Shape:
     dtype: torch.dtype | None = None
 
     def weights(self, dtype: torch.dtype, bits: int | None = None) -> int:
-        """Bytes of the weights in a dtype; with 8 or 4 bits, those of linear layers but the head in these, with a
-        float32 scale for each row, or for every 64 of 4 bits, as bitsandbytes has them."""
+        """Bytes of the weights in a dtype; with 8 or 4 bits, those of linear layers but the head in these, as
+        bitsandbytes has them: of 4 bits, every 64 have a float32 scale (of 8 bits each row, which is not counted)."""
         if bits is None:
             return self.parameters * dtype.itemsize
-        of_codes = {8: 8, 4: 4 * 9}[bits] * self.linear // {8: 8, 4: 8 * 8}[bits]
-        return (self.parameters - self.linear) * dtype.itemsize + of_codes
+        scales = 4 * (self.linear // 64) if bits == 4 else 0
+        return (self.parameters - self.linear) * dtype.itemsize + self.linear * bits // 8 + scales
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,12 @@ def read_shape(name: str | None) -> Shape:
     hf.check_served(config, config.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return shape_of(config, model, name or loading.DEFAULT_PACKAGE)
+    return shape_of(model, name or loading.DEFAULT_PACKAGE)
 
 
-def shape_of(config: PreTrainedConfig, model: PreTrainedModel, name: str = "") -> Shape:
+def shape_of(model: PreTrainedModel, name: str = "") -> Shape:
     """The shape of a model that is there, on the meta device or with its weights."""
-    config = config.get_text_config(decoder=True)
+    config = model.config.get_text_config(decoder=True)
     windows, sizes = tuple(hf.attention_windows(config)), hf.sizes(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
@@ -191,29 +192,26 @@ def make_plan(
     fed = context if chunk is None else min(chunk, context)
     needs = []
     for spec in methods:
-        sizing = _sizing(shape, spec, budget, batch, item)
-        cache = sizing.held(context, fed)
+        kept, cache, fixed, policy = _held(shape, spec, context, fed, batch, budget, item)
         peak = cache + _forward(shape, batch * fed, item)
-        if sizing.policy is not None and sizing.policy.rereads is not None:
-            peak = _peak_of_two_readings(shape, sizing.policy, batch, fed, item, cache, fed < context)
-        kept = sizing.kept(context)
-        needs.append(Need(spec, kept, weights, cache, full, max(0, peak - cache), sizing.fixed, chunk))
+        if policy is not None and policy.rereads is not None:
+            peak = _peak_of_two_readings(shape, policy.rereads, batch, fed, item, cache, fed < context)
+        needs.append(Need(spec, kept, weights, cache, full, max(0, peak - cache), fixed, chunk))
     return needs
 
 
-@dataclass(frozen=True)
-class _Sizing:
-    """How large a method's cache is. kept, held: tokens per KV head, and bytes, by tokens seen, and how many of these a
-    forward has read. fixed: bytes that do not grow with the batch. policy: of a cache that evicts."""
+class _Held(NamedTuple):
+    """What a cache holds of a context. kept: tokens per KV head, None for all. fixed: bytes of `cache` that do not grow
+    with the batch. policy: of a cache that evicts."""
 
-    kept: Callable[[int], int | None]
-    held: Callable[[int, int], int]
+    kept: int | None
+    cache: int
     fixed: int = 0
     policy: Policy | None = None
 
 
-def _sizing(shape: Shape, spec: str, budget: int | float, batch: int, item: int) -> _Sizing:
-    """Raises ValueError as `make_plan`."""
+def _held(shape: Shape, spec: str, context: int, fed: int, batch: int, budget: int | float, item: int) -> _Held:
+    """What a method's cache holds of a context that came so many tokens at a time; ValueError as `make_plan`."""
     method, settings = registry.parse(spec)
     if not is_sized(method):
         raise ValueError(f"plan knows the sizes of policies and of kvcompress's own caches, not of {method.name}")
@@ -227,59 +225,38 @@ def _sizing(shape: Shape, spec: str, budget: int | float, batch: int, item: int)
         if path is not None:
             codes = codes.calibrated()
             schemes = _schemes(shape, Basis.load(path), codes.bits)
+        cache = sum(
+            _packed(shape, codes, context, window, batch, item, scheme)
+            for window, scheme in zip(shape.windows, schemes, strict=True)
+        )
         width = shape.kv_heads * shape.head_dim
         fixed = sum(KeyCodec.nbytes_for(scheme, width, item) for scheme in schemes if scheme is not None)
-        of_layers = [*zip(shape.windows, schemes, strict=True)]
-        return _Sizing(
-            lambda seen: None,
-            lambda seen, fed: sum(
-                _packed(shape, codes, seen, window, batch, item, scheme) for window, scheme in of_layers
-            ),
-            fixed,
-        )
+        return _Held(None, cache, fixed)
     if method.name in ("none", "hydragen"):
         # HydragenCache keeps the ids that it compares prompts with
-        ids, storage = (4 * batch, SuffixSegment) if method.name == "hydragen" else (0, DenseSegment)
-
-        def held(seen: int, fed: int) -> int:
-            room = storage.room_after(seen, fed)
-            return ids * seen + sum(batch * token * min(room, window or room) for window in shape.windows)
-
-        return _Sizing(lambda seen: None, held)
+        ids, storage = (4 * batch * context, SuffixSegment) if method.name == "hydragen" else (0, DenseSegment)
+        room = storage.room_after(context, fed)
+        return _Held(None, ids + sum(batch * token * min(room, window or room) for window in shape.windows))
     if method.name == "shadowkv":
         chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
-
-        def selected(seen: int) -> int:
-            return selected_budget(amount, chosen.chunk).tokens(seen)
-
-        return _Sizing(
-            selected,
-            lambda seen, fed: sum(
-                batch * token * min(seen, window)
-                if window
-                else _shadow(shape, chosen, selected(seen), seen, batch, item)
-                for window in shape.windows
-            ),
+        kept = selected_budget(amount, chosen.chunk).tokens(context)
+        cache = sum(
+            batch * token * min(context, window) if window else _shadow(shape, chosen, kept, context, batch, item)
+            for window in shape.windows
         )
+        return _Held(kept, cache)
     policy, of_cache = registry.policy_of(method, settings)
-    packed, allocation = of_cache.get("packed"), of_cache.get("allocation") or policy.allocates
+    kept, packed = kept_budget(amount, policy).tokens(context), of_cache.get("packed")
+    allocation = of_cache.get("allocation") or policy.allocates
+    if isinstance(allocation, Profile):
+        cache = _allotted(shape, allocation, amount, kept, context, batch, item, policy, packed)
+    else:
+        competes = allocation in COMPETING
+        cache = sum(_slots(shape, kept, batch, item, policy, packed, competes, window) for window in shape.windows)
     rotates = policy.uses_rotary or of_cache.get("rerotated", False)
     frequencies = 4 * (shape.head_dim // 2) if rotates else 0
-    beside = len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
-
-    def kept(seen: int) -> int:
-        return kept_budget(amount, policy).tokens(seen)
-
-    def slots(seen: int, fed: int) -> int:
-        if isinstance(allocation, Profile):
-            return beside + _allotted(shape, allocation, amount, kept(seen), seen, batch, item, policy, packed)
-        competes = allocation in COMPETING
-        of_layers = (
-            _slots(shape, kept(seen), batch, item, policy, packed, competes, window) for window in shape.windows
-        )
-        return beside + sum(of_layers)
-
-    return _Sizing(kept, slots, policy=policy)
+    cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
+    return _Held(kept, cache, policy=policy)
 
 
 def _forward(shape: Shape, tokens: int, item: int) -> int:
@@ -291,18 +268,16 @@ def _forward(shape: Shape, tokens: int, item: int) -> int:
 
 
 def _peak_of_two_readings(
-    shape: Shape, policy: Policy, batch: int, fed: int, item: int, after: int, in_chunks: bool
+    shape: Shape, how: SecondReading, batch: int, fed: int, item: int, after: int, in_chunks: bool
 ) -> int:
     """Bytes of caches whose tokens are read twice, and of the forwards, at most: in the first or second reading, or
     while what is kept is chosen and fitted. after: bytes of what is kept. in_chunks: they are there beforehand."""
-    how = policy.rereads
-    assert how is not None
     before = after if in_chunks else 0
     token = 2 * shape.kv_heads * shape.head_dim * item
     # with positions and scores
     waiting = len(shape.windows) * batch * fed * (token + 8 * shape.kv_heads)
     again = min(fed, how.chunk) + len(how.prompt)
-    asked = batch * _asked(shape, policy, fed) * shape.heads * (shape.head_dim * item + 4)
+    asked = batch * _asked(shape, how, fed) * shape.heads * (shape.head_dim * item + 4)
     fit = 0
     if how.fits:
         # of one layer: all candidates' keys and values, and values again; of a block, what a tile of queries gives all
@@ -406,11 +381,8 @@ def _allotted(
     return size
 
 
-def _asked(shape: Shape, policy: Policy, context: int) -> int:
+def _asked(shape: Shape, how: SecondReading, context: int) -> int:
     """Tokens whose queries are held until what is kept has been fitted to them, in all layers together."""
-    how = policy.rereads
-    if how is None:
-        return 0
     return shape.windows.count(None) * sum(
         min(how.fits, context - start, how.chunk) for start in range(0, context, how.chunk)
     )

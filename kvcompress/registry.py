@@ -135,6 +135,12 @@ def spelled(method: Listed, settings: Mapping[str, Any]) -> str:
     return ":".join([method.name, *(f"{name}={settings[name]}" for name in sorted(settings))])
 
 
+def refuse_budget(method: Listed, named: str, budget: int | float | None, option: str = "budget") -> None:
+    """Raises ValueError if a budget is given to a method that takes none; named, option: as the message calls them."""
+    if budget is not None and not method.takes_budget:
+        raise ValueError(f"{named} takes no {option}: leave it out; got {budget}")
+
+
 def canonical(spec: str, methods: Mapping[str, Listed] | None = None) -> str:
     """The one way to write a spec."""
     return spelled(*parse(spec, methods))

@@ -45,7 +45,7 @@ def test_the_first_that_fits_is_chosen_and_does_fit(model, monkeypatch, memory, 
     assert isinstance(cache, kind)
     assert f"{CONTEXT} tokens x batch 1, the question {'known' if known else 'not known'}, into" in repr(cache)
     need = choosing.choose(
-        shape_of(model.config, model), CONTEXT, 1, torch.float32, read_bytes("memory", memory),
+        shape_of(model), CONTEXT, 1, torch.float32, read_bytes("memory", memory),
         question_known=known, with_weights=False,
     ).need  # fmt: skip
     ids = torch.randint(0, 64, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def test_what_cannot_be_chosen_for_is_refused(model, arguments, error, said):
 
 
 def test_chunks_are_as_large_as_fit(model):
-    shape = shape_of(model.config, model)
+    shape = shape_of(model)
 
     def chunk(memory):
         return choosing.with_chunks(shape, "h2o", CONTEXT, 1, 0.1, torch.float32, memory).chunk

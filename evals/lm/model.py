@@ -30,7 +30,7 @@ from kvcompress import load_model
 from kvcompress.evals.sweep.baselines import build, parse
 from kvcompress.evals.sweep.protocol import Measured, NotCompressedError, Reader
 from kvcompress.hf import cache_argument
-from kvcompress.registry import spelled
+from kvcompress.registry import refuse_budget, spelled
 
 Request = tuple[Any, list[int], list[int]]
 Answer = TypeVar("Answer")
@@ -85,8 +85,7 @@ class CompressedLM(HFLM):
             budget, cache = own.pop("budget"), spelled(method, own)
         if method.takes_budget and budget is None:
             raise ValueError(f"the cache {cache} needs a budget: tokens to keep, or a fraction of the context")
-        if budget is not None and not method.takes_budget:
-            raise ValueError(f"the cache {cache} takes no budget: leave it out; got {budget}")
+        refuse_budget(method, f"the cache {cache}", budget)
         if isinstance(hold_back, int) and hold_back < 1:
             raise ValueError(
                 "hold_back must be at least 1 token, or the first scored token would come from uncompressed logits; "

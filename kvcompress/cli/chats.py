@@ -5,7 +5,18 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from kvcompress.cli.arguments import CacheOption, DeviceOption, ModelOption, OwnDtypeOption
-from kvcompress.cli.streaming import Session, read_contexts
+from kvcompress.cli.streaming import (
+    BudgetOption,
+    ChunkOption,
+    DeviceMapOption,
+    MaxNewTokensOption,
+    QuietOption,
+    SeedOption,
+    Session,
+    TemperatureOption,
+    WeightBitsOption,
+    read_contexts,
+)
 
 _SIGN = "> "
 _COMMANDS = "/memory shows what the cache holds, /quit ends"
@@ -15,18 +26,16 @@ def chat(
     context_file: Annotated[list[str] | None, "Text to talk about, read first. May be given several times."] = None,
     model: ModelOption = None,
     cache: CacheOption = "h2o",
-    budget: Annotated[
-        str | None, "Tokens kept (512), or a fraction of those seen (0.2); else 512, if the cache takes a budget."
-    ] = None,
-    max_new_tokens: Annotated[int, "At most so many of each answer."] = 256,
-    prefill_chunk_size: Annotated[int | None, "Read at most so many tokens at a time: needs less memory.", 1] = None,
-    temperature: Annotated[float, "0 is greedy."] = 0.0,
-    seed: Annotated[int, "Of sampling."] = 0,
+    budget: BudgetOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    prefill_chunk_size: ChunkOption = None,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
     dtype: OwnDtypeOption = None,
     device: DeviceOption = None,
-    device_map: Annotated[str | None, "auto, balanced, ...: spreads the model over devices."] = None,
-    quantize_weights: Annotated[int | None, "4 or 8: bits of a weight, on a GPU (needs bitsandbytes)."] = None,
-    quiet: Annotated[bool, "Print the answers and nothing else."] = False,
+    device_map: DeviceMapOption = None,
+    quantize_weights: WeightBitsOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Talk to a model, turn by turn, through one cache; a line is a turn, and the end of the input ends it."""
     session = Session(

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from kvcompress.cli.arguments import CacheOption, DeviceOption, ModelOption, OwnDtypeOption, UsageError
-from kvcompress.cli.streaming import Session, read_contexts
+from kvcompress.cli.streaming import (
+    BudgetOption,
+    ChunkOption,
+    DeviceMapOption,
+    MaxNewTokensOption,
+    QuietOption,
+    SeedOption,
+    Session,
+    TemperatureOption,
+    WeightBitsOption,
+    read_contexts,
+)
 
 
 def generate(
@@ -19,19 +30,17 @@ def generate(
     ] = None,
     model: ModelOption = None,
     cache: CacheOption = "h2o",
-    budget: Annotated[
-        str | None, "Tokens kept (512), or a fraction of those seen (0.2); else 512, if the cache takes a budget."
-    ] = None,
-    max_new_tokens: Annotated[int, "At most so many of each answer."] = 256,
-    prefill_chunk_size: Annotated[int | None, "Read at most so many tokens at a time: needs less memory.", 1] = None,
-    temperature: Annotated[float, "0 is greedy."] = 0.0,
+    budget: BudgetOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    prefill_chunk_size: ChunkOption = None,
+    temperature: TemperatureOption = 0.0,
     raw: Annotated[bool, "Continue the text without the chat template."] = False,
-    seed: Annotated[int, "Of sampling."] = 0,
+    seed: SeedOption = 0,
     dtype: OwnDtypeOption = None,
     device: DeviceOption = None,
-    device_map: Annotated[str | None, "auto, balanced, ...: spreads the model over devices."] = None,
-    quantize_weights: Annotated[int | None, "4 or 8: bits of a weight, on a GPU (needs bitsandbytes)."] = None,
-    quiet: Annotated[bool, "Print the answers and nothing else."] = False,
+    device_map: DeviceMapOption = None,
+    quantize_weights: WeightBitsOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Answer a prompt, or several questions about a text, through a cache, and show its memory and speed."""
     asked, context = _read(prompt, context_file or [], question or [])

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kvcompress.cli.arguments import (
     IN_USUAL,
@@ -20,6 +20,7 @@ from kvcompress.cli.arguments import (
 
 if TYPE_CHECKING:
     from kvcompress.choosing import Choice
+    from kvcompress.plan import Need
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
 # bytes of a GPU that are taken before anything runs
@@ -71,21 +72,15 @@ def plan(
         # installed caches are among the usual ones, and nobody asked for them by name
         unsized = [name for name in expanded([USUAL]) if name not in names and not is_sized(METHODS[name])]
         asked = [name for name in expanded(names) if name not in unsized]
-        needs = [
-            with_chunks(shape, name, tokens, batch, tokens_kept, kind, memory, chunk=chunk, weight_bits=bits)
-            for name in asked
-        ]
-        choice = choose(
-            shape, tokens, batch, kind, memory, question_known=question_known == "yes", chunk=chunk, weight_bits=bits
-        )
-        longest = [
-            largest_context(shape, name, batch, tokens_kept, kind, memory, chunk=chunk, weight_bits=bits)
-            for name in asked
-        ]
+        how: dict[str, Any] = {"chunk": chunk, "weight_bits": bits}
 
-    def fits(name: str, count: int) -> bool:
-        need = with_chunks(shape, name, tokens, count, tokens_kept, kind, memory, chunk=chunk, weight_bits=bits)
-        return need.peak <= memory
+        def need_of(name: str, count: int) -> "Need":
+            return with_chunks(shape, name, tokens, count, tokens_kept, kind, memory, **how)
+
+        needs = [need_of(name, batch) for name in asked]
+        choice = choose(shape, tokens, batch, kind, memory, question_known=question_known == "yes", **how)
+        longest = [largest_context(shape, name, batch, tokens_kept, kind, memory, **how) for name in asked]
+        widest = [largest(lambda count, name=name: need_of(name, count).peak <= memory, 2**16) for name in asked]  # type: ignore[misc]
 
     in_bits = "" if bits is None else f", linear layers in {bits} bits"
     table = Table(
@@ -96,7 +91,7 @@ def plan(
         table.add_column(head, justify="left" if head == "cache" else "right")
     for head in ("largest context", "largest batch"):
         table.add_column(head, justify="right")
-    for need, most in zip(needs, longest, strict=True):
+    for need, most_tokens, most_rows in zip(needs, longest, widest, strict=True):
         table.add_row(
             need.method,
             "all" if need.budget is None else str(need.budget),
@@ -105,8 +100,8 @@ def plan(
             "all" if need.chunk is None else str(need.chunk),
             gibibytes(need.peak),
             "yes" if need.peak <= memory else "no",
-            str(most),
-            str(largest(lambda count, name=need.method: fits(name, count), 2**16)),  # type: ignore[misc]
+            str(most_tokens),
+            str(most_rows),
         )
     show_table(table)
     console = Console()

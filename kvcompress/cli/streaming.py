@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from kvcompress.cli.arguments import UsageError, as_budget, check_seed, load, user_errors
 
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+
+# options of the commands that answer
+BudgetOption = Annotated[
+    str | None, "Tokens kept (512), or a fraction of those seen (0.2); else 512, if the cache takes a budget."
+]
+MaxNewTokensOption = Annotated[int, "At most so many of each answer."]
+ChunkOption = Annotated[int | None, "Read at most so many tokens at a time: needs less memory.", 1]
+TemperatureOption = Annotated[float, "0 is greedy."]
+SeedOption = Annotated[int, "Of sampling."]
+DeviceMapOption = Annotated[str | None, "auto, balanced, ...: spreads the model over devices."]
+WeightBitsOption = Annotated[int | None, "4 or 8: bits of a weight, on a GPU (needs bitsandbytes)."]
+QuietOption = Annotated[bool, "Print the answers and nothing else."]
 
 # tokens that a cache with a budget keeps, unless told
 _USUAL_BUDGET = 512
@@ -81,8 +93,7 @@ class Session:
 
         with user_errors():
             method, _ = registry.parse(cache)
-        if tokens_kept is not None and not method.takes_budget:
-            raise UsageError(f"the cache {cache} takes no --budget: leave it out; got {budget}")
+            registry.refuse_budget(method, f"the cache {cache}", tokens_kept, "--budget")
         loaded, tokenizer = load(model, dtype, device, device_map=device_map, quantize_weights=quantize_weights)
         with user_errors():
             built = registry.build(cache, loaded, _USUAL_BUDGET if tokens_kept is None else tokens_kept)
