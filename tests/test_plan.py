@@ -138,7 +138,10 @@ def test_what_is_fitted_takes_more_than_what_is_only_chosen():
 
 WIDE = SMALL | {"hidden_size": 256, "intermediate_size": 896}
 # what only packs on the way works on tiles of its own, on a CPU
-IN_CHUNKS = ("none", "hydragen", "h2o", "snapkv", "kvzip", "kvzip:allocation=uniform", "snapkv:allocation=heads")
+IN_CHUNKS = (
+    *("none", "hydragen", "h2o", "snapkv", "snapkv:allocation=heads"),
+    *("kvzip", "kvzip:allocation=uniform", "kvzip:chunk=64"),
+)
 
 
 @pytest.fixture(scope="module")

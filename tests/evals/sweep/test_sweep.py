@@ -446,7 +446,7 @@ def test_parts_that_make_no_row_are_measured_again_in_the_next_run(sweep, tmp_pa
     lines[4]["found"] = {"answers": 7}
     # as another process may have written them, whose file is read later
     (tmp_path / "parts.jsonl").unlink()
-    (tmp_path / "parts.1.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (tmp_path / "parts.z.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert [row["status"] for row in sweep(**change).run()] == [*["ok"] * 4, "failed", "ok", "ok"]
     again = Counting()
     assert [row["status"] for row in sweep(again, **change).run()] == ["ok"] * 7
