@@ -30,7 +30,7 @@ ON_NEWEST = OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(ACROSS)
 # the torch that is there, as a requirement: what is installed after it must suit it, and may not replace it
 torch_of = "torch==$$($(1) -c 'from importlib.metadata import version; print(version("torch"))')"
 
-.PHONY: readme demo test test-slow test-5.17 test-triton-3.6 test-newest contract-newest newest constraints fuzz soak kill-test gpu docs lint format clean
+.PHONY: readme demo test test-slow test-5.17 test-triton-3.6 test-newest contract-newest newest constraints fuzz soak kill-test gpu docs notebooks lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -93,6 +93,12 @@ docs: $(DOCS)/.installed
 	cp -RL kvcompress $(DOCS)/source/
 	find $(DOCS)/source/kvcompress -type d -exec touch {}/__init__.py \;
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+# runs the notebooks of examples/ anew and keeps what they show
+notebooks: $(READY)
+	$(RUN) -m pip install -c constraints.txt nbclient ipykernel
+	PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONPATH=$(CURDIR) \
+		$(RUN) -m jupyter execute --inplace examples/*.ipynb
 
 # README's table of methods, from what they register
 readme: $(READY)

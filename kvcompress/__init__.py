@@ -41,9 +41,11 @@ if TYPE_CHECKING:
     from kvcompress.policies.tova import TOVA as TOVA
     from kvcompress.prefix.cache import HydragenCache as HydragenCache
     from kvcompress.prefix.store import PrefixStore as PrefixStore
+    from kvcompress.scoring import logprobs as logprobs
     from kvcompress.swiftkv.cache import AcrossKVCache as AcrossKVCache
     from kvcompress.swiftkv.cache import SwiftKVCache as SwiftKVCache
     from kvcompress.swiftkv.conversion import convert as convert
+    from kvcompress.watching import watch_memory as watch_memory
 
     __version__: str
 
@@ -75,10 +77,12 @@ _HOMES = {
     "convert": "swiftkv.conversion",
     "generate_folder": "generation",
     "load_model": "loading",
+    "logprobs": "scoring",
     "measure_basis": "caches.calibration",
     "measure_profile": "caches.profiling",
     "register": "policies.method",
     "release": "hf",
+    "watch_memory": "watching",
 }
 
 

@@ -214,6 +214,22 @@ class CompressedCache(hf.AttendingCache):
                 "call, or reset() it"
             )
 
+    def cover(self, mask: Tensor) -> Tensor:
+        """The attention mask of all tokens, from the mask of the new ones.
+
+        Args:
+            mask: of the new tokens, [batch, new].
+
+        Returns:
+            [batch, tokens seen + new].
+        """
+        seen = int(self.get_seq_length())
+        past = self.padding.visible
+        past = mask.new_ones(1, seen) if past is None else past.to(mask)
+        # compiled steps leave no record; all tokens that they fed are real
+        past = torch.nn.functional.pad(past, (0, seen - past.shape[1]), value=1)
+        return torch.cat([past.repeat_interleave(len(mask) // len(past), 0), mask], 1)
+
     def queries_watched(self, first: int) -> int | None:
         """Called by SwiftKV models: how many of the last queries the layers from `first` on need; None for all."""
         watched = [layer.queries_watched for layer in self.layers[first:]]

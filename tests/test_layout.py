@@ -135,6 +135,8 @@ PACKAGES = {
     "template": set(),
     "asking": {"cache", "hf", "memory", "prefix", "registry", "template"},
     "pipelines": {"asking", "cache", "hf"},
+    "scoring": {"cache", "hf", "prefix"},
+    "watching": {"cache", "hf", "memory"},
     "generation": {"hf", "registry"},
     "custom_generate": {"generation"},
     "plan": {"caches", "hf", "loading", "policies", "prefix", "registry", "storage"},
@@ -161,7 +163,8 @@ PACKAGES = {
 # what is imported on first use instead, because it costs seconds or an extra, or would close a circle
 LATE = {
     "kvcompress": {
-        *("asking", "cache", "caches", "choosing", "generation", "hf", "loading", "policies", "prefix", "swiftkv"),
+        *("asking", "cache", "caches", "choosing", "generation", "hf", "loading", "policies", "prefix"),
+        *("scoring", "swiftkv", "watching"),
     },
     "__main__": {"cli"},
     # a codec's basis is that of the caches

@@ -179,6 +179,7 @@ class ReconstructionCache(CompressedCache):
     """The cache through which a model reads the second time."""
 
     layers: list[_Witness]  # type: ignore[assignment]
+    reads_again = True
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[RereadLayer]) -> None:
         self._read = layers

@@ -43,6 +43,8 @@ _OTHER_SPELLINGS = ("past_key_value", "layer_past")
 class AttendingCache(Cache):
     """A cache whose layers compute attention themselves, and which is told of the forwards of its model."""
 
+    # its forwards read what another cache holds, which then chooses what to keep
+    reads_again = False
     # generate's next forward would feed a whole prompt, part of which the cache has seen
     whole_prompt_comes = False
     # what the running generation feeds to ended rows, and the ids that end rows, as filler_tokens returns them

@@ -20,7 +20,7 @@ from kvcompress.layer import as_stored, ordinary_tensors
 from kvcompress.prefix.coded import segments_of
 from kvcompress.prefix.padding import same_tokens
 from kvcompress.prefix.prompts import tree_of_prompts
-from kvcompress.prefix.tree import ROOT, by_length
+from kvcompress.prefix.tree import ROOT, UNKNOWN, by_length
 from kvcompress.prefix.tree_cache import TreeCache
 from kvcompress.storage.classes import class_name
 from kvcompress.storage.rerotated import RerotatedSlots
@@ -226,20 +226,6 @@ class HydragenCache(TreeCache):
         memo: dict[int, Any] = {id(one): one for one in shared}
         return copy.deepcopy(self, memo)
 
-    def cover(self, mask: Tensor) -> Tensor:
-        """The attention mask of all tokens, from the mask of the new ones.
-
-        Args:
-            mask: of the new tokens, [batch, new].
-
-        Returns:
-            [batch, tokens seen + new].
-        """
-        seen = int(self.get_seq_length())
-        past = self.padding.visible
-        past = mask.new_ones(1, seen) if past is None else past.to(mask)
-        return torch.cat([past.repeat_interleave(len(mask) // len(past), 0), mask], 1)
-
     def known_ids(self, row: int = 0) -> Tensor:
         """The tokens of a row that the cache has seen, [tokens] int32 on the CPU, -1 for unknown ones."""
         return self.padding.row_ids(row, self.tree.lengths()[row] + self.own_lengths()[row])
@@ -247,6 +233,31 @@ class HydragenCache(TreeCache):
     def own_lengths(self) -> list[int]:
         """For each row, how many of its tokens are its own, in no node."""
         return self.padding.own_lengths(int(self.get_seq_length()))
+
+    def step_back(self) -> Tensor:
+        """Has the cache expect the last token of each row again, which it holds: feeding it gives its logits anew.
+
+        Returns:
+            Those tokens, [batch, 1] int64 on the device of the model's inputs.
+
+        Raises:
+            ValueError: a row's last token is unknown: it came as an embedding, in a compiled step or in another cache.
+                The cache is unchanged.
+        """
+        seen = int(self.get_seq_length())
+        shown = self.padding.shown(len(self.tree.leaves), seen).tolist()
+        last = torch.tensor([int(self.padding.row_ids(row, count)[-1]) for row, count in enumerate(shown)])
+        unknown = (last == UNKNOWN).nonzero()
+        if len(unknown):
+            raise ValueError(
+                f"the cache does not know the last token of row {int(unknown[0])}, which came as an embedding, in a "
+                "compiled step or in another cache: pass last_logits, the model's logits after that token"
+            )
+        self._suffix_to_node()
+        self.padding.see(seen - 1)
+        if self.padding.visible is not None:
+            self.padding.visible = self.padding.visible[:, : seen - 1]
+        return last[:, None].to(self._device())
 
     # whole prompts
 

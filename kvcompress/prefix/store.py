@@ -172,6 +172,7 @@ class PrefixStore:
                 f"{int(ids[at])}"
             )
         kept.gather_rows()
+        kept.tell_ids(ids)
         kept._model = self._model
         size = _bytes(kept)
         if self.max_bytes is not None and size > self.max_bytes:

@@ -255,6 +255,14 @@ class TreeCache(CompressedCache):
                 self.tree.nodes[name] = replace(node, tokens=left, ids=ids)
         self._lay_out()
 
+    def tell_ids(self, ids: Tensor) -> None:
+        """Tells the nodes of the single path of all rows their tokens, [tokens] on the CPU, where they are unknown."""
+        for name in self.tree.path(self.tree.leaves[0]):
+            node = self.tree.nodes[name]
+            own = ids[node.start : node.stop].to(torch.int32)
+            if node.ids is None or bool((node.ids == UNKNOWN).any()):
+                self.tree.nodes[name] = replace(node, ids=own.clone())
+
     def gather_rows(self) -> None:
         """Replaces several rows that continue from the same node by one."""
         self._set_leaves(self.tree.leaves[:1])
