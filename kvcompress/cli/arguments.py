@@ -36,7 +36,7 @@ DataArgument = Annotated[
         "read as one, which is cut every --length tokens; a chat is read by itself."
     ),
 ]
-OwnDtypeOption = Annotated[
+DtypeOption = Annotated[
     str | None, "float32, bfloat16, float16 or auto; else the checkpoint's own on a GPU, float32 on a CPU."
 ]
 CacheOption = Annotated[str, f"With settings as in h2o:sinks=4:bits=4. Known: {KNOWN}."]
@@ -80,23 +80,21 @@ def load(
     """Loads a model without progress bars; what takes long is said on stderr.
 
     Args:
-        dtype: None for the checkpoint's own on a GPU, and float32 on a CPU.
+        dtype: None as in `load_model`.
         device: None for a GPU if there is one, and not with device_map.
         quantize_weights: None, or the bits that bitsandbytes keeps of a weight, 4 or 8, on a GPU.
     """
     import torch
     from transformers import logging as bars
 
-    from kvcompress.loading import ModelUnavailableError, load_model
+    from kvcompress.loading import ModelUnavailableError, default_dtype, load_model
 
     bars.disable_progress_bar()
     has_gpu = torch.cuda.is_available()
     if device is None and device_map is None:
         # each process of a launcher has its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has_gpu else "cpu"
-    if dtype is None:
-        dtype = "auto" if has_gpu and device != "cpu" else "float32"
-    kind: Any = "auto" if dtype == "auto" else as_dtype(dtype)
+    kind: Any = "auto" if dtype == "auto" else default_dtype(device, device_map) if dtype is None else as_dtype(dtype)
     more = {} if quantize_weights is None else {"quantization_config": _quantized(name, quantize_weights, kind, device)}
     try:
         with user_errors(), _told():

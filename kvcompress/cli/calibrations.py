@@ -7,6 +7,7 @@ import typer
 
 from kvcompress.cli.arguments import (
     DeviceOption,
+    DtypeOption,
     ModelOption,
     UsageError,
     check_folder,
@@ -23,7 +24,7 @@ def calibrate(
     length: Annotated[int, "Tokens of each piece of text that is read.", 16] = 1024,
     texts: Annotated[int, "How many pieces of that length, at most, of all files together.", 1] = 32,
     seed: Annotated[int, "Of which ones."] = 0,
-    dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Measure in which directions a model's keys and values vary, over all KV heads of a layer.

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
-from kvcompress.cli.arguments import CacheOption, DeviceOption, ModelOption, OwnDtypeOption
+from kvcompress.cli.arguments import CacheOption, DeviceOption, DtypeOption, ModelOption
 from kvcompress.cli.streaming import (
     BudgetOption,
     ChunkOption,
@@ -31,7 +31,7 @@ def chat(
     prefill_chunk_size: ChunkOption = None,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
-    dtype: OwnDtypeOption = None,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     quantize_weights: WeightBitsOption = None,

@@ -25,7 +25,10 @@ def check(
     ] = None,
     weights: Annotated[bool, "Check the model itself instead of a tiny random one of its architecture."] = False,
     verbose: Annotated[bool, "Show the traceback of each refusal and fault."] = False,
-    dtype: Annotated[str, "With --weights: float32, bfloat16, float16 or auto."] = "float32",
+    dtype: Annotated[
+        str | None,
+        "With --weights: float32, bfloat16, float16 or auto; else the checkpoint's own on a GPU, float32 on a CPU.",
+    ] = None,
     device: DeviceOption = None,
 ) -> int:
     """Tell whether kvcompress works here, with this model: compare every cache with the model run without one.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.arguments import CacheOption, DeviceOption, ModelOption, OwnDtypeOption, UsageError
+from kvcompress.cli.arguments import CacheOption, DeviceOption, DtypeOption, ModelOption, UsageError
 from kvcompress.cli.streaming import (
     BudgetOption,
     ChunkOption,
@@ -36,7 +36,7 @@ def generate(
     temperature: TemperatureOption = 0.0,
     raw: Annotated[bool, "Continue the text without the chat template."] = False,
     seed: SeedOption = 0,
-    dtype: OwnDtypeOption = None,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     quantize_weights: WeightBitsOption = None,

@@ -6,6 +6,7 @@ from typing import Annotated
 from kvcompress.cli.arguments import (
     DataArgument,
     DeviceOption,
+    DtypeOption,
     ModelOption,
     UsageError,
     as_budget,
@@ -28,7 +29,7 @@ def profile(
     length: Annotated[int, "Tokens of each text that is read; as long as your own.", 1] = 1024,
     texts: Annotated[int, "How many texts of that length, at most.", 1] = 16,
     seed: Annotated[int, "Of which ones."] = 0,
-    dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Measure each layer's and KV head's share of the budget, where all compete.

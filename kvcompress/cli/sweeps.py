@@ -15,6 +15,7 @@ from kvcompress.cli.arguments import (
     KNOWN_TASKS,
     USUAL,
     DeviceOption,
+    DtypeOption,
     ModelOption,
     UsageError,
     as_budget,
@@ -92,7 +93,7 @@ def sweep(
     ] = None,
     turns: Annotated[int, "Questions of a context in multi-turn and multi-request."] = 5,
     transcript: Annotated[int, "state_tracking: the most tokens of an answer."] = 2048,
-    dtype: Annotated[str, "float32, bfloat16, float16 or auto."] = "float32",
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> int:
     """Measure accuracy against memory: every method, at every budget, on every task.
@@ -152,7 +153,7 @@ def run_sweep(
     name: str | None,
     folder: Path,
     fresh: bool,
-    dtype: str,
+    dtype: str | None,
     device: str | None,
     precision: float | None = None,
     seconds: float | None = None,
