@@ -1,7 +1,8 @@
 """How likely a model finds what could follow the tokens that a cache holds: answers to choose from, a held-out text.
 
 cache = store.prefix(document_ids)
-choices = logprobs(cache, [tokenizer(text).input_ids for text in answers])      # the document is read once
+texts = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+choices = logprobs(cache, texts)  # the document is read once for all
 best = max(range(len(choices)), key=lambda choice: float(choices[choice].sum()))
 """
 

@@ -7,12 +7,12 @@ plt.step([one.seconds for one in readings], [one.bytes for one in readings], whe
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
@@ -33,18 +33,18 @@ class Reading:
 
 
 class _Watch:
-    """Hooks of a decoder."""
+    """Notes what a decoder is given."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
         self._began = time.perf_counter()
         self._last: weakref.ref[hf.Cache] | None = None
 
-    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.note(hf.cache_in((*args, *kwargs.values())))
+    def begins(self, arguments: Iterable[Any]) -> None:
+        self.note(hf.cache_in(arguments))
 
-    def ended(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.note(hf.cache_in((*args, *kwargs.values())) or hf.cache_of(output))
+    def ended(self, arguments: Iterable[Any], output: Any) -> None:
+        self.note(hf.cache_in(arguments) or hf.cache_of(output))
 
     def note(self, cache: hf.Cache | None) -> None:
         if isinstance(cache, hf.AttendingCache) and cache.reads_again:
@@ -74,18 +74,10 @@ def watch_memory(model: PreTrainedModel) -> Iterator[list[Reading]]:
     Returns:
         A list that grows by two `Reading`s with each forward.
     """
-    decoder, watch = hf.decoder_of(model), _Watch()
-    hooks = [
-        decoder.register_forward_pre_hook(watch.begins, with_kwargs=True),
-        # before the hooks by which caches learn that a forward has ended
-        decoder.register_forward_hook(watch.ended, with_kwargs=True, prepend=True),
-    ]
-    try:
+    watch = _Watch()
+    with hf.watched(hf.decoder_of(model), watch.begins, watch.ended):
         yield watch.readings
         watch.close()
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _bytes_of(cache: hf.Cache) -> int:

@@ -54,8 +54,9 @@ def evaluate(
 ) -> int:
     """Run lm-eval's tasks through a cache, and show the bytes held beside the scores.
 
-    Each context is compressed before the part held back is read, and scores are computed with what is left. Options
-    have lm-eval's names, and may be written as lm-eval does: --num_fewshot.
+    Each context is compressed before the part held back is read, and scores are computed with what is left.
+
+    Options have lm-eval's names, and may be written as lm-eval does: --num_fewshot.
     """
     check_extra("eval", "lm_eval")
     names = parts(tasks)

@@ -63,7 +63,7 @@ def generate(
     # of the context alone, before any question
     memory_line = session.memory_line
     for each in asked:
-        if context is not None:
+        if context is not None and not quiet:
             print(f"> {each}")
         session.answer(each, fork=context is not None)
         if context is not None and each is not asked[-1]:

@@ -91,15 +91,27 @@ def plan(
         table.add_column(head, justify="left" if head == "cache" else "right")
     for head in ("largest context", "largest batch"):
         table.add_column(head, justify="right")
-    for need, most_tokens, most_rows in zip(needs, longest, widest, strict=True):
+    lines = list(zip(asked, needs, longest, widest, strict=True))
+    if choice is not None:
+        # what is recommended may be none of the rows, as those have no settings and one budget
+        candidate = choice.candidate
+        best = choice.need
+        if not any(name == candidate.method and need.budget == best.budget for name, need, *_ in lines):
+            more = largest_context(shape, candidate.method, batch, candidate.budget or tokens_kept, kind, memory, **how)
+            lines.append((candidate.method, best, more, batch))
+
+    def is_best(name: str, need: "Need") -> bool:
+        return choice is not None and (name, need.budget) == (choice.candidate.method, choice.need.budget)
+
+    for name, need, most_tokens, most_rows in lines:
         table.add_row(
-            need.method,
+            name,
             "all" if need.budget is None else str(need.budget),
             gibibytes(need.cache),
             f"{need.cache / need.full_cache:.1%}",
             "all" if need.chunk is None else str(need.chunk),
             gibibytes(need.peak),
-            "yes" if need.peak <= memory else "no",
+            ("yes*" if is_best(name, need) else "yes") if need.peak <= memory else "no",
             str(most_tokens),
             str(most_rows),
         )
@@ -107,13 +119,16 @@ def plan(
     console = Console()
     console.print(
         "Peak: weights, cache and what a forward over the prompt, or over a chunk of it, holds beside them. Half a GiB "
-        "of the GPU is left to what it needs before anything runs."
+        "of the GPU is left to what it needs before anything runs. A cache that keeps every token grows in steps, and "
+        f"may have room for more than it was fed.{'' if choice is None else ' *: recommended.'}"
     )
     if unsized:
         console.print(f"Left out, because their sizes are not known: {', '.join(unsized)}.")
     if shape.longest is not None and tokens > shape.longest:
         console.print(f"The model was trained for at most {shape.longest} tokens.")
-    command, *why = _recommended(choice, model, str(kind).removeprefix("torch."), bits, question_known == "yes")
+    command, *why = _recommended(
+        choice, model, str(kind).removeprefix("torch."), bits, question_known == "yes", any(longest)
+    )
     # a line to copy is not broken
     print(command)
     for line in why:
@@ -121,10 +136,10 @@ def plan(
 
 
 def _recommended(
-    choice: "Choice | None", model: str | None, dtype: str, bits: int | None, question_known: bool
+    choice: "Choice | None", model: str | None, dtype: str, bits: int | None, question_known: bool, less_fits: bool
 ) -> list[str]:
     if choice is None:
-        return ["Recommended: none of the caches fits; see the largest contexts, or try --weights 4."]
+        return ["Nothing fits: see the largest contexts, or try --weights 4." if less_fits else "Nothing fits at all."]
     candidate, need = choice.candidate, choice.need
     words = ["kvcompress generate", *(["--model", model] if model else []), "--cache", candidate.method]
     words += ["--budget", f"{candidate.budget:g}"] if candidate.budget is not None else []

@@ -1,8 +1,9 @@
 """Finds the modules of a model and their devices, and records what goes into and out of them."""
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -146,3 +147,31 @@ class Captured:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def watched(
+    module: nn.Module,
+    begins: Callable[[tuple[Any, ...]], None],
+    ended: Callable[[tuple[Any, ...], Any], None],
+) -> Iterator[None]:
+    """Within it, calls these as a module's forwards begin and end: with the values of all arguments, and the output.
+
+    `ended` is called before other hooks are, such as those by which caches learn that a forward has ended.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begins((*args, *kwargs.values()))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ended((*args, *kwargs.values()), output)
+
+    hooks = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

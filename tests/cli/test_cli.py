@@ -483,21 +483,35 @@ def test_a_plan_takes_units_as_people_write_them(folder, capsys, memory, as_well
         ("600MiB", [], "--cache none --prefill-chunk-size"),
         ("560MiB", ["--question-known", "yes"], "--cache gear "),
         ("518MiB", [], "--cache kvzip:bits=4 --budget 0.2 --prefill-chunk-size 1024 --dtype float32"),
-        ("513MiB", [], "none of the caches fits"),
     ],
 )
 def test_a_plan_recommends_a_command_that_exists(folder, capsys, monkeypatch, tmp_path, memory, more, cache):
+    monkeypatch.setenv("COLUMNS", "200")
     arguments = ["--context", "100k", "--gpu-memory", memory, "--methods", "none", "--dtype", "float32", *more]
     assert main(["plan", "--model", folder, *arguments]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Recommended: ")]
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("Recommended: ")]
     assert cache in line
-    if "kvcompress" in line:
-        command = line.removeprefix("Recommended: kvcompress ").split()
-        text = tmp_path / "text"
-        text.write_text("Amber is red. " * 20)
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Amber is red. Is it?"))
-        command = [str(text) if word == "FILE" else word for word in command]
-        assert main([*command, "--max-new-tokens", "2"]) == 0
+    # it has a row of its own, which fits
+    (row,) = [row for row in out.splitlines() if " yes* " in row]
+    assert row.split()[1] == re.search(r"--cache (\S+)", line)[1]
+    command = line.removeprefix("Recommended: kvcompress ").split()
+    text = tmp_path / "text"
+    text.write_text("Amber is red. " * 20)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Amber is red. Is it?"))
+    command = [str(text) if word == "FILE" else word for word in command]
+    assert main([*command, "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"), [("513MiB", "Nothing fits: see the largest"), ("400MiB", "Nothing fits at")]
+)
+def test_a_plan_says_that_nothing_fits(folder, capsys, memory, said):
+    arguments = ["--context", "100k", "--gpu-memory", memory, "--methods", "none", "--dtype", "float32"]
+    assert main(["plan", "--model", folder, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    assert "Recommended" not in out
 
 
 def test_a_plan_says_what_would_fit_where_nothing_does(folder, capsys, monkeypatch):
