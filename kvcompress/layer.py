@@ -425,6 +425,30 @@ class CompressedLayer(hf.CacheLayerMixin):
             self.kv_shape = (batch, *self.kv_shape[1:])
 
 
+class NoTokensLayer(CompressedLayer):
+    """A layer that keeps no keys and values: all it knows of tokens is how many another layer has seen."""
+
+    def __init__(self, padding: PaddingRecord) -> None:
+        super().__init__(padding)
+        # set once all layers are built
+        self.attending: CompressedLayer = self
+
+    def segments(self) -> list[Segment]:
+        return []
+
+    def plain_tokens(self) -> dict[str, Places]:
+        return {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError(
+            "a layer gave keys and values to its cache that by the model's config does not attend; kvcompress does not "
+            "support this model"
+        )
+
+    def get_seq_length(self) -> int:
+        return self.attending.get_seq_length()
+
+
 def _restore_query_order(out: Tensor, order: Tensor | None) -> Tensor:
     """An output with its queries back in their original order; order: [batch, queries], None if unchanged."""
     return out if order is None else reordered(out, order.argsort(-1))
