@@ -317,7 +317,9 @@ class ShadowKVCache(CompressedCache):
         if ranks is not None and settings.rank is not None:
             # each process factorises the keys of its own heads; together they keep as many numbers as one would
             settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))
-        return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == self.attending[0])
+        return ShadowLayer(
+            self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == self.attending[0]
+        )
 
     def _settings(self) -> dict[str, Any]:
         return {"budget": self.budget, "host": self.host, **dataclasses.asdict(self.settings)}

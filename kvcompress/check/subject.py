@@ -59,8 +59,9 @@ class Subject:
         return [index for index, kind in enumerate(hf.layer_kinds(self.model.config)) if kind.attends]
 
     @property
-    def layers(self) -> int:
-        return len(hf.layer_kinds(self.model.config))
+    def all_attend(self) -> bool:
+        """Whether each layer keeps keys and values, and nothing else."""
+        return all(kind.attends and not kind.states for kind in hf.layer_kinds(self.model.config))
 
     @functools.cached_property
     def truth(self) -> list[Tensor]:
@@ -73,7 +74,7 @@ class Subject:
         fed = []
         for row in self.rows:
             # without a config, DynamicCache keeps tokens that have left a window
-            cache: Any = DynamicCache(**({} if len(self.attending) == self.layers else {"config": self.judge.config}))
+            cache: Any = DynamicCache(config=None if self.all_attend else self.judge.config)
             with torch.no_grad():
                 self.judge(row[None], use_cache=True, **hf.cache_argument(self.judge, cache))
             first = cache.layers[self.attending[0]]
@@ -96,8 +97,8 @@ class Subject:
         """The logits of one row [tokens] without a cache, [tokens, vocabulary].
 
         Args:
-            allowed: for each layer that attends, which token may attend to which, within the model's own mask, as bool [kv_heads,
-                tokens, tokens].
+            allowed: for each layer that attends, which token may attend to which, within the model's own mask, as bool
+                [kv_heads, tokens, tokens].
         """
         with contextlib.ExitStack() as stack:
             for layer, seen in zip(self.attending, allowed or (), strict=allowed is not None):

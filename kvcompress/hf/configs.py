@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 
-
 @dataclass(frozen=True)
 class LayerKind:
     """What a layer keeps of what it has seen.

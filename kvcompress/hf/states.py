@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -25,10 +24,10 @@ class States:
     def tensors(self) -> dict[str, Tensor]:
         """The states by name, [batch, ...]."""
         return {
-            f"{name}.{index}": held[index]
+            f"{name}.{index}": tensor
             for name, held in self._by_name().items()
-            for index in range(self.number)
-            if held[index] is not None
+            for index, tensor in held.items()
+            if tensor is not None
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

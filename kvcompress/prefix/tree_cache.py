@@ -133,8 +133,8 @@ class TreeCache(CompressedCache):
     def _check_states(self, model: PreTrainedModel) -> None:
         if self.states:
             raise ValueError(
-                f"{type(model).__name__} has layers that keep states, of which a prefix would need its own wherever rows "
-                f"part; {type(self).__name__} does not share those. clone() another cache for each continuation"
+                f"{type(model).__name__} has layers that keep states, of which a prefix would need its own wherever "
+                f"rows part; {type(self).__name__} does not share those. clone() another cache for each continuation"
             )
 
     def _record(self) -> PaddingRecord:
