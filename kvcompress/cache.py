@@ -86,6 +86,7 @@ class CompressedCache(hf.AttendingCache):
                 for index, kind in enumerate(kinds)
             ]
         )
+        self.take_states(self.states)
         self.last_layer.is_last = True
         for layer in self.layers:
             if isinstance(layer, NoTokensLayer):
@@ -115,6 +116,12 @@ class CompressedCache(hf.AttendingCache):
     def _layer(self, index: int, window: int | None) -> CompressedLayer:
         """A layer that keeps keys and values, by its place in the model."""
         raise NotImplementedError
+
+    def take_states(self, states: dict[int, hf.States]) -> None:
+        """Takes these for the states of its layers, by layer."""
+        self.states = states
+        for index, layer in enumerate(self.layers):
+            layer.states = states.get(index)
 
     def _check_states(self, model: PreTrainedModel) -> None:
         """Raises ValueError if some layers keep states, and this cache cannot be used with them."""

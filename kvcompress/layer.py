@@ -122,6 +122,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     pads_first = False
     # forwards that read what is offloaded
     fetching_forwards = 0
+    # those of a layer that keeps states, which its cache sees to
+    states: hf.States | None = None
     # transformers' name; generate unsets it if it records by itself
     record_past = False
 
@@ -264,6 +266,20 @@ class CompressedLayer(hf.CacheLayerMixin):
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Restores a state that `dump` returned. The base's: the clock."""
         self.clock.begin_at(facts["seen"])
+
+    # models of transformers before 5.24 take states from their layer
+
+    @property
+    def conv_states(self) -> dict[int, Tensor | None]:
+        if self.states is None:
+            raise AttributeError(f"this {type(self).__name__} keeps no states")
+        return self.states.held.conv_states
+
+    @property
+    def recurrent_states(self) -> dict[int, Tensor | None]:
+        if self.states is None:
+            raise AttributeError(f"this {type(self).__name__} keeps no states")
+        return self.states.held.recurrent_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

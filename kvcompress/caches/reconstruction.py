@@ -243,7 +243,7 @@ def read_rows(
     sizes = hf.sizes(model.config)
     reading = ReconstructionCache(model, layers)
     for start in range(0, max(map(len, rows)), how.chunk):
-        reading.states = copy.deepcopy(dict(states))
+        reading.take_states(copy.deepcopy(dict(states)))
         parts = [[*how.prompt, *row[start : start + how.chunk]] if row[start:] else [] for row in rows]
         width = max(map(len, parts))
         if sizes.learned_positions and sizes.longest is not None:
