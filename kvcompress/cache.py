@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, SupportsIndex
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
-from kvcompress.layer import CompressedLayer, as_stored, ordinary_tensors
+from kvcompress.layer import CompressedLayer, NoTokensLayer, as_stored, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
 from kvcompress.policies.method import is_own
 from kvcompress.policies.settings import names_settings
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from kvcompress.caches.basis import Basis
     from kvcompress.caches.transform_codec import Codec, Encoder
 
+# in files, what the names of states begin with
+_STATES = "states."
 # attributes that a forward sets
 _OF_FORWARDS = ("fillers",)
 _FORMAT = "kvcompress-cache-2"
@@ -69,13 +71,26 @@ class CompressedCache(hf.AttendingCache):
             ValueError: the model has something that kvcompress does not support; the message names it.
         """
         config = hf.text_config(model)
-        windows = hf.attention_windows(config)
+        kinds = hf.layer_kinds(config)
+        # layers that keep keys and values, and the states of those that keep states
+        self.attending = [index for index, kind in enumerate(kinds) if kind.attends]
+        self.states = {index: hf.States(kind.states) for index, kind in enumerate(kinds) if kind.states}
+        self._check_states(model)
         hf.select_attention(model)
         hf.watch_forwards(model)
         self._model = weakref.ref(model)
         self.padding = self._record()
-        super().__init__(layers=[self._layer(index, window, len(windows)) for index, window in enumerate(windows)])
-        self.layers[-1].is_last = True
+        super().__init__(
+            layers=[
+                self._layer(index, kind.window) if kind.attends else NoTokensLayer(self.padding)
+                for index, kind in enumerate(kinds)
+            ]
+        )
+        self.take_states(self.states)
+        self.last_layer.is_last = True
+        for layer in self.layers:
+            if isinstance(layer, NoTokensLayer):
+                layer.attending = self.first_layer
         self.padding.needs_even_positions = any(getattr(layer, "rope", None) is not None for layer in self.layers)
         self.padding.notes_shift = any(getattr(layer, "codec", None) is not None for layer in self.layers)
 
@@ -98,8 +113,28 @@ class CompressedCache(hf.AttendingCache):
     def _record(self) -> PaddingRecord:
         return PaddingRecord()
 
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+    def _layer(self, index: int, window: int | None) -> CompressedLayer:
+        """A layer that keeps keys and values, by its place in the model."""
         raise NotImplementedError
+
+    def take_states(self, states: dict[int, hf.States]) -> None:
+        """Takes these for the states of its layers, by layer."""
+        self.states = states
+        for index, layer in enumerate(self.layers):
+            layer.states = states.get(index)
+
+    def _check_states(self, model: PreTrainedModel) -> None:
+        """Raises ValueError if some layers keep states, and this cache cannot be used with them."""
+
+    @property
+    def first_layer(self) -> CompressedLayer:
+        """The first layer that keeps keys and values."""
+        return self.layers[self.attending[0]]
+
+    @property
+    def last_layer(self) -> CompressedLayer:
+        """The last layer that keeps keys and values."""
+        return self.layers[self.attending[-1]]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -107,16 +142,69 @@ class CompressedCache(hf.AttendingCache):
         """Called by the model's attention: gives a layer the keys and values of its new tokens."""
         if not torch.compiler.is_compiling():
             self._check_attention(layer_idx)
-            if layer_idx == 0:
+            if layer_idx == self.attending[0]:
                 self.check_whole()
         # before the first layer comes the last one of the previous forward; compiled steps check nothing else
-        if (behind := self.layers[layer_idx - 1]).pending_kv is not None and behind is not self.layers[layer_idx]:
-            raise RuntimeError(self._without_attention((layer_idx or len(self.layers)) - 1))
+        before = self.layers[layer_idx - 1 if len(self.attending) == len(self.layers) else self._before(layer_idx)]
+        if before.pending_kv is not None and before is not self.layers[layer_idx]:
+            raise RuntimeError(self._without_attention(self._before(layer_idx)))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _before(self, layer_idx: int) -> int:
+        """The layer that attends before this one, in the previous forward for the first."""
+        return max((index for index in self.attending if index < layer_idx), default=self.attending[-1])
+
+    # transformers' interface to states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        held = self._states_of(layer_idx)
+        return held.conv_states[state_idx] if held.has_previous_state[state_idx] else None
+
+    @ordinary_tensors()
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        return self._states_of(layer_idx).update_conv_state(conv_states.detach(), state_idx, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        held = self._states_of(layer_idx)
+        return held.recurrent_states[state_idx] if held.has_previous_state[state_idx] else None
+
+    @ordinary_tensors()
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        return self._states_of(layer_idx).update_recurrent_state(recurrent_states.detach(), state_idx, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        if layer_idx is None:
+            layer_idx = max(self.states, default=None)
+            if layer_idx is None:
+                return False
+        held = self._states_of(layer_idx).has_previous_state
+        return all(held.values()) if state_idx is None else held[state_idx]
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return bool(self._states_of(layer_idx).record_past if layer_idx in self.states else False)
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        for states in self.states.values():
+            states.held.record_past = True
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [isinstance(layer, NoTokensLayer) for layer in self.layers]
+
+    def _states_of(self, layer_idx: int) -> Any:
+        if layer_idx not in self.states:
+            raise ValueError(
+                f"layer {layer_idx} asks its cache for states, but by the model's config it has none; kvcompress does "
+                "not support this model"
+            )
+        return self.states[layer_idx].held
 
     def check_whole(self) -> None:
         """Raises RuntimeError if a forward was interrupted between layers."""
-        if self.layers[0].forwards_begun != self.layers[-1].forwards_ended:
+        if self.first_layer.forwards_begun != self.last_layer.forwards_ended:
             raise RuntimeError(
                 "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
             )
@@ -238,7 +326,7 @@ class CompressedCache(hf.AttendingCache):
     @property
     def batch_size(self) -> int:
         """Number of sequences held, -1 before the first forward."""
-        shape = self.layers[0].kv_shape
+        shape = self.first_layer.kv_shape
         return -1 if shape is None else shape[0]
 
     def memory(self) -> MemoryReport:
@@ -261,6 +349,11 @@ class CompressedCache(hf.AttendingCache):
             if layer.kv_shape is not None:
                 size = full_cache_bytes(int(layer.get_seq_length()), layer.window, layer.kv_shape, layer.dtype)
                 full, elements = full + size, elements + size // layer.dtype.itemsize
+        for states in self.states.values():
+            held = list(states.tensors().values())
+            members.setdefault("states", []).extend(held)
+            full += sum(tensor.nbytes for tensor in held)
+            elements += sum(tensor.numel() for tensor in held)
         if self.padding.held():
             members["padding"] = self.padding.held()
         by_component, by_device = storage_bytes(members)
@@ -280,6 +373,8 @@ class CompressedCache(hf.AttendingCache):
     def reset(self) -> None:
         """Forgets everything seen, and frees the memory."""
         super().reset()
+        for states in self.states.values():
+            states.reset()
         self.padding.restore({})
         self.fillers = None
 
@@ -296,23 +391,40 @@ class CompressedCache(hf.AttendingCache):
         tokens_to_remove = int(tokens_to_remove)
         for layer in self.layers:
             layer.check_crop(-tokens_to_remove)
+        if tokens_to_remove:
+            for index, states in self.states.items():
+                if not states.can_crop():
+                    raise ValueError(
+                        f"crop cannot take tokens back: layer {index} keeps states, which have them mixed in. clone() "
+                        "the cache before what may be taken back"
+                    )
         super().crop(tokens_to_remove)
+        for states in self.states.values():
+            if states.can_crop():
+                states.held.crop(tokens_to_remove)
         self.padding.crop(-tokens_to_remove, int(self.get_seq_length()))
 
     @as_stored()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._map_states(lambda tensor: tensor[beam_idx.to(tensor.device)])
         self.padding.map_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
     @as_stored()
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self._map_states(lambda tensor: tensor[indices.to(tensor.device)])
         self.padding.map_rows(lambda rows: rows[indices.to(rows.device)])
 
     @as_stored()
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self._map_states(lambda tensor: tensor.repeat_interleave(repeats, 0))
         self.padding.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
+
+    def _map_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        for states in self.states.values():
+            states.map_tensors(change)
 
     def clone(self) -> Self:
         """An independent copy: continuing one leaves the other as it is."""
@@ -387,6 +499,9 @@ class CompressedCache(hf.AttendingCache):
         def parts() -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
             for index, layer in enumerate(self.layers):
                 state, facts = layer.dump()
+                if index in self.states:
+                    held = self.states[index].tensors()
+                    state = state | {f"{_STATES}{name}": tensor.contiguous() for name, tensor in held.items()}
                 yield {f"layers.{index}.{name}": tensor for name, tensor in state.items()}, facts
             yield self.padding.tensors() | (beside or {}), {}
 
@@ -477,6 +592,9 @@ class CompressedCache(hf.AttendingCache):
             for name in mine:
                 own_name = name[len(prefix) :]
                 tensors[own_name] = file.tensor(name, None if decode is None else decode(own_name)).to(device)
+            states = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_STATES)}
+            if index in cache.states:
+                cache.states[index].restore({name.removeprefix(_STATES): states[name] for name in states})
             layer.restore(tensors, own)
             layer.note_codings(codings)
         rows = [name for name in file.names if name in PaddingRecord.names]

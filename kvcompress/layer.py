@@ -122,6 +122,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     pads_first = False
     # forwards that read what is offloaded
     fetching_forwards = 0
+    # those of a layer that keeps states, which its cache sees to
+    states: hf.States | None = None
     # transformers' name; generate unsets it if it records by itself
     record_past = False
 
@@ -264,6 +266,20 @@ class CompressedLayer(hf.CacheLayerMixin):
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Restores a state that `dump` returned. The base's: the clock."""
         self.clock.begin_at(facts["seen"])
+
+    # models of transformers before 5.24 take states from their layer
+
+    @property
+    def conv_states(self) -> dict[int, Tensor | None]:
+        if self.states is None:
+            raise AttributeError(f"this {type(self).__name__} keeps no states")
+        return self.states.held.conv_states
+
+    @property
+    def recurrent_states(self) -> dict[int, Tensor | None]:
+        if self.states is None:
+            raise AttributeError(f"this {type(self).__name__} keeps no states")
+        return self.states.held.recurrent_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -423,6 +439,30 @@ class CompressedLayer(hf.CacheLayerMixin):
             self.map_tensors(lambda tensor: tensor[rows.to(tensor.device)])
             batch = int(rows.sum()) if rows.dtype == torch.bool else len(rows)
             self.kv_shape = (batch, *self.kv_shape[1:])
+
+
+class NoTokensLayer(CompressedLayer):
+    """A layer that keeps no keys and values: all it knows of tokens is how many another layer has seen."""
+
+    def __init__(self, padding: PaddingRecord) -> None:
+        super().__init__(padding)
+        # set once all layers are built
+        self.attending: CompressedLayer = self
+
+    def segments(self) -> list[Segment]:
+        return []
+
+    def plain_tokens(self) -> dict[str, Places]:
+        return {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError(
+            "a layer gave keys and values to its cache that by the model's config does not attend; kvcompress does not "
+            "support this model"
+        )
+
+    def get_seq_length(self) -> int:
+        return self.attending.get_seq_length()
 
 
 def _restore_query_order(out: Tensor, order: Tensor | None) -> Tensor:

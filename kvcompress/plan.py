@@ -131,7 +131,7 @@ def read_shape(name: str | None) -> Shape:
 def shape_of(model: PreTrainedModel, name: str = "") -> Shape:
     """The shape of a model that is there, on the meta device or with its weights."""
     config = model.config.get_text_config(decoder=True)
-    windows, sizes = tuple(hf.attention_windows(config)), hf.sizes(config)
+    windows, sizes = tuple(kind.window for kind in hf.layer_kinds(config) if kind.attends), hf.sizes(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     linear = sum(

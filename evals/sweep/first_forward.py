@@ -138,7 +138,8 @@ class FirstForward:
         """
         if not isinstance(cache, _SERVED) or not is_own(type(cache)) or getattr(cache, "rerotated", False):
             return False
-        return not isinstance(cache._model(), SwiftKVModel)
+        # states of layers that do not attend are in no recording
+        return not isinstance(cache._model(), SwiftKVModel) and not cache.states
 
     @classmethod
     def fits(cls, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> bool:

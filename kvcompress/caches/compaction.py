@@ -210,6 +210,11 @@ def copy_tokens(layers: Sequence[AnsweringLayer], other: CompressedCache) -> Non
     Raises:
         TypeError: some of it is not plain keys and values at their true positions.
     """
+    if other.states:
+        raise ValueError(
+            f"{type(other).__name__} holds states of layers that do not attend, which are not in its tokens: feed the "
+            "text to an AttentionMatchingCache"
+        )
     seen, batch = int(other.get_seq_length()), other.batch_size
     real = other.padding.real_of_last(seen, seen) or [seen] * batch
     for layer, source in zip(layers, other.layers, strict=True):

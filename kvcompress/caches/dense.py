@@ -241,5 +241,5 @@ class DenseCache(CompressedCache):
     Exact. It is the ceiling in every comparison, and a cache whose budget is above the length must equal it.
     """
 
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return DenseLayer(self.padding, window, is_first=index == 0)
+    def _layer(self, index: int, window: int | None) -> CompressedLayer:
+        return DenseLayer(self.padding, window, is_first=index == self.attending[0])

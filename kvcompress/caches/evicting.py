@@ -114,8 +114,8 @@ class EvictingCache(CompressedCache):
         """Tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of those seen."""
         return self._budget.amount
 
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        budget = self._budget.per_layer(self.layers_share, layers)[index].amount
+    def _layer(self, index: int, window: int | None) -> CompressedLayer:
+        budget = self._budget.per_layer(self.layers_share, len(self.attending))[self.attending.index(index)].amount
         rope = None
         model = self._model()
         assert model is not None
@@ -133,7 +133,7 @@ class EvictingCache(CompressedCache):
             self.policy,
             budget,
             window,
-            is_first=index == 0,
+            is_first=index == self.attending[0],
             rope=rope,
             packed=self.packed,
             ranks=ranks,
@@ -190,7 +190,7 @@ class EvictingCache(CompressedCache):
         """Lets waiting layers note what a second reading of their tokens attends to."""
         how = self.policy.rereads
         assert how is not None
-        read_again(decoder, waiting, input_ids, self.padding, int(self.get_seq_length()), how)
+        read_again(decoder, waiting, input_ids, self.padding, int(self.get_seq_length()), how, self.states)
 
     def _shown(self) -> dict[str, Any]:
         shown = {"policy": self.policy, **super()._shown(), "allocation": self.allocation, "packed": self.packed}

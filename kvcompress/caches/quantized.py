@@ -135,6 +135,8 @@ class GEARCache(CompressedCache):
         """
         if self.get_seq_length():
             raise ValueError(f"fill needs an empty cache, this one has seen {self.get_seq_length()} tokens")
+        if len(self.attending) < len(self.layers) or self.states:
+            raise ValueError("fill takes keys and values alone, and some layers of this model keep states")
         if len(full.layers) != len(self.layers):
             raise ValueError(f"the model has {len(self.layers)} layers, but the cache to fill from {len(full.layers)}")
         tokens = int(full.get_seq_length())
@@ -153,13 +155,13 @@ class GEARCache(CompressedCache):
             layer.fill(*pair)
         return self
 
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+    def _layer(self, index: int, window: int | None) -> CompressedLayer:
         codec = None
         if self.basis is not None:
             model = self._model()
             assert model is not None
             codec = Basis.known(self.basis, model).codec(model, index, self.settings.bits)
-        return QuantizedLayer(self.padding, self.settings, window, index == 0, codec)
+        return QuantizedLayer(self.padding, self.settings, window, index == self.attending[0], codec)
 
     def _settings(self) -> dict[str, Any]:
         # a file names the basis, and does not hold it

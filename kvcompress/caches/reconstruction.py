@@ -4,9 +4,11 @@ All tokens of a forward stay until the model has read them again, after themselv
 that stores nothing. Each layer records the most attention that each token receives; then the policy chooses.
 """
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -185,8 +187,8 @@ class ReconstructionCache(CompressedCache):
         self._read = layers
         super().__init__(model)
 
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return _Witness(self._read[index])
+    def _layer(self, index: int, window: int | None) -> CompressedLayer:
+        return _Witness(self._read[self.attending.index(index)])
 
 
 @torch.no_grad()
@@ -197,6 +199,7 @@ def read_again(
     padding: PaddingRecord,
     seen: int,
     how: SecondReading,
+    states: Mapping[int, hf.States] = MappingProxyType({}),
 ) -> None:
     """Feeds a model the tokens of its last forward again, after themselves: then the layers can `choose`.
 
@@ -206,6 +209,7 @@ def read_again(
         padding: which of the tokens seen are padding, and where the model has placed the last one.
         seen: how many tokens were seen, with these.
         how: the prompt and the chunks to read; each chunk is read at the same positions.
+        states: those of layers that keep states, after that forward, by layer; each chunk is read from there.
     """
     batch, tokens = ids.shape
     visible = padding.visible
@@ -217,7 +221,7 @@ def read_again(
         lengths = ids.new_full((batch,), seen) if visible is None else visible.sum(-1)
     rows = [row[shown].tolist() for row, shown in zip(ids, fresh, strict=True)]
     # a single token is not read again
-    read_rows(model, layers, [row if len(row) > 1 else [] for row in rows], lengths, how)
+    read_rows(model, layers, [row if len(row) > 1 else [] for row in rows], lengths, how, states)
 
 
 @torch.no_grad()
@@ -227,17 +231,19 @@ def read_rows(
     rows: list[list[int]],
     lengths: Tensor,
     how: SecondReading,
+    states: Mapping[int, hf.States] = MappingProxyType({}),
 ) -> None:
     """Feeds a model texts through a cache that stores nothing, a chunk at a time, after what the layers hold.
 
     Args:
-        model, how: as in `read_again`.
+        model, how, states: as in `read_again`.
         rows: the tokens of each sequence, without padding.
         lengths: the position at which each sequence goes on, and each of its chunks begins, [batch] int64.
     """
     sizes = hf.sizes(model.config)
     reading = ReconstructionCache(model, layers)
     for start in range(0, max(map(len, rows)), how.chunk):
+        reading.take_states(copy.deepcopy(dict(states)))
         parts = [[*how.prompt, *row[start : start + how.chunk]] if row[start:] else [] for row in rows]
         width = max(map(len, parts))
         if sizes.learned_positions and sizes.longest is not None:

@@ -306,9 +306,9 @@ class ShadowKVCache(CompressedCache):
         self.host = check_host(host)
         super().__init__(model)
 
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+    def _layer(self, index: int, window: int | None) -> CompressedLayer:
         if window is not None:
-            sliding = DenseLayer(self.padding, window, is_first=index == 0)
+            sliding = DenseLayer(self.padding, window, is_first=index == self.attending[0])
             sliding.reserves_on_gpu = True
             return sliding
         model = self._model()
@@ -317,7 +317,9 @@ class ShadowKVCache(CompressedCache):
         if ranks is not None and settings.rank is not None:
             # each process factorises the keys of its own heads; together they keep as many numbers as one would
             settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))
-        return ShadowLayer(self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == 0)
+        return ShadowLayer(
+            self.padding, settings, self.budget, self.host, Rope.of(model, index), is_first=index == self.attending[0]
+        )
 
     def _settings(self) -> dict[str, Any]:
         return {"budget": self.budget, "host": self.host, **dataclasses.asdict(self.settings)}

@@ -20,7 +20,9 @@ class HeldTokens:
 
     def note(self, cache: Any, stop: int) -> None:
         if self._follows:
-            self.forwards.append((stop, [layer.held_positions().clone().long() for layer in cache.layers]))
+            self.forwards.append(
+                (stop, [cache.layers[index].held_positions().clone().long() for index in cache.attending])
+            )
 
     def allowed(self, row: int, pads: int, tokens: int) -> list[Tensor]:
         """For each layer, whether a token (last dimension) was held when another was fed: [kv_heads, tokens, tokens]

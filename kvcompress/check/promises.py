@@ -103,7 +103,7 @@ class Promises:
         stand for others as well."""
         most = _MISSED[short_bits(cache)]
         is_fitted = isinstance(cache, EvictingCache) and _fits(cache)
-        for keys, values, positions in _stored(cache.layers[0]):
+        for keys, values, positions in _stored(cache.first_layer):
             held = positions[place] >= 0  # [kv_heads, tokens]
             for name, said, fed in zip(
                 ("keys", "values"), (keys[place], values[place]), self.subject.first_layer[index], strict=True
@@ -146,7 +146,8 @@ class Promises:
                 if sum(float(each.mean()) for each in kept) > most * len(kept):
                     raise Fault(f"layers keep more than the {most} tokens of the budget on average")
                 continue
-            for index, (layer, each) in enumerate(zip(cache.layers, kept, strict=True)):
+            for index, each in zip(cache.attending, kept, strict=True):
+                layer = cache.layers[index]
                 least = min(BUDGET, tokens) if layer.window is None else 1
                 if each.max() > most or each.min() < least:
                     span = f"{each.min():.0f} to {each.max():.0f}"
@@ -186,7 +187,7 @@ def short_bits(cache: Any) -> int:
     if isinstance(cache, EvictingCache):
         assert cache.packed is not None
         return cache.packed.bits
-    return min(coding.bits for coding in cache.settings.codings(cache.layers[0].kv_shape[2], 0))
+    return min(coding.bits for coding in cache.settings.codings(cache.first_layer.kv_shape[2], 0))
 
 
 def _stored(layer: Any) -> list[tuple[Tensor, Tensor, Tensor]]:

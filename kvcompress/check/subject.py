@@ -54,6 +54,16 @@ class Subject:
         return Subject(convert(self.model, share=smallest_share(self.model.config)))
 
     @functools.cached_property
+    def attending(self) -> list[int]:
+        """The layers that keep keys and values."""
+        return [index for index, kind in enumerate(hf.layer_kinds(self.model.config)) if kind.attends]
+
+    @property
+    def all_attend(self) -> bool:
+        """Whether each layer keeps keys and values, and nothing else."""
+        return all(kind.attends and not kind.states for kind in hf.layer_kinds(self.model.config))
+
+    @functools.cached_property
     def truth(self) -> list[Tensor]:
         """For each row, the logits without a cache, [tokens, vocabulary]."""
         return [self.without_cache(row) for row in self.rows]
@@ -64,10 +74,11 @@ class Subject:
         fed = []
         for row in self.rows:
             # without a config, DynamicCache keeps tokens that have left a window
-            cache: Any = DynamicCache()
+            cache: Any = DynamicCache(config=None if self.all_attend else self.judge.config)
             with torch.no_grad():
                 self.judge(row[None], use_cache=True, **hf.cache_argument(self.judge, cache))
-            fed.append((cache.layers[0].keys[0], cache.layers[0].values[0]))
+            first = cache.layers[self.attending[0]]
+            fed.append((first.keys[0], first.values[0]))
         return fed
 
     @functools.cached_property
@@ -86,11 +97,11 @@ class Subject:
         """The logits of one row [tokens] without a cache, [tokens, vocabulary].
 
         Args:
-            allowed: for each layer, which token may attend to which, within the model's own mask, as bool [kv_heads,
-                tokens, tokens].
+            allowed: for each layer that attends, which token may attend to which, within the model's own mask, as bool
+                [kv_heads, tokens, tokens].
         """
         with contextlib.ExitStack() as stack:
-            for layer, seen in enumerate(allowed or ()):
+            for layer, seen in zip(self.attending, allowed or (), strict=allowed is not None):
                 stack.enter_context(judge.forbidden(self.judge, layer, ~seen))
             return self.judge(row[None], use_cache=False).logits[0]
 

@@ -34,11 +34,13 @@ from kvcompress.hf.calls import cache_name as cache_name
 from kvcompress.hf.calls import cache_of as cache_of
 from kvcompress.hf.calls import take_cache as take_cache
 from kvcompress.hf.calls import watch_forwards as watch_forwards
+from kvcompress.hf.configs import LayerKind as LayerKind
 from kvcompress.hf.configs import attention_windows as attention_windows
 from kvcompress.hf.configs import check_served as check_served
 from kvcompress.hf.configs import end_tokens as end_tokens
 from kvcompress.hf.configs import filler_tokens as filler_tokens
 from kvcompress.hf.configs import head_counts as head_counts
+from kvcompress.hf.configs import layer_kinds as layer_kinds
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config
 from kvcompress.hf.fingerprint import Fingerprint as Fingerprint
@@ -58,3 +60,4 @@ from kvcompress.hf.pipelines import register_pipeline as register_pipeline
 from kvcompress.hf.progress import gguf_bars_as_told as gguf_bars_as_told
 from kvcompress.hf.rotary import Rotary as Rotary
 from kvcompress.hf.rotary import rotary_of as rotary_of
+from kvcompress.hf.states import States as States

@@ -88,12 +88,13 @@ def cache_name(module: nn.Module) -> str | None:
 
     For a forward that takes any keywords, it is the one of the class that it extends.
     """
-    extended = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
-    for forward in (module.forward, *extended):
-        name = _cache_parameter(forward)
-        if name is not None:
-            return name
-    return None
+    return _cache_parameter(module.forward) or _cache_name_of(module, "forward")
+
+
+def _cache_name_of(module: nn.Module, method: str) -> str | None:
+    """The name by which a method takes a cache; for one that takes any keywords, in the class that it extends."""
+    extended = (vars(kind)[method] for kind in type(module).__mro__ if method in vars(kind))
+    return next((name for each in extended if (name := _cache_parameter(each)) is not None), None)
 
 
 def _cache_parameter(function: Callable[..., Any]) -> str | None:
@@ -184,12 +185,12 @@ def watch_forwards(model: PreTrainedModel) -> None:
         module.register_forward_pre_hook(functools.partial(_before, **known), with_kwargs=True)
         # also after an exception, so that the forward does not count as still in progress
         module.register_forward_hook(functools.partial(_after, **known), with_kwargs=True, always_call=True)
-    takes = getattr(model, "prepare_inputs_for_generation", None)
+    takes = _cache_name_of(model, "prepare_inputs_for_generation")
     shadowed: Any = model
     for kind in (_Prefill, _Candidates, _Inputs):
         if hasattr(type(model), kind.name) and not isinstance(vars(model).get(kind.name), Shadow):
             setattr(shadowed, kind.name, kind(model))
-    if takes is not None and _cache_parameter(takes) != CACHE_SPELLINGS[0] and "generate" not in vars(model):
+    if takes is not None and takes != CACHE_SPELLINGS[0] and "generate" not in vars(model):
         methods: Any = model
         methods.generate = _Generate(model)
         methods._prepare_generation_config = _GenerationArguments(model)

@@ -6,7 +6,31 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-_WINDOWS = {"full_attention": None, "sliding_attention": "sliding_window"}
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer keeps of what it has seen.
+
+    attends: keys and values of tokens. window: of how many tokens, None for all. states: how many states of a linear
+    attention, a state space or a convolution, whose size does not depend on the number of tokens.
+    """
+
+    attends: bool
+    window: int | None = None
+    states: int = 0
+
+
+# for each type of transformers, whether it attends, and whether it has states; the last two have neither
+_KINDS = {
+    "full_attention": (True, False),
+    "sliding_attention": (True, False),
+    "linear_attention": (False, True),
+    "conv": (False, True),
+    "hybrid": (True, True),
+    "hybrid_sliding": (True, True),
+    "moe": (False, False),
+    "mlp": (False, False),
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +105,9 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); "
             "kvcompress supports MHA, GQA and MQA"
         )
-    shared = getattr(config, "num_kv_shared_layers", None)
+    shared = getattr(config, "num_kv_shared_layers", None) or (getattr(config, "kv_sharing_modes", None) or []).count(
+        "reuse"
+    )
     if shared:
         raise ValueError(
             f"{name} shares keys and values between layers (num_kv_shared_layers={shared}); "
@@ -89,22 +115,43 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def attention_windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer in tokens, None for full attention.
+def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
+    """What each layer keeps.
 
     Raises:
-        ValueError: a layer is neither; its type is named.
+        ValueError: a layer is of a type that kvcompress does not support, or none attends; the message names it.
     """
     types, settings = get_layer_types_and_kwargs(config)
-    for index, kind in enumerate(types):
-        if kind not in _WINDOWS:
-            raise ValueError(
-                f"layer {index} of model type {config.model_type!r} is of type {kind!r}; "
-                f"kvcompress supports {', '.join(_WINDOWS)}"
-            )
+    named = getattr(config, "layer_types", None) or types
     # transformers 5.17 has one dictionary of settings for all layers
     each = [settings] * len(types) if isinstance(settings, dict) else settings
-    return [each[index].get("sliding_window") if _WINDOWS[kind] else None for index, kind in enumerate(types)]
+    kinds = []
+    for index, (kind, name) in enumerate(zip(types, named, strict=True)):
+        # a layer without a cache of its own, which may be one that reads another's
+        kind = name if kind == "dummy" else kind
+        if kind not in _KINDS or (kind != name and kind == "dummy"):
+            raise ValueError(
+                f"layer {index} of model type {config.model_type!r} is of type {kind!r}; "
+                f"kvcompress supports {', '.join(_KINDS)}"
+            )
+        attends, has_states = _KINDS[kind]
+        window = each[index].get("sliding_window") if "sliding" in kind else None
+        kinds.append(LayerKind(attends, window, each[index].get("number_of_states", 1) if has_states else 0))
+    if not any(kind.attends for kind in kinds):
+        raise ValueError(
+            f"no layer of model type {config.model_type!r} attends to earlier tokens, so it has no keys and values to "
+            "compress"
+        )
+    return kinds
+
+
+def attention_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer in tokens, None for full attention, and for layers that do not attend.
+
+    Raises:
+        ValueError: as `layer_kinds`.
+    """
+    return [kind.window for kind in layer_kinds(config)]
 
 
 def layer_kind(config: PreTrainedConfig, layer: int) -> str | None:

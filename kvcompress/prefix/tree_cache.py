@@ -130,11 +130,18 @@ class TreeCache(CompressedCache):
                 layer.coded[int(name)] = held
         return cache
 
+    def _check_states(self, model: PreTrainedModel) -> None:
+        if self.states:
+            raise ValueError(
+                f"{type(model).__name__} has layers that keep states, of which a prefix would need its own wherever "
+                f"rows part; {type(self).__name__} does not share those. clone() another cache for each continuation"
+            )
+
     def _record(self) -> PaddingRecord:
         return PrefixPadding(self.tree)
 
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
-        return SharedLayer(self.padding, window, index == 0, self.tree, self.min_tokens)
+    def _layer(self, index: int, window: int | None) -> CompressedLayer:
+        return SharedLayer(self.padding, window, index == self.attending[0], self.tree, self.min_tokens)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -142,10 +142,17 @@ class SharedStorageCache(CompressedCache):
         self._kind, self._of_storage = class_name(type(stored)), stored._settings()
         del self._stored
 
+    def _check_states(self, model: PreTrainedModel) -> None:
+        if len(self.attending) < hf.sizes(model.config).layers or self.states:
+            raise ValueError(
+                f"{type(model).__name__} has layers that keep states or no tokens, which cannot share storage; use "
+                "another cache"
+            )
+
     def _record(self) -> Any:
         return self._stored.padding
 
-    def _layer(self, index: int, window: int | None, layers: int) -> CompressedLayer:
+    def _layer(self, index: int, window: int | None) -> CompressedLayer:
         within = (index - self.first) % self.share if index >= self.first else 0
         stored = self._stored.layers
         return FollowingLayer(stored[index - within]) if within else stored[index]

@@ -104,29 +104,7 @@ MULTI_HEAD_LATENT = {
 REFUSED = {
     "deepseek_v3": (MULTI_HEAD_LATENT, r"multi-head latent attention \(kv_lora_rank=16\)"),
     "deepseek_v2": (MULTI_HEAD_LATENT | {"topk_method": "greedy"}, "multi-head latent attention"),
-    "qwen3_next": (
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-        },
-        "linear_attention",
-    ),
-    "bamba": (
-        {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2},
-        "layer 0 of model type 'bamba'",
-    ),
-    "jamba": (
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
-        "layer 0 of model type 'jamba'",
-    ),
+    "mamba2": ({"head_dim": 8, "num_heads": 8, "n_groups": 1}, "no layer of model type 'mamba2' attends"),
     "llama4_text": (
         {
             "attention_chunk_size": 8,
@@ -158,7 +136,7 @@ REFUSED = {
 }
 
 
-# README: Refused, with an error that says why: multi-head latent attention, linear-attention hybrids
+# README: Refused, with an error that says why: multi-head latent attention, chunked attention, layers that share KV
 @pytest.mark.parametrize("model_type", REFUSED)
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8)], ids=["dense", "h2o"])
 def test_what_cannot_be_served_is_refused_by_name(model_type, build):

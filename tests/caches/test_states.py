@@ -1,0 +1,262 @@
+"""Hybrids: layers with states (linear attention, Mamba, convolutions) keep them, and only attention is compressed."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from kvcompress import (
+    AcrossKVCache,
+    AttentionMatchingCache,
+    DenseCache,
+    EvictingCache,
+    GEARCache,
+    H2OCache,
+    HydragenCache,
+    KVzipCache,
+    PrefixStore,
+    ShadowKVCache,
+    SnapKVCache,
+)
+from kvcompress.hf import layer_kinds
+from kvcompress.policies.tova import TOVA
+from tests.contract.caches import SHADOW
+from tests.contract.drive import feed, full, generate
+from tests.contract.models import PAD, left_padded, prompt
+
+_COMMON = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+HYBRIDS = {
+    # the first layer attends to nothing, and the last one does
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    # convolutions, and the last layer attends to nothing
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "full_attention", "conv"]},
+    # each layer attends and has states
+    "falcon_h1": {"num_hidden_layers": 2, "mamba_d_ssm": 128, "head_dim": 16, **_MAMBA},
+    # Mamba, and two layers that keep nothing
+    "nemotron_h": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe", "full_attention"],
+        "head_dim": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1], **_MAMBA},
+}
+every_hybrid = pytest.mark.parametrize("hybrid", HYBRIDS)
+CACHES = {
+    "dense": DenseCache,
+    "h2o": lambda model: H2OCache(model, budget=400),
+    "snapkv": lambda model: SnapKVCache(model, budget=400, window=3, kernel=3),
+    "kvzip": lambda model: KVzipCache(model, budget=400, sinks=1, chunk=9),
+    "shadowkv": lambda model: ShadowKVCache(model, **SHADOW | {"budget": 10_000, "rank": None}),
+}
+_MODELS = {}
+
+
+@pytest.fixture
+def model(hybrid):
+    if hybrid not in _MODELS:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(hybrid, **{**_COMMON, **HYBRIDS[hybrid]})
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn_like(parameter) * 1.2 / parameter.shape[-1] ** 0.5)
+        made.generation_config.eos_token_id = None
+        _MODELS[hybrid] = made
+    return _MODELS[hybrid]
+
+
+def own(model):
+    return DynamicCache(config=model.config)
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=2e-3 * float(wanted.abs().max()), rtol=1e-3)
+
+
+def turns(model, cache):
+    """A prompt, two tokens, a second turn, a token: the logits of all."""
+    ids = prompt(60, seed=4)
+    pieces = ids[:, :40], ids[:, 40:41], ids[:, 41:42], ids[:, 42:55], ids[:, 55:56]
+    return torch.cat([feed(model, cache, piece) for piece in pieces], 1)
+
+
+@every_hybrid
+def test_the_models_here_are_hybrids(hybrid, model):
+    kinds = layer_kinds(model.config)
+    assert any(kind.attends for kind in kinds)
+    assert any(kind.states for kind in kinds)
+
+
+@pytest.mark.parametrize("name", CACHES)
+@every_hybrid
+def test_with_room_for_all_turns_equal_those_of_transformers_cache(hybrid, model, name):
+    if name == "shadowkv" and hybrid in ("nemotron_h", "jamba"):
+        with pytest.raises(ValueError, match="RoPE|rotary"):
+            CACHES[name](model)
+        return
+    wanted = turns(model, own(model))
+    # transformers' Jamba begins a second turn of several tokens with empty states
+    with torch.no_grad():
+        if hybrid != "jamba":
+            close(wanted, model(prompt(60, seed=4)[:, :56], use_cache=False).logits)
+    close(turns(model, CACHES[name](model)), wanted)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+@every_hybrid
+def test_generation_of_padded_batches_and_beams(hybrid, model, settings):
+    ids, mask = left_padded([prompt(30, seed=5)[0], prompt(17, seed=6)[0]])
+    settings = {"max_new_tokens": 8, **settings}
+    wanted = full(model, ids, mask, **settings)
+    for name in ("dense", "h2o", "kvzip"):
+        assert torch.equal(generate(model, CACHES[name](model), ids, mask, **settings), wanted), name
+
+
+# README: Of hybrids, layers that attend are compressed; the others keep their states
+@every_hybrid
+def test_eviction_shows_and_frees_memory(hybrid, model):
+    """States are what they were, and keys and values shrink: what evicts differs from the full cache, within bounds."""
+    wanted, ids = turns(model, own(model)), prompt(60, seed=4)
+    cache, dense = H2OCache(model, budget=8), DenseCache(model)
+    found = turns(model, cache)
+    close(found[:, :40], wanted[:, :40])
+    assert float((found[:, 40:] - wanted[:, 40:]).abs().max()) > 1e-3 * float(wanted.abs().max())
+    feed(model, dense, ids[:, :56])
+    held, all_of_it = cache.memory().by_component, dense.memory()
+    assert held["keys"] <= 0.3 * all_of_it.by_component["keys"]
+    assert held["states"] == all_of_it.by_component["states"] > 0
+    assert all_of_it.full_bytes == all_of_it.by_component["states"] + 2 * sum(56 * 2 * 16 * 4 for _ in dense.attending)
+    assert len(cache.memory().tokens_kept) == len(cache.attending)
+    assert all((kept == 8).all() for kept in cache.memory().tokens_kept)
+
+
+@pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8), GEARCache])
+@every_hybrid
+def test_clones_rows_and_files_carry_the_states(hybrid, model, build, tmp_path):
+    cache = build(model)
+    ids = prompt(30, 2, seed=7)
+    feed(model, cache, ids)
+    more = prompt(3, 2, seed=8)
+    wanted = feed(model, cache.clone(), more)
+    # the clone went on, and the cache did not
+    close(feed(model, cache.clone(), more), wanted)
+    for codec in (None, "zstd"):
+        cache.save(tmp_path / "cache.safetensors", codec=codec)
+        close(feed(model, type(cache).load(tmp_path / "cache.safetensors", model), more), wanted)
+    swapped = cache.clone()
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    close(feed(model, swapped, more.flip(0)), wanted.flip(0))
+    one = cache.clone()
+    one.batch_select_indices(torch.tensor([1]))
+    close(feed(model, one, more[1:]), wanted[1:])
+    many = cache.clone()
+    many.batch_repeat_interleave(2)
+    close(feed(model, many, more.repeat_interleave(2, 0)), wanted.repeat_interleave(2, 0))
+    before = cache.memory().by_component["states"]
+    cache.reset()
+    assert cache.memory().total_bytes == 0
+    feed(model, cache, ids)
+    assert cache.memory().by_component["states"] == before
+    close(feed(model, cache, more), wanted)
+
+
+@every_hybrid
+def test_states_cannot_be_cropped_and_nothing_changes(hybrid, model):
+    cache = DenseCache(model)
+    feed(model, cache, prompt(20))
+    with pytest.raises(ValueError, match="layer [01] keeps states"):
+        cache.crop(-2)
+    assert cache.get_seq_length() == 20
+    assert all(int(layer.get_seq_length()) == 20 for layer in cache.layers)
+
+
+def test_inference_mode_leaves_states_that_go_on_outside_of_it():
+    hybrid = "qwen3_next"
+    model = (
+        _MODELS.get(hybrid)
+        or AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(hybrid, **{**_COMMON, **HYBRIDS[hybrid]}), dtype=torch.float32
+        ).eval()
+    )
+    cache = DenseCache(model)
+    with torch.inference_mode():
+        feed(model, cache, prompt(20))
+    assert torch.isfinite(feed(model, cache, prompt(1))).all()
+
+
+@pytest.mark.parametrize("hybrid", ["qwen3_next", "falcon_h1"])
+def test_what_does_not_serve_hybrids_says_so(hybrid, model):
+    cache = DenseCache(model)
+    feed(model, cache, prompt(20))
+    for build in (
+        lambda: HydragenCache(model),
+        lambda: PrefixStore(model).prefix(prompt(20)[0]),
+        lambda: HydragenCache.from_cache(cache),
+        lambda: AcrossKVCache(model, share=1, skip_from=1),
+        lambda: GEARCache(model).fill(own(model)),
+        lambda: AttentionMatchingCache.from_cache(cache, prompt(20), budget=8),
+    ):
+        with pytest.raises(ValueError, match="states"):
+            build()
+
+
+def test_budgets_of_a_pyramid_are_of_the_layers_that_attend():
+    hybrid = HYBRIDS["qwen3_next"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_next", **{**_COMMON, **hybrid})).eval()
+    cache = EvictingCache(model, policy=TOVA(), budget=16, allocation="pyramid")
+    budgets = [cache.layers[index].budget for index in cache.attending]
+    assert sum(budgets) == 2 * 16
+    assert budgets[0] > budgets[1]
+
+
+def test_models_without_attention_are_refused():
+    config = AutoConfig.for_model("mamba2", num_hidden_layers=2, hidden_size=32, head_dim=8, num_heads=8, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="mamba2"):
+        DenseCache(model)
