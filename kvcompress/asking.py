@@ -83,6 +83,8 @@ def ask(
     asked = [questions] if isinstance(questions, str) else list(questions)
     _check(context, asked, cache, budget, max_new_tokens, max_context_length)
     if isinstance(cache, str):
+        method, _ = registry.parse(cache)
+        registry.refuse_budget(method, f"the cache {cache}", budget)
         cache = registry.build(cache, model, budget)
     conversation = Conversation(
         model, tokenizer, cache, prefill_chunk_size=prefill_chunk_size, template_options=template_options
@@ -181,6 +183,8 @@ class Conversation:
         # the context's end, until a question follows
         self._context: str | None = None
         self._was_asked = False
+        # a question was interrupted, part of which the cache has read
+        self._is_broken = False
 
     @property
     def tokens(self) -> int:
@@ -234,8 +238,35 @@ class Conversation:
         Args:
             question: for a conversation without context, the user's first message or the next one.
             max_new_tokens, answer_prefix, streamer: as in `ask`.
-            more: further arguments of `generate`.
+            more: further arguments of `generate`, for one answer.
+
+        Raises:
+            RuntimeError: an earlier question was interrupted when the cache had read part of it.
+            ValueError: an argument of `generate` asks for several answers, or for something other than token ids.
         """
+        self._check_asked(more)
+        seen = int(self.cache.get_seq_length())
+        try:
+            return self._answer(question, max_new_tokens, answer_prefix, streamer, more)
+        except BaseException:
+            self._is_broken = int(self.cache.get_seq_length()) != seen or self.cache.is_interrupted
+            raise
+
+    def _check_asked(self, more: Mapping[str, Any]) -> None:
+        if self._is_broken:
+            raise RuntimeError(
+                "an earlier question of this conversation was interrupted, and its cache has read part of it: begin "
+                "another one. A fork() before a question is not touched by it"
+            )
+        for name, only in (("num_beams", 1), ("num_return_sequences", 1), ("use_cache", True)):
+            if more.get(name, only) not in (only, None):
+                raise ValueError(f"ask gives one answer, through the cache: leave {name} out, got {more[name]!r}")
+        if more.get("return_dict_in_generate"):
+            raise ValueError("ask returns the answer alone: leave return_dict_in_generate out")
+
+    def _answer(
+        self, question: str, max_new_tokens: int, answer_prefix: str, streamer: Any, more: Mapping[str, Any]
+    ) -> str:
         fresh = self._encode(self._before(question) + question + self._tail + answer_prefix)
         given = torch.tensor([[*self._ids, *fresh]], device=hf.input_device(self.model))
         ends = {*hf.end_tokens(self.model)} or {self.tokenizer.eos_token_id} - {None}
@@ -246,7 +277,7 @@ class Conversation:
         if self.prefill_chunk_size is not None:
             # by itself, generate feeds the last chunk; in older releases it would begin with what was read
             self._feed(given[:, int(self.cache.get_seq_length()) :].split(self.prefill_chunk_size, dim=1)[:-1])
-        arguments |= hf.cache_argument(self.model, self.cache) | more
+        arguments |= hf.cache_argument(self.model, self.cache) | dict(more)
         generate: Any = self.model.generate
         (row,) = generate(given, attention_mask=torch.ones_like(given), **arguments).tolist()
         self._was_asked, self._ids = True, row

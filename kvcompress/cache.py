@@ -202,9 +202,14 @@ class CompressedCache(hf.AttendingCache):
             )
         return self.states[layer_idx].held
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a forward through it ended between its layers."""
+        return self.first_layer.forwards_begun != self.last_layer.forwards_ended
+
     def check_whole(self) -> None:
         """Raises RuntimeError if a forward was interrupted between layers."""
-        if self.first_layer.forwards_begun != self.last_layer.forwards_ended:
+        if self.is_interrupted:
             raise RuntimeError(
                 "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
             )

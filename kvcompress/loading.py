@@ -110,7 +110,7 @@ def load_model(
 
 def default_dtype(device: torch.device | str | None, device_map: Any = None) -> torch.dtype | str:
     """The dtype that `load_model` takes where none is asked for: "auto" on a GPU, float32 on a CPU."""
-    on_cpu = device is None or torch.device(device).type == "cpu"
+    on_cpu = device is None or str(device).partition(":")[0] == "cpu"
     if device_map is not None:
         on_cpu = not torch.accelerator.is_available() or device_map == "cpu"
     return torch.float32 if on_cpu else "auto"

@@ -40,6 +40,7 @@ from kvcompress import hf, loading, registry
 from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.basis import Basis
 from kvcompress.caches.budget import COMPETING, Budget
+from kvcompress.caches.dense import SLACK
 from kvcompress.caches.evicting import kept_budget
 from kvcompress.caches.matching import TILE
 from kvcompress.caches.profile import Profile
@@ -61,6 +62,8 @@ from kvcompress.storage.ragged_packed import BLOCK, RaggedPackedSlots
 from kvcompress.storage.slots import SlotSegment
 from kvcompress.storage.tail import TailSegment
 
+# a context or a batch of more is a slip of the pen
+MOST_TOKENS = 2**27
 _OWN = ("none", "hydragen", "gear", "kivi", "shadowkv")
 
 
@@ -176,12 +179,17 @@ def make_plan(
         weight_bits: 8 or 4 if linear layers are quantised, else None.
 
     Raises:
-        ValueError: a size below 1, an unknown method, a budget that its cache refuses, or a cache of somebody's own,
-            whose sizes are not known.
+        TypeError: a size that is no whole number.
+        ValueError: a size below 1 or above MOST_TOKENS, an unknown method, a budget that its cache refuses, or a cache
+            of somebody's own, whose sizes are not known.
     """
     for size_name, size in (("context", context), ("batch", batch), ("chunk", 1 if chunk is None else chunk)):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(f"{size_name} must be a whole number, got {size!r}")
         if size < 1:
             raise ValueError(f"{size_name} must be at least 1, got {size}")
+        if size > MOST_TOKENS:
+            raise ValueError(f"{size_name} must be at most {MOST_TOKENS}, got {size}")
     if weight_bits not in (None, 4, 8):
         raise ValueError(f"weight_bits must be 4, 8 or None, got {weight_bits}")
     Budget(budget)
@@ -235,13 +243,15 @@ def _held(shape: Shape, spec: str, context: int, fed: int, batch: int, budget: i
     if method.name in ("none", "hydragen"):
         # HydragenCache keeps the ids that it compares prompts with
         ids, storage = (4 * batch * context, SuffixSegment) if method.name == "hydragen" else (0, DenseSegment)
-        room = storage.room_after(context, fed)
-        return _Held(None, ids + sum(batch * token * min(room, window or room) for window in shape.windows))
+        rooms = [storage.room_after(_in_window(context, fed, window), fed) for window in shape.windows]
+        return _Held(None, ids + batch * token * sum(rooms))
     if method.name == "shadowkv":
         chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
         kept = selected_budget(amount, chosen.chunk).tokens(context)
         cache = sum(
-            batch * token * min(context, window) if window else _shadow(shape, chosen, kept, context, batch, item)
+            batch * token * _in_window(context, fed, window)
+            if window
+            else _shadow(shape, chosen, kept, context, batch, item)
             for window in shape.windows
         )
         return _Held(kept, cache)
@@ -257,6 +267,16 @@ def _held(shape: Shape, spec: str, context: int, fed: int, batch: int, budget: i
     frequencies = 4 * (shape.head_dim // 2) if rotates else 0
     cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
     return _Held(kept, cache, policy=policy)
+
+
+def _in_window(context: int, fed: int, window: int | None) -> int:
+    """The most tokens that a dense layer keeps of a context: on a sliding layer some more than its window, in steps."""
+    if window is None:
+        return context
+    most = window - 1 + 2 * SLACK
+    if context < most:
+        return context
+    return window - 1 + SLACK if fed == context else most
 
 
 def _forward(shape: Shape, tokens: int, item: int) -> int:

@@ -48,6 +48,8 @@ def logprobs(
 ) -> Tensor | list[Tensor]:
     """The log-probability of each token of texts that continue a cache's rows, the first tokens' too.
 
+    What comes first in a text is not its beginning: tokenize it with add_special_tokens=False.
+
     The cache stays as it is: a copy reads the continuations. Copies of a `HydragenCache` share all that it holds, so
     many answers to one document cost little more than their own tokens; another cache is copied whole for each of them.
 
@@ -70,22 +72,28 @@ def logprobs(
         ValueError: the cache is empty, its model is gone, the number of continuations does not fit its rows, one is
             empty or holds what is no token id; or `last_logits` is needed, or has another shape.
     """
+    if not isinstance(cache, CompressedCache):
+        raise TypeError(f"logprobs takes a kvcompress cache, such as HydragenCache, got {type(cache).__name__}")
     model: Any = cache._model()
     if model is None:
         raise ValueError(f"the model of this {type(cache).__name__} has been deleted; scoring needs it")
     rows = cache.batch_size
     if rows < 1 or not int(cache.get_seq_length()):
         raise ValueError(f"logprobs continues what a cache has seen, but this {type(cache).__name__} is empty")
-    if chunk_size is not None and operator.index(chunk_size) < 1:
+    if chunk_size is not None and (isinstance(chunk_size, bool) or operator.index(chunk_size) < 1):
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    size = model.get_output_embeddings().weight.shape[0]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(f"logprobs needs a model with a language head, got {type(model).__name__}")
+    size = head.weight.shape[0]
     texts = _sequences(continuations, size)
     if not texts or len(texts) % rows:
         raise ValueError(
             f"the cache has {rows} rows: logprobs needs one continuation or more of each, got {len(texts)}"
         )
-    if last_logits is not None and last_logits.shape != (rows, size):
-        raise ValueError(f"last_logits must be [rows, vocabulary] = [{rows}, {size}], got {list(last_logits.shape)}")
+    if last_logits is not None and tuple(getattr(last_logits, "shape", ())) != (rows, size):
+        got = list(last_logits.shape) if isinstance(last_logits, Tensor) else type(last_logits).__name__
+        raise ValueError(f"last_logits must be [rows, vocabulary] = [{rows}, {size}], got {got}")
 
     device = hf.input_device(model)
     # what follows a text's end does not change what is said of it
@@ -115,10 +123,13 @@ def _sequences(continuations: Tensor | Sequence[Sequence[int] | Tensor], size: i
     if isinstance(continuations, Tensor):
         if continuations.dim() not in (1, 2):
             raise ValueError(f"continuations must be [rows, tokens] or [tokens], got {list(continuations.shape)}")
-        continuations = list(continuations.reshape(-1, continuations.shape[-1]))
+        continuations = list(continuations) if continuations.dim() == 2 else [continuations]
     texts = []
     for number, text in enumerate(continuations):
-        ids = torch.as_tensor(text)
+        try:
+            ids = torch.as_tensor(text)
+        except (RuntimeError, TypeError, ValueError):
+            raise ValueError(f"continuations must be token ids; number {number} is {text!r}") from None
         if ids.dim() != 1 or not ids.numel():
             raise ValueError(
                 f"each continuation must be token ids [tokens], at least one; number {number} is {list(ids.shape)}"
@@ -134,10 +145,12 @@ def _sequences(continuations: Tensor | Sequence[Sequence[int] | Tensor], size: i
 
 def _copy(cache: CompressedCache, copies: int) -> CompressedCache:
     """A cache with so many copies of each row, adjacent."""
-    if isinstance(cache, HydragenCache):
-        return cache.fork(copies)
     copy = cache.clone()
+    # nothing that it is fed ends a row
+    copy.fillers = (None, [])
     if copies > 1:
+        if isinstance(copy, HydragenCache):
+            copy._suffix_to_node()
         copy.batch_repeat_interleave(copies)
     return copy
 
@@ -149,7 +162,7 @@ def _step_back(cache: CompressedCache) -> Tensor:
             f"a {type(cache).__name__} does not hold what the model says after its last token: pass last_logits, such "
             "as model(ids, cache=cache, logits_to_keep=1).logits[:, -1]"
         )
-    return cache.step_back()
+    return cache._step_back()
 
 
 def _read(model: Any, cache: CompressedCache, tokens: Tensor) -> Tensor:

@@ -238,3 +238,65 @@ def test_a_template_that_changes_messages_is_refused(model, tokenizer, monkeypat
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content | upper }}")
     with pytest.raises(ValueError, match="must show a message once and as it is.* it shows message 0 0 times"):
         ask(model, tokenizer, TEXT, "Who?", DenseCache(model))
+
+
+class _Interrupts:
+    """A streamer that stops a generation at its third token, as Ctrl-C would."""
+
+    def __init__(self):
+        self.tokens = 0
+
+    def put(self, value):
+        self.tokens += 1
+        if self.tokens == 4:
+            raise KeyboardInterrupt
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("name", ["dense", "h2o", "hydragen"])
+def test_a_conversation_that_was_interrupted_says_so_and_its_forks_go_on(name, model, tokenizer):
+    conversation = Conversation(model, tokenizer, CACHES[name](model))
+    conversation.read(TEXT)
+    fork = conversation.fork()
+    expected = conversation.fork().ask(QUESTIONS[0], max_new_tokens=8)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask(QUESTIONS[0], max_new_tokens=8, streamer=_Interrupts())
+    with pytest.raises(RuntimeError, match="interrupted, and its cache has read part of it"):
+        conversation.ask(QUESTIONS[0], max_new_tokens=8)
+    assert fork.ask(QUESTIONS[0], max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"num_beams": 2}, "leave num_beams out, got 2"),
+        ({"num_return_sequences": 2}, "leave num_return_sequences out"),
+        ({"use_cache": False}, "leave use_cache out"),
+        ({"return_dict_in_generate": True}, "leave return_dict_in_generate out"),
+    ],
+)
+def test_what_ask_cannot_pass_on_is_refused_and_the_conversation_goes_on(more, message, model, tokenizer):
+    conversation = Conversation(model, tokenizer, DenseCache(model), prefill_chunk_size=8)
+    conversation.read(TEXT)
+    seen = int(conversation.cache.get_seq_length())
+    expected = conversation.fork().ask(QUESTIONS[0], max_new_tokens=4)
+    with pytest.raises(ValueError, match=message):
+        conversation.ask(QUESTIONS[0], max_new_tokens=4, **more)
+    assert int(conversation.cache.get_seq_length()) == seen
+    assert conversation.ask(QUESTIONS[0], max_new_tokens=4) == expected
+
+
+def test_a_bad_argument_of_generate_that_comes_too_late_is_noticed(model, tokenizer):
+    conversation = Conversation(model, tokenizer, DenseCache(model), prefill_chunk_size=8)
+    conversation.read(TEXT)
+    with pytest.raises(ValueError, match="nonsense"):
+        conversation.ask(QUESTIONS[0], max_new_tokens=4, nonsense=3)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        conversation.ask(QUESTIONS[0], max_new_tokens=4)
+
+
+def test_a_budget_for_a_cache_that_takes_none_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="the cache gear takes no budget: leave it out; got 0.3"):
+        ask(model, tokenizer, TEXT, QUESTIONS, "gear", budget=0.3)

@@ -73,6 +73,10 @@ def test_what_would_fit_is_said_where_nothing_does(model):
         ({"memory": 1.5}, TypeError, "memory must be a number of bytes"),
         ({"memory": "1GiB", "context": 0}, ValueError, "context must be at least 1, got 0"),
         ({"memory": "1GiB", "batch": 0}, ValueError, "batch must be at least 1, got 0"),
+        ({"memory": "1GiB", "context": 10**12}, ValueError, "context must be at most 134217728, got 1000000000000"),
+        ({"memory": "1GiB", "context": 2.5}, TypeError, "context must be a whole number, got 2.5"),
+        ({"memory": "1GiB", "context": "128k"}, TypeError, "context must be a whole number, got '128k'"),
+        ({"memory": "1GiB", "batch": True}, TypeError, "batch must be a whole number, got True"),
     ],
 )
 def test_what_cannot_be_chosen_for_is_refused(model, arguments, error, said):

@@ -2,11 +2,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from kvcompress import Profile, registry
+from kvcompress import DenseCache, Profile, registry
 from kvcompress.caches.budget import COMPETING
 from kvcompress.hf import cache_argument
 from kvcompress.loading import ModelUnavailableError
-from kvcompress.plan import largest, largest_batch, make_plan, read_shape
+from kvcompress.plan import largest, largest_batch, make_plan, read_shape, shape_of
+from tests.contract.drive import feed
+from tests.contract.models import build
 from tests.peak import peak_of_tensors
 
 SMALL = {
@@ -212,3 +214,16 @@ def test_kvzip_has_the_whole_prompt_at_hand_until_its_second_reading_ends():
     layers = len(shape.windows)
     assert layers > 1
     assert kvzip.cache + kvzip.prefill > h2o.full_cache + h2o.prefill
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(300, None), (900, None), (900, 256), (900, 100)])
+@pytest.mark.parametrize("window", [12, 128, 512])
+def test_a_sliding_layer_keeps_some_more_than_its_window(window, tokens, chunk):
+    model = build("mistral", sliding_window=window, max_position_embeddings=2048)
+    cache, most = DenseCache(model), 0
+    for piece in torch.randint(5, 500, (1, tokens)).split(chunk or tokens, 1):
+        feed(model, cache, piece)
+        held = cache.memory().by_component
+        most = max(most, held["keys"] + held["values"])
+    (need,) = make_plan(shape_of(model), ["none"], tokens, 1, 0.2, torch.float32, chunk=chunk)
+    assert most == need.cache if chunk is None else 0.4 * need.cache < most < 1.15 * need.cache

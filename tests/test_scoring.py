@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvcompress import (
     AttentionMatchingCache,
@@ -16,7 +17,7 @@ from kvcompress import (
 )
 from tests.contract.caches import SHADOW
 from tests.contract.drive import feed, generate
-from tests.contract.models import FAMILIES, left_padded, places, prompt, tiny
+from tests.contract.models import FAMILIES, build, left_padded, places, prompt, tiny
 
 CONTEXT = prompt(40, seed=3)[0]
 TEXTS = [prompt(count, seed=count)[0] for count in (5, 1, 9)]
@@ -96,7 +97,7 @@ def test_a_store_tells_a_compressed_prefix_its_tokens(budget):
     whole = [torch.cat([CONTEXT[-1:], text]) for text in TEXTS]
     for found, text in zip(logprobs(cache, TEXTS), whole, strict=True):
         cut = cache.clone()
-        cut.step_back()
+        cut._step_back()
         said = feed(model, cut, text[None, :-1], cut.cover(torch.ones_like(text[None, :-1])))[0]
         want = said.float().log_softmax(-1).gather(-1, text[1:, None].to(said.device))[:, 0]
         torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
@@ -195,7 +196,11 @@ def test_what_cannot_be_scored_is_refused_and_nothing_changes():
     ):
         with pytest.raises(ValueError, match=said):
             logprobs(cache, pairs, **wrong)
+    with pytest.raises(TypeError, match="takes a kvcompress cache, such as HydragenCache, got DynamicCache"):
+        logprobs(DynamicCache(), TEXTS)
     for texts, said in (
+        ([[None]], "number 0 is .None."),
+        (torch.empty(1, 0).long(), r"number 0 is \[0\]"),
         (TEXTS, "2 rows: logprobs needs one continuation or more of each, got 3"),
         ([], "got 0"),
         ([TEXTS[0], []], r"number 1 is \[0\]"),
@@ -223,3 +228,65 @@ def test_padded_rows_go_on_with_cover():
         with torch.no_grad():
             want = model(torch.cat([own, more[row]])[None], use_cache=False).logits[0, -4:]
         torch.testing.assert_close(got[row], want, atol=2e-4, rtol=2e-4)
+
+
+# what a breaker found
+
+
+def test_rows_that_were_repeated():
+    model = tiny()
+    cache = HydragenCache(model)
+    feed(model, cache, CONTEXT[None])
+    cache.batch_repeat_interleave(2)
+    assert_equal(logprobs(cache, TEXTS[:2]), model, [CONTEXT] * 2, TEXTS[:2])
+
+
+def test_rows_that_end_before_the_last_column():
+    model = tiny()
+    ids = torch.stack([CONTEXT[:10], torch.cat([CONTEXT[:6], CONTEXT.new_zeros(4)])])
+    mask = (torch.arange(10)[None] < torch.tensor([[10], [6]])).long().to(ids.device)
+    cache = HydragenCache(model)
+    feed(model, cache, ids, mask)
+    assert_equal(logprobs(cache, TEXTS[:2]), model, [CONTEXT[:10], CONTEXT[:6]], TEXTS[:2])
+
+
+@pytest.mark.parametrize("way", ["built", "prefix", "get", "ragged"])
+def test_a_cache_that_waits_for_whole_prompts_says_so(way):
+    model = tiny()
+    store = PrefixStore(model, min_tokens=4)
+    store.prefix(CONTEXT)
+    ids, mask = left_padded([CONTEXT, CONTEXT[:30], CONTEXT[:3]])
+    cache = {
+        "built": lambda: HydragenCache(model, CONTEXT[None]),
+        "prefix": lambda: store.prefix(CONTEXT[None]),
+        "get": lambda: store.get(CONTEXT[None]),
+        "ragged": lambda: HydragenCache(model, ids, mask, min_tokens=4),
+    }[way]()
+    with pytest.raises(ValueError, match="made for whole prompts"):
+        logprobs(cache, TEXTS)
+    if way == "built":
+        feed(model, cache, CONTEXT[None, -1:])
+        assert_equal(logprobs(cache, TEXTS), model, [CONTEXT] * 3, TEXTS)
+
+
+def test_the_cache_stays_as_it_is():
+    model = tiny()
+    cache = HydragenCache.from_prefix(model, CONTEXT)
+    cache.push(prompt(6))
+    feed(model, cache, prompt(4), cache.cover(torch.ones(1, 4, dtype=torch.long, device=CONTEXT.device)))
+    before = str(cache.memory()), cache.own_lengths(), dict(cache.tree.nodes), cache.padding.columns_fixed
+    logprobs(cache, TEXTS)
+    assert (str(cache.memory()), cache.own_lengths(), dict(cache.tree.nodes), cache.padding.columns_fixed) == before
+    cache.pop()
+    assert cache.get_seq_length() == 40
+
+
+def test_tokens_after_an_end_are_no_filler():
+    model = build("llama")
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 9
+    ids, mask = left_padded([CONTEXT, CONTEXT[:23]])
+    cache = H2OCache(model, budget=64)
+    logits = last(model, cache, ids, mask)
+    texts = [CONTEXT.new_tensor([5, 9, 9, 7, 8])] * 2
+    found = logprobs(cache, texts, last_logits=logits, chunk_size=1)
+    assert_equal(found, model, [CONTEXT, CONTEXT[:23]], texts)

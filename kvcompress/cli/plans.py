@@ -1,6 +1,5 @@
 """The command plan: what each cache would need, what fits, and which to take."""
 
-import math
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
 # bytes of a GPU that are taken before anything runs
 _CONTEXT = 2**29
+_MOST_GIB = 2**20
 
 
 def plan(
@@ -167,6 +167,6 @@ def _memory(text: str) -> int:
             return read_bytes("--gpu-memory", text)
         except ValueError as error:
             raise UsageError(str(error)) from None
-    if not 0 < number < math.inf:
-        raise UsageError(f"--gpu-memory must be more than 0 GiB, got {text}")
+    if not 0 < number < _MOST_GIB:
+        raise UsageError(f"--gpu-memory must be more than 0 GiB, and less than {_MOST_GIB}, got {text}")
     return int(number * 2**30)

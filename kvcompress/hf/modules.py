@@ -161,10 +161,12 @@ def watched(
     """
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        begins((*args, *kwargs.values()))
+        if not torch.compiler.is_compiling():
+            begins((*args, *kwargs.values()))
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        ended((*args, *kwargs.values()), output)
+        if not torch.compiler.is_compiling():
+            ended((*args, *kwargs.values()), output)
 
     hooks = [
         module.register_forward_pre_hook(before, with_kwargs=True),

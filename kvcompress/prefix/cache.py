@@ -78,6 +78,7 @@ class HydragenCache(TreeCache):
         super().__init__(model, min_tokens=min_tokens)
         if input_ids is not None:
             self._find(input_ids, attention_mask, copies)
+            self.for_prompts = True
 
     @classmethod
     def from_prefix(cls, model: PreTrainedModel, prefix_ids: Tensor | Sequence[int], **settings: Any) -> Self:
@@ -234,30 +235,36 @@ class HydragenCache(TreeCache):
         """For each row, how many of its tokens are its own, in no node."""
         return self.padding.own_lengths(int(self.get_seq_length()))
 
-    def step_back(self) -> Tensor:
+    def _step_back(self) -> Tensor:
         """Has the cache expect the last token of each row again, which it holds: feeding it gives its logits anew.
 
         Returns:
             Those tokens, [batch, 1] int64 on the device of the model's inputs.
 
         Raises:
-            ValueError: a row's last token is unknown: it came as an embedding, in a compiled step or in another cache.
-                The cache is unchanged.
+            ValueError: a row's last token is unknown: it came as an embedding, in a compiled step or in another cache;
+                or the cache waits for prompts whose last tokens it has not seen.
         """
-        seen = int(self.get_seq_length())
-        shown = self.padding.shown(len(self.tree.leaves), seen).tolist()
-        last = torch.tensor([int(self.padding.row_ids(row, count)[-1]) for row, count in enumerate(shown)])
-        unknown = (last == UNKNOWN).nonzero()
-        if len(unknown):
+        if self.for_prompts or self.tree.overlap is not None:
             raise ValueError(
-                f"the cache does not know the last token of row {int(unknown[0])}, which came as an embedding, in a "
-                "compiled step or in another cache: pass last_logits, the model's logits after that token"
+                f"this {type(self).__name__} was made for whole prompts, and leaves the last token of each to be fed: "
+                "feed it the prompts first, or build it of a document [tokens]"
             )
         self._suffix_to_node()
+        paths = [self.tree.ids(leaf) for leaf in self.tree.leaves]
+        unknown = [row for row, path in enumerate(paths) if not len(path) or int(path[-1]) == UNKNOWN]
+        if unknown:
+            raise ValueError(
+                f"the cache does not know the last token of row {unknown[0]}, if it has one: it came as an embedding, "
+                "in a compiled step or in another cache; pass last_logits, the model's logits after that token"
+            )
+        # each row's last token in the last column
+        self._lay_out()
+        seen = int(self.get_seq_length())
         self.padding.see(seen - 1)
         if self.padding.visible is not None:
             self.padding.visible = self.padding.visible[:, : seen - 1]
-        return last[:, None].to(self._device())
+        return torch.stack([path[-1:] for path in paths]).long().to(self._device())
 
     # whole prompts
 

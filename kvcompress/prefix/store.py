@@ -427,6 +427,7 @@ def _as_ids(input_ids: Tensor | Sequence[int]) -> Tensor:
 
 def _leave_a_token(cache: HydragenCache, prompts: Tensor | None) -> HydragenCache:
     """A cache that reports fewer tokens as seen than prompts [batch, tokens] have columns, whatever it holds."""
+    cache.for_prompts = prompts is not None
     if prompts is not None and cache.get_seq_length() >= prompts.shape[1]:
         # tokens that it holds but does not report are fed again, and dropped
         cache.padding.see(prompts.shape[1] - 1)

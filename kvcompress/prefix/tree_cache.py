@@ -25,6 +25,8 @@ class TreeCache(CompressedCache):
 
     layers: list[SharedLayer]  # type: ignore[assignment]
     padding: PrefixPadding
+    # it leaves tokens of whole prompts to be fed, which are yet to come
+    for_prompts = False
 
     def __init__(self, model: PreTrainedModel, *, min_tokens: int) -> None:
         """
@@ -173,6 +175,7 @@ class TreeCache(CompressedCache):
         """Records what is fed."""
         super().forward_begins(decoder, input_ids)
         self.padding.ids, self.padding.undo = input_ids, None
+        self.for_prompts = False
 
     def _lay_out(self) -> None:
         """Makes columns for what the rows hold, each padded on the left to the longest."""

@@ -150,8 +150,13 @@ def rows(tmp_path):
         (["generate", "hi", "--model", "FOLDER", "--cache", "h2o:allocation=text.txt"], "is not a safetensors file"),
         (["plan", "--context", "0", "--model", "FOLDER"], "context must be at least 1, got 0"),
         (["plan", "--context", "9", "--batch", "0", "--model", "FOLDER"], "batch must be at least 1, got 0"),
+        (["plan", "--context", "9" * 20, "--model", "FOLDER"], "context must be at most 134217728"),
+        (["plan", "--context", "9", "--model", "FOLDER", "--gpu-memory", "1e300"], "less than 1048576, got 1e300"),
         (["plan", "--context", "9", "--gpu-memory", "0"], "--gpu-memory must be more than 0 GiB"),
-        (["plan", "--context", "9", "--gpu-memory", "nan"], "--gpu-memory must be more than 0 GiB, got nan"),
+        (
+            ["plan", "--context", "9", "--gpu-memory", "nan"],
+            "and less than 1048576, got nan",
+        ),
         (
             ["plan", "--context", "9", "--gpu-memory", "24 sacks"],
             "--gpu-memory must be a number of bytes",
@@ -164,7 +169,10 @@ def rows(tmp_path):
             ["plan", "--context", "9", "--weights", "float16", "--dtype", "bfloat16", "--model", "FOLDER"],
             "--weights must be 8, 4 or the dtype of the cache, bfloat16",
         ),
-        (["plan", "--context", "9", "--gpu-memory", "inf"], "--gpu-memory must be more than 0 GiB, got inf"),
+        (
+            ["plan", "--context", "9", "--gpu-memory", "inf"],
+            "and less than 1048576, got inf",
+        ),
         (["plan", "--context", "9", "--model", "/nowhere"], "there is no folder /nowhere"),
         (["plan", "--context", "9", "--model", "FOLDER", "--methods", "h3o"], "unknown method 'h3o'"),
         (["plan", "--context", "9", "--model", "FOLDER", "--dtype", "int8"], "--dtype must be one of"),
