@@ -187,13 +187,37 @@ def test_the_table_of_fifty_samples_is_that_of_the_rows():
                 assert number[0] == f"{found:.2f}"
 
 
+def test_the_table_of_foreseen_needles_and_text_is_that_of_the_rows():
+    foreseen = {"task": "multikey", "protocol": "question-aware", "length": 1024, "samples": 50}
+    text = {"task": "text", "protocol": "continuation", "length": 1024, "samples": 50}
+    start = PAGE.index("*The question foreseen*")
+    table = PAGE[start : PAGE.index("What surprised: to foresee", start)]
+    spelled = {"pyramidkv": "snapkv:allocation=pyramid", "adakv": "snapkv:allocation=heads"}
+    spelled |= {"criticalkv": "snapkv:second_stage=0.5", "full cache": "none"}
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == 18
+    for name, *cells in lines:
+        method = name.split("`")[1] if "`" in name else name
+        method = spelled.get(method, method)
+        for cell, at, field in zip(cells[:2], (foreseen, text), ("score", "kl"), strict=True):
+            found = {row["budget"]: row[field] for row in rows("study_1k", method=method, **at)}
+            numbers = cell.replace("*", "").split(" / ")
+            for budget, number in zip((0.05, 0.1, 0.2, 0.5), numbers, strict=False):
+                measured = found[budget if budget in found else None]
+                assert float(number) == pytest.approx(measured, abs=0.0051 if field == "score" else 0.00051), name
+            assert len(numbers) == len(found)
+        agreement = {row["budget"]: row["score"] for row in rows("study_1k", method=method, **text)}
+        assert float(cells[2]) == pytest.approx(agreement.get(0.2, agreement.get(None)), abs=0.0051)
+
+
 # what `plan` and `auto_cache` say was measured
 def test_the_candidates_are_told_as_measured():
-    at = {"task": "multikey", "protocol": "question-agnostic", "length": 1024, "samples": 50}
-    full = score("study_1k", "none", None, **at)
-    told = [each for each in {*UNFORESEEN, *FORESEEN} if "of needles, as" in each.measured]
-    assert len(told) == 4
-    for each in told:
+    at = {"task": "multikey", "length": 1024, "samples": 50}
+    told = [(each, "agnostic") for each in UNFORESEEN[1:]] + [(each, "aware") for each in FORESEEN[1:]]
+    assert len(told) == 6
+    for each, asked in told:
+        at["protocol"] = f"question-{asked}"
+        full = score("study_1k", "none", None, **at)
         assert each.measured.startswith(
             f"{score('study_1k', each.method, each.budget, **at):.2f} of needles, as the full cache has {full:.2f}"
         )
