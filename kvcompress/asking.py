@@ -7,6 +7,7 @@ text has the same tokens for every question. Questions are answered independentl
 turns of one conversation.
 """
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,8 @@ class Conversation:
         head, self._tail = ("", "") if raw else around_message(tokenizer, **options)
         # what begins a plain text is the tokenizer's own affair
         self._head = "" if self._is_plain else head
-        self._between = "\n" if raw else between_messages(tokenizer, **options)
+        # what a template of a single turn cannot say, and need not unless a second question comes
+        self._between_messages = (lambda: "\n") if raw else functools.partial(between_messages, tokenizer, **options)
         # tokens of the conversation; the cache may have to read the last ones yet
         self._ids: list[int] = []
         # the context's end, until a question follows
@@ -290,7 +292,7 @@ class Conversation:
     def _before(self, question: str) -> str:
         """What comes between what was read and the next question."""
         if self._was_asked:
-            return self._between
+            return self._between_messages()
         if self._context is None:
             return self._head
         is_apart = self._context[-1:].isspace() or question[:1].isspace()

@@ -50,7 +50,11 @@ def has_template(tokenizer: Any) -> bool:
 def _rendered(tokenizer: Any, roles: tuple[str, ...], options: dict[str, Any]) -> str:
     """Messages of these roles, whose contents can be found again, up to where an answer begins."""
     messages = [{"role": role, "content": f"{_BODY}{number}"} for number, role in enumerate(roles)]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except Exception as error:
+        # of the template's own language, or what its author raises
+        raise ValueError(f"the tokenizer's chat template cannot write {', '.join(roles)} messages: {error}") from error
     return text
 
 

@@ -300,3 +300,23 @@ def test_a_bad_argument_of_generate_that_comes_too_late_is_noticed(model, tokeni
 def test_a_budget_for_a_cache_that_takes_none_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="the cache gear takes no budget: leave it out; got 0.3"):
         ask(model, tokenizer, TEXT, QUESTIONS, "gear", budget=0.3)
+
+
+SINGLE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('single turn only') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+)
+
+
+def test_a_template_of_a_single_turn_answers_single_questions(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", SINGLE)
+    found = ask(model, tokenizer, TEXT, QUESTIONS[:2], DenseCache(model), max_new_tokens=4)
+    assert len(found.answers) == 2
+    with pytest.raises(ValueError, match="cannot write user, assistant, user messages: single turn only"):
+        ask(model, tokenizer, TEXT, QUESTIONS[:2], DenseCache(model), turns=True, max_new_tokens=4)
+
+
+def test_a_broken_template_is_named(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in %}")
+    with pytest.raises(ValueError, match="chat template cannot write user messages"):
+        ask(model, tokenizer, TEXT, QUESTIONS[:1], DenseCache(model))

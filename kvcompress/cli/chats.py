@@ -78,6 +78,8 @@ def _lines(quiet: bool) -> Iterator[str]:
             line = input(_SIGN if is_terminal else "").strip()
         except EOFError:
             return
+        # bytes that are no UTF-8
+        line = line.encode("utf-8", "replace").decode()
         if line and not is_terminal and not quiet:
             print(f"{_SIGN}{line}")
         if line:
