@@ -267,7 +267,7 @@ class Conversation:
             raise ValueError("ask returns the answer alone: leave return_dict_in_generate out")
 
     def _answer(
-        self, question: str, max_new_tokens: int, answer_prefix: str, streamer: Any, more: Mapping[str, Any]
+        self, question: str, max_new_tokens: int, answer_prefix: str, streamer: Any, more: dict[str, Any]
     ) -> str:
         fresh = self._encode(self._before(question) + question + self._tail + answer_prefix)
         given = torch.tensor([[*self._ids, *fresh]], device=hf.input_device(self.model))
@@ -279,7 +279,7 @@ class Conversation:
         if self.prefill_chunk_size is not None:
             # by itself, generate feeds the last chunk; in older releases it would begin with what was read
             self._feed(given[:, int(self.cache.get_seq_length()) :].split(self.prefill_chunk_size, dim=1)[:-1])
-        arguments |= hf.cache_argument(self.model, self.cache) | dict(more)
+        arguments |= hf.cache_argument(self.model, self.cache) | more
         generate: Any = self.model.generate
         (row,) = generate(given, attention_mask=torch.ones_like(given), **arguments).tolist()
         self._was_asked, self._ids = True, row

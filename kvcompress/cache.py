@@ -183,7 +183,7 @@ class CompressedCache(hf.AttendingCache):
         return all(held.values()) if state_idx is None else held[state_idx]
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        return bool(self._states_of(layer_idx).record_past if layer_idx in self.states else False)
+        return layer_idx in self.states and bool(self._states_of(layer_idx).record_past)
 
     def activate_past_recording(self) -> None:
         super().activate_past_recording()
@@ -412,24 +412,23 @@ class CompressedCache(hf.AttendingCache):
     @as_stored()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._map_states(lambda tensor: tensor[beam_idx.to(tensor.device)])
-        self.padding.map_rows(lambda rows: rows[beam_idx.to(rows.device)])
+        self._map_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
     @as_stored()
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._map_states(lambda tensor: tensor[indices.to(tensor.device)])
-        self.padding.map_rows(lambda rows: rows[indices.to(rows.device)])
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
 
     @as_stored()
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._map_states(lambda tensor: tensor.repeat_interleave(repeats, 0))
-        self.padding.map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, 0))
 
-    def _map_states(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces what is held of rows beside the layers, each a tensor [batch, ...], by `change(tensor)`."""
         for states in self.states.values():
             states.map_tensors(change)
+        self.padding.map_rows(change)
 
     def clone(self) -> Self:
         """An independent copy: continuing one leaves the other as it is."""

@@ -271,15 +271,16 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     @property
     def conv_states(self) -> dict[int, Tensor | None]:
-        if self.states is None:
-            raise AttributeError(f"this {type(self).__name__} keeps no states")
-        return self.states.held.conv_states
+        return self._held_states().conv_states
 
     @property
     def recurrent_states(self) -> dict[int, Tensor | None]:
+        return self._held_states().recurrent_states
+
+    def _held_states(self) -> Any:
         if self.states is None:
             raise AttributeError(f"this {type(self).__name__} keeps no states")
-        return self.states.held.recurrent_states
+        return self.states.held
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -58,11 +58,6 @@ class Subject:
         """The layers that keep keys and values."""
         return [index for index, kind in enumerate(hf.layer_kinds(self.model.config)) if kind.attends]
 
-    @property
-    def all_attend(self) -> bool:
-        """Whether each layer keeps keys and values, and nothing else."""
-        return all(kind.attends and not kind.states for kind in hf.layer_kinds(self.model.config))
-
     @functools.cached_property
     def truth(self) -> list[Tensor]:
         """For each row, the logits without a cache, [tokens, vocabulary]."""
@@ -74,7 +69,7 @@ class Subject:
         fed = []
         for row in self.rows:
             # without a config, DynamicCache keeps tokens that have left a window
-            cache: Any = DynamicCache(config=None if self.all_attend else self.judge.config)
+            cache: Any = DynamicCache(config=None if hf.all_attend(self.model.config) else self.judge.config)
             with torch.no_grad():
                 self.judge(row[None], use_cache=True, **hf.cache_argument(self.judge, cache))
             first = cache.layers[self.attending[0]]

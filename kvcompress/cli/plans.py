@@ -92,17 +92,12 @@ def plan(
     for head in ("largest context", "largest batch"):
         table.add_column(head, justify="right")
     lines = list(zip(asked, needs, longest, widest, strict=True))
-    if choice is not None:
-        # what is recommended may be none of the rows, as those have no settings and one budget
+    best = None if choice is None else (choice.candidate.method, choice.need.budget)
+    # what is recommended may be none of the rows, as those have no settings and one budget
+    if choice is not None and best not in [(name, need.budget) for name, need, *_ in lines]:
         candidate = choice.candidate
-        best = choice.need
-        if not any(name == candidate.method and need.budget == best.budget for name, need, *_ in lines):
-            more = largest_context(shape, candidate.method, batch, candidate.budget or tokens_kept, kind, memory, **how)
-            lines.append((candidate.method, best, more, batch))
-
-    def is_best(name: str, need: "Need") -> bool:
-        return choice is not None and (name, need.budget) == (choice.candidate.method, choice.need.budget)
-
+        more = largest_context(shape, candidate.method, batch, candidate.budget or tokens_kept, kind, memory, **how)
+        lines.append((candidate.method, choice.need, more, batch))
     for name, need, most_tokens, most_rows in lines:
         table.add_row(
             name,
@@ -111,7 +106,7 @@ def plan(
             f"{need.cache / need.full_cache:.1%}",
             "all" if need.chunk is None else str(need.chunk),
             gibibytes(need.peak),
-            ("yes*" if is_best(name, need) else "yes") if need.peak <= memory else "no",
+            ("yes*" if (name, need.budget) == best else "yes") if need.peak <= memory else "no",
             str(most_tokens),
             str(most_rows),
         )

@@ -35,6 +35,7 @@ from kvcompress.hf.calls import cache_of as cache_of
 from kvcompress.hf.calls import take_cache as take_cache
 from kvcompress.hf.calls import watch_forwards as watch_forwards
 from kvcompress.hf.configs import LayerKind as LayerKind
+from kvcompress.hf.configs import all_attend as all_attend
 from kvcompress.hf.configs import attention_windows as attention_windows
 from kvcompress.hf.configs import check_served as check_served
 from kvcompress.hf.configs import end_tokens as end_tokens

@@ -127,9 +127,10 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
     each = [settings] * len(types) if isinstance(settings, dict) else settings
     kinds = []
     for index, (kind, name) in enumerate(zip(types, named, strict=True)):
-        # a layer without a cache of its own, which may be one that reads another's
-        kind = name if kind == "dummy" else kind
-        if kind not in _KINDS or (kind != name and kind == "dummy"):
+        # a layer without a cache of its own: one that keeps nothing, or one that reads another's
+        if kind == "dummy" and _KINDS.get(name) == (False, False):
+            kind = name
+        if kind not in _KINDS:
             raise ValueError(
                 f"layer {index} of model type {config.model_type!r} is of type {kind!r}; "
                 f"kvcompress supports {', '.join(_KINDS)}"
@@ -152,6 +153,11 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
         ValueError: as `layer_kinds`.
     """
     return [kind.window for kind in layer_kinds(config)]
+
+
+def all_attend(config: PreTrainedConfig) -> bool:
+    """Whether every layer keeps keys and values, and nothing else; ValueError as `layer_kinds`."""
+    return all(kind.attends and not kind.states for kind in layer_kinds(config))
 
 
 def layer_kind(config: PreTrainedConfig, layer: int) -> str | None:

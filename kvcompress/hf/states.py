@@ -60,8 +60,7 @@ class States:
         if name == "conv":
             held.conv_states[index], held.is_conv_states_initialized[index] = tensor, True
             held.has_previous_state[index] = True
-            if hasattr(held, "conv_kernel_size") and isinstance(held.conv_kernel_size, dict):
-                held.conv_kernel_size[index] = held.conv_kernel_size[index] or tensor.shape[-1]
+            held.conv_kernel_size[index] = held.conv_kernel_size[index] or tensor.shape[-1]
         else:
             held.recurrent_states[index], held.is_recurrent_states_initialized[index] = tensor, True
         if held.device is None:

@@ -143,7 +143,7 @@ class SharedStorageCache(CompressedCache):
         del self._stored
 
     def _check_states(self, model: PreTrainedModel) -> None:
-        if len(self.attending) < hf.sizes(model.config).layers or self.states:
+        if not hf.all_attend(model.config):
             raise ValueError(
                 f"{type(model).__name__} has layers that keep states or no tokens, which cannot share storage; use "
                 "another cache"

@@ -1,5 +1,7 @@
 """Hybrids: layers with states (linear attention, Mamba, convolutions) keep them, and only attention is compressed."""
 
+import functools
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -92,22 +94,25 @@ CACHES = {
     "kvzip": lambda model: KVzipCache(model, budget=400, sinks=1, chunk=9),
     "shadowkv": lambda model: ShadowKVCache(model, **SHADOW | {"budget": 10_000, "rank": None}),
 }
-_MODELS = {}
+
+
+@functools.cache
+def made(hybrid):
+    """A tiny model, shared by the tests."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(hybrid, **{**_COMMON, **HYBRIDS[hybrid]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) * 1.2 / parameter.shape[-1] ** 0.5)
+    model.generation_config.eos_token_id = None
+    return model
 
 
 @pytest.fixture
 def model(hybrid):
-    if hybrid not in _MODELS:
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(hybrid, **{**_COMMON, **HYBRIDS[hybrid]})
-        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in made.parameters():
-                if parameter.dim() > 1:
-                    parameter.copy_(torch.randn_like(parameter) * 1.2 / parameter.shape[-1] ** 0.5)
-        made.generation_config.eos_token_id = None
-        _MODELS[hybrid] = made
-    return _MODELS[hybrid]
+    return made(hybrid)
 
 
 def own(model):
@@ -216,13 +221,7 @@ def test_states_cannot_be_cropped_and_nothing_changes(hybrid, model):
 
 
 def test_inference_mode_leaves_states_that_go_on_outside_of_it():
-    hybrid = "qwen3_next"
-    model = (
-        _MODELS.get(hybrid)
-        or AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(hybrid, **{**_COMMON, **HYBRIDS[hybrid]}), dtype=torch.float32
-        ).eval()
-    )
+    model = made("qwen3_next")
     cache = DenseCache(model)
     with torch.inference_mode():
         feed(model, cache, prompt(20))
@@ -246,10 +245,7 @@ def test_what_does_not_serve_hybrids_says_so(hybrid, model):
 
 
 def test_budgets_of_a_pyramid_are_of_the_layers_that_attend():
-    hybrid = HYBRIDS["qwen3_next"]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_next", **{**_COMMON, **hybrid})).eval()
-    cache = EvictingCache(model, policy=TOVA(), budget=16, allocation="pyramid")
+    cache = EvictingCache(made("qwen3_next"), policy=TOVA(), budget=16, allocation="pyramid")
     budgets = [cache.layers[index].budget for index in cache.attending]
     assert sum(budgets) == 2 * 16
     assert budgets[0] > budgets[1]

@@ -169,17 +169,27 @@ def test_needles_among_needles():
     assert f"{100 * row['bytes'] / row['full_bytes']:.1f} % of the bytes" in line
 
 
+SPELLED = {
+    "pyramidkv": "snapkv:allocation=pyramid",
+    "adakv": "snapkv:allocation=heads",
+    "criticalkv": "snapkv:second_stage=0.5",
+    "full cache": "none",
+}
+
+
+def cells_by_method(table):
+    """The lines of a table of the 18 methods, each its method as rows spell it and its other cells."""
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == 18
+    named = [(name.split("`")[1] if "`" in name else name, cells) for name, *cells in lines]
+    return [[SPELLED.get(name, name), *cells] for name, cells in named]
+
+
 def test_the_table_of_fifty_samples_is_that_of_the_rows():
     at = {"task": "multikey", "protocol": "question-agnostic", "length": 1024, "samples": 50}
     table = PAGE[PAGE.index("**Fifty samples of 1,024 tokens**") : PAGE.index("What surprised: among many needles")]
-    spelled = {"pyramidkv": "snapkv:allocation=pyramid", "adakv": "snapkv:allocation=heads"}
-    spelled |= {"criticalkv": "snapkv:second_stage=0.5", "full cache": "none"}
-    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(lines) == 18
     scores = {(row["method"], row["budget"]): row["score"] for row in rows("study_1k", **at)}
-    for name, *cells in lines:
-        method = name.split("`")[1] if "`" in name else name
-        method = spelled.get(method, method)
+    for method, *cells in cells_by_method(table):
         for budget, cell in zip((0.05, 0.1, 0.2, 0.5), cells, strict=False):
             number = re.search(r"0\.\d\d", cell)
             if number is not None:
@@ -192,19 +202,13 @@ def test_the_table_of_foreseen_needles_and_text_is_that_of_the_rows():
     text = {"task": "text", "protocol": "continuation", "length": 1024, "samples": 50}
     start = PAGE.index("*The question foreseen*")
     table = PAGE[start : PAGE.index("What surprised: to foresee", start)]
-    spelled = {"pyramidkv": "snapkv:allocation=pyramid", "adakv": "snapkv:allocation=heads"}
-    spelled |= {"criticalkv": "snapkv:second_stage=0.5", "full cache": "none"}
-    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(lines) == 18
-    for name, *cells in lines:
-        method = name.split("`")[1] if "`" in name else name
-        method = spelled.get(method, method)
+    for method, *cells in cells_by_method(table):
         for cell, at, field in zip(cells[:2], (foreseen, text), ("score", "kl"), strict=True):
             found = {row["budget"]: row[field] for row in rows("study_1k", method=method, **at)}
             numbers = cell.replace("*", "").split(" / ")
             for budget, number in zip((0.05, 0.1, 0.2, 0.5), numbers, strict=False):
                 measured = found[budget if budget in found else None]
-                assert float(number) == pytest.approx(measured, abs=0.0051 if field == "score" else 0.00051), name
+                assert float(number) == pytest.approx(measured, abs=0.0051 if field == "score" else 0.00051), method
             assert len(numbers) == len(found)
         agreement = {row["budget"]: row["score"] for row in rows("study_1k", method=method, **text)}
         assert float(cells[2]) == pytest.approx(agreement.get(0.2, agreement.get(None)), abs=0.0051)
