@@ -19,7 +19,7 @@ from kvcompress import (
     ShadowKVCache,
     SnapKVCache,
 )
-from kvcompress.hf import layer_kinds
+from kvcompress.hf import decoder_of, layer_kinds
 from kvcompress.policies.tova import TOVA
 from tests.contract.caches import SHADOW
 from tests.contract.drive import feed, full, generate
@@ -178,6 +178,30 @@ def test_eviction_shows_and_frees_memory(hybrid, model):
     assert all_of_it.full_bytes == all_of_it.by_component["states"] + 2 * sum(56 * 2 * 16 * 4 for _ in dense.attending)
     assert len(cache.memory().tokens_kept) == len(cache.attending)
     assert all((kept == 8).all() for kept in cache.memory().tokens_kept)
+
+
+@every_hybrid
+def test_a_second_reading_goes_on_from_the_states_and_leaves_them(hybrid, model):
+    """Each layer is fed what it would be fed if the text came again."""
+    if hybrid == "jamba":
+        pytest.skip("transformers' Jamba begins a second turn of several tokens with empty states")
+    ids, read = prompt(40, seed=4), []
+    cache, dense, full_cache = KVzipCache(model, budget=8, sinks=1, chunk=100, prompt=()), DenseCache(model), own(model)
+    hook = decoder_of(model).register_forward_hook(lambda module, args, out: read.append(out.last_hidden_state))
+    try:
+        feed(model, cache, ids)
+        feed(model, full_cache, ids)
+        feed(model, full_cache, ids)
+        feed(model, dense, ids)
+    finally:
+        hook.remove()
+    # the second reading is part of the forward, and ends before it
+    second, first, alone, again, _ = read
+    close(first, alone)
+    close(second, again)
+    for index, states in cache.states.items():
+        for name, tensor in states.tensors().items():
+            torch.testing.assert_close(tensor, dense.states[index].tensors()[name])
 
 
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8), GEARCache])
