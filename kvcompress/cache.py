@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # in files, what the names of states begin with
 _STATES = "states."
 # attributes that a forward sets
-_OF_FORWARDS = ("fillers",)
+_OF_FORWARDS = ("fillers", "for_prompts")
 _FORMAT = "kvcompress-cache-2"
 # with tensors that are encoded
 _ENCODED_FORMAT = "kvcompress-cache-3"
