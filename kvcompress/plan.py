@@ -14,27 +14,31 @@
 
 On sliding layers `tokens` and `budget` are at most the window. Weights are counted exactly, on the meta device.
 
-A forward over c tokens of a prompt (all of them, or a chunk) takes for each, in numbers of the dtype, the larger of
+Of a hybrid, layers that keep states add these, whatever the context.
+
+A forward over c tokens of a prompt (all of them, or a chunk) takes for each, on top of the cache, which has then taken
+in the layers before, what the model's layers are found to take when they run without numbers (hf/working.py). For
+Llama's, in numbers of the dtype, that is the larger of
 
     MLP          4 hidden + 2 head_dim + 3 intermediate: the embedding, the layer's input, residual and norm; cosines
                  and sines; gate, up and their product
     attention    2 hidden + 2 head_dim + 4 heads x head_dim + 3.5 kv_heads x head_dim: queries while they are rotated,
                  then they and the output; keys and values as they came, and for the cache
 
-on top of the cache, which has then taken in the layers before. kvzip and attention_matching, which read a prompt twice,
-hold the keys and values of all tokens of the forward, in all layers, until the second reading ends; then
-attention_matching also some queries of all layers, and what one layer's fit multiplies, if its heads keep about alike:
-where they compete, a fit may take more. Not counted: the logits of the last token, the workspaces of kernels, and what
-a GPU needs before anything runs.
+which is also what is told of models whose layers do not run so (of transformers' own, those with Mamba 1). kvzip and
+attention_matching, which read a prompt twice, hold the keys and values of all tokens of the forward, in all layers,
+until the second reading ends; then attention_matching also some queries of all layers, and what one layer's fit
+multiplies, if its heads keep about alike: where they compete, a fit may take more. Not counted: the logits of the last
+token, the workspaces of kernels, and what a GPU needs before anything runs.
 """
 
 import bisect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvcompress import hf, loading, registry
 from kvcompress.caches.allotment import Allotment
@@ -71,7 +75,7 @@ _OWN = ("none", "hydragen", "gear", "kivi", "shadowkv")
 class Shape:
     """What a config says that memory depends on. windows: each layer's sliding window, None for full attention.
     linear: how many of the parameters can be quantised, those of linear layers but the head. dtype: the checkpoint's,
-    if the config says."""
+    if the config says. config: the decoder's; None: a forward takes what Llama's takes."""
 
     name: str
     parameters: int
@@ -84,6 +88,31 @@ class Shape:
     longest: int | None
     linear: int = 0
     dtype: torch.dtype | None = None
+    config: PreTrainedConfig | None = field(default=None, repr=False, compare=False)
+    _found: dict[tuple[str, torch.dtype], int | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def working(self, dtype: torch.dtype) -> int:
+        """Bytes that a forward takes per token, beside weights and cache."""
+        found = self._of_config(hf.working_bytes, dtype)
+        if found is not None:
+            return found
+        mlp = 4 * self.hidden + 2 * self.head_dim + 3 * self.intermediate
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * self.hidden + 2 * self.head_dim + 4 * query + 7 * key // 2
+        return dtype.itemsize * max(mlp, attention)
+
+    def states(self, dtype: torch.dtype) -> int:
+        """Bytes of the states of all layers, per sequence."""
+        return self._of_config(hf.state_bytes, dtype) or 0
+
+    def _of_config(self, find: Callable[[PreTrainedConfig, torch.dtype], int | None], dtype: torch.dtype) -> int | None:
+        """What is found of the config, once for each dtype."""
+        if self.config is None:
+            return None
+        name = (find.__name__, dtype)
+        if name not in self._found:
+            self._found[name] = find(self.config, dtype)
+        return self._found[name]
 
     def weights(self, dtype: torch.dtype, bits: int | None = None) -> int:
         """Bytes of the weights in a dtype; with 8 or 4 bits, those of linear layers but the head in these, as
@@ -154,6 +183,7 @@ def shape_of(model: PreTrainedModel, name: str = "") -> Shape:
         sizes.longest,
         linear,
         config.dtype if isinstance(config.dtype, torch.dtype) else None,
+        config,
     )
 
 
@@ -198,13 +228,14 @@ def make_plan(
     token = 2 * shape.kv_heads * shape.head_dim * item
     full = sum(batch * token * min(context, window or context) for window in shape.windows)
     fed = context if chunk is None else min(chunk, context)
+    working, states = shape.working(dtype), batch * shape.states(dtype)
     needs = []
     for spec in methods:
         kept, cache, fixed, policy = _held(shape, spec, context, fed, batch, budget, item)
-        peak = cache + _forward(shape, batch * fed, item)
+        peak = cache + working * batch * fed
         if policy is not None and policy.rereads is not None:
-            peak = _peak_of_two_readings(shape, policy.rereads, batch, fed, item, cache, fed < context)
-        needs.append(Need(spec, kept, weights, cache, full, max(0, peak - cache), fixed, chunk))
+            peak = _peak_of_two_readings(shape, policy.rereads, batch, fed, item, cache, fed < context, working)
+        needs.append(Need(spec, kept, weights, cache + states, full + states, max(0, peak - cache), fixed, chunk))
     return needs
 
 
@@ -279,19 +310,12 @@ def _in_window(context: int, fed: int, window: int | None) -> int:
     return window - 1 + SLACK if fed == context else most
 
 
-def _forward(shape: Shape, tokens: int, item: int) -> int:
-    """Bytes of a forward over so many tokens, beside the cache."""
-    mlp = 4 * shape.hidden + 2 * shape.head_dim + 3 * shape.intermediate
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = 2 * shape.hidden + 2 * shape.head_dim + 4 * query + 7 * key // 2
-    return tokens * item * max(mlp, attention)
-
-
 def _peak_of_two_readings(
-    shape: Shape, how: SecondReading, batch: int, fed: int, item: int, after: int, in_chunks: bool
+    shape: Shape, how: SecondReading, batch: int, fed: int, item: int, after: int, in_chunks: bool, working: int
 ) -> int:
     """Bytes of caches whose tokens are read twice, and of the forwards, at most: in the first or second reading, or
-    while what is kept is chosen and fitted. after: bytes of what is kept. in_chunks: they are there beforehand."""
+    while what is kept is chosen and fitted. after: bytes of what is kept. in_chunks: they are there beforehand.
+    working: bytes of a forward per token."""
     before = after if in_chunks else 0
     token = 2 * shape.kv_heads * shape.head_dim * item
     # with positions and scores
@@ -306,9 +330,9 @@ def _peak_of_two_readings(
         own = kept * again // (fed + kept) if in_chunks else kept * again // fed
         fit = 3 * batch * (fed + kept * in_chunks) * token
         fit += 4 * batch * shape.kv_heads * (TILE * (3 * again + 2 * own) + 4 * own * own)
-    first = before + waiting + _forward(shape, batch * fed, item)
+    first = before + waiting + working * batch * fed
     # beside what the first has returned
-    second = before + waiting + asked + _forward(shape, batch * again, item) + batch * fed * shape.hidden * item
+    second = before + waiting + asked + working * batch * again + batch * fed * shape.hidden * item
     return max(first, second, waiting + asked + after + fit)
 
 

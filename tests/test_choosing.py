@@ -4,9 +4,9 @@ import torch
 from kvcompress import EvictingCache, GEARCache, auto_cache, choosing
 from kvcompress.caches.dense import DenseCache
 from kvcompress.hf import cache_argument
+from kvcompress.hf.working import peak_of_tensors
 from kvcompress.memory import read_bytes
 from kvcompress.plan import shape_of
-from tests.peak import peak_of_tensors
 
 CONTEXT = 4096
 

@@ -1,15 +1,23 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from kvcompress import DenseCache, Profile, registry
+from kvcompress import DenseCache, Profile, hf, registry
 from kvcompress.caches.budget import COMPETING
 from kvcompress.hf import cache_argument
+from kvcompress.hf.working import peak_of_tensors
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.plan import largest, largest_batch, make_plan, read_shape, shape_of
 from tests.contract.drive import feed
 from tests.contract.models import build
-from tests.peak import peak_of_tensors
+from tests.hybrids import COMMON, HYBRIDS
 
 SMALL = {
     "vocab_size": 64,
@@ -106,7 +114,7 @@ def test_needs_grow_with_batch_and_the_largest_batch_just_fits(saved):
         )
         # a few counters do not grow with the batch
         assert fits <= memory + 100
-        assert over > memory - 100
+        assert over > 0.999 * memory
 
 
 def test_a_fraction_is_of_the_context():
@@ -227,3 +235,59 @@ def test_a_sliding_layer_keeps_some_more_than_its_window(window, tokens, chunk):
         most = max(most, held["keys"] + held["values"])
     (need,) = make_plan(shape_of(model), ["none"], tokens, 1, 0.2, torch.float32, chunk=chunk)
     assert most == need.cache if chunk is None else 0.4 * need.cache < most < 1.15 * need.cache
+
+
+OTHERS = {
+    "mixtral": {"intermediate_size": 448, "num_local_experts": 8},
+    "qwen3_moe": {"moe_intermediate_size": 192, "num_experts": 8, "num_experts_per_tok": 4, "head_dim": 64},
+    "gpt_oss": {"intermediate_size": 256, "num_local_experts": 8, "head_dim": 64, "sliding_window": 128},
+    "phi3": {"intermediate_size": 896},
+    "olmo2": {"intermediate_size": 896},
+    "opt": {"ffn_dim": 1024, "word_embed_proj_dim": 256},
+    "gpt_neox": {"intermediate_size": 1024},
+    **HYBRIDS,
+}
+
+
+def of_type(name, dtype):
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512}
+    if name in HYBRIDS:
+        sizes = COMMON
+    elif name not in ("opt", "gpt_neox"):
+        sizes = sizes | {"num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096}
+    config = AutoConfig.for_model(name, **(sizes | tokens | OTHERS[name]))
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+# docs: in one forward or in chunks they are within 3 % of what prefill takes
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in ("mixtral", "qwen3_moe", "gpt_oss", "phi3", "olmo2", "qwen3_next", "falcon_h1")]
+    + [(name, torch.float32) for name in ("mixtral", "qwen3_moe", "opt", "gpt_neox", "lfm2", "bamba")],
+)
+def test_the_plan_is_what_prefill_takes_with_any_layers(name, dtype):
+    model = of_type(name, dtype)
+    ids = torch.randint(3, 500, (1, 1024), generator=torch.Generator().manual_seed(0))
+    (need,) = make_plan(shape_of(model), ["none"], 1024, 1, 0.2, dtype)
+    cache = DenseCache(model)
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    peak, _ = peak_of_tensors(lambda: model.generate(ids, **cache_argument(model, cache), **more))
+    assert need.cache + need.prefill == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_the_plan_counts_the_states_of_hybrids(name):
+    model = of_type(name, torch.bfloat16)
+    cache = DenseCache(model)
+    feed(model, cache, torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0)))
+    (need,) = make_plan(shape_of(model), ["none"], 40, 2, 0.2, torch.bfloat16)
+    held = cache.memory().by_component
+    assert need.cache == need.full_cache == held["keys"] + held["values"] + held["states"]
+    assert held["states"] > 0
+
+
+def test_layers_that_cannot_run_without_numbers_are_taken_for_llamas():
+    shape = shape_of(of_type("jamba", torch.bfloat16))
+    assert hf.working_bytes(shape.config, torch.bfloat16) is None
+    assert shape.working(torch.bfloat16) == 2 * (4 * shape.hidden + 2 * shape.head_dim + 3 * shape.intermediate)

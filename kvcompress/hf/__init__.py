@@ -9,6 +9,7 @@
     fingerprint which model it is
     pipelines   the registry of pipelines
     progress    bars while a model is loaded
+    working     what a forward takes, found without numbers
     families    the model classes that a SwiftKV model is built on
     versions    which releases were tested
 
@@ -62,3 +63,5 @@ from kvcompress.hf.progress import gguf_bars_as_told as gguf_bars_as_told
 from kvcompress.hf.rotary import Rotary as Rotary
 from kvcompress.hf.rotary import rotary_of as rotary_of
 from kvcompress.hf.states import States as States
+from kvcompress.hf.working import state_bytes as state_bytes
+from kvcompress.hf.working import working_bytes as working_bytes

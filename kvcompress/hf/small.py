@@ -33,7 +33,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A config with fewer and narrower layers, otherwise like this one: the same kinds of layers, head_dim, query heads
     per KV head (fewer if it would get wide), rotary embeddings, biases and softcaps; windows of at most 64 tokens."""
     small = copy.deepcopy(config)
-    layers = _chosen_layers(config)
+    layers, lists = layers_of_each_kind(config)
     heads, kv_heads, head_dim = head_counts(config)
     group = min(max(1, heads // kv_heads), 16)
     if not hasattr(config, "head_dim"):
@@ -43,7 +43,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     kv_heads = min(kv_heads, 1 if group > 8 else 2)
     heads = kv_heads * group
 
-    for name, value in _of_layers(config).items():
+    for name, value in lists.items():
         setattr(small, name, [value[layer] for layer in layers])
     small.num_hidden_layers = len(layers)
     small.num_attention_heads = heads
@@ -100,18 +100,14 @@ def described(model: PreTrainedModel) -> str:
     return f"{config.model_type} ({type(model).__name__}), {', '.join(parts)}"
 
 
-def _of_layers(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    """A config's settings that have a value per layer, by name."""
-    layers = config.num_hidden_layers
-    return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == layers}
-
-
-def _chosen_layers(config: PreTrainedConfig) -> list[int]:
-    """The first four layers, or as many more as it takes to have each kind."""
-    lists = _of_layers(config).values()
-    kinds = [str([value[layer] for value in lists]) for layer in range(config.num_hidden_layers)]
+def layers_of_each_kind(config: PreTrainedConfig) -> tuple[list[int], dict[str, list[Any]]]:
+    """The first four layers, or as many more as it takes to have each kind; and a config's settings that have a value
+    per layer, by name."""
+    count = config.num_hidden_layers
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
+    kinds = [str([value[layer] for value in lists.values()]) for layer in range(count)]
     firsts = sorted(kinds.index(kind) for kind in set(kinds))
     if firsts[-1] < 8:
-        return list(range(min(len(kinds), max(4, firsts[-1] + 1))))
+        return list(range(min(count, max(4, firsts[-1] + 1)))), lists
     # if a kind comes late: the first layer of each kind, and the one before it
-    return sorted({0, 1, *firsts, *(max(0, first - 1) for first in firsts)})
+    return sorted({0, 1, *firsts, *(max(0, first - 1) for first in firsts)}), lists

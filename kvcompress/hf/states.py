@@ -53,7 +53,7 @@ class States:
         return bool(self.held.record_past) and self.held.is_croppable
 
     def _by_name(self) -> dict[str, dict[int, Tensor | None]]:
-        return {"conv": self.held.conv_states, "recurrent": self.held.recurrent_states}
+        return _by_name(self.held)
 
     def _put(self, name: str, index: int, tensor: Tensor) -> None:
         held = self.held
@@ -65,3 +65,14 @@ class States:
             held.recurrent_states[index], held.is_recurrent_states_initialized[index] = tensor, True
         if held.device is None:
             held.dtype, held.device = tensor.dtype, tensor.device
+
+
+def states_in(layer: Any) -> list[Tensor]:
+    """The states that a layer of transformers' caches keeps."""
+    if not hasattr(layer, "conv_states"):
+        return []
+    return [tensor for held in _by_name(layer).values() for tensor in held.values() if tensor is not None]
+
+
+def _by_name(layer: Any) -> dict[str, dict[int, Tensor | None]]:
+    return {"conv": layer.conv_states, "recurrent": layer.recurrent_states}

@@ -23,69 +23,9 @@ from kvcompress.hf import decoder_of, layer_kinds
 from kvcompress.policies.tova import TOVA
 from tests.contract.caches import SHADOW
 from tests.contract.drive import feed, full, generate
-from tests.contract.models import PAD, left_padded, prompt
+from tests.contract.models import left_padded, prompt
+from tests.hybrids import COMMON, HYBRIDS
 
-_COMMON = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
-HYBRIDS = {
-    # the first layer attends to nothing, and the last one does
-    "qwen3_next": {
-        "num_hidden_layers": 4,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
-        "head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    },
-    # convolutions, and the last layer attends to nothing
-    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "full_attention", "conv"]},
-    # each layer attends and has states
-    "falcon_h1": {"num_hidden_layers": 2, "mamba_d_ssm": 128, "head_dim": 16, **_MAMBA},
-    # Mamba, and two layers that keep nothing
-    "nemotron_h": {
-        "num_hidden_layers": 5,
-        "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe", "full_attention"],
-        "head_dim": 16,
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 16,
-        "ssm_state_size": 16,
-        "n_groups": 1,
-        "chunk_size": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "moe_shared_expert_intermediate_size": 32,
-    },
-    "jamba": {
-        "num_hidden_layers": 4,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "mamba_d_state": 16,
-        "mamba_expand": 2,
-        "mamba_dt_rank": 4,
-        "use_mamba_kernels": False,
-    },
-    "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1], **_MAMBA},
-}
 every_hybrid = pytest.mark.parametrize("hybrid", HYBRIDS)
 CACHES = {
     "dense": DenseCache,
@@ -100,7 +40,7 @@ CACHES = {
 def made(hybrid):
     """A tiny model, shared by the tests."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(hybrid, **{**_COMMON, **HYBRIDS[hybrid]})
+    config = AutoConfig.for_model(hybrid, **{**COMMON, **HYBRIDS[hybrid]})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
