@@ -201,11 +201,16 @@ class Conversation:
             max_context_length: as in `ask`.
 
         Raises:
-            ValueError: something was read before; the cache is unchanged.
+            ValueError: something was read before, or nothing of the context would be left; the cache is unchanged.
         """
         if self._ids:
             raise ValueError(f"a context must come first, but {len(self._ids)} tokens were read before it")
-        ids = self._encode(self._head + context)
+        ids, head = self._encode(self._head + context), len(self._encode(self._head))
+        if max_context_length is not None and max_context_length <= head:
+            raise ValueError(
+                f"max_context_length must be more than the {head} tokens that the template puts before the context, "
+                f"got {max_context_length}"
+            )
         if max_context_length is not None and len(ids) > max_context_length:
             warnings.warn(
                 f"the context is cut after {max_context_length} of its {len(ids)} tokens (max_context_length)",

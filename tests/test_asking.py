@@ -180,6 +180,14 @@ def test_a_context_that_is_too_long_is_cut_with_a_warning(model, tokenizer):
     assert found.memory.tokens_seen == 20
 
 
+def test_a_cut_that_leaves_nothing_of_the_context_is_refused(model, tokenizer):
+    cache = DenseCache(model)
+    for most in (1, 6):
+        with pytest.raises(ValueError, match=rf"must be more than the 6 tokens that the template .* got {most}"):
+            ask(model, tokenizer, "x" * 70, "Who?", cache, max_context_length=most)
+    assert cache.get_seq_length() == 0
+
+
 def test_an_answer_goes_on_from_its_prefix_and_is_streamed(model, tokenizer):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     found = ask(

@@ -34,6 +34,7 @@ def methods(
 def _show_all() -> None:
     from rich.table import Table
 
+    from kvcompress.evals.sweep.baselines import BASELINES, SHARING
     from kvcompress.registry import METHODS, SPELLINGS
 
     table = Table()
@@ -46,6 +47,7 @@ def _show_all() -> None:
         table.add_row(name, "", f"{spec}, by another name", "", "yes", "")
     show_table(table)
     print("kvcompress methods NAME: what a method can be told, as in h2o:sinks=4")
+    print(f"kvcompress sweep measures beside them: {', '.join([*BASELINES, *SHARING])}")
 
 
 def _plain(words: str) -> str:

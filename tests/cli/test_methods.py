@@ -8,6 +8,7 @@ import pytest
 from kvcompress import registry
 from kvcompress.cli import main
 from kvcompress.cli.methods import _defaults, _meanings, explained
+from kvcompress.evals.sweep.baselines import METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,7 @@ def test_every_method_is_listed_with_what_it_keeps_costs_and_takes(capsys):
     assert row(out, "tova")[1] == "policy TOVA"
     for name, spec in registry.SPELLINGS.items():
         assert spec in row(out, name)[2]
+    assert set(registry.METHODS) | set(out.splitlines()[-1].partition(": ")[2].split(", ")) == set(METHODS)
 
 
 # docs: `kvcompress methods h2o` shows its settings with types, defaults and meanings
