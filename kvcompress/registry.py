@@ -237,7 +237,7 @@ def _buildable(method: Listed) -> Method:
         return made
 
     parameters, known = inspect.signature(kind).parameters, declared(kind)
-    settings = {name: known.get(name, Any) for name in parameters if name not in ("model", "budget", "packed")}
+    settings = {name: known.get(name, Any) for name in parameters if name not in ("model", "budget", "packed", "pin")}
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return Method(**vars(method), build=cache)
     if not issubclass(kind, Policy):

@@ -120,6 +120,7 @@ class AnsweringLayer(TailedLayer, RereadLayer):
             assert self.slots is not None
             return CompiledTailStep(self._ready_steps(), [self.slots], x)
         if x.tokens == 1 and self.slots is not None and self.waiting is None:
+            self._note_pins(x)
             return AnswerStep(self, x)
         self.take_answers()
         return super()._begin(x)
@@ -195,7 +196,7 @@ class AnsweringLayer(TailedLayer, RereadLayer):
         scores = torch.zeros_like(kept, dtype=torch.float32)
         slots.refill(key, value, places, scores, kept, self._capacities(kept.sum(-1)), fitted)
         self._follow_budget(self.lengths)
-        self._pin()
+        self._mark_static()
 
     def _match(
         self,

@@ -13,7 +13,7 @@ from kvcompress.caches.answers import AnsweringLayer
 from kvcompress.caches.budget import Budget
 from kvcompress.caches.compaction import check_ended, compact, copy_tokens, granted, hold_no_more, texts
 from kvcompress.caches.dense import DenseCache
-from kvcompress.caches.evicting import EvictingCache, Shared
+from kvcompress.caches.evicting import EvictingCache, Pinned, Shared
 from kvcompress.layer import as_stored, ordinary_tensors
 from kvcompress.policies.attention_matching import AttentionMatching
 from kvcompress.policies.gear import GEAR
@@ -44,6 +44,7 @@ class AttentionMatchingCache(EvictingCache):
         queries: int = 512,
         allocation: Shared | None = None,
         packed: GEAR | None = None,
+        pin: Pinned | None = None,
     ) -> None:
         """
         Args:
@@ -55,10 +56,10 @@ class AttentionMatchingCache(EvictingCache):
             chunk: how many tokens are read again at a time, and fitted together.
             prompt: token ids read before each chunk.
             queries: tokens of a chunk whose queries the fit looks at; until it ends they are held, in all layers.
-            allocation, packed: as in EvictingCache; allocation None for "global".
+            allocation, packed, pin: as in EvictingCache; allocation None for "global".
         """
         policy = AttentionMatching(sinks=sinks, recent=recent, chunk=chunk, prompt=tuple(prompt), queries=queries)
-        super().__init__(model, policy=policy, budget=budget, allocation=allocation, packed=packed)
+        super().__init__(model, policy=policy, budget=budget, allocation=allocation, packed=packed, pin=pin)
 
     @classmethod
     @ordinary_tensors()
@@ -85,13 +86,16 @@ class AttentionMatchingCache(EvictingCache):
 
         Raises:
             TypeError: the other cache is of another kind.
-            ValueError: it is empty, its model has been deleted, a setting is wrong, or as in `compact`.
+            ValueError: it is empty, its model has been deleted, a setting is wrong (`pin` takes spans alone), or as in
+                `compact`.
         """
         if not isinstance(other, DenseCache | EvictingCache):
             raise TypeError(
                 "from_cache takes what a DenseCache holds, or an evicting cache that is not rerotated, got "
                 f"{type(other).__name__}"
             )
+        if isinstance(settings.get("pin"), Tensor):
+            raise ValueError("pin must be spans where tokens come from another cache, got a mask of what is fed")
         check_ended(other)
         model = other._model()
         if model is None:

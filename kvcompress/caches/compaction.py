@@ -65,7 +65,7 @@ class CompactionStep(ChunkStep):
             fitted = Fitted(fresh, bias, (fresh != values).any(-1))
         capacities = layer._capacities(kept.sum(-1))
         slots.refill(x.key, x.value, ranking.places, ranking.scores, kept, capacities, fitted)
-        layer._pin()
+        layer._mark_static()
 
     def _blocks(self, slots: RaggedSlots) -> Tensor:
         """What is fitted together, as `match` takes it, [batch, kv_heads, slots] int64."""

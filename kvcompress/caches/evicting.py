@@ -19,6 +19,7 @@ from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.answers import AnsweringLayer
 from kvcompress.caches.budget import ALLOCATIONS, COMPETING, Allocation, Budget
 from kvcompress.caches.evicting_layer import EvictingLayer, RerotatedLayer
+from kvcompress.caches.pins import Pins
 from kvcompress.caches.profile import Profile
 from kvcompress.caches.reconstruction import RereadLayer, choose, read_again
 from kvcompress.hf.tensor_parallel import TPGroup
@@ -39,10 +40,15 @@ from kvcompress.storage.rope import Rope
 Shared = Allocation | Profile
 
 
-def kept_budget(amount: int | float, policy: Policy) -> Budget:
-    """A budget of tokens kept, at least those that leave the policy a choice."""
-    least = policy.least_budget()
-    return Budget(amount, least, f"sinks + recent{' + 1 to choose' * policy.chooses} = {least} tokens for {policy}")
+# which tokens are never evicted
+Pinned = Sequence[tuple[int, int]] | Tensor
+
+
+def kept_budget(amount: int | float, policy: Policy, pinned: int = 0) -> Budget:
+    """A budget of tokens kept, at least those that leave the policy a choice beside so many pinned ones."""
+    least = policy.least_budget() + pinned
+    parts = f"sinks + recent{' + 1 to choose' * policy.chooses}{f' + {pinned} pinned' * (pinned > 0)}"
+    return Budget(amount, least, f"{parts} = {least} tokens for {policy}")
 
 
 class EvictingCache(CompressedCache):
@@ -63,6 +69,7 @@ class EvictingCache(CompressedCache):
         allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
+        pin: Pinned | None = None,
     ) -> None:
         """
         Args:
@@ -77,6 +84,9 @@ class EvictingCache(CompressedCache):
                 and "uniform" for others and for packed slots.
             rerotated: close gaps between the positions of kept tokens, to go past the length the model was trained for.
             packed: store them as codes, each token by itself: `GEAR(bits=4)`, whose rank must be 0; None for unpacked.
+            pin: tokens that are never evicted, and count in the budget: spans (first, last) of places in each sequence,
+                padding not counted; or a mask [batch, tokens] of the first tokens fed, such as `input_ids == image`. On
+                a sliding layer they leave with the window.
 
         Raises:
             TypeError: the policy is no Policy, or packed is no GEAR.
@@ -89,7 +99,8 @@ class EvictingCache(CompressedCache):
         allocation = policy.allocates if allocation is None else allocation
         _check_allocation(allocation, policy, model)
         self.policy = policy
-        self._budget = kept_budget(budget, policy)
+        self._pins = Pins.of(pin)
+        self._budget = kept_budget(budget, policy, 0 if self._pins is None else self._pins.most)
         self.allocation: Shared = allocation
         self._allotments = Allotment.of_layers(allocation.shares) if isinstance(allocation, Profile) else None
         self.rerotated = rerotated
@@ -140,6 +151,7 @@ class EvictingCache(CompressedCache):
             competes=self.allocation in COMPETING,
             allotment=None if self._allotments is None else self._allotments[index].of_rank(ranks),
             output_projection=hf.output_projection(model, index) if has_second_stage(self.policy) else None,
+            pins=self._pins,
         )
 
     def share_among(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -195,6 +207,8 @@ class EvictingCache(CompressedCache):
     def _shown(self) -> dict[str, Any]:
         shown = {"policy": self.policy, **super()._shown(), "allocation": self.allocation, "packed": self.packed}
         del shown["packs_answers"]
+        if self._pins is not None:
+            shown["pin"] = shown["pin"] if self._pins.spans is not None else f"a mask of {self._pins.most} tokens"
         return shown
 
     def _parts_of_others(self) -> dict[str, Any]:
@@ -211,7 +225,7 @@ class EvictingCache(CompressedCache):
             "packed": None if self.packed is None else dataclasses.asdict(self.packed),
             # those of files without it kept no answers in packed slots, whatever the policy says
             "packs_answers": True,
-        }
+        } | ({} if self._pins is None else {"pin": self._pins.facts()})
 
     @classmethod
     def _rebuild(cls, model: PreTrainedModel, settings: dict[str, Any]) -> Self:
@@ -227,10 +241,11 @@ class EvictingCache(CompressedCache):
         if isinstance(allocation, dict):
             # the file is of the model that it was made for
             allocation = Profile(**allocation, model=hf.Fingerprint.of(model))
+        pins = Pins.restored(settings.pop("pin", None))
         cache = cls.__new__(cls)
         # the short names take a policy's settings one by one, but the file has the policy itself
         EvictingCache.__init__(
-            cache, model, **{**settings, "policy": chosen, "packed": packed, "allocation": allocation}
+            cache, model, **{**settings, "policy": chosen, "packed": packed, "allocation": allocation, "pin": pins}
         )
         return cache
 
@@ -283,6 +298,7 @@ class H2OCache(EvictingCache):
         allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
+        pin: Pinned | None = None,
     ) -> None:
         """
         Args:
@@ -292,10 +308,12 @@ class H2OCache(EvictingCache):
             sinks: first tokens always kept.
             second_stage: share of a head's budget that goes to tokens which change the layer's output most, 0.5 in
                 CriticalKV (arXiv:2502.03805).
-            allocation, rerotated, packed: as in EvictingCache.
+            allocation, rerotated, packed, pin: as in EvictingCache.
         """
         policy = H2O(recent=recent, sinks=sinks, second_stage=second_stage)
-        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+        super().__init__(
+            model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed, pin=pin
+        )
 
 
 class SnapKVCache(EvictingCache):
@@ -318,6 +336,7 @@ class SnapKVCache(EvictingCache):
         allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
+        pin: Pinned | None = None,
     ) -> None:
         """
         Args:
@@ -326,10 +345,12 @@ class SnapKVCache(EvictingCache):
             window: queries observed, and newest tokens always kept.
             kernel: neighbouring tokens pooled together, an odd number.
             second_stage: as in H2OCache.
-            allocation, rerotated, packed: as in EvictingCache.
+            allocation, rerotated, packed, pin: as in EvictingCache.
         """
         policy = SnapKV(window=window, recent=window, kernel=kernel, second_stage=second_stage)
-        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+        super().__init__(
+            model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed, pin=pin
+        )
 
 
 class KVzipCache(EvictingCache):
@@ -356,6 +377,7 @@ class KVzipCache(EvictingCache):
         allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
+        pin: Pinned | None = None,
     ) -> None:
         """
         Args:
@@ -369,7 +391,7 @@ class KVzipCache(EvictingCache):
                 then. False: they compete at once.
             second_stage: as in H2OCache.
             allocation: None for the paper's, "global".
-            packed: as in EvictingCache. rerotated: refused, as tokens are read twice.
+            packed, pin: as in EvictingCache. rerotated: refused, as tokens are read twice.
         """
         policy = KVzip(
             sinks=sinks,
@@ -379,7 +401,9 @@ class KVzipCache(EvictingCache):
             keeps_answers=keeps_answers,
             second_stage=second_stage,
         )
-        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+        super().__init__(
+            model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed, pin=pin
+        )
 
 
 class StreamingLLMCache(EvictingCache):
@@ -401,13 +425,16 @@ class StreamingLLMCache(EvictingCache):
         allocation: Shared | None = None,
         rerotated: bool = False,
         packed: GEAR | None = None,
+        pin: Pinned | None = None,
     ) -> None:
         """
         Args:
             model: the model the cache will be used with.
             budget: tokens kept per sequence and KV head: a count, or a fraction of those seen so far.
             sinks: first tokens kept; the rest of the budget is the window.
-            allocation, rerotated, packed: as in EvictingCache.
+            allocation, rerotated, packed, pin: as in EvictingCache.
         """
         policy = StreamingLLM(sinks=sinks)
-        super().__init__(model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed)
+        super().__init__(
+            model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed, pin=pin
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.evicting_step import ChunkStep, DecodeStep, FusedDecodeStep
+from kvcompress.caches.pins import Pins
 from kvcompress.hf.tensor_parallel import TPGroup
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
@@ -58,6 +59,7 @@ class EvictingLayer(CompressedLayer):
         competes: bool = False,
         allotment: Allotment | None = None,
         output_projection: Callable[[Tensor], Tensor] | None = None,
+        pins: Pins | None = None,
     ) -> None:
         """
         Args:
@@ -71,6 +73,7 @@ class EvictingLayer(CompressedLayer):
             allotment: what heads get where their shares of the budget are fixed; None where they are not.
             output_projection: gives the weight behind the layer's attention, [heads, value_dim, hidden], for values
                 like a tensor; None if the policy has no second stage.
+            pins: tokens that stay whatever they score, which the cache's layers have in common; None: there are none.
         """
         super().__init__(padding, window, is_first)
         self.ranks = ranks
@@ -91,6 +94,8 @@ class EvictingLayer(CompressedLayer):
         self.competes = competes
         self.allotment = allotment
         self.output_projection = output_projection
+        self.pins = pins
+        self.pinned = 0 if pins is None else pins.most
         # where heads differ: what each may keep beyond its sequence's limit, [batch, kv_heads] int32
         self.surplus: Tensor | None = None
         # what sequences may keep on average instead of the budget, [batch], while they are compacted to something else
@@ -106,6 +111,11 @@ class EvictingLayer(CompressedLayer):
     def is_ragged(self) -> bool:
         """Whether heads may hold different numbers of tokens."""
         return self.competes or self.allotment is not None
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget in tokens that leaves the policy a choice."""
+        return self.policy.least_budget() + self.pinned
 
     @property
     def _mean_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
@@ -124,6 +134,7 @@ class EvictingLayer(CompressedLayer):
             "seen": self.clock.tensor,
             **({} if self.surplus is None else {"surplus": self.surplus}),
             **({} if self.allotment is None else self.allotment.tensors()),
+            **({} if self.pins is None or not self.is_first else self.pins.tensors()),
         } | ({} if self.rope is None else {"inv_freq": self.rope.inv_freq})
 
     def statistics(self) -> dict[str, Tensor]:
@@ -135,7 +146,9 @@ class EvictingLayer(CompressedLayer):
             self.lengths, self.limits, self.recents = change(self.lengths), change(self.limits), change(self.recents)
             self.surplus = None if self.surplus is None else change(self.surplus)
             self.state = {name: change(tensor) for name, tensor in self.state.items()}
-            self._pin()
+            if self.pins is not None and self.is_first:
+                self.pins.map_rows(change)
+            self._mark_static()
 
     def tokens_kept(self) -> Tensor:
         assert self.slots is not None
@@ -158,6 +171,8 @@ class EvictingLayer(CompressedLayer):
         super().reset()
         self.slots = self.surplus = None
         self.state = {}
+        if self.pins is not None and self.is_first:
+            self.pins.reset()
 
     def check_crop(self, tokens: int) -> None:
         if tokens > 0:
@@ -170,6 +185,8 @@ class EvictingLayer(CompressedLayer):
         assert self.slots is not None
         if self.is_first:
             self._warn_of_filler(remap)
+            if self.pins is not None:
+                self.pins.remap(remap)
         positions = self.slots.positions
         rows = remap[:, None].expand(-1, positions.shape[1], -1)
         moved = rows.gather(2, positions.clamp(min=0).long())
@@ -190,6 +207,7 @@ class EvictingLayer(CompressedLayer):
             )
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
+        self._note_pins(x)
         if self.slots is None or x.tokens > 1:
             return ChunkStep(self, x)
         self._make_room(1)
@@ -197,14 +215,21 @@ class EvictingLayer(CompressedLayer):
             self._follow_budget(self.lengths + x.real_tokens)
         # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
         plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.is_ragged
+        plain = plain and self.pins is None
         at_once = self.policy.decay is not None and plain and runs_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
+
+    def _note_pins(self, x: AttentionInput) -> None:
+        """Takes in which tokens of a forward stay, once for all layers."""
+        if self.pins is not None and self.is_first and not torch.compiler.is_compiling():
+            lengths = None if self.slots is None else self.lengths
+            self.pins.note(self.get_seq_length(), x.tokens, lengths, x.visible, x.key)
 
     def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
         """The chunk rotated to match the slots' `rotated_keys`, and its queries' positions then, [batch, queries]."""
         return chunk, query_positions
 
-    def _pin(self) -> None:
+    def _mark_static(self) -> None:
         """Tells the compiler that the layer's tensors stay where they are; else CUDA graphs refuse to write to them."""
         assert self.slots is not None
         # checked here: torch 2.11 fails to compare with a budget that differs from the previously compiled cache's
@@ -239,7 +264,7 @@ class EvictingLayer(CompressedLayer):
     def _limit(self, tokens: int) -> int:
         """How many tokens a sequence of this length may keep."""
         limit = self.budget if isinstance(self.budget, int) else int(self.budget * tokens)
-        limit = max(limit, self.policy.least_budget())
+        limit = max(limit, self.least_budget)
         return limit if self.window is None else min(limit, self.window)
 
     def _most_slots(self, tokens: int) -> int:
@@ -275,12 +300,12 @@ class EvictingLayer(CompressedLayer):
             enough = self._limit(2**40) + 1
             grown = slots.slots + max(_GROWTH, slots.slots // _SHARE) if tokens == 1 else needed
             slots.grow(min(max(needed, grown), enough))
-            self._pin()
+            self._mark_static()
 
     def _follow_budget(self, lengths: Tensor) -> None:
         """Sets how many tokens sequences of these lengths, [batch], may keep, and how many newest ones always stay."""
         assert self.slots is not None
-        least = self.policy.least_budget()
+        least = self.least_budget
         if isinstance(self.budget, int):
             limits = torch.full_like(self.limits, self._limit(0))
         else:
@@ -303,6 +328,7 @@ class EvictingLayer(CompressedLayer):
 
     def _set_recents(self) -> None:
         recent, limits = self.policy.recent, self.limits if self.allotment is None else self.limits_by_head()
+        limits = limits - self.pinned
         recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
         self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
 
@@ -310,7 +336,7 @@ class EvictingLayer(CompressedLayer):
         """How many tokens each head may keep of sequences of these lengths, [batch], where shares are fixed, whatever
         the layer's window: [batch, kv_heads] int32."""
         assert self.allotment is not None
-        mean, least = self.nominal_limits(lengths), self.policy.least_budget()
+        mean, least = self.nominal_limits(lengths), self.least_budget
         if isinstance(self.budget, float) and self._granted is None:
             return self.allotment.of_fraction(self.budget, mean, least)
         return self.allotment.of_count(mean, least, lengths)
@@ -328,7 +354,7 @@ class EvictingLayer(CompressedLayer):
         """Within it, heads may keep so many tokens on average, [batch] int32, instead of what the budget says."""
         own, recents = self.limits.clone(), self.recents.clone()
         self._granted = tokens
-        self._set_limits(tokens.clamp(min=self.policy.least_budget(), max=self.window), self.lengths)
+        self._set_limits(tokens.clamp(min=self.least_budget, max=self.window), self.lengths)
         try:
             yield
         finally:
@@ -375,7 +401,7 @@ class EvictingLayer(CompressedLayer):
         if self.allotment is not None and not is_count:
             later = self._allotted(self.lengths + growth).long().clamp(min=0, max=self.window)
         # a compiled step must find room for what always stays
-        least = limits.clamp(max=self.policy.least_budget())
+        least = limits.clamp(max=self.least_budget)
         wanted = limits if is_count and self._reserves else later.minimum(kept + growth).maximum(least)
         self._steps_left = _FOREVER if is_count and bool((wanted >= limits).all()) else growth
         return wanted.maximum(kept).cpu() + 1
@@ -385,7 +411,7 @@ class EvictingLayer(CompressedLayer):
             capacities = self._capacities(slots.kept())
             if bool((capacities > slots.capacities.cpu()).any()):
                 slots.resize(capacities)
-            self._pin()
+            self._mark_static()
         self._steps_left -= 0 if self._steps_left == _FOREVER else steps
 
     def _warn_of_floor(self, limits: Tensor, lengths: Tensor, least: int) -> None:
@@ -415,6 +441,8 @@ class EvictingLayer(CompressedLayer):
         counters = {name: getattr(self, name) for name in _COUNTERS} | {"seen": self.clock.tensor}
         counters |= {} if self.surplus is None else {"surplus": self.surplus}
         facts = {"dtype": str(self.dtype).removeprefix("torch.")}
+        if self.pins is not None and self.is_first:
+            counters |= self.pins.tensors()
         return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -424,10 +452,12 @@ class EvictingLayer(CompressedLayer):
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self.surplus, self._steps_left = tensors.get("surplus"), 0
+            if self.pins is not None and self.is_first:
+                self.pins.restore(tensors)
             self.allotment = None if self.allotment is None else self.allotment.to(self.lengths.device)
             self.lazy_initialization(*self.slots.like())
             self.clock.count_on(tensors["seen"])
-            self._pin()
+            self._mark_static()
 
     def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
         if self.packed is not None:

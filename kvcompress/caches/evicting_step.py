@@ -97,6 +97,8 @@ class DecodeStep(EvictingStep):
     def _evict(self) -> None:
         layer, slots = self.layer, self.slots
         scores, sinks = slots.scores, layer.policy.sinks
+        if layer.pins is not None:
+            scores = scores.masked_fill(layer.pins.holds(slots.positions), torch.inf)
         if layer.window is not None:
             # what has left the window goes first, sinks too
             scores = scores.masked_fill(slots.positions < sinks, torch.inf)
@@ -106,7 +108,7 @@ class DecodeStep(EvictingStep):
         if isinstance(layer.budget, float) and isinstance(slots, RaggedSlots) and torch.compiler.is_compiling():
             # the budget grows, and a compiled step cannot give a head more room
             limits = limits.minimum(slots.capacities - 1)
-            recents = recents.view(len(limits), -1).minimum(limits - layer.policy.sinks)
+            recents = recents.view(len(limits), -1).minimum(limits - layer.policy.sinks - layer.pinned)
         if recents.dim() == 1:
             victims = choose_victim(scores, slots.positions, layer.lengths - recents, sinks)
         else:
@@ -194,7 +196,7 @@ class ChunkStep(EvictingStep):
             layer.refill(self.slots, x.key, x.value, *held)
         else:
             self.slots.replace(x.key, x.value, *held)
-        layer._pin()
+        layer._mark_static()
 
     def _observe(self, x: AttentionInput, lse: Tensor) -> Tensor | None:
         """Attention received from the queries that the policy observes; lse: of the queries, over all they see."""
@@ -264,6 +266,8 @@ class ChunkStep(EvictingStep):
         layer = self.layer
         lengths, recents = layer.lengths[:, None, None], layer.recents.view(len(positions), -1, 1)
         protected = (positions < layer.policy.sinks) | (positions >= lengths - recents)
+        if layer.pins is not None:
+            protected = protected | layer.pins.holds(positions)
         gone = positions == EMPTY
         if layer.window is not None:
             gone = gone | (positions <= lengths - layer.window)
@@ -322,7 +326,7 @@ def shares_of(layers: "Sequence[EvictingLayer]", rankings: Sequence[Ranking]) ->
         worth = [ranks.all_heads(each, -torch.inf) for each in worth]
     heads = sum(each.shape[1] for each in worth)
     nominal = first.nominal_limits().long()
-    floor = (first.policy.sinks + first.recents + first.policy.chooses).long().minimum(nominal)
+    floor = (first.policy.sinks + first.pinned + first.recents + first.policy.chooses).long().minimum(nominal)
     counts = shares(worth, nominal * heads, floor)
     return counts if ranks is None else [ranks.own_heads(each, 1) for each in counts]
 

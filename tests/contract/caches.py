@@ -432,6 +432,14 @@ ENTRIES = [
         decoded=closed_up,
         refuses=("opt",),
     ),
+    Entry(
+        "h2o_pinned",
+        lambda model: H2OCache(model, budget=BUDGET, pin=[(3, 4), (7, 7)]),
+        kept=slots,
+        compileable=True,
+        roomy=lambda model: H2OCache(model, budget=LARGE, pin=[(3, 4), (7, 7)]),
+        budget=lambda layer, tokens: BUDGET,
+    ),
     _evicting("h2o_profile", H2O(sinks=1), allocation=uneven, competes=True),
     _evicting("criticalkv", SnapKV(window=3, recent=3, kernel=3, second_stage=0.5)),
 ]
