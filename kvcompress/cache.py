@@ -75,7 +75,7 @@ class CompressedCache(hf.AttendingCache):
         # layers that keep keys and values, and the states of those that keep states
         self.attending = [index for index, kind in enumerate(kinds) if kind.attends]
         self.states = {index: hf.States(kind.states) for index, kind in enumerate(kinds) if kind.states}
-        self._check_states(model)
+        self._check_model(model)
         hf.select_attention(model)
         hf.watch_forwards(model)
         self._model = weakref.ref(model)
@@ -123,8 +123,8 @@ class CompressedCache(hf.AttendingCache):
         for index, layer in enumerate(self.layers):
             layer.states = states.get(index)
 
-    def _check_states(self, model: PreTrainedModel) -> None:
-        """Raises ValueError if some layers keep states, and this cache cannot be used with them."""
+    def _check_model(self, model: PreTrainedModel) -> None:
+        """Raises ValueError if this cache cannot be used with a model that others can: a hybrid, a multimodal one."""
 
     @property
     def first_layer(self) -> CompressedLayer:

@@ -120,6 +120,13 @@ class EvictingCache(CompressedCache):
                 "and stay within the positions the model knows"
             )
 
+    def _check_model(self, model: PreTrainedModel) -> None:
+        if self.policy.rereads is not None and hf.is_multimodal(model):
+            raise ValueError(
+                f"{type(self.policy).__name__} reads the tokens again, and {type(model).__name__} is multimodal: what "
+                "it sees is not among its tokens. Use a policy that reads once, such as SnapKV or H2O"
+            )
+
     @property
     def budget(self) -> int | float:
         """Tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of those seen."""

@@ -240,7 +240,7 @@ def read_rows(
         rows: the tokens of each sequence, without padding.
         lengths: the position at which each sequence goes on, and each of its chunks begins, [batch] int64.
     """
-    sizes = hf.sizes(model.config)
+    sizes = hf.sizes(hf.decoder_config(model))
     reading = ReconstructionCache(model, layers)
     for start in range(0, max(map(len, rows)), how.chunk):
         reading.take_states(copy.deepcopy(dict(states)))

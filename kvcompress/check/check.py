@@ -87,6 +87,7 @@ def read_specs(specs: Sequence[str]) -> list[tuple[str, Method, dict[str, Any]]]
 
 
 def _checked(spec: str, method: Method | None, settings: dict[str, Any], subject: Subject) -> Checked:
+    hf.forget_positions(subject.model)
     inspection = Inspection(subject, method, settings)
     outcome: Outcome = "OK"
     reason = trace = ""

@@ -159,7 +159,7 @@ class Inspection:
     def _give_room(self, cache: Any) -> None:
         """Compares a cache whose budget is above the length with the model without a cache."""
         subject = self.subject
-        _, kv_heads, head_dim = hf.head_counts(subject.model.config)
+        _, kv_heads, head_dim = hf.head_counts(hf.decoder_config(subject.model))
         roomy = f"budget {ROOM}, above the length"
         changes: dict[str, dict[str, Any]] = {}
         if isinstance(cache, EvictingCache):

@@ -21,17 +21,12 @@ def small_model(name: str | None = None, device: torch.device | str = "cpu") -> 
 
     Raises:
         ModelUnavailableError: there is no such config, or no small model can be made of it.
-        ValueError: it is of a kind that kvcompress does not support, such as an encoder-decoder or a multimodal model,
+        ValueError: it is of a kind that kvcompress does not support, such as an encoder-decoder,
             or torch has no such device here.
     """
     config = read_config(name)
     hf.check_served(config, config.model_type)
-    text = config.get_text_config(decoder=True)
-    if text is not config:
-        raise ValueError(
-            f"{config.model_type} is multimodal; kvcompress supports text models: check its language model, "
-            f"{text.model_type}"
-        )
+    hf.check_served(config.get_text_config(decoder=True), config.model_type)
     loading.check_device(device)
     try:
         model: Any = small.small_model(config)

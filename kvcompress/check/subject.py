@@ -56,7 +56,7 @@ class Subject:
     @functools.cached_property
     def attending(self) -> list[int]:
         """The layers that keep keys and values."""
-        return [index for index, kind in enumerate(hf.layer_kinds(self.model.config)) if kind.attends]
+        return [index for index, kind in enumerate(hf.layer_kinds(hf.decoder_config(self.model))) if kind.attends]
 
     @functools.cached_property
     def truth(self) -> list[Tensor]:
@@ -69,7 +69,9 @@ class Subject:
         fed = []
         for row in self.rows:
             # without a config, DynamicCache keeps tokens that have left a window
-            cache: Any = DynamicCache(config=None if hf.all_attend(self.model.config) else self.judge.config)
+            cache: Any = DynamicCache(
+                config=None if hf.all_attend(hf.decoder_config(self.model)) else self.judge.config
+            )
             with torch.no_grad():
                 self.judge(row[None], use_cache=True, **hf.cache_argument(self.judge, cache))
             first = cache.layers[self.attending[0]]
@@ -108,7 +110,7 @@ def pads_before(row: int) -> int:
 
 def rows_of(model: PreTrainedModel) -> list[Tensor]:
     """Two rows of tokens with a common beginning, the longer one first."""
-    device, vocabulary = hf.input_device(model), hf.sizes(model.config).vocabulary
+    device, vocabulary = hf.input_device(model), hf.sizes(hf.decoder_config(model)).vocabulary
     follows = sum(FED)
     lengths = [prompt + follows for prompt in PROMPTS]
     generator = torch.Generator().manual_seed(7)
@@ -133,8 +135,8 @@ def padded(rows: list[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def pad_token(model: PreTrainedModel) -> int:
-    pad = getattr(model.config, "pad_token_id", None)
-    return pad if isinstance(pad, int) and 0 <= pad < hf.sizes(model.config).vocabulary else 0
+    pad = getattr(hf.decoder_config(model), "pad_token_id", None)
+    return pad if isinstance(pad, int) and 0 <= pad < hf.sizes(hf.decoder_config(model)).vocabulary else 0
 
 
 def divergence(truth: Tensor, got: Tensor) -> Tensor:

@@ -39,9 +39,11 @@ from kvcompress.hf.configs import LayerKind as LayerKind
 from kvcompress.hf.configs import all_attend as all_attend
 from kvcompress.hf.configs import attention_windows as attention_windows
 from kvcompress.hf.configs import check_served as check_served
+from kvcompress.hf.configs import decoder_config as decoder_config
 from kvcompress.hf.configs import end_tokens as end_tokens
 from kvcompress.hf.configs import filler_tokens as filler_tokens
 from kvcompress.hf.configs import head_counts as head_counts
+from kvcompress.hf.configs import is_multimodal as is_multimodal
 from kvcompress.hf.configs import layer_kinds as layer_kinds
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config
@@ -51,6 +53,7 @@ from kvcompress.hf.modules import attention_module as attention_module
 from kvcompress.hf.modules import attention_modules as attention_modules
 from kvcompress.hf.modules import decoder_of as decoder_of
 from kvcompress.hf.modules import device_of as device_of
+from kvcompress.hf.modules import forget_positions as forget_positions
 from kvcompress.hf.modules import input_device as input_device
 from kvcompress.hf.modules import layer_device as layer_device
 from kvcompress.hf.modules import layer_of as layer_of

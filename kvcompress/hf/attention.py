@@ -26,7 +26,8 @@ from kvcompress.hf.calls import (
     is_watched,
     unwatch_forwards,
 )
-from kvcompress.hf.modules import layer_of
+from kvcompress.hf.configs import decoder_config
+from kvcompress.hf.modules import layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
 
@@ -93,9 +94,9 @@ def select_attention(model: PreTrainedModel) -> None:
     current = attention_name(model) or "sdpa"
     if current.startswith(IMPLEMENTATION):
         return
-    name = _register(current)
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation(name)
+    name, text = _register(current), text_of(model)
+    if text._can_set_attn_implementation():
+        text.set_attn_implementation(name)
     if attention_name(model) != name:
         raise ValueError(
             f"{type(model).__name__} does not choose its attention through transformers' AttentionInterface, "
@@ -109,7 +110,7 @@ def restore_attention(model: PreTrainedModel) -> None:
     """Gives the model back the attention implementation it had before `select_attention`."""
     previous = _PREVIOUS.get(attention_name(model) or "")
     if previous is not None:
-        model.set_attn_implementation(previous)
+        text_of(model).set_attn_implementation(previous)
 
 
 def release(model: PreTrainedModel) -> None:
@@ -134,7 +135,7 @@ class _BatchesContinuously(Shadow):
 
 def attention_name(module: nn.Module) -> str | None:
     """The name of the attention function that a model, or a layer of one, calls."""
-    config: Any = module.config
+    config: Any = decoder_config(module)
     return config._attn_implementation
 
 

@@ -88,9 +88,21 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     config = model.config
     name = type(model).__name__
     check_served(config, name)
-    if config.get_text_config(decoder=True) is not config:
-        raise ValueError(f"{name} is multimodal; kvcompress supports text models: pass its language model")
+    text = decoder_config(model)
+    if text is not config:
+        check_served(text, name)
+    return text
+
+
+def decoder_config(module: Any) -> PreTrainedConfig:
+    """The config of a module's decoder: its own, or in a multimodal model that of the text."""
+    config: PreTrainedConfig = module.config.get_text_config(decoder=True)
     return config
+
+
+def is_multimodal(model: PreTrainedModel) -> bool:
+    """Whether a model puts what it sees or hears among the tokens of a text decoder, which it contains."""
+    return decoder_config(model) is not model.config
 
 
 def check_served(config: PreTrainedConfig, name: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.hf.configs import head_counts
+from kvcompress.hf.configs import decoder_config, head_counts, is_multimodal
 
 # what the projection behind attention is called: by Llama and most, OPT and others, GPT-NeoX and others
 _PROJECTIONS = ("o_proj", "out_proj", "dense")
@@ -22,11 +22,16 @@ def decoder_of(model: PreTrainedModel) -> Any:
     return model.get_decoder()
 
 
+def text_of(model: nn.Module) -> Any:
+    """A model, or of a multimodal one the decoder: its towers keep no cache."""
+    return decoder_of(model) if isinstance(model, PreTrainedModel) and is_multimodal(model) else model
+
+
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Every attention module that has a layer number, in the order of the modules."""
+    """Every attention module of the decoder that has a layer number, in the order of the modules."""
     return [
         module
-        for module in model.modules()
+        for module in text_of(model).modules()
         if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
     ]
 
@@ -78,7 +83,7 @@ def output_projection(model: PreTrainedModel, layer: int) -> Callable[[Tensor], 
             f"the attention of layer {layer} of {type(model).__name__} has no output projection that kvcompress knows: "
             f"expected one named {', '.join(_PROJECTIONS)}"
         )
-    heads, _, head_dim = head_counts(model.config)
+    heads, _, head_dim = head_counts(decoder_config(model))
     return functools.partial(_weight_by_head, weakref.ref(found), heads, head_dim)
 
 
@@ -177,3 +182,11 @@ def watched(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def forget_positions(model: nn.Module) -> None:
+    """Forgets how far the positions of the last prompt were ahead of a count, which some multimodal models note."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            noted: Any = module
+            noted.rope_deltas = None

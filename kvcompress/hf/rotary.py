@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvcompress.hf.calls import Cache, cache_argument
-from kvcompress.hf.configs import layer_kind
-from kvcompress.hf.modules import attention_module, device_of
+from kvcompress.hf.configs import decoder_config, is_multimodal, layer_kind
+from kvcompress.hf.modules import attention_module, device_of, text_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
             "GPT-NeoX and Cohere"
         )
     module, kind, inv_freq = found
+    config = decoder_config(model)
+    text_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(module, "mrope_section")
+    if is_multimodal(model) and not text_alone:
+        raise ValueError(
+            f"{type(model).__name__} gives images positions of several axes, from which kvcompress cannot take keys "
+            "back: use a cache that leaves them rotated"
+        )
     rope_type = getattr(module, "rope_type", "default")
     rope_type = rope_type[kind] if isinstance(rope_type, dict) else rope_type
     scaling = float(getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0))
@@ -65,9 +73,9 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
 
 def _rotary_module(model: PreTrainedModel, layer: int) -> tuple[nn.Module, str | None, Tensor] | None:
     """The rotary module of a layer, its name for the layer's type (None if it has one type), and its inv_freq."""
-    kind = layer_kind(model.config, layer)
+    kind = layer_kind(decoder_config(model), layer)
     found: list[tuple[nn.Module, str | None, Tensor]] = []
-    for module in model.modules():
+    for module in text_of(model).modules():
         for key, buffer in ((None, "inv_freq"), (kind, f"{kind}_inv_freq")):
             inv_freq = getattr(module, buffer, None)
             if isinstance(inv_freq, Tensor):
@@ -108,7 +116,7 @@ def _keys(
     weight, device = next(attention.parameters()), device_of(attention)
     dtype = weight.dtype if weight.is_floating_point() else model.dtype
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, positions.shape[1], model.config.hidden_size, generator=generator)
+    hidden = torch.randn(1, positions.shape[1], decoder_config(model).hidden_size, generator=generator)
     hidden = hidden.to(dtype)
     known = {"layer_type": kind} if kind else {}
     parameters = inspect.signature(attention.forward).parameters

@@ -5,24 +5,34 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from kvcompress.hf.configs import head_counts, sizes
+from kvcompress.hf.configs import decoder_config, head_counts, sizes
 
 # makes attention peaked, so that faults show, and logits as large as a trained model's
 _SPREAD = 1.2
 _WIDEST = 512
+# what configs of towers call their numbers of layers
+_DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "layers")
 
 
 def small_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of `small_config`, in float32, with random weights, and biases and norms that are not trivial."""
-    model = AutoModelForCausalLM.from_config(small_config(config), dtype=torch.float32)
+    small = small_config(config)
+    kind: Any = AutoModelForCausalLM if type(small) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
+    model = kind.from_config(small, dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                parameter.copy_(noise * _SPREAD / math.sqrt(sizes(model.config).hidden))
+                parameter.copy_(noise * _SPREAD / math.sqrt(sizes(decoder_config(model)).hidden))
             else:
                 parameter.add_(noise * (1.0 if "sinks" in name else 0.1))
     model.generation_config.eos_token_id = None
@@ -33,6 +43,8 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A config with fewer and narrower layers, otherwise like this one: the same kinds of layers, head_dim, query heads
     per KV head (fewer if it would get wide), rotary embeddings, biases and softcaps; windows of at most 64 tokens."""
     small = copy.deepcopy(config)
+    if config.get_text_config(decoder=True) is not config:
+        return _small_multimodal(small)
     layers, lists = layers_of_each_kind(config)
     heads, kv_heads, head_dim = head_counts(config)
     group = min(max(1, heads // kv_heads), 16)
@@ -83,9 +95,31 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return small
 
 
+def _small_multimodal(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a multimodal model with a small decoder, and towers of one layer."""
+    text = config.get_text_config(decoder=True)
+    small = small_config(text)
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        for name in part.sub_configs:
+            held = getattr(part, name, None)
+            if held is text:
+                setattr(part, name, small)
+            elif isinstance(held, PreTrainedConfig):
+                parts.append(held)
+        for name in _DEPTHS:
+            if part is not config and isinstance(getattr(part, name, None), int):
+                setattr(part, name, 1)
+        if hasattr(part, "out_hidden_size"):
+            part.out_hidden_size = small.hidden_size
+    return config
+
+
 def described(model: PreTrainedModel) -> str:
     """A model's type and shape on one line."""
-    shape, config = sizes(model.config), model.config
+    config = decoder_config(model)
+    shape = sizes(config)
     kinds = getattr(config, "layer_types", None) or []
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None

@@ -75,6 +75,11 @@ class PrefixStore:
             ValueError: max_bytes or min_tokens is less than 1, or a size is not written as "8GiB".
         """
         hf.text_config(model)
+        if hf.is_multimodal(model):
+            raise ValueError(
+                f"{type(model).__name__} is multimodal: a PrefixStore finds documents by their tokens, among which "
+                "images are not; give it the language model"
+            )
         max_bytes = None if max_bytes is None else read_bytes("max_bytes", max_bytes)
         if min_tokens < 1:
             raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")

@@ -132,7 +132,13 @@ class TreeCache(CompressedCache):
                 layer.coded[int(name)] = held
         return cache
 
-    def _check_states(self, model: PreTrainedModel) -> None:
+    def _check_model(self, model: PreTrainedModel) -> None:
+        if hf.is_multimodal(model):
+            raise ValueError(
+                f"{type(model).__name__} is multimodal: where two prompts have the same tokens, their images may "
+                f"differ, so that {type(self).__name__} cannot share them. Build it for the language model, or use "
+                "another cache"
+            )
         if self.states:
             raise ValueError(
                 f"{type(model).__name__} has layers that keep states, of which a prefix would need its own wherever "

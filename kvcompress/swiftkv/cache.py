@@ -142,7 +142,9 @@ class SharedStorageCache(CompressedCache):
         self._kind, self._of_storage = class_name(type(stored)), stored._settings()
         del self._stored
 
-    def _check_states(self, model: PreTrainedModel) -> None:
+    def _check_model(self, model: PreTrainedModel) -> None:
+        if hf.is_multimodal(model):
+            raise ValueError(f"{type(model).__name__} is multimodal; {type(self).__name__} serves text models")
         if not hf.all_attend(model.config):
             raise ValueError(
                 f"{type(model).__name__} has layers that keep states or no tokens, which cannot share storage; use "
