@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.hf.configs import attention_windows, sizes
+from kvcompress.hf.configs import attention_windows, decoder_config, sizes
 from kvcompress.hf.modules import decoder_of
 
 # how many numbers are read of a tensor, and how many tensors at most
@@ -62,7 +62,7 @@ class Fingerprint:
         Args:
             without: names of the decoder's weights to leave out.
         """
-        config: Any = model.config
+        config: Any = decoder_config(model)
         own = sizes(config)
         # a converted model computes differently while it is its own teacher
         taught = "" if getattr(model, "single_input", True) else " as its own teacher"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.hf.attention import release
 from kvcompress.hf.configs import decoder_config, head_counts
-from kvcompress.hf.modules import attention_module
+from kvcompress.hf.modules import attention_module, text_of
 
 # the implementation that takes masks [batch, heads, queries, tokens], and supports softcaps and sinks
 _PLAIN = "eager"
@@ -23,7 +23,7 @@ def judge_of(model: PreTrainedModel) -> PreTrainedModel:
     shared: dict[int, Any] = {id(held): held for held in (*model.parameters(), *model.buffers())}
     judge = copy.deepcopy(model, shared)
     release(judge)
-    judge.set_attn_implementation(_PLAIN)
+    text_of(judge).set_attn_implementation(_PLAIN)
     return judge
 
 

@@ -110,6 +110,7 @@ class SharedStorageCache(CompressedCache):
         Raises:
             ValueError: the layers cannot be grouped like this, or the storage cannot be shared.
         """
+        self._check_text(model)
         windows = hf.attention_windows(hf.text_config(model))
         if share < 1 or (len(windows) - first) % share:
             raise ValueError(
@@ -142,9 +143,11 @@ class SharedStorageCache(CompressedCache):
         self._kind, self._of_storage = class_name(type(stored)), stored._settings()
         del self._stored
 
-    def _check_model(self, model: PreTrainedModel) -> None:
-        if hf.is_multimodal(model):
+    def _check_text(self, model: PreTrainedModel) -> None:
+        if hasattr(model, "config") and hf.is_multimodal(model):
             raise ValueError(f"{type(model).__name__} is multimodal; {type(self).__name__} serves text models")
+
+    def _check_model(self, model: PreTrainedModel) -> None:
         if not hf.all_attend(model.config):
             raise ValueError(
                 f"{type(model).__name__} has layers that keep states or no tokens, which cannot share storage; use "

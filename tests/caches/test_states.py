@@ -102,7 +102,7 @@ def test_generation_of_padded_batches_and_beams(hybrid, model, settings):
         assert torch.equal(generate(model, CACHES[name](model), ids, mask, **settings), wanted), name
 
 
-# README: Of hybrids, layers that attend are compressed; the others keep their states
+# README: of hybrids the layers that attend
 @every_hybrid
 def test_eviction_shows_and_frees_memory(hybrid, model):
     """States are what they were, and keys and values shrink: what evicts differs from the full cache, within bounds."""

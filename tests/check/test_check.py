@@ -315,7 +315,7 @@ def test_slots_that_take_more_than_the_full_cache_are_found(monkeypatch):
 
     monkeypatch.setattr(ChunkStep, "commit", after(ChunkStep.commit, hoard))
     monkeypatch.setattr(SlotSegment, "tensors", told)
-    monkeypatch.setattr(EvictingLayer, "_pin", lambda self: None)
+    monkeypatch.setattr(EvictingLayer, "_mark_static", lambda self: None)
     assert "memory: slots take" in fault("h2o")
 
 

@@ -11,7 +11,6 @@ from kvcompress.loading import ModelUnavailableError
     [
         ("deepseek_v3", r"deepseek_v3 uses multi-head latent attention \(kv_lora_rank=512\)"),
         ("t5", "t5 is an encoder-decoder model"),
-        ("gemma3", "gemma3 is multimodal; kvcompress supports text models: check its language model, gemma3_text"),
     ],
 )
 def test_a_model_that_is_not_served_at_all_is_an_error(name, message):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kvcompress import DenseCache, EvictingCache, H2OCache
 from kvcompress.policies.expected_attention import ExpectedAttention
@@ -151,21 +151,12 @@ def test_what_cannot_be_served_is_refused_by_name(model_type, build):
         build(model)
 
 
-# README: encoder-decoders, multimodal wrappers
+# README: encoder-decoders
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8)], ids=["dense", "h2o"])
 def test_an_encoder_decoder_is_refused_by_name(build):
     model = from_config("t5", AutoModelForSeq2SeqLM, d_model=32, d_ff=32, d_kv=16, num_layers=2, num_heads=2)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
         build(model)
-
-
-# README: encoder-decoders, multimodal wrappers
-def test_a_multimodal_wrapper_is_refused_by_name():
-    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "image_size": 28})
-    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration is multimodal.*pass its language model"):
-        DenseCache(AutoModelForImageTextToText.from_config(config))
 
 
 def test_a_refused_model_keeps_its_attention():

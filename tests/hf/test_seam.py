@@ -424,7 +424,7 @@ def test_continuous_batching_has_the_attention_that_the_model_had_before(monkeyp
     assert torch.equal(model.generate(ids, **hf.cache_argument(model, DenseCache(model)), **GREEDY), expected)
 
 
-# README: multimodal wrappers, attention biases
+# README: encoder-decoders, attention biases
 @pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "attention_bias", "cu_seq_lens_q"])
 def test_keywords_of_attention_that_are_not_known_are_refused_by_name(name):
     model = build("llama")

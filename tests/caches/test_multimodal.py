@@ -1,0 +1,308 @@
+"""Multimodal models: the text decoder is compressed, images among its tokens included."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForMultimodalLM, DynamicCache
+
+from kvcompress import (
+    AcrossKVCache,
+    AttentionMatchingCache,
+    DenseCache,
+    GEARCache,
+    H2OCache,
+    HydragenCache,
+    KVzipCache,
+    PrefixStore,
+    ShadowKVCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    hf,
+    release,
+)
+
+IMAGE, PAD = 500, 0
+_TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+# four tokens an image, each
+SETTINGS = {
+    "llava": {
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **_TOWER},
+        "image_token_index": IMAGE,
+        "image_token_id": IMAGE,
+        "image_seq_length": 4,
+    },
+    "qwen2_vl": {
+        "text_config": {
+            **_TEXT,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+        "image_token_id": IMAGE,
+        "video_token_id": IMAGE + 1,
+        "vision_start_token_id": IMAGE + 2,
+        "vision_end_token_id": IMAGE + 3,
+    },
+    "gemma3": {
+        "text_config": {**_TEXT, "head_dim": 16, "sliding_window": 32},
+        "vision_config": _TOWER,
+        "image_token_index": IMAGE,
+        "image_token_id": IMAGE,
+        "mm_tokens_per_image": 4,
+    },
+}
+with_images = pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+
+
+@pytest.fixture(scope="module")
+def models():
+    built = {}
+
+    def of(kind):
+        if kind not in built:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(kind, **SETTINGS[kind])
+            model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        parameter.normal_(0, 0.2)
+            model.generation_config.eos_token_id = None
+            model.generation_config.pad_token_id = PAD
+            built[kind] = model
+        return built[kind]
+
+    yield of
+    for model in built.values():
+        release(model)
+
+
+def row(tokens, images, seed=1):
+    """Tokens with images among them: where they stand depends on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randperm(480, generator=generator)[:tokens] + 3
+    for index in range(images):
+        start = 5 + seed + index * 12
+        ids[start - 1] = IMAGE + 2
+        ids[start : start + 4] = IMAGE
+    return ids
+
+
+def inputs_of(kind, rows):
+    width = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(each, (width - len(each), 0), value=PAD) for each in rows])
+    mask = torch.stack(
+        [torch.nn.functional.pad(torch.ones_like(each), (width - len(each), 0), value=0) for each in rows]
+    )
+    images = sum(int((each == IMAGE).sum()) for each in rows) // 4
+    generator = torch.Generator().manual_seed(5)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if kind == "qwen2_vl":
+        inputs["pixel_values"] = torch.randn(16 * images, 3 * 2 * 14 * 14, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * images)
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+    else:
+        inputs["pixel_values"] = torch.randn(images, 3, 28, 28, generator=generator)
+        if kind == "gemma3":
+            inputs["token_type_ids"] = (ids == IMAGE).long()
+    return inputs
+
+
+def answer(model, cache, inputs, tokens=12, **more):
+    hf.forget_positions(model)
+    return model.generate(
+        **inputs,
+        **hf.cache_argument(model, cache),
+        max_new_tokens=tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        disable_compile=True,
+        **more,
+    )
+
+
+def logits_of(output):
+    return torch.stack(output.logits, 1)
+
+
+CACHES = {
+    "dense": DenseCache,
+    "h2o": lambda model: H2OCache(model, budget=400),
+    "snapkv_heads": lambda model: SnapKVCache(model, budget=400, window=3, allocation="heads"),
+    "streaming": lambda model: StreamingLLMCache(model, budget=400),
+}
+
+
+# README: Decoder-only models are supported, multimodal ones too
+@with_images
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_with_room_for_all_answers_as_the_full_cache_does(kind, name, models):
+    model = models(kind)
+    inputs = inputs_of(kind, [row(50, 2), row(37, 1, seed=4)])
+    wanted = answer(model, DynamicCache(config=model.config), inputs)
+    cache = CACHES[name](model)
+    got = answer(model, cache, inputs)
+    assert torch.equal(got.sequences, wanted.sequences)
+    torch.testing.assert_close(logits_of(got), logits_of(wanted), rtol=1e-4, atol=1e-4)
+    # and the images count: other images give other answers
+    inputs["pixel_values"] = inputs["pixel_values"].flip(0) * 2
+    other = answer(model, CACHES[name](model), inputs)
+    assert not torch.allclose(logits_of(other), logits_of(wanted), atol=1e-2)
+
+
+@with_images
+def test_rows_beams_turns_and_files_work_with_images(kind, models, tmp_path):
+    model = models(kind)
+    inputs = inputs_of(kind, [row(50, 2), row(37, 1, seed=4)])
+    settings = {"num_beams": 3, "tokens": 8}
+    wanted = answer(model, DynamicCache(config=model.config), inputs, **settings)
+    got = answer(model, DenseCache(model), inputs, **settings)
+    assert torch.equal(got.sequences, wanted.sequences)
+    # a second turn of text after an image
+    first = inputs_of(kind, [row(50, 2)])
+    full_cache, cache = DynamicCache(config=model.config), DenseCache(model)
+    turns = []
+    for each in (full_cache, cache):
+        out = answer(model, each, first, tokens=8)
+        if each is cache:
+            cache.save(tmp_path / "cache")
+            each = DenseCache.load(tmp_path / "cache", model)
+        ids = torch.cat([out.sequences, row(9, 0, seed=7)[None]], 1)
+        later = {name: value for name, value in first.items() if name in ("mm_token_type_ids", "token_type_ids")}
+        later = {name: torch.nn.functional.pad(value, (0, ids.shape[1] - 50)) for name, value in later.items()}
+        with torch.no_grad():
+            turns.append(
+                model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), **later, **hf.cache_argument(model, each),
+                    max_new_tokens=6, do_sample=False, disable_compile=True,
+                )
+            )  # fmt: skip
+    assert torch.equal(turns[0], turns[1])
+
+
+@with_images
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model: H2OCache(model, budget=20),
+        lambda model: SnapKVCache(model, budget=20, window=4, allocation="heads"),
+        lambda model: GEARCache(model, bits=4, buffer=8, group_size=8, sinks=4),
+    ],
+    ids=["h2o", "snapkv", "gear"],
+)
+def test_caches_that_compress_hold_less_and_do_not_care_for_padding(kind, build, models):
+    model = models(kind)
+    rows = [row(90, 3), row(70, 2, seed=4)]
+    both = inputs_of(kind, rows)
+    cache = build(model)
+    together = answer(model, cache, both)
+    assert cache.memory().device_bytes < 0.75 * cache.memory().full_bytes
+    # the first image tokens are those of the first row
+    alone = inputs_of(kind, rows[:1])
+    per_image = 16 if kind == "qwen2_vl" else 1
+    alone["pixel_values"] = both["pixel_values"][: 3 * per_image]
+    torch.testing.assert_close(
+        logits_of(answer(model, build(model), alone))[0], logits_of(together)[0], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_image_tokens_can_be_pinned(models):
+    model = models("llava")
+    inputs = inputs_of("llava", [row(90, 3), row(70, 2, seed=4)])
+    is_image = inputs["input_ids"] == IMAGE
+    cache = H2OCache(model, budget=20, recent=4, pin=is_image)
+    answer(model, cache, inputs)
+    for index, pads in enumerate((0, 20)):
+        places = set((is_image[index].nonzero()[:, 0] - pads).tolist())
+        for layer in cache.layers:
+            assert all(places <= set(head.tolist()) for head in layer.held_positions()[index])
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3"])
+def test_text_alone_is_answered_too_and_towers_keep_their_own_attention(kind, models):
+    model = models(kind)
+    towers = [
+        module.config._attn_implementation
+        for name, module in model.named_modules()
+        if hasattr(module, "config") and ("vision" in name or "visual" in name)
+    ]
+    ids = row(40, 0)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    wanted = answer(model, DynamicCache(config=model.config), inputs)
+    assert torch.equal(answer(model, DenseCache(model), inputs).sequences, wanted.sequences)
+    assert towers
+    assert set(towers) == {"sdpa"}
+    assert hf.attention_name(model) == hf.IMPLEMENTATION
+    release(model)
+    assert hf.attention_name(model) == "sdpa"
+
+
+def test_the_decoder_alone_is_a_text_model(models):
+    model = models("llava")
+    decoder = hf.decoder_of(model)
+    ids = row(30, 0)[None]
+    embeds = model.get_input_embeddings()(ids)
+    cache = H2OCache(decoder, budget=400)
+    with torch.no_grad():
+        got = decoder(inputs_embeds=embeds, **hf.cache_argument(decoder, cache)).last_hidden_state
+    release(decoder)
+    with torch.no_grad():
+        wanted = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (HydragenCache, "is multimodal: where two prompts have the same tokens, their images may differ"),
+        (PrefixStore, "is multimodal: a PrefixStore finds documents by their tokens"),
+        (lambda model: AcrossKVCache(model, share=1), "is multimodal; AcrossKVCache serves text models"),
+        (lambda model: KVzipCache(model, budget=9), "KVzip reads the tokens again, and Llava.* is multimodal"),
+        (lambda model: AttentionMatchingCache(model, budget=9), "AttentionMatching reads the tokens again"),
+    ],
+    ids=["hydragen", "store", "across", "kvzip", "attention_matching"],
+)
+def test_what_finds_or_reads_tokens_by_their_ids_refuses_by_name(build, told, models):
+    model = models("llava")
+    release(model)
+    with pytest.raises(ValueError, match=told):
+        build(model)
+    assert hf.attention_name(model) == "sdpa"
+
+
+def test_rotations_of_several_axes_are_not_taken_back(models):
+    model = models("qwen2_vl")
+    for build in (
+        lambda: ShadowKVCache(model, budget=16, rank=8),
+        lambda: StreamingLLMCache(model, budget=16, rerotated=True),
+    ):
+        with pytest.raises(ValueError, match="Qwen2VL.* gives images positions of several axes"):
+            build()
+
+
+# README: images that attend both ways (Gemma 3)
+def test_images_that_attend_both_ways_are_refused_before_anything_is_stored(models):
+    model = models("gemma3")
+    cache = DenseCache(model)
+    with pytest.raises(ValueError, match="overlays the causal mask .*bidirectional blocks"):
+        answer(model, cache, inputs_of("gemma3", [row(50, 2)]))
+    assert cache.get_seq_length() == 0
