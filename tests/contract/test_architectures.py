@@ -15,7 +15,7 @@ LAYOUTS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1), "odd group": (6, 2)}
 
 
 # README: on any decoder-only model that uses transformers' attention interface
-# README: Only decoder-only text models are supported
+# README: Decoder-only models are supported
 @every_cache
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 def test_every_family_equals_the_oracle(entry, family):

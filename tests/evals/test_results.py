@@ -130,7 +130,7 @@ def test_what_a_bit_is_worth():
     assert f"{bits} bits per number; two of them | full cache | KL {kl} nats, perplexity {more}" in said("| `Quantized")
 
 
-# README: On this model, GEAR's low-rank part and its outliers are not worth their bits
+# README: On this model, GEAR's low-rank part and outliers are not worth their bits
 def test_neither_low_rank_nor_outliers_repay_their_bits():
     """At any bits of theirs, codes alone with sinks lose less in no more."""
     found = of("bits")["rows"]
