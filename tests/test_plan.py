@@ -11,13 +11,13 @@ from transformers import (
 
 from kvcompress import DenseCache, Profile, hf, registry
 from kvcompress.caches.budget import COMPETING
+from kvcompress.check.typical import COMMON, HYBRIDS
 from kvcompress.hf import cache_argument
 from kvcompress.hf.working import peak_of_tensors
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.plan import largest, largest_batch, make_plan, read_shape, shape_of
 from tests.contract.drive import feed
 from tests.contract.models import build
-from tests.hybrids import COMMON, HYBRIDS
 
 SMALL = {
     "vocab_size": 64,

@@ -108,7 +108,7 @@ class EvictingCache(CompressedCache):
         if packed is not None:
             if not isinstance(packed, GEAR):
                 raise TypeError(f"packed must be how tokens are encoded, such as GEAR(bits=4), got {packed!r}")
-            packed.per_token_scheme(hf.head_counts(hf.text_config(model))[2])
+            packed.per_token_scheme(hf.packed_head_dim(hf.text_config(model)))
             if rerotated:
                 raise ValueError("rerotated stores keys without rotation, and cannot be combined with packed")
         super().__init__(model)

@@ -94,7 +94,7 @@ class GEARCache(CompressedCache):
         if basis is not None:
             self.settings = self.settings.calibrated()
             self.basis = Basis.given(basis, model).digest
-        head_dim = hf.head_counts(hf.text_config(model))[2]
+        head_dim = hf.packed_head_dim(hf.text_config(model))
         self.settings.codings(head_dim, max(rank, rank_decode))
         super().__init__(model)
 

@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kvcompress import hf, loading
+from kvcompress.check.typical import TYPICAL
 from kvcompress.hf import small
 from kvcompress.loading import ModelUnavailableError
 
@@ -29,7 +30,8 @@ def small_model(name: str | None = None, device: torch.device | str = "cpu") -> 
     hf.check_served(config.get_text_config(decoder=True), config.model_type)
     loading.check_device(device)
     try:
-        model: Any = small.small_model(config)
+        is_small = _is_type(name) and name in TYPICAL
+        model: Any = small.random_model(config) if is_small else small.small_model(config)
         return model.to(device)
     except Exception as error:
         raise ModelUnavailableError(
@@ -42,6 +44,15 @@ def read_config(name: str | None) -> PreTrainedConfig:
     """The config of a model, as `small_model` takes it, without its weights."""
     if name is None and not loading.has_default_model():
         name = "llama"
-    if name is not None and name in CONFIG_MAPPING and not Path(name).is_dir():
-        return AutoConfig.for_model(name)
-    return loading.read_config(name)
+    if name is None or not _is_type(name):
+        return loading.read_config(name)
+    config = AutoConfig.for_model(name, **TYPICAL.get(name, {}))
+    if not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False:
+        # types that are encoders unless they are told
+        config.is_decoder = True
+    return config
+
+
+def _is_type(name: str | None) -> bool:
+    """Whether a name is that of a type of model, and no folder is called so."""
+    return name is not None and name in CONFIG_MAPPING and not Path(name).is_dir()

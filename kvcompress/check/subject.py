@@ -68,10 +68,7 @@ class Subject:
         """For each row, the keys and values that the first layer is fed, [kv_heads, tokens, head_dim]."""
         fed = []
         for row in self.rows:
-            # without a config, DynamicCache keeps tokens that have left a window
-            cache: Any = DynamicCache(
-                config=None if hf.all_attend(hf.decoder_config(self.model)) else self.judge.config
-            )
+            cache: Any = DynamicCache(config=hf.without_windows(hf.decoder_config(self.judge)))
             with torch.no_grad():
                 self.judge(row[None], use_cache=True, **hf.cache_argument(self.judge, cache))
             first = cache.layers[self.attending[0]]

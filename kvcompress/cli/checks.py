@@ -24,6 +24,13 @@ def check(
         f"Comma-separated, with settings as in h2o:bits=4; else all. Known: {KNOWN}, across, swiftkv, prefix.",
     ] = None,
     weights: Annotated[bool, "Check the model itself instead of a tiny random one of its architecture."] = False,
+    all_types: Annotated[
+        bool,
+        typer.Option("--all", help="Check every decoder-only type of the installed transformers instead of a model."),
+    ] = False,
+    out: Annotated[
+        Path | None, "With --all: a .jsonl file of the results, from which the same command goes on."
+    ] = None,
     verbose: Annotated[bool, "Show the traceback of each refusal and fault."] = False,
     dtype: Annotated[
         str | None,
@@ -44,6 +51,12 @@ def check(
     from kvcompress.check.outcome import FULL
     from kvcompress.hf.small import described
 
+    if out is not None and not all_types:
+        raise UsageError("--out is of --all")
+    if all_types:
+        if any(not is_default(context, name) for name in ("model", "caches", "weights", "dtype", "device")):
+            raise UsageError("--all checks tiny models of all types through the same caches: give it --out alone")
+        return _check_all(out)
     specs = default_caches() if caches is None else list(parts(caches))
     if not specs:
         raise UsageError("--caches names no cache")
@@ -85,6 +98,32 @@ def check(
     print("difference: the largest difference of logits that must be equal, over the largest logit")
     print("lost: the share of the prompt's worth, to what follows it, that packing loses")
     return 1 if count_of["FAULT"] else 0
+
+
+def _check_all(out: Path | None) -> int:
+    """Covers every type, and prints a line for each; 1 if a cache is at fault."""
+    import torch
+    from transformers import logging
+
+    from kvcompress.check import coverage
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    known = coverage.read(out.read_text()) if out is not None and out.exists() else []
+
+    def tell(covered: coverage.Covered) -> None:
+        print(f"{covered.type:<28} {covered.served:<8} {covered.reason}".rstrip(), flush=True)
+        if out is not None:
+            with out.open("a") as file:
+                file.write(coverage.line(covered) + "\n")
+
+    rows = coverage.cover_all(known, tell)
+    for kind in ("text", "multimodal"):
+        served = [row.served for row in rows if row.kind == kind]
+        counts = ", ".join(f"{served.count(each)} {each}" for each in dict.fromkeys(served))
+        print(f"{kind}: {len(served)} types: {counts}")
+    return int(any(row.served == "fault" for row in rows))
 
 
 def _line(row: "Checked", width: int) -> str:

@@ -45,8 +45,10 @@ from kvcompress.hf.configs import filler_tokens as filler_tokens
 from kvcompress.hf.configs import head_counts as head_counts
 from kvcompress.hf.configs import is_multimodal as is_multimodal
 from kvcompress.hf.configs import layer_kinds as layer_kinds
+from kvcompress.hf.configs import packed_head_dim as packed_head_dim
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config
+from kvcompress.hf.configs import without_windows as without_windows
 from kvcompress.hf.fingerprint import Fingerprint as Fingerprint
 from kvcompress.hf.modules import Captured as Captured
 from kvcompress.hf.modules import attention_module as attention_module

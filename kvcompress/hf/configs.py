@@ -1,5 +1,6 @@
 """What a model's config says: whether the model is supported, its sizes, and the window of each layer."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,21 @@ _KINDS = {
     "hybrid_sliding": (True, True),
     "moe": (False, False),
     "mlp": (False, False),
+}
+
+
+# types whose attention is of their own, and what it does
+_OWN_WAYS = {
+    "diffllama": "attends twice to the keys of a layer",
+    "doge": "masks tokens by what they are",
+    "dory": "runs its layers several times for a token",
+    "git": "lets the tokens of an image attend both ways",
+    "inkling2_loop_text": "adds biases to its attention",
+    "inkling2_text": "adds biases to its attention",
+    "inkling_text": "adds biases to its attention",
+    "jetmoe": "attends to other keys than it gives its cache",
+    "laguna": "has layers of different numbers of heads",
+    "minimax": "has a cache class of its own",
 }
 
 
@@ -110,12 +126,29 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
     Raises:
         ValueError: the config has something that kvcompress does not support; the message names it.
     """
+    if config.model_type in _OWN_WAYS:
+        raise ValueError(
+            f"{name} {_OWN_WAYS[config.model_type]}; kvcompress supports causal attention through transformers' "
+            "AttentionInterface to what each layer gives its cache once"
+        )
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; kvcompress supports decoder-only models")
-    if getattr(config, "kv_lora_rank", None) is not None:
+    if getattr(config, "is_decoder", None) is False:
         raise ValueError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); "
-            "kvcompress supports MHA, GQA and MQA"
+            f"{name} is an encoder (is_decoder=False), whose tokens attend to later ones too; kvcompress supports "
+            "decoder-only models"
+        )
+    # in some models settings may differ from layer to layer
+    layers = getattr(config, "per_layer_config", None) or [config]
+    latent = [rank for each in layers if (rank := getattr(each, "kv_lora_rank", None)) is not None]
+    if latent:
+        raise ValueError(
+            f"{name} uses multi-head latent attention (kv_lora_rank={latent[0]}); kvcompress supports MHA, GQA and MQA"
+        )
+    if differ := {"num_attention_heads", "num_key_value_heads", "head_dim"} & set(_differing(config)):
+        raise ValueError(
+            f"{name} has layers that differ in {', '.join(sorted(differ))}; kvcompress supports models whose layers "
+            "have equally many heads, of one width"
         )
     shared = getattr(config, "num_kv_shared_layers", None) or (getattr(config, "kv_sharing_modes", None) or []).count(
         "reuse"
@@ -125,6 +158,11 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} shares keys and values between layers (num_kv_shared_layers={shared}); "
             "kvcompress supports models in which each layer has its own"
         )
+
+
+def _differing(config: PreTrainedConfig) -> list[str]:
+    """The settings of a config that differ from layer to layer."""
+    return list(getattr(config, "per_layer_attributes", None) or ())
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
@@ -165,6 +203,32 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
         ValueError: as `layer_kinds`.
     """
     return [kind.window for kind in layer_kinds(config)]
+
+
+def without_windows(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """A config by which DynamicCache keeps the tokens that have left a window, and the states of a hybrid; None, where
+    it needs no config for that."""
+    if all_attend(config):
+        return None
+    full = copy.deepcopy(config)
+    full.layer_types = [name.replace("sliding_attention", "full_attention") for name in config.layer_types]
+    return full
+
+
+def packed_head_dim(config: PreTrainedConfig) -> int:
+    """The head_dim of keys and values that are to be packed.
+
+    Raises:
+        ValueError: keys and values differ in width.
+    """
+    _, _, head_dim = head_counts(config)
+    of_values = getattr(config, "v_head_dim", None) or head_dim
+    if of_values != head_dim:
+        raise ValueError(
+            f"keys of head_dim {head_dim} and values of {of_values} cannot be packed together; kvcompress packs those "
+            "of one width"
+        )
+    return head_dim
 
 
 def all_attend(config: PreTrainedConfig) -> bool:

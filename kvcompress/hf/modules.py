@@ -83,7 +83,9 @@ def output_projection(model: PreTrainedModel, layer: int) -> Callable[[Tensor], 
             f"the attention of layer {layer} of {type(model).__name__} has no output projection that kvcompress knows: "
             f"expected one named {', '.join(_PROJECTIONS)}"
         )
-    heads, _, head_dim = head_counts(decoder_config(model))
+    config = decoder_config(model)
+    heads, _, head_dim = head_counts(config)
+    head_dim = getattr(config, "v_head_dim", None) or head_dim
     return functools.partial(_weight_by_head, weakref.ref(found), heads, head_dim)
 
 

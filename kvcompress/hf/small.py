@@ -23,10 +23,14 @@ _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "layers
 
 
 def small_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of `small_config`, in float32, with random weights, and biases and norms that are not trivial."""
-    small = small_config(config)
-    kind: Any = AutoModelForCausalLM if type(small) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
-    model = kind.from_config(small, dtype=torch.float32)
+    """A `random_model` of `small_config`."""
+    return random_model(small_config(config))
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model in float32 with random weights, and biases and norms that are not trivial."""
+    kind: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
+    model = kind.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,7 +40,8 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
             else:
                 parameter.add_(noise * (1.0 if "sinks" in name else 0.1))
     model.generation_config.eos_token_id = None
-    return model.eval()
+    found: PreTrainedModel = model.eval()
+    return found
 
 
 def small_config(config: PreTrainedConfig) -> PreTrainedConfig:

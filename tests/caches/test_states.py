@@ -19,12 +19,12 @@ from kvcompress import (
     ShadowKVCache,
     SnapKVCache,
 )
+from kvcompress.check.typical import COMMON, HYBRIDS
 from kvcompress.hf import decoder_of, layer_kinds
 from kvcompress.policies.tova import TOVA
 from tests.contract.caches import SHADOW
 from tests.contract.drive import feed, full, generate
 from tests.contract.models import left_padded, prompt
-from tests.hybrids import COMMON, HYBRIDS
 
 every_hybrid = pytest.mark.parametrize("hybrid", HYBRIDS)
 CACHES = {

@@ -1,20 +1,27 @@
-"""Sizes of small hybrids, as settings of their configs."""
+"""Sizes of small models of types whose defaults mix nothing, or cannot be made smaller by rule."""
 
-from tests.contract.models import PAD
+from typing import Any
 
-COMMON = {
+_PAD = 0
+COMMON: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "pad_token_id": PAD,
+    "pad_token_id": _PAD,
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
-HYBRIDS = {
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
     # the first layer attends to nothing, and the last one does
     "qwen3_next": {
         "num_hidden_layers": 4,
@@ -62,4 +69,27 @@ HYBRIDS = {
         "use_mamba_kernels": False,
     },
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1], **_MAMBA},
+}
+
+TYPICAL: dict[str, dict[str, Any]] = {
+    **{name: {**COMMON, **settings} for name, settings in HYBRIDS.items()},
+    "granitemoehybrid": {
+        **COMMON,
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+        **_MAMBA,
+    },
+    "lfm2_moe": {
+        **COMMON,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "helium": {**COMMON, "num_hidden_layers": 3, "head_dim": 16},
 }

@@ -1,0 +1,148 @@
+"""Which model types of the installed transformers are served: a tiny model of each, through the caches that differ."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+from kvcompress.check.check import check
+from kvcompress.check.models import small_model
+from kvcompress.check.outcome import FULL, Checked
+from kvcompress.loading import ModelUnavailableError, first_line
+
+# one cache that keeps every token, one that evicts, one that packs, one that undoes rotations
+CORE = ("none", "h2o", "gear", "shadowkv")
+
+Served = Literal["served", "partly", "refused", "fault", "unknown"]
+
+
+@dataclass(frozen=True)
+class Covered:
+    """What came of a model type.
+
+    kind: "text" or "multimodal". outcomes: of each cache, OK, REFUSED or FAULT; empty where no tiny model could be
+    made, or none is to be served. reason: why not all is OK. release: of transformers.
+    """
+
+    type: str
+    kind: str
+    outcomes: Mapping[str, str]
+    reason: str = ""
+    release: str = transformers.__version__
+
+    @property
+    def served(self) -> Served:
+        """served: every cache, or all but one that undoes rotations, which the model's forbid. partly: some other is
+        refused. refused: all, by name. unknown: transformers' own cache is at fault too, or there is no tiny model."""
+        outcomes = {name: outcome for name, outcome in self.outcomes.items() if name != FULL}
+        if not outcomes:
+            return "refused" if self.reason and not self.reason.startswith("no small model") else "unknown"
+        if set(outcomes.values()) == {"REFUSED"}:
+            return "refused"
+        if self.outcomes.get(FULL, "OK") != "OK":
+            return "unknown"
+        if "FAULT" in outcomes.values():
+            return "fault"
+        others = {outcome for name, outcome in outcomes.items() if name != "shadowkv"}
+        return "served" if others == {"OK"} else "partly"
+
+
+def model_types() -> dict[str, str]:
+    """The kind, "text" or "multimodal", of each type that generates text with a decoder alone."""
+    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    mixed = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    found = {}
+    for name in sorted({*text, *mixed}):
+        # encoder-decoders generate text too; which ones they are their configs say
+        if name not in CONFIG_MAPPING or getattr(CONFIG_MAPPING[name], "is_encoder_decoder", False) is True:
+            continue
+        found[name] = "multimodal" if name in mixed else "text"
+    return found
+
+
+def cover(name: str, kind: str = "text") -> Covered:
+    """What comes of a type: each cache of CORE is checked with a tiny model of random weights."""
+    try:
+        model = small_model(name)
+    except ModelUnavailableError as error:
+        return Covered(name, kind, {}, first_line(error).partition("; check the real one")[0])
+    except ValueError as error:
+        return Covered(name, kind, {}, first_line(error))
+    rows = check(model, CORE)
+    return Covered(name, kind, {row.cache: row.outcome for row in rows}, _reason(rows))
+
+
+def cover_all(known: Iterable[Covered] = (), tell: Callable[[Covered], None] = lambda covered: None) -> list[Covered]:
+    """What comes of every type.
+
+    Args:
+        known: types that were covered before, which are not done again.
+        tell: called with each further one as it comes.
+    """
+    before = {each.type: each for each in known}
+    found = []
+    for name, kind in model_types().items():
+        covered = before.get(name)
+        if covered is None:
+            covered = cover(name, kind)
+            tell(covered)
+        # what is an encoder-decoder is only seen when its config is built
+        if "is an encoder-decoder model" not in covered.reason:
+            found.append(covered)
+    return found
+
+
+def line(covered: Covered) -> str:
+    """A covered type as a line of JSON."""
+    return json.dumps(dataclasses.asdict(covered))
+
+
+def read(text: str) -> list[Covered]:
+    """What `line` wrote, line by line."""
+    return [Covered(**json.loads(each)) for each in text.splitlines() if each.strip()]
+
+
+def table(rows: Iterable[Covered]) -> str:
+    """The rows as a page in Markdown."""
+    rows = sorted(rows, key=lambda row: (row.kind != "text", row.type))
+    releases = ", ".join(sorted({row.release for row in rows}))
+    parts = [
+        "# Model types",
+        "",
+        "A tiny model with random weights of each type that generates text with a decoder alone, in transformers "
+        f"{releases},",
+        "through four caches, compared with the model run without one: `kvcompress check --all --out coverage.jsonl`.",
+        "Multimodal ones are given text here; images are tested for LLaVA and Qwen2-VL. *served*: all caches, or all",
+        "but `shadowkv`, which undoes rotations that some models do not have or do in their own way. *unknown*:",
+        "transformers' own cache differs from the model too, or no tiny model could be made.",
+        "",
+    ]
+    for kind in dict.fromkeys(row.kind for row in rows):
+        of_kind = [row for row in rows if row.kind == kind]
+        counts = {served: sum(row.served == served for row in of_kind) for served in Served.__args__}  # type: ignore[attr-defined]
+        said = ", ".join(f"{count} {served}" for served, count in counts.items() if count)
+        parts += [f"## {kind.capitalize()}", "", f"{len(of_kind)} types: {said}.", ""]
+        parts += [f"| {' | '.join(('type', 'is', *CORE, 'why'))} |", f"|{' --- |' * (len(CORE) + 3)}"]
+        for row in of_kind:
+            cells = [f"`{row.type}`", row.served, *(row.outcomes.get(name, "") for name in CORE), _cell(row.reason)]
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _reason(rows: Iterable[Checked]) -> str:
+    reasons = {row.cache: row.reason for row in rows if row.outcome != "OK" and row.cache != FULL}
+    several = len(set(reasons.values())) > 1
+    said = (f"{name}: {reason}" if several else reason for name, reason in reasons.items())
+    return "; ".join(dict.fromkeys(said))
+
+
+def _cell(text: str) -> str:
+    text = re.sub(r"[|<>]", " ", text).replace("*", r"\*").replace("_", r"\_")
+    return text if len(text) <= 240 else text[:239] + "…"
