@@ -224,6 +224,7 @@ class Conversation:
     @torch.no_grad()
     def _feed(self, chunks: Sequence[torch.Tensor]) -> None:
         """Feeds tokens to the cache, [1, any] in each forward."""
+        hf.forget_positions(self.model)
         decoder = hf.decoder_of(self.model)
         for chunk in chunks:
             decoder(input_ids=chunk, use_cache=True, **hf.cache_argument(decoder, self.cache))
@@ -284,6 +285,7 @@ class Conversation:
         if self.prefill_chunk_size is not None:
             # by itself, generate feeds the last chunk; in older releases it would begin with what was read
             self._feed(given[:, int(self.cache.get_seq_length()) :].split(self.prefill_chunk_size, dim=1)[:-1])
+        hf.forget_positions(self.model)
         arguments |= hf.cache_argument(self.model, self.cache) | more
         generate: Any = self.model.generate
         (row,) = generate(given, attention_mask=torch.ones_like(given), **arguments).tolist()

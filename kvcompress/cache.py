@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 # in files, what the names of states begin with
 _STATES = "states."
 # attributes that a forward sets
-_OF_FORWARDS = ("fillers", "for_prompts")
+_OF_FORWARDS = ("fillers", "for_prompts", "_states_change")
+_INTERRUPTED = "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
 _FORMAT = "kvcompress-cache-2"
 # with tensors that are encoded
 _ENCODED_FORMAT = "kvcompress-cache-3"
@@ -53,6 +54,8 @@ class CompressedCache(hf.AttendingCache):
     layers: list[CompressedLayer]  # type: ignore[assignment]
     # the decoder whose forward came last
     _filled_by: weakref.ref[Any] | None = None
+    # a forward has begun that changes states, and has not ended
+    _states_change = False
     # why it was chosen, if not by a user
     chosen: str | None = None
 
@@ -142,8 +145,8 @@ class CompressedCache(hf.AttendingCache):
         """Called by the model's attention: gives a layer the keys and values of its new tokens."""
         if not torch.compiler.is_compiling():
             self._check_attention(layer_idx)
-            if layer_idx == self.attending[0]:
-                self.check_whole()
+            if layer_idx == self.attending[0] and self._layers_disagree:
+                raise RuntimeError(_INTERRUPTED)
         # before the first layer comes the last one of the previous forward; compiled steps check nothing else
         before = self.layers[layer_idx - 1 if len(self.attending) == len(self.layers) else self._before(layer_idx)]
         if before.pending_kv is not None and before is not self.layers[layer_idx]:
@@ -205,14 +208,16 @@ class CompressedCache(hf.AttendingCache):
     @property
     def is_interrupted(self) -> bool:
         """Whether a forward through it ended between its layers."""
+        return self._layers_disagree or self._states_change
+
+    @property
+    def _layers_disagree(self) -> bool:
         return self.first_layer.forwards_begun != self.last_layer.forwards_ended
 
     def check_whole(self) -> None:
         """Raises RuntimeError if a forward was interrupted between layers."""
         if self.is_interrupted:
-            raise RuntimeError(
-                "an earlier forward through this cache was interrupted, and its layers disagree: call cache.reset()"
-            )
+            raise RuntimeError(_INTERRUPTED)
 
     @ordinary_tensors()
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
@@ -222,6 +227,31 @@ class CompressedCache(hf.AttendingCache):
         model = self._model()
         if model is not None and any(layer.evicts for layer in self.layers):
             self.padding.note_fed(input_ids, *(self.fillers or hf.filler_tokens(model)))
+
+    def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
+        """Called by hooks before a forward, with what it is given.
+
+        States change in the first layer, and others before the first that attends, which refuses what does not follow
+        on: of a hybrid it is refused here, before anything has changed.
+
+        Raises:
+            ValueError: the mask or the positions do not follow on what was seen, or the batch is another one.
+            RuntimeError: an earlier forward was interrupted.
+        """
+        if self._states_change:
+            raise RuntimeError(_INTERRUPTED)
+        if not self.states or fed is None:
+            return
+        batch, tokens = fed.shape[:2]
+        if self.batch_size not in (-1, batch):
+            raise ValueError(f"the cache holds {self.batch_size} sequences, got {batch}; use one cache per batch")
+        mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        if mask is None and isinstance(position_ids, Tensor) and bool((position_ids.diff(dim=-1) < 1).any()):
+            # of a padded batch, whose mask comes to the layers in another way
+            position_ids = None
+        record = copy.copy(self.padding)
+        record.read(None if mask is None else mask != 0, batch, int(self.get_seq_length()), tokens, position_ids)
+        self._states_change = True
 
     def check_model(self, decoder: Any) -> None:
         """Raises ValueError if another model than this one has filled the cache."""
@@ -241,6 +271,7 @@ class CompressedCache(hf.AttendingCache):
         for index, layer in enumerate(self.layers):
             if layer.pending_kv is not None:
                 raise RuntimeError(self._without_attention(index))
+        self._states_change = False
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can trace a forward of so many tokens into one graph."""
@@ -382,6 +413,7 @@ class CompressedCache(hf.AttendingCache):
             states.reset()
         self.padding.restore({})
         self.fillers = None
+        self._states_change = False
 
     @as_stored()
     def crop(self, tokens_to_remove: int | Tensor) -> None:

@@ -69,14 +69,20 @@ def logprobs(
         Natural logarithms in float32: a tensor of the shape of `continuations`, or a list with one [tokens] each.
 
     Raises:
-        ValueError: the cache is empty, its model is gone, the number of continuations does not fit its rows, one is
-            empty or holds what is no token id; or `last_logits` is needed, or has another shape.
+        ValueError: the cache is empty, its model is gone or gives images positions of several axes, the number of
+            continuations does not fit its rows, one is empty or holds what is no token id; or `last_logits` is needed,
+            or has another shape.
     """
     if not isinstance(cache, CompressedCache):
         raise TypeError(f"logprobs takes a kvcompress cache, such as HydragenCache, got {type(cache).__name__}")
     model: Any = cache._model()
     if model is None:
         raise ValueError(f"the model of this {type(cache).__name__} has been deleted; scoring needs it")
+    if hf.has_several_axes(model):
+        raise ValueError(
+            f"{type(model).__name__} gives images positions of several axes, and a cache does not know those of what "
+            "it holds: score continuations by a forward of the model"
+        )
     rows = cache.batch_size
     if rows < 1 or not int(cache.get_seq_length()):
         raise ValueError(f"logprobs continues what a cache has seen, but this {type(cache).__name__} is empty")

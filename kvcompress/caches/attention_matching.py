@@ -147,6 +147,10 @@ class AttentionMatchingCache(EvictingCache):
             if budget is not None:
                 raise TypeError(f"the budget must be given once, got {attention_mask!r} and budget={budget!r}")
             attention_mask, budget = None, attention_mask
+        if self.states:
+            raise ValueError(
+                "compact reads a text after what is held, and layers that keep states no longer have what came before"
+            )
         check_ended(self)
         model = self._model()
         if model is None:

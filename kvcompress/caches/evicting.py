@@ -127,6 +127,11 @@ class EvictingCache(CompressedCache):
                 "it sees is not among its tokens. Use a policy that reads once, such as SnapKV or H2O"
             )
 
+    def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
+        if self._pins is not None and fed is not None:
+            self._pins.check_rows(len(fed))
+        super().check_given(fed, attention_mask, position_ids)
+
     @property
     def budget(self) -> int | float:
         """Tokens kept per sequence and KV head, on average over the layers: a count, or a fraction of those seen."""

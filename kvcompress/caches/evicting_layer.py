@@ -260,6 +260,17 @@ class EvictingLayer(CompressedLayer):
         self._reserves = True
         if self.slots is not None:
             self._make_room(0)
+            self._note_rest_of_pins()
+
+    def forward_comes(self) -> None:
+        super().forward_comes()
+        # generate compiles its steps on a GPU
+        if self.slots is not None and self._reserves:
+            self._note_rest_of_pins()
+
+    def _note_rest_of_pins(self) -> None:
+        if self.pins is not None and self.is_first:
+            self.pins.note_rest(self.get_seq_length(), self.lengths, self.padding.visible)
 
     def _limit(self, tokens: int) -> int:
         """How many tokens a sequence of this length may keep."""
@@ -437,7 +448,7 @@ class EvictingLayer(CompressedLayer):
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.slots is None or self.clock.tensor is None:
-            return {}, {}
+            return {} if self.pins is None or not self.is_first else self.pins.tensors(), {}
         counters = {name: getattr(self, name) for name in _COUNTERS} | {"seen": self.clock.tensor}
         counters |= {} if self.surplus is None else {"surplus": self.surplus}
         facts = {"dtype": str(self.dtype).removeprefix("torch.")}
@@ -446,14 +457,14 @@ class EvictingLayer(CompressedLayer):
         return self.slots.tensors() | counters | {f"state.{name}": tensor for name, tensor in self.state.items()}, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        if tensors:
+        if self.pins is not None and self.is_first:
+            self.pins.restore(tensors)
+        if "seen" in tensors:
             self.slots = self._load_slots(tensors, facts)
             for name in _COUNTERS:
                 setattr(self, name, tensors[name])
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self.surplus, self._steps_left = tensors.get("surplus"), 0
-            if self.pins is not None and self.is_first:
-                self.pins.restore(tensors)
             self.allotment = None if self.allotment is None else self.allotment.to(self.lengths.device)
             self.lazy_initialization(*self.slots.like())
             self.clock.count_on(tensors["seen"])

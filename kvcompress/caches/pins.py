@@ -41,7 +41,7 @@ class Pins:
             self.most = int(self.mask.sum(-1).max()) if self.mask.numel() else 0
         else:
             self.spans = _read(given)
-            self.most = len({place for first, last in self.spans for place in range(first, last + 1)})
+            self.most = sum(last + 1 - first for first, last in _joined(self.spans))
 
     @classmethod
     def of(cls, given: "Sequence[tuple[int, int]] | Tensor | Pins | None") -> Self | None:
@@ -62,6 +62,11 @@ class Pins:
         pins.spans, pins.most = None, facts
         return pins
 
+    def check_rows(self, batch: int) -> None:
+        """Raises ValueError if so many sequences cannot be those of the mask, before the first forward."""
+        if self.mask is not None and self.places is None and batch % len(self.mask):
+            raise ValueError(f"the mask of pinned tokens is of {len(self.mask)} sequences, but {batch} are fed")
+
     def note(self, past: int, tokens: int, lengths: Tensor | None, visible: Tensor | None, like: Tensor) -> None:
         """Takes in which tokens of a forward stay.
 
@@ -76,8 +81,7 @@ class Pins:
         batch, device, mask = len(like), like.device, self.mask
         if mask is None or past >= mask.shape[1]:
             return
-        if self.places is None and batch % len(mask):
-            raise ValueError(f"the mask of pinned tokens is of {len(mask)} sequences, but {batch} are fed")
+        self.check_rows(batch)
         if len(mask) != batch:
             # generate makes several of each
             mask = mask.repeat_interleave(batch // len(mask), 0)
@@ -89,6 +93,17 @@ class Pins:
         place = shown.long().cumsum(-1) - 1 + (0 if lengths is None else lengths[:, None])
         row, column = (now & shown).nonzero(as_tuple=True)
         self.places[row, place[row, column]] = True
+
+    def note_rest(self, past: int, lengths: Tensor, visible: Tensor | None) -> None:
+        """Takes in what the mask says of tokens to come, as steps that are compiled will not: all of them are real.
+
+        Args:
+            past, lengths: as in `note`. visible: of the tokens seen, [batch, tokens] bool; None where none is padding.
+        """
+        mask = self.mask
+        if mask is None or past >= mask.shape[1] or (visible is not None and not bool(visible[:, -1].all())):
+            return
+        self.note(past, mask.shape[1] - past, lengths, None, lengths)
 
     def holds(self, positions: Tensor) -> Tensor:
         """Which of these stay, of positions [batch, kv_heads, any] int32."""
@@ -126,16 +141,27 @@ class Pins:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that it holds, by name."""
-        held = {"places": self.places, "mask": self.mask if self.places is not None else None}
+        held = {"places": self.places, "mask": self.mask, "given": self._given}
         return {f"pins.{name}": tensor for name, tensor in held.items() if tensor is not None}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `tensors` returned."""
-        self.places, self.mask = tensors.get("pins.places"), tensors.get("pins.mask")
+        self.places, self.mask, self._given = (tensors.get(f"pins.{name}") for name in ("places", "mask", "given"))
 
     def reset(self) -> None:
         """Forgets the sequences; spans, and a mask as it was given, are those of the next ones too."""
         self.places, self.mask = None, self._given
+
+
+def _joined(spans: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """The same places in spans that do not overlap."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], last))
+        else:
+            found.append((first, last))
+    return found
 
 
 def _read(given: Any) -> tuple[tuple[int, int], ...]:

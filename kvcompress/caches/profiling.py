@@ -53,9 +53,12 @@ def measure_profile(
 
     Raises:
         TypeError: texts are no tensors of token ids, or a budget is no number.
-        ValueError: there is no text or no budget, scores of the policy do not compare across heads, or a budget leaves
-            nothing to choose of some text, or all of it; or what the model makes of a text is not finite.
+        ValueError: some layers keep states; there is no text or no budget, scores of the policy do not compare across
+            heads, or a budget leaves nothing to choose of some text, or all of it; or what the model makes of a text is
+            not finite.
     """
+    if not hf.all_attend(hf.text_config(model)):
+        raise ValueError(f"{type(model).__name__} has layers that keep states; a profile is of layers that all attend")
     policy = KVzip() if policy is None else policy
     rows = rows_of_all(texts)
     # numbers of NumPy and torch become Python's, which a file can hold

@@ -67,6 +67,13 @@ class AttendingCache(Cache):
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Called before the decoder runs; input_ids [batch, tokens] are the tokens fed, None for embeddings."""
 
+    def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
+        """Called before the decoder runs, after `forward_begins`, with what it is given: raises where it cannot be.
+
+        Args:
+            fed: tokens [batch, tokens] or embeddings [batch, tokens, hidden].
+        """
+
     def forward_ended(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Called after the decoder has run without an exception."""
 
@@ -239,7 +246,10 @@ def _before(
                 )
             _FORWARDS.stack.append((weakref.ref(module), weakref.ref(cache), _eager(module, cache, args, kwargs)))
             if is_decoder:
-                cache.forward_begins(module, _tokens(args, kwargs))
+                ids = _tokens(args, kwargs)
+                cache.forward_begins(module, ids)
+                fed = kwargs.get("inputs_embeds") if ids is None else ids
+                cache.check_given(fed, kwargs.get("attention_mask"), kwargs.get("position_ids"))
     return None if changed is None else (args, changed)
 
 

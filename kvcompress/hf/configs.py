@@ -34,6 +34,7 @@ _KINDS = {
 }
 
 
+_WIDEST_PACKED = 256
 # types whose attention is of their own, and what it does
 _OWN_WAYS = {
     "diffllama": "attends twice to the keys of a layer",
@@ -138,14 +139,14 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} is an encoder (is_decoder=False), whose tokens attend to later ones too; kvcompress supports "
             "decoder-only models"
         )
-    # in some models settings may differ from layer to layer
-    layers = getattr(config, "per_layer_config", None) or [config]
+    differing = _differing(config)
+    layers: list[Any] = [*config.per_layer_config] if differing else [config]
     latent = [rank for each in layers if (rank := getattr(each, "kv_lora_rank", None)) is not None]
     if latent:
         raise ValueError(
             f"{name} uses multi-head latent attention (kv_lora_rank={latent[0]}); kvcompress supports MHA, GQA and MQA"
         )
-    if differ := {"num_attention_heads", "num_key_value_heads", "head_dim"} & set(_differing(config)):
+    if differ := {"num_attention_heads", "num_key_value_heads", "head_dim"} & set(differing):
         raise ValueError(
             f"{name} has layers that differ in {', '.join(sorted(differ))}; kvcompress supports models whose layers "
             "have equally many heads, of one width"
@@ -219,9 +220,13 @@ def packed_head_dim(config: PreTrainedConfig) -> int:
     """The head_dim of keys and values that are to be packed.
 
     Raises:
-        ValueError: keys and values differ in width.
+        ValueError: keys and values differ in width, or are too wide.
     """
     _, _, head_dim = head_counts(config)
+    if head_dim > _WIDEST_PACKED:
+        raise ValueError(
+            f"head_dim must be 1 to {_WIDEST_PACKED} to be packed, as the index of an outlier is a byte, got {head_dim}"
+        )
     of_values = getattr(config, "v_head_dim", None) or head_dim
     if of_values != head_dim:
         raise ValueError(

@@ -53,9 +53,7 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
             "GPT-NeoX and Cohere"
         )
     module, kind, inv_freq = found
-    config = decoder_config(model)
-    text_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(module, "mrope_section")
-    if is_multimodal(model) and not text_alone:
+    if has_several_axes(model):
         raise ValueError(
             f"{type(model).__name__} gives images positions of several axes, from which kvcompress cannot take keys "
             "back: use a cache that leaves them rotated"
@@ -69,6 +67,16 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
         return _keys(attention, module, kind, model, positions.to(inv_freq.device))
 
     return Rotary(type(module).__name__, rope_type, scaling, frequencies, keys)
+
+
+def has_several_axes(model: PreTrainedModel) -> bool:
+    """Whether the positions of tokens may have several axes, as those of images have in Qwen-VL and others."""
+    config = decoder_config(model)
+    told = "mrope_section" in str(getattr(config, "rope_parameters", None))
+    has = told or any(hasattr(module, "mrope_section") for module in text_of(model).modules())
+    # a text model of its own has one axis, whatever it was made of
+    is_text = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return (has or not is_text) if is_multimodal(model) else (has and not is_text)
 
 
 def _rotary_module(model: PreTrainedModel, layer: int) -> tuple[nn.Module, str | None, Tensor] | None:

@@ -1,5 +1,7 @@
 """Multimodal models: the text decoder is compressed, images among its tokens included."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM, DynamicCache
@@ -16,7 +18,9 @@ from kvcompress import (
     ShadowKVCache,
     SnapKVCache,
     StreamingLLMCache,
+    ask,
     hf,
+    logprobs,
     release,
 )
 
@@ -289,8 +293,9 @@ def test_what_finds_or_reads_tokens_by_their_ids_refuses_by_name(build, told, mo
     assert hf.attention_name(model) == "sdpa"
 
 
-def test_rotations_of_several_axes_are_not_taken_back(models):
-    model = models("qwen2_vl")
+@pytest.mark.parametrize("part", [lambda model: model, hf.decoder_of], ids=["wrapper", "decoder"])
+def test_rotations_of_several_axes_are_not_taken_back(part, models):
+    model = part(models("qwen2_vl"))
     for build in (
         lambda: ShadowKVCache(model, budget=16, rank=8),
         lambda: StreamingLLMCache(model, budget=16, rerotated=True),
@@ -306,3 +311,41 @@ def test_images_that_attend_both_ways_are_refused_before_anything_is_stored(mode
     with pytest.raises(ValueError, match="overlays the causal mask .*bidirectional blocks"):
         answer(model, cache, inputs_of("gemma3", [row(50, 2)]))
     assert cache.get_seq_length() == 0
+
+
+def test_continuations_are_scored_where_positions_count_tokens(models):
+    model = models("llava")
+    inputs, ids = inputs_of("llava", [row(50, 2)]), row(6, 0, seed=9)
+    cache = DenseCache(model)
+    with torch.no_grad():
+        last = model(**inputs, **hf.cache_argument(model, cache)).logits[:, -1]
+        whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], ids[None]], 1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        wanted = model(**whole, use_cache=False).logits[:, 49:-1].log_softmax(-1).gather(-1, ids[None, :, None])[..., 0]
+    torch.testing.assert_close(logprobs(cache, ids[None], last_logits=last), wanted, rtol=1e-4, atol=1e-4)
+    model = models("qwen2_vl")
+    cache = DenseCache(model)
+    answer(model, cache, inputs_of("qwen2_vl", [row(50, 2)]), tokens=2)
+    with pytest.raises(ValueError, match="gives images positions of several axes"):
+        logprobs(cache, ids[None], last_logits=torch.zeros(1, 512))
+
+
+class _Tokenizer:
+    """A token for each letter."""
+
+    bos_token = chat_template = eos_token_id = None
+
+    def __call__(self, text, **more):
+        return SimpleNamespace(input_ids=[3 + ord(letter) % 400 for letter in text])
+
+    def decode(self, ids, **more):
+        return " ".join(str(int(each)) for each in ids)
+
+
+def test_a_question_does_not_depend_on_the_image_before(models):
+    model = models("qwen2_vl")
+    hf.forget_positions(model)
+    asked = {"context": "The cat sleeps on the charts.", "questions": ["Who sleeps?"], "max_new_tokens": 8}
+    first = ask(model, _Tokenizer(), cache=DenseCache(model), **asked).answers
+    answer(model, DynamicCache(config=model.config), inputs_of("qwen2_vl", [row(50, 2)]), tokens=3)
+    assert ask(model, _Tokenizer(), cache=DenseCache(model), **asked).answers == first

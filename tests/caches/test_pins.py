@@ -14,6 +14,7 @@ from kvcompress import (
     registry,
 )
 from kvcompress.caches import evicting_layer
+from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.method import import_policies
 from kvcompress.policies.policy import Policy
@@ -303,3 +304,55 @@ def test_the_step_of_one_kernel_knows_no_pins_and_is_not_taken(monkeypatch):
     assert not taken
     spread(model, H2OCache(model, budget=BUDGET), steps=1)
     assert taken
+
+
+MASK = torch.zeros(1, 60, dtype=torch.bool)
+MASK[0, 5:10] = True
+
+
+@pytest.mark.parametrize("when", ["empty", "filled", "reset"])
+def test_a_mask_is_in_the_file_of_a_cache_whatever_it_holds(when, tmp_path):
+    model = tiny()
+    cache = H2OCache(model, budget=BUDGET, pin=MASK)
+    if when != "empty":
+        feed(model, cache, prompt(60))
+    if when == "reset":
+        cache.reset()
+    cache.save(tmp_path / "cache")
+    again = H2OCache.load(tmp_path / "cache", model)
+    if when == "filled":
+        again.reset()
+    feed(model, again, prompt(60))
+    assert held_in_all(again, range(5, 10))
+
+
+def test_compiled_steps_know_the_rest_of_a_mask():
+    model = build("llama")
+    pin = torch.zeros(1, 60, dtype=torch.bool)
+    pin[0, 45:50] = True
+    cache = H2OCache(model, budget=BUDGET, pin=pin)
+    feed(model, cache, prompt(40))
+    cache.reserve()
+    step = torch.compile(
+        lambda ids, at: model(ids, position_ids=at, **cache_argument(model, cache)).logits, backend="eager"
+    )
+    with torch.no_grad():
+        for column in range(40, 75):
+            step(prompt(100)[:, column : column + 1].clone(), torch.tensor([[column]]))
+    assert held_in_all(cache, range(45, 50))
+
+
+def test_a_cache_that_refused_a_mask_of_other_rows_goes_on():
+    model = tiny()
+    cache = H2OCache(model, budget=BUDGET, pin=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="2 sequences, but 3 are fed"):
+        feed(model, cache, prompt(20).expand(3, -1))
+    feed(model, cache, prompt(20, 2))
+    assert held_in_all(cache, range(4), row=1)
+
+
+def test_overlapping_spans_are_counted_once_and_long_ones_at_once():
+    cache = H2OCache(tiny(), budget=14, recent=2, pin=[(0, 5), (4, 7), (2, 3)])
+    assert cache.layers[0].pinned == 8
+    with pytest.raises(ValueError, match="1000000000 pinned"):
+        H2OCache(tiny(), budget=64, pin=[(0, 10**9 - 1)])

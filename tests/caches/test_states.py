@@ -18,6 +18,8 @@ from kvcompress import (
     PrefixStore,
     ShadowKVCache,
     SnapKVCache,
+    measure_basis,
+    measure_profile,
 )
 from kvcompress.check.typical import COMMON, HYBRIDS
 from kvcompress.hf import decoder_of, layer_kinds
@@ -220,3 +222,50 @@ def test_models_without_attention_are_refused():
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="mamba2"):
         DenseCache(model)
+
+
+@every_hybrid
+@pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=400)], ids=["dense", "h2o"])
+def test_what_is_refused_changes_no_states(hybrid, model, build):
+    ids, cache = prompt(60, seed=4), build(model)
+    feed(model, cache, ids[:, :20])
+    wanted = feed(model, cache.clone(), ids[:, 20:23])
+    with pytest.raises(ValueError, match="position ids must continue"):
+        feed(model, cache, ids[:, 20:23], position_ids=torch.arange(3)[None])
+    with pytest.raises(ValueError, match="the cache holds 1 sequences, got 2"):
+        feed(model, cache, ids[:, 20:23].expand(2, -1))
+    torch.testing.assert_close(feed(model, cache, ids[:, 20:23]), wanted, rtol=0, atol=0)
+
+
+@every_hybrid
+@pytest.mark.parametrize("layer", [0, -1])
+def test_a_forward_that_is_cut_off_at_any_layer_is_noticed(hybrid, model, layer):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    ids, cache = prompt(60, seed=4), DenseCache(model)
+    feed(model, cache, ids[:, :20])
+    layers = decoder_of(model).layers
+    hook = layers[layer].register_forward_pre_hook(stop) if layer else layers[0].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, ids[:, 20:23])
+    hook.remove()
+    for use in (lambda: feed(model, cache, ids[:, 20:23]), lambda: cache.save("never")):
+        with pytest.raises(RuntimeError, match=r"interrupted.*call cache.reset\(\)"):
+            use()
+    cache.reset()
+    torch.testing.assert_close(
+        feed(model, cache, ids[:, :9]), feed(model, DenseCache(model), ids[:, :9]), rtol=0, atol=0
+    )
+
+
+@every_hybrid
+def test_what_is_measured_of_all_layers_and_compaction_refuse_by_name(hybrid, model):
+    ids = prompt(60, seed=4)
+    for measure in (lambda: measure_profile(model, [ids], budgets=[20]), lambda: measure_basis(model, [ids])):
+        with pytest.raises(ValueError, match="has layers that keep states"):
+            measure()
+    cache = AttentionMatchingCache(model, budget=40, chunk=100)
+    feed(model, cache, ids[:, :40])
+    with pytest.raises(ValueError, match="layers that keep states no longer have what came before"):
+        cache.compact(ids[:, :40], budget=20)
