@@ -97,7 +97,7 @@ def _checked(spec: str, method: Method | None, settings: dict[str, Any], subject
             inspection.run()
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        if inspection.may_refuse and _is_refusal(error, inspection.building):
+        if inspection.may_refuse and is_refusal(error, inspection.building):
             outcome, reason = "REFUSED", lines[0]
         else:
             said = lines[0] if isinstance(error, Fault) else f"{type(error).__name__}: {lines[0]}"
@@ -106,7 +106,7 @@ def _checked(spec: str, method: Method | None, settings: dict[str, Any], subject
     return Checked(spec, outcome, reason, inspection.promises.difference, inspection.promises.lost, trace)
 
 
-def _is_refusal(error: Exception, building: bool) -> bool:
+def is_refusal(error: Exception, building: bool = True) -> bool:
     """True if kvcompress itself refused the model, and did not fail by accident."""
     if not isinstance(error, ValueError | TypeError) or error.__traceback__ is None:
         return False

@@ -5,19 +5,22 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import transformers
-from transformers import CONFIG_MAPPING
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel
 
-from kvcompress.check.check import check
+from kvcompress import hf
+from kvcompress.check.check import check, is_refusal
 from kvcompress.check.models import small_model
 from kvcompress.check.outcome import FULL, Checked
 from kvcompress.loading import ModelUnavailableError, first_line
 
 # one cache that keeps every token, one that evicts, one that packs, one that undoes rotations
 CORE = ("none", "h2o", "gear", "shadowkv")
+
+_NO_MODEL = "no small model could be made: "
 
 Served = Literal["served", "partly", "refused", "fault", "unknown"]
 
@@ -53,19 +56,6 @@ class Covered:
         return "served" if others == {"OK"} else "partly"
 
 
-def model_types() -> dict[str, str]:
-    """The kind, "text" or "multimodal", of each type that generates text with a decoder alone."""
-    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    mixed = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    found = {}
-    for name in sorted({*text, *mixed}):
-        # encoder-decoders generate text too; which ones they are their configs say
-        if name not in CONFIG_MAPPING or getattr(CONFIG_MAPPING[name], "is_encoder_decoder", False) is True:
-            continue
-        found[name] = "multimodal" if name in mixed else "text"
-    return found
-
-
 def cover(name: str, kind: str = "text") -> Covered:
     """What comes of a type: each cache of CORE is checked with a tiny model of random weights."""
     try:
@@ -73,9 +63,27 @@ def cover(name: str, kind: str = "text") -> Covered:
     except ModelUnavailableError as error:
         return Covered(name, kind, {}, first_line(error).partition("; check the real one")[0])
     except ValueError as error:
-        return Covered(name, kind, {}, first_line(error))
+        ours = is_refusal(error)
+        return Covered(name, kind, {}, f"{'' if ours else _NO_MODEL}{first_line(error)}")
+    except Exception as error:
+        return Covered(name, kind, {}, f"{_NO_MODEL}{type(error).__name__}: {first_line(error)}")
     rows = check(model, CORE)
-    return Covered(name, kind, {row.cache: row.outcome for row in rows}, _reason(rows))
+    outcomes: dict[str, str] = {row.cache: row.outcome for row in rows}
+    if "FAULT" in outcomes.values() and not _generates(model):
+        outcomes[FULL] = "FAULT"
+    return Covered(name, kind, outcomes, _reason(rows))
+
+
+def _generates(model: PreTrainedModel) -> bool:
+    """Whether a model goes through `generate` with transformers' own cache."""
+    generative: Any = model
+    hf.release(model)
+    try:
+        generative.generate(torch.arange(3, 19)[None], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    # whatever it is, it is not kvcompress's
+    except Exception:
+        return False
+    return True
 
 
 def cover_all(known: Iterable[Covered] = (), tell: Callable[[Covered], None] = lambda covered: None) -> list[Covered]:
@@ -87,7 +95,7 @@ def cover_all(known: Iterable[Covered] = (), tell: Callable[[Covered], None] = l
     """
     before = {each.type: each for each in known}
     found = []
-    for name, kind in model_types().items():
+    for name, kind in hf.model_types().items():
         covered = before.get(name)
         if covered is None:
             covered = cover(name, kind)

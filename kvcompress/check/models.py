@@ -46,11 +46,7 @@ def read_config(name: str | None) -> PreTrainedConfig:
         name = "llama"
     if name is None or not _is_type(name):
         return loading.read_config(name)
-    config = AutoConfig.for_model(name, **TYPICAL.get(name, {}))
-    if not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False:
-        # types that are encoders unless they are told
-        config.is_decoder = True
-    return config
+    return hf.as_decoder(AutoConfig.for_model(name, **TYPICAL.get(name, {})))
 
 
 def _is_type(name: str | None) -> bool:

@@ -26,7 +26,7 @@ _TOLERANCE = 1e-3
 _SAME = 0.1
 # what codes of so many bits may lose of the worth. How much they lose depends on how sharply a model attends; code that
 # reads them wrongly shows at 8 bits
-_LOST = {2: 1.0, 3: 0.8, 4: 0.6, 8: 0.05}
+_LOST = {2: 1.0, 3: 0.8, 4: 0.6, 8: 0.1}
 # allowed error of keys and values in codes of so many bits, over their norm: twice what is measured; another token's
 # have an error of 1.4
 _MISSED = {2: 0.8, 3: 0.4, 4: 0.2, 8: 0.01}

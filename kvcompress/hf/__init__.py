@@ -37,6 +37,7 @@ from kvcompress.hf.calls import take_cache as take_cache
 from kvcompress.hf.calls import watch_forwards as watch_forwards
 from kvcompress.hf.configs import LayerKind as LayerKind
 from kvcompress.hf.configs import all_attend as all_attend
+from kvcompress.hf.configs import as_decoder as as_decoder
 from kvcompress.hf.configs import attention_windows as attention_windows
 from kvcompress.hf.configs import check_served as check_served
 from kvcompress.hf.configs import decoder_config as decoder_config
@@ -45,6 +46,7 @@ from kvcompress.hf.configs import filler_tokens as filler_tokens
 from kvcompress.hf.configs import head_counts as head_counts
 from kvcompress.hf.configs import is_multimodal as is_multimodal
 from kvcompress.hf.configs import layer_kinds as layer_kinds
+from kvcompress.hf.configs import model_types as model_types
 from kvcompress.hf.configs import packed_head_dim as packed_head_dim
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config

@@ -4,8 +4,12 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ _KINDS = {
 
 
 _WIDEST_PACKED = 256
+# types that are encoders unless they are told to be decoders
+_ENCODERS = {
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
 # types whose attention is of their own, and what it does
 _OWN_WAYS = {
     "diffllama": "attends twice to the keys of a layer",
@@ -46,7 +55,11 @@ _OWN_WAYS = {
     "inkling_text": "adds biases to its attention",
     "jetmoe": "attends to other keys than it gives its cache",
     "laguna": "has layers of different numbers of heads",
+    "kosmos_2_text_model": "takes positions of its own",
     "minimax": "has a cache class of its own",
+    "mllama": "attends to images in layers of their own",
+    "mllama_text_model": "attends to images in layers of their own",
+    "paligemma": "lets the tokens of a prompt attend both ways",
 }
 
 
@@ -117,6 +130,24 @@ def decoder_config(module: Any) -> PreTrainedConfig:
     return config
 
 
+def as_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config, which tells a type that is an encoder otherwise to be a decoder."""
+    if config.model_type in _ENCODERS:
+        config.is_decoder = True
+    return config
+
+
+def model_types() -> dict[str, str]:
+    """The kind, "text" or "multimodal", of each type of the installed transformers that generates text with a decoder
+    alone, as far as its config's class says."""
+    text, mixed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return {
+        name: "multimodal" if name in mixed else "text"
+        for name in sorted({*text, *mixed})
+        if name in CONFIG_MAPPING and getattr(CONFIG_MAPPING[name], "is_encoder_decoder", False) is not True
+    }
+
+
 def is_multimodal(model: PreTrainedModel) -> bool:
     """Whether a model puts what it sees or hears among the tokens of a text decoder, which it contains."""
     return decoder_config(model) is not model.config
@@ -134,7 +165,7 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
         )
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; kvcompress supports decoder-only models")
-    if getattr(config, "is_decoder", None) is False:
+    if config.model_type in _ENCODERS and not config.is_decoder:
         raise ValueError(
             f"{name} is an encoder (is_decoder=False), whose tokens attend to later ones too; kvcompress supports "
             "decoder-only models"
@@ -211,6 +242,8 @@ def without_windows(config: PreTrainedConfig) -> PreTrainedConfig | None:
     it needs no config for that."""
     if all_attend(config):
         return None
+    if not any("sliding" in name for name in getattr(config, "layer_types", None) or ()):
+        return config
     full = copy.deepcopy(config)
     full.layer_types = [name.replace("sliding_attention", "full_attention") for name in config.layer_types]
     return full

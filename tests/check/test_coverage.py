@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from kvcompress import hf
 from kvcompress.check import coverage, models
 from kvcompress.check.coverage import CORE, Covered
 from kvcompress.check.outcome import FULL
@@ -26,9 +27,9 @@ def test_the_page_is_what_was_found():
 @of_this_release
 def test_every_type_is_on_the_page_and_none_is_at_fault():
     known = {row.type for row in FOUND}
-    assert known <= set(coverage.model_types())
+    assert known <= set(hf.model_types())
     # the others are encoder-decoders
-    for name in set(coverage.model_types()) - known:
+    for name in set(hf.model_types()) - known:
         with pytest.raises(ValueError, match="is an encoder-decoder model"):
             models.small_model(name)
     assert [row.type for row in FOUND if row.served == "fault"] == []
@@ -95,7 +96,7 @@ def test_a_file_of_results_is_read_again_and_told_on_a_page():
 
 
 def test_the_command_goes_on_from_its_file_and_its_status_is_a_fault(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(coverage, "model_types", lambda: {"a": "text", "b": "text", "c": "multimodal"})
+    monkeypatch.setattr(coverage.hf, "model_types", lambda: {"a": "text", "b": "text", "c": "multimodal"})
     asked = []
 
     def cover(name, kind):
@@ -130,10 +131,8 @@ def test_options_that_do_not_go_together_are_refused(arguments, told, capsys):
 
 def test_an_encoder_is_refused_unless_it_is_told_to_decode():
     assert models.read_config("bert").is_decoder
-    from kvcompress.hf import check_served
-
     with pytest.raises(ValueError, match=r"bert is an encoder \(is_decoder=False\)"):
-        check_served(transformers.AutoConfig.for_model("bert"), "bert")
+        hf.check_served(transformers.AutoConfig.for_model("bert"), "bert")
 
 
 def test_typical_sizes_are_those_of_the_type_alone(tmp_path):
