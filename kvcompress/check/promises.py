@@ -26,7 +26,7 @@ _TOLERANCE = 1e-3
 _SAME = 0.1
 # what codes of so many bits may lose of the worth. How much they lose depends on how sharply a model attends; code that
 # reads them wrongly shows at 8 bits
-_LOST = {2: 1.0, 3: 0.8, 4: 0.6, 8: 0.1}
+_LOST = {2: 1.0, 3: 0.8, 4: 0.6, 8: 0.05}
 # allowed error of keys and values in codes of so many bits, over their norm: twice what is measured; another token's
 # have an error of 1.4
 _MISSED = {2: 0.8, 3: 0.4, 4: 0.2, 8: 0.01}
@@ -93,10 +93,12 @@ class Promises:
         """Raises if logits [tokens, vocabulary] after a prompt lost more than codes of so many bits may."""
         lost = float(divergence(truth, got)) / self.subject.worth
         self.lost = max(self.lost or 0.0, lost)
-        if not lost <= _LOST[bits]:
-            raise Fault(
-                f"codes of {bits} bits lose {lost:.0%} of what the prompt is worth, more than {_LOST[bits]:.0%}"
-            )
+        most = _LOST[bits]
+        if bits == max(_LOST) and hf.has_experts(hf.decoder_config(self.subject.model)):
+            # a token near the edge between two experts goes to the other
+            most *= 2
+        if not lost <= most:
+            raise Fault(f"codes of {bits} bits lose {lost:.0%} of what the prompt is worth, more than {most:.0%}")
 
     def _check_codes(self, cache: Any, place: int, index: int) -> None:
         """Raises if the first layer's codes of a row do not decode to what the layer was fed; values that were fitted

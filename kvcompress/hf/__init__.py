@@ -43,6 +43,7 @@ from kvcompress.hf.configs import check_served as check_served
 from kvcompress.hf.configs import decoder_config as decoder_config
 from kvcompress.hf.configs import end_tokens as end_tokens
 from kvcompress.hf.configs import filler_tokens as filler_tokens
+from kvcompress.hf.configs import has_experts as has_experts
 from kvcompress.hf.configs import head_counts as head_counts
 from kvcompress.hf.configs import is_multimodal as is_multimodal
 from kvcompress.hf.configs import layer_kinds as layer_kinds

@@ -137,6 +137,11 @@ def as_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether layers choose experts for each token."""
+    return any((getattr(config, name, None) or 0) > 1 for name in ("num_local_experts", "num_experts"))
+
+
 def model_types() -> dict[str, str]:
     """The kind, "text" or "multimodal", of each type of the installed transformers that generates text with a decoder
     alone, as far as its config's class says."""
