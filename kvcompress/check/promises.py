@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting import EvictingCache
 from kvcompress.caches.evicting_layer import EvictingLayer
