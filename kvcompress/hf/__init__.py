@@ -63,6 +63,7 @@ from kvcompress.hf.modules import input_device as input_device
 from kvcompress.hf.modules import layer_device as layer_device
 from kvcompress.hf.modules import layer_of as layer_of
 from kvcompress.hf.modules import output_projection as output_projection
+from kvcompress.hf.modules import text_of as text_of
 from kvcompress.hf.modules import watched as watched
 from kvcompress.hf.parallel import head_group as head_group
 from kvcompress.hf.parallel import spread_over as spread_over

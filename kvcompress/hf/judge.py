@@ -47,10 +47,17 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
     def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = inspect.signature(module.forward).bind(*args, **kwargs)
         mask: Any = given.arguments.get("attention_mask")
-        if mask is None or mask.dim() != 4:
+        # one for all layers, or by the kinds of layers
+        masks = mask if isinstance(mask, dict) else {"": mask}
+        masked = {}
+        for kind, each in masks.items():
+            masked[kind] = each
+            if isinstance(each, Tensor) and each.dim() == 4:
+                least = False if each.dtype == torch.bool else torch.finfo(each.dtype).min
+                masked[kind] = each.masked_fill(forbids.to(each.device), least)
+        if all(masked[kind] is each for kind, each in masks.items()):
             raise RuntimeError(f"{type(module).__name__} was given no mask [batch, 1, queries, tokens]")
-        least = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        given.arguments["attention_mask"] = mask.masked_fill(forbids.to(mask.device), least)
+        given.arguments["attention_mask"] = masked if isinstance(mask, dict) else masked[""]
         return given.args, given.kwargs
 
     hook = attention.register_forward_pre_hook(put, with_kwargs=True)
