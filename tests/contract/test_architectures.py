@@ -136,7 +136,7 @@ REFUSED = {
 }
 
 
-# README: Refused, with an error that says why: multi-head latent attention, chunked attention, layers that share KV
+# README: Refused by name: multi-head latent attention, chunked attention, layers that share KV
 @pytest.mark.parametrize("model_type", REFUSED)
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8)], ids=["dense", "h2o"])
 def test_what_cannot_be_served_is_refused_by_name(model_type, build):
