@@ -1,5 +1,7 @@
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +21,7 @@ from kvcompress.plan import largest, largest_batch, make_plan, read_shape, shape
 from tests.contract.drive import feed
 from tests.contract.models import build
 
+OLD = Version(transformers.__version__) < Version("5.24")
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -267,6 +270,8 @@ def of_type(name, dtype):
     + [(name, torch.float32) for name in ("mixtral", "qwen3_moe", "opt", "gpt_neox", "lfm2", "bamba")],
 )
 def test_the_plan_is_what_prefill_takes_with_any_layers(name, dtype):
+    if name in ("falcon_h1", "bamba") and OLD:
+        pytest.skip("before 5.24 transformers' own Mamba takes other room with a cache than without")
     model = of_type(name, dtype)
     ids = torch.randint(3, 500, (1, 1024), generator=torch.Generator().manual_seed(0))
     (need,) = make_plan(shape_of(model), ["none"], 1024, 1, 0.2, dtype)

@@ -263,7 +263,8 @@ def packed_head_dim(config: PreTrainedConfig) -> int:
     _, _, head_dim = head_counts(config)
     if head_dim > _WIDEST_PACKED:
         raise ValueError(
-            f"head_dim must be 1 to {_WIDEST_PACKED} to be packed, as the index of an outlier is a byte, got {head_dim}"
+            f"head_dim must be 1 to {_WIDEST_PACKED} to be packed, as the index of an outlier is a byte, got "
+            f"{head_dim}; use a cache that keeps tokens as they are"
         )
     of_values = getattr(config, "v_head_dim", None) or head_dim
     if of_values != head_dim:
