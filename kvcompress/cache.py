@@ -246,7 +246,7 @@ class CompressedCache(hf.AttendingCache):
         if self.batch_size not in (-1, batch):
             raise ValueError(f"the cache holds {self.batch_size} sequences, got {batch}; use one cache per batch")
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        if mask is None and isinstance(position_ids, Tensor) and bool((position_ids.diff(dim=-1) < 1).any()):
+        if tokens > 1 and mask is None and isinstance(position_ids, Tensor) and bool((position_ids.diff() < 1).any()):
             # of a padded batch, whose mask comes to the layers in another way
             position_ids = None
         record = copy.copy(self.padding)

@@ -114,5 +114,4 @@ def is_refusal(error: Exception, building: bool = True) -> bool:
     module = frame.f_globals.get("__name__", "")
     raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
     # once built, only what stands between a model and its cache knows what else the model asks for
-    ours = module.startswith("kvcompress.") and not module.startswith("kvcompress.kernels.")
-    return raised and (ours if building else module.startswith(f"{hf.__name__}."))
+    return raised and (module.startswith("kvcompress.") if building else module.startswith(f"{hf.__name__}."))

@@ -22,12 +22,11 @@ def small_model(name: str | None = None, device: torch.device | str = "cpu") -> 
 
     Raises:
         ModelUnavailableError: there is no such config, or no small model can be made of it.
-        ValueError: it is of a kind that kvcompress does not support, such as an encoder-decoder,
-            or torch has no such device here.
+        ValueError: it is of a kind that kvcompress does not support, such as an encoder-decoder, or
+            torch has no such device here.
     """
     config = read_config(name)
     hf.check_served(config, config.model_type)
-    hf.check_served(config.get_text_config(decoder=True), config.model_type)
     loading.check_device(device)
     try:
         is_small = _is_type(name) and name in TYPICAL

@@ -38,7 +38,6 @@ _KINDS = {
 }
 
 
-_WIDEST_PACKED = 256
 # types that are encoders unless they are told to be decoders
 _ENCODERS = {
     *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
@@ -118,10 +117,7 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     config = model.config
     name = type(model).__name__
     check_served(config, name)
-    text = decoder_config(model)
-    if text is not config:
-        check_served(text, name)
-    return text
+    return decoder_config(model)
 
 
 def decoder_config(module: Any) -> PreTrainedConfig:
@@ -195,6 +191,9 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} shares keys and values between layers (num_kv_shared_layers={shared}); "
             "kvcompress supports models in which each layer has its own"
         )
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        check_served(text, name)
 
 
 def _differing(config: PreTrainedConfig) -> list[str]:
@@ -258,14 +257,9 @@ def packed_head_dim(config: PreTrainedConfig) -> int:
     """The head_dim of keys and values that are to be packed.
 
     Raises:
-        ValueError: keys and values differ in width, or are too wide.
+        ValueError: keys and values differ in width.
     """
     _, _, head_dim = head_counts(config)
-    if head_dim > _WIDEST_PACKED:
-        raise ValueError(
-            f"head_dim must be 1 to {_WIDEST_PACKED} to be packed, as the index of an outlier is a byte, got "
-            f"{head_dim}; use a cache that keeps tokens as they are"
-        )
     of_values = getattr(config, "v_head_dim", None) or head_dim
     if of_values != head_dim:
         raise ValueError(

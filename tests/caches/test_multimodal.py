@@ -23,20 +23,10 @@ from kvcompress import (
     logprobs,
     release,
 )
+from kvcompress.check.typical import COMMON
 
-IMAGE, PAD = 500, 0
-_TEXT = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+IMAGE, PAD = 500, COMMON["pad_token_id"]
+_TEXT = {**COMMON, "num_hidden_layers": 3}
 _TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,

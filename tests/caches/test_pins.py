@@ -86,7 +86,8 @@ def test_every_policy_keeps_what_is_pinned_within_its_budget(name):
         {"sinks": 7},
         {"second_stage": 0.5},
     ],
-    ids=str,
+    # a function's own words have its address, and each worker another
+    ids=lambda settings: str({name: getattr(value, "__name__", value) for name, value in settings.items()}),
 )
 def test_pins_stay_with_every_setting_of_a_cache(settings):
     model = tiny()
@@ -135,12 +136,18 @@ def test_rows_of_a_batch_have_their_own_places(as_mask, chunk):
                 torch.testing.assert_close(row, layer.held_positions()[0].sort(-1).values)
 
 
-def test_rows_that_move_take_their_pins_along():
+def two_rows():
+    """A model, two rows of tokens, and a cache in which each has its own pins."""
     model = tiny()
     ids = torch.cat([prompt(40), prompt(40, seed=1)])
     pin = torch.zeros_like(ids)
     pin[0, 5:9] = pin[1, 20:23] = 1
     cache = H2OCache(model, budget=BUDGET, pin=pin)
+    return model, ids, cache
+
+
+def test_rows_that_move_take_their_pins_along():
+    model, ids, cache = two_rows()
     feed(model, cache, ids)
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
@@ -174,11 +181,7 @@ def test_a_file_keeps_pins(pin, tmp_path):
 
 
 def test_beams_and_a_second_prompt_after_reset():
-    model = tiny()
-    ids = torch.cat([prompt(40), prompt(40, seed=1)])
-    pin = torch.zeros_like(ids)
-    pin[0, 5:9] = pin[1, 20:23] = 1
-    cache = H2OCache(model, budget=BUDGET, pin=pin)
+    model, ids, cache = two_rows()
     for _ in range(2):
         generate(model, cache, ids, num_beams=3, max_new_tokens=20)
         for row in range(6):
