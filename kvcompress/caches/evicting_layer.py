@@ -339,7 +339,7 @@ class EvictingLayer(CompressedLayer):
 
     def _set_recents(self) -> None:
         recent, limits = self.policy.recent, self.limits if self.allotment is None else self.limits_by_head()
-        limits = limits - self.pinned
+        limits = limits - self.pinned if self.pinned else limits
         recents = (limits * recent).int() if isinstance(recent, float) else torch.full_like(limits, recent)
         self.recents.copy_(recents.clamp(min=1).minimum(limits - self.policy.sinks))
 
