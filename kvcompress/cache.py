@@ -79,6 +79,9 @@ class CompressedCache(hf.AttendingCache):
         self.attending = [index for index, kind in enumerate(kinds) if kind.attends]
         self.states = {index: hf.States(kind.states) for index, kind in enumerate(kinds) if kind.states}
         self._check_model(model)
+        rank = hf.latent_rank(config)
+        if rank is not None:
+            self._check_latents(type(model).__name__)
         hf.select_attention(model)
         hf.watch_forwards(model)
         self._model = weakref.ref(model)
@@ -89,6 +92,8 @@ class CompressedCache(hf.AttendingCache):
                 for index, kind in enumerate(kinds)
             ]
         )
+        for index in self.attending:
+            self.layers[index].latent_rank, self.layers[index].value_width = rank, hf.value_width(config)
         self.take_states(self.states)
         self.last_layer.is_last = True
         for layer in self.layers:
@@ -128,6 +133,13 @@ class CompressedCache(hf.AttendingCache):
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raises ValueError if this cache cannot be used with a model that others can: a hybrid, a multimodal one."""
+
+    def _check_latents(self, name: str) -> None:
+        """Raises ValueError if this cache cannot hold latents, which are both keys and values."""
+        raise ValueError(
+            f"{name} has multi-head latent attention, whose latents are both keys and values; {type(self).__name__} "
+            "does not hold them, DenseCache does, and caches that evict"
+        )
 
     @property
     def first_layer(self) -> CompressedLayer:
@@ -383,7 +395,8 @@ class CompressedCache(hf.AttendingCache):
             for name, tensors in layer.constants().items():
                 members.setdefault(name, []).extend(tensors)
             if layer.kv_shape is not None:
-                size = full_cache_bytes(int(layer.get_seq_length()), layer.window, layer.kv_shape, layer.dtype)
+                seen, width = int(layer.get_seq_length()), layer.value_width
+                size = full_cache_bytes(seen, layer.window, layer.kv_shape, width, layer.dtype)
                 full, elements = full + size, elements + size // layer.dtype.itemsize
         for states in self.states.values():
             held = list(states.tensors().values())

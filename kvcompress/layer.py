@@ -116,6 +116,10 @@ class CompressedLayer(hf.CacheLayerMixin):
     queries_watched: int | None = None
     # last layer of the cache
     is_last = False
+    # width of the latents that it holds, which are keys and values in one; None for keys and values
+    latent_rank: int | None = None
+    # numbers that it is given of a token's values, in one KV head
+    value_width = 0
     # whether feeding it tokens makes it drop others
     evicts = False
     # whether its window counts columns: padding is then moved before all other tokens of a forward
@@ -288,7 +292,15 @@ class CompressedLayer(hf.CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keeps the new tokens, [batch, kv_heads, tokens, head_dim], until `attend`; returns the key with its tag."""
+        """Keeps the new tokens, [batch, kv_heads, tokens, head_dim], until `attend`; returns the key with its tag.
+
+        Of latents it is given those, [batch, 1, tokens, rank], and what is shared of keys; it keeps both as keys, whose
+        first numbers are the values.
+        """
+        given = key_states, value_states
+        if self.latent_rank is not None:
+            key_states = torch.cat(given, -1)
+            value_states = key_states[..., : self.latent_rank]
         # what is held changes between the steps that a graph serves
         if not (self.is_initialized if torch.compiler.is_compiling() else self.segments()):
             dtype, device = key_states.dtype, key_states.device.type
@@ -302,8 +314,12 @@ class CompressedLayer(hf.CacheLayerMixin):
                 f"got keys of shape {list(key_states.shape)}; use one cache per batch, or cache.reset()"
             )
         # a cache keeps the dtype that it was filled in
-        self.pending_kv = (key_states.detach().to(self.dtype), value_states.detach().to(self.dtype))
-        return hf.tag_key(key_states, self), value_states
+        key_states = key_states.detach().to(self.dtype)
+        value_states = value_states.detach().to(self.dtype)
+        if self.latent_rank is not None:
+            value_states = key_states[..., : self.latent_rank]
+        self.pending_kv = key_states, value_states
+        return hf.tag_key(given[0], self), given[1]
 
     def attend(
         self,

@@ -119,11 +119,13 @@ def storage_bytes(tensors: dict[str, list[Tensor]]) -> tuple[dict[str, int], dic
     return by_component, by_device
 
 
-def full_cache_bytes(tokens: int, window: int | None, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one layer's full cache; shape is (batch, kv_heads, head_dim)."""
+def full_cache_bytes(
+    tokens: int, window: int | None, shape: tuple[int, int, int], value_width: int, dtype: torch.dtype
+) -> int:
+    """Bytes of keys and values of one layer's full cache; shape is that of keys, (batch, kv_heads, head_dim)."""
     batch, kv_heads, head_dim = shape
     held = tokens if window is None else min(tokens, window)
-    return 2 * batch * kv_heads * head_dim * held * dtype.itemsize
+    return batch * kv_heads * (head_dim + value_width) * held * dtype.itemsize
 
 
 def read_bytes(name: str, size: int | str) -> int:

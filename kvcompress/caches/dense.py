@@ -11,6 +11,7 @@ from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import output_of
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
 from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.latent import DenseLatents
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.transform_coding import Places
@@ -54,6 +55,8 @@ class DenseLayer(SteppedLayer):
     is_croppable = True
     queries_watched = 0
     storage: type[DenseSegment] = DenseSegment
+    # instead, for latents, which are keys and values in one
+    latent_storage: type[DenseLatents] = DenseLatents
     dropped = 0
     _dense: DenseSegment | None = None
 
@@ -117,13 +120,17 @@ class DenseLayer(SteppedLayer):
         """
         if self.dense is None:
             empty = like.new_empty(like.shape[0], kv_heads, 0, head_dim)
-            self.dense = self.storage(empty, empty)
+            self.dense = self._empty(empty, empty)
             self.lazy_initialization(empty, empty)
         return self.dense.room(like.shape[1])
 
+    def _empty(self, key: Tensor, value: Tensor) -> DenseSegment:
+        """A segment for tokens like these, [batch, kv_heads, any, head_dim]."""
+        return (self.storage if self.latent_rank is None else self.latent_storage)(key, value)
+
     def _store(self, chunk: AttentionInput) -> None:
         if self.dense is None:
-            self.dense = self.storage(chunk.key, chunk.value)
+            self.dense = self._empty(chunk.key, chunk.value)
         elif self.record_past:
             self._let_go()
         assert self.dense is not None
@@ -215,7 +222,8 @@ class DenseLayer(SteppedLayer):
             last = [-1] * len(seen)
         # where it is unknown, or was not followed, keys are decoded as well, from a few more bits
         shift = [max(0, at + 1 - total) for at, total in zip(last, seen, strict=True)]
-        return {side: Places(side, dense.length, visible, first, shift) for side in ("keys", "values")}
+        sides = ("keys", "values") if self.latent_rank is None else ("keys",)
+        return {side: Places(side, dense.length, visible, first, shift) for side in sides}
 
     def _row_lengths(self) -> list[int]:
         """How many tokens each row has seen, padding not counted."""
@@ -230,7 +238,10 @@ class DenseLayer(SteppedLayer):
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         super().restore(tensors, facts)
         if tensors:
-            self.dense = self.storage.load(tensors, facts)
+            if self.latent_rank is None:
+                self.dense = self.storage.load(tensors, facts)
+            else:
+                self.dense = self.latent_storage.load(tensors, facts, rank=self.latent_rank)
             self.lazy_initialization(self.dense.keys, self.dense.values)
         self.dropped = facts["dropped"]
 
@@ -240,6 +251,9 @@ class DenseCache(CompressedCache):
 
     Exact. It is the ceiling in every comparison, and a cache whose budget is above the length must equal it.
     """
+
+    def _check_latents(self, name: str) -> None:
+        pass
 
     def _layer(self, index: int, window: int | None) -> CompressedLayer:
         return DenseLayer(self.padding, window, is_first=index == self.attending[0])

@@ -127,6 +127,21 @@ class EvictingCache(CompressedCache):
                 "it sees is not among its tokens. Use a policy that reads once, such as SnapKV or H2O"
             )
 
+    def _check_latents(self, name: str) -> None:
+        cannot = {
+            "packed": self.packed is not None,
+            "rerotated": self.rerotated,
+            f"{type(self.policy).__name__}, which undoes rotations": self.policy.uses_rotary,
+            f"{type(self.policy).__name__}, which weighs values by what is made of them": has_second_stage(self.policy),
+            f"{type(self.policy).__name__}, which reads tokens twice": self.policy.rereads is not None,
+        }
+        wrong = next((what for what, holds in cannot.items() if holds), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} has multi-head latent attention, whose latents are both keys and values; {wrong}, cannot be "
+                "combined with it: use H2O, SnapKV or another policy that goes by attention, unpacked"
+            )
+
     def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
         if self._pins is not None and fed is not None:
             self._pins.check_rows(len(fed))

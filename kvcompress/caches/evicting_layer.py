@@ -25,6 +25,7 @@ from kvcompress.storage.ragged_packed import RaggedPackedSlots
 from kvcompress.storage.rerotated import RaggedRerotatedSlots, RerotatedSlots
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import EMPTY, Segment
+from kvcompress.storage.latent import LatentSlots, RaggedLatentSlots
 from kvcompress.storage.slots import SlotSegment
 
 _COUNTERS = ("lengths", "limits", "recents")
@@ -442,9 +443,10 @@ class EvictingLayer(CompressedLayer):
             if self.is_ragged:
                 return RaggedPackedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard, self._fits)
             return QuantizedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard)
+        latent = self.latent_rank is not None
         if self.is_ragged:
-            return RaggedSlots(chunk.key, chunk.value, slots, self._fits)
-        return SlotSegment(chunk.key, chunk.value, slots)
+            return (RaggedLatentSlots if latent else RaggedSlots)(chunk.key, chunk.value, slots, self._fits)
+        return (LatentSlots if latent else SlotSegment)(chunk.key, chunk.value, slots)
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.slots is None or self.clock.tensor is None:
@@ -475,6 +477,9 @@ class EvictingLayer(CompressedLayer):
             coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
             how = {"coding": coding, "rotates": self.packed.hadamard, "dtype": getattr(torch, facts["dtype"])}
             return (RaggedPackedSlots if self.is_ragged else QuantizedSlots).load(tensors, facts, **how)
+        if self.latent_rank is not None:
+            kind = RaggedLatentSlots if self.is_ragged else LatentSlots
+            return kind.load(tensors, facts, rank=self.latent_rank)
         return (RaggedSlots if self.is_ragged else SlotSegment).load(tensors, facts)
 
 

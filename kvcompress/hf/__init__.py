@@ -46,11 +46,13 @@ from kvcompress.hf.configs import filler_tokens as filler_tokens
 from kvcompress.hf.configs import has_experts as has_experts
 from kvcompress.hf.configs import head_counts as head_counts
 from kvcompress.hf.configs import is_multimodal as is_multimodal
+from kvcompress.hf.configs import latent_rank as latent_rank
 from kvcompress.hf.configs import layer_kinds as layer_kinds
 from kvcompress.hf.configs import model_types as model_types
 from kvcompress.hf.configs import packed_head_dim as packed_head_dim
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config
+from kvcompress.hf.configs import value_width as value_width
 from kvcompress.hf.configs import without_windows as without_windows
 from kvcompress.hf.fingerprint import Fingerprint as Fingerprint
 from kvcompress.hf.modules import Captured as Captured

@@ -26,13 +26,13 @@ from kvcompress.hf.calls import (
     is_watched,
     unwatch_forwards,
 )
-from kvcompress.hf.configs import decoder_config
+from kvcompress.hf.configs import decoder_config, latent_rank
+from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents
 from kvcompress.hf.modules import layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
 
 IMPLEMENTATION = "kvcompress"
-_HANDLE = "_kvcompress_layer"
 # the implementation under each name of ours
 _PREVIOUS: dict[str, str] = {}
 # keyword arguments of an attention call: those used, and those that do not change which token attends to which
@@ -46,9 +46,14 @@ _WITHOUT_EFFECT = {
 
 
 class Attends(Protocol):
-    """What the attention function needs of a cache layer. window: in tokens, None for full attention."""
+    """What the attention function needs of a cache layer.
+
+    window: in tokens, None for full attention. latent_rank: width of the latents that it holds, None for keys and
+    values.
+    """
 
     window: int | None
+    latent_rank: int | None
 
     def belongs_to(self, module: nn.Module, is_watched: bool) -> None: ...
 
@@ -75,7 +80,7 @@ def tag_key(key: Tensor, layer: Attends) -> Tensor:
     """The key tensor with the tag by which the attention function finds the layer."""
     # tag a view, so that the caller's tensor stays untagged
     key = key.view_as(key)
-    setattr(key, _HANDLE, layer)
+    setattr(key, HANDLE, layer)
     return key
 
 
@@ -102,6 +107,8 @@ def select_attention(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not choose its attention through transformers' AttentionInterface, "
             "so its cache cannot be compressed; models that do: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, OPT"
         )
+    if latent_rank(decoder_config(model)) is not None:
+        keep_latents(model)
     if hasattr(model, _BatchesContinuously.name):
         setattr(model, _BatchesContinuously.name, _BatchesContinuously(model))
 
@@ -120,6 +127,7 @@ def release(model: PreTrainedModel) -> None:
     cache, and hooks the model's forwards. Caches that were built for the model no longer work with it: build new ones.
     """
     unwatch_forwards(model)
+    expand_latents(model)
     restore_attention(model)
 
 
@@ -160,7 +168,7 @@ def _attention(
     previous: str,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    layer: Attends | None = getattr(key, _HANDLE, None)
+    layer: Attends | None = getattr(key, HANDLE, None)
     if layer is None:
         _check_no_cache_was_given(module, kwargs)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
@@ -188,15 +196,18 @@ def _attention(
     if kwargs.get("is_causal") is False:
         raise ValueError("a kvcompress cache supports only causal attention; got is_causal=False")
     scale = kwargs.get("scaling")
+    is_latent = layer.latent_rank is not None
     # without autograd: what is held must not keep the graph of a whole forward alive
     with torch.no_grad():
         out = layer.attend(
-            query,
+            into_latents(module, query) if is_latent else query,
             attention_mask,
             LogitSpec(query.shape[-1] ** -0.5 if scale is None else scale, window, kwargs.get("softcap")),
             sinks=kwargs.get("s_aux"),
             position_ids=kwargs.get("position_ids"),
         )
+        if is_latent:
+            out = from_latents(module, out)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _WithoutGradient.apply(out, query)
     return out.transpose(1, 2).contiguous(), None

@@ -98,11 +98,27 @@ def sizes(config: PreTrainedConfig) -> Sizes:
 
 
 def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Query heads, KV heads and head_dim of a config."""
+    """Query heads, KV heads and head_dim of what a config's layers give their cache."""
     heads = config.num_attention_heads
+    rank = latent_rank(config)
+    if rank is not None:
+        return heads, 1, rank + config.qk_rope_head_dim
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads, kv_heads, head_dim
+
+
+def latent_rank(config: PreTrainedConfig) -> int | None:
+    """In multi-head latent attention (2405.04434), the width of the latents that layers give their cache; else None."""
+    rank: int | None = getattr(config, "kv_lora_rank", None)
+    return rank
+
+
+def value_width(config: PreTrainedConfig) -> int:
+    """How many numbers a cache holds of a token's values, in one KV head: none beside latents, which are both."""
+    if latent_rank(config) is not None:
+        return 0
+    return getattr(config, "v_head_dim", None) or head_counts(config)[2]
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -173,11 +189,14 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
         )
     differing = _differing(config)
     layers: list[Any] = [*config.per_layer_config] if differing else [config]
-    latent = [rank for each in layers if (rank := getattr(each, "kv_lora_rank", None)) is not None]
-    if latent:
+    indexed = [count for each in layers if (count := getattr(each, "index_topk", None))]
+    if indexed:
         raise ValueError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={latent[0]}); kvcompress supports MHA, GQA and MQA"
+            f"{name} chooses what tokens attend to by an indexer with a cache of its own (index_topk={indexed[0]}), "
+            "which kvcompress does not support"
         )
+    if "kv_lora_rank" in differing:
+        raise ValueError(f"{name} has layers that differ in kv_lora_rank, which kvcompress does not support")
     if differ := {"num_attention_heads", "num_key_value_heads", "head_dim"} & set(differing):
         raise ValueError(
             f"{name} has layers that differ in {', '.join(sorted(differ))}; kvcompress supports models whose layers "

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from kvcompress.hf.configs import decoder_config, head_counts, is_multimodal
 
+# what is part of the name of an attention module's class
+_ATTENTION = ("Attention", "MLA")
 # what the projection behind attention is called: by Llama and most, OPT and others, GPT-NeoX and others
 _PROJECTIONS = ("o_proj", "out_proj", "dense")
 
@@ -32,7 +34,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in text_of(model).modules()
-        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
+        if any(name in type(module).__name__ for name in _ATTENTION) and isinstance(getattr(module, "layer_idx", None), int)
     ]
 
 
@@ -89,8 +91,15 @@ def output_projection(model: PreTrainedModel, layer: int) -> Callable[[Tensor], 
     return functools.partial(_weight_by_head, weakref.ref(found), heads, head_dim)
 
 
-@torch.no_grad()
 def _weight_by_head(of: weakref.ref[nn.Module], heads: int, head_dim: int, like: Tensor) -> Tensor:
+    by_head: Tensor = weight_of(of, heads * head_dim, like).unflatten(0, (-1, head_dim))
+    return by_head
+
+
+@torch.no_grad()
+def weight_of(of: weakref.ref[nn.Module], inputs: int, like: Tensor) -> Tensor:
+    """The weight of a projection, [inputs, outputs], whatever it is kept in: in a tensor-parallel model that of this
+    process. inputs: how many it has, if it does not say. like: of the dtype and on the device of what it projects."""
     projection = of()
     if projection is None:
         raise RuntimeError("the cache's model has been deleted")
@@ -101,11 +110,11 @@ def _weight_by_head(of: weakref.ref[nn.Module], heads: int, head_dim: int, like:
         weight = weight.T
     else:
         # quantized, kept elsewhere or of another kind: what it makes of each input alone
-        inputs = getattr(projection, "in_features", heads * head_dim)
+        inputs = getattr(projection, "in_features", inputs)
         ones = torch.eye(inputs, device=like.device, dtype=like.dtype)
         weight = projection(ones) - projection(torch.zeros_like(ones[:1]))
-    by_head: Tensor = weight.unflatten(0, (-1, head_dim))
-    return by_head
+    found: Tensor = weight
+    return found
 
 
 class Captured:

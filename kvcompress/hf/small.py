@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvcompress.hf.configs import decoder_config, head_counts, sizes
+from kvcompress.hf.configs import decoder_config, head_counts, latent_rank, sizes
 
 # makes attention peaked, so that faults show, and logits as large as a trained model's
 _SPREAD = 1.2
@@ -65,7 +65,8 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     small.num_hidden_layers = len(layers)
     small.num_attention_heads = heads
     if hasattr(small, "num_key_value_heads"):
-        small.num_key_value_heads = kv_heads
+        # heads that share latents each have keys and values of their own
+        small.num_key_value_heads = kv_heads if latent_rank(config) is None else heads
     small.hidden_size = heads * 16
     if getattr(small, "head_dim", head_dim) is None:
         small.head_dim = head_dim
@@ -82,7 +83,10 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         "intermediate_size_mlp": 2 * hidden,
         "num_local_experts": 4,
         "num_experts": 4,
+        "n_routed_experts": 4,
         "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
         "vocab_size": 512,
         "sliding_window": 64,
         "attention_chunk_size": 64,

@@ -18,7 +18,7 @@ class DenseSegment(Segment):
     nothing is padded. length: tokens held, at most `room`.
     """
 
-    tensor_names = ("keys", "values", "visible")
+    tensor_names: ClassVar[tuple[str, ...]] = ("keys", "values", "visible")
     # the least room that is added when it runs out
     growth: ClassVar[int] = 256
 
@@ -111,8 +111,11 @@ class DenseSegment(Segment):
 
     def reorder(self, order: Tensor) -> None:
         """Puts the first tokens in another order, [batch, first tokens] int64."""
+        self._reorder((self.keys, self.values), order)
+
+    def _reorder(self, tensors: tuple[Tensor, ...], order: Tensor) -> None:
         tokens = order.shape[1]
-        for held in (self.keys, self.values):
+        for held in tensors:
             index = order[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
             held[:, :, :tokens] = held[:, :, :tokens].gather(2, index)
         if self.visible is not None:
