@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.basis import Basis
+from kvcompress.caches.quantized_latents import LatentQuantizedLayer
 from kvcompress.caches.quantized_layer import QuantizedLayer
 from kvcompress.layer import CompressedLayer, as_stored
 from kvcompress.policies.gear import GEAR, OLDER_FILES, Backbone, preset
@@ -155,13 +156,24 @@ class GEARCache(CompressedCache):
             layer.fill(*pair)
         return self
 
+    def _check_latents(self, name: str) -> None:
+        if self.basis is not None:
+            raise ValueError(
+                f"{name} has multi-head latent attention, and a basis is one of keys in many heads: leave basis out"
+            )
+
     def _layer(self, index: int, window: int | None) -> CompressedLayer:
         codec = None
+        model = self._model()
+        assert model is not None
         if self.basis is not None:
-            model = self._model()
-            assert model is not None
             codec = Basis.known(self.basis, model).codec(model, index, self.settings.bits)
-        return QuantizedLayer(self.padding, self.settings, window, index == self.attending[0], codec)
+        config = hf.text_config(model)
+        kind = QuantizedLayer if hf.latent_rank(config) is None else LatentQuantizedLayer
+        layer = kind(self.padding, self.settings, window, index == self.attending[0], codec)
+        if isinstance(layer, LatentQuantizedLayer):
+            layer.width = hf.packed_head_dim(config)
+        return layer
 
     def _settings(self) -> dict[str, Any]:
         # a file names the basis, and does not hold it

@@ -73,6 +73,12 @@ class QuantizedLayer(TailedLayer):
         self._first_steps: FirstSteps | None = None
         self._fed: list[int] = []
 
+    @property
+    def packed_width(self) -> int:
+        """How many numbers a vector has that is packed."""
+        assert self.kv_shape is not None
+        return self.kv_shape[2]
+
     def _packed(self) -> list[QuantizedBlocks]:
         parts = [self.prompt] if self.decoded is self.prompt else [self.prompt, self.decoded]
         return [part for part in parts if part is not None and part.blocks]

@@ -11,6 +11,7 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting import EvictingCache
 from kvcompress.caches.evicting_layer import EvictingLayer
+from kvcompress.caches.quantized_latents import LatentQuantizedLayer
 from kvcompress.caches.quantized import GEARCache
 from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.check.held_tokens import HeldTokens, overlap
@@ -190,17 +191,19 @@ def short_bits(cache: Any) -> int:
     if isinstance(cache, EvictingCache):
         assert cache.packed is not None
         return cache.packed.bits
-    return min(coding.bits for coding in cache.settings.codings(cache.first_layer.kv_shape[2], 0))
+    return min(coding.bits for coding in cache.settings.codings(cache.first_layer.packed_width, 0))
 
 
 def _stored(layer: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What a packing layer holds, unpacked: keys, values [batch, kv_heads, tokens, head_dim] and positions [batch,
-    kv_heads, tokens] int64, -1 for no token."""
+    """What a packing layer holds, unpacked, as models give it: keys, values [batch, kv_heads, tokens, head_dim] and
+    positions [batch, kv_heads, tokens] int64, -1 for no token."""
     if isinstance(layer, EvictingLayer):
         assert layer.slots is not None
         return [(*layer.slots.contents(), layer.slots.positions.long())]
     parts = [(*part.contents(), part.positions) for part in (layer.tail, layer.first) if part is not None]
     parts += [(*part.decoded(), part.positions[:, 0]) for part in layer._packed()]
+    if isinstance(layer, LatentQuantizedLayer):
+        parts = [(*layer.as_given(*sides), at) for *sides, at in parts]
     return [(keys, values, at[:, None].expand(keys.shape[:3]).long()) for keys, values, at in parts]
 
 

@@ -62,6 +62,10 @@ _OWN_WAYS = {
 }
 
 
+# numbers of a vector that can be packed, as the index of an outlier is a byte
+_WIDEST_PACKED = 256
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of a decoder. longest: tokens it was trained for, None if the config does not say.
@@ -273,12 +277,17 @@ def without_windows(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
 
 def packed_head_dim(config: PreTrainedConfig) -> int:
-    """The head_dim of keys and values that are to be packed.
+    """The head_dim of keys and values that are to be packed; of latents, the width of the parts that they are cut into.
 
     Raises:
-        ValueError: keys and values differ in width.
+        ValueError: keys and values differ in width, or latents cannot be cut into parts.
     """
     _, _, head_dim = head_counts(config)
+    if latent_rank(config) is not None:
+        parts = next((n for n in range(2, head_dim, 2) if head_dim % n == 0 and head_dim // n <= _WIDEST_PACKED), None)
+        if parts is None:
+            raise ValueError(f"latents of {head_dim} numbers with what keys share cannot be cut into parts to pack")
+        return head_dim // parts
     of_values = getattr(config, "v_head_dim", None) or head_dim
     if of_values != head_dim:
         raise ValueError(

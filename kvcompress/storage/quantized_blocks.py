@@ -141,6 +141,15 @@ class QuantizedBlocks(Segment):
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield (*self.decoded(), self.positions)
 
+    def some(self, blocks: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Some blocks of each row, as `pieces` yields all."""
+        spans = None if self.spans is None else self.spans[:, blocks]
+        key, value = (
+            self._decode(side, packed.of_blocks(blocks), spans).flatten(2, 3)
+            for side, packed in enumerate((self.keys, self.values))
+        )
+        return key, value, self.positions[:, :, blocks.start * self.block : blocks.stop * self.block]
+
     def decoded(self) -> tuple[Tensor, Tensor]:
         """The keys and values that attention sees, [batch, kv_heads, blocks * block, head_dim] float32 each."""
         key, value = (
