@@ -22,11 +22,11 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
     AOT_HEAD_DIMS,
+    attends_in_triton,
     autotune,
     has_wgmma,
     launch,
     op,
-    runs_triton,
     shaped,
     tl,
     triton,
@@ -76,7 +76,7 @@ def causal_attention(
             f"causal_attention needs at most as many queries as tokens, got {query.shape[2]} and {key.shape[2]}"
         )
     spec = spec.within(key.shape[2])
-    if runs_triton(query) and query.numel():
+    if attends_in_triton(query) and query.numel():
         run = _launch_causal
     elif query.is_cuda or not spec.is_plain or key.shape[-1] != value.shape[-1]:
         run = causal_in_blocks
@@ -137,7 +137,7 @@ def slot_attention(
         # torch's fused attention divides by how many there are
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         return out, query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-    if runs_triton(query) and query.numel():
+    if attends_in_triton(query) and query.numel():
         return launch_split(query, key, value, spec, None, positions, query_positions, bias)
     if query.is_cuda or not spec.is_plain or key.shape[-1] != value.shape[-1]:
         return slots_in_blocks(query, key, value, positions, query_positions, spec, bias=bias)

@@ -20,10 +20,10 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
     AOT_HEAD_DIMS,
+    attends_in_triton,
     autotune,
     launch,
     op,
-    runs_triton,
     shaped,
     tl,
     triton,
@@ -58,7 +58,7 @@ def causal_column_sums(
         [batch, kv_heads, tokens] float32; 0 for a token nobody sees.
     """
     spec = spec.within(key.shape[2])
-    if runs_triton(query) and query.numel():
+    if attends_in_triton(query) and query.numel():
         return _launch(query, key, lse, spec, visible)
     return causal_tiles(query, key, lse, spec, visible)
 
@@ -143,7 +143,7 @@ def _slot_columns(
     spec: LogitSpec,
     takes_max: bool,
 ) -> Tensor:
-    if runs_triton(query) and query.numel():
+    if attends_in_triton(query) and query.numel():
         return _launch(query, key, lse, spec, None, positions, query_positions, takes_max)
     return slot_tiles(query, key, positions, query_positions, lse, spec, takes_max)
 

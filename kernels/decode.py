@@ -20,9 +20,9 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
     AOT_HEAD_DIMS,
+    attends_in_triton,
     launch,
     op,
-    runs_triton,
     shaped,
     tl,
     triton,
@@ -62,7 +62,7 @@ def decode_attention(
     """
     if query.shape[2] != 1:
         raise ValueError(f"decode_attention takes one query per sequence, got query {list(query.shape)}")
-    run = launch_decode if runs_triton(query) and query.numel() else _decode_in_pytorch
+    run = launch_decode if attends_in_triton(query) and query.numel() else _decode_in_pytorch
     return run(query, key, value, positions, query_positions, spec, sink_logits)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.common.runtime import AOT_DTYPES, core_count, launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.runtime import AOT_DTYPES, attends_in_triton, core_count, launch, op, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import launch_split
 from kvcompress.kernels.common.tile import bound_logits, wide
 from kvcompress.kernels.decode import (
@@ -93,7 +93,7 @@ def decode_and_evict(
         )
     if not all(tensor.is_contiguous() for tensor in slots[2:]):
         raise ValueError("decode_and_evict writes to positions, scores and spare, which must be contiguous")
-    run = _launch if runs_triton(query) else decode_then_evict
+    run = _launch if attends_in_triton(query) else decode_then_evict
     return run(query, key, value, slots, token_positions, limits, recents, spec, sinks, memory, sink_logits)
 
 

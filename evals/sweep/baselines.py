@@ -44,13 +44,13 @@ _AXES = {"quanto": 0, "hqq": 1}
 class _Measured(Cache):
     """What the evals need of a cache, in addition to what transformers needs."""
 
-    # [batch, kv_heads, tokens, head_dim] and dtype of the last keys
-    _came: tuple[torch.Size, torch.dtype] | None = None
+    # [batch, kv_heads, tokens, head_dim] and dtype of the last keys, and head_dim of the values
+    _came: tuple[torch.Size, torch.dtype, int] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self._came = key_states.shape, key_states.dtype
+        self._came = key_states.shape, key_states.dtype, value_states.shape[-1]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def memory(self) -> MemoryReport:
@@ -64,11 +64,11 @@ class _Measured(Cache):
         full = elements = 0
         kept = []
         if self._came is not None:
-            (batch, heads, _, head_dim), dtype = self._came
+            (batch, heads, _, head_dim), dtype, of_values = self._came
             for layer in layers:
                 window = getattr(layer, "sliding_window", None)
                 seen = int(layer.get_seq_length())
-                size = full_cache_bytes(seen, window, (batch, heads, head_dim), dtype)
+                size = full_cache_bytes(seen, window, (batch, heads, head_dim), of_values, dtype)
                 full, elements = full + size, elements + size // dtype.itemsize
                 held = seen if window is None else min(seen, window)
                 kept.append(torch.full((batch, heads), held))
@@ -97,8 +97,8 @@ class MeasuredQuantizedCache(_Measured, QuantizedCache):
                 )
             layer.reorder_cache(indices)  # type: ignore[arg-type]
         if self._came is not None:
-            shape, dtype = self._came
-            self._came = torch.Size((len(indices), *shape[1:])), dtype
+            shape, dtype, of_values = self._came
+            self._came = torch.Size((len(indices), *shape[1:])), dtype, of_values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self._came is not None:

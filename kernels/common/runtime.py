@@ -69,6 +69,15 @@ def runs_triton(tensor: Tensor) -> bool:
     return (tensor.is_cuda or INTERPRETED or _recording is not None) and tensor.dtype != torch.float64
 
 
+# the widest head_dim for which attention kernels have tiles
+WIDEST_HEAD = 256
+
+
+def attends_in_triton(query: Tensor) -> bool:
+    """True where a Triton kernel can take a query [..., head_dim]: wider heads, such as latents, attend in PyTorch."""
+    return runs_triton(query) and query.shape[-1] <= WIDEST_HEAD
+
+
 @functools.cache
 def _warn_of_speed(missing: MissingTriton) -> None:
     reason = missing.error("what is fast on a GPU")

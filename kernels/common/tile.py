@@ -7,7 +7,7 @@ A tile's sides are powers of two. A head_dim that is not one is split where that
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.common.runtime import INTERPRETED, tl, triton
+from kvcompress.kernels.common.runtime import INTERPRETED, WIDEST_HEAD, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # the interpreter multiplies the bit patterns of bfloat16 operands
@@ -19,8 +19,8 @@ MIN_SIDE = 16
 
 def tile_width(head_dim: int) -> int:
     """The width of one tile that covers head_dim."""
-    if head_dim > 256:
-        raise ValueError(f"the Triton kernels take a head_dim of at most 256, got {head_dim}")
+    if head_dim > WIDEST_HEAD:
+        raise ValueError(f"the Triton kernels take a head_dim of at most {WIDEST_HEAD}, got {head_dim}")
     width: int = triton.next_power_of_2(head_dim)
     return max(MIN_SIDE, width)
 

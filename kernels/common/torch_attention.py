@@ -9,8 +9,10 @@ from torch import Tensor
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states
 
-# logits that a block of the CPU path may hold: 2 MB in float32, about one core's share of the cache
+# logits that a block may hold: on a CPU 2 MB in float32, about one core's share of the cache; on a GPU, where heads are
+# too wide for a kernel, enough to fill it
 _BLOCK_LOGITS = 2**19
+_BLOCK_LOGITS_ON_GPU = 2**25
 
 
 def slots_seen(positions: Tensor, query_positions: Tensor, window: int | None, causal: bool = False) -> Tensor:
@@ -33,7 +35,7 @@ def causal_blocks(
     """
     batch, heads, queries, _ = query.shape
     tokens = key.shape[2]
-    block = _block(batch * heads, queries, tokens, spec.window)
+    block = _block(batch * heads, queries, tokens, query.is_cuda, spec.window)
     for start in range(0, queries, block):
         stop = min(start + block, queries)
         first = tokens - queries + start
@@ -58,7 +60,7 @@ def slot_blocks(
     """Masked logits over slots, a block of queries at a time: the queries and
     [batch, kv_heads, group, block, slots] in float32."""
     batch, heads, queries, _ = query.shape
-    block = _block(batch * heads, queries, key.shape[2])
+    block = _block(batch * heads, queries, key.shape[2], query.is_cuda)
     for start in range(0, queries, block):
         rows = slice(start, min(start + block, queries))
         logits = query_logits(query[:, :, rows], key, spec)
@@ -173,9 +175,9 @@ def slot_flash(
     return out.reshape(*query.shape[:-1], -1), lse.reshape(batch, heads, queries)
 
 
-def _block(rows: int, queries: int, tokens: int, window: int | None = None) -> int:
+def _block(rows: int, queries: int, tokens: int, on_gpu: bool, window: int | None = None) -> int:
     """Queries of a block, which sees all tokens, or its own and those of a window before them."""
-    logits = _BLOCK_LOGITS // max(1, rows)
+    logits = (_BLOCK_LOGITS_ON_GPU if on_gpu else _BLOCK_LOGITS) // max(1, rows)
     most = logits // max(1, tokens)
     if window is not None:
         # block * (block + window) = logits

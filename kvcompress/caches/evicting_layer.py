@@ -13,11 +13,12 @@ from kvcompress.caches.allotment import Allotment
 from kvcompress.caches.evicting_step import ChunkStep, DecodeStep, FusedDecodeStep
 from kvcompress.caches.pins import Pins
 from kvcompress.hf.tensor_parallel import TPGroup
-from kvcompress.kernels.common.runtime import runs_triton
+from kvcompress.kernels.common.runtime import attends_in_triton
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.method import is_own
 from kvcompress.policies.policy import Policy
+from kvcompress.storage.latent import LatentSlots, RaggedLatentSlots
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.quantized_slots import QuantizedSlots
 from kvcompress.storage.ragged import RaggedSlots
@@ -25,7 +26,6 @@ from kvcompress.storage.ragged_packed import RaggedPackedSlots
 from kvcompress.storage.rerotated import RaggedRerotatedSlots, RerotatedSlots
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import EMPTY, Segment
-from kvcompress.storage.latent import LatentSlots, RaggedLatentSlots
 from kvcompress.storage.slots import SlotSegment
 
 _COUNTERS = ("lengths", "limits", "recents")
@@ -217,7 +217,7 @@ class EvictingLayer(CompressedLayer):
         # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
         plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.is_ragged
         plain = plain and self.pins is None
-        at_once = self.policy.decay is not None and plain and runs_triton(x.query)
+        at_once = self.policy.decay is not None and plain and attends_in_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
     def _note_pins(self, x: AttentionInput) -> None:

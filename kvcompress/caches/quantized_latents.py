@@ -1,4 +1,4 @@
-"""GEAR on the latents of multi-head latent attention: halves of them packed as keys and as values, and joined to attend.
+"""GEAR on the latents of multi-head latent attention: one half is packed as keys, one as values, joined to attend.
 
 A latent is both key and value, so a kernel that reads keys and values apart cannot attend to it packed. A step decodes
 what is held, some blocks at a time, and attends to that: what it takes beside the cache is one such piece.

@@ -11,8 +11,8 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting import EvictingCache
 from kvcompress.caches.evicting_layer import EvictingLayer
-from kvcompress.caches.quantized_latents import LatentQuantizedLayer
 from kvcompress.caches.quantized import GEARCache
+from kvcompress.caches.quantized_latents import LatentQuantizedLayer
 from kvcompress.caches.shadowkv import ShadowKVCache
 from kvcompress.check.held_tokens import HeldTokens, overlap
 from kvcompress.check.outcome import Fault

@@ -34,7 +34,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in text_of(model).modules()
-        if any(name in type(module).__name__ for name in _ATTENTION) and isinstance(getattr(module, "layer_idx", None), int)
+        if any(part in type(module).__name__ for part in _ATTENTION)
+        and isinstance(getattr(module, "layer_idx", None), int)
     ]
 
 

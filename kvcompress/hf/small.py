@@ -85,6 +85,8 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         "num_experts": 4,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
+        "linear_num_heads": 4,
+        "linear_head_dim": 32,
         "n_group": 2,
         "topk_group": 1,
         "vocab_size": 512,

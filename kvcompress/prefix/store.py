@@ -74,7 +74,12 @@ class PrefixStore:
             TypeError: the model is none that was loaded, a setting that there is not, or max_bytes is no size.
             ValueError: max_bytes or min_tokens is less than 1, or a size is not written as "8GiB".
         """
-        hf.text_config(model)
+        config = hf.text_config(model)
+        if hf.latent_rank(config) is not None:
+            raise ValueError(
+                f"{type(model).__name__} has multi-head latent attention, whose latents a PrefixStore does not share; "
+                "DenseCache.save and DenseCache.load keep a document's"
+            )
         if hf.is_multimodal(model):
             raise ValueError(
                 f"{type(model).__name__} is multimodal: a PrefixStore finds documents by their tokens, among which "

@@ -34,7 +34,7 @@ def _stored(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name != "values")
 
 
-class DenseLatents(_Latents, DenseSegment):  # type: ignore[misc]
+class DenseLatents(_Latents, DenseSegment):
     """Every token, in order."""
 
     tensor_names: ClassVar[tuple[str, ...]] = _stored(DenseSegment.tensor_names)
@@ -43,13 +43,13 @@ class DenseLatents(_Latents, DenseSegment):  # type: ignore[misc]
         self._reorder((self.keys,), order)
 
 
-class LatentSlots(_Latents, SlotSegment):  # type: ignore[misc]
+class LatentSlots(_Latents, SlotSegment):
     """A fixed number of slots."""
 
     tensor_names: ClassVar[tuple[str, ...]] = _stored(SlotSegment.tensor_names)
 
 
-class RaggedLatentSlots(_Latents, RaggedSlots):  # type: ignore[misc]
+class RaggedLatentSlots(_Latents, RaggedSlots):
     """As many slots as each head needs."""
 
     tensor_names: ClassVar[tuple[str, ...]] = _stored(RaggedSlots.tensor_names)

@@ -70,7 +70,7 @@ def test_every_type_is_served_as_the_page_says(row):
         ("OOFRO", "", "fault"),
         ("OOOOF", "", "unknown"),
         ("FFFFF", "", "unknown"),
-        ("", "uses multi-head latent attention", "refused"),
+        ("", "chooses what tokens attend to by an indexer", "refused"),
         ("", "no small model could be made", "unknown"),
     ],
 )

@@ -9,7 +9,7 @@ from kvcompress.loading import ModelUnavailableError
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("deepseek_v3", r"deepseek_v3 uses multi-head latent attention \(kv_lora_rank=512\)"),
+        ("deepseek_v32", r"deepseek_v32 chooses what tokens attend to by an indexer .*\(index_topk=2048\)"),
         ("t5", "t5 is an encoder-decoder model"),
     ],
 )
