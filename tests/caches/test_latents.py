@@ -21,7 +21,6 @@ from kvcompress import (
     PrefixStore,
     ShadowKVCache,
     SnapKV,
-    TOVA,
     release,
 )
 from kvcompress.check.check import check
