@@ -103,7 +103,8 @@ def _checked(spec: str, method: Method | None, settings: dict[str, Any], subject
             said = lines[0] if isinstance(error, Fault) else f"{type(error).__name__}: {lines[0]}"
             outcome, reason = "FAULT", f"{inspection.whose}{inspection.stage}: {said}"
         trace = "".join(traceback.format_exception(error))
-    return Checked(spec, outcome, reason, inspection.promises.difference, inspection.promises.lost, trace)
+    promises, limits = inspection.promises, "" if outcome == "REFUSED" else subject.limits
+    return Checked(spec, outcome, reason, promises.difference, promises.lost, trace, limits)
 
 
 def is_refusal(error: Exception, building: bool = True) -> bool:

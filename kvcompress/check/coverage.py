@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -24,13 +24,26 @@ _NO_MODEL = "no small model could be made: "
 
 Served = Literal["served", "partly", "refused", "fault", "unknown"]
 
+# the kinds of types, as on the page
+_DECODERS = {"text": "Text", "multimodal": "Multimodal"}
+_OTHERS = {
+    "other": (
+        "No decoder-only language models",
+        "What transformers lists with those that generate text as well: encoders (its masked language models, and "
+        "`bert-generation`), told here to decode; `xlnet`, which permutes its tokens; `trocr`, the decoder of an "
+        "encoder-decoder; drafters (`gemma4_assistant`, `gemma4_unified_assistant`); `pi0`, which moves a robot.",
+    ),
+    "states": ("Without keys and values", "States of a fixed size in their place: there is nothing to compress."),
+}
+
 
 @dataclass(frozen=True)
 class Covered:
     """What came of a model type.
 
-    kind: "text" or "multimodal". outcomes: of each cache, OK, REFUSED or FAULT; empty where no tiny model could be
-    made, or none is to be served. reason: why not all is OK. release: of transformers.
+    kind: as `hf.model_types` has it. outcomes: of each cache, OK, REFUSED or FAULT; empty where no tiny model could be
+    made, or none is to be served. reason: why not all is OK, and what the model was not asked. release: of
+    transformers.
     """
 
     type: str
@@ -100,6 +113,7 @@ def cover_all(known: Iterable[Covered] = (), tell: Callable[[Covered], None] = l
         if covered is None:
             covered = cover(name, kind)
             tell(covered)
+        covered = dataclasses.replace(covered, kind=kind)
         # what is an encoder-decoder is only seen when its config is built
         if "is an encoder-decoder model" not in covered.reason:
             found.append(covered)
@@ -118,14 +132,18 @@ def read(text: str) -> list[Covered]:
 
 def table(rows: Iterable[Covered]) -> str:
     """The rows as a page in Markdown."""
-    rows = sorted(rows, key=lambda row: (row.kind != "text", row.type))
+    kinds = [*_DECODERS, *_OTHERS]
+    rows = sorted(rows, key=lambda row: (kinds.index(row.kind), row.type))
     releases = ", ".join(sorted({row.release for row in rows}))
+    decoders = [row for row in rows if row.kind in _DECODERS]
+    served = sum(row.served == "served" for row in decoders)
     parts = [
         "# Model types",
         "",
-        "A tiny model with random weights of each type that generates text with a decoder alone, in transformers "
-        f"{releases},",
-        "through four caches, compared with the model run without one: `kvcompress check --all --out coverage.jsonl`.",
+        f"Of {len(decoders)} types of decoder-only language models in transformers {releases}, {served} are served.",
+        "",
+        "A tiny model with random weights of each type that generates text with a decoder alone goes through four",
+        "caches, and is compared with itself run without one: `kvcompress check --all --out coverage.jsonl`.",
         "Multimodal ones are given text here; images are tested for LLaVA and Qwen2-VL. *served*: all caches, or all",
         "but `shadowkv`, which undoes rotations that some models do not have or do in their own way. *unknown*:",
         "transformers' own cache differs from the model too, or no tiny model could be made.",
@@ -133,9 +151,10 @@ def table(rows: Iterable[Covered]) -> str:
     ]
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind]
-        counts = {served: sum(row.served == served for row in of_kind) for served in Served.__args__}  # type: ignore[attr-defined]
-        said = ", ".join(f"{count} {served}" for served, count in counts.items() if count)
-        parts += [f"## {kind.capitalize()}", "", f"{len(of_kind)} types: {said}.", ""]
+        title, about = _OTHERS.get(kind) or (_DECODERS[kind], "")
+        parts += [f"## {title}", "", f"{counted(of_kind)}.", ""]
+        if about:
+            parts += [about, ""]
         parts += [f"| {' | '.join(('type', 'is', *CORE, 'why'))} |", f"|{' --- |' * (len(CORE) + 3)}"]
         for row in of_kind:
             cells = [f"`{row.type}`", row.served, *(row.outcomes.get(name, "") for name in CORE), _cell(row.reason)]
@@ -144,11 +163,18 @@ def table(rows: Iterable[Covered]) -> str:
     return "\n".join(parts)
 
 
-def _reason(rows: Iterable[Checked]) -> str:
+def counted(rows: Sequence[Covered]) -> str:
+    """How many rows there are, and of each outcome."""
+    found = [row.served for row in rows]
+    counts = ", ".join(f"{found.count(each)} {each}" for each in get_args(Served) if each in found)
+    return f"{len(rows)} types: {counts}"
+
+
+def _reason(rows: Sequence[Checked]) -> str:
     reasons = {row.cache: row.reason for row in rows if row.outcome != "OK" and row.cache != FULL}
     several = len(set(reasons.values())) > 1
-    said = (f"{name}: {reason}" if several else reason for name, reason in reasons.items())
-    return "; ".join(dict.fromkeys(said))
+    said = [f"{name}: {reason}" if several else reason for name, reason in reasons.items()]
+    return "; ".join(dict.fromkeys([*said, *(row.limits for row in rows if row.limits)]))
 
 
 def _cell(text: str) -> str:

@@ -105,7 +105,7 @@ class Inspection:
         """Feeds columns up to each stop; returns the first column that was fed, and the logits from there on.
 
         Args:
-            ids, mask: [batch, columns]; no mask: no padding, and the model finds positions by itself.
+            ids, mask: [batch, columns]; no mask: no padding, and the model finds positions by itself if it can.
         """
         first = int(cache.get_seq_length())
         logits: list[Tensor] = []
@@ -114,7 +114,9 @@ class Inspection:
             known: dict[str, Any] = {}
             if mask is not None:
                 places = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:]
-                known = {"attention_mask": mask[:, :stop], "position_ids": places}
+                known = {"attention_mask": mask[:, :stop], "position_ids": places.contiguous()}
+            else:
+                known = {name: each[:, start:] for name, each in self.subject.positions(stop).items()}
             logits.append(model(ids[:, start:stop], use_cache=True, **known, **hf.cache_argument(model, cache)).logits)
             self.promises.check_seen(cache, stop)
             self.may_refuse = False

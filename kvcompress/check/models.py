@@ -7,7 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kvcompress import hf, loading
-from kvcompress.check.typical import TYPICAL
+from kvcompress.check.typical import COMPLETED, TYPICAL
 from kvcompress.hf import small
 from kvcompress.loading import ModelUnavailableError
 
@@ -45,7 +45,7 @@ def read_config(name: str | None) -> PreTrainedConfig:
         name = "llama"
     if name is None or not _is_type(name):
         return loading.read_config(name)
-    return hf.as_decoder(AutoConfig.for_model(name, **TYPICAL.get(name, {})))
+    return hf.as_decoder(AutoConfig.for_model(name, **TYPICAL.get(name, COMPLETED.get(name, {}))))
 
 
 def _is_type(name: str | None) -> bool:

@@ -18,6 +18,7 @@ class Checked:
     difference: the largest difference of logits that must be equal, over the largest logit; None: none were compared.
     lost: what a packing cache loses, as a share of what the prompt is worth; None for others.
     trace: the traceback of a refusal or a fault.
+    limits: what the model cannot do with any cache, so that it was not asked of this one either.
     """
 
     cache: str
@@ -26,6 +27,7 @@ class Checked:
     difference: float | None = None
     lost: float | None = None
     trace: str = ""
+    limits: str = ""
 
 
 class Fault(Exception):  # noqa: N818 (it is what a check finds, told in the words of a report)

@@ -20,13 +20,15 @@ from kvcompress.swiftkv.model import SwiftKVModel
 
 # the rows' common beginning, their lengths, and what they are then fed: single tokens, a second turn, single tokens
 DOCUMENT, PROMPTS, FED = 64, (200, 153), (1, 1, 1, 9, 1, 1)
+# what a model that goes on from a cache as it should may differ by, over the largest logit, in full and half precision
+_GOES_ON, _GOES_ON_HALF = 1e-3, 5e-2
 
 
 class Subject:
-    """A model, what it is fed, and its logits without a cache."""
+    """A model, what it is fed, and its logits without a cache.
 
-    # columns at which forwards end
-    stops = tuple(itertools.accumulate(FED, initial=PROMPTS[0]))
+    What a model cannot do with transformers' own cache is not asked of it: see `told_positions` and `one_at_a_time`.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -59,6 +61,66 @@ class Subject:
         return [index for index, kind in enumerate(hf.layer_kinds(hf.decoder_config(self.model))) if kind.attends]
 
     @functools.cached_property
+    def told_positions(self) -> bool:
+        """Whether the positions of rows without padding are passed too, as `generate` passes them.
+
+        Some models do not go on from the tokens that a cache has seen: they begin anew in each forward, or count from
+        the id of their padding on, and leave it out.
+        """
+        return not self._goes_on((1, 1), told=False)
+
+    @functools.cached_property
+    def one_at_a_time(self) -> bool:
+        """Whether a second turn is fed token by token, as the model begins one of several with empty states."""
+        return not self._goes_on((9,), told=self.told_positions)
+
+    @functools.cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Columns at which forwards end."""
+        fed = (1,) * sum(FED) if self.one_at_a_time else FED
+        return tuple(itertools.accumulate(fed, initial=PROMPTS[0]))
+
+    @property
+    def limits(self) -> str:
+        """What the model cannot do with any cache, in words; empty, if nothing."""
+        said = []
+        if self.told_positions:
+            said.append("it needs position_ids, as generate passes them, to go on from what a cache has seen")
+        if self.one_at_a_time:
+            said.append("it goes on token by token: it begins a second turn of several with empty states")
+        return f"with any cache of transformers, {'; '.join(said)}" if said else ""
+
+    def positions(self, tokens: int, told: bool | None = None) -> dict[str, Tensor]:
+        """The argument for the positions of the first tokens of a row, [1, tokens], where they are passed."""
+        if not (self.told_positions if told is None else told):
+            return {}
+        return {"position_ids": torch.arange(tokens, device=self.rows[0].device)[None]}
+
+    @torch.no_grad()
+    def _goes_on(self, fed: tuple[int, ...], told: bool) -> bool:
+        """Whether the model, with transformers' own cache, goes on from a text as it does without a cache.
+
+        Args:
+            fed: how many tokens come in each forward after the first. told: whether positions are passed.
+        """
+        row = self.rows[0][: DOCUMENT + sum(fed)]
+        logits, start = [], 0
+        try:
+            cache = DynamicCache(config=self.judge.config)
+            truth = self.judge(row[None], use_cache=False, **self.positions(len(row), True)).logits[0]
+            for stop in itertools.accumulate(fed, initial=DOCUMENT):
+                positions = {name: each[:, start:] for name, each in self.positions(stop, told).items()}
+                piece = row[None, start:stop]
+                out = self.judge(piece, use_cache=True, **positions, **hf.cache_argument(self.judge, cache))
+                logits.append(out.logits[0])
+                start = stop
+        # whatever it is, the check itself will meet it
+        except Exception:
+            return True
+        most = _GOES_ON if truth.dtype in (torch.float32, torch.float64) else _GOES_ON_HALF
+        return float((torch.cat(logits) - truth).abs().max()) <= most * float(truth.abs().max())
+
+    @functools.cached_property
     def truth(self) -> list[Tensor]:
         """For each row, the logits without a cache, [tokens, vocabulary]."""
         return [self.without_cache(row) for row in self.rows]
@@ -70,7 +132,8 @@ class Subject:
         for row in self.rows:
             cache: Any = DynamicCache(config=hf.without_windows(hf.decoder_config(self.judge)))
             with torch.no_grad():
-                self.judge(row[None], use_cache=True, **hf.cache_argument(self.judge, cache))
+                positions = self.positions(len(row))
+                self.judge(row[None], use_cache=True, **positions, **hf.cache_argument(self.judge, cache))
             first = cache.layers[self.attending[0]]
             fed.append((first.keys[0], first.values[0]))
         return fed
@@ -97,7 +160,7 @@ class Subject:
         with contextlib.ExitStack() as stack:
             for layer, seen in zip(self.attending, allowed or (), strict=allowed is not None):
                 stack.enter_context(judge.forbidden(self.judge, layer, ~seen))
-            return self.judge(row[None], use_cache=False).logits[0]
+            return self.judge(row[None], use_cache=False, **self.positions(len(row))).logits[0]
 
 
 def pads_before(row: int) -> int:

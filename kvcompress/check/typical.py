@@ -106,4 +106,82 @@ TYPICAL: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "helium": {**COMMON, "num_hidden_layers": 3, "head_dim": 16},
+    "dbrx": {
+        "vocab_size": 512,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500_000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+        "pad_token_id": _PAD,
+    },
+    # heeds its window with a cache only: as long as what it was trained for
+    "moshi": {**COMMON, "num_hidden_layers": 3, "head_dim": 16, "ffn_dim": 192, "sliding_window": 512},
+    # layers that attend share their weights, and each has its own keys
+    "zamba": {
+        **COMMON,
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention"] * 2 + ["hybrid", "linear_attention"] * 2,
+        "num_key_value_heads": 4,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        **COMMON,
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", *["hybrid", "linear_attention"] * 2],
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 16,
+        "chunk_size": 8,
+        # which single steps do not heed
+        "time_step_min": 1e-9,
+        "use_mem_rope": True,
+    },
+}
+
+_AXES: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [24, 20, 20]}
+_GLM_V = {"text_config": {"rope_parameters": {**_AXES, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}}}
+_COMPASS = {"rope_parameters": {"full_attention": _AXES}}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 8,
+}
+# what the defaults of a type lack for a model that runs, as its checkpoints have it
+COMPLETED: dict[str, dict[str, Any]] = {
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
+    # experts in as many groups as a small model can have
+    "beam": {"n_group": 1, "topk_group": 1},
+    "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGAZ": 5}},
+    "cohere_compass": {"text_config": _COMPASS},
+    "cohere_compass_text": _COMPASS,
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 4,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
+    "glm46v": _GLM_V,
+    "glm4v": _GLM_V,
+    "glm4v_moe": {"text_config": {**_GLM_V["text_config"], "head_dim": 128}},
+    "glmga": _GLM_V,
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-1, 1]], "downsample_rate": "4/8"},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {**_AXES, "mrope_section": [16, 16, 16, 16]}}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 3},
+    "qwen3_omni_moe_thinker": {
+        "text_config": {"num_attention_heads": 32, "head_dim": 128, "rope_parameters": _AXES},
+        "vision_start_token_id": 3,
+    },
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    "xmod": {"default_language": "en_XX"},
 }

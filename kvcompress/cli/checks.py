@@ -97,6 +97,8 @@ def check(
     print(f"\n{count_of['OK']} OK, {count_of['REFUSED']} refused, {count_of['FAULT']} at fault")
     print("difference: the largest difference of logits that must be equal, over the largest logit")
     print("lost: the share of the prompt's worth, to what follows it, that packing loses")
+    for limits in dict.fromkeys(row.limits for row in rows if row.limits):
+        print(f"the model: {limits}")
     return 1 if count_of["FAULT"] else 0
 
 
@@ -119,10 +121,8 @@ def _check_all(out: Path | None) -> int:
                 file.write(coverage.line(covered) + "\n")
 
     rows = coverage.cover_all(known, tell)
-    for kind in ("text", "multimodal"):
-        served = [row.served for row in rows if row.kind == kind]
-        counts = ", ".join(f"{served.count(each)} {each}" for each in dict.fromkeys(served))
-        print(f"{kind}: {len(served)} types: {counts}")
+    for kind in dict.fromkeys(row.kind for row in rows):
+        print(f"{kind}: {coverage.counted([row for row in rows if row.kind == kind])}")
     return int(any(row.served == "fault" for row in rows))
 
 

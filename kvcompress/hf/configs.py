@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
@@ -38,27 +39,47 @@ _KINDS = {
 }
 
 
-# types that are encoders unless they are told to be decoders
+# types that are encoders unless they are told to be decoders: transformers knows all but the last as masked language
+# models, among which is also Reformer, whose released models decode
 _ENCODERS = {
-    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
-    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    *({*MODEL_FOR_MASKED_LM_MAPPING_NAMES} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}) - {"reformer"},
+    "bert-generation",
 }
+# further types that transformers lists with those that generate text, but which are no decoder-only language models: a
+# drafter of another model, one that moves a robot, the decoder of an encoder-decoder, one that permutes its tokens
+_PARTS = {"gemma4_assistant", "gemma4_unified_assistant", "pi0", "trocr", "xlnet"}
+# types that keep a state of fixed size in place of keys and values
+_WITHOUT_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
 # types whose attention is of their own, and what it does
 _OWN_WAYS = {
+    "blt": "reads bytes and patches with several decoders, which share two caches",
     "diffllama": "attends twice to the keys of a layer",
     "doge": "masks tokens by what they are",
     "dory": "runs its layers several times for a token",
+    "evolla": "attends to proteins in layers of their own",
+    "gemma4_assistant": "attends to the keys and values of the model that it drafts for",
+    "gemma4_unified_assistant": "attends to the keys and values of the model that it drafts for",
     "git": "lets the tokens of an image attend both ways",
+    "hrm_text": "runs its layers several times for a token",
+    "idefics": "attends to images in layers of their own",
     "inkling2_loop_text": "adds biases to its attention",
     "inkling2_text": "adds biases to its attention",
     "inkling_text": "adds biases to its attention",
     "jetmoe": "attends to other keys than it gives its cache",
     "laguna": "has layers of different numbers of heads",
+    "kosmos_2_5_text_model": "takes positions of its own",
     "kosmos_2_text_model": "takes positions of its own",
+    "kyutai_speech_to_text": "reads the codes of a sound with each token",
     "minimax": "has a cache class of its own",
     "mllama": "attends to images in layers of their own",
     "mllama_text_model": "attends to images in layers of their own",
     "paligemma": "lets the tokens of a prompt attend both ways",
+    "pi0": "moves a robot, and generates no tokens",
+    "qwen2_5_omni": "is several models with a cache each (its `thinker` is one)",
+    "qwen3_omni_moe": "is several models with a cache each (its `thinker` is one)",
+    "recurrent_gemma": "keeps states in the model, and not in its cache",
+    "reformer": "attends by hashes to hidden states, which it keeps in place of keys and values",
+    "voxtral_realtime": "reads a piece of a sound with each token",
 }
 
 
@@ -148,7 +169,7 @@ def decoder_config(module: Any) -> PreTrainedConfig:
 
 def as_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config, which tells a type that is an encoder otherwise to be a decoder."""
-    if config.model_type in _ENCODERS:
+    if config.model_type in _ENCODERS and hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config
 
@@ -159,11 +180,18 @@ def has_experts(config: PreTrainedConfig) -> bool:
 
 
 def model_types() -> dict[str, str]:
-    """The kind, "text" or "multimodal", of each type of the installed transformers that generates text with a decoder
-    alone, as far as its config's class says."""
+    """The kind of each type that the installed transformers lists with those that generate text, without
+    encoder-decoders, as far as its config's class says.
+
+    Returns:
+        "text" or "multimodal": decoder-only language models; "states": those without keys and values; "other": encoders
+        that can be told to decode, and parts of other models.
+    """
     text, mixed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    kinds = dict.fromkeys(text, "text") | dict.fromkeys(mixed, "multimodal")
+    kinds |= dict.fromkeys(_WITHOUT_ATTENTION, "states") | dict.fromkeys(_ENCODERS | _PARTS, "other")
     return {
-        name: "multimodal" if name in mixed else "text"
+        name: kinds[name]
         for name in sorted({*text, *mixed})
         if name in CONFIG_MAPPING and getattr(CONFIG_MAPPING[name], "is_encoder_decoder", False) is not True
     }
@@ -184,9 +212,11 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} {_OWN_WAYS[config.model_type]}; kvcompress supports causal attention through transformers' "
             "AttentionInterface to what each layer gives its cache once"
         )
+    if config.model_type in _WITHOUT_ATTENTION:
+        raise ValueError(_nothing_to_compress(name))
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; kvcompress supports decoder-only models")
-    if config.model_type in _ENCODERS and not config.is_decoder:
+    if config.model_type in _ENCODERS and not getattr(config, "is_decoder", True):
         raise ValueError(
             f"{name} is an encoder (is_decoder=False), whose tokens attend to later ones too; kvcompress supports "
             "decoder-only models"
@@ -248,11 +278,15 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
         window = each[index].get("sliding_window") if "sliding" in kind else None
         kinds.append(LayerKind(attends, window, each[index].get("number_of_states", 1) if has_states else 0))
     if not any(kind.attends for kind in kinds):
-        raise ValueError(
-            f"no layer of model type {config.model_type!r} attends to earlier tokens, so it has no keys and values to "
-            "compress"
-        )
+        raise ValueError(_nothing_to_compress(f"model type {config.model_type!r}"))
     return kinds
+
+
+def _nothing_to_compress(name: str) -> str:
+    return (
+        f"{name} has no attention whose keys and values could be compressed: it keeps states of a fixed size, which no "
+        "token makes larger"
+    )
 
 
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:

@@ -40,8 +40,21 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
-    """The attention module of a layer, None if no module has its number."""
-    return next((module for module in attention_modules(model) if layer_of(module) == layer), None)
+    """The attention module of a layer, None if there is none: the one that has its number, or one without a number that
+    the layer contains, as where layers share the weights of one block (Zamba)."""
+    numbered = next((module for module in attention_modules(model) if layer_of(module) == layer), None)
+    if numbered is not None:
+        return numbered
+    return next(
+        (
+            module
+            for name, module in text_of(model).named_modules(remove_duplicate=False)
+            if f".layers.{layer}." in f".{name}"
+            and "Attention" in type(module).__name__
+            and getattr(module, "layer_idx", 0) in (None, -1)
+        ),
+        None,
+    )
 
 
 def layer_of(module: nn.Module) -> int:
