@@ -11,9 +11,11 @@ from kvcompress import DenseCache, hf
 from kvcompress.caches.dense import DenseLayer
 from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.caches.evicting_step import ChunkStep
+from kvcompress.check import models
 from kvcompress.check.caches import default_caches
 from kvcompress.check.check import check
 from kvcompress.check.outcome import FULL
+from kvcompress.check.subject import FED, PROMPTS, Subject
 from kvcompress.hf.small import small_model
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.low_rank import ShadowSegment
@@ -360,3 +362,38 @@ def test_a_generate_that_loses_the_cache_is_found():
     assert (
         fault("none", model) == f"generate({hf.CACHE_SPELLINGS[0]}=...): 203 tokens were fed, but the cache has seen 0"
     )
+
+
+# what a model cannot do with any cache
+
+
+@pytest.mark.parametrize(
+    ("family", "told_positions", "one_at_a_time"),
+    [("gpt_neox", False, False), ("roberta", True, False), ("bamba", True, False), ("jamba", False, True)],
+)
+def test_what_a_model_cannot_do_with_transformers_cache_is_not_asked_of_ours(family, told_positions, one_at_a_time):
+    model = models.small_model(family)
+    subject = Subject(model)
+    assert (subject.told_positions, subject.one_at_a_time) == (told_positions, one_at_a_time)
+    assert len(subject.stops) == 1 + (sum(FED) if one_at_a_time else len(FED))
+    assert subject.stops[-1] == PROMPTS[0] + sum(FED)
+    rows = check(model, ["none"])
+    assert [row.outcome for row in rows] == ["OK", "OK"]
+    (limits,) = {row.limits for row in rows}
+    assert ("position_ids" in limits, "token by token" in limits) == (told_positions, one_at_a_time)
+
+
+@pytest.mark.parametrize("family", ["bamba", "jamba"])
+def test_what_such_a_model_can_do_is_still_asked(monkeypatch, family):
+    monkeypatch.setattr(DenseLayer, "_drop", after(DenseLayer._drop, forget_the_last))
+    assert "logits differ" in fault("none", models.small_model(family))
+
+
+def test_layers_that_share_the_weights_of_one_block_are_told_apart():
+    """Zamba's attention has no layer number: each layer's has its own mask, and forgets by itself."""
+    model = models.small_model("zamba2")
+    found = [hf.attention_module(model, layer) for layer in Subject(model).attending]
+    assert len({id(module) for module in found}) == len(found) == 2
+    assert {type(module).__name__ for module in found} == {"Zamba2Attention"}
+    assert hf.attention_module(model, 0) is None
+    assert outcomes(["h2o"], model)["h2o"] == ("OK", "")

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from kvcompress import hf
+from kvcompress import H2OCache, hf
 from kvcompress.check import coverage, models
 from kvcompress.check.coverage import CORE, Covered
 from kvcompress.check.outcome import FULL
-from kvcompress.check.typical import TYPICAL
+from kvcompress.check.typical import COMPLETED, TYPICAL
 from kvcompress.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,55 @@ def test_what_no_cache_serves_is_refused_by_name(name):
         models.small_model(name)
 
 
-@pytest.mark.parametrize("name", ["llama", "lfm2", "bert", "llava"])
+@of_this_release
+def test_types_are_grouped_as_transformers_lists_them():
+    """What is known as a masked language model is an encoder, and counts with no decoder-only language model."""
+    kinds = hf.model_types()
+    assert {row.type: row.kind for row in FOUND} == {row.type: kinds[row.type] for row in FOUND}
+    masked = [name for name in kinds if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES]
+    assert {name for name in masked if kinds[name] != "other"} == {"reformer"}
+    further = {name for name, kind in kinds.items() if kind == "other"} - set(masked)
+    assert further == {"bert-generation", "gemma4_assistant", "gemma4_unified_assistant", "pi0", "trocr", "xlnet"}
+    for name in further:
+        assert f"`{name}`" in PAGE.partition("## No decoder-only language models")[2].partition("|")[0]
+    # whatever is known by masked tokens and is not told to decode is refused
+    for name in masked:
+        config = transformers.AutoConfig.for_model(name)
+        if getattr(config, "is_decoder", True) is False and name != "reformer":
+            with pytest.raises(ValueError, match=r"is an encoder \(is_decoder=False\)"):
+                hf.check_served(config, name)
+
+
+@of_this_release
+def test_what_has_no_keys_and_values_is_refused_in_those_words():
+    states = [row for row in FOUND if row.kind == "states"]
+    assert {row.type for row in states} == {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
+    for row in states:
+        assert row.reason.startswith(f"{row.type} has no attention whose keys and values could be compressed")
+
+
+def test_the_page_says_how_many_decoder_only_types_are_served():
+    decoders = [row for row in FOUND if row.kind in ("text", "multimodal")]
+    served = [row for row in decoders if row.served == "served"]
+    (release,) = {row.release for row in FOUND}
+    said = (
+        f"Of {len(decoders)} types of decoder-only language models in transformers {release}, {len(served)} are served."
+    )
+    assert said in PAGE
+    assert len(decoders) == len(FOUND) - sum(row.kind in ("other", "states") for row in FOUND) > len(served)
+
+
+@of_this_release
+def test_a_model_without_attention_is_refused_when_a_cache_is_built():
+    config = transformers.AutoConfig.for_model(
+        "mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="MambaForCausalLM has no attention whose keys and values could be compressed"):
+        H2OCache(model, budget=8)
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm2", "bert", "roberta", "llava", "hunyuan_vl"])
 def test_types_are_served_as_the_page_says(name):
     (known,) = [row for row in FOUND if row.type == name]
     found = coverage.cover(name, known.kind)
@@ -89,6 +138,7 @@ def test_a_file_of_results_is_read_again_and_told_on_a_page():
     again = coverage.read("\n".join(map(coverage.line, rows)))
     assert again == rows
     page = coverage.table(rows)
+    assert "Of 3 types of decoder-only language models" in page
     assert "2 types: 1 served, 1 refused." in page
     assert "| `zeta` | served | OK | OK | OK | OK |  |" in page
     assert r"| `alpha_moe` | refused |  |  |  |  | alpha\_moe uses a   b  c  |" in page
@@ -141,3 +191,14 @@ def test_typical_sizes_are_those_of_the_type_alone(tmp_path):
     config.save_pretrained(tmp_path / "mine")
     assert models.read_config(str(tmp_path / "mine")).hidden_size == 128
     assert models.read_config("lfm2").hidden_size == 64
+
+
+@of_this_release
+@pytest.mark.parametrize("name", COMPLETED)
+def test_without_its_settings_a_type_makes_no_model_that_runs(monkeypatch, name):
+    """None stands for nothing: a later transformers may have better defaults."""
+    assert name not in TYPICAL
+    monkeypatch.setattr(models, "COMPLETED", {})
+    found = coverage.cover(name, "text")
+    assert found.served in ("unknown", "refused")
+    assert (found.served, found.reason) != next((row.served, row.reason) for row in FOUND if row.type == name)
