@@ -69,6 +69,24 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1], **_MAMBA},
+    # layers that attend share their weights, and each has its own keys
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_attention_heads": 8,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_attention_heads": 8,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 16,
+        "chunk_size": 8,
+        # which single steps do not heed
+        "time_step_min": 1e-9,
+        "use_mem_rope": True,
+    },
 }
 
 TYPICAL: dict[str, dict[str, Any]] = {
@@ -118,26 +136,6 @@ TYPICAL: dict[str, dict[str, Any]] = {
     },
     # heeds its window with a cache only: as long as what it was trained for
     "moshi": {**COMMON, "num_hidden_layers": 3, "head_dim": 16, "ffn_dim": 192, "sliding_window": 512},
-    # layers that attend share their weights, and each has its own keys
-    "zamba": {
-        **COMMON,
-        "num_hidden_layers": 6,
-        "layers_block_type": ["linear_attention"] * 2 + ["hybrid", "linear_attention"] * 2,
-        "num_key_value_heads": 4,
-        "mamba_dt_rank": 4,
-    },
-    "zamba2": {
-        **COMMON,
-        "num_hidden_layers": 5,
-        "layers_block_type": ["linear_attention", *["hybrid", "linear_attention"] * 2],
-        "num_key_value_heads": 4,
-        "n_mamba_heads": 8,
-        "mamba_d_state": 16,
-        "chunk_size": 8,
-        # which single steps do not heed
-        "time_step_min": 1e-9,
-        "use_mem_rope": True,
-    },
 }
 
 _AXES: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [24, 20, 20]}

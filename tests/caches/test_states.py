@@ -22,13 +22,15 @@ from kvcompress import (
     measure_profile,
 )
 from kvcompress.check.typical import COMMON, HYBRIDS
-from kvcompress.hf import decoder_of, layer_kinds
+from kvcompress.hf import cache_argument, decoder_of, layer_kinds
 from kvcompress.policies.tova import TOVA
 from tests.contract.caches import SHADOW
 from tests.contract.drive import feed, full, generate
 from tests.contract.models import left_padded, prompt
 
 every_hybrid = pytest.mark.parametrize("hybrid", HYBRIDS)
+# transformers begins a second turn of several tokens with empty states
+MAMBA_1 = ("jamba", "zamba")
 CACHES = {
     "dense": DenseCache,
     "h2o": lambda model: H2OCache(model, budget=400),
@@ -82,14 +84,13 @@ def test_the_models_here_are_hybrids(hybrid, model):
 @pytest.mark.parametrize("name", CACHES)
 @every_hybrid
 def test_with_room_for_all_turns_equal_those_of_transformers_cache(hybrid, model, name):
-    if name == "shadowkv" and hybrid in ("nemotron_h", "jamba"):
-        with pytest.raises(ValueError, match="RoPE|rotary"):
+    if name == "shadowkv" and hybrid in ("nemotron_h", "jamba", "zamba2"):
+        with pytest.raises(ValueError, match="RoPE|rotary|how it rotates its keys"):
             CACHES[name](model)
         return
     wanted = turns(model, own(model))
-    # transformers' Jamba begins a second turn of several tokens with empty states
     with torch.no_grad():
-        if hybrid != "jamba":
+        if hybrid not in MAMBA_1:
             close(wanted, model(prompt(60, seed=4)[:, :56], use_cache=False).logits)
     close(turns(model, CACHES[name](model)), wanted)
 
@@ -102,6 +103,20 @@ def test_generation_of_padded_batches_and_beams(hybrid, model, settings):
     wanted = full(model, ids, mask, **settings)
     for name in ("dense", "h2o", "kvzip"):
         assert torch.equal(generate(model, CACHES[name](model), ids, mask, **settings), wanted), name
+
+
+# docs: (Jamba, Zamba) begin a forward of several tokens with empty states
+@pytest.mark.parametrize("hybrid", MAMBA_1)
+def test_mamba_1_goes_on_token_by_token_only(hybrid, model):
+    ids = prompt(30, seed=4)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits[:, 20:]
+    for build in (own, DenseCache):
+        at_once, one_by_one = build(model), build(model)
+        feed(model, at_once, ids[:, :20])
+        feed(model, one_by_one, ids[:, :20])
+        assert float((feed(model, at_once, ids[:, 20:]) - wanted).abs().max()) > 0.1 * float(wanted.abs().max())
+        close(torch.cat([feed(model, one_by_one, ids[:, at : at + 1]) for at in range(20, 30)], 1), wanted)
 
 
 # README: of hybrids the layers that attend
@@ -125,8 +140,8 @@ def test_eviction_shows_and_frees_memory(hybrid, model):
 @every_hybrid
 def test_a_second_reading_goes_on_from_the_states_and_leaves_them(hybrid, model):
     """Each layer is fed what it would be fed if the text came again."""
-    if hybrid == "jamba":
-        pytest.skip("transformers' Jamba begins a second turn of several tokens with empty states")
+    if hybrid in MAMBA_1:
+        pytest.skip("transformers begins a second turn of several tokens with empty states")
     ids, read = prompt(40, seed=4), []
     cache, dense, full_cache = KVzipCache(model, budget=8, sinks=1, chunk=100, prompt=()), DenseCache(model), own(model)
     hook = decoder_of(model).register_forward_hook(lambda module, args, out: read.append(out.last_hidden_state))
@@ -220,8 +235,27 @@ def test_budgets_of_a_pyramid_are_of_the_layers_that_attend():
 def test_models_without_attention_are_refused():
     config = AutoConfig.for_model("mamba2", num_hidden_layers=2, hidden_size=32, head_dim=8, num_heads=8, vocab_size=64)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="mamba2"):
+    with pytest.raises(ValueError, match="Mamba2ForCausalLM has no attention whose keys and values could be compressed"):
         DenseCache(model)
+
+
+def test_a_hybrid_none_of_whose_layers_attends_is_refused():
+    config = AutoConfig.for_model("lfm2", **COMMON, num_hidden_layers=2, layer_types=["conv", "conv"])
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="model type 'lfm2' has no attention whose keys and values could be compressed"):
+        DenseCache(model)
+
+
+def test_a_model_that_begins_its_positions_anew_is_not_answered_wrongly():
+    """transformers' Bamba needs position_ids, which `generate` passes: without them, its positions go backwards."""
+    model, ids = made("bamba"), prompt(20)
+    cache = DenseCache(model)
+    with torch.no_grad():
+        model(ids, **cache_argument(model, cache))
+        with pytest.raises(ValueError, match="position ids must continue"):
+            model(ids[:, :1], **cache_argument(model, cache))
+        wanted = model(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:]
+        close(feed(model, cache, ids[:, :1], position_ids=torch.tensor([[20]])), wanted)
 
 
 @every_hybrid

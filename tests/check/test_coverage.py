@@ -6,7 +6,7 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from kvcompress import H2OCache, hf
+from kvcompress import hf
 from kvcompress.check import coverage, models
 from kvcompress.check.coverage import CORE, Covered
 from kvcompress.check.outcome import FULL
@@ -79,16 +79,6 @@ def test_the_page_says_how_many_decoder_only_types_are_served():
     )
     assert said in PAGE
     assert len(decoders) == len(FOUND) - sum(row.kind in ("other", "states") for row in FOUND) > len(served)
-
-
-@of_this_release
-def test_a_model_without_attention_is_refused_when_a_cache_is_built():
-    config = transformers.AutoConfig.for_model(
-        "mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="MambaForCausalLM has no attention whose keys and values could be compressed"):
-        H2OCache(model, budget=8)
 
 
 @pytest.mark.parametrize("name", ["llama", "lfm2", "bert", "roberta", "llava", "hunyuan_vl"])
