@@ -183,6 +183,7 @@ def test_typical_sizes_are_those_of_the_type_alone(tmp_path):
     assert models.read_config("lfm2").hidden_size == 64
 
 
+@pytest.mark.slow
 @of_this_release
 @pytest.mark.parametrize("name", COMPLETED)
 def test_without_its_settings_a_type_makes_no_model_that_runs(monkeypatch, name):
