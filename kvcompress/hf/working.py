@@ -100,14 +100,21 @@ def state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
         each = [list(states_in(layer)) for layer in cache.layers]
         return sum(tensor.nbytes for tensor in next(held for held in each if held))
 
-    return None if (each := _without_numbers(config, dtype, states_of)) is None else count * each
+    each = _without_numbers(config, dtype, states_of)
+    if each is None:
+        # a layer that shares its weights with the next of its kind is not made alone (Zamba)
+        each = _without_numbers(config, dtype, states_of, times=2)
+    return None if each is None else count * each
 
 
-def _without_numbers(config: PreTrainedConfig, dtype: torch.dtype, run: Callable[[Any], _T]) -> _T | None:
-    """What `run` finds of a decoder that has a few layers, one of each kind, and no numbers; None if that fails."""
+def _without_numbers(
+    config: PreTrainedConfig, dtype: torch.dtype, run: Callable[[Any], _T], times: int = 1
+) -> _T | None:
+    """What `run` finds of a decoder that has a few layers, one of each kind, or the first of them, so many times as
+    many, and no numbers; None if that fails."""
     AttentionInterface.register(_SIZES_ONLY, _attention)
     AttentionMaskInterface.register(_SIZES_ONLY, _no_mask)
-    few = _with_few_layers(config)
+    few = _with_few_layers(config, times)
     try:
         with FakeTensorMode(), torch.no_grad():
             model = AutoModelForCausalLM.from_config(few, dtype=dtype, attn_implementation=_SIZES_ONLY)
@@ -122,10 +129,12 @@ def _peak(decoder: Any, tokens: int) -> int:
     return peak_of_tensors(lambda: decoder(input_ids=ids, use_cache=False))[0]
 
 
-def _with_few_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+def _with_few_layers(config: PreTrainedConfig, times: int) -> PreTrainedConfig:
     few = copy.deepcopy(config)
     vars(few).pop("quantization_config", None)
     layers, lists = layers_of_each_kind(config)
+    if times > 1:
+        layers = list(range(min(config.num_hidden_layers, times * len(layers))))
     for name, value in lists.items():
         setattr(few, name, [value[layer] for layer in layers])
     few.num_hidden_layers = len(layers)
