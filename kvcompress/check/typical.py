@@ -151,8 +151,6 @@ _INDEXER = {
 # what the defaults of a type lack for a model that runs, as its checkpoints have it
 COMPLETED: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
-    # experts in as many groups as a small model can have
-    "beam": {"n_group": 1, "topk_group": 1},
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGAZ": 5}},
     "cohere_compass": {"text_config": _COMPASS},
     "cohere_compass_text": _COMPASS,

@@ -34,9 +34,12 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in text_of(model).modules()
-        if any(part in type(module).__name__ for part in _ATTENTION)
-        and isinstance(getattr(module, "layer_idx", None), int)
+        if _is_attention(module) and isinstance(getattr(module, "layer_idx", None), int)
     ]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return any(part in type(module).__name__ for part in _ATTENTION)
 
 
 def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
@@ -50,7 +53,7 @@ def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
             module
             for name, module in text_of(model).named_modules(remove_duplicate=False)
             if f".layers.{layer}." in f".{name}"
-            and "Attention" in type(module).__name__
+            and _is_attention(module)
             and getattr(module, "layer_idx", 0) in (None, -1)
         ),
         None,
