@@ -22,6 +22,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
     AOT_HEAD_DIMS,
+    AOT_LATENTS,
     attends_in_triton,
     autotune,
     has_wgmma,
@@ -31,7 +32,7 @@ from kvcompress.kernels.common.runtime import (
     tl,
     triton,
 )
-from kvcompress.kernels.common.split_attention import FEW_ROWS, launch_split
+from kvcompress.kernels.common.split_attention import FEW_ROWS, launch_split, splits_in_triton
 from kvcompress.kernels.common.tile import (
     LOG2E,
     bound_logits,
@@ -76,7 +77,7 @@ def causal_attention(
             f"causal_attention needs at most as many queries as tokens, got {query.shape[2]} and {key.shape[2]}"
         )
     spec = spec.within(key.shape[2])
-    if attends_in_triton(query) and query.numel():
+    if splits_in_triton(query, key, value) and query.numel():
         run = _launch_causal
     elif query.is_cuda or not spec.is_plain or key.shape[-1] != value.shape[-1]:
         run = causal_in_blocks
@@ -137,7 +138,7 @@ def slot_attention(
         # torch's fused attention divides by how many there are
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         return out, query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-    if attends_in_triton(query) and query.numel():
+    if splits_in_triton(query, key, value) and query.numel():
         return launch_split(query, key, value, spec, None, positions, query_positions, bias)
     if query.is_cuda or not spec.is_plain or key.shape[-1] != value.shape[-1]:
         return slots_in_blocks(query, key, value, positions, query_positions, spec, bias=bias)
@@ -197,7 +198,7 @@ def _launch_causal(
         key, value = key[:, :, -reach:], value[:, :, -reach:]
         visible = None if visible is None else visible[:, -reach:]
     kv_heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
-    if queries * (heads // kv_heads) <= FEW_ROWS:
+    if queries * (heads // kv_heads) <= FEW_ROWS or not attends_in_triton(query):
         return launch_split(query, key, value, spec, visible)
     if spec.scale <= 0:
         # the kernel takes the maximum before it scales
@@ -409,3 +410,10 @@ def aot_calls() -> None:
                 slot_attention(query, key, key, positions, at, bounded)
                 slot_attention(query, key, key, positions, at, plain, shaped(1, 4, 900))
                 slot_attention(query, key, key, positions, at, bounded, shaped(1, 4, 900))
+    for rank, shared in AOT_LATENTS:
+        latents, visible = shaped(1, 1, 900, rank + shared, dtype=torch.bfloat16), shaped(1, 900, dtype=torch.bool)
+        positions, at = shaped(1, 1, 900, dtype=torch.int32), shaped(1, 4, dtype=torch.int32)
+        query = shaped(1, 64, 4, rank + shared, dtype=torch.bfloat16)
+        causal_attention(query, latents, latents[..., :rank], LogitSpec(0.1))
+        causal_attention(query, latents, latents[..., :rank], LogitSpec(0.1), visible)
+        slot_attention(query, latents, latents[..., :rank], positions, at, LogitSpec(0.1))

@@ -20,14 +20,14 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.runtime import (
     AOT_DTYPES,
     AOT_HEAD_DIMS,
-    attends_in_triton,
+    AOT_LATENTS,
     launch,
     op,
     shaped,
     tl,
     triton,
 )
-from kvcompress.kernels.common.split_attention import MOST_SPLITS, Extents, launch_split
+from kvcompress.kernels.common.split_attention import MOST_SPLITS, Extents, launch_split, splits_in_triton
 from kvcompress.kernels.common.torch_attention import slots_seen
 
 
@@ -62,7 +62,7 @@ def decode_attention(
     """
     if query.shape[2] != 1:
         raise ValueError(f"decode_attention takes one query per sequence, got query {list(query.shape)}")
-    run = launch_decode if attends_in_triton(query) and query.numel() else _decode_in_pytorch
+    run = launch_decode if splits_in_triton(query, key, value) and query.numel() else _decode_in_pytorch
     return run(query, key, value, positions, query_positions, spec, sink_logits)
 
 
@@ -291,3 +291,10 @@ def aot_calls() -> None:
                 query, sinks = shaped(1, 2 * group, 1, head_dim, dtype=dtype), shaped(2 * group, dtype=dtype)
                 decode_attention(query, key, key, positions, at, LogitSpec(0.1))
                 decode_attention(query, key, key, positions, at, LogitSpec(0.1, window=700, softcap=30.0), sinks)
+    for rank, shared in AOT_LATENTS:
+        latents, positions = (
+            shaped(1, 1, 900, rank + shared, dtype=torch.bfloat16),
+            shaped(1, 1, 900, dtype=torch.int32),
+        )
+        query, at = shaped(1, 64, 1, rank + shared, dtype=torch.bfloat16), shaped(1, 1, dtype=torch.int32)
+        decode_attention(query, latents, latents[..., :rank], positions, at, LogitSpec(0.1))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvcompress.kernels.attention import slot_attention_reference
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.common.runtime import AOT_DTYPES, AOT_HEAD_DIMS, attends_in_triton, op, shaped
-from kvcompress.kernels.common.split_attention import Extents, launch_split
+from kvcompress.kernels.common.runtime import AOT_DTYPES, AOT_HEAD_DIMS, op, shaped
+from kvcompress.kernels.common.split_attention import Extents, launch_split, splits_in_triton
 from kvcompress.kernels.decode import decode_attention_reference, launch_decode
 
 
@@ -47,7 +47,7 @@ def ragged_attention(
         [batch, heads, queries].
     """
     _check(query, key, value, extents, positions)
-    if not (attends_in_triton(query) and query.numel()):
+    if not (splits_in_triton(query, key, value) and query.numel()):
         return ragged_attention_reference(query, key, value, extents, positions, query_positions, spec, bias)
     return launch_split(query, key, value, spec, None, positions, query_positions, bias, extents=extents)
 
@@ -99,7 +99,7 @@ def ragged_decode_attention(
     _check(query, key, value, extents, positions)
     if query.shape[2] != 1:
         raise ValueError(f"ragged_decode_attention takes one query per sequence, got query {list(query.shape)}")
-    if not (attends_in_triton(query) and query.numel()):
+    if not (splits_in_triton(query, key, value) and query.numel()):
         return ragged_decode_attention_reference(
             query, key, value, extents, positions, query_positions, spec, sink_logits
         )

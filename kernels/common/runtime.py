@@ -50,6 +50,8 @@ ALL_REGISTERS: dict[str, int] = {"maxnreg": 255} if torch.version.hip is None el
 AOT_DTYPES = (torch.bfloat16, torch.float32)
 # every pair of a tile and a tail up to the widest (common/tile.py); others only mask more
 AOT_HEAD_DIMS = (64, 80, 96, 128, 144, 192, 256)
+# latents and what is shared of keys: DeepSeek's and MiniCPM3's
+AOT_LATENTS = ((512, 64), (256, 32))
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")

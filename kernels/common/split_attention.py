@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.common.runtime import core_count, has_wgmma, launch, tl, triton
+from kvcompress.kernels.common.runtime import (
+    WIDEST_HEAD,
+    attends_in_triton,
+    core_count,
+    has_wgmma,
+    launch,
+    runs_triton,
+    tl,
+    triton,
+)
 from kvcompress.kernels.common.tile import (
     LOG2E,
     MIN_SIDE,
@@ -32,8 +41,28 @@ _PROGRAMS_PER_CORE = 4
 # keys below which a part does not repay its share of the merge
 _LEAST_SPLIT = 256
 MOST_SPLITS = 64
+# numbers of latents, and of what keys have behind them, that a tile holds
+_WIDEST_LATENT = 512
+_WIDEST_TAIL = 128
 # what a program does before and after its tiles takes as long as so many tiles
 _STARTING = 2
+
+
+def splits_in_triton(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True where `launch_split` can take these: what any attention kernel takes, and latents in 16 bits."""
+    if attends_in_triton(query):
+        return True
+    return runs_triton(query) and query.element_size() == 2 and _latent_widths(key, value) is not None
+
+
+def _latent_widths(key: Tensor, value: Tensor) -> tuple[int, int] | None:
+    """The tile and the tail that cover keys whose first numbers are the values; None if they are not, or too wide."""
+    rank, head_dim = value.shape[-1], key.shape[-1]
+    in_keys = value.data_ptr() == key.data_ptr() and value.stride() == key.stride() and rank < head_dim
+    dim = triton.next_power_of_2(rank)
+    if not in_keys or dim > _WIDEST_LATENT or head_dim - dim > _WIDEST_TAIL:
+        return None
+    return dim, 0 if head_dim <= dim else max(MIN_SIDE, triton.next_power_of_2(head_dim - dim))
 
 
 class Extents(NamedTuple):
@@ -73,7 +102,10 @@ def launch_split(
     batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1:3] if positions is None else positions.shape[1:]
     value_dim, group = value.shape[-1], heads // kv_heads
-    query, key, value = rows_aligned(query), rows_aligned(key), rows_aligned(value)
+    latent = _latent_widths(key, value) if query.shape[-1] > WIDEST_HEAD else None
+    query, key = rows_aligned(query), rows_aligned(key)
+    # where keys have the values in them, one tile is both
+    value = key if latent else rows_aligned(value)
     average = tokens if extents is None else -(-len(key) // (batch * kv_heads))
     if extents is not None:
         # all heads begin at the first slot, from where their starts count
@@ -82,7 +114,11 @@ def launch_split(
     positions, bias = (None if x is None else x.contiguous() for x in (positions, bias))
     query_positions = None if spec.window is None or query_positions is None else query_positions.contiguous()
     # bound by bandwidth: columns that are only masked cost nothing, tails would cost registers
-    dim, value_width = tile_width(query.shape[-1]), tile_width(value.shape[-1])
+    if latent:
+        dim, tail = latent
+        value_width = dim
+    else:
+        dim, tail, value_width = tile_width(query.shape[-1]), 0, tile_width(value.shape[-1])
     width, deep = max(dim, value_width), has_wgmma(query.device)
     block_rows, block_tokens, warps, stages = _split_blocks(queries * group, width, query.element_size(), deep)
     programs = batch * kv_heads * triton.cdiv(queries * group, block_rows)
@@ -98,7 +134,7 @@ def launch_split(
         out[others:], lse[others:], logits, tickets,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         batch, kv_heads, queries, tokens, splits, split_tokens, *spec.arguments,
-        GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim,
+        GROUP=group, HEAD_DIM=query.shape[-1], DIM=dim, TAIL=tail, LATENT=latent is not None,
         VALUE_DIM=value_dim, VALUE_ROOM=value.shape[-1], VALUE_WIDTH=value_width,
         PADDED=visible is not None, SLOTTED=positions is not None, RAGGED=extents is not None, BIASED=bias is not None,
         WRITES_LOGITS=logits is not None, **spec.constants,
@@ -149,6 +185,8 @@ def _split_blocks(rows: int, width: int, element_size: int, deep: bool) -> tuple
         if width <= 64:
             return min(block_rows, 32), 32, 8, 2
         return MIN_SIDE, 16, 4 if width <= 128 else 8, 2
+    if width > 256:
+        return min(block_rows, 32), 32, 8, 2
     if width > 128:
         return min(block_rows, 32), 32, 8, 2
     if block_rows > MIN_SIDE and width > 64:
@@ -168,6 +206,8 @@ def _split_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    TAIL: tl.constexpr,
+    LATENT: tl.constexpr,  # values are the first VALUE_DIM numbers of keys
     VALUE_DIM: tl.constexpr,
     VALUE_ROOM: tl.constexpr,  # VALUE_DIM with the padding of the values
     VALUE_WIDTH: tl.constexpr,
@@ -213,6 +253,8 @@ def _split_kernel(
         bias_base = positions_base
     query_offset = batch * query_batch_stride + head * query_head_stride + index * query_stride
     query = load_tile(query_ptr, query_offset, row_ok, 0, DIM, HEAD_DIM)  # [R, DIM]
+    if TAIL:
+        query_tail = load_tile(query_ptr, query_offset, row_ok, DIM, TAIL, HEAD_DIM)  # [R, TAIL]
     if SLOTTED:
         if WINDOWED:
             position = tl.load(query_positions_ptr + batch * queries + index, mask=row_ok, other=0)  # [R]
@@ -245,6 +287,9 @@ def _split_kernel(
             tile_ptr = key_ptr + wide(start) * key_stride
             key = load_tile(tile_ptr, key_offset, token_ok, 0, DIM, HEAD_DIM)  # [T, DIM]
             logits = dot(query, tl.trans(key), tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32))  # [R, T]
+            if TAIL:
+                key_tail = load_tile(tile_ptr, key_offset, token_ok, DIM, TAIL, HEAD_DIM)  # [T, TAIL]
+                logits = dot(query_tail, tl.trans(key_tail), logits)
             if SCALED:
                 logits = bound_logits(logits, scale, softcap, SOFTCAPPED)
             tile_base = positions_base + start
@@ -277,9 +322,12 @@ def _split_kernel(
             weight = tl.exp2(logits * to_base_2 - shift[:, None])  # [R, T]
             peak = risen
             total = total * fade + tl.sum(weight, 1)
-            value_offset = column * value_stride
-            tile_ptr = value_ptr + wide(start) * value_stride
-            value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
+            if LATENT:
+                value = key
+            else:
+                value_offset = column * value_stride
+                tile_ptr = value_ptr + wide(start) * value_stride
+                value = load_tile(tile_ptr, value_offset, token_ok, 0, VALUE_WIDTH, VALUE_ROOM)  # [T, VALUE_WIDTH]
             weight = weight.to(value.dtype)
             out = dot(weight, value, out * fade[:, None])
 

@@ -102,8 +102,9 @@ class LatentQuantizedLayer(QuantizedLayer):
     def _attend_to(
         query: Tensor, key: Tensor, value: Tensor, positions: Tensor, query_positions: Tensor, spec: LogitSpec
     ) -> tuple[Tensor, Tensor]:
-        # decoded in float32
-        key, value = (x.to(query.dtype) for x in (key, value))
+        # decoded in float32; values stay a part of the keys
+        key = key.to(query.dtype)
+        value = key[..., : value.shape[-1]]
         return slot_attention(query, key, value, positions.to(torch.int32), query_positions, spec)
 
 

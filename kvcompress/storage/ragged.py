@@ -18,8 +18,7 @@ from torch import Tensor
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.column_sums import slot_column_maxima, slot_column_sums
 from kvcompress.kernels.common.logits import LogitSpec
-from kvcompress.kernels.common.runtime import attends_in_triton
-from kvcompress.kernels.common.split_attention import Extents
+from kvcompress.kernels.common.split_attention import Extents, splits_in_triton
 from kvcompress.kernels.common.torch_attention import slots_seen
 from kvcompress.kernels.decode import slot_probabilities
 from kvcompress.kernels.ragged import by_column, padded, ragged_attention, ragged_decode_attention
@@ -229,7 +228,7 @@ class RaggedSlots(SlotSegment):
         return Extents(self.starts, self.capacities)
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
-        if attends_in_triton(query):
+        if splits_in_triton(query, self.keys, self.values):
             at = query_positions.expand(len(query), -1)
             keys, weights = self._rotated_rows(), self.log_weights
             return ragged_attention(query, keys, self.values, self._extents(), self.positions, at, spec, weights)
@@ -255,7 +254,7 @@ class RaggedSlots(SlotSegment):
         if self.log_weights is not None:
             raise NotImplementedError("slots with log-weights take no tokens one by one")
         self.put(key, value, positions)
-        if not attends_in_triton(query):
+        if not splits_in_triton(query, self.keys, self.values):
             return self._decode_in_pytorch(query, query_positions, spec, sink_logits)
         at = query_positions.expand(len(query), -1)
         keys, extents = self._rotated_rows(), self._extents()
