@@ -18,6 +18,7 @@ from kvcompress.kernels.common.runtime import (
     core_count,
     has_wgmma,
     launch,
+    runs_ptx,
     runs_triton,
     tl,
     triton,
@@ -120,7 +121,8 @@ def launch_split(
     else:
         dim, tail, value_width = tile_width(query.shape[-1]), 0, tile_width(value.shape[-1])
     width, deep = max(dim, value_width), has_wgmma(query.device)
-    block_rows, block_tokens, warps, stages = _split_blocks(queries * group, width, query.element_size(), deep)
+    rows, has_ptx = queries * group, runs_ptx(query.device)
+    block_rows, block_tokens, warps, stages = _split_blocks(rows, width + tail, query.element_size(), deep, has_ptx)
     programs = batch * kv_heads * triton.cdiv(queries * group, block_rows)
     resident = resident_programs(warps, query.device)
     splits, split_tokens = even_parts(programs, average, tokens, block_tokens, resident)
@@ -178,15 +180,18 @@ def even_parts(programs: int, tokens: int, longest: int, block: int, resident: i
     return -(-tiles // part), part * block
 
 
-def _split_blocks(rows: int, width: int, element_size: int, deep: bool) -> tuple[int, int, int, int]:
-    """Rows and tokens per tile, warps and stages of the split kernel; deep: shared memory as large as Hopper's."""
+def _split_blocks(rows: int, width: int, element_size: int, deep: bool, has_ptx: bool) -> tuple[int, int, int, int]:
+    """Rows and tokens per tile, warps and stages of the split kernel; deep: shared memory as large as Hopper's.
+
+    Latents are one tile, so that width is their rank and what is behind it, where they are wider than any head.
+    """
     block_rows = min(FEW_ROWS, max(MIN_SIDE, triton.next_power_of_2(rows)))
     if element_size == 4:
         if width <= 64:
             return min(block_rows, 32), 32, 8, 2
         return MIN_SIDE, 16, 4 if width <= 128 else 8, 2
-    if width > 256:
-        return min(block_rows, 32), 32, 8, 2
+    if width > WIDEST_HEAD:
+        return (min(block_rows, 32), 32, 8, 2) if has_ptx else (MIN_SIDE, MIN_SIDE, 8, 1)
     if width > 128:
         return min(block_rows, 32), 32, 8, 2
     if block_rows > MIN_SIDE and width > 64:
