@@ -78,7 +78,7 @@ class FullReference:
         start = self.context - 1
         reader = Reader(self.model, make_cache())
         rows = [list(window[:start]) for window in self.windows]
-        if FirstForward.serves(reader.cache) and FirstForward.fits(self.model, rows):
+        if FirstForward.serves(reader.cache) and len(rows) <= FirstForward.most_rows(self.model, self.context):
             self._first = self._first or FirstForward(self.model, rows)
             self._first.fill(reader)
         else:
