@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from kvcompress import DenseCache, EvictingCache, GEARCache, HydragenCache, ShadowKVCache, hf
 from kvcompress.caches.matching import Asked
@@ -186,6 +186,12 @@ class FirstForward:
         finally:
             vars(cache).pop("_read_again", None)
         reader.mask = self.mask
+
+    def store(self, cache: Cache) -> None:
+        """Gives a cache that stores what its layers are told, such as transformers' own, the keys and values."""
+        with torch.inference_mode():
+            for index, call in enumerate(self._calls):
+                cache.update(call.key, call.value, index)
 
     def _read_again(
         self, cache: EvictingCache, decoder: Any, waiting: Sequence[RereadLayer], input_ids: Tensor
