@@ -59,10 +59,15 @@ class FullReference:
         self.model = model
         self.windows = windows
         self.context = context
-        # the recorded first forward of evicting caches, once there is one
-        self._first: FirstForward | None = None
+        rows = [window[: context - 1] for window in windows]
         self._cache = DynamicCache(config=model.config)
-        Reader(model, self._cache).read([window[: context - 1] for window in windows])
+        # the recorded first forward of most caches, and of this one
+        self._first: FirstForward | None = None
+        if len(rows) <= FirstForward.most_rows(model, context):
+            self._first = FirstForward(model, rows)
+            self._first.store(self._cache)
+        else:
+            Reader(model, self._cache).read(rows)
 
     def compare(
         self, make_cache: MakeCache, *, chunk: int = 1, must_keep_at_most: int | None = None
@@ -77,12 +82,10 @@ class FullReference:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
         start = self.context - 1
         reader = Reader(self.model, make_cache())
-        rows = [list(window[:start]) for window in self.windows]
-        if FirstForward.serves(reader.cache) and FirstForward.fits(self.model, rows):
-            self._first = self._first or FirstForward(self.model, rows)
+        if self._first is not None and FirstForward.serves(reader.cache):
             self._first.fill(reader)
         else:
-            reader.read(rows)
+            reader.read([window[:start] for window in self.windows])
         measured = reader.measure()
         if must_keep_at_most is not None:
             prove_compression(measured, must_keep_at_most)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from kvcompress import DenseCache, EvictingCache, GEARCache, HydragenCache, ShadowKVCache, hf
 from kvcompress.caches.matching import Asked
@@ -28,7 +28,7 @@ from kvcompress.swiftkv.model import SwiftKVModel
 # caches that attend exactly in their first forward, and store afterwards
 _SERVED = (DenseCache, EvictingCache, GEARCache, HydragenCache, ShadowKVCache)
 # how many bytes a recording may take
-_MOST = 8 * 2**30
+MOST_BYTES = 8 * 2**30
 # ops that look at all pairs of tokens
 _QUADRATIC = ("causal_attention", "causal_column_sums")
 
@@ -138,13 +138,19 @@ class FirstForward:
         """
         if not isinstance(cache, _SERVED) or not is_own(type(cache)) or getattr(cache, "rerotated", False):
             return False
+        return FirstForward.records(cache._model())
+
+    @staticmethod
+    def records(model: Any) -> bool:
+        """True for models whose first forward can be recorded, as they feed all caches alike."""
         # states of layers that do not attend are in no recording
-        return not isinstance(cache._model(), SwiftKVModel) and not cache.states
+        has_states = any(kind.states for kind in hf.layer_kinds(hf.text_config(model)))
+        return not has_states and not isinstance(model, SwiftKVModel)
 
     @classmethod
-    def fits(cls, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> bool:
-        """Whether a recording of these rows is small enough to be kept."""
-        return cls.size(model, len(rows) * max(map(len, rows))) <= _MOST
+    def most_rows(cls, model: PreTrainedModel, tokens: int) -> int:
+        """How many rows of so many tokens a recording may have: 0 if one is too large, or the model has none."""
+        return MOST_BYTES // cls.size(model, tokens) if cls.records(model) else 0
 
     @staticmethod
     def size(model: PreTrainedModel, tokens: int) -> int:
@@ -180,6 +186,12 @@ class FirstForward:
         finally:
             vars(cache).pop("_read_again", None)
         reader.mask = self.mask
+
+    def store(self, cache: Cache) -> None:
+        """Gives a cache that stores what its layers are told, such as transformers' own, the keys and values."""
+        with torch.inference_mode():
+            for index, call in enumerate(self._calls):
+                cache.update(call.key, call.value, index)
 
     def _read_again(
         self, cache: EvictingCache, decoder: Any, waiting: Sequence[RereadLayer], input_ids: Tensor

@@ -213,7 +213,12 @@ class Sweep:
 
     def _count(self, point: Point) -> int:
         task = self.tasks[point.task]
-        return task.parts(point) if isinstance(task, PartedTask) else 1
+        return task.parts(point, self.subject) if isinstance(task, PartedTask) else 1
+
+    def batch(self, point: Point) -> int:
+        """How many sequences are read at a time."""
+        task = self.tasks[point.task]
+        return task.batch(point, self.subject) if isinstance(task, PartedTask) else self.settings.batch
 
     def _open(self, unit: Unit) -> list[Point]:
         """The points of a unit that have neither a row of this run nor this part."""
@@ -221,8 +226,9 @@ class Sweep:
             return []
         if unit.part and self._is_precise(unit):
             self._close(unit.group, unit.part, "precision")
-        batch = self.settings.batch
-        return [p for p in unit.points if not self._has_row(p) and not self.parts.has(self.key(p), batch, unit.part)]
+        return [
+            p for p in unit.points if not self._has_row(p) and not self.parts.has(self.key(p), self.batch(p), unit.part)
+        ]
 
     def _has_row(self, point: Point) -> bool:
         row = self.results.rows.get(self.key(point))
@@ -282,13 +288,13 @@ class Sweep:
             if not isinstance(task, PartedTask):
                 self._add(point, {"status": "ok"} | found, took)
             else:
-                self.parts.append(self.key(point), self.settings.batch, unit.part, found, took)
+                self.parts.append(self.key(point), self.batch(point), unit.part, found, took)
                 self._settle(point)
             if self._on_part is not None:
                 self._on_part(point, 1 / count)
 
     def _known(self, point: Point) -> list[dict[str, Any]]:
-        return self.parts.of(self.key(point), self.settings.batch)
+        return self.parts.of(self.key(point), self.batch(point))
 
     def _joined(self, point: Point, parts: list[dict[str, Any]]) -> dict[str, Any]:
         task = self.tasks[point.task]
@@ -301,7 +307,7 @@ class Sweep:
             found = {"status": "ok"} | self._joined(point, parts)
         except Exception as error:
             self._fail(point, error, seconds)
-            self.parts.discard(self.key(point), self.settings.batch)
+            self.parts.discard(self.key(point), self.batch(point))
             return
         if len(parts) < self._count(point):
             width = _half_width(found)
@@ -313,7 +319,7 @@ class Sweep:
         self._add(point, {"status": "failed"} | said, seconds)
 
     def _add(self, point: Point, found: dict[str, Any], seconds: float) -> None:
-        source = provenance(self.model.device) | {"batch": self.settings.batch}
+        source = provenance(self.model.device) | {"batch": self.batch(point)}
         row = {"key": self.key(point)} | self.facts(point) | found
         row |= {"seconds": round(seconds, 3), "provenance": source}
         self.results.append(row)

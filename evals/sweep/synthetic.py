@@ -89,11 +89,11 @@ class SyntheticTask(PartedTask):
     def _questions(self, protocol: str) -> int:
         return self.settings.turns if protocol in SEVERAL else 1
 
-    def _batch(self, point: Point) -> int:
-        return 1 if point.protocol == MULTI_TURN else self.settings.batch
+    def batch(self, point: Point, subject: Subject) -> int:
+        return subject.batch(1 if point.protocol == MULTI_TURN else self.settings.batch, point.context)
 
-    def parts(self, point: Point) -> int:
-        return math.ceil(self.settings.samples / self._batch(point))
+    def parts(self, point: Point, subject: Subject) -> int:
+        return math.ceil(self.settings.samples / self.batch(point, subject))
 
     def measure_part(self, point: Point, subject: Subject, part: int) -> dict[str, Any]:
         samples, prompts, chosen = self._part(point, subject, part)
@@ -126,7 +126,7 @@ class SyntheticTask(PartedTask):
 
     def _part(self, point: Point, subject: Subject, part: int) -> tuple[list[Sample], list[Prompt], list[int]]:
         """All samples and prompts of the point's length, and which of them are in a part."""
-        questions, batch = self._questions(point.protocol), self._batch(point)
+        questions, batch = self._questions(point.protocol), self.batch(point, subject)
 
         def prepare() -> tuple[list[Sample], list[Prompt]]:
             made = self.samples(subject.tokenizer, point.context, questions=questions)
@@ -160,8 +160,10 @@ class SyntheticTask(PartedTask):
         """The first forward of these prompts, which most caches share: the model runs it once for all."""
         rows = tuple(split(prompt, point.protocol, self.settings.hold_back)[0] for prompt in prompts)
 
+        most = FirstForward.most_rows(subject.model, point.context)
+
         def first(reader: Reader) -> None:
-            if FirstForward.serves(reader.cache) and FirstForward.fits(subject.model, rows):
+            if FirstForward.serves(reader.cache) and len(rows) <= most:
                 recorded = subject.share("first forward", rows, lambda: FirstForward(subject.model, rows))
                 recorded.fill(reader)
             else:

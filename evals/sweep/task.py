@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
+from kvcompress.evals.sweep.first_forward import FirstForward
 from kvcompress.evals.sweep.points import Point
 from kvcompress.evals.sweep.samples import Tokenizer
 from kvcompress.hf import end_tokens
@@ -33,6 +34,10 @@ class Subject:
             self._newest.pop(slot, None)
             self._newest[slot] = key, prepare()
         return self._newest[slot][1]
+
+    def batch(self, asked: int, tokens: int) -> int:
+        """How many sequences of so many tokens to read at a time: those asked for, unless a recording holds fewer."""
+        return min(asked, FirstForward.most_rows(self.model, tokens)) or asked
 
     @cached_property
     def stops(self) -> frozenset[int]:
@@ -78,7 +83,11 @@ class PartedTask(ABC):
     """
 
     @abstractmethod
-    def parts(self, point: Point) -> int:
+    def batch(self, point: Point, subject: Subject) -> int:
+        """How many samples a part has; the last one may have fewer."""
+
+    @abstractmethod
+    def parts(self, point: Point, subject: Subject) -> int:
         """How many parts a point has, at least 1."""
 
     @abstractmethod
@@ -91,4 +100,5 @@ class PartedTask(ABC):
 
     def measure(self, point: Point, subject: Subject) -> dict[str, Any]:
         """As `Task.measure`, of all parts."""
-        return self.join(point, [self.measure_part(point, subject, n) for n in range(self.parts(point))], subject)
+        parts = range(self.parts(point, subject))
+        return self.join(point, [self.measure_part(point, subject, part) for part in parts], subject)

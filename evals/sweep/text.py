@@ -48,20 +48,23 @@ class TextTask(PartedTask):
             "text": settings.text_hash,
         }
 
-    def parts(self, point: Point) -> int:
-        return math.ceil(self.settings.samples / self.settings.batch)
+    def batch(self, point: Point, subject: Subject) -> int:
+        return subject.batch(self.settings.batch, point.context)
+
+    def parts(self, point: Point, subject: Subject) -> int:
+        return math.ceil(self.settings.samples / self.batch(point, subject))
 
     def measure_part(self, point: Point, subject: Subject, part: int) -> dict[str, Any]:
-        settings, length = self.settings, point.context
+        batch, length = self.batch(point, subject), point.context
 
         def prepare() -> FullReference:
-            windows = self._windows(subject.tokenizer, length)[part * settings.batch :][: settings.batch]
+            windows = self._windows(subject.tokenizer, length)[part * batch :][:batch]
             return FullReference(subject.model, windows, length)
 
         budget = self._budget(point)
         found, measured = subject.share("first forward", (self.name, length, part), prepare).compare(
             lambda: subject.build(point.method, subject.model, budget),
-            chunk=settings.chunk,
+            chunk=self.settings.chunk,
             must_keep_at_most=must_keep(budget, length - 1),
         )
         return {"found": dataclasses.asdict(found), "measured": measured.facts()}

@@ -195,6 +195,7 @@ def run_sweep(
             work.check_tasks()
         without = " without --fresh" * fresh
         _tell_left_out(work)
+        _tell_batches(work)
         try:
             rows = _run(work)
         except KeyboardInterrupt:
@@ -223,6 +224,21 @@ def _tell_left_out(work: "Sweep") -> None:
         left = [task for task in work.tasks if task not in ran]
         if left:
             print(f"{protocol} asks several questions, and leaves out {', '.join(left)}", file=sys.stderr)
+
+
+def _tell_batches(work: "Sweep") -> None:
+    """Says where prompts are too long to be read as many at a time as was asked for, or to be recorded at all."""
+    from kvcompress.evals.sweep.first_forward import MOST_BYTES, FirstForward
+
+    asked = work.settings.batch
+    for length in dict.fromkeys(point.length for point in work.points if point.length is not None):
+        most = FirstForward.most_rows(work.model, length)
+        if 0 < most < asked:
+            told = f"{most} sequences of {length} tokens are read at a time instead of {asked}"
+            print(f"{told}, as many as a recorded forward holds in {MOST_BYTES / 2**30:g} GiB", file=sys.stderr)
+        elif not most and FirstForward.records(work.model):
+            told = f"a forward over {length} tokens takes more than {MOST_BYTES / 2**30:g} GiB to record"
+            print(f"{told}: each method reads every prompt itself", file=sys.stderr)
 
 
 def _run(work: "Sweep") -> "list[Row]":

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kvcompress import H2O, Basis, EvictingCache, Profile, registry
 from kvcompress.cli import app, main, sweeps
+from kvcompress.evals.sweep.first_forward import FirstForward
 from kvcompress.evals.tasks import OWN
 from kvcompress.swiftkv.distill import Distillation
 
@@ -319,6 +320,21 @@ def test_a_sweep_prints_its_table_and_writes_its_files(sweep, tmp_path, capsys):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"results.jsonl", "results.csv", "accuracy.png", "report.html"} <= names
     assert {row["status"] for row in rows(tmp_path)} == {"ok"}
+
+
+# docs: and the command says so
+def test_a_sweep_says_where_it_reads_fewer_at_a_time(sweep, capsys, monkeypatch):
+    # two sequences of 400 tokens fit, and not one of 600
+    monkeypatch.setattr(FirstForward, "size", lambda model, tokens: 2**32 if tokens == 400 else 2**34)
+    monkeypatch.setattr(sweeps, "_run", lambda work: [])
+    assert sweep("--batch", "3", "--lengths", "400,600") == 0
+    told = capsys.readouterr().err.splitlines()[:2]
+    assert told == [
+        "2 sequences of 400 tokens are read at a time instead of 3, as many as a recorded forward holds in 8 GiB",
+        "a forward over 600 tokens takes more than 8 GiB to record: each method reads every prompt itself",
+    ]
+    assert sweep("--batch", "2", "--lengths", "400") == 0
+    assert "at a time" not in capsys.readouterr().err
 
 
 def test_a_sweep_that_is_done_measures_nothing_again(sweep, tmp_path, capsys):

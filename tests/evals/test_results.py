@@ -8,6 +8,7 @@ import pytest
 
 from kvcompress.choosing import FORESEEN, UNFORESEEN
 from kvcompress.evals.studies.swiftkv import projection_flops
+from kvcompress.evals.sweep.intervals import estimate
 from tests.test_readme import MARKS, ROOT
 
 RESULTS = ROOT / "evals" / "results"
@@ -212,6 +213,27 @@ def test_the_table_of_foreseen_needles_and_text_is_that_of_the_rows():
             assert len(numbers) == len(found)
         agreement = {row["budget"]: row["score"] for row in rows("study_1k", method=method, **text)}
         assert float(cells[2]) == pytest.approx(agreement.get(0.2, agreement.get(None)), abs=0.0051)
+
+
+def test_the_table_of_4096_tokens_is_that_of_the_rows():
+    at = {"task": "needle", "protocol": "question-agnostic", "length": 4096, "samples": 20}
+    start = PAGE.index("**Twenty samples of 4,096 tokens**")
+    table = PAGE[start : PAGE.index("What surprised", start)]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    measured = {SPELLED.get(row["method"], row["method"]): row for row in rows("study_4k")}
+    assert len(lines) == len(measured) == 6
+    for name, found, interval, device, host in lines:
+        row = measured[name.split("`")[1] if "`" in name else SPELLED[name]]
+        assert {key: row[key] for key in at} == at
+        # cells that have read all of their samples
+        assert row["status"] == "ok"
+        assert "stopped_at" not in row
+        assert len(row["scores"]) == 20
+        assert found.strip("*") == f"{sum(row['scores']):.0f} of 20"
+        known = estimate(row)
+        assert interval == f"{known.low:.2f} to {known.high:.2f}"
+        assert device == f"{100 * row['device_bytes'] / row['full_bytes']:.1f}"
+        assert host == (f"{100 * row['host_bytes'] / row['full_bytes']:.1f}" if row["host_bytes"] else "0")
 
 
 # what `plan` and `auto_cache` say was measured

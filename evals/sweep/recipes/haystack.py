@@ -1,5 +1,6 @@
 """Haystacks: repeated noise, made-up sentences, or the sentences of a text."""
 
+import functools
 import re
 from pathlib import Path
 from random import Random
@@ -46,7 +47,8 @@ def read_text(path: str | Path | None = None) -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def prose(text: str) -> list[str]:
+@functools.lru_cache(maxsize=4)
+def prose(text: str) -> tuple[str, ...]:
     """The plain sentences of a text, without code, tables and headings."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text):
@@ -56,4 +58,4 @@ def prose(text: str) -> list[str]:
                 found.append(each)
     if not found:
         raise ValueError("text must hold at least one sentence of 6 to 60 words")
-    return found
+    return tuple(found)

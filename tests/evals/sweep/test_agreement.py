@@ -111,10 +111,11 @@ def test_mistakes_are_named(reference, model):
         reference.compare(lambda: DenseCache(model), chunk=0)
 
 
-def test_evicting_caches_share_one_reading_of_the_context_and_score_as_alone(model, windows):
-    shared = FullReference(model, windows, CONTEXT)
+# docs: read once for all methods
+def test_caches_and_the_full_one_share_one_reading_of_the_context_and_score_as_alone(model, windows):
     fed = []
     hook = model.register_forward_pre_hook(lambda module, args, kwargs: fed.append(args[0].shape[1]), with_kwargs=True)
+    shared = FullReference(model, windows, CONTEXT)
     found = [shared.compare(lambda budget=budget: H2OCache(model, budget=budget), chunk=5)[0] for budget in (10, 20)]
     hook.remove()
     assert fed.count(CONTEXT - 1) == 1

@@ -65,6 +65,21 @@ def test_a_cache_filled_from_a_recording_is_the_cache_that_the_model_fills(model
     assert readers[0].measure() == readers[1].measure()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_transformers_own_cache_stores_what_was_recorded(family):
+    model = build(family)
+    rows = [list(range(3, 53)), list(range(60, 110))]
+    readers = [Reader(model, DynamicCache(config=model.config)) for _ in range(2)]
+    FirstForward(model, rows).store(readers[0].cache)
+    readers[0].mask = torch.ones(2, 50, dtype=torch.int64)
+    readers[1].read(rows)
+    for stored, fed in zip(*(reader.cache.layers for reader in readers), strict=True):
+        assert stored.get_seq_length() == fed.get_seq_length() == 50
+        torch.testing.assert_close(stored.keys, fed.keys)
+        torch.testing.assert_close(stored.values, fed.values)
+    torch.testing.assert_close(*(reader.read([[5], [6]]) for reader in readers))
+
+
 def test_a_converted_model_feeds_each_cache_itself():
     converted = convert(build("llama", num_hidden_layers=4), 0.5)
     for spec in ("h2o", "snapkv:window=4:recent=4", "gear", "none", "swiftkv"):

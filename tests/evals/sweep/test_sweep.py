@@ -275,12 +275,34 @@ def test_caches_share_one_first_forward_and_its_rows_are_those_of_their_own(swee
     shared = sweep(**change).run()
     # two prompts, two protocols, three methods at two budgets and the full cache
     assert len(recorded) == 28
-    monkeypatch.setattr(first_forward, "_MOST", 0)
+    monkeypatch.setattr(first_forward, "MOST_BYTES", 0)
     (tmp_path / "results.jsonl").unlink()
     alone = sweep(**change).run()
     assert len(recorded) == 28
     for row, other in zip(shared, alone, strict=True):
         assert {**row, "seconds": 0, "provenance": 0} == {**other, "seconds": 0, "provenance": 0}
+
+
+# docs: Where so many cannot be recorded in 8 GiB, fewer are read at a time
+@pytest.mark.parametrize("task", ["passkey", "text"])
+def test_what_cannot_be_recorded_at_once_is_read_fewer_at_a_time(sweep, model, monkeypatch, tmp_path, task):
+    change = {"tasks": (task,), "samples": 3, "lengths": (700,), "continuation": 4, "methods": ("h2o", "kvzip")}
+    in_twos = sweep(**change, batch=2).run()
+    (tmp_path / "results.jsonl").unlink()
+    made = []
+    monkeypatch.setattr(FirstForward, "__init__", lambda *given, init=FirstForward.__init__: made.append(init(*given)))
+    # questions come on top of a length
+    monkeypatch.setattr(first_forward, "MOST_BYTES", 2 * FirstForward.size(model, 700))
+    work = sweep(**change, batch=3)
+    rows = work.run()
+    assert len(made) == 2
+    assert without_times(rows) == without_times(in_twos)
+    assert {row["provenance"]["batch"] for row in rows} == {2}
+    # what was measured in twos is not taken for parts of three
+    assert {work.batch(point) for point in work.points} == {2}
+    # nothing of so long a prompt can be recorded: as many are read as were asked for
+    monkeypatch.setattr(first_forward, "MOST_BYTES", 2 * FirstForward.size(model, 300))
+    assert {work.batch(point) for point in work.points} == {3}
 
 
 def test_a_part_of_all_methods_comes_before_the_next_part(sweep):
