@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.hf.attention import release
 from kvcompress.hf.configs import decoder_config, head_counts
-from kvcompress.hf.modules import attention_module, text_of
+from kvcompress.hf.modules import attention_module, layer_of, run_offset, text_of
 
 # the implementation that takes masks [batch, heads, queries, tokens], and supports softcaps and sinks
 _PLAIN = "eager"
@@ -46,6 +46,8 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
 
     def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = inspect.signature(module.forward).bind(*args, **kwargs)
+        if run_offset(given.arguments) + layer_of(module) != layer:
+            return args, kwargs
         mask: Any = given.arguments.get("attention_mask")
         # one for all layers, or by the kinds of layers
         masks = mask if isinstance(mask, dict) else {"": mask}
