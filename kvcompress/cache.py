@@ -82,6 +82,7 @@ class CompressedCache(hf.AttendingCache):
         rank = hf.latent_rank(config)
         if rank is not None:
             self._check_latents(type(model).__name__)
+        self._repeats_keys = hf.repeats_keys(config)
         hf.select_attention(model)
         hf.watch_forwards(model)
         self._model = weakref.ref(model)
@@ -144,9 +145,11 @@ class CompressedCache(hf.AttendingCache):
             "does not hold them, DenseCache does, and caches that evict"
         )
 
-    def source_of(self, layer_idx: int) -> CompressedLayer | None:
+    def untagged(self, layer_idx: int) -> CompressedLayer | None:
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
-        return layer.kv_source if isinstance(layer, SharingLayer) else None
+        if isinstance(layer, SharingLayer):
+            return layer.kv_source
+        return layer if self._repeats_keys and layer is not None and layer.pending_kv is not None else None
 
     @property
     def first_layer(self) -> CompressedLayer:
@@ -295,7 +298,7 @@ class CompressedCache(hf.AttendingCache):
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can trace a forward of so many tokens into one graph."""
-        return all(layer.is_traceable(tokens) for layer in self.layers)
+        return not self._repeats_keys and all(layer.is_traceable(tokens) for layer in self.layers)
 
     @as_stored()
     def reserve(self, steps: int | None = None) -> None:

@@ -177,6 +177,12 @@ class CompressedLayer(hf.CacheLayerMixin):
         self._module = weakref.ref(module)
 
     @property
+    def kv_heads(self) -> int:
+        """KV heads of what the layer was given."""
+        assert self.kv_shape is not None
+        return self.kv_shape[1]
+
+    @property
     def is_awaited(self) -> bool:
         """Whether a forward has not come yet to all layers that share its tokens."""
         return self._waiting > 0

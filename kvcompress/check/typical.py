@@ -124,6 +124,14 @@ TYPICAL: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "helium": {**COMMON, "num_hidden_layers": 3, "head_dim": 16},
+    # query heads are those of the experts of a token, two of four
+    "jetmoe": {
+        **COMMON,
+        "num_hidden_layers": 3,
+        "kv_channels": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     # two layers for each of four passes
     "hrm_text": {
         **COMMON,

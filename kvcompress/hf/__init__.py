@@ -51,6 +51,7 @@ from kvcompress.hf.configs import latent_rank as latent_rank
 from kvcompress.hf.configs import layer_kinds as layer_kinds
 from kvcompress.hf.configs import model_types as model_types
 from kvcompress.hf.configs import packed_head_dim as packed_head_dim
+from kvcompress.hf.configs import repeats_keys as repeats_keys
 from kvcompress.hf.configs import shares_kv as shares_kv
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config

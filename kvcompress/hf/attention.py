@@ -50,11 +50,14 @@ class Attends(Protocol):
     """What the attention function needs of a cache layer.
 
     window: in tokens, None for full attention. latent_rank: width of the latents that it holds, None for keys and
-    values.
+    values. kv_heads: of what it was given.
     """
 
     window: int | None
     latent_rank: int | None
+
+    @property
+    def kv_heads(self) -> int: ...
 
     def belongs_to(self, module: nn.Module, is_watched: bool) -> None: ...
 
@@ -172,7 +175,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     layer: Attends | None = getattr(key, HANDLE, None)
     if layer is None:
-        layer = _source_of(module)
+        layer = _untagged(module)
     if layer is None:
         _check_no_cache_was_given(module, kwargs)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
@@ -202,6 +205,10 @@ def _attention(
         raise ValueError("a kvcompress cache supports only causal attention; got is_causal=False")
     scale = kwargs.get("scaling")
     is_latent = layer.latent_rank is not None
+    times = 1 if is_latent else key.shape[1] // layer.kv_heads
+    if times > 1:
+        # copies of all KV heads, one time after another: the query heads of each belong together
+        query = query.unflatten(1, (times, -1)).transpose(1, 2).flatten(1, 2)
     # without autograd: what is held must not keep the graph of a whole forward alive
     with torch.no_grad():
         out = layer.attend(
@@ -214,15 +221,18 @@ def _attention(
         )
         if is_latent:
             out = from_latents(module, out)
+    if times > 1:
+        out = out.unflatten(1, (-1, times)).transpose(1, 2).flatten(1, 2)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _WithoutGradient.apply(out, query)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _source_of(module: nn.Module) -> Attends | None:
-    """Where an earlier layer's keys, shared with this one, were moved to its device, and have no tag: that layer."""
+def _untagged(module: nn.Module) -> Attends | None:
+    """The layer of a cache whose keys have lost their tag: an earlier layer's, moved to the device of this one, which
+    shares them; or copies."""
     given = None if torch.compiler.is_compiling() else forward_in_progress(module)
-    return None if given is None else given[1].source_of(layer_of(module))
+    return None if given is None else given[1].untagged(layer_of(module))
 
 
 def _check_no_cache_was_given(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -66,7 +66,6 @@ _OWN_WAYS = {
     "inkling2_loop_text": "adds biases to its attention that depend on queries and distances",
     "inkling2_text": "adds biases to its attention that depend on queries and distances",
     "inkling_text": "adds biases to its attention that depend on queries and distances",
-    "jetmoe": "attends to other keys than it gives its cache",
     "laguna": "has layers of different numbers of heads",
     "kosmos_2_5_text_model": "takes positions of its own",
     "kosmos_2_text_model": "takes positions of its own",
@@ -342,6 +341,12 @@ def packed_head_dim(config: PreTrainedConfig) -> int:
             "of one width"
         )
     return head_dim
+
+
+def repeats_keys(config: PreTrainedConfig) -> bool:
+    """Whether a model gives its attention copies of what it has given its cache: all KV heads, one time after another,
+    so that query head h attends to KV head h modulo their number."""
+    return config.model_type == "jetmoe"
 
 
 def shares_kv(config: PreTrainedConfig) -> bool:
