@@ -272,7 +272,7 @@ def test_images_that_see_themselves_come_in_chunks_and_in_a_second_turn(name, mo
     torch.testing.assert_close(torch.cat(logits, 1)[mask > 0], wanted[mask > 0], rtol=1e-4, atol=1e-4)
 
 
-# README: half an image of Gemma 3
+# docs: A chunk that cuts an image of Gemma 3 is refused
 def test_an_image_that_a_chunk_cuts_is_refused_before_anything_is_stored(models):
     model = models("gemma3")
     inputs = inputs_of("gemma3", [row(50, 2)])
