@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import hf
-from kvcompress.layer import CompressedLayer, NoTokensLayer, as_stored, ordinary_tensors
+from kvcompress.layer import CompressedLayer, NoTokensLayer, SharingLayer, as_stored, ordinary_tensors
 from kvcompress.memory import MemoryReport, full_cache_bytes, storage_bytes
 from kvcompress.policies.method import is_own
 from kvcompress.policies.settings import names_settings
@@ -82,22 +82,26 @@ class CompressedCache(hf.AttendingCache):
         rank = hf.latent_rank(config)
         if rank is not None:
             self._check_latents(type(model).__name__)
+        self._repeats_keys = hf.repeats_keys(config)
         hf.select_attention(model)
         hf.watch_forwards(model)
         self._model = weakref.ref(model)
         self.padding = self._record()
-        super().__init__(
-            layers=[
-                self._layer(index, kind.window) if kind.attends else NoTokensLayer(self.padding)
-                for index, kind in enumerate(kinds)
-            ]
-        )
+        layers: list[CompressedLayer] = []
+        for index, kind in enumerate(kinds):
+            if kind.attends:
+                layers.append(self._layer(index, kind.window))
+            elif kind.kv_source is None:
+                layers.append(NoTokensLayer(self.padding))
+            else:
+                layers.append(SharingLayer(layers[kind.kv_source]))
+        super().__init__(layers=[*layers])
         for index in self.attending:
             self.layers[index].latent_rank, self.layers[index].value_width = rank, hf.value_width(config)
         self.take_states(self.states)
         self.last_layer.is_last = True
         for layer in self.layers:
-            if isinstance(layer, NoTokensLayer):
+            if isinstance(layer, NoTokensLayer) and not isinstance(layer, SharingLayer):
                 layer.attending = self.first_layer
         self.padding.needs_even_positions = any(getattr(layer, "rope", None) is not None for layer in self.layers)
         self.padding.notes_shift = any(getattr(layer, "codec", None) is not None for layer in self.layers)
@@ -140,6 +144,12 @@ class CompressedCache(hf.AttendingCache):
             f"{name} has multi-head latent attention, whose latents are both keys and values; {type(self).__name__} "
             "does not hold them, DenseCache does, and caches that evict"
         )
+
+    def untagged(self, layer_idx: int) -> CompressedLayer | None:
+        layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
+        if isinstance(layer, SharingLayer):
+            return layer.kv_source
+        return layer if self._repeats_keys and layer is not None and layer.pending_kv is not None else None
 
     @property
     def first_layer(self) -> CompressedLayer:
@@ -224,7 +234,8 @@ class CompressedCache(hf.AttendingCache):
 
     @property
     def _layers_disagree(self) -> bool:
-        return self.first_layer.forwards_begun != self.last_layer.forwards_ended
+        is_open = any(layer.is_awaited for layer in self.layers)
+        return is_open or self.first_layer.forwards_begun != self.last_layer.forwards_ended
 
     def check_whole(self) -> None:
         """Raises RuntimeError if a forward was interrupted between layers."""
@@ -287,7 +298,7 @@ class CompressedCache(hf.AttendingCache):
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can trace a forward of so many tokens into one graph."""
-        return all(layer.is_traceable(tokens) for layer in self.layers)
+        return not self._repeats_keys and all(layer.is_traceable(tokens) for layer in self.layers)
 
     @as_stored()
     def reserve(self, steps: int | None = None) -> None:

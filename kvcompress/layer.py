@@ -58,6 +58,7 @@ class AttentionInput:
     key, value: [batch, kv_heads, tokens, head_dim].
     visible: [batch, tokens] bool, False for padding; None if nothing is padded.
     spec: how logits are computed, with the layer's window. sinks: [heads], extra logits that belong to no token.
+    spans: [batch, tokens] integers, where tokens of an equal one but 0 see one another both ways; None if none do.
     """
 
     query: Tensor
@@ -66,6 +67,7 @@ class AttentionInput:
     visible: Tensor | None
     spec: LogitSpec
     sinks: Tensor | None
+    spans: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -114,6 +116,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     supports_early_init = False
     # how many of a forward's last queries it needs, if a model does not run them all; None for all
     queries_watched: int | None = None
+    # whether its tokens may see later ones of their spans
+    takes_spans = False
     # last layer of the cache
     is_last = False
     # width of the latents that it holds, which are keys and values in one; None for keys and values
@@ -161,7 +165,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         Args:
             is_watched: the forward is one that the cache was told of, and would have refused.
         """
-        if self._module is not None and self._module() is module:
+        if self._step is not None or (self._module is not None and self._module() is module):
+            # while the step waits, this is a layer that shares the tokens
             return
         if not is_watched and self._module is not None and int(self.get_seq_length()):
             self.pending_kv = None
@@ -170,6 +175,17 @@ class CompressedLayer(hf.CacheLayerMixin):
                 "per model; save() and load(path, model) carry what it has seen to another model with the same weights"
             )
         self._module = weakref.ref(module)
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of what the layer was given."""
+        assert self.kv_shape is not None
+        return self.kv_shape[1]
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a forward has not come yet to all layers that share its tokens."""
+        return self._waiting > 0
 
     def segments(self) -> list[Segment]:
         """The segments that the layer holds."""
@@ -203,10 +219,13 @@ class CompressedLayer(hf.CacheLayerMixin):
             return x, None
         own = pads_first(x.visible[:, -x.queries :])
         query, key, value = reordered(x.query, own), reordered(x.key, order), reordered(x.value, order)
-        return dataclasses.replace(x, query=query, key=key, value=value, visible=x.visible.gather(1, order)), own
+        visible, spans = x.visible.gather(1, order), None if x.spans is None else x.spans.gather(1, order)
+        return dataclasses.replace(x, query=query, key=key, value=value, visible=visible, spans=spans), own
 
     def attend_again(self, query: Tensor, spec: LogitSpec, sinks: Tensor | None) -> Tensor:
         """The attention of a layer that shares these tokens, in the same forward, as `attend` returns it."""
+        if torch.compiler.is_compiling():
+            return _untraced(self.attend_again, query, spec, sinks)
         step, order = self._step, self._query_order
         if step is None:
             raise RuntimeError(
@@ -329,25 +348,37 @@ class CompressedLayer(hf.CacheLayerMixin):
         *,
         sinks: Tensor | None,
         position_ids: Tensor | None,
+        spans: Tensor | None = None,
     ) -> Tensor:
         """The attention output for the tokens that `update` took in, [batch, heads, queries, head_dim].
+
+        Called again by the layers that share these tokens, once by each, with their queries.
 
         Args:
             query: [batch, heads, queries, head_dim], of the last of those tokens.
             visible: [batch, tokens seen or tokens taken in] bool padding mask, or None.
             spec: how logits are made; its window is the layer's.
+            spans: of the same tokens as `visible`, as in AttentionInput, or None.
         """
+        if self.pending_kv is None and self._step is not None:
+            return self.attend_again(query, spec, sinks)
         if self.pending_kv is None:
             raise RuntimeError(
                 "a layer attends twice to keys that it gave to its cache once, which kvcompress does not support; run "
                 "the model without this cache"
             )
+        if spans is not None and not self.takes_spans:
+            self.pending_kv = None
+            raise ValueError(
+                "tokens of a span, such as an image, see one another both ways here, which this cache does not serve; "
+                "use DenseCache, GEARCache, ShadowKVCache or one that evicts"
+            )
         if torch.compiler.is_compiling():
             if not self.is_traceable(self.pending_kv[0].shape[2]):
-                return _untraced(self.attend, query, visible, spec, sinks=sinks, position_ids=position_ids)
-            return self._attend_pending(query, visible, spec, sinks, position_ids)
+                return _untraced(self.attend, query, visible, spec, sinks=sinks, position_ids=position_ids, spans=spans)
+            return self._attend_pending(query, visible, spec, sinks, position_ids, spans)
         with as_stored():
-            out = self._attend_pending(query.to(self.dtype), visible, spec, sinks, position_ids)
+            out = self._attend_pending(query.to(self.dtype), visible, spec, sinks, position_ids, spans)
             return out.to(query.dtype)
 
     def is_traceable(self, tokens: int) -> bool:
@@ -367,6 +398,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         spec: LogitSpec,
         sinks: Tensor | None,
         position_ids: Tensor | None,
+        spans: Tensor | None,
     ) -> Tensor:
         assert self.pending_kv is not None
         key, value = self.pending_kv
@@ -378,7 +410,8 @@ class CompressedLayer(hf.CacheLayerMixin):
                 self._remap(self.padding.remap.to(key.device))
             self.forwards_begun += 1
         fresh = self.padding.fresh_of(visible, tokens)
-        out = self._attend(AttentionInput(query, key, value, fresh, spec, sinks))
+        spans = None if spans is None else spans[:, -tokens:]
+        out = self._attend(AttentionInput(query, key, value, fresh, spec, sinks, spans))
         self.pending_kv = None
         self.clock.advance(tokens)
         if not torch.compiler.is_compiling():
@@ -403,6 +436,7 @@ class CompressedLayer(hf.CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything but the settings, and frees the memory."""
         self.pending_kv = self._step = self._query_order = None
+        self._waiting = 0
         self.record_past = False
         self.forwards_begun = self.forwards_ended = 0
         self.is_initialized = False
@@ -480,6 +514,17 @@ class NoTokensLayer(CompressedLayer):
 
     def get_seq_length(self) -> int:
         return self.attending.get_seq_length()
+
+
+class SharingLayer(NoTokensLayer):
+    """A layer that keeps no keys and values because its model lets it attend to those of an earlier one."""
+
+    def __init__(self, kv_source: CompressedLayer) -> None:
+        super().__init__(kv_source.padding)
+        self.window, self.is_sliding = kv_source.window, kv_source.is_sliding
+        self.kv_source = self.attending = kv_source
+        self.is_croppable = kv_source.is_croppable
+        kv_source.kv_consumers += 1
 
 
 def _restore_query_order(out: Tensor, order: Tensor | None) -> Tensor:

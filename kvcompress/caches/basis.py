@@ -208,7 +208,9 @@ def nine_tenths(variances: Sequence[float] | Tensor) -> int:
 def check_whole(model: PreTrainedModel) -> None:
     """Raises ValueError if other processes hold some of the model's KV heads, or some layers have none."""
     if not hf.all_attend(hf.text_config(model)):
-        raise ValueError(f"{type(model).__name__} has layers that keep states; a basis is of layers that all attend")
+        raise ValueError(
+            f"{type(model).__name__} has layers without keys and values of their own; a basis is of all layers"
+        )
     if TPGroup.of(model) is not None:
         raise ValueError(
             "a basis spans all KV heads of a layer, but this process has only some of them: load the model without "

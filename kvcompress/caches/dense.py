@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.compiled_steps import CompiledSteps, SteppedLayer
+from kvcompress.caches.spans import Spans
 from kvcompress.kernels.attention import causal_attention
-from kvcompress.kernels.merge import output_of
+from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.latent import DenseLatents
@@ -26,9 +27,11 @@ class DenseStep(ForwardStep):
     def __init__(self, layer: "DenseLayer", x: AttentionInput) -> None:
         super().__init__(x)
         self.layer = layer
+        self.spans = Spans.of(x)
 
     def attend(self, x: AttentionInput) -> Tensor:
-        return output_of(*self.layer._read(x), x.sinks)
+        ahead = [] if self.spans is None else [self.spans.attend(x)]
+        return joint_output([self.layer._read(x), *ahead], x.sinks)
 
     def commit(self) -> None:
         self.layer._drop()
@@ -53,6 +56,7 @@ class DenseLayer(SteppedLayer):
     """Keeps every token; on a sliding layer, those of the window and a little more."""
 
     is_croppable = True
+    takes_spans = True
     queries_watched = 0
     storage: type[DenseSegment] = DenseSegment
     # instead, for latents, which are keys and values in one

@@ -40,6 +40,7 @@ class EvictingLayer(CompressedLayer):
     is_compileable = True
     evicts = True
     pads_first = True
+    takes_spans = True
     # a token that is fed alone evicts none
     keeps_answers = False
     # slots have log-weights
@@ -226,7 +227,13 @@ class EvictingLayer(CompressedLayer):
             lengths = None if self.slots is None else self.lengths
             self.pins.note(self.get_seq_length(), x.tokens, lengths, x.visible, x.key)
 
-    def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
+    def _shift(self) -> Tensor | None:
+        """What `_place` is told of the slots before a forward: how far queries are moved up, [batch, 1]; None: not."""
+        return None
+
+    def _place(
+        self, chunk: AttentionInput, query_positions: Tensor, shift: Tensor | None
+    ) -> tuple[AttentionInput, Tensor]:
         """The chunk rotated to match the slots' `rotated_keys`, and its queries' positions then, [batch, queries]."""
         return chunk, query_positions
 
@@ -490,11 +497,17 @@ class RerotatedLayer(EvictingLayer):
     def queries_watched(self) -> int | None:  # type: ignore[override]
         return None
 
-    def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
-        slots, rope = self.slots, self.rope
-        assert isinstance(slots, RerotatedSlots)
+    def _shift(self) -> Tensor | None:
+        assert isinstance(self.slots, RerotatedSlots)
+        return (self.slots.held() - self.lengths)[:, None]
+
+    def _place(
+        self, chunk: AttentionInput, query_positions: Tensor, shift: Tensor | None
+    ) -> tuple[AttentionInput, Tensor]:
+        rope = self.rope
         assert rope is not None
-        indices = query_positions + (slots.held() - self.lengths)[:, None]
+        assert shift is not None
+        indices = query_positions + shift
         # float32 between the two rotations: one rounding instead of two
         query, key = (
             rope.rotate(rope.unrotate(x.float(), query_positions[:, None]), indices[:, None]).to(x.dtype)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.caches.competition import shares
-from kvcompress.kernels.attention import causal_attention
+from kvcompress.caches.spans import Spans, attend_within
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.evict import choose_victim, ranked
-from kvcompress.kernels.merge import merge_states, output_of, with_sinks
+from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
 from kvcompress.policies.second_stage import has_second_stage, output_norms, second_scores
@@ -34,6 +34,10 @@ class EvictingStep(ForwardStep):
         assert layer.slots is not None
         self.layer = layer
         self.slots: SlotSegment = layer.slots
+        # the attention that the policy scores by is the mean over the layers that share the tokens
+        self.part = 1 / (1 + layer.kv_consumers)
+        # before the tokens come, as queries that share them come later
+        self.shift = layer._shift()
 
 
 class DecodeStep(EvictingStep):
@@ -43,19 +47,23 @@ class DecodeStep(EvictingStep):
         super().__init__(layer, x)
         # position of the token in each sequence, [batch] int32; EMPTY for padding
         self.at = layer.lengths if x.visible is None else torch.where(x.visible[:, 0], layer.lengths, EMPTY)
-        # the first query, rotated to match the slots, and the attention that it gave
+        # the first query, rotated to match the slots, and the attention that queries gave
         self.placed: AttentionInput | None = None
         self.query_positions: Tensor
         self.attention: Tensor
 
     def attend(self, x: AttentionInput) -> Tensor:
         # a copy: the lengths grow in place before the policy reads the positions
-        placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone())
+        placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone(), self.shift)
         if self.placed is not None:
             # the token is already in the slots, but not yet counted in the lengths
-            out, lse = self.slots.decode_again(placed.query, x.key, x.value, self.at, query_positions, x.spec)
-            return output_of(out, lse, x.sinks)
-        out, self.attention = self.slots.decode(placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks)
+            out, attention = self.slots.decode_again(
+                placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks
+            )
+            self.attention = self.attention + attention * self.part
+            return out
+        out, attention = self.slots.decode(placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks)
+        self.attention = attention if self.part == 1 else attention * self.part
         self.placed, self.query_positions = placed, query_positions
         return out
 
@@ -157,24 +165,28 @@ class ChunkStep(EvictingStep):
         else:
             places = x.visible.cumsum(-1, dtype=torch.int32) - 1
         self.places = layer.lengths[:, None] + places
+        self.spans = Spans.of(x)
         self.placed: AttentionInput | None = None
         self.query_positions: Tensor
         self.attention: Tensor | None = None
 
     def attend(self, x: AttentionInput) -> Tensor:
-        placed, query_positions = self.layer._place(x, self.places[:, -x.queries :])
-        out, lse = causal_attention(placed.query, placed.key, x.value, x.spec, x.visible)
-        outs, lses = [out], [lse]
+        placed, query_positions = self.layer._place(x, self.places[:, -x.queries :], self.shift)
+        answers = attend_within(placed, self.spans)
         if not self.is_first:
-            past_out, past_lse = self.slots.attend(placed.query, query_positions, x.spec)
-            outs, lses = [*outs, past_out], [*lses, past_lse]
+            answers.append(self.slots.attend(placed.query, query_positions, x.spec))
+        outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
-        if len(outs) > 1:
-            out, lse = merge_states(outs, lses)
-        if self.placed is None:
+        out, lse = merge_states(outs, lses) if len(outs) > 1 else (outs[0], lses[0])
+        is_again = self.placed is not None
+        if not is_again:
             self.placed, self.query_positions = placed, query_positions
-            self.attention = self._observe(placed, lse)
+        received = self._observe(placed, lse)
+        if received is not None and self.part < 1:
+            received *= self.part
+            received = self.attention.add_(received) if is_again and self.attention is not None else received
+        self.attention = received
         return out
 
     def commit(self, attention: Tensor | None = None) -> None:
@@ -214,8 +226,11 @@ class ChunkStep(EvictingStep):
             lse = lse.masked_fill(~observed[:, None], torch.inf)
             if last is not None:
                 first = int(observed.any(0).to(torch.uint8).argmax())
-        query, lse = x.query[:, :, first:], lse[:, :, first:]
+        every, query, lse = lse, x.query[:, :, first:], lse[:, :, first:]
         within = causal_column_sums(query, x.key, lse, x.spec, x.visible)
+        if self.spans is not None:
+            every = every.index_fill(2, torch.arange(first, device=every.device), torch.inf)
+            within = within + self.spans.column_sums(x, every)
         if self.is_first:
             past = torch.zeros_like(self.slots.scores)
         else:

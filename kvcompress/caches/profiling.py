@@ -58,7 +58,9 @@ def measure_profile(
             not finite.
     """
     if not hf.all_attend(hf.text_config(model)):
-        raise ValueError(f"{type(model).__name__} has layers that keep states; a profile is of layers that all attend")
+        raise ValueError(
+            f"{type(model).__name__} has layers without keys and values of their own; a profile is of all layers"
+        )
     policy = KVzip() if policy is None else policy
     rows = rows_of_all(texts)
     # numbers of NumPy and torch become Python's, which a file can hold

@@ -37,6 +37,7 @@ class QuantizedLayer(TailedLayer):
 
     is_croppable = True
     pads_first = True
+    takes_spans = True
     queries_watched = 0
     reserves_on_gpu = True
 

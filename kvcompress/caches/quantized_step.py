@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import causal_attention
+from kvcompress.caches.spans import Spans, attend_within
 from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.storage.columns import marked_first
@@ -34,6 +34,7 @@ class QuantizedStep(ForwardStep):
         self.tail = layer._tail_for(x.key, x.value)
         self.real = layer._real(x)
         self.query_positions = layer._query_positions(x)[:, -x.queries :]
+        self.spans = Spans.of(x)
         if x.tokens > 1:
             return
         lengths, lacking = layer.lengths, layer.lacking()
@@ -48,7 +49,7 @@ class QuantizedStep(ForwardStep):
     def attend(self, x: AttentionInput) -> Tensor:
         answers = self.layer._past(x, self.query_positions, self.joins if self.waits else None)
         if x.tokens > 1:
-            answers.append(causal_attention(x.query, x.key, x.value, x.spec, x.visible))
+            answers += attend_within(x, self.spans)
         return joint_output(answers, x.sinks)
 
     def commit(self) -> None:

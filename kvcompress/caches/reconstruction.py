@@ -140,7 +140,9 @@ class RereadLayer(EvictingLayer):
             else:
                 torch.maximum(received, segment.column_maxima(chunk.query, places, lse, chunk.spec), out=received)
         if how.fits and self.window is None:
-            waiting.asked.append(Asked.spread(chunk, visible, of_text, how.fits))
+            # of all layers that share the tokens as many together
+            asked = max(1, how.fits // (1 + self.kv_consumers))
+            waiting.asked.append(Asked.spread(chunk, visible, of_text, asked))
             waiting.spec = chunk.spec
         return out
 
@@ -154,6 +156,20 @@ class RereadLayer(EvictingLayer):
         if own is None:
             return waiting.step, most
         return waiting.step, torch.where(waiting.twice[:, None, None], most, own)
+
+
+class _Reading(ForwardStep):
+    """A forward of the second reading through a layer, which stores nothing."""
+
+    def __init__(self, layer: RereadLayer, x: AttentionInput) -> None:
+        super().__init__(x)
+        self.layer = layer
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        return self.layer.observe(x)
+
+    def commit(self) -> None:
+        """Does nothing."""
 
 
 class _Witness(CompressedLayer):
@@ -173,8 +189,8 @@ class _Witness(CompressedLayer):
     def get_seq_length(self) -> int:
         return self.layer.get_seq_length()
 
-    def _attend(self, chunk: AttentionInput) -> Tensor:
-        return self.layer.observe(chunk)
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        return _Reading(self.layer, x)
 
 
 class ReconstructionCache(CompressedCache):

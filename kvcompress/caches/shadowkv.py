@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import Budget
 from kvcompress.caches.dense import DenseLayer
+from kvcompress.caches.spans import Spans, attend_within
 from kvcompress.hf.tensor_parallel import TPGroup
-from kvcompress.kernels.attention import causal_attention
-from kvcompress.kernels.merge import merge_states, output_of, with_sinks
-from kvcompress.layer import AttentionInput, CompressedLayer
+from kvcompress.kernels.merge import joint_output, output_of
+from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.shadowkv import ShadowKV
 from kvcompress.storage.low_rank import ShadowSegment
 from kvcompress.storage.offload import check_host
@@ -32,6 +32,34 @@ from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.room import make_room_for_one, reserve_tail
 from kvcompress.storage.rope import Rope
 from kvcompress.storage.segment import Segment
+
+
+class ShadowStep(ForwardStep):
+    """A forward: a single token is stored by the first query that attends, several when it ends.
+
+    counts: real tokens of each sequence, [batch] on the CPU; None where all are.
+    """
+
+    def __init__(self, layer: "ShadowLayer", x: AttentionInput, counts: Tensor | None) -> None:
+        super().__init__(x)
+        assert layer.segment is not None
+        self.layer, self.counts = layer, counts
+        self.segment: ShadowSegment = layer.segment
+        self.is_stored = False
+        self.spans = Spans.of(x)
+
+    def attend(self, x: AttentionInput) -> Tensor:
+        if x.tokens == 1:
+            again, self.is_stored = self.is_stored, True
+            return output_of(*self.layer._read(x, self.segment, again), x.sinks)
+        answers = attend_within(x, self.spans)
+        if bool((self.segment.lengths > 0).any()):
+            answers.append(self.layer._read(x, self.segment))
+        return joint_output(answers, x.sinks)
+
+    def commit(self) -> None:
+        if self.input.tokens > 1:
+            self.layer._store(self.input, self.segment, self.counts)
 
 
 class ShadowLayer(CompressedLayer):
@@ -44,6 +72,7 @@ class ShadowLayer(CompressedLayer):
 
     is_croppable = True
     is_compileable = True
+    takes_spans = True
     # tokens that may come before a fold can be due; less than 0 where that is not known
     _patience = -1
     # whether steps are compiled, and those that may come until there is more to make ready
@@ -92,7 +121,8 @@ class ShadowLayer(CompressedLayer):
 
     @property
     def fetching_forwards(self) -> int:  # type: ignore[override]
-        return 0 if self.segment is None else int(self.segment.fetched[1])
+        # each layer that shares the tokens reads them
+        return 0 if self.segment is None else int(self.segment.fetched[1]) // (1 + self.kv_consumers)
 
     def is_traceable(self, tokens: int) -> bool:
         # what lies in a file is collected by the host
@@ -118,12 +148,11 @@ class ShadowLayer(CompressedLayer):
                 self.reserve()
             self._steps_ready -= 1
 
-    def _attend(self, chunk: AttentionInput) -> Tensor:
+    def _begin(self, chunk: AttentionInput) -> ForwardStep:
         if torch.compiler.is_compiling():
-            assert self.segment is not None
             # when a fold is due the host must look
             self._patience = -1
-            return output_of(*self._read(chunk, self.segment), chunk.sinks)
+            return ShadowStep(self, chunk, None)
         counts = self._counts(chunk)
         if counts is None and not (chunk.tokens == 1 and chunk.query.is_cuda):
             chunk = dataclasses.replace(chunk, visible=None)
@@ -134,8 +163,7 @@ class ShadowLayer(CompressedLayer):
         self._patience -= chunk.tokens
         if chunk.tokens == 1:
             make_room_for_one(self.segment)
-            return output_of(*self._read(chunk, self.segment), chunk.sinks)
-        return self._attend_chunk(chunk, self.segment, counts)
+        return ShadowStep(self, chunk, counts)
 
     def _counts(self, chunk: AttentionInput) -> Tensor | None:
         """Real tokens of each sequence, [batch] on the CPU, where not all are; not asked for where one token comes to a
@@ -145,27 +173,20 @@ class ShadowLayer(CompressedLayer):
         known = self.padding.counts(chunk.visible)
         return None if known is None else torch.tensor(known)
 
-    def _attend_chunk(self, chunk: AttentionInput, segment: ShadowSegment, counts: Tensor | None) -> Tensor:
-        """Several tokens attend to one another and to what is held, and are stored."""
-        out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
-        outs, lses = [out], [lse]
-        if bool((segment.lengths > 0).any()):
-            out, lse = self._read(chunk, segment)
-            outs, lses = [*outs, out], [*lses, lse]
+    def _store(self, chunk: AttentionInput, segment: ShadowSegment, counts: Tensor | None) -> None:
+        """Stores several tokens; counts: as in ShadowStep."""
         fresh = torch.full_like(segment.lengths, chunk.tokens) if counts is None else counts
         overdue, was_empty = self._overdue(fresh), segment.lengths == 0
         due = (overdue > self.settings.fold) | (was_empty & (overdue > 0))
         folding = torch.zeros_like(fresh) if self.record_past else self._chunks(due, fresh)
         segment.append(chunk.key, chunk.value, chunk.visible, counts, folding)
         self._patience, self._steps_ready = -1, 0
-        if chunk.sinks is not None:
-            outs, lses = with_sinks(outs, lses, chunk.sinks)
-        return merge_states(outs, lses)[0] if len(outs) > 1 else outs[0]
 
-    def _read(self, chunk: AttentionInput, segment: ShadowSegment) -> tuple[Tensor, Tensor]:
-        """Attention to what the segment holds, and its log-sum-exp; one token goes into the tail first."""
+    def _read(self, chunk: AttentionInput, segment: ShadowSegment, again: bool = False) -> tuple[Tensor, Tensor]:
+        """Attention to what the segment holds, and its log-sum-exp; one token goes into the tail first, unless it is
+        there `again`."""
         if chunk.tokens == 1:
-            return segment.decode(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
+            return segment.decode(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible, again)
         positions = torch.zeros(chunk.query.shape[0], chunk.tokens, dtype=torch.int32, device=chunk.query.device)
         return segment.attend(chunk.query, positions, chunk.spec, chunk.visible)
 

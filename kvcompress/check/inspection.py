@@ -128,10 +128,11 @@ class Inspection:
         """Compares the logits of `generate`, with either argument name, with those of the same tokens fed by hand."""
         model: Any = self.subject.model
         prompt, fed = PROMPTS[0], PROMPTS[0] + _GENERATED - 1
-        # multimodal models may count padding among their positions, from which packed keys differ: the row without any
+        # multimodal models may count padding among their positions, or from 1, from which packed keys differ: the row
+        # without any, at the positions that the model finds by itself
         rows = 1 if hf.is_multimodal(model) else None
         ids, mask = (part[:rows, :prompt] for part in self.subject.batch)
-        mask_after = torch.cat([mask, mask.new_ones(len(mask), _GENERATED)], 1)
+        mask_after = None if rows else torch.cat([mask, mask.new_ones(len(mask), _GENERATED)], 1)
         by_hand: dict[tuple[int, ...], Tensor] = {}
         for spelling in hf.CACHE_SPELLINGS:
             self.stage = f"generate({spelling}=...)"

@@ -61,6 +61,12 @@ class Subject:
         return [index for index, kind in enumerate(hf.layer_kinds(hf.decoder_config(self.model))) if kind.attends]
 
     @functools.cached_property
+    def readers(self) -> list[list[int]]:
+        """For each layer that keeps keys and values, which layers attend to them: it, and those that share them."""
+        kinds = hf.layer_kinds(hf.decoder_config(self.model))
+        return [[at, *(index for index, kind in enumerate(kinds) if kind.kv_source == at)] for at in self.attending]
+
+    @functools.cached_property
     def told_positions(self) -> bool:
         """Whether the positions of rows without padding are passed too, as `generate` passes them.
 
@@ -154,12 +160,13 @@ class Subject:
         """The logits of one row [tokens] without a cache, [tokens, vocabulary].
 
         Args:
-            allowed: for each layer that attends, which token may attend to which, within the model's own mask, as bool
-                [kv_heads, tokens, tokens].
+            allowed: for each layer that keeps keys and values, which token may attend to which, within the model's own
+                mask, as bool [kv_heads, tokens, tokens].
         """
         with contextlib.ExitStack() as stack:
-            for layer, seen in zip(self.attending, allowed or (), strict=allowed is not None):
-                stack.enter_context(judge.forbidden(self.judge, layer, ~seen))
+            for layers, seen in zip(self.readers, allowed or (), strict=allowed is not None):
+                for layer in layers:
+                    stack.enter_context(judge.forbidden(self.judge, layer, ~seen))
             return self.judge(row[None], use_cache=False, **self.positions(len(row))).logits[0]
 
 

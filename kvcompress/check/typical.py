@@ -124,6 +124,36 @@ TYPICAL: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "helium": {**COMMON, "num_hidden_layers": 3, "head_dim": 16},
+    # query heads are those of the experts of a token, two of four
+    "jetmoe": {
+        **COMMON,
+        "num_hidden_layers": 3,
+        "kv_channels": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    # two layers for each of four passes
+    "hrm_text": {
+        **COMMON,
+        "num_hidden_layers": 1,
+        "H_cycles": 2,
+        "L_cycles": 1,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    },
+    # two layers that attend to keys and values of the first two
+    "gemma3n_text": {
+        **COMMON,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 64,
+        "head_dim": 16,
+        "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    },
     "dbrx": {
         "vocab_size": 512,
         "d_model": 64,

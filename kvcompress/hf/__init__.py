@@ -2,6 +2,7 @@
 
     calls       how a cache is passed to a model: argument names, hooks around a forward, both spellings
     attention   the attention function and its mask function
+    masks       the spans of a mask: tokens that see later ones
     configs     what a config says, and which models are supported
     modules     where modules and devices are found
     rotary      how a model computes its rotary embeddings
@@ -50,6 +51,8 @@ from kvcompress.hf.configs import latent_rank as latent_rank
 from kvcompress.hf.configs import layer_kinds as layer_kinds
 from kvcompress.hf.configs import model_types as model_types
 from kvcompress.hf.configs import packed_head_dim as packed_head_dim
+from kvcompress.hf.configs import repeats_keys as repeats_keys
+from kvcompress.hf.configs import shares_kv as shares_kv
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config
 from kvcompress.hf.configs import value_width as value_width

@@ -28,6 +28,7 @@ from kvcompress.hf.calls import (
 )
 from kvcompress.hf.configs import decoder_config, latent_rank
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents
+from kvcompress.hf.masks import shown_and_spans, spans_of, with_spans
 from kvcompress.hf.modules import layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
@@ -49,11 +50,14 @@ class Attends(Protocol):
     """What the attention function needs of a cache layer.
 
     window: in tokens, None for full attention. latent_rank: width of the latents that it holds, None for keys and
-    values.
+    values. kv_heads: of what it was given.
     """
 
     window: int | None
     latent_rank: int | None
+
+    @property
+    def kv_heads(self) -> int: ...
 
     def belongs_to(self, module: nn.Module, is_watched: bool) -> None: ...
 
@@ -65,6 +69,7 @@ class Attends(Protocol):
         *,
         sinks: Tensor | None,
         position_ids: Tensor | None,
+        spans: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -170,14 +175,17 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     layer: Attends | None = getattr(key, HANDLE, None)
     if layer is None:
+        layer = _untagged(module)
+    if layer is None:
         _check_no_cache_was_given(module, kwargs)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
     if not torch.compiler.is_compiling():
         layer.belongs_to(module, is_watched())
-    if attention_mask is not None and attention_mask.dim() != 2:
+    visible, spans = shown_and_spans(attention_mask)
+    if visible is not None and visible.dim() != 2:
         raise ValueError(
             "kvcompress takes a padding mask [batch, tokens seen] or none, because it never builds a "
-            f"queries x tokens mask; got a mask of shape {list(attention_mask.shape)}"
+            f"queries x tokens mask; got a mask of shape {list(visible.shape)}"
         )
     for name, value in kwargs.items():
         if value is not None and name not in _HEEDED and name not in _WITHOUT_EFFECT and not isinstance(value, Cache):
@@ -197,20 +205,34 @@ def _attention(
         raise ValueError("a kvcompress cache supports only causal attention; got is_causal=False")
     scale = kwargs.get("scaling")
     is_latent = layer.latent_rank is not None
+    times = 1 if is_latent else key.shape[1] // layer.kv_heads
+    if times > 1:
+        # copies of all KV heads, one time after another: the query heads of each belong together
+        query = query.unflatten(1, (times, -1)).transpose(1, 2).flatten(1, 2)
     # without autograd: what is held must not keep the graph of a whole forward alive
     with torch.no_grad():
         out = layer.attend(
             into_latents(module, query) if is_latent else query,
-            attention_mask,
+            visible,
             LogitSpec(query.shape[-1] ** -0.5 if scale is None else scale, window, kwargs.get("softcap")),
             sinks=kwargs.get("s_aux"),
             position_ids=kwargs.get("position_ids"),
+            spans=spans,
         )
         if is_latent:
             out = from_latents(module, out)
+    if times > 1:
+        out = out.unflatten(1, (-1, times)).transpose(1, 2).flatten(1, 2)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _WithoutGradient.apply(out, query)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _untagged(module: nn.Module) -> Attends | None:
+    """The layer of a cache whose keys have lost their tag: an earlier layer's, moved to the device of this one, which
+    shares them; or copies."""
+    given = None if torch.compiler.is_compiling() else forward_in_progress(module)
+    return None if given is None else given[1].untagged(layer_of(module))
 
 
 def _check_no_cache_was_given(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -267,14 +289,17 @@ def _mask(
             allow_is_causal_skip=allow_is_causal_skip,
             **kwargs,
         )
+    spans = None
     # transformers forbids the skip for an overlay on the causal mask, and while decoding with a compileable cache
     if not allow_is_causal_skip and q_length > 1:
-        raise ValueError(
-            "this call overlays the causal mask (packed sequences, bidirectional blocks or a custom mask function); "
-            "kvcompress supports only plain causal and sliding-window attention with padding"
-        )
+        spans = spans_of(kwargs["mask_function"])
+        if spans is None:
+            raise ValueError(
+                "this call overlays the causal mask (packed sequences or a custom mask function); kvcompress supports "
+                "plain causal and sliding-window attention with padding, and images whose tokens see one another"
+            )
     if attention_mask is None:
-        return None
+        return None if spans is None else with_spans(None, spans, kv_length, q_length)
     if torch.compiler.is_compiling():
         return attention_mask[:, -q_length:]
     if attention_mask.shape[-1] not in (kv_length, q_length):
@@ -282,6 +307,8 @@ def _mask(
             f"attention_mask must cover the {int(kv_length)} tokens seen, or the {q_length} new ones; "
             f"got {list(attention_mask.shape)}"
         )
+    if spans is not None:
+        return with_spans(attention_mask, spans, kv_length, q_length)
     # the compiled step needs a mask that does not grow: slots record which past tokens are padding
     return attention_mask[:, -q_length:] if q_length == 1 and attention_mask.is_cuda else attention_mask
 

@@ -67,6 +67,11 @@ class AttendingCache(Cache):
     def forward_begins(self, decoder: Any, input_ids: Tensor | None) -> None:
         """Called before the decoder runs; input_ids [batch, tokens] are the tokens fed, None for embeddings."""
 
+    def untagged(self, layer_idx: int) -> Any:
+        """The cache's layer to which this layer of the model attends where its keys are others than it was given by
+        `update`; None for none."""
+        return None
+
     def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
         """Called before the decoder runs, after `forward_begins`, with what it is given: raises where it cannot be.
 

@@ -18,12 +18,14 @@ class LayerKind:
     """What a layer keeps of what it has seen.
 
     attends: keys and values of tokens. window: of how many tokens, None for all. states: how many states of a linear
-    attention, a state space or a convolution, whose size does not depend on the number of tokens.
+    attention, a state space or a convolution, whose size does not depend on the number of tokens. kv_source: the layer
+    to whose keys and values it attends, as it keeps none; None for no such layer.
     """
 
     attends: bool
     window: int | None = None
     states: int = 0
+    kv_source: int | None = None
 
 
 # for each type of transformers, whether it attends, and whether it has states; the last two have neither
@@ -53,19 +55,17 @@ _WITHOUT_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
 # types whose attention is of their own, and what it does
 _OWN_WAYS = {
     "blt": "reads bytes and patches with several decoders, which share two caches",
-    "diffllama": "attends twice to the keys of a layer",
-    "doge": "masks tokens by what they are",
-    "dory": "runs its layers several times for a token",
+    "diffllama": "attends twice to the keys of a layer, with values of other heads",
+    "doge": "adds a bias to its attention that depends on the values of all tokens",
+    "dory": "runs its layers several times for a token, and lengthens its cache for that",
     "evolla": "attends to proteins in layers of their own",
     "gemma4_assistant": "attends to the keys and values of the model that it drafts for",
     "gemma4_unified_assistant": "attends to the keys and values of the model that it drafts for",
-    "git": "lets the tokens of an image attend both ways",
-    "hrm_text": "runs its layers several times for a token",
+    "git": "computes its attention by itself",
     "idefics": "attends to images in layers of their own",
-    "inkling2_loop_text": "adds biases to its attention",
-    "inkling2_text": "adds biases to its attention",
-    "inkling_text": "adds biases to its attention",
-    "jetmoe": "attends to other keys than it gives its cache",
+    "inkling2_loop_text": "adds biases to its attention that depend on queries and distances",
+    "inkling2_text": "adds biases to its attention that depend on queries and distances",
+    "inkling_text": "adds biases to its attention that depend on queries and distances",
     "laguna": "has layers of different numbers of heads",
     "kosmos_2_5_text_model": "takes positions of its own",
     "kosmos_2_text_model": "takes positions of its own",
@@ -73,7 +73,6 @@ _OWN_WAYS = {
     "minimax": "has a cache class of its own",
     "mllama": "attends to images in layers of their own",
     "mllama_text_model": "attends to images in layers of their own",
-    "paligemma": "lets the tokens of a prompt attend both ways",
     "pi0": "moves a robot, and generates no tokens",
     "qwen2_5_omni": "is several models with a cache each (its `thinker` is one)",
     "qwen3_omni_moe": "is several models with a cache each (its `thinker` is one)",
@@ -109,13 +108,14 @@ def sizes(config: PreTrainedConfig) -> Sizes:
     """The sizes in a decoder's config."""
     heads, kv_heads, head_dim = head_counts(config)
     hidden = config.hidden_size
+    widths = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
     return Sizes(
         config.num_hidden_layers,
         hidden,
         heads,
         kv_heads,
         head_dim,
-        getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden,
+        max(widths) if isinstance(widths, list) else widths,
         config.vocab_size,
         getattr(config, "max_position_embeddings", None),
         getattr(config, "rope_parameters", None) is None,
@@ -236,13 +236,10 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} has layers that differ in {', '.join(sorted(differ))}; kvcompress supports models whose layers "
             "have equally many heads, of one width"
         )
-    shared = getattr(config, "num_kv_shared_layers", None) or (getattr(config, "kv_sharing_modes", None) or []).count(
-        "reuse"
-    )
-    if shared:
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or []) and not shared_layers(config):
         raise ValueError(
-            f"{name} shares keys and values between layers (num_kv_shared_layers={shared}); "
-            "kvcompress supports models in which each layer has its own"
+            f"{name} shares keys and values between layers in a way of its own; kvcompress supports models whose last "
+            "num_kv_shared_layers layers share those of the last layers of their kinds before them"
         )
     text = config.get_text_config(decoder=True)
     if text is not config:
@@ -262,11 +259,21 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
     """
     types, settings = get_layer_types_and_kwargs(config)
     named = getattr(config, "layer_types", None) or types
-    # transformers 5.17 has one dictionary of settings for all layers
+    own = len(named) - shared_layers(config)
+    # transformers 5.17 has one dictionary of settings for all layers, and leaves out those that share another's
     each = [settings] * len(types) if isinstance(settings, dict) else settings
-    kinds = []
-    for index, (kind, name) in enumerate(zip(types, named, strict=True)):
-        # a layer without a cache of its own: one that keeps nothing, or one that reads another's
+    kinds: list[LayerKind] = []
+    for index, (kind, name) in enumerate(zip([*types, *named[len(types) :]], named, strict=True)):
+        if index >= own:
+            source = max((earlier for earlier in range(own) if named[earlier] == name), default=None)
+            if source is None:
+                raise ValueError(
+                    f"layer {index} of model type {config.model_type!r} shares the keys and values of an earlier layer "
+                    f"of type {name!r}, and there is none"
+                )
+            kinds.append(LayerKind(False, kinds[source].window, kv_source=source))
+            continue
+        # a layer that keeps nothing
         if kind == "dummy" and _KINDS.get(name) == (False, False):
             kind = name
         if kind not in _KINDS:
@@ -287,6 +294,11 @@ def _nothing_to_compress(name: str) -> str:
         f"{name} has no attention whose keys and values could be compressed: it keeps states of a fixed size, which no "
         "token makes larger"
     )
+
+
+def shared_layers(config: PreTrainedConfig) -> int:
+    """How many layers, the last ones, attend to keys and values of earlier layers."""
+    return getattr(config, "num_kv_shared_layers", None) or 0
 
 
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:
@@ -329,6 +341,17 @@ def packed_head_dim(config: PreTrainedConfig) -> int:
             "of one width"
         )
     return head_dim
+
+
+def repeats_keys(config: PreTrainedConfig) -> bool:
+    """Whether a model gives its attention copies of what it has given its cache: all KV heads, one time after another,
+    so that query head h attends to KV head h modulo their number."""
+    return config.model_type == "jetmoe"
+
+
+def shares_kv(config: PreTrainedConfig) -> bool:
+    """Whether layers attend to keys and values of others; ValueError as `layer_kinds`."""
+    return any(kind.kv_source is not None for kind in layer_kinds(config))
 
 
 def all_attend(config: PreTrainedConfig) -> bool:

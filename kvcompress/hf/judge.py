@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.hf.attention import release
-from kvcompress.hf.configs import decoder_config, head_counts
-from kvcompress.hf.modules import attention_module, text_of
+from kvcompress.hf.configs import decoder_config, head_counts, repeats_keys
+from kvcompress.hf.modules import attention_module, layer_of, run_offset, text_of
 
 # the implementation that takes masks [batch, heads, queries, tokens], and supports softcaps and sinks
 _PLAIN = "eager"
@@ -42,10 +42,14 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
     if attention is None:
         raise RuntimeError(f"layer {layer} of {type(judge).__name__} has no attention module that takes a mask")
     heads = head_counts(decoder_config(judge))[0]
-    forbids = forbids.repeat_interleave(heads // forbids.shape[0], 0)[None]
+    group = heads // forbids.shape[0]
+    copies = forbids.repeat(group, 1, 1) if repeats_keys(decoder_config(judge)) else forbids.repeat_interleave(group, 0)
+    forbids = copies[None]
 
     def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = inspect.signature(module.forward).bind(*args, **kwargs)
+        if run_offset(given.arguments) + layer_of(module) != layer:
+            return args, kwargs
         mask: Any = given.arguments.get("attention_mask")
         # one for all layers, or by the kinds of layers
         masks = mask if isinstance(mask, dict) else {"": mask}

@@ -44,8 +44,20 @@ def _is_attention(module: nn.Module) -> bool:
 
 def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
     """The attention module of a layer, None if there is none: the one that has its number, or one without a number that
-    the layer contains, as where layers share the weights of one block (Zamba)."""
-    numbered = next((module for module in attention_modules(model) if layer_of(module) == layer), None)
+    the layer contains, as where layers share the weights of one block (Zamba).
+
+    Of a model that runs its modules several times, each run is a layer.
+    """
+    modules, number = attention_modules(model), layer
+    config: Any = decoder_config(model) if hasattr(model, "config") else None
+    stack = getattr(config, "num_layers_per_stack", None)
+    if stack is not None:
+        run, number = divmod(layer, stack)
+        # HRM-Text has one stack that ends a cycle, and one for what comes before
+        decoder: Any = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+        ends_cycle = run % (config.L_cycles + 1) == config.L_cycles
+        modules = attention_modules(decoder.H_module if ends_cycle else decoder.L_module)
+    numbered = next((module for module in modules if layer_of(module) == number), None)
     if numbered is not None:
         return numbered
     return next(
@@ -63,6 +75,11 @@ def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
 def layer_of(module: nn.Module) -> int:
     """The number of the layer that an attention module belongs to, -1 if it has none."""
     return getattr(module, "layer_idx", -1)
+
+
+def run_offset(arguments: dict[str, Any]) -> int:
+    """What is added to an attention module's number to tell this run's layer, of the arguments of its forward."""
+    return arguments.get("cycle_offset", 0)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvcompress.hf.configs import decoder_config, head_counts, latent_rank, sizes
+from kvcompress.hf.configs import decoder_config, head_counts, latent_rank, shared_layers, sizes
 
 # makes attention peaked, so that faults show, and logits as large as a trained model's
 _SPREAD = 1.2
@@ -60,9 +60,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     kv_heads = min(kv_heads, 1 if group > 8 else 2)
     heads = kv_heads * group
 
-    for name, value in lists.items():
-        setattr(small, name, [value[layer] for layer in layers])
-    small.num_hidden_layers = len(layers)
+    take_layers(small, layers, lists)
     small.num_attention_heads = heads
     if hasattr(small, "num_key_value_heads"):
         # heads that share latents each have keys and values of their own
@@ -90,6 +88,8 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         "n_group": 2,
         "topk_group": 1,
         "vocab_size": 512,
+        "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 32,
         "sliding_window": 64,
         "attention_chunk_size": 64,
     }.items():
@@ -150,9 +150,20 @@ def layers_of_each_kind(config: PreTrainedConfig) -> tuple[list[int], dict[str, 
     per layer, by name."""
     count = config.num_hidden_layers
     lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
-    kinds = [str([value[layer] for value in lists.values()]) for layer in range(count)]
+    own = count - shared_layers(config)
+    kinds = [str([layer >= own, *(value[layer] for value in lists.values())]) for layer in range(count)]
     firsts = sorted(kinds.index(kind) for kind in set(kinds))
     if firsts[-1] < 8:
         return list(range(min(count, max(4, firsts[-1] + 1)))), lists
     # if a kind comes late: the first layer of each kind, and the one before it
     return sorted({0, 1, *firsts, *(max(0, first - 1) for first in firsts)}), lists
+
+
+def take_layers(config: PreTrainedConfig, layers: list[int], lists: dict[str, list[Any]]) -> None:
+    """Leaves a config only these of its layers, where `lists` has its settings that have a value per layer."""
+    own = config.num_hidden_layers - shared_layers(config)
+    for name, value in lists.items():
+        setattr(config, name, [value[layer] for layer in layers])
+    if shared_layers(config):
+        config.num_kv_shared_layers = sum(layer >= own for layer in layers)
+    config.num_hidden_layers = len(layers)

@@ -20,7 +20,7 @@ from transformers import (
 
 from kvcompress.hf.calls import cache_argument
 from kvcompress.hf.configs import layer_kinds
-from kvcompress.hf.small import layers_of_each_kind
+from kvcompress.hf.small import layers_of_each_kind, take_layers
 from kvcompress.hf.states import states_in
 
 _T = TypeVar("_T")
@@ -135,9 +135,7 @@ def _with_few_layers(config: PreTrainedConfig, times: int) -> PreTrainedConfig:
     layers, lists = layers_of_each_kind(config)
     if times > 1:
         layers = list(range(min(config.num_hidden_layers, times * len(layers))))
-    for name, value in lists.items():
-        setattr(few, name, [value[layer] for layer in layers])
-    few.num_hidden_layers = len(layers)
+    take_layers(few, layers, lists)
     return few
 
 

@@ -25,6 +25,7 @@ class NodeLayer(DenseLayer):
     """
 
     padding: PrefixPadding
+    takes_spans = False
     steps = SharedSteps
     _steps: SharedSteps | None = None
     # query heads per KV head, and how logits are made

@@ -144,6 +144,11 @@ class TreeCache(CompressedCache):
                 f"{type(model).__name__} has layers that keep states, of which a prefix would need its own wherever "
                 f"rows part; {type(self).__name__} does not share those. clone() another cache for each continuation"
             )
+        if hf.shares_kv(hf.text_config(model)):
+            raise ValueError(
+                f"{type(model).__name__} has layers that attend to keys and values of others, which "
+                f"{type(self).__name__} does not serve; clone() another cache for each continuation"
+            )
 
     def _record(self) -> PaddingRecord:
         return PrefixPadding(self.tree)

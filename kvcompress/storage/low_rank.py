@@ -369,23 +369,25 @@ class ShadowSegment(Segment):
         return state
 
     def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, spec: LogitSpec, visible: Tensor | None, again: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Adds one token to the tail, which has room for it, and attends to all that `attend` does and to the token.
 
         Args:
             query: [batch, heads, 1, head_dim]. key, value: [batch, kv_heads, 1, head_dim].
             visible: [batch, 1] bool, False where the token is padding. None: all are tokens.
+            again: another query has added the token.
         """
+        token = () if again else (key, value, visible)
         # a view of no slots, where nothing is folded
         is_new = self._select(query, visible, spec) if self.is_folded else self.is_open[..., :0]
-        self._fill(self.keys, self.values, self.held, is_new, key, value, visible)
+        self._fill(self.keys, self.values, self.held, is_new, *token)
         self._is_behind = True
         if torch.compiler.is_compiling():
             # a graph knows no place from another
             self.free, slots = 0, slice(None)
         else:
-            self.free -= 1
+            self.free -= not again
             # kernels would copy a part of the positions, and where steps are compiled all read the same
             is_whole = runs_triton(query) or self.reserved > 0
             slots = slice(None) if is_whole else slice(0, self.keys.shape[2] - self.free)

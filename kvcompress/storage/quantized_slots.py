@@ -80,21 +80,9 @@ class PackedSlots(SlotSegment):
         spec: LogitSpec,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, logits = self._attend(query, query_positions, spec, with_logits=True)
-        # the token itself takes part unpacked, and is packed for later ones
-        visible = (positions != EMPTY)[:, None]
-        own_out, own_lse = causal_attention(query, key, value, spec, visible)
-        outs, lses = [out, own_out], [lse, own_lse]
-        if sink_logits is not None:
-            outs, lses = with_sinks(outs, lses, sink_logits)
-        out, lse = merge_states(outs, lses)
+        out, attention = self._decode(query, key, value, positions, query_positions, spec, sink_logits, self.positions)
         self.put(key, value, positions)
-        # a query that sees nothing has lse = -inf, as have all its logits
-        shift = lse.masked_fill(lse == -torch.inf, 0.0)
-        group = (self.positions.shape[1], -1)
-        attention = (logits - shift).exp().unflatten(1, group).sum(2)
-        own = (own_lse - shift).exp().unflatten(1, group).sum(2)
-        return out, attention.scatter(2, self.spare[..., None], own)
+        return out, attention
 
     def decode_again(
         self,
@@ -104,13 +92,37 @@ class PackedSlots(SlotSegment):
         positions: Tensor,
         query_positions: Tensor,
         spec: LogitSpec,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        # as in `decode`, the token takes part unpacked, not as it is in its slot
         past = self.positions.scatter(2, self.spare[..., None], EMPTY)
-        out, lse = self._attend(query, query_positions, spec, with_logits=False, positions=past)
+        return self._decode(query, key, value, positions, query_positions, spec, sink_logits, past)
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        query_positions: Tensor,
+        spec: LogitSpec,
+        sink_logits: Tensor | None,
+        past: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `decode`; past: [batch, kv_heads, slots] int32, the positions of the slots without this token."""
+        out, lse, logits = self._attend(query, query_positions, spec, with_logits=True, positions=past)
+        # the token itself takes part unpacked, and is packed for later ones
         visible = (positions != EMPTY)[:, None]
         own_out, own_lse = causal_attention(query, key, value, spec, visible)
-        return merge_states([out, own_out], [lse, own_lse])
+        outs, lses = [out, own_out], [lse, own_lse]
+        if sink_logits is not None:
+            outs, lses = with_sinks(outs, lses, sink_logits)
+        out, lse = merge_states(outs, lses)
+        # a query that sees nothing has lse = -inf, as have all its logits
+        shift = lse.masked_fill(lse == -torch.inf, 0.0)
+        group = (self.positions.shape[1], -1)
+        attention = (logits - shift).exp().unflatten(1, group).sum(2)
+        own = (own_lse - shift).exp().unflatten(1, group).sum(2)
+        return out, attention.scatter(2, self.spare[..., None], own)
 
     def _attend(
         self,

@@ -241,7 +241,12 @@ class RaggedSlots(SlotSegment):
             lses.append(lse)
         return self._by_head(outs, query.shape), self._by_head(lses, query.shape)
 
-    def decode(
+    def decode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if self.log_weights is not None:
+            raise NotImplementedError("slots with log-weights take no tokens one by one")
+        return super().decode(*args, **options)
+
+    def decode_again(
         self,
         query: Tensor,
         key: Tensor,
@@ -251,9 +256,6 @@ class RaggedSlots(SlotSegment):
         spec: LogitSpec,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if self.log_weights is not None:
-            raise NotImplementedError("slots with log-weights take no tokens one by one")
-        self.put(key, value, positions)
         if not splits_in_triton(query, self.keys, self.values):
             return self._decode_in_pytorch(query, query_positions, spec, sink_logits)
         at = query_positions.expand(len(query), -1)

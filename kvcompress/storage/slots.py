@@ -89,8 +89,7 @@ class SlotSegment(Segment):
             heads of a group, [batch, kv_heads, slots] float32.
         """
         self.put(key, value, positions)
-        keys = self.rotated_keys()
-        return decode_attention(query, keys, self.values, self.positions, query_positions, spec, sink_logits)
+        return self.decode_again(query, key, value, positions, query_positions, spec, sink_logits)
 
     def decode_again(
         self,
@@ -100,9 +99,11 @@ class SlotSegment(Segment):
         positions: Tensor,
         query_positions: Tensor,
         spec: LogitSpec,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The attention of another query of the token that `decode` stored, without sinks, and its log-sum-exp."""
-        return self.attend(query, query_positions, spec)
+        """The attention of another query of the token that `decode` stored, of which nothing was freed since."""
+        keys = self.rotated_keys()
+        return decode_attention(query, keys, self.values, self.positions, query_positions, spec, sink_logits)
 
     def decode_and_evict(
         self,

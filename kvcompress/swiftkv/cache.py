@@ -4,7 +4,7 @@
 
 The first layer of a group stores what it is fed, in the form of its storage; the others attend, with their own queries,
 to what it attends to in the same forward. Tokens are evicted or packed only after the whole group has attended. A
-policy that scores by attention sees that of the group's first layer.
+policy that scores by attention sees the mean over the group's layers.
 """
 
 import warnings
@@ -61,6 +61,7 @@ class FollowingLayer(CompressedLayer):
         *,
         sinks: Tensor | None,
         position_ids: Tensor | None,
+        spans: Tensor | None = None,
     ) -> Tensor:
         """As CompressedLayer.attend, over what the group's first layer attended to."""
         self.forwards_begun += 1
@@ -112,6 +113,7 @@ class SharedStorageCache(CompressedCache):
         """
         self._check_text(model)
         windows = hf.attention_windows(hf.text_config(model))
+        self._check_model(model)
         if share < 1 or (len(windows) - first) % share:
             raise ValueError(
                 f"share must divide the {len(windows) - first} later layers (of {len(windows)}, from layer {first}), "
@@ -150,8 +152,8 @@ class SharedStorageCache(CompressedCache):
     def _check_model(self, model: PreTrainedModel) -> None:
         if not hf.all_attend(model.config):
             raise ValueError(
-                f"{type(model).__name__} has layers that keep states or no tokens, which cannot share storage; use "
-                "another cache"
+                f"{type(model).__name__} has layers that keep states, or no keys and values of their own, and cannot "
+                "share storage; use another cache"
             )
 
     def _record(self) -> Any:

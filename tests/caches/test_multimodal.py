@@ -10,6 +10,7 @@ from kvcompress import (
     AcrossKVCache,
     AttentionMatchingCache,
     DenseCache,
+    EvictingCache,
     GEARCache,
     H2OCache,
     HydragenCache,
@@ -24,6 +25,8 @@ from kvcompress import (
     release,
 )
 from kvcompress.check.typical import COMMON
+from kvcompress.hf.judge import judge_of
+from kvcompress.policies.h2o import H2O
 
 IMAGE, PAD = 500, COMMON["pad_token_id"]
 _TEXT = {**COMMON, "num_hidden_layers": 3}
@@ -62,8 +65,16 @@ SETTINGS = {
         "image_token_id": IMAGE,
         "mm_tokens_per_image": 4,
     },
+    # a whole prompt sees itself
+    "paligemma": {
+        "text_config": {"model_type": "gemma", **_TEXT, "head_dim": 16},
+        "vision_config": {"model_type": "siglip_vision_model", **_TOWER},
+        "image_token_index": IMAGE,
+        "image_token_id": IMAGE,
+        "projection_dim": 64,
+    },
 }
-with_images = pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+with_images = pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3", "paligemma"])
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +128,8 @@ def inputs_of(kind, rows):
         inputs["pixel_values"] = torch.randn(images, 3, 28, 28, generator=generator)
         if kind == "gemma3":
             inputs["token_type_ids"] = (ids == IMAGE).long()
+        elif kind == "paligemma":
+            inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
 
 
@@ -219,6 +232,102 @@ def test_caches_that_compress_hold_less_and_do_not_care_for_padding(kind, build,
     )
 
 
+def whole(model, inputs):
+    """The model without a cache: its logits, and the attention of each layer, [batch, heads, queries, tokens]."""
+    judge = judge_of(model)
+    with torch.no_grad():
+        output = judge(**inputs, use_cache=False, output_attentions=True)
+    return output.logits, output.attentions
+
+
+ROOMY = {
+    **CACHES,
+    "gear": lambda model: GEARCache(model, buffer=256, tail_bits=None),
+    "shadowkv": lambda model: ShadowKVCache(model, budget=400),
+}
+
+
+@pytest.mark.parametrize("name", ROOMY)
+def test_images_that_see_themselves_come_in_chunks_and_in_a_second_turn(name, models):
+    """Images in two chunks, single tokens, and images again; of two rows, one padded."""
+    model = models("gemma3")
+    inputs = inputs_of("gemma3", [row(60, 4), row(48, 3, seed=4)])
+    ids, mask, types = (inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+    wanted, _ = whole(model, inputs)
+    cache, logits, features = ROOMY[name](model), [], inputs["pixel_values"]
+    start, used = 0, [0, 0]
+    # where no image of either row is cut
+    for stop in (14, 27, 28, 29, 39, 60):
+        fresh = [int((each[start:stop] == IMAGE).sum()) // 4 for each in ids]
+        # of the first row, then of the second
+        pixels = [features[used[0] : used[0] + fresh[0]], features[4 + used[1] : 4 + used[1] + fresh[1]]]
+        pixels = {"pixel_values": torch.cat(pixels)} if sum(fresh) else {}
+        with torch.no_grad():
+            out = model(
+                input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], token_type_ids=types[:, :stop], **pixels,
+                position_ids=(mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:], **hf.cache_argument(model, cache),
+            )  # fmt: skip
+        logits.append(out.logits)
+        start, used = stop, [held + more for held, more in zip(used, fresh, strict=True)]
+    torch.testing.assert_close(torch.cat(logits, 1)[mask > 0], wanted[mask > 0], rtol=1e-4, atol=1e-4)
+
+
+# docs: A chunk that cuts an image of Gemma 3 is refused
+def test_an_image_that_a_chunk_cuts_is_refused_before_anything_is_stored(models):
+    model = models("gemma3")
+    inputs = inputs_of("gemma3", [row(50, 2)])
+    cache = DenseCache(model)
+    first = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+    for stop, is_cut in [(first + 2, True), (first + 3, True), (first + 4, False)]:
+        known = {"input_ids": inputs["input_ids"][:, :stop], "attention_mask": inputs["attention_mask"][:, :stop]}
+        # of the images, as embeddings, what comes with this chunk
+        embeds = model.get_input_embeddings()(known.pop("input_ids"))
+        call = {**known, "token_type_ids": inputs["token_type_ids"], "inputs_embeds": embeds}
+        if is_cut:
+            with pytest.raises(
+                ValueError, match=f"a span of row 0 goes on after the {stop} tokens seen and fed so far"
+            ):
+                model(**call, **hf.cache_argument(model, cache))
+            assert cache.get_seq_length() == 0
+        else:
+            with torch.no_grad():
+                model(**call, **hf.cache_argument(model, cache))
+            assert cache.get_seq_length() == stop
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma"])
+@pytest.mark.parametrize("last", [None, 12], ids=["h2o", "snapkv"])
+def test_what_images_receive_of_their_own_tokens_counts_too(kind, last, models):
+    """Column sums of the whole attention, of all queries or of the last ones, which see an image."""
+    model = models(kind)
+    inputs = inputs_of(kind, [row(50, 2), row(37, 2, seed=4)])
+    _, weights = whole(model, inputs)
+    policy = H2O() if last is None else _LastQueries()
+    cache = EvictingCache(model, policy=policy, budget=400)
+    with torch.no_grad():
+        model(**inputs, **hf.cache_argument(model, cache))
+    real = inputs["attention_mask"].bool()
+    for layer, of_layer in zip(cache.layers, weights, strict=True):
+        counted = of_layer.masked_fill(~real[:, None, :, None], 0.0)
+        counted = counted if last is None else counted[:, :, -last:]
+        sums = counted.unflatten(1, (2, 2)).sum((2, 3))
+        slots, pads = layer.slots, 50 - real.sum(-1)
+        at = (slots.positions.clamp(min=0) + pads[:, None, None]).long()
+        held = slots.positions >= 0
+        torch.testing.assert_close(slots.scores[held], sums.gather(2, at)[held], rtol=1e-4, atol=1e-4)
+
+
+class _LastQueries(H2O):
+    """What the last queries attend to, as it is."""
+
+    @property
+    def observes(self):
+        return 12
+
+    def score(self, candidates):
+        return candidates.attention.clone()
+
+
 def test_image_tokens_can_be_pinned(models):
     model = models("llava")
     inputs = inputs_of("llava", [row(90, 3), row(70, 2, seed=4)])
@@ -292,15 +401,6 @@ def test_rotations_of_several_axes_are_not_taken_back(part, models):
     ):
         with pytest.raises(ValueError, match="Qwen2VL.* gives images positions of several axes"):
             build()
-
-
-# README: images that attend both ways (Gemma 3)
-def test_images_that_attend_both_ways_are_refused_before_anything_is_stored(models):
-    model = models("gemma3")
-    cache = DenseCache(model)
-    with pytest.raises(ValueError, match="overlays the causal mask .*bidirectional blocks"):
-        answer(model, cache, inputs_of("gemma3", [row(50, 2)]))
-    assert cache.get_seq_length() == 0
 
 
 def test_continuations_are_scored_where_positions_count_tokens(models):

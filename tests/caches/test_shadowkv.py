@@ -46,9 +46,9 @@ class Fed:
             self.pairs[index].append((key.clone(), value.clone()))
             return update(key, value, *args, **kwargs)
 
-        def ask(chunk, segment):
+        def ask(chunk, segment, again=False):
             self.queries[index] = chunk.query.clone()
-            return read(chunk, segment)
+            return read(chunk, segment, again)
 
         layer.update, layer._read = note, ask
 

@@ -35,7 +35,7 @@ from kvcompress.kernels.common.split_attention import Extents
 from kvcompress.kernels.ragged import by_column
 from kvcompress.storage.quantized_slots import PackedSlots
 from kvcompress.storage.rerotated import RaggedRerotatedSlots, RerotatedSlots
-from tests.contract.oracle import Decoded, Kept, Transcript, recording
+from tests.contract.oracle import Decoded, Kept, Transcript, holders, recording
 
 BUDGET = 8
 LARGE = 10_000
@@ -115,7 +115,7 @@ def everything(cache: Any) -> Kept:
 def slots(cache: Any) -> Kept:
     """What lies in the slots of an evicting cache, and what was decoded after that where it stays."""
     kept: Kept = []
-    for layer in cache.layers:
+    for layer in holders(cache):
         positions = layer.held_positions().long()
         held = torch.zeros(*positions.shape[:2], layer.get_seq_length() + 1, dtype=torch.bool, device=positions.device)
         # an empty slot points past the end
@@ -128,7 +128,7 @@ def closed_up(cache: Any) -> Decoded:
     """Keys of a cache with rolled positions, turned to where the newest query, at its true position, finds them:
     the tokens a head keeps stand before it without gaps."""
     decoded: Decoded = []
-    for layer, kept in zip(cache.layers, slots(cache), strict=True):
+    for layer, kept in zip(holders(cache), slots(cache), strict=True):
         assert kept is not None
         stored, positions = layer.slots, layer.slots.positions.long()
         places = kept.shape[-1]
@@ -154,7 +154,7 @@ def fitted(cache: Any) -> Decoded:
     """Values and log-weights of the slots of a cache that fits them, and keys where they are packed; what was decoded
     after that is as it was fed."""
     decoded: Decoded = []
-    for layer in cache.layers:
+    for layer in holders(cache):
         slots, seen = layer.slots, layer.get_seq_length()
         is_packed = isinstance(slots, PackedSlots)
         if slots.bias is None and not is_packed:
@@ -177,7 +177,7 @@ def fitted(cache: Any) -> Decoded:
 def unpacked(cache: Any) -> Decoded:
     """What the codes of a packing cache stand for, beside what is not packed yet."""
     decoded: Decoded = []
-    for layer in cache.layers:
+    for layer in holders(cache):
         tail = layer.tail
         parts = [(*part.contents(), part.positions) for part in (tail, layer.first) if part is not None]
         parts += [(*part.decoded(), part.positions[:, 0]) for part in layer._packed()]
@@ -223,15 +223,19 @@ def _packing(name: str, is_calibrated: bool = False, **settings: Any) -> Entry:
         decoded=unpacked,
         dtype=torch.float64,
         of_one_model=is_calibrated,
+        refuses=("gemma3n_text",) if is_calibrated else (),
     )
 
 
 def attended(cache: Any) -> Kept:
     """What ShadowKV's layers attended to last: the tokens in the buffer, or all where there were many queries."""
     kept: Kept = []
-    for layer in cache.layers:
+    for layer in holders(cache):
         segment = getattr(layer, "segment", None)
-        reads_all = layer.pending_kv is not None and layer.pending_kv[0].shape[2] > SHADOW["select_queries"]
+        # while layers that share the tokens attend, they are in the step
+        fed = None if layer.pending_kv is None else layer.pending_kv[0]
+        fed = layer._step.input.key if fed is None and layer._step is not None else fed
+        reads_all = fed is not None and fed.shape[2] > SHADOW["select_queries"]
         if segment is None or (reads_all and bool((segment.folded > 0).any())):
             kept.append(None)
             continue
@@ -247,7 +251,7 @@ def attended(cache: Any) -> Kept:
 def rebuilt(cache: Any) -> Decoded:
     """Keys of ShadowKV's folded tokens, from their coefficients; all that is exact is as it was fed."""
     decoded: Decoded = []
-    for layer in cache.layers:
+    for layer in holders(cache):
         segment, seen = getattr(layer, "segment", None), layer.get_seq_length()
         if segment is None:
             decoded.append((None, None))
@@ -354,6 +358,7 @@ ENTRIES = [
         croppable=True,
         compileable=True,
         shares=True,
+        refuses=("gemma3n_text",),
     ),
     Entry(
         "h2o",

@@ -56,6 +56,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "query_pre_attn_scalar": 24,
     },
+    # the last two layers attend to keys and values of the first two
+    "gemma3n": {
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "head_dim": 32,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "final_logit_softcapping": 30.0,
+    },
     "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": None},
     # these two know no groups of heads
     "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": 4, "rotary_pct": 0.5},

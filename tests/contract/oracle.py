@@ -119,6 +119,11 @@ class Transcript:
             tokens = 0
 
 
+def holders(cache: Any) -> list[Any]:
+    """For each layer of a model, the one of the cache that holds what it attends to."""
+    return [getattr(layer, "kv_source", layer) for layer in cache.layers]
+
+
 @contextmanager
 def recording(
     model: PreTrainedModel,
@@ -140,6 +145,11 @@ def recording(
     """
     transcript = Transcript() if transcript is None else transcript
     before: dict[str, Any] = {}
+    # which layers attend by each layer's method, in order, and how many have
+    readers: dict[int, list[int]] = {}
+    for index, layer in enumerate(holders(cache)):
+        readers.setdefault(id(layer), []).append(index)
+    read: dict[int, int] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if cache_in(kwargs.values()) is not cache:
@@ -148,6 +158,7 @@ def recording(
         if during is not None:
             ids = args[0] if args else kwargs["input_ids"]
             before["visible"] = _visible(kwargs.get("attention_mask"), ids, transcript)[:, : transcript.seen]
+            read.clear()
             before["kept"] = [None] * len(cache.layers)
             before["decoded"] = None
             if decoded is not None and transcript.forwards:
@@ -183,18 +194,23 @@ def recording(
         )
 
     def notice(index: int) -> None:
-        attend = getattr(cache.layers[index], during, None)
+        layer = cache.layers[index]
+        attend = getattr(layer, during, None)
         if attend is None:
             return
 
         def both(*args: Any, **kwargs: Any) -> Any:
             answer = attend(*args, **kwargs)
+            left = readers[id(layer)][read.get(index, 0) :]
+            read[index] = read.get(index, 0) + 1
             if transcript.forwards:
                 visible = before["visible"]
-                before["kept"][index] = _columns(kept(cache)[index : index + 1], visible)[0]
-                if decoded is not None:
-                    pair = decoded(cache)[index]
-                    before["decoded"][index] = _take_pair(pair, _places(visible))
+                columns = _columns(kept(cache)[index : index + 1], visible)[0]
+                pair = None if decoded is None else _take_pair(decoded(cache)[index], _places(visible))
+                for reader in left:
+                    before["kept"][reader] = columns
+                    if pair is not None:
+                        before["decoded"][reader] = pair
             return answer
 
         setattr(cache.layers[index], during, both)

@@ -100,20 +100,6 @@ REFUSED = {
         },
         "chunked_attention",
     ),
-    "gemma3n_text": (
-        {
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "vocab_size_per_layer_input": 64,
-            "hidden_size_per_layer_input": 8,
-            "laurel_rank": 4,
-            "head_dim": 16,
-            "intermediate_size": [32] * 4,
-            "activation_sparsity_pattern": [0.0] * 4,
-        },
-        r"shares keys and values between layers \(num_kv_shared_layers=2\)",
-    ),
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 2}, "AttentionInterface"),
     "mpt": ({"d_model": 32, "n_heads": 2, "n_layers": 2}, "AttentionInterface"),
     "falcon": ({"alibi": True}, "AttentionInterface"),
@@ -121,7 +107,7 @@ REFUSED = {
 }
 
 
-# README: Refused by name: chunked attention, layers that share KV
+# README: Refused by name: chunked attention
 @pytest.mark.parametrize("model_type", REFUSED)
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8)], ids=["dense", "h2o"])
 def test_what_cannot_be_served_is_refused_by_name(model_type, build):

@@ -29,7 +29,7 @@ def generate(model, cache, kept, ids, mask=None, tokens=6):
 def test_it_agrees_with_transformers_own_cache(family):
     model = build(family)
     ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
-    transcript = generate(model, DynamicCache(config=model.config), lambda cache: [None] * 3, ids, mask)
+    transcript = generate(model, DynamicCache(config=model.config), lambda cache: [None] * 4, ids, mask)
     assert transcript.fed == [20, 1, 1, 1, 1, 1]
     assert_equals_oracle(model, transcript)
 

@@ -61,7 +61,7 @@ def test_prompts_with_too_little_in_common_have_no_node():
 # tokens that are fed again
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3n"])
 def test_tokens_fed_again_have_the_logits_of_their_own_places(family):
     model = tiny(family)
     own = torch.cat([PREFIX, prompt(60, seed=1)[0]])

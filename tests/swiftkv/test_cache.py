@@ -32,13 +32,6 @@ SHARED = [
 SKIPPING = {"dense", "snapkv", "chunkkv", "tova", "streaming", "keydiff", "knorm", "gear", "gear_whole", "kivi"}
 
 
-class Seen:
-    """A cache as the oracle reads it, where a following layer has what its leader has."""
-
-    def __init__(self, cache):
-        self.layers = [getattr(layer, "kv_source", layer) for layer in cache.layers]
-
-
 def sharing(name):
     """The contract's entry of a cache, its storage shared by the groups of a converted model."""
     entry = by_name[name]
@@ -46,8 +39,6 @@ def sharing(name):
         entry,
         name=f"shared_{name}",
         make=lambda model: SwiftKVCache(model, storage=entry.make),
-        kept=lambda cache: entry.kept(Seen(cache)),
-        decoded=None if entry.decoded is None else lambda cache: entry.decoded(Seen(cache)),
         compileable=False,
     )
 
