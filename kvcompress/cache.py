@@ -92,8 +92,9 @@ class CompressedCache(hf.AttendingCache):
                 for index, kind in enumerate(kinds)
             ]
         )
+        every = hf.layer_heads(config)
         for index in self.attending:
-            self.layers[index].latent_rank, self.layers[index].value_width = rank, hf.value_width(config)
+            self.layers[index].latent_rank, self.layers[index].value_width = rank, every[index].value_dim
         self.take_states(self.states)
         self.last_layer.is_last = True
         for layer in self.layers:

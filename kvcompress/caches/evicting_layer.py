@@ -439,7 +439,7 @@ class EvictingLayer(CompressedLayer):
 
     def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         if self.packed is not None:
-            coding = self.packed.per_token_scheme(chunk.key.shape[-1])
+            coding = self.packed.per_token_scheme(chunk.key.shape[-1], chunk.value.shape[-1])
             if self.is_ragged:
                 return RaggedPackedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard, self._fits)
             return QuantizedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard)
@@ -474,7 +474,7 @@ class EvictingLayer(CompressedLayer):
 
     def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
         if self.packed is not None:
-            coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
+            coding = self.packed.per_token_scheme(*(tensors[f"{side}.codes"].shape[-1] for side in ("keys", "values")))
             how = {"coding": coding, "rotates": self.packed.hadamard, "dtype": getattr(torch, facts["dtype"])}
             return (RaggedPackedSlots if self.is_ragged else QuantizedSlots).load(tensors, facts, **how)
         if self.latent_rank is not None:

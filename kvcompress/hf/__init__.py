@@ -35,6 +35,7 @@ from kvcompress.hf.calls import cache_name as cache_name
 from kvcompress.hf.calls import cache_of as cache_of
 from kvcompress.hf.calls import take_cache as take_cache
 from kvcompress.hf.calls import watch_forwards as watch_forwards
+from kvcompress.hf.configs import LayerHeads as LayerHeads
 from kvcompress.hf.configs import LayerKind as LayerKind
 from kvcompress.hf.configs import all_attend as all_attend
 from kvcompress.hf.configs import as_decoder as as_decoder
@@ -44,15 +45,16 @@ from kvcompress.hf.configs import decoder_config as decoder_config
 from kvcompress.hf.configs import end_tokens as end_tokens
 from kvcompress.hf.configs import filler_tokens as filler_tokens
 from kvcompress.hf.configs import has_experts as has_experts
-from kvcompress.hf.configs import head_counts as head_counts
 from kvcompress.hf.configs import is_multimodal as is_multimodal
+from kvcompress.hf.configs import key_widths as key_widths
+from kvcompress.hf.configs import latent_part as latent_part
 from kvcompress.hf.configs import latent_rank as latent_rank
+from kvcompress.hf.configs import layer_heads as layer_heads
 from kvcompress.hf.configs import layer_kinds as layer_kinds
 from kvcompress.hf.configs import model_types as model_types
-from kvcompress.hf.configs import packed_head_dim as packed_head_dim
+from kvcompress.hf.configs import packed_widths as packed_widths
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config
-from kvcompress.hf.configs import value_width as value_width
 from kvcompress.hf.configs import without_windows as without_windows
 from kvcompress.hf.fingerprint import Fingerprint as Fingerprint
 from kvcompress.hf.modules import Captured as Captured

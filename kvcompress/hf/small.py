@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvcompress.hf.configs import decoder_config, head_counts, latent_rank, sizes
+from kvcompress.hf.configs import decoder_config, differing, head_counts, latent_rank, layer_heads, sizes
 
 # makes attention peaked, so that faults show, and logits as large as a trained model's
 _SPREAD = 1.2
@@ -47,35 +48,41 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A config with fewer and narrower layers, otherwise like this one: the same kinds of layers, head_dim, query heads
     per KV head (fewer if it would get wide), rotary embeddings, biases and softcaps; windows of at most 64 tokens."""
-    small = copy.deepcopy(config)
     if config.get_text_config(decoder=True) is not config:
-        return _small_multimodal(small)
-    layers, lists = layers_of_each_kind(config)
-    heads, kv_heads, head_dim = head_counts(config)
-    group = min(max(1, heads // kv_heads), 16)
-    if not hasattr(config, "head_dim"):
+        return _small_multimodal(copy.deepcopy(config))
+    small = with_layers(config, layers_of_each_kind(config)[0])
+    own = [settings for _, settings in sorted(_own_settings(small).items())]
+    every = layer_heads(small)
+    groups = [min(max(1, each.heads // each.kv_heads), 16) for each in every]
+    head_dim, group = every[0].head_dim, max(groups)
+    if own:
+        # what is set from here on is of all layers
+        small.per_layer_config = None
+    if not hasattr(small, "head_dim"):
         # hidden size is then heads * head_dim
         while group > 1 and 2 * group * head_dim > _WIDEST:
             group //= 2
-    kv_heads = min(kv_heads, 1 if group > 8 else 2)
-    heads = kv_heads * group
+        groups = [min(each, group) for each in groups]
+    heads = min(every[0].kv_heads, 1 if group > 8 else 2) * group
+    of_all = head_counts(small)
+    # of a layer's group of its own, the nearest number that divides the heads
+    kv_heads, *kv_heads_of = (math.gcd(heads, heads // each) for each in (min(of_all[0] // of_all[1], group), *groups))
 
-    for name, value in lists.items():
-        setattr(small, name, [value[layer] for layer in layers])
-    small.num_hidden_layers = len(layers)
     small.num_attention_heads = heads
     if hasattr(small, "num_key_value_heads"):
         # heads that share latents each have keys and values of their own
         small.num_key_value_heads = kv_heads if latent_rank(config) is None else heads
+    if getattr(small, "num_attention_heads_per_layer", None):
+        small.num_attention_heads_per_layer = [kv_heads * each for each in groups]
     small.hidden_size = heads * 16
     if getattr(small, "head_dim", head_dim) is None:
         small.head_dim = head_dim
-    if head_counts(small)[2] != head_dim:
+    if layer_heads(small)[0].head_dim != head_dim:
         small.hidden_size = heads * head_dim
     hidden = small.hidden_size
     if hasattr(small, "word_embed_proj_dim"):
         small.word_embed_proj_dim = hidden
-    for name, most in {
+    limits = {
         "intermediate_size": 2 * hidden,
         "ffn_dim": 2 * hidden,
         "moe_intermediate_size": hidden,
@@ -90,14 +97,25 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         "n_group": 2,
         "topk_group": 1,
         "vocab_size": 512,
+        "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 32,
         "sliding_window": 64,
         "attention_chunk_size": 64,
-    }.items():
+    }
+    for name, most in limits.items():
         size = getattr(small, name, None)
         if isinstance(size, list):
             setattr(small, name, [min(part, most) for part in size])
         elif isinstance(size, int):
             setattr(small, name, min(size, most))
+    if own:
+        for layer, settings in enumerate(own):
+            has = {"num_key_value_heads": kv_heads_of[layer]} if "num_key_value_heads" in settings else {}
+            if "num_attention_heads" in settings:
+                has["num_attention_heads"] = has.get("num_key_value_heads", kv_heads) * groups[layer]
+            has |= {name: min(settings[name], most) for name, most in limits.items() if name in settings}
+            settings.update(has)
+        small.per_layer_config = dict(enumerate(own))
     for name, token in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
         known = getattr(small, name, None)
         if known is not None and (not isinstance(known, int) or known >= small.vocab_size):
@@ -145,12 +163,35 @@ def described(model: PreTrainedModel) -> str:
     return f"{config.model_type} ({type(model).__name__}), {', '.join(parts)}"
 
 
+def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """A copy of a config that has only these of its layers."""
+    few, own = copy.deepcopy(config), _own_settings(config)
+    lists = layers_of_each_kind(config)[1]
+    if own:
+        few.per_layer_config = None
+    for name, value in lists.items():
+        setattr(few, name, [value[layer] for layer in layers])
+    few.num_hidden_layers = len(layers)
+    if own:
+        few.per_layer_config = {index: own[layer] for index, layer in enumerate(layers)}
+    return few
+
+
+def _own_settings(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
+    """What only the config of a layer has, by layer; empty where layers do not differ."""
+    names = differing(config)
+    if not names:
+        return {}
+    return {index: {name: getattr(own, name) for name in names} for index, own in enumerate(config.per_layer_config)}
+
+
 def layers_of_each_kind(config: PreTrainedConfig) -> tuple[list[int], dict[str, list[Any]]]:
     """The first four layers, or as many more as it takes to have each kind; and a config's settings that have a value
     per layer, by name."""
     count = config.num_hidden_layers
     lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
-    kinds = [str([value[layer] for value in lists.values()]) for layer in range(count)]
+    own = _own_settings(config)
+    kinds = [str([*(value[layer] for value in lists.values()), own.get(layer)]) for layer in range(count)]
     firsts = sorted(kinds.index(kind) for kind in set(kinds))
     if firsts[-1] < 8:
         return list(range(min(count, max(4, firsts[-1] + 1)))), lists

@@ -51,6 +51,19 @@ def test_every_head_size_equals_the_oracle(entry, head_dim, family):
     assert_equals_oracle(model, transcript)
 
 
+# docs: Heads may be of any width, keys and values of two.
+@caches("gear", "gear_centred", "h2o_packed", "h2o_packed_heads")
+@pytest.mark.parametrize("head_dim", [288, 512])
+def test_heads_of_more_than_a_byte_of_channels_are_packed(entry, head_dim):
+    model = tiny("llama", head_dim=head_dim, num_key_value_heads=1, initializer_range=0.05)
+    _, cache, transcript = recorded(entry, model, *left_padded([prompt(40)[0], prompt(33, seed=2)[0]]))
+    assert_equals_oracle(model, transcript)
+    if entry.name == "gear":
+        index = cache.layers[0].prompt.values.outlier_index
+        assert index.dtype == torch.int16
+        assert int(index.max()) > 255
+
+
 @every_cache
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @families("llama", slow=("mistral", "gemma2"))
