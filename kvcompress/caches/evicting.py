@@ -60,6 +60,8 @@ class EvictingCache(CompressedCache):
     Policies are TOVA, KeyDiff, Knorm, ChunkKV, ExpectedAttention, Random and others in `kvcompress`, or your own.
     """
 
+    serves_chunks = True
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -216,7 +216,7 @@ class EvictingLayer(CompressedLayer):
             self._follow_budget(self.lengths + x.real_tokens)
         # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
         plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.is_ragged
-        plain = plain and self.pins is None
+        plain = plain and self.pins is None and not self.is_chunked
         at_once = self.policy.decay is not None and plain and attends_in_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
@@ -225,6 +225,11 @@ class EvictingLayer(CompressedLayer):
         if self.pins is not None and self.is_first and not torch.compiler.is_compiling():
             lengths = None if self.slots is None else self.lengths
             self.pins.note(self.get_seq_length(), x.tokens, lengths, x.visible, x.key)
+
+    def out_of_sight(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Which tokens the next query of sequences of these lengths does not see; lengths: broadcastable."""
+        assert self.window is not None
+        return positions <= self.reaches(lengths) - self.window
 
     def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
         """The chunk rotated to match the slots' `rotated_keys`, and its queries' positions then, [batch, queries]."""
@@ -489,6 +494,11 @@ class RerotatedLayer(EvictingLayer):
     @property
     def queries_watched(self) -> int | None:  # type: ignore[override]
         return None
+
+    def out_of_sight(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Which tokens the next query of sequences of these lengths does not see; lengths: broadcastable."""
+        assert self.window is not None
+        return positions <= self.reaches(lengths) - self.window
 
     def _place(self, chunk: AttentionInput, query_positions: Tensor) -> tuple[AttentionInput, Tensor]:
         slots, rope = self.slots, self.rope

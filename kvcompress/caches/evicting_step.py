@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kvcompress.caches.competition import shares
-from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.evict import choose_victim, ranked
 from kvcompress.kernels.merge import merge_states, output_of, with_sinks
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
 from kvcompress.policies.second_stage import has_second_stage, output_norms, second_scores
+from kvcompress.storage.chunks import sums_in_chunks
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
@@ -51,11 +51,12 @@ class DecodeStep(EvictingStep):
     def attend(self, x: AttentionInput) -> Tensor:
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone())
+        reach = self.layer.reaches(query_positions)
         if self.placed is not None:
             # the token is already in the slots, but not yet counted in the lengths
-            out, lse = self.slots.decode_again(placed.query, x.key, x.value, self.at, query_positions, x.spec)
+            out, lse = self.slots.decode_again(placed.query, x.key, x.value, self.at, reach, x.spec)
             return output_of(out, lse, x.sinks)
-        out, self.attention = self.slots.decode(placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks)
+        out, self.attention = self.slots.decode(placed.query, x.key, x.value, self.at, reach, x.spec, x.sinks)
         self.placed, self.query_positions = placed, query_positions
         return out
 
@@ -102,8 +103,8 @@ class DecodeStep(EvictingStep):
         if layer.window is not None:
             # what has left the window goes first, sinks too
             scores = scores.masked_fill(slots.positions < sinks, torch.inf)
-            out_of_window = slots.positions <= (layer.lengths - layer.window)[:, None, None]
-            scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
+            hidden = layer.out_of_sight(slots.positions, layer.lengths[:, None, None])
+            scores, sinks = scores.masked_fill(hidden, -torch.inf), 0
         limits, recents = layer.limits_by_head(), layer.recents
         if isinstance(layer.budget, float) and isinstance(slots, RaggedSlots) and torch.compiler.is_compiling():
             # the budget grows, and a compiled step cannot give a head more room
@@ -163,10 +164,10 @@ class ChunkStep(EvictingStep):
 
     def attend(self, x: AttentionInput) -> Tensor:
         placed, query_positions = self.layer._place(x, self.places[:, -x.queries :])
-        out, lse = causal_attention(placed.query, placed.key, x.value, x.spec, x.visible)
+        out, lse = self.layer.attend_causally(x, placed.query, placed.key, self.places)
         outs, lses = [out], [lse]
         if not self.is_first:
-            past_out, past_lse = self.slots.attend(placed.query, query_positions, x.spec)
+            past_out, past_lse = self.slots.attend(placed.query, self.layer.reaches(query_positions), x.spec)
             outs, lses = [*outs, past_out], [*lses, past_lse]
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
@@ -215,11 +216,16 @@ class ChunkStep(EvictingStep):
             if last is not None:
                 first = int(observed.any(0).to(torch.uint8).argmax())
         query, lse = x.query[:, :, first:], lse[:, :, first:]
-        within = causal_column_sums(query, x.key, lse, x.spec, x.visible)
+        if self.layer.is_chunked:
+            assert self.layer.window is not None
+            within = sums_in_chunks(query, x.key, lse, x.spec, x.visible, self.places, self.layer.window)
+        else:
+            within = causal_column_sums(query, x.key, lse, x.spec, x.visible)
         if self.is_first:
             past = torch.zeros_like(self.slots.scores)
         else:
-            past = self.slots.column_sums(query, self.query_positions[:, first:], lse, x.spec)
+            reach = self.layer.reaches(self.query_positions[:, first:])
+            past = self.slots.column_sums(query, reach, lse, x.spec)
         return torch.cat([past, within], -1)
 
     def rank(self, attention: Tensor | None) -> "Ranking":
@@ -270,7 +276,7 @@ class ChunkStep(EvictingStep):
             protected = protected | layer.pins.holds(positions)
         gone = positions == EMPTY
         if layer.window is not None:
-            gone = gone | (positions <= lengths - layer.window)
+            gone = gone | layer.out_of_sight(positions, lengths)
         return ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
 
     def _kept(self, ranking: "Ranking") -> Tensor:

@@ -31,6 +31,8 @@ class GEARCache(CompressedCache):
     `GEARCache.preset(model, "gear")`.
     """
 
+    serves_chunks = True
+
     def __init__(
         self,
         model: PreTrainedModel,

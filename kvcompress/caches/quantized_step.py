@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.storage.columns import marked_first
@@ -33,7 +32,8 @@ class QuantizedStep(ForwardStep):
         self.layer = layer
         self.tail = layer._tail_for(x.key, x.value)
         self.real = layer._real(x)
-        self.query_positions = layer._query_positions(x)[:, -x.queries :]
+        self.places = layer._query_positions(x)
+        self.query_positions = layer.reaches(self.places[:, -x.queries :])
         if x.tokens > 1:
             return
         lengths, lacking = layer.lengths, layer.lacking()
@@ -48,7 +48,7 @@ class QuantizedStep(ForwardStep):
     def attend(self, x: AttentionInput) -> Tensor:
         answers = self.layer._past(x, self.query_positions, self.joins if self.waits else None)
         if x.tokens > 1:
-            answers.append(causal_attention(x.query, x.key, x.value, x.spec, x.visible))
+            answers.append(self.layer.attend_causally(x, x.query, x.key, self.places))
         return joint_output(answers, x.sinks)
 
     def commit(self) -> None:

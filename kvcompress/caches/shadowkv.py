@@ -271,6 +271,8 @@ def selected_budget(amount: int | float, chunk: int) -> Budget:
 class ShadowKVCache(CompressedCache):
     """Low-rank keys on the device, values on the host, fetched as needed: `ShadowKVCache(model, budget=2048)`."""
 
+    serves_chunks = True
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -19,18 +19,21 @@ class LayerKind:
     """What a layer keeps of what it has seen.
 
     attends: keys and values of tokens. window: of how many tokens, None for all. states: how many states of a linear
-    attention, a state space or a convolution, whose size does not depend on the number of tokens.
+    attention, a state space or a convolution, whose size does not depend on the number of tokens. is_chunked: the text
+    is cut into chunks of `window` tokens, and a token sees none of an earlier chunk.
     """
 
     attends: bool
     window: int | None = None
     states: int = 0
+    is_chunked: bool = False
 
 
 # for each type of transformers, whether it attends, and whether it has states; the last two have neither
 _KINDS = {
     "full_attention": (True, False),
     "sliding_attention": (True, False),
+    "chunked_attention": (True, False),
     "linear_attention": (False, True),
     "conv": (False, True),
     "hybrid": (True, True),
@@ -320,8 +323,10 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
                 f"kvcompress supports {', '.join(_KINDS)}"
             )
         attends, has_states = _KINDS[kind]
-        window = each[index].get("sliding_window") if "sliding" in kind else None
-        kinds.append(LayerKind(attends, window, each[index].get("number_of_states", 1) if has_states else 0))
+        is_chunked = kind == "chunked_attention"
+        window = each[index].get("sliding_window") if "sliding" in kind or is_chunked else None
+        states = each[index].get("number_of_states", 1) if has_states else 0
+        kinds.append(LayerKind(attends, window, states, is_chunked))
     if not any(kind.attends for kind in kinds):
         raise ValueError(_nothing_to_compress(f"model type {config.model_type!r}"))
     return kinds
@@ -349,7 +354,7 @@ def key_widths(config: PreTrainedConfig) -> dict[int, int]:
 
 
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer in tokens, None for full attention, and for layers that do not attend.
+    """The sliding window or the chunk of each layer in tokens, None for full attention and layers that do not attend.
 
     Raises:
         ValueError: as `layer_kinds`.

@@ -134,7 +134,9 @@ def _keys(
     try:
         arguments |= cache_argument(attention, _KeyTaker())
         turns = rotary(hidden.to(positions.device), positions, **known)
-        arguments["position_embeddings"] = tuple(turn.to(device) for turn in turns)
+        # cosines and sines, or complex numbers that are both
+        is_one = isinstance(turns, Tensor)
+        arguments["position_embeddings"] = turns.to(device) if is_one else tuple(turn.to(device) for turn in turns)
         attention(hidden.to(device), **arguments)
     except _KeyTaken as taken:
         return taken.key

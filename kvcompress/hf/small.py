@@ -19,6 +19,8 @@ from kvcompress.hf.configs import decoder_config, differing, head_counts, latent
 # makes attention peaked, so that faults show, and logits as large as a trained model's
 _SPREAD = 1.2
 _WIDEST = 512
+# settings that are numbers of layers, and not values by layer
+_OF_INDICES = {"moe_layers"}
 # what configs of towers call their numbers of layers
 _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "layers")
 
@@ -171,6 +173,9 @@ def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedCo
         few.per_layer_config = None
     for name, value in lists.items():
         setattr(few, name, [value[layer] for layer in layers])
+    for name in _OF_INDICES & {*vars(config)}:
+        chosen = getattr(config, name) or ()
+        setattr(few, name, [index for index, layer in enumerate(layers) if layer in chosen])
     few.num_hidden_layers = len(layers)
     if own:
         few.per_layer_config = {index: own[layer] for index, layer in enumerate(layers)}
@@ -189,9 +194,17 @@ def layers_of_each_kind(config: PreTrainedConfig) -> tuple[list[int], dict[str, 
     """The first four layers, or as many more as it takes to have each kind; and a config's settings that have a value
     per layer, by name."""
     count = config.num_hidden_layers
-    lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
+    lists = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == count and name not in _OF_INDICES
+    }
     own = _own_settings(config)
-    kinds = [str([*(value[layer] for value in lists.values()), own.get(layer)]) for layer in range(count)]
+    chosen = [getattr(config, name) or () for name in sorted(_OF_INDICES & {*vars(config)})]
+    kinds = [
+        str([*(value[layer] for value in lists.values()), own.get(layer), *(layer in some for some in chosen)])
+        for layer in range(count)
+    ]
     firsts = sorted(kinds.index(kind) for kind in set(kinds))
     if firsts[-1] < 8:
         return list(range(min(count, max(4, firsts[-1] + 1)))), lists

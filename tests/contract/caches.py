@@ -351,6 +351,7 @@ ENTRIES = [
         "hydragen",
         # whatever two rows begin with lies in a node
         lambda model: HydragenCache(model, min_tokens=1),
+        refuses=("llama4_text",),
         kept=everything,
         exact=True,
         croppable=True,

@@ -90,6 +90,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "mlp_layer_types": ["dense", "dense", "dense"],
     },
+    # chunks of tokens, and layers without rotation that attend to all
+    "llama4": {
+        "model_type": "llama4_text",
+        "head_dim": 16,
+        "attention_chunk_size": WINDOW,
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "no_rope_layers": [1, 0, 1],
+        # keys of one length would leave policies that rank by it no choice
+        "use_qk_norm": False,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 2,
+        "moe_layers": [1],
+        "num_experts_per_tok": 1,
+    },
     "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": None},
     # these two know no groups of heads
     "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": 4, "rotary_pct": 0.5},
@@ -194,6 +208,10 @@ def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randperm(VOCABULARY - 3, generator=generator)[:tokens] + 2 for _ in range(batch)]
     return torch.stack(rows).to(DEVICE)
+
+
+# HydragenCache serves no chunked attention
+IN_NODES = [name for name in FAMILIES if name != "llama4"]
 
 
 def families(*names: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:

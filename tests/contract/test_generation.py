@@ -137,7 +137,7 @@ def test_a_prompt_shorter_than_any_budget_equals_the_oracle(entry, tokens):
 
 # README: Prompt-lookup and assisted decoding need a cache that keeps every token: Dense, Hydragen, GEAR, KIVI
 @those(lambda entry: entry.exact)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "llama4"])
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
 def test_speculative_decoding_gives_the_greedy_answer(entry, family, way):
     model = few_words(family)

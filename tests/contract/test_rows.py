@@ -75,7 +75,7 @@ def test_one_prompt_is_fed_once_and_answered_many_times(entry):
 
 
 @those(lambda entry: entry.croppable)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gemma4", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gemma4", "llama4", "opt"])
 @pytest.mark.parametrize("tokens", [1, 4, 11])
 def test_crop_takes_tokens_back_exactly(entry, family, tokens):
     model = tiny(family)
