@@ -16,7 +16,6 @@ LAYOUTS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1), "odd group": (6, 2)}
 
 # README: on any decoder-only model that uses transformers' attention interface
 # README: Decoder-only models are supported
-# README: Layers may differ in heads and widths (Gemma 4)
 @every_cache
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 def test_every_family_equals_the_oracle(entry, family):
