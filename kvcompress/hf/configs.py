@@ -156,8 +156,8 @@ def sizes(config: PreTrainedConfig) -> Sizes:
 
 
 def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Query heads, KV heads and head_dim of what layers give their cache: of a config whose layers are alike, or of that
-    of one layer."""
+    """Query heads, KV heads and head_dim of what layers give their cache; of a config whose layers are alike, or of one
+    layer's."""
     heads = config.num_attention_heads
     rank = latent_rank(config)
     if rank is not None:
