@@ -386,7 +386,6 @@ def test_what_cannot_be_shared_is_refused():
             HydragenCache.from_cache(cache)
 
 
-# README: chunks with prefixes
 def test_chunked_attention_is_refused_by_name():
     model = tiny("llama4")
     message = "Llama4ForCausalLM has layers of chunked attention, which HydragenCache does not serve; DenseCache does"
