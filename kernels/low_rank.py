@@ -35,7 +35,7 @@ from kvcompress.kernels.common.quantized import (
     empty_packed,
     stored_blocks,
 )
-from kvcompress.kernels.common.runtime import launch, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.runtime import attends_in_triton, launch, shaped, tl, triton
 from kvcompress.kernels.common.split_attention import split_keys
 from kvcompress.kernels.common.tile import MIN_SIDE, dot, tile_width, wide
 from kvcompress.kernels.quantise import blocks_apart, dequantise
@@ -73,7 +73,7 @@ def residual_factors(
         raise ValueError(f"rank must be from 1 to head_dim = {x.shape[-1]}, got {rank}")
     if loops < 1:
         raise ValueError(f"loops must be at least 1, got {loops}")
-    if runs_triton(x) and x.numel():
+    if attends_in_triton(x) and x.numel():
         return _launch(x, packed, coding, rank, present, loops, dtype)
     batch, kv_heads, blocks, block, head_dim = x.shape
     left = x.new_empty(batch, kv_heads, blocks, block, rank, dtype=dtype)

@@ -41,7 +41,16 @@ from kvcompress.kernels.common.quantized import (
     empty_packed,
     stored_blocks,
 )
-from kvcompress.kernels.common.runtime import INTERPRETED, launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.runtime import (
+    INTERPRETED,
+    WIDEST_HEAD,
+    attends_in_triton,
+    launch,
+    op,
+    shaped,
+    tl,
+    triton,
+)
 from kvcompress.kernels.common.split_attention import Extents, even_parts, resident_programs, split_keys
 from kvcompress.kernels.common.tile import (
     LOG2E,
@@ -107,10 +116,12 @@ def packed_attention(
 
 def is_launched(query: Tensor, values: QuantizedTensor, positions: Tensor) -> bool:
     """Whether a kernel takes the call, and not PyTorch."""
-    width = tile_width(max(query.shape[-1], values.codes.shape[-1]))
+    widest = max(query.shape[-1], values.codes.shape[-1])
+    if not attends_in_triton(query) or widest > WIDEST_HEAD:
+        return False
     # products of wide float32 rows would need more registers than a thread has
-    too_wide = not INTERPRETED and query.dtype == torch.float32 and width > _WIDEST_FLOAT32
-    return runs_triton(query) and not too_wide and query.numel() > 0 and positions.numel() > 0
+    too_wide = not INTERPRETED and query.dtype == torch.float32 and tile_width(widest) > _WIDEST_FLOAT32
+    return not too_wide and query.numel() > 0 and positions.numel() > 0
 
 
 def packed_attention_reference(

@@ -43,12 +43,13 @@ from kvcompress.kernels.common.quantized import (
     QuantScheme,
     check_coding,
     empty_packed,
+    index_dtype,
     nearest_codes,
     pack_codes,
     spread_groups,
     unpack_codes,
 )
-from kvcompress.kernels.common.runtime import launch, op, runs_triton, shaped, tl, triton
+from kvcompress.kernels.common.runtime import attends_in_triton, launch, op, shaped, tl, triton
 from kvcompress.kernels.common.tile import tile_width
 
 _LARGEST = 65504.0
@@ -76,7 +77,7 @@ def quantise(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     """
     check_coding(coding, x.shape[-2], x.shape[-1])
     pieces = blocks_apart(x)
-    is_launched = runs_triton(x) and x.numel() > 0
+    is_launched = attends_in_triton(x) and x.numel() > 0
     if len(pieces) == 1 and not is_launched:
         return quantise_reference(x, coding)
     packed = empty_packed(x, coding)
@@ -128,7 +129,7 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
     if index is not None:
         rest = x - (lowest + steps * codes)
         values = rest.gather(dim, index).clamp_(-_LARGEST, _LARGEST).half()
-        index = index.to(torch.uint8)
+        index = index.to(index_dtype(coding, x.shape[-1]))
     if unknown is not None:
         zeros = zeros + _group(unknown, coding, 0.0).sum(-1).half()
     return QuantizedTensor(pack_codes(codes, coding.bits), scales, zeros, values, index)

@@ -58,6 +58,8 @@ class CompressedCache(hf.AttendingCache):
     _states_change = False
     # why it was chosen, if not by a user
     chosen: str | None = None
+    # whether its layers can attend in chunks
+    serves_chunks = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -83,6 +85,11 @@ class CompressedCache(hf.AttendingCache):
         if rank is not None:
             self._check_latents(type(model).__name__)
         self._repeats_keys = hf.repeats_keys(config)
+        if not self.serves_chunks and any(kind.is_chunked for kind in kinds):
+            raise ValueError(
+                f"{type(model).__name__} has layers of chunked attention, which {type(self).__name__} does not serve; "
+                "DenseCache does, and caches that evict, pack or select"
+            )
         hf.select_attention(model)
         hf.watch_forwards(model)
         self._model = weakref.ref(model)
@@ -96,8 +103,11 @@ class CompressedCache(hf.AttendingCache):
             else:
                 layers.append(SharingLayer(layers[kind.kv_source]))
         super().__init__(layers=[*layers])
+        every = hf.layer_heads(config)
         for index in self.attending:
-            self.layers[index].latent_rank, self.layers[index].value_width = rank, hf.value_width(config)
+            layer = self.layers[index]
+            layer.is_chunked = kinds[index].is_chunked
+            layer.latent_rank, layer.value_width = rank, every[index].value_dim
         self.take_states(self.states)
         self.last_layer.is_last = True
         for layer in self.layers:

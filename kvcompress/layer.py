@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kvcompress import hf
+from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.storage.chunks import attend_in_chunks, ends_of
 from kvcompress.storage.clock import TokenClock
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
 from kvcompress.storage.segment import Segment
@@ -126,6 +128,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     value_width = 0
     # whether feeding it tokens makes it drop others
     evicts = False
+    # whether its window is a chunk: a token sees none of an earlier one
+    is_chunked = False
     # whether its window counts columns: padding is then moved before all other tokens of a forward
     pads_first = False
     # forwards that read what is offloaded
@@ -190,6 +194,24 @@ class CompressedLayer(hf.CacheLayerMixin):
     def segments(self) -> list[Segment]:
         """The segments that the layer holds."""
         raise NotImplementedError
+
+    def reaches(self, positions: Tensor) -> Tensor:
+        """Of queries at these positions, those from which the window of what precedes a forward is counted back."""
+        if not self.is_chunked:
+            return positions
+        assert self.window is not None
+        return ends_of(positions, self.window)
+
+    def attend_causally(self, x: AttentionInput, query: Tensor, key: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of a forward's tokens to one another, and the log-sum-exp.
+
+        Args:
+            query, key: those of x, or as they meet what is held. places: [batch or 1, tokens], the tokens' positions.
+        """
+        if not self.is_chunked:
+            return causal_attention(query, key, x.value, x.spec, x.visible)
+        assert self.window is not None
+        return attend_in_chunks(query, key, x.value, x.spec, x.visible, places, self.window)
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
         """The step of a forward, before any query has attended."""

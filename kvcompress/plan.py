@@ -1,6 +1,6 @@
 """What each cache would need for a model, a context and a batch, from the model's config alone.
 
-    full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype
+    full cache   = layers x 2 x kv_heads x head_dim x tokens x bytes of the dtype, each layer with its own heads
     slots        = budget + 1 per KV head: keys and values, and 8 bytes for position and score; packed slots have codes,
                    scales and outliers, and 4 x head_dim bytes per KV head for centre and spread of the keys' channels;
                    plus the policy's state (policies/policy.py); where heads compete for the budget, as many on average,
@@ -33,6 +33,7 @@ token, the workspaces of kernels, and what a GPU needs before anything runs.
 """
 
 import bisect
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -47,7 +48,7 @@ from kvcompress.caches.budget import COMPETING, Budget
 from kvcompress.caches.dense import SLACK
 from kvcompress.caches.evicting import kept_budget
 from kvcompress.caches.matching import TILE
-from kvcompress.caches.profile import Profile
+from kvcompress.caches.profile import Profile, heads_that_share
 from kvcompress.caches.quantized_layer import DRAFT
 from kvcompress.caches.shadowkv import selected_budget
 from kvcompress.policies.gear import GEAR, preset
@@ -74,15 +75,13 @@ _OWN = ("none", "hydragen", "gear", "kivi", "shadowkv")
 @dataclass(frozen=True)
 class Shape:
     """What a config says that memory depends on. windows: each layer's sliding window, None for full attention.
-    linear: how many of the parameters can be quantised, those of linear layers but the head. dtype: the checkpoint's,
-    if the config says. config: the decoder's; None: a forward takes what Llama's takes."""
+    layers: the heads of each. linear: how many of the parameters can be quantised, those of linear layers but the head.
+    dtype: the checkpoint's, if the config says. config: the decoder's; None: a forward takes what Llama's takes."""
 
     name: str
     parameters: int
     windows: tuple[int | None, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
+    layers: tuple[hf.LayerHeads, ...]
     hidden: int
     intermediate: int
     longest: int | None
@@ -96,10 +95,19 @@ class Shape:
         found = self._of_config(hf.working_bytes, dtype)
         if found is not None:
             return found
-        mlp = 4 * self.hidden + 2 * self.head_dim + 3 * self.intermediate
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = 2 * self.hidden + 2 * self.head_dim + 4 * query + 7 * key // 2
-        return dtype.itemsize * max(mlp, attention)
+        mlp = 4 * self.hidden + 3 * self.intermediate
+        attention = (2 * self.hidden + 4 * own.heads * own.head_dim + 7 * own.key_width // 2 for own in self.layers)
+        turns = 2 * max(own.head_dim for own in self.layers)
+        return dtype.itemsize * (max(mlp, *attention) + turns)
+
+    @property
+    def token(self) -> int:
+        """How many numbers keys and values of a token have, in all layers."""
+        return sum(own.token for own in self.layers)
+
+    def each(self) -> Iterable[tuple[hf.LayerHeads, int | None]]:
+        """The heads of each layer, and its window."""
+        return zip(self.layers, self.windows, strict=True)
 
     def states(self, dtype: torch.dtype) -> int:
         """Bytes of the states of all layers, per sequence."""
@@ -163,7 +171,9 @@ def read_shape(name: str | None) -> Shape:
 def shape_of(model: PreTrainedModel, name: str = "") -> Shape:
     """The shape of a model that is there, on the meta device or with its weights."""
     config = model.config.get_text_config(decoder=True)
-    windows, sizes = tuple(kind.window for kind in hf.layer_kinds(config) if kind.attends), hf.sizes(config)
+    kinds, every, sizes = hf.layer_kinds(config), hf.layer_heads(config), hf.sizes(config)
+    windows = tuple(kind.window for kind in kinds if kind.attends)
+    layers = tuple(own for own, kind in zip(every, kinds, strict=True) if kind.attends)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     linear = sum(
@@ -175,9 +185,7 @@ def shape_of(model: PreTrainedModel, name: str = "") -> Shape:
         name or model.name_or_path or type(model).__name__,
         parameters,
         windows,
-        sizes.heads,
-        sizes.kv_heads,
-        sizes.head_dim,
+        layers,
         sizes.hidden,
         sizes.intermediate,
         sizes.longest,
@@ -225,8 +233,7 @@ def make_plan(
     Budget(budget)
     weights = shape.weights(dtype, weight_bits)
     item = dtype.itemsize
-    token = 2 * shape.kv_heads * shape.head_dim * item
-    full = sum(batch * token * min(context, window or context) for window in shape.windows)
+    full = sum(batch * item * own.token * min(context, window or context) for own, window in shape.each())
     fed = context if chunk is None else min(chunk, context)
     working, states = shape.working(dtype), batch * shape.states(dtype)
     needs = []
@@ -255,7 +262,6 @@ def _held(shape: Shape, spec: str, context: int, fed: int, batch: int, budget: i
     if not is_sized(method):
         raise ValueError(f"plan knows the sizes of policies and of kvcompress's own caches, not of {method.name}")
     amount = settings.pop("budget", budget)
-    token = 2 * shape.kv_heads * shape.head_dim * item
     if method.name in ("gear", "kivi"):
         named = settings.pop("preset", "default" if method.name == "gear" else method.name)
         path = settings.pop("basis", None)
@@ -264,26 +270,28 @@ def _held(shape: Shape, spec: str, context: int, fed: int, batch: int, budget: i
         if path is not None:
             codes = codes.calibrated()
             schemes = _schemes(shape, Basis.load(path), codes.bits)
-        cache = sum(
-            _packed(shape, codes, context, window, batch, item, scheme)
-            for window, scheme in zip(shape.windows, schemes, strict=True)
-        )
-        width = shape.kv_heads * shape.head_dim
-        fixed = sum(KeyCodec.nbytes_for(scheme, width, item) for scheme in schemes if scheme is not None)
+        cache = fixed = 0
+        for (own, window), scheme in zip(shape.each(), schemes, strict=True):
+            cache += _packed(own, codes, context, window, batch, item, scheme)
+            fixed += 0 if scheme is None else KeyCodec.nbytes_for(scheme, own.key_width, item)
         return _Held(None, cache, fixed)
     if method.name in ("none", "hydragen"):
         # HydragenCache keeps the ids that it compares prompts with
         ids, storage = (4 * batch * context, SuffixSegment) if method.name == "hydragen" else (0, DenseSegment)
-        rooms = [storage.room_after(_in_window(context, fed, window), fed) for window in shape.windows]
-        return _Held(None, ids + batch * token * sum(rooms))
+        rooms = (own.token * storage.room_after(_in_window(context, fed, window), fed) for own, window in shape.each())
+        return _Held(None, ids + batch * item * sum(rooms))
     if method.name == "shadowkv":
         chosen = ShadowKV(**{name: value for name, value in settings.items() if name != "host"})
         kept = selected_budget(amount, chosen.chunk).tokens(context)
+        widths = [own.key_width for own, window in shape.each() if window is None]
+        if chosen.rank is not None and widths:
+            # narrower layers keep their keys whole
+            chosen.rank_of(max(widths))
         cache = sum(
-            batch * token * _in_window(context, fed, window)
+            batch * item * own.token * _in_window(context, fed, window)
             if window
-            else _shadow(shape, chosen, kept, context, batch, item)
-            for window in shape.windows
+            else _shadow(own, chosen, kept, context, batch, item)
+            for own, window in shape.each()
         )
         return _Held(kept, cache)
     policy, of_cache = registry.policy_of(method, settings)
@@ -293,10 +301,10 @@ def _held(shape: Shape, spec: str, context: int, fed: int, batch: int, budget: i
         cache = _allotted(shape, allocation, amount, kept, context, batch, item, policy, packed)
     else:
         competes = allocation in COMPETING
-        cache = sum(_slots(shape, kept, batch, item, policy, packed, competes, window) for window in shape.windows)
+        cache = sum(_slots(own, kept, batch, item, policy, packed, competes, window) for own, window in shape.each())
     rotates = policy.uses_rotary or of_cache.get("rerotated", False)
-    frequencies = 4 * (shape.head_dim // 2) if rotates else 0
-    cache += len(shape.windows) * (batch * policy.state_bytes(shape.heads, shape.head_dim) + frequencies)
+    for own in shape.layers:
+        cache += batch * policy.state_bytes(own.heads, own.head_dim) + rotates * 4 * (own.head_dim // 2)
     return _Held(kept, cache, policy=policy)
 
 
@@ -317,19 +325,20 @@ def _peak_of_two_readings(
     while what is kept is chosen and fitted. after: bytes of what is kept. in_chunks: they are there beforehand.
     working: bytes of a forward per token."""
     before = after if in_chunks else 0
-    token = 2 * shape.kv_heads * shape.head_dim * item
     # with positions and scores
-    waiting = len(shape.windows) * batch * fed * (token + 8 * shape.kv_heads)
+    waiting = batch * fed * (shape.token * item + 8 * sum(own.kv_heads for own in shape.layers))
     again = min(fed, how.chunk) + len(how.prompt)
-    asked = batch * _asked(shape, how, fed) * shape.heads * (shape.head_dim * item + 4)
+    numbers = sum(own.heads * (own.head_dim * item + 4) for own, window in shape.each() if window is None)
+    asked = batch * _asked(how, fed) * numbers
     fit = 0
     if how.fits:
         # of one layer: all candidates' keys and values, and values again; of a block, what a tile of queries gives all
         # tokens and those that stay, and Gram matrices of the latter
-        kept = after // (len(shape.windows) * batch * (token + 12 * shape.kv_heads))
-        own = kept * again // (fed + kept) if in_chunks else kept * again // fed
-        fit = 3 * batch * (fed + kept * in_chunks) * token
-        fit += 4 * batch * shape.kv_heads * (TILE * (3 * again + 2 * own) + 4 * own * own)
+        kept = after // (batch * (shape.token * item + 12 * sum(own.kv_heads for own in shape.layers)))
+        stay = kept * again // (fed + kept) if in_chunks else kept * again // fed
+        largest, most = max(own.token for own in shape.layers), max(own.kv_heads for own in shape.layers)
+        fit = 3 * batch * (fed + kept * in_chunks) * largest * item
+        fit += 4 * batch * most * (TILE * (3 * again + 2 * stay) + 4 * stay * stay)
     first = before + waiting + working * batch * fed
     # beside what the first has returned
     second = before + waiting + asked + working * batch * again + batch * fed * shape.hidden * item
@@ -353,7 +362,7 @@ def largest(fits: Callable[[int], bool], most: int = 2**31) -> int:
 
 
 def _slots(
-    shape: Shape,
+    own: hf.LayerHeads,
     budget: int,
     batch: int,
     item: int,
@@ -364,11 +373,11 @@ def _slots(
 ) -> int:
     """Bytes of one layer: its slots, one of them free, and counters per sequence and for all sequences."""
     budget = min(budget, window or budget)
-    size, counters = (batch, shape.kv_heads, shape.head_dim), batch * 3 * 4 + 8
-    coding = None if packed is None else packed.per_token_scheme(shape.head_dim)
+    size, wide, counters = (batch, own.kv_heads, own.mean_dim), (batch, own.kv_heads, own.head_dim), batch * 3 * 4 + 8
+    coding = None if packed is None else packed.per_token_scheme(own.head_dim, own.value_dim)
     how = policy.rereads
     if competes or (how is not None and how.keeps_answers):
-        counters += 4 * batch * shape.kv_heads * competes
+        counters += 4 * batch * own.kv_heads * competes
         # no more than the next query sees; where answers stay they go elsewhere, and no slot is free
         slots = min(budget, (window or budget + 1) - 1) + (how is None or not how.keeps_answers)
         fits = how is not None and how.fits > 0 and window is None
@@ -376,10 +385,10 @@ def _slots(
             # of heads that differ, the last block is half full on average; where a window binds they do not
             differ = competes and (window is None or budget < window - 1)
             slots = slots + BLOCK // 2 if differ else RaggedPackedSlots.whole(slots)
-            return RaggedPackedSlots.nbytes_for(*size, coding, slots, fits) + counters
+            return RaggedPackedSlots.nbytes_for(*wide, coding, slots, fits, own.value_dim) + counters
         return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters
     if coding is not None:
-        return QuantizedSlots.nbytes_for(*size, coding, budget + 1) + counters
+        return QuantizedSlots.nbytes_for(*wide, coding, budget + 1, own.value_dim) + counters
     return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
 
 
@@ -400,12 +409,13 @@ def _allotted(
     Raises:
         ValueError: the profile is of a model of another size.
     """
-    profile.check_size(len(shape.windows), shape.kv_heads, shape.name)
+    kv_heads = heads_that_share(shape.layers, shape.name)
+    profile.check_size(len(shape.layers), kv_heads, shape.name)
     how, layers = policy.rereads, Allotment.of_layers(profile.shares)
     mean, length = torch.tensor([kept]), torch.tensor([context])
     # of the shares, and which kinds there are; then of each layer
-    size = 8 * (len(layers) * shape.kv_heads + 2 * len(layers[0].kinds))
-    for allotment, window in zip(layers, shape.windows, strict=True):
+    size = 8 * (len(layers) * kv_heads + 2 * len(layers[0].kinds))
+    for allotment, (own, window) in zip(layers, shape.each(), strict=True):
         if isinstance(amount, float):
             counts = allotment.of_fraction(amount, mean, policy.least_budget())
         else:
@@ -416,24 +426,23 @@ def _allotted(
         slots = [min(count, most) + has_free for count in counts[0].tolist()]
         fits = how is not None and how.fits > 0 and window is None
         if packed is None:
-            of_heads = [RaggedSlots.nbytes_for(batch, 1, shape.head_dim, item, each, fits) for each in slots]
+            of_heads = [RaggedSlots.nbytes_for(batch, 1, own.mean_dim, item, each, fits) for each in slots]
         else:
-            coding, slots = packed.per_token_scheme(shape.head_dim), [*map(RaggedPackedSlots.whole, slots)]
-            of_heads = [RaggedPackedSlots.nbytes_for(batch, 1, shape.head_dim, coding, each, fits) for each in slots]
-        unused = shape.kv_heads * max(slots) - sum(slots)
-        size += sum(of_heads) + batch * (unused * 8 + 4 * (2 + 2 * shape.kv_heads)) + 8
+            coding = packed.per_token_scheme(own.head_dim, own.value_dim)
+            slots, wide = [*map(RaggedPackedSlots.whole, slots)], (batch, 1, own.head_dim)
+            of_heads = [RaggedPackedSlots.nbytes_for(*wide, coding, each, fits, own.value_dim) for each in slots]
+        unused = kv_heads * max(slots) - sum(slots)
+        size += sum(of_heads) + batch * (unused * 8 + 4 * (2 + 2 * kv_heads)) + 8
     return size
 
 
-def _asked(shape: Shape, how: SecondReading, context: int) -> int:
-    """Tokens whose queries are held until what is kept has been fitted to them, in all layers together."""
-    return shape.windows.count(None) * sum(
-        min(how.fits, context - start, how.chunk) for start in range(0, context, how.chunk)
-    )
+def _asked(how: SecondReading, context: int) -> int:
+    """Tokens whose queries are held until what is kept has been fitted to them, in a layer."""
+    return sum(min(how.fits, context - start, how.chunk) for start in range(0, context, how.chunk))
 
 
 def _packed(
-    shape: Shape,
+    own: hf.LayerHeads,
     settings: GEAR,
     context: int,
     window: int | None,
@@ -443,23 +452,26 @@ def _packed(
 ) -> int:
     """Bytes of one layer of GEAR after a prefill of the whole context: blocks of codes, and the tail; with a scheme,
     of keys in a calibrated basis, which counts too."""
-    block, size = settings.buffer, (batch, shape.kv_heads, shape.head_dim)
+    block, heads = settings.buffer, (batch, own.kv_heads)
     sinks = settings.sinks if window is None else 0
     behind = max(0, context - sinks)
     full = behind // block if context > DRAFT else 0
     skipped = 0 if window is None else min(max(0, (context - window - DRAFT) // block), full)
-    codings, waits = settings.codings(shape.head_dim, settings.rank), settings.tail_coding(shape.head_dim)
-    room = max(block, behind - full * block)
-    tail = TailSegment.nbytes_for(*size, item, room) if waits is None else PackedTail.nbytes_for(*size, waits, room)
-    blocks = QuantizedBlocks.nbytes_for(*size, codings, block, full - skipped, scheme)
-    basis = 0 if scheme is None else KeyCodec.nbytes_for(scheme, shape.kv_heads * shape.head_dim, item)
-    return blocks + basis + tail + TailSegment.nbytes_for(*size, item, sinks)
+    codings, widest = settings.codings(own.head_dim, settings.rank, own.value_dim), max(own.head_dim, own.value_dim)
+    waits, room = settings.tail_coding(widest), max(block, behind - full * block)
+    if waits is None:
+        tail = TailSegment.nbytes_for(*heads, own.mean_dim, item, room)
+    else:
+        tail = PackedTail.nbytes_for(*heads, widest, waits, room)
+    blocks = QuantizedBlocks.nbytes_for(*heads, own.head_dim, codings, block, full - skipped, scheme, own.value_dim)
+    basis = 0 if scheme is None else KeyCodec.nbytes_for(scheme, own.key_width, item)
+    return blocks + basis + tail + TailSegment.nbytes_for(*heads, own.mean_dim, item, sinks)
 
 
 def _schemes(shape: Shape, basis: Basis, bits: int) -> list[CalibratedScheme | None]:
     """How each layer's keys are packed; ValueError where the basis is of another model, as far as sizes tell."""
     sizes = [len(layer.keys.mean) for layer in basis.layers]
-    expected = [shape.kv_heads * shape.head_dim] * len(shape.windows)
+    expected = [own.key_width for own in shape.layers]
     if sizes != expected:
         raise ValueError(
             f"the basis must be of {len(expected)} layers with {expected[0]} numbers for a token's keys for "
@@ -468,9 +480,11 @@ def _schemes(shape: Shape, basis: Basis, bits: int) -> list[CalibratedScheme | N
     return [scheme_for(layer.keys.variances, bits) for layer in basis.layers]
 
 
-def _shadow(shape: Shape, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:
+def _shadow(own: hf.LayerHeads, settings: ShadowKV, budget: int, context: int, batch: int, item: int) -> int:
     """Bytes of one layer of ShadowKV on the device, after a prefill of the whole context."""
-    size, selected = (batch, shape.kv_heads, shape.head_dim), max(1, budget // settings.chunk)
+    if settings.rank is not None:
+        settings = dataclasses.replace(settings, rank=min(settings.rank, own.key_width))
+    size, selected = (batch, own.kv_heads, own.head_dim, own.value_dim), max(1, budget // settings.chunk)
     # what was fetched, and in how many forwards; tokens seen; addresses of slabs; frequencies
-    beside = 3 * 8 + 8 * ADDRESSES + 4 * (shape.head_dim // 2)
+    beside = 3 * 8 + 8 * ADDRESSES + 4 * (own.head_dim // 2)
     return ShadowSegment.nbytes_for(*size, item, settings, selected, context) + beside

@@ -141,41 +141,48 @@ class GEAR:
         few = (self.value_bits or 0) <= 4
         return replace(self, centred=self.hadamard and few) if self.centred is None else self
 
-    def codings(self, head_dim: int, rank: int) -> tuple[QuantScheme, QuantScheme]:
-        """How keys and values of this head_dim are encoded.
+    def codings(self, head_dim: int, rank: int, value_dim: int | None = None) -> tuple[QuantScheme, QuantScheme]:
+        """How keys of this head_dim are encoded, and values of it or of a width of their own.
 
         Raises:
-            ValueError: the rank exceeds head_dim, or a vector of this head_dim cannot be packed.
+            ValueError: the rank exceeds a width, or a vector of one cannot be packed.
         """
-        if rank > head_dim:
-            raise ValueError(f"rank must be at most head_dim = {head_dim}, got {rank}")
+        value_dim = head_dim if value_dim is None else value_dim
+        if rank > min(head_dim, value_dim):
+            raise ValueError(f"rank must be at most head_dim = {min(head_dim, value_dim)}, got {rank}")
         key_group = self.group_size if self.backbone == "kivi" else self.buffer
         value_bits = self.value_bits or _FEWER.get(self.bits, self.bits)
         found = (
             QuantScheme(self.bits, key_group, "channel", self._a_side(self.buffer), rank),
-            QuantScheme(value_bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim), rank),
+            QuantScheme(value_bits, self._of_a_vector(value_dim), "token", self._a_side(value_dim), rank),
         )
         if self.is_centred:
             # numbers that were rotated are alike
-            of_token = _whole(head_dim)
             found = (
-                QuantScheme(self.bits, of_token, "token", 0, rank, "block"),
-                QuantScheme(value_bits, of_token, "token", 0, rank, "none"),
+                QuantScheme(self.bits, _whole(head_dim), "token", 0, rank, "block"),
+                QuantScheme(value_bits, _whole(value_dim), "token", 0, rank, "none"),
             )
-        for coding in found:
-            check_coding(coding, self.buffer, head_dim)
+        for coding, width in zip(found, (head_dim, value_dim), strict=True):
+            check_coding(coding, self.buffer, width)
         return found
 
     def tail_coding(self, head_dim: int) -> QuantScheme | None:
-        """How the newest tokens are encoded, keys and values alike, until there are enough for a block; None: not."""
+        """How the newest tokens are encoded, keys and values alike, until there are enough for a block; None: not.
+
+        Args:
+            head_dim: of keys and values, or of the wider of the two.
+        """
         return None if self.tail_bits is None else QuantScheme(self.tail_bits, _whole(head_dim), "token")
 
-    def per_token_scheme(self, head_dim: int) -> QuantScheme:
+    def per_token_scheme(self, head_dim: int, value_dim: int | None = None) -> QuantScheme:
         """How keys and values are encoded where every token is packed by itself. There the policy keeps the sinks.
 
+        Of two widths, a group may take the wider whole, and as many outliers leave a vector as of the narrower.
+
         Raises:
-            ValueError: a low-rank part is asked for, which needs blocks, or a vector of this head_dim cannot be packed.
+            ValueError: a low-rank part is asked for, which needs blocks, or a vector of this width cannot be packed.
         """
+        widths = head_dim, head_dim if value_dim is None else value_dim
         if self.rank or self.rank_decode:
             raise ValueError(
                 "slots are packed a token at a time, which leaves no block for a low-rank part: rank and rank_decode "
@@ -187,8 +194,9 @@ class GEAR:
             )
         if self.value_bits not in (None, self.bits):
             raise ValueError(f"slots have keys and values of one size: value_bits must be None, got {self.value_bits}")
-        coding = QuantScheme(self.bits, self._of_a_vector(head_dim), "token", self._a_side(head_dim))
-        check_coding(coding, self.buffer, head_dim)
+        coding = QuantScheme(self.bits, self._of_a_vector(max(widths)), "token", self._a_side(min(widths)))
+        for width in widths:
+            check_coding(coding, self.buffer, width)
         return coding
 
     def _of_a_vector(self, head_dim: int) -> int:

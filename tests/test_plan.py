@@ -49,10 +49,12 @@ def kinds():
     return {
         "llama": LlamaForCausalLM(LlamaConfig(**SMALL)),
         "mistral": MistralForCausalLM(MistralConfig(**SMALL, sliding_window=30)),
+        # layers of unlike heads
+        "gemma4": build("gemma4", sliding_window=60),
     }
 
 
-@pytest.fixture(params=["llama", "mistral"])
+@pytest.fixture(params=["llama", "mistral", "gemma4"])
 def saved(request, tmp_path):
     model = kinds()[request.param].eval()
     model.save_pretrained(tmp_path)
@@ -72,12 +74,14 @@ def test_the_plan_is_what_a_cache_comes_to_hold(method, saved):
     model(rows, **cache_argument(model, cache))
     report = cache.memory()
     assert need.full_cache == report.full_bytes
-    if method.startswith(("none", "hydragen", "shadowkv")) and model.config.model_type == "mistral":
+    if method.startswith(("none", "hydragen", "shadowkv")) and hf.attention_windows(model.config) != [None] * 3:
         # dense layers keep a little more than the window
         assert need.cache <= report.device_bytes
     elif getattr(cache, "allocation", "uniform") in COMPETING:
-        # as much as heads keep on average, but for rounding, and positions are as wide as the longest head
-        assert need.cache == pytest.approx(report.device_bytes, rel=0.06)
+        # as much as heads keep on average, but for rounding, and positions are as wide as the longest head; if layers
+        # of unlike widths compete, it depends on which of them win
+        apart = cache.allocation == "global" and model.config.model_type == "gemma4_text"
+        assert need.cache == pytest.approx(report.device_bytes, rel=0.2 if apart else 0.06)
     else:
         assert need.cache == report.device_bytes
         assert (report.host_bytes > 0) == method.startswith("shadowkv:")
@@ -295,4 +299,5 @@ def test_the_plan_counts_the_states_of_hybrids(name):
 def test_layers_that_cannot_run_without_numbers_are_taken_for_llamas():
     shape = shape_of(of_type("jamba", torch.bfloat16))
     assert hf.working_bytes(shape.config, torch.bfloat16) is None
-    assert shape.working(torch.bfloat16) == 2 * (4 * shape.hidden + 2 * shape.head_dim + 3 * shape.intermediate)
+    (own,) = set(shape.layers)
+    assert shape.working(torch.bfloat16) == 2 * (4 * shape.hidden + 2 * own.head_dim + 3 * shape.intermediate)

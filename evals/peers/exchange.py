@@ -23,7 +23,7 @@ from kvcompress.evals.sweep.samples import Prompt, Sample, make_prompt
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.sweep.synthetic import SyntheticTask, score_answers
 from kvcompress.evals.tasks import make_tasks
-from kvcompress.hf import sizes
+from kvcompress.hf import layer_heads
 from kvcompress.loading import load_model
 from kvcompress.registry import FULL
 
@@ -97,8 +97,8 @@ def read_rows(sweep: Sweep, answers: Path) -> list[dict[str, Any]]:
 def _row(
     sweep: Sweep, point: Point, samples: list[Sample], prompts: list[Prompt], given: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    of, dtype = sizes(sweep.model.config), sweep.model.dtype
-    bytes_per_token = 2 * of.kv_heads * of.head_dim * of.layers * dtype.itemsize
+    every, dtype = layer_heads(sweep.model.config), sweep.model.dtype
+    bytes_per_token = sum(own.kv_heads * (own.head_dim + own.value_dim) for own in every) * dtype.itemsize
     seen = [len(split(prompt, point.protocol, sweep.settings.hold_back)[0]) for prompt in prompts]
     measured = [
         Measured(

@@ -155,11 +155,10 @@ class FirstForward:
     @staticmethod
     def size(model: PreTrainedModel, tokens: int) -> int:
         """The approximate bytes of a recording of so many tokens, pads included."""
-        config = hf.text_config(model)
-        heads, kv_heads, head_dim = hf.head_counts(config)
+        every = hf.layer_heads(hf.text_config(model))
         # keys and values as they came, and as the cache that was read through held them
-        numbers = 2 * heads + 4 * kv_heads
-        return tokens * numbers * head_dim * hf.sizes(config).layers * model.dtype.itemsize
+        numbers = sum((2 * own.heads + 4 * own.kv_heads) * own.head_dim for own in every)
+        return tokens * numbers * model.dtype.itemsize
 
     def fill(self, reader: Reader) -> None:
         """Does the first forward of a reader of these rows, without the model.

@@ -49,7 +49,9 @@ class QuantScheme(NamedTuple):
         groups, vectors = self.groups(block, head_dim), head_dim if self.axis == "channel" else block
         codes = block * self.bits // 8 * head_dim
         zeros = {"group": groups[0] * groups[1], "block": head_dim, "none": 0}[self.zeros]
-        return codes + 2 * (groups[0] * groups[1] + zeros) + 6 * self.outliers * vectors + 2 * block * self.rank
+        of_outlier = 2 + index_dtype(self, head_dim).itemsize
+        sparse = 2 * self.outliers * vectors * of_outlier
+        return codes + 2 * (groups[0] * groups[1] + zeros) + sparse + 2 * block * self.rank
 
 
 # keys that are not packed, beside values that are: `QuantizedTensor.codes` are the numbers, [batch, kv_heads, blocks,
@@ -67,7 +69,8 @@ class QuantizedTensor(NamedTuple):
             [batch, kv_heads, blocks, 1, head_dim]; None: there are none.
         outlier_values: float16, [batch, kv_heads, blocks, 2 * outliers, head_dim] or
             [batch, kv_heads, blocks, block, 2 * outliers]: what to add to the decoded number. None: no outliers.
-        outlier_index: uint8, of the same shape: the token within the block, or the channel.
+        outlier_index: uint8, of the same shape: the token within the block, or the channel; int16 where there are more
+            than 256 channels.
         left: float16 [batch, kv_heads, blocks, block, rank]. None: no low-rank term.
         right: float16 [batch, kv_heads, spans, head_dim, rank]: left @ right^T is added; blocks share a basis.
     """
@@ -92,6 +95,15 @@ def block_of(packed: QuantizedTensor, coding: QuantScheme) -> int:
     return rows if coding == PLAIN else rows * 8 // coding.bits
 
 
+# channels that an index of 16 bits can tell apart
+_MOST_CHANNELS = 2**15
+
+
+def index_dtype(coding: QuantScheme, head_dim: int) -> torch.dtype:
+    """The dtype of an outlier's index: a byte for one of up to 256 numbers."""
+    return torch.int16 if coding.axis == "token" and head_dim > 256 else torch.uint8
+
+
 def check_coding(coding: QuantScheme, block: int, head_dim: int) -> None:
     """Raises ValueError where such a block cannot be packed."""
     if coding.bits not in (2, 3, 4, 8):
@@ -102,10 +114,10 @@ def check_coding(coding: QuantScheme, block: int, head_dim: int) -> None:
         raise ValueError(f"a block has a power of two of tokens, 8 to 256, got {block}")
     if coding.group < 8 or coding.group & (coding.group - 1):
         raise ValueError(f"group must be a power of two from 8 on, got {coding.group}")
-    if not 1 <= head_dim <= 256:
+    if not 1 <= head_dim <= _MOST_CHANNELS:
         raise ValueError(
-            f"head_dim must be 1 to 256 to be packed, as the index of an outlier is a byte, got {head_dim}; use a "
-            "cache that keeps keys and values as they come"
+            f"head_dim must be 1 to {_MOST_CHANNELS} to be packed, as the index of an outlier has 16 bits, got "
+            f"{head_dim}; use a cache that keeps keys and values as they come"
         )
     if coding.zeros not in get_args(Zeros):
         raise ValueError(f"zeros must be one of {', '.join(get_args(Zeros))}, got {coding.zeros!r}")
@@ -134,7 +146,7 @@ def empty_packed(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
         return QuantizedTensor(codes, scales, zeros)
     count = 2 * coding.outliers
     sparse = (*shape, count, head_dim) if coding.axis == "channel" else (*shape, block, count)
-    values, index = (x.new_empty(sparse, dtype=dtype) for dtype in (torch.float16, torch.uint8))
+    values, index = (x.new_empty(sparse, dtype=dtype) for dtype in (torch.float16, index_dtype(coding, head_dim)))
     return QuantizedTensor(codes, scales, zeros, values, index)
 
 

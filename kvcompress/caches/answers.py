@@ -36,7 +36,7 @@ class AnswerStep(EvictingStep):
         lengths = layer.row_lengths()
         self.tail = layer.tail_for(x.key, x.value)
         # a copy: the lengths grow in place
-        self.query_positions = layer.lengths[:, None].clone()
+        self.query_positions = layer.reaches(layer.lengths[:, None].clone())
         self.tail.put(x.key, x.value, self.real, lengths)
         layer.count_rows(self.real)
 

@@ -116,7 +116,7 @@ class Basis:
         codecs = _CODECS.setdefault(model, weakref.WeakValueDictionary())
         found = codecs.get((self.digest, *name))
         if found is None:
-            kv_heads = hf.head_counts(hf.text_config(model))[1]
+            kv_heads = hf.layer_heads(hf.text_config(model))[layer].kv_heads
             found = KeyCodec(self.layers[layer].keys, kv_heads, Rope.of(model, layer), bits, device, model.dtype)
             codecs[(self.digest, *name)] = found
         return found

@@ -45,16 +45,16 @@ def measure_basis(model: PreTrainedModel, texts: Sequence[Tensor], *, source: st
     rows = rows_of_all(texts)
     tokens, digest = sum(text.shape[0] * max(0, text.shape[1] - SINKS) for text in rows), hashlib.sha256()
     decoder = hf.decoder_of(model)
-    _, kv_heads, head_dim = hf.head_counts(hf.text_config(model))
-    if tokens < kv_heads * head_dim:
+    width = max(own.key_width for own in hf.layer_heads(hf.text_config(model)))
+    if tokens < width:
         raise ValueError(
-            f"a basis of {type(model).__name__} takes texts of at least {kv_heads * head_dim} tokens in all, without "
+            f"a basis of {type(model).__name__} takes texts of at least {width} tokens in all, without "
             f"the first {SINKS} of each: as many as a layer has numbers for a token's keys; got {tokens}"
         )
-    if tokens < _FEW * kv_heads * head_dim:
+    if tokens < _FEW * width:
         warnings.warn(
-            f"a basis of {tokens} tokens: directions of {kv_heads * head_dim} numbers are known well from about "
-            f"{_MANY * kv_heads * head_dim} tokens on; with few it may lose more than no basis",
+            f"a basis of {tokens} tokens: directions of {width} numbers are known well from about {_MANY * width} "
+            "tokens on; with few it may lose more than no basis",
             stacklevel=2,
         )
     cache = _SummingCache(model)

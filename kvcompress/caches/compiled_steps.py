@@ -211,7 +211,8 @@ class SteppedLayer(CompressedLayer):
         return self._reserved > 0 or self.reserves_on_gpu
 
     def is_traceable(self, tokens: int) -> bool:
-        return tokens == 1 and self._steps is not None
+        # the steps' positions are of what is held, and do not tell chunks apart
+        return tokens == 1 and self._steps is not None and not self.is_chunked
 
     def reserve(self, steps: int | None) -> None:
         """Takes room for so many steps that are compiled, and as many whenever that is used up."""

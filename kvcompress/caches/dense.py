@@ -11,6 +11,7 @@ from kvcompress.caches.spans import Spans
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
+from kvcompress.storage.chunks import attend_in_chunks
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.latent import DenseLatents
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
@@ -62,6 +63,8 @@ class DenseLayer(SteppedLayer):
     # instead, for latents, which are keys and values in one
     latent_storage: type[DenseLatents] = DenseLatents
     dropped = 0
+    # of chunked attention, positions of what is held, during a forward
+    _places: Tensor | None = None
     _dense: DenseSegment | None = None
 
     @property
@@ -140,10 +143,28 @@ class DenseLayer(SteppedLayer):
         assert self.dense is not None
         self._is_ready = False
         self.dense.append(chunk.key, chunk.value, chunk.visible)
+        if self.is_chunked:
+            self._places = self._places_held(int(self.get_seq_length()) + chunk.tokens)
+
+    def _places_held(self, seen: int) -> Tensor:
+        """Positions of the tokens held, [batch or 1, held], when so many columns were seen; of padding that of the
+        token before."""
+        assert self.dense is not None
+        _, _, visible = self.dense.held()
+        device = self.dense.keys.device
+        totals = torch.tensor(self.padding.real_of_last(seen, seen) or [seen], device=device)[:, None]
+        if visible is None:
+            return totals + torch.arange(-self.dense.length, 0, device=device)
+        places = totals - visible.sum(-1, keepdim=True) + visible.cumsum(-1) - 1
+        return places.clamp(min=0)
 
     def _read(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
         assert self.dense is not None
         key, value, visible = self.dense.held()
+        if self.is_chunked:
+            assert self.window is not None
+            assert self._places is not None
+            return attend_in_chunks(chunk.query, key, value, chunk.spec, visible, self._places, self.window)
         order = own_order = None
         if self.window is not None and visible is not None:
             order = pads_first(visible)
@@ -162,6 +183,7 @@ class DenseLayer(SteppedLayer):
         return out, lse
 
     def _drop(self) -> None:
+        self._places = None
         # drafts of any length may be taken back before the next forward
         if not self.record_past:
             self._let_go()
@@ -255,6 +277,8 @@ class DenseCache(CompressedCache):
 
     Exact. It is the ceiling in every comparison, and a cache whose budget is above the length must equal it.
     """
+
+    serves_chunks = True
 
     def _check_latents(self, name: str) -> None:
         pass

@@ -60,6 +60,8 @@ class EvictingCache(CompressedCache):
     Policies are TOVA, KeyDiff, Knorm, ChunkKV, ExpectedAttention, Random and others in `kvcompress`, or your own.
     """
 
+    serves_chunks = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -108,7 +110,8 @@ class EvictingCache(CompressedCache):
         if packed is not None:
             if not isinstance(packed, GEAR):
                 raise TypeError(f"packed must be how tokens are encoded, such as GEAR(bits=4), got {packed!r}")
-            packed.per_token_scheme(hf.packed_head_dim(hf.text_config(model)))
+            for head_dim, value_dim in hf.packed_widths(hf.text_config(model)):
+                packed.per_token_scheme(head_dim, value_dim)
             if rerotated:
                 raise ValueError("rerotated stores keys without rotation, and cannot be combined with packed")
         super().__init__(model)

@@ -217,7 +217,7 @@ class EvictingLayer(CompressedLayer):
             self._follow_budget(self.lengths + x.real_tokens)
         # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
         plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.is_ragged
-        plain = plain and self.pins is None and self.latent_rank is None
+        plain = plain and self.pins is None and self.latent_rank is None and not self.is_chunked
         at_once = self.policy.decay is not None and plain and attends_in_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
@@ -230,6 +230,11 @@ class EvictingLayer(CompressedLayer):
     def _shift(self) -> Tensor | None:
         """What `_place` is told of the slots before a forward: how far queries are moved up, [batch, 1]; None: not."""
         return None
+
+    def out_of_sight(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Which tokens the next query of sequences of these lengths does not see; lengths: broadcastable."""
+        assert self.window is not None
+        return positions <= self.reaches(lengths) - self.window
 
     def _place(
         self, chunk: AttentionInput, query_positions: Tensor, shift: Tensor | None
@@ -446,7 +451,7 @@ class EvictingLayer(CompressedLayer):
 
     def _new_slots(self, chunk: AttentionInput, slots: int) -> SlotSegment:
         if self.packed is not None:
-            coding = self.packed.per_token_scheme(chunk.key.shape[-1])
+            coding = self.packed.per_token_scheme(chunk.key.shape[-1], chunk.value.shape[-1])
             if self.is_ragged:
                 return RaggedPackedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard, self._fits)
             return QuantizedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard)
@@ -481,7 +486,7 @@ class EvictingLayer(CompressedLayer):
 
     def _load_slots(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> SlotSegment:
         if self.packed is not None:
-            coding = self.packed.per_token_scheme(tensors["keys.codes"].shape[-1])
+            coding = self.packed.per_token_scheme(*(tensors[f"{side}.codes"].shape[-1] for side in ("keys", "values")))
             how = {"coding": coding, "rotates": self.packed.hadamard, "dtype": getattr(torch, facts["dtype"])}
             return (RaggedPackedSlots if self.is_ragged else QuantizedSlots).load(tensors, facts, **how)
         if self.latent_rank is not None:

@@ -15,6 +15,7 @@ from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
 from kvcompress.policies.second_stage import has_second_stage, output_norms, second_scores
+from kvcompress.storage.chunks import sums_in_chunks
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
@@ -55,14 +56,13 @@ class DecodeStep(EvictingStep):
     def attend(self, x: AttentionInput) -> Tensor:
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone(), self.shift)
+        reach = self.layer.reaches(query_positions)
         if self.placed is not None:
             # the token is already in the slots, but not yet counted in the lengths
-            out, attention = self.slots.decode_again(
-                placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks
-            )
+            out, attention = self.slots.decode_again(placed.query, x.key, x.value, self.at, reach, x.spec, x.sinks)
             self.attention = self.attention + attention * self.part
             return out
-        out, attention = self.slots.decode(placed.query, x.key, x.value, self.at, query_positions, x.spec, x.sinks)
+        out, attention = self.slots.decode(placed.query, x.key, x.value, self.at, reach, x.spec, x.sinks)
         self.attention = attention if self.part == 1 else attention * self.part
         self.placed, self.query_positions = placed, query_positions
         return out
@@ -110,8 +110,8 @@ class DecodeStep(EvictingStep):
         if layer.window is not None:
             # what has left the window goes first, sinks too
             scores = scores.masked_fill(slots.positions < sinks, torch.inf)
-            out_of_window = slots.positions <= (layer.lengths - layer.window)[:, None, None]
-            scores, sinks = scores.masked_fill(out_of_window, -torch.inf), 0
+            hidden = layer.out_of_sight(slots.positions, layer.lengths[:, None, None])
+            scores, sinks = scores.masked_fill(hidden, -torch.inf), 0
         limits, recents = layer.limits_by_head(), layer.recents
         if isinstance(layer.budget, float) and isinstance(slots, RaggedSlots) and torch.compiler.is_compiling():
             # the budget grows, and a compiled step cannot give a head more room
@@ -172,9 +172,12 @@ class ChunkStep(EvictingStep):
 
     def attend(self, x: AttentionInput) -> Tensor:
         placed, query_positions = self.layer._place(x, self.places[:, -x.queries :], self.shift)
-        answers = attend_within(placed, self.spans)
+        if self.layer.is_chunked:
+            answers = [self.layer.attend_causally(x, placed.query, placed.key, self.places)]
+        else:
+            answers = attend_within(placed, self.spans)
         if not self.is_first:
-            answers.append(self.slots.attend(placed.query, query_positions, x.spec))
+            answers.append(self.slots.attend(placed.query, self.layer.reaches(query_positions), x.spec))
         outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
@@ -227,14 +230,19 @@ class ChunkStep(EvictingStep):
             if last is not None:
                 first = int(observed.any(0).to(torch.uint8).argmax())
         every, query, lse = lse, x.query[:, :, first:], lse[:, :, first:]
-        within = causal_column_sums(query, x.key, lse, x.spec, x.visible)
+        if self.layer.is_chunked:
+            assert self.layer.window is not None
+            within = sums_in_chunks(query, x.key, lse, x.spec, x.visible, self.places, self.layer.window)
+        else:
+            within = causal_column_sums(query, x.key, lse, x.spec, x.visible)
         if self.spans is not None:
             every = every.index_fill(2, torch.arange(first, device=every.device), torch.inf)
             within = within + self.spans.column_sums(x, every)
         if self.is_first:
             past = torch.zeros_like(self.slots.scores)
         else:
-            past = self.slots.column_sums(query, self.query_positions[:, first:], lse, x.spec)
+            reach = self.layer.reaches(self.query_positions[:, first:])
+            past = self.slots.column_sums(query, reach, lse, x.spec)
         return torch.cat([past, within], -1)
 
     def rank(self, attention: Tensor | None) -> "Ranking":
@@ -285,7 +293,7 @@ class ChunkStep(EvictingStep):
             protected = protected | layer.pins.holds(positions)
         gone = positions == EMPTY
         if layer.window is not None:
-            gone = gone | (positions <= lengths - layer.window)
+            gone = gone | layer.out_of_sight(positions, lengths)
         return ranked(scores).masked_fill(protected, torch.inf).masked_fill(gone, -torch.inf)
 
     def _kept(self, ranking: "Ranking") -> Tensor:

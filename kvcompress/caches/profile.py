@@ -70,11 +70,12 @@ class Profile:
             measured: how they were found.
 
         Raises:
-            ValueError: they are not of the model's size, negative, not finite, or all 0.
+            ValueError: they are not of the model's size, negative, not finite, or all 0; or its layers differ in their
+                number of KV heads.
         """
         rows = _rows(shares)
-        config = hf.text_config(model)
-        _check_size(rows, len(hf.attention_windows(config)), hf.head_counts(config)[1], type(model).__name__)
+        layers = hf.layer_heads(hf.text_config(model))
+        _check_size(rows, len(layers), heads_that_share(layers, type(model).__name__), type(model).__name__)
         most = max(map(max, rows))
         if not most:
             raise ValueError("shares must be more than 0 for some head, got 0 for all")
@@ -86,6 +87,7 @@ class Profile:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises ValueError unless this is the model that the profile was made for."""
+        heads_that_share(hf.layer_heads(hf.text_config(model)), type(model).__name__)
         own, given = self.model, hf.Fingerprint.of(model)
         if not own.weights or TPGroup.of(model) is not None:
             own, given = own.of_config(), given.of_config()
@@ -151,6 +153,17 @@ class Profile:
             f"layer {index:>3}  {' '.join(f'{share:6.3f}' for share in row)}" for index, row in enumerate(self.shares)
         ]
         return "\n".join([*self.model.lines(self.measured), *rows])
+
+
+def heads_that_share(layers: Sequence[hf.LayerHeads], model: str) -> int:
+    """The KV heads of each layer of a model that a profile can be of; ValueError where layers differ."""
+    counts = sorted({own.kv_heads for own in layers})
+    if len(counts) > 1:
+        raise ValueError(
+            f"a profile has equally many shares for every layer, and {model} has layers of "
+            f"{' and '.join(map(str, counts))} KV heads: let heads compete, or use another allocation"
+        )
+    return counts[0]
 
 
 def _check_size(shares: tuple[tuple[float, ...], ...], layers: int, kv_heads: int, model: str) -> None:

@@ -18,7 +18,7 @@ from kvcompress import hf
 from kvcompress.caches.budget import Allocation, Budget
 from kvcompress.caches.evicting import EvictingCache, kept_budget
 from kvcompress.caches.evicting_layer import EvictingLayer
-from kvcompress.caches.profile import Profile
+from kvcompress.caches.profile import Profile, heads_that_share
 from kvcompress.policies.kvzip import KVzip
 from kvcompress.policies.policy import Policy
 from kvcompress.storage.rope import NOT_FINITE
@@ -53,14 +53,15 @@ def measure_profile(
 
     Raises:
         TypeError: texts are no tensors of token ids, or a budget is no number.
-        ValueError: some layers keep states; there is no text or no budget, scores of the policy do not compare across
-            heads, or a budget leaves nothing to choose of some text, or all of it; or what the model makes of a text is
-            not finite.
+        ValueError: some layers keep states, or layers differ in their number of KV heads; there is no text or no
+            budget, scores of the policy do not compare across heads, or a budget leaves nothing to choose of some text,
+            or all of it; or what the model makes of a text is not finite.
     """
     if not hf.all_attend(hf.text_config(model)):
         raise ValueError(
             f"{type(model).__name__} has layers without keys and values of their own; a profile is of all layers"
         )
+    heads_that_share(hf.layer_heads(hf.text_config(model)), type(model).__name__)
     policy = KVzip() if policy is None else policy
     rows = rows_of_all(texts)
     # numbers of NumPy and torch become Python's, which a file can hold

@@ -31,6 +31,8 @@ class GEARCache(CompressedCache):
     `GEARCache.preset(model, "gear")`.
     """
 
+    serves_chunks = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -72,7 +74,7 @@ class GEARCache(CompressedCache):
                 average: 2, 3 or 4. Loses least, and each step decodes all keys anew (kernels/calibrated.py).
 
         Raises:
-            ValueError: a setting out of range, a head_dim above 256, or a model that kvcompress does not support; with
+            ValueError: a setting out of range, or a model that kvcompress does not support; with
                 a basis, one of another model, or settings that it does not go with.
             TypeError: basis is neither a Basis nor a path.
         """
@@ -95,8 +97,8 @@ class GEARCache(CompressedCache):
         if basis is not None:
             self.settings = self.settings.calibrated()
             self.basis = Basis.given(basis, model).digest
-        head_dim = hf.packed_head_dim(hf.text_config(model))
-        self.settings.codings(head_dim, max(rank, rank_decode))
+        for head_dim, value_dim in hf.packed_widths(hf.text_config(model)):
+            self.settings.codings(head_dim, max(rank, rank_decode), value_dim)
         super().__init__(model)
 
     @classmethod
@@ -172,7 +174,7 @@ class GEARCache(CompressedCache):
         kind = QuantizedLayer if hf.latent_rank(config) is None else LatentQuantizedLayer
         layer = kind(self.padding, self.settings, window, index == self.attending[0], codec)
         if isinstance(layer, LatentQuantizedLayer):
-            layer.width = hf.packed_head_dim(config)
+            layer.width = hf.latent_part(config)
         return layer
 
     def _settings(self) -> dict[str, Any]:

@@ -174,7 +174,7 @@ class QuantizedLayer(TailedLayer):
 
     def _empty_tail(self, key: Tensor, value: Tensor) -> TailSegment:
         settings = self.settings
-        coding = settings.tail_coding(key.shape[-1])
+        coding = settings.tail_coding(max(key.shape[-1], value.shape[-1]))
         if coding is None:
             return TailSegment(key, value, settings.buffer)
         return PackedTail(key, value, settings.buffer, coding, settings.hadamard)
@@ -220,7 +220,7 @@ class QuantizedLayer(TailedLayer):
         """Makes room for so many tokens in blocks, for as many steps as are reserved at a time."""
         block, settings = self.settings.buffer, self.settings
         like = tail.like()
-        target = self._target(like[0].shape[-1], settings.rank == settings.rank_decode)
+        target = self._target(like, settings.rank == settings.rank_decode)
         held = max(target.blocks, default=0)
         if target.room() < held + tokens // block:
             # a step is compiled anew for each room
@@ -362,7 +362,7 @@ class QuantizedLayer(TailedLayer):
         rows = [row for row, count in enumerate(ready) if count > skip]
         shifts = None if self.codec is None else self.padding.shifts(len(ready))
         if rows:
-            self._target(key.shape[-1], of_prompt).append(
+            self._target((key, value), of_prompt).append(
                 key,
                 value,
                 [begins[row] + skip * block for row in rows],
@@ -372,14 +372,15 @@ class QuantizedLayer(TailedLayer):
                 None if shifts is None else [shifts[row] for row in rows],
             )
 
-    def _target(self, head_dim: int, of_prompt: bool) -> QuantizedBlocks:
-        settings = self.settings
+    def _target(self, like: tuple[Tensor, Tensor], of_prompt: bool) -> QuantizedBlocks:
+        """Where tokens like these keys and values are packed."""
+        settings, (head_dim, value_dim) = self.settings, (x.shape[-1] for x in like)
         if self.prompt is None:
             how = settings.buffer, settings.hadamard, self.codec
-            self.prompt = QuantizedBlocks(settings.codings(head_dim, settings.rank), *how)
+            self.prompt = QuantizedBlocks(settings.codings(head_dim, settings.rank, value_dim), *how)
             self.decoded = self.prompt
             if settings.rank_decode != settings.rank:
-                self.decoded = QuantizedBlocks(settings.codings(head_dim, settings.rank_decode), *how)
+                self.decoded = QuantizedBlocks(settings.codings(head_dim, settings.rank_decode, value_dim), *how)
         assert self.decoded is not None
         return self.prompt if of_prompt else self.decoded
 
@@ -509,7 +510,7 @@ class QuantizedLayer(TailedLayer):
         self.lazy_initialization(*like)
         for name in ("prompt", "decoded"):
             if part := _under(f"{name}.", tensors):
-                target = self._target(like[0].shape[-1], name == "prompt")
+                target = self._target(like, name == "prompt")
                 how = {name: getattr(target, name) for name in ("codings", "block", "rotates", "codec")}
                 loaded = QuantizedBlocks.load(part, facts, **how)
                 vars(target).update(vars(loaded))

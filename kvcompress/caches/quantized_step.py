@@ -33,7 +33,8 @@ class QuantizedStep(ForwardStep):
         self.layer = layer
         self.tail = layer._tail_for(x.key, x.value)
         self.real = layer._real(x)
-        self.query_positions = layer._query_positions(x)[:, -x.queries :]
+        self.places = layer._query_positions(x)
+        self.query_positions = layer.reaches(self.places[:, -x.queries :])
         self.spans = Spans.of(x)
         if x.tokens > 1:
             return
@@ -49,7 +50,10 @@ class QuantizedStep(ForwardStep):
     def attend(self, x: AttentionInput) -> Tensor:
         answers = self.layer._past(x, self.query_positions, self.joins if self.waits else None)
         if x.tokens > 1:
-            answers += attend_within(x, self.spans)
+            if self.layer.is_chunked:
+                answers.append(self.layer.attend_causally(x, x.query, x.key, self.places))
+            else:
+                answers += attend_within(x, self.spans)
         return joint_output(answers, x.sinks)
 
     def commit(self) -> None:

@@ -20,7 +20,6 @@ from kvcompress.cache import CompressedCache
 from kvcompress.caches.evicting_layer import EvictingLayer
 from kvcompress.caches.evicting_step import ChunkStep, shares_of
 from kvcompress.caches.matching import Asked
-from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states, with_sinks
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, as_stored
@@ -119,8 +118,9 @@ class RereadLayer(EvictingLayer):
         if visible is None:
             visible = torch.ones(batch, tokens, dtype=torch.bool, device=chunk.key.device)
         places = waiting.lengths[:, None] + visible.cumsum(-1, dtype=torch.int32) - 1  # [batch, tokens]
-        out, lse = causal_attention(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible)
+        out, lse = self.attend_causally(chunk, chunk.query, chunk.key, places)
         outs, lses = [out], [lse]
+        places = self.reaches(places)
         fresh = waiting.segment
         read = [] if fresh is None else [(fresh, fresh.scores)]
         if fresh is None or self.get_seq_length() > fresh.slots:
@@ -198,6 +198,7 @@ class ReconstructionCache(CompressedCache):
 
     layers: list[_Witness]  # type: ignore[assignment]
     reads_again = True
+    serves_chunks = True
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[RereadLayer]) -> None:
         self._read = layers

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import Budget
 from kvcompress.caches.dense import DenseLayer
@@ -291,6 +292,8 @@ def selected_budget(amount: int | float, chunk: int) -> Budget:
 class ShadowKVCache(CompressedCache):
     """Low-rank keys on the device, values on the host, fetched as needed: `ShadowKVCache(model, budget=2048)`."""
 
+    serves_chunks = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -334,7 +337,10 @@ class ShadowKVCache(CompressedCache):
             return sliding
         model = self._model()
         assert model is not None
-        settings, ranks = self.settings, TPGroup.of(model)
+        settings, ranks, widths = self.settings, TPGroup.of(model), hf.key_widths(hf.text_config(model))
+        if settings.rank is not None and settings.rank <= max(widths.values()):
+            # narrower layers keep their keys whole
+            settings = dataclasses.replace(settings, rank=min(settings.rank, widths[index]))
         if ranks is not None and settings.rank is not None:
             # each process factorises the keys of its own heads; together they keep as many numbers as one would
             settings = dataclasses.replace(settings, rank=max(1, settings.rank // ranks.size))

@@ -164,7 +164,6 @@ class Inspection:
     def _give_room(self, cache: Any) -> None:
         """Compares a cache whose budget is above the length with the model without a cache."""
         subject = self.subject
-        _, kv_heads, head_dim = hf.head_counts(hf.decoder_config(subject.model))
         roomy = f"budget {ROOM}, above the length"
         changes: dict[str, dict[str, Any]] = {}
         if isinstance(cache, EvictingCache):
@@ -174,7 +173,8 @@ class Inspection:
             bits = 8 if cache.basis is None else 4
             changes = {f"{bits} bits": {"bits": bits, "value_bits": 8}}
         elif isinstance(cache, ShadowKVCache):
-            changes = {"all chunks selected at full rank": {"rank": kv_heads * head_dim, "dense_below": 0}}
+            full = max(hf.key_widths(hf.decoder_config(subject.model)).values(), default=None)
+            changes = {"all chunks selected at full rank": {"rank": full, "dense_below": 0}}
         elif isinstance(cache, AcrossKVCache):
             changes = {"share 1": {"share": 1}}
         for self.stage, change in changes.items():

@@ -8,12 +8,13 @@ cache, such a call is an error.
 """
 
 import functools
+import inspect
 import sys
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -44,6 +45,14 @@ _WITHOUT_EFFECT = {
     # what a converted model passes to its layers
     "single_input",
 }  # fmt: skip
+
+
+# mask functions of transformers: those that combine others, the one of blocks, and those that only hide
+_COMBINED = {"and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"}
+_OF_BLOCKS = "blockwise_overlay.<locals>.inner_mask"
+_PLAIN = {
+    *("causal_mask_function", "chunked_overlay.<locals>.inner_mask", "sliding_window_overlay.<locals>.inner_mask"),
+}
 
 
 class Attends(Protocol):
@@ -291,7 +300,7 @@ def _mask(
         )
     spans = None
     # transformers forbids the skip for an overlay on the causal mask, and while decoding with a compileable cache
-    if not allow_is_causal_skip and q_length > 1:
+    if not allow_is_causal_skip and q_length > 1 and not _shows_nothing_more(kwargs.get("mask_function")):
         spans = spans_of(kwargs["mask_function"])
         if spans is None:
             raise ValueError(
@@ -311,6 +320,26 @@ def _mask(
         return with_spans(attention_mask, spans, kv_length, q_length)
     # the compiled step needs a mask that does not grow: slots record which past tokens are padding
     return attention_mask[:, -q_length:] if q_length == 1 and attention_mask.is_cuda else attention_mask
+
+
+def _shows_nothing_more(mask_function: Any) -> bool:
+    """Whether a mask function is known to show no more than the causal mask, within a window or a chunk: the blocks of
+    tokens that it lets attend both ways, as those of an image, are none."""
+    pending = [mask_function]
+    while pending:
+        function = pending.pop()
+        name = getattr(function, "__qualname__", None)
+        if getattr(function, "__module__", None) != masking_utils.__name__:
+            return False
+        held = inspect.getclosurevars(function).nonlocals
+        if name in _COMBINED and "mask_functions" in held:
+            pending.extend(held["mask_functions"])
+        elif name == _OF_BLOCKS and "block_sequence_ids" in held:
+            if bool((held["block_sequence_ids"] >= 0).any()):
+                return False
+        elif name not in _PLAIN:
+            return False
+    return True
 
 
 register()

@@ -1,8 +1,9 @@
 """What a model's config says: whether the model is supported, its sizes, and the window of each layer."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -19,19 +20,22 @@ class LayerKind:
 
     attends: keys and values of tokens. window: of how many tokens, None for all. states: how many states of a linear
     attention, a state space or a convolution, whose size does not depend on the number of tokens. kv_source: the layer
-    to whose keys and values it attends, as it keeps none; None for no such layer.
+    to whose keys and values it attends, as it keeps none; None for no such layer. is_chunked: the text is cut into
+    chunks of `window` tokens, and a token sees none of an earlier chunk.
     """
 
     attends: bool
     window: int | None = None
     states: int = 0
     kv_source: int | None = None
+    is_chunked: bool = False
 
 
 # for each type of transformers, whether it attends, and whether it has states; the last two have neither
 _KINDS = {
     "full_attention": (True, False),
     "sliding_attention": (True, False),
+    "chunked_attention": (True, False),
     "linear_attention": (False, True),
     "conv": (False, True),
     "hybrid": (True, True),
@@ -56,6 +60,7 @@ _WITHOUT_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
 _OWN_WAYS = {
     "blt": "reads bytes and patches with several decoders, which share two caches",
     "diffllama": "attends twice to the keys of a layer, with values of other heads",
+    "diffusion_gemma": "lets the tokens of a block attend both ways",
     "doge": "adds a bias to its attention that depends on the values of all tokens",
     "dory": "runs its layers several times for a token, and lengthens its cache for that",
     "evolla": "attends to proteins in layers of their own",
@@ -66,7 +71,6 @@ _OWN_WAYS = {
     "inkling2_loop_text": "adds biases to its attention that depend on queries and distances",
     "inkling2_text": "adds biases to its attention that depend on queries and distances",
     "inkling_text": "adds biases to its attention that depend on queries and distances",
-    "laguna": "has layers of different numbers of heads",
     "kosmos_2_5_text_model": "takes positions of its own",
     "kosmos_2_text_model": "takes positions of its own",
     "kyutai_speech_to_text": "reads the codes of a sound with each token",
@@ -85,11 +89,39 @@ _OWN_WAYS = {
 # numbers of a vector that can be packed, as the index of an outlier is a byte
 _WIDEST_PACKED = 256
 
+# types whose sliding layers have more KV heads than their config says, and how many times as many
+_MORE_KV_HEADS = {"mimo_v2_flash": 2}
+
+
+class LayerHeads(NamedTuple):
+    """The heads of a layer: of queries, of keys and values, and the width of keys and of values."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of a token's keys."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def token(self) -> int:
+        """Numbers of a token's keys and values."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def mean_dim(self) -> int:
+        """Half of what a head's key and value have together."""
+        return (self.head_dim + self.value_dim) // 2
+
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of a decoder. longest: tokens it was trained for, None if the config does not say.
 
+    heads, kv_heads, head_dim: of the first layer; `layer_heads` has those of each.
     learned_positions: positions come from a table, which ends at `longest`.
     """
 
@@ -106,9 +138,10 @@ class Sizes:
 
 def sizes(config: PreTrainedConfig) -> Sizes:
     """The sizes in a decoder's config."""
-    heads, kv_heads, head_dim = head_counts(config)
+    first = layer_configs(config)[0]
+    heads, kv_heads, head_dim = head_counts(first)
     hidden = config.hidden_size
-    widths = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    widths = getattr(first, "intermediate_size", None) or getattr(first, "ffn_dim", None) or 4 * hidden
     return Sizes(
         config.num_hidden_layers,
         hidden,
@@ -123,7 +156,8 @@ def sizes(config: PreTrainedConfig) -> Sizes:
 
 
 def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Query heads, KV heads and head_dim of what a config's layers give their cache."""
+    """Query heads, KV heads and head_dim of what layers give their cache; of a config whose layers are alike, or of one
+    layer's."""
     heads = config.num_attention_heads
     rank = latent_rank(config)
     if rank is not None:
@@ -139,11 +173,30 @@ def latent_rank(config: PreTrainedConfig) -> int | None:
     return rank
 
 
-def value_width(config: PreTrainedConfig) -> int:
+def _value_width(config: PreTrainedConfig) -> int:
     """How many numbers a cache holds of a token's values, in one KV head: none beside latents, which are both."""
     if latent_rank(config) is not None:
         return 0
     return getattr(config, "v_head_dim", None) or head_counts(config)[2]
+
+
+def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+    """The config of each layer: the whole one, where layers do not differ."""
+    return config.per_layer_config if differing(config) else [config] * config.num_hidden_layers
+
+
+def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
+    """The heads of each layer, whether it attends or not."""
+    of_queries = getattr(config, "num_attention_heads_per_layer", None)
+    found = []
+    for index, own in enumerate(layer_configs(config)):
+        heads, kv_heads, head_dim = head_counts(own)
+        if of_queries:
+            heads = of_queries[index]
+        if layer_kind(config, index) == "sliding_attention":
+            kv_heads *= _MORE_KV_HEADS.get(config.model_type, 1)
+        found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own)))
+    return found
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -176,7 +229,8 @@ def as_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def has_experts(config: PreTrainedConfig) -> bool:
     """Whether layers choose experts for each token."""
-    return any((getattr(config, name, None) or 0) > 1 for name in ("num_local_experts", "num_experts"))
+    names = "num_local_experts", "num_experts"
+    return any((getattr(own, name, None) or 0) > 1 for own in layer_configs(config) for name in names)
 
 
 def model_types() -> dict[str, str]:
@@ -221,21 +275,15 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} is an encoder (is_decoder=False), whose tokens attend to later ones too; kvcompress supports "
             "decoder-only models"
         )
-    differing = _differing(config)
-    layers: list[Any] = [*config.per_layer_config] if differing else [config]
+    layers = config.per_layer_config if differing(config) else [config]
     indexed = [count for each in layers if (count := getattr(each, "index_topk", None))]
     if indexed:
         raise ValueError(
             f"{name} chooses what tokens attend to by an indexer with a cache of its own (index_topk={indexed[0]}), "
             "which kvcompress does not support"
         )
-    if "kv_lora_rank" in differing:
+    if "kv_lora_rank" in differing(config):
         raise ValueError(f"{name} has layers that differ in kv_lora_rank, which kvcompress does not support")
-    if differ := {"num_attention_heads", "num_key_value_heads", "head_dim"} & set(differing):
-        raise ValueError(
-            f"{name} has layers that differ in {', '.join(sorted(differ))}; kvcompress supports models whose layers "
-            "have equally many heads, of one width"
-        )
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or []) and not shared_layers(config):
         raise ValueError(
             f"{name} shares keys and values between layers in a way of its own; kvcompress supports models whose last "
@@ -246,9 +294,9 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
         check_served(text, name)
 
 
-def _differing(config: PreTrainedConfig) -> list[str]:
-    """The settings of a config that differ from layer to layer."""
-    return list(getattr(config, "per_layer_attributes", None) or ())
+def differing(config: PreTrainedConfig) -> list[str]:
+    """The settings of a config that differ from layer to layer, and that only the config of a layer has."""
+    return sorted(getattr(config, "per_layer_attributes", None) or ())
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
@@ -282,8 +330,10 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
                 f"kvcompress supports {', '.join(_KINDS)}"
             )
         attends, has_states = _KINDS[kind]
-        window = each[index].get("sliding_window") if "sliding" in kind else None
-        kinds.append(LayerKind(attends, window, each[index].get("number_of_states", 1) if has_states else 0))
+        is_chunked = kind == "chunked_attention"
+        window = each[index].get("sliding_window") if "sliding" in kind or is_chunked else None
+        states = each[index].get("number_of_states", 1) if has_states else 0
+        kinds.append(LayerKind(attends, window, states, is_chunked=is_chunked))
     if not any(kind.attends for kind in kinds):
         raise ValueError(_nothing_to_compress(f"model type {config.model_type!r}"))
     return kinds
@@ -301,8 +351,22 @@ def shared_layers(config: PreTrainedConfig) -> int:
     return getattr(config, "num_kv_shared_layers", None) or 0
 
 
+def key_widths(config: PreTrainedConfig) -> dict[int, int]:
+    """kv_heads * head_dim of each layer that attends to all tokens, by layer.
+
+    Raises:
+        ValueError: as `layer_kinds`.
+    """
+    kinds, every = layer_kinds(config), layer_heads(config)
+    return {
+        index: own.key_width
+        for index, (kind, own) in enumerate(zip(kinds, every, strict=True))
+        if kind.attends and kind.window is None
+    }
+
+
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer in tokens, None for full attention, and for layers that do not attend.
+    """The sliding window or the chunk of each layer in tokens, None for full attention and layers that do not attend.
 
     Raises:
         ValueError: as `layer_kinds`.
@@ -322,25 +386,27 @@ def without_windows(config: PreTrainedConfig) -> PreTrainedConfig | None:
     return full
 
 
-def packed_head_dim(config: PreTrainedConfig) -> int:
-    """The head_dim of keys and values that are to be packed; of latents, the width of the parts that they are cut into.
+def latent_part(config: PreTrainedConfig) -> int:
+    """The width of the parts that latents are cut into to be packed.
 
     Raises:
-        ValueError: keys and values differ in width, or latents cannot be cut into parts.
+        ValueError: they cannot be cut into parts.
     """
     _, _, head_dim = head_counts(config)
+    parts = next((n for n in range(2, head_dim, 2) if head_dim % n == 0 and head_dim // n <= _WIDEST_PACKED), None)
+    if parts is None:
+        raise ValueError(f"latents of {head_dim} numbers with what keys share cannot be cut into parts to pack")
+    return head_dim // parts
+
+
+def packed_widths(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """The head_dims of keys and values that are to be packed, of each kind of layer that attends; ValueError as
+    `latent_part`."""
     if latent_rank(config) is not None:
-        parts = next((n for n in range(2, head_dim, 2) if head_dim % n == 0 and head_dim // n <= _WIDEST_PACKED), None)
-        if parts is None:
-            raise ValueError(f"latents of {head_dim} numbers with what keys share cannot be cut into parts to pack")
-        return head_dim // parts
-    of_values = getattr(config, "v_head_dim", None) or head_dim
-    if of_values != head_dim:
-        raise ValueError(
-            f"keys of head_dim {head_dim} and values of {of_values} cannot be packed together; kvcompress packs those "
-            "of one width"
-        )
-    return head_dim
+        return [(latent_part(config),) * 2]
+    kinds = layer_kinds(config)
+    every = (own for own, kind in zip(layer_heads(config), kinds, strict=True) if kind.attends)
+    return sorted({(own.head_dim, own.value_dim) for own in every})
 
 
 def repeats_keys(config: PreTrainedConfig) -> bool:

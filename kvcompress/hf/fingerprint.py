@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.hf.configs import attention_windows, decoder_config, sizes
+from kvcompress.hf.configs import attention_windows, decoder_config, layer_heads, sizes
 from kvcompress.hf.modules import decoder_of
 
 # how many numbers are read of a tensor, and how many tensors at most
@@ -73,11 +73,12 @@ class Fingerprint:
             name: getattr(config, name, None)
             for name in ("rope_parameters", "rope_theta", "partial_rotary_factor", "rotary_pct")
         }
+        heads, kv_heads, head_dims, _ = map(_of_layers, zip(*layer_heads(config), strict=True))
         weights, is_float16 = _sample(model, without)
         return cls(
             f"{type(model).__name__}{taught}",
-            f"{own.layers} layers, hidden size {own.hidden}, {own.heads} heads, {own.kv_heads} KV heads, "
-            f"head_dim {own.head_dim}, vocabulary {own.vocabulary}",
+            f"{own.layers} layers, hidden size {own.hidden}, {heads} heads, {kv_heads} KV heads, "
+            f"head_dim {head_dims}, vocabulary {own.vocabulary}",
             text,
             json.dumps(_plain(rope), sort_keys=True),
             weights,
@@ -137,6 +138,11 @@ class Fingerprint:
         """Everything but the class, as text for a reader."""
         rope = "" if self.rope == "{}" else f", rope {self.rope}"
         return f"{self.sizes}, {self.windows}{rope}, weights {self._digest()}"
+
+
+def _of_layers(sizes: tuple[int, ...]) -> str:
+    """A size that each layer has, once where they do not differ."""
+    return str(sizes[0]) if len(set(sizes)) == 1 else ",".join(map(str, sizes))
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.hf.attention import release
-from kvcompress.hf.configs import decoder_config, head_counts, repeats_keys
+from kvcompress.hf.configs import decoder_config, layer_heads, repeats_keys
 from kvcompress.hf.modules import attention_module, layer_of, run_offset, text_of
 
 # the implementation that takes masks [batch, heads, queries, tokens], and supports softcaps and sinks
@@ -41,7 +41,7 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
     attention = attention_module(judge, layer)
     if attention is None:
         raise RuntimeError(f"layer {layer} of {type(judge).__name__} has no attention module that takes a mask")
-    heads = head_counts(decoder_config(judge))[0]
+    heads = layer_heads(decoder_config(judge))[layer].heads
     group = heads // forbids.shape[0]
     copies = forbids.repeat(group, 1, 1) if repeats_keys(decoder_config(judge)) else forbids.repeat_interleave(group, 0)
     forbids = copies[None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.hf.configs import decoder_config, head_counts, is_multimodal
+from kvcompress.hf.configs import decoder_config, is_multimodal, layer_heads
 
 # what is part of the name of an attention module's class
 _ATTENTION = ("Attention", "MLA")
@@ -120,13 +120,14 @@ def output_projection(model: PreTrainedModel, layer: int) -> Callable[[Tensor], 
             f"expected one named {', '.join(_PROJECTIONS)}"
         )
     config = decoder_config(model)
-    heads, _, head_dim = head_counts(config)
-    head_dim = getattr(config, "v_head_dim", None) or head_dim
-    return functools.partial(_weight_by_head, weakref.ref(found), heads, head_dim)
+    own = layer_heads(config)[layer]
+    # of latents, what they are expanded to
+    value_dim = own.value_dim or config.v_head_dim
+    return functools.partial(_weight_by_head, weakref.ref(found), own.heads, value_dim)
 
 
-def _weight_by_head(of: weakref.ref[nn.Module], heads: int, head_dim: int, like: Tensor) -> Tensor:
-    by_head: Tensor = weight_of(of, heads * head_dim, like).unflatten(0, (-1, head_dim))
+def _weight_by_head(of: weakref.ref[nn.Module], heads: int, value_dim: int, like: Tensor) -> Tensor:
+    by_head: Tensor = weight_of(of, heads * value_dim, like).unflatten(0, (-1, value_dim))
     return by_head
 
 

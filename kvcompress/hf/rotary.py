@@ -127,12 +127,17 @@ def _keys(
     hidden = torch.randn(1, positions.shape[1], decoder_config(model).hidden_size, generator=generator)
     hidden = hidden.to(dtype)
     known = {"layer_type": kind} if kind else {}
-    parameters = inspect.signature(attention.forward).parameters
-    arguments: dict[str, Any] = {name: None for name in ("attention_mask", "alibi") if name in parameters}
+    # all that it insists on behind the hidden states: a mask, and what comes after the keys are rotated
+    _, *others = inspect.signature(attention.forward).parameters.values()
+    insists = (each.name for each in others if each.default is each.empty and "VAR" not in each.kind.name)
+    arguments: dict[str, Any] = dict.fromkeys(insists)
     try:
         arguments |= cache_argument(attention, _KeyTaker())
-        turns = tuple(turn.to(device) for turn in rotary(hidden.to(positions.device), positions, **known))
-        attention(hidden.to(device), position_embeddings=turns, **arguments)
+        turns = rotary(hidden.to(positions.device), positions, **known)
+        # cosines and sines, or complex numbers that are both
+        is_one = isinstance(turns, Tensor)
+        arguments["position_embeddings"] = turns.to(device) if is_one else tuple(turn.to(device) for turn in turns)
+        attention(hidden.to(device), **arguments)
     except _KeyTaken as taken:
         return taken.key
     except Exception as error:

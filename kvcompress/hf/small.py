@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,21 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvcompress.hf.configs import decoder_config, head_counts, latent_rank, shared_layers, sizes
+from kvcompress.hf.configs import (
+    decoder_config,
+    differing,
+    head_counts,
+    latent_rank,
+    layer_heads,
+    shared_layers,
+    sizes,
+)
 
 # makes attention peaked, so that faults show, and logits as large as a trained model's
 _SPREAD = 1.2
 _WIDEST = 512
+# settings that are numbers of layers, and not values by layer
+_OF_INDICES = {"moe_layers"}
 # what configs of towers call their numbers of layers
 _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "layers")
 
@@ -47,33 +58,41 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A config with fewer and narrower layers, otherwise like this one: the same kinds of layers, head_dim, query heads
     per KV head (fewer if it would get wide), rotary embeddings, biases and softcaps; windows of at most 64 tokens."""
-    small = copy.deepcopy(config)
     if config.get_text_config(decoder=True) is not config:
-        return _small_multimodal(small)
-    layers, lists = layers_of_each_kind(config)
-    heads, kv_heads, head_dim = head_counts(config)
-    group = min(max(1, heads // kv_heads), 16)
-    if not hasattr(config, "head_dim"):
+        return _small_multimodal(copy.deepcopy(config))
+    small = with_layers(config, layers_of_each_kind(config)[0])
+    own = [settings for _, settings in sorted(_own_settings(small).items())]
+    every = layer_heads(small)
+    groups = [min(max(1, each.heads // each.kv_heads), 16) for each in every]
+    head_dim, group = every[0].head_dim, max(groups)
+    if own:
+        # what is set from here on is of all layers
+        small.per_layer_config = None
+    if not hasattr(small, "head_dim"):
         # hidden size is then heads * head_dim
         while group > 1 and 2 * group * head_dim > _WIDEST:
             group //= 2
-    kv_heads = min(kv_heads, 1 if group > 8 else 2)
-    heads = kv_heads * group
+        groups = [min(each, group) for each in groups]
+    heads = min(every[0].kv_heads, 1 if group > 8 else 2) * group
+    of_all = head_counts(small)
+    # of a layer's group of its own, the nearest number that divides the heads
+    kv_heads, *kv_heads_of = (math.gcd(heads, heads // each) for each in (min(of_all[0] // of_all[1], group), *groups))
 
-    take_layers(small, layers, lists)
     small.num_attention_heads = heads
     if hasattr(small, "num_key_value_heads"):
         # heads that share latents each have keys and values of their own
         small.num_key_value_heads = kv_heads if latent_rank(config) is None else heads
+    if getattr(small, "num_attention_heads_per_layer", None):
+        small.num_attention_heads_per_layer = [kv_heads * each for each in groups]
     small.hidden_size = heads * 16
     if getattr(small, "head_dim", head_dim) is None:
         small.head_dim = head_dim
-    if head_counts(small)[2] != head_dim:
+    if layer_heads(small)[0].head_dim != head_dim:
         small.hidden_size = heads * head_dim
     hidden = small.hidden_size
     if hasattr(small, "word_embed_proj_dim"):
         small.word_embed_proj_dim = hidden
-    for name, most in {
+    limits = {
         "intermediate_size": 2 * hidden,
         "ffn_dim": 2 * hidden,
         "moe_intermediate_size": hidden,
@@ -92,12 +111,21 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         "hidden_size_per_layer_input": 32,
         "sliding_window": 64,
         "attention_chunk_size": 64,
-    }.items():
+    }
+    for name, most in limits.items():
         size = getattr(small, name, None)
         if isinstance(size, list):
             setattr(small, name, [min(part, most) for part in size])
         elif isinstance(size, int):
             setattr(small, name, min(size, most))
+    if own:
+        for layer, settings in enumerate(own):
+            has = {"num_key_value_heads": kv_heads_of[layer]} if "num_key_value_heads" in settings else {}
+            if "num_attention_heads" in settings:
+                has["num_attention_heads"] = has.get("num_key_value_heads", kv_heads) * groups[layer]
+            has |= {name: min(settings[name], most) for name, most in limits.items() if name in settings}
+            settings.update(has)
+        small.per_layer_config = dict(enumerate(own))
     for name, token in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
         known = getattr(small, name, None)
         if known is not None and (not isinstance(known, int) or known >= small.vocab_size):
@@ -145,25 +173,58 @@ def described(model: PreTrainedModel) -> str:
     return f"{config.model_type} ({type(model).__name__}), {', '.join(parts)}"
 
 
+def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """A copy of a config that has only these of its layers."""
+    few, own = copy.deepcopy(config), _own_settings(config)
+    lists = layers_of_each_kind(config)[1]
+    if own:
+        few.per_layer_config = None
+    for name, value in lists.items():
+        setattr(few, name, [value[layer] for layer in layers])
+    for name in _OF_INDICES & {*vars(config)}:
+        chosen = getattr(config, name) or ()
+        setattr(few, name, [index for index, layer in enumerate(layers) if layer in chosen])
+    if shared_layers(config):
+        first_shared = config.num_hidden_layers - shared_layers(config)
+        few.num_kv_shared_layers = sum(layer >= first_shared for layer in layers)
+    few.num_hidden_layers = len(layers)
+    if own:
+        few.per_layer_config = {index: own[layer] for index, layer in enumerate(layers)}
+    return few
+
+
+def _own_settings(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
+    """What only the config of a layer has, by layer; empty where layers do not differ."""
+    names = differing(config)
+    if not names:
+        return {}
+    return {index: {name: getattr(own, name) for name in names} for index, own in enumerate(config.per_layer_config)}
+
+
 def layers_of_each_kind(config: PreTrainedConfig) -> tuple[list[int], dict[str, list[Any]]]:
     """The first four layers, or as many more as it takes to have each kind; and a config's settings that have a value
     per layer, by name."""
     count = config.num_hidden_layers
-    lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
-    own = count - shared_layers(config)
-    kinds = [str([layer >= own, *(value[layer] for value in lists.values())]) for layer in range(count)]
+    lists = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == count and name not in _OF_INDICES
+    }
+    own, first_shared = _own_settings(config), count - shared_layers(config)
+    chosen = [getattr(config, name) or () for name in sorted(_OF_INDICES & {*vars(config)})]
+    kinds = [
+        str(
+            [
+                layer >= first_shared,
+                *(value[layer] for value in lists.values()),
+                own.get(layer),
+                *(layer in some for some in chosen),
+            ]
+        )
+        for layer in range(count)
+    ]
     firsts = sorted(kinds.index(kind) for kind in set(kinds))
     if firsts[-1] < 8:
         return list(range(min(count, max(4, firsts[-1] + 1)))), lists
     # if a kind comes late: the first layer of each kind, and the one before it
     return sorted({0, 1, *firsts, *(max(0, first - 1) for first in firsts)}), lists
-
-
-def take_layers(config: PreTrainedConfig, layers: list[int], lists: dict[str, list[Any]]) -> None:
-    """Leaves a config only these of its layers, where `lists` has its settings that have a value per layer."""
-    own = config.num_hidden_layers - shared_layers(config)
-    for name, value in lists.items():
-        setattr(config, name, [value[layer] for layer in layers])
-    if shared_layers(config):
-        config.num_kv_shared_layers = sum(layer >= own for layer in layers)
-    config.num_hidden_layers = len(layers)

@@ -1,6 +1,5 @@
 """What a forward takes beside weights and cache, found by running a model's layers without numbers."""
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from transformers import (
 
 from kvcompress.hf.calls import cache_argument
 from kvcompress.hf.configs import layer_kinds
-from kvcompress.hf.small import layers_of_each_kind, take_layers
+from kvcompress.hf.small import layers_of_each_kind, with_layers
 from kvcompress.hf.states import states_in
 
 _T = TypeVar("_T")
@@ -130,12 +129,11 @@ def _peak(decoder: Any, tokens: int) -> int:
 
 
 def _with_few_layers(config: PreTrainedConfig, times: int) -> PreTrainedConfig:
-    few = copy.deepcopy(config)
-    vars(few).pop("quantization_config", None)
-    layers, lists = layers_of_each_kind(config)
+    layers = layers_of_each_kind(config)[0]
     if times > 1:
         layers = list(range(min(config.num_hidden_layers, times * len(layers))))
-    take_layers(few, layers, lists)
+    few = with_layers(config, layers)
+    vars(few).pop("quantization_config", None)
     return few
 
 

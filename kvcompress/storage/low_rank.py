@@ -207,7 +207,14 @@ class ShadowSegment(Segment):
 
     @staticmethod
     def nbytes_for(
-        batch: int, kv_heads: int, head_dim: int, itemsize: int, settings: ShadowKV, selected: int, tokens: int
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        itemsize: int,
+        settings: ShadowKV,
+        selected: int,
+        tokens: int,
     ) -> int:
         """Bytes on the device after a prefill of so many tokens, of which so many chunks are selected in each step."""
         width, chunk = kv_heads * head_dim, settings.chunk
@@ -218,7 +225,7 @@ class ShadowSegment(Segment):
         slots = (selected + outliers - folded) * chunk + tokens + (room if folded else 0)
         low_rank = itemsize * rank * (folded * chunk + width)
         a_chunk = kv_heads * (head_dim * itemsize + 1) + 8
-        a_head = slots * (2 * head_dim * itemsize + 4) + 8 * selected + 12 * outliers
+        a_head = slots * ((head_dim + value_dim) * itemsize + 4) + 8 * selected + 12 * outliers
         # counted: what the basis missed, limits, chunks and tokens, here and there
         return batch * (low_rank + folded * a_chunk + kv_heads * a_head + 4 + 6 * 8)
 

@@ -6,11 +6,13 @@ queries then meet them rotated:
 
     q.k = rotate(q).rotate(k)        out = p V = (p rotate(V)) R'
 
+Of keys and values that differ in width, the narrower ones are filled up with zeros, and so are queries.
+
 A token's codes stay what they are until it becomes part of a block, however rows are reordered or cropped.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from kvcompress.kernels.common.quantized import QuantizedTensor, QuantScheme
 from kvcompress.kernels.hadamard import rotate
 from kvcompress.kernels.packed_attention import packed_attention
 from kvcompress.kernels.quantise import dequantise, quantise
-from kvcompress.storage.segment import EMPTY
+from kvcompress.storage.segment import EMPTY, NO_FACTS
 from kvcompress.storage.tail import TailSegment
 
 # tokens of a block as the kernels take it, where there is room for so many, and at least
@@ -34,7 +36,8 @@ class PackedTail(TailSegment):
 
     codes: [batch, 2 * kv_heads, room, head_dim] uint8, keys before values; with 8 bits this is the layout of blocks.
     scales, zeros: [batch, 2 * kv_heads, room, groups] float16. positions, held: as in TailSegment.
-    coding: of keys and values. rotates: both are stored rotated. dtype: in which tokens come.
+    coding: of keys and values. rotates: both are stored rotated. dtype: in which tokens come. widths: of keys and of
+    values.
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "positions")
@@ -46,13 +49,14 @@ class PackedTail(TailSegment):
     coding: QuantScheme
     rotates: bool
     dtype: torch.dtype
+    widths: tuple[int, int]
 
     def __init__(self, key: Tensor, value: Tensor, room: int, coding: QuantScheme, rotates: bool) -> None:
         """Room for tokens like these, [batch, kv_heads, any, head_dim]."""
-        batch, kv_heads, _, head_dim = key.shape
-        assert value.shape == key.shape, "keys and values lie side by side"
+        batch, kv_heads = key.shape[:2]
         self.coding, self.rotates, self.dtype = coding, rotates, key.dtype
-        heads, room = (batch, 2 * kv_heads), self._whole(room)
+        self.widths = key.shape[-1], value.shape[-1]
+        heads, room, head_dim = (batch, 2 * kv_heads), self._whole(room), max(self.widths)
         self.codes = key.new_zeros(*heads, room, head_dim, dtype=torch.uint8)
         self.scales, self.zeros = (
             key.new_zeros(*heads, *coding.groups(room, head_dim), dtype=torch.float16) for _ in range(2)
@@ -72,14 +76,34 @@ class PackedTail(TailSegment):
         return -(-room // unit) * unit
 
     def like(self) -> tuple[Tensor, Tensor]:
-        batch, heads, _, head_dim = self.codes.shape
-        nothing = self.codes.new_empty(batch, heads // 2, 0, head_dim, dtype=self.dtype)
-        return nothing, nothing
+        batch, heads = self.codes.shape[:2]
+        key, value = (self.codes.new_empty(batch, heads // 2, 0, each, dtype=self.dtype) for each in self.widths)
+        return key, value
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, facts = super().dump()
+        return tensors, facts if len(set(self.widths)) == 1 else facts | {"widths": self.widths}
+
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], facts: Mapping[str, Any] = NO_FACTS, **built_with: Any) -> Self:
+        widths = facts.get("widths", (tensors["codes"].shape[-1],) * 2)
+        return super().load(tensors, facts, widths=tuple(widths), **built_with)
+
+    def _side_by_side(self, key: Tensor, value: Tensor) -> Tensor:
+        """Keys and values as they are rotated and packed, [batch, 2 * kv_heads, any, wider head_dim]."""
+        return torch.cat([self._wide(key), self._wide(value)], 1)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return pad(x, (0, max(self.widths) - x.shape[-1]))
+
+    def _apart(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes `_side_by_side` back."""
+        key, value = both.chunk(2, 1)
+        return key[..., : self.widths[0]], value[..., : self.widths[1]]
 
     def contents(self, columns: int | None = None) -> tuple[Tensor, Tensor]:
         both = self._decoded(columns, torch.promote_types(self.dtype, torch.float32))
-        key, value = (rotate(both, back=True) if self.rotates else both).to(self.dtype).chunk(2, 1)
-        return key, value
+        return self._apart((rotate(both, back=True) if self.rotates else both).to(self.dtype))
 
     def _decoded(self, columns: int | None, dtype: torch.dtype) -> Tensor:
         """Keys and values as they are stored, [batch, 2 * kv_heads, columns, head_dim]."""
@@ -87,7 +111,7 @@ class PackedTail(TailSegment):
         return dequantise(QuantizedTensor(*parts), self.coding, dtype)[:, :, 0]
 
     def _stored(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        both, tokens = torch.cat([key, value], 1), key.shape[2]
+        both, tokens = self._side_by_side(key, value), key.shape[2]
         both = rotate(both) if self.rotates else both
         # the quantiser takes blocks
         both = both.expand(-1, -1, LEAST, -1) if tokens == 1 else pad(both, (0, 0, 0, -tokens % LEAST))
@@ -100,10 +124,10 @@ class PackedTail(TailSegment):
         parts = (self.codes, self.scales, self.zeros)
         of_sides = zip(*(each.unflatten(2, (-1, block)).chunk(2, 1) for each in parts), strict=True)
         keys, values = (QuantizedTensor(*side) for side in of_sides)
-        query = rotate(query, at_once=True) if self.rotates else query
+        query = rotate(self._wide(query), at_once=True) if self.rotates else self._wide(query)
         codings, places = (self.coding, self.coding), self.positions[:, None]
         out, lse, *_ = packed_attention(query, keys, values, *codings, places, query_positions, spec)
-        return rotate(out, back=True, at_once=True) if self.rotates else out, lse
+        return (rotate(out, back=True, at_once=True) if self.rotates else out)[..., : self.widths[1]], lse
 
     def attend_beside(
         self,
@@ -119,10 +143,12 @@ class PackedTail(TailSegment):
             keys, values, positions = (
                 torch.cat(parts, dim) for parts, dim in zip(zip(*others, strict=True), (2, 2, 1), strict=True)
             )
-            beside = torch.cat([keys, values], 1).to(dtype)
+            beside = self._side_by_side(keys, values).to(dtype)
             beside = rotate(beside, at_once=True) if self.rotates else beside
             both, places = torch.cat([beside, both], 2), torch.cat([positions, places], 1)
-        asked = rotate(query.to(dtype), at_once=True) if self.rotates else query.to(dtype)
+        wide = self._wide(query.to(dtype))
+        asked = rotate(wide, at_once=True) if self.rotates else wide
         key, value = both.chunk(2, 1)
         out, lse = slot_attention(asked, key, value, places[:, None].expand(key.shape[:3]), query_positions, spec)
-        return (rotate(out, back=True, at_once=True) if self.rotates else out).to(query.dtype), lse
+        out = rotate(out, back=True, at_once=True) if self.rotates else out
+        return out[..., : self.widths[1]].to(query.dtype), lse

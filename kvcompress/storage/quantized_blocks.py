@@ -181,16 +181,19 @@ class QuantizedBlocks(Segment):
         block: int,
         blocks: int,
         scheme: CalibratedScheme | None = None,
+        value_dim: int | None = None,
     ) -> int:
         """Bytes of so many blocks encoded at once: codes, scales, outliers, factors, and positions.
 
         Args:
             scheme: of keys in a calibrated basis; None: they are packed as the first of the codings says.
+            value_dim: of values, if not head_dim.
         """
-        rank = codings[0].rank
-        a_head = blocks * sum(coding.bytes(block, head_dim) for coding in codings) + 2 * 2 * head_dim * rank
+        rank, widths = codings[0].rank, (head_dim, head_dim if value_dim is None else value_dim)
+        of_block = [coding.bytes(block, width) for coding, width in zip(codings, widths, strict=True)]
+        a_head = blocks * sum(of_block) + 2 * sum(widths) * rank
         if scheme is not None:
-            a_head = blocks * codings[1].bytes(block, head_dim)
+            a_head = blocks * of_block[1]
             return batch * blocks * (scheme.bytes(block) + 4 * block) + batch * kv_heads * a_head
         return batch * (kv_heads * a_head + blocks * (4 * block + (4 if rank else 0))) if blocks else 0
 
@@ -225,9 +228,10 @@ class QuantizedBlocks(Segment):
 
     def _nothing(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         """The tensors of no block."""
-        batch, kv_heads, _, head_dim = key.shape
+        batch, kv_heads = key.shape[:2]
         tensors = {"positions": key.new_empty(batch, 1, 0, dtype=torch.int32)}
         for side, x, coding in zip(_SIDES, (key, value), self.codings, strict=True):
+            head_dim = x.shape[-1]
             if side == "keys" and self.codec is not None:
                 starts = x.new_empty(batch, 0, dtype=torch.int32)
                 none = self.codec.encode(x.new_empty(batch, kv_heads, 0, self.block, head_dim), starts)

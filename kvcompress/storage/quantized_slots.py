@@ -198,8 +198,8 @@ class QuantizedSlots(PackedSlots):
         blocks = -(-slots // BLOCK)
         self.coding, self.rotates = coding, rotates
         self.dtype = key.dtype
-        nothing = key.new_zeros(batch, kv_heads, blocks, BLOCK, key.shape[-1])
-        self.packed = {side: quantise(nothing, coding) for side in SIDES}
+        nothing = (x.new_zeros(batch, kv_heads, blocks, BLOCK, x.shape[-1]) for x in (key, value))
+        self.packed = {side: quantise(x, coding) for side, x in zip(SIDES, nothing, strict=True)}
         self.centre = key.new_zeros(batch, kv_heads, key.shape[-1], dtype=torch.float16)
         self.spread = torch.ones_like(self.centre)
         shape = (batch, kv_heads, blocks * BLOCK)
@@ -221,10 +221,16 @@ class QuantizedSlots(PackedSlots):
         self.packed = packed_of(tensors)
 
     @staticmethod
-    def nbytes_for(batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int) -> int:  # type: ignore[override]
-        """Bytes of at least so many slots: codes, position and score of each; centre and spread; which one is free."""
-        blocks = -(-slots // BLOCK)
-        a_block = 2 * coding.bytes(BLOCK, head_dim) + BLOCK * (4 + 4)
+    def nbytes_for(  # type: ignore[override]
+        batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int, value_dim: int | None = None
+    ) -> int:
+        """Bytes of at least so many slots: codes, position and score of each; centre and spread; which one is free.
+
+        Args:
+            value_dim: of values, if not head_dim.
+        """
+        blocks, widths = -(-slots // BLOCK), (head_dim, head_dim if value_dim is None else value_dim)
+        a_block = sum(coding.bytes(BLOCK, width) for width in widths) + BLOCK * (4 + 4)
         return batch * kv_heads * (blocks * a_block + 2 * 2 * head_dim + 8)
 
     @property
@@ -240,9 +246,9 @@ class QuantizedSlots(PackedSlots):
         torch.argmin(self.positions, -1, out=self.spare)
 
     def like(self) -> tuple[Tensor, Tensor]:
-        codes = self.packed["keys"].codes
-        empty = codes.new_empty(*codes.shape[:2], 0, codes.shape[-1], dtype=self.dtype)
-        return empty, empty
+        codes = (self.packed[side].codes for side in SIDES)
+        key, value = (x.new_empty(*x.shape[:2], 0, x.shape[-1], dtype=self.dtype) for x in codes)
+        return key, value
 
     def rotated_keys(self) -> Tensor:
         key = dequantise(self.packed["keys"], self.coding).flatten(2, 3)

@@ -76,10 +76,21 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
 
     @staticmethod
     def nbytes_for(  # type: ignore[override]
-        batch: int, kv_heads: int, head_dim: int, coding: QuantScheme, slots: int, has_bias: bool = False
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        coding: QuantScheme,
+        slots: int,
+        has_bias: bool = False,
+        value_dim: int | None = None,
     ) -> int:
-        """Bytes of so many slots per head on average, in whole blocks, and where they lie."""
-        of_head = slots * (2 * coding.bytes(BLOCK, head_dim) // BLOCK + 4 + 4 + 4 * has_bias) + 2 * 2 * head_dim
+        """Bytes of so many slots per head on average, in whole blocks, and where they lie.
+
+        Args:
+            value_dim: of values, if not head_dim.
+        """
+        of_block = sum(coding.bytes(BLOCK, width) for width in (head_dim, head_dim if value_dim is None else value_dim))
+        of_head = slots * (of_block // BLOCK + 4 + 4 + 4 * has_bias) + 2 * 2 * head_dim
         return batch * kv_heads * (of_head + 8 + 3 * 8)
 
     @staticmethod
@@ -136,8 +147,9 @@ class RaggedPackedSlots(PackedSlots, RaggedSlots):
         return (capacities + BLOCK - 1) // BLOCK * BLOCK
 
     def like(self) -> tuple[Tensor, Tensor]:
-        empty = self.centre.new_empty(*self.starts.shape, 0, self.centre.shape[-1], dtype=self.dtype)
-        return empty, empty
+        widths = (self.packed[side].codes.shape[-1] for side in SIDES)
+        key, value = (self.centre.new_empty(*self.starts.shape, 0, each, dtype=self.dtype) for each in widths)
+        return key, value
 
     def _decoded(self, packed: dict[str, QuantizedTensor], heads: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of blocks, [any, 1, slots, head_dim].

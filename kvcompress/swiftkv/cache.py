@@ -97,6 +97,8 @@ class FollowingLayer(CompressedLayer):
 class SharedStorageCache(CompressedCache):
     """A cache whose later layers share the storage of another cache's layers, group by group."""
 
+    serves_chunks = True
+
     def __init__(
         self, model: PreTrainedModel, *, first: int, share: int, storage: Storage, shares_budget: bool = True
     ) -> None:

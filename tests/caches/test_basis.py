@@ -26,7 +26,7 @@ def held(model, ids):
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma3", "gemma4"])
 def test_directions_are_the_principal_components_of_keys_without_rope(family):
     model = tiny(family)
     texts = [torch.randint(1, 500, (2, 40)), torch.randint(1, 500, (90,))]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, DynamicCache
 
 from kvcompress import (
     AcrossKVCache,
@@ -24,7 +24,9 @@ from kvcompress import (
     logprobs,
     release,
 )
+from kvcompress.check.models import small_model
 from kvcompress.check.typical import COMMON
+from kvcompress.hf import cache_argument
 from kvcompress.hf.judge import judge_of
 from kvcompress.policies.h2o import H2O
 
@@ -439,3 +441,19 @@ def test_a_question_does_not_depend_on_the_image_before(models):
     first = ask(model, _Tokenizer(), cache=DenseCache(model), **asked).answers
     answer(model, DynamicCache(config=model.config), inputs_of("qwen2_vl", [row(50, 2)]), tokens=3)
     assert ask(model, _Tokenizer(), cache=DenseCache(model), **asked).answers == first
+
+
+@pytest.mark.skipif("gemma4_unified" not in CONFIG_MAPPING, reason="transformers before Gemma 4")
+@torch.no_grad()
+def test_blocks_that_attend_both_ways_are_refused_and_a_mask_that_names_none_is_not():
+    """Gemma 4's unified models lay a mask of blocks over every prompt; those of text are none."""
+    model = small_model("gemma4_unified")
+    ids = torch.arange(3, 43)[None]
+    wanted = model(ids, use_cache=False).logits
+    nothing, image = torch.zeros_like(ids), (ids > 20) & (ids < 25)
+    for given in ({}, {"mm_token_type_ids": nothing}):
+        for cache in (DenseCache(model), H2OCache(model, budget=100)):
+            logits = model(ids, **cache_argument(model, cache), **given).logits
+            torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="this call overlays the causal mask"):
+        model(ids, **cache_argument(model, DenseCache(model)), mm_token_type_ids=image.long())

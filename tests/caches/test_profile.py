@@ -20,6 +20,7 @@ from kvcompress import (
     Profile,
     SnapKV,
     StreamingLLM,
+    hf,
     measure_profile,
     registry,
 )
@@ -276,6 +277,19 @@ def test_a_cache_is_compacted_by_its_shares(budget):
 
 
 # docs: A cache refuses a profile of another model
+# docs: Of a model whose layers differ in their number of KV heads (Gemma
+def test_layers_of_unlike_heads_are_refused():
+    model = tiny("gemma4")
+    said = "a profile has equally many shares for every layer, and Gemma4ForCausalLM has layers of 1 and 2 KV heads"
+    with pytest.raises(ValueError, match=said):
+        measure_profile(model, [prompt(40)])
+    with pytest.raises(ValueError, match=said):
+        Profile.of(model, torch.ones(3, 2))
+    by_hand = Profile(((1.0, 1.0),) * 3, hf.Fingerprint.of(model))
+    with pytest.raises(ValueError, match=said):
+        H2OCache(model, budget=8, allocation=by_hand)
+
+
 def test_a_profile_of_another_model_is_refused():
     other = profile(build("llama", seed=1))
     with pytest.raises(ValueError, match="the profile was made with LlamaForCausalLM of .* They differ in weights"):

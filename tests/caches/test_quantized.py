@@ -449,14 +449,16 @@ def test_sliding_layers_take_back_what_is_drafted_behind_a_prompt(make, family):
     assert held[1][0] == held[1][1] < ids.shape[1]
 
 
-@pytest.mark.parametrize("build_cache", [
-    lambda model: GEARCache(model, bits=2),
-    GEARCache, KIVICache, lambda model: H2OCache(model, budget=20, packed=GEAR(bits=4)),
-], ids=["2 bits", "gear", "kivi", "slots"])  # fmt: skip
-def test_heads_too_wide_to_pack_are_refused_when_the_cache_is_built(build_cache):
-    model = build("llama", hidden_size=640, num_attention_heads=2, num_key_value_heads=1, head_dim=320)
-    with pytest.raises(ValueError, match="head_dim must be 1 to 256 to be packed.*got 320; use a cache that keeps"):
-        build_cache(model)
+def test_keys_and_values_of_two_widths_have_outliers_and_groups_of_their_own():
+    key, value = GEAR(outliers=0.02, buffer=256, bits=4).codings(192, 0, 128)
+    assert (key.outliers, value.outliers) == (3, 2)
+    whole = GEAR(bits=4, backbone="whole", group_size=64)
+    assert [coding.group for coding in whole.codings(192, 0, 100)] == [64, 128]
+    assert [coding.group for coding in GEAR(bits=2).codings(192, 0, 100)] == [256, 128]
+    with pytest.raises(ValueError, match="rank must be at most head_dim = 32, got 40"):
+        GEAR(rank=40).codings(64, 40, 32)
+    one = GEAR(bits=4, outliers=1.0, backbone="whole").per_token_scheme(192, 128)
+    assert (one.group, one.outliers) == (256, 64)
 
 
 def test_outliers_are_rounded_up_at_either_end():

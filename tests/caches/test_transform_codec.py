@@ -111,7 +111,7 @@ def test_each_dtype_comes_back(dtype, bases, tmp_path):
 
 
 # docs: A `TransformCodec` codes keys and values in a few bits a number, where a cache keeps them as they are
-@families("llama", "mistral", "opt", "gpt_neox", slow=("gemma3", "phi3", "qwen3", "gemma2"))
+@families("llama", "mistral", "opt", "gpt_neox", slow=("gemma3", "gemma4", "phi3", "qwen3", "gemma2"))
 def test_more_bits_are_closer_whatever_the_rope_and_the_padding(family, bases, tmp_path):
     model = tiny(family)
     cache = filled(model)

@@ -30,7 +30,7 @@ from kvcompress import (
     registry,
 )  # fmt: skip
 from kvcompress.caches.evicting import Shared
-from kvcompress.hf import attention_windows, head_counts
+from kvcompress.hf import key_widths, layer_heads
 from kvcompress.kernels.common.split_attention import Extents
 from kvcompress.kernels.ragged import by_column
 from kvcompress.storage.quantized_slots import PackedSlots
@@ -138,10 +138,12 @@ def closed_up(cache: Any) -> Decoded:
             contents = by_column(stored.keys, Extents(stored.starts, stored.capacities), stored.slots), contents[1]
         elif isinstance(stored, RerotatedSlots):
             contents = stored.keys, stored.values
-        at = positions.masked_fill(positions < 0, places)[..., None].expand_as(contents[0])
+        at = positions.masked_fill(positions < 0, places)[..., None]
         keys, values = (
-            tensor.new_zeros(*tensor.shape[:2], places + 1, tensor.shape[3]).scatter_(2, at, tensor)[:, :, :places]
-            for tensor in contents
+            held.new_zeros(*held.shape[:2], places + 1, held.shape[3]).scatter_(2, at.expand_as(held), held)[
+                :, :, :places
+            ]
+            for held in contents
         )
         if isinstance(stored, RerotatedSlots):
             newer = kept.flip(-1).cumsum(-1).flip(-1)
@@ -331,7 +333,8 @@ def _evicting(
 
 def uneven(model: PreTrainedModel) -> Profile:
     """A profile of shares that differ in and between layers, of all but models of a single head."""
-    layers, kv_heads = len(attention_windows(model.config)), head_counts(model.config)[1]
+    every = layer_heads(model.config)
+    layers, kv_heads = len(every), every[0].kv_heads
     shares = itertools.islice(itertools.cycle([2.0, 6.0, 3.0, 5.0, 6.0, 2.0]), layers * kv_heads)
     return Profile.of(model, torch.tensor([*shares]).view(layers, kv_heads))
 
@@ -342,8 +345,7 @@ def _pyramid(layer: int, tokens: int) -> int:
 
 
 def _whole(model: PreTrainedModel, **settings: Any) -> ShadowKVCache:
-    _, kv_heads, head_dim = head_counts(model.config)
-    whole = {"budget": LARGE, "rank": kv_heads * head_dim, "dense_below": 0}
+    whole = {"budget": LARGE, "rank": max(key_widths(model.config).values(), default=None), "dense_below": 0}
     return ShadowKVCache(model, **SHADOW | whole | settings)
 
 
@@ -353,12 +355,12 @@ ENTRIES = [
         "hydragen",
         # whatever two rows begin with lies in a node
         lambda model: HydragenCache(model, min_tokens=1),
+        refuses=("gemma3n_text", "llama4_text"),
         kept=everything,
         exact=True,
         croppable=True,
         compileable=True,
         shares=True,
-        refuses=("gemma3n_text",),
     ),
     Entry(
         "h2o",
@@ -445,7 +447,7 @@ ENTRIES = [
         roomy=lambda model: H2OCache(model, budget=LARGE, pin=[(3, 4), (7, 7)]),
         budget=lambda layer, tokens: BUDGET,
     ),
-    _evicting("h2o_profile", H2O(sinks=1), allocation=uneven, competes=True),
+    _evicting("h2o_profile", H2O(sinks=1), allocation=uneven, competes=True, refuses=("gemma4_text", "mimo_v2_flash")),
     _evicting("criticalkv", SnapKV(window=3, recent=3, kernel=3, second_stage=0.5)),
 ]
 

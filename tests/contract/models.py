@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -71,6 +73,56 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
         "final_logit_softcapping": 30.0,
     },
+    # layers of unlike heads: those that see all tokens have wider and fewer ones, or others more queries
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "laguna": {
+        "model_type": "laguna",
+        "head_dim": 32,
+        "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_attention_heads_per_layer": [4, 8, 6],
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        **_EXPERTS,
+    },
+    # values narrower than keys, and more KV heads where the window slides
+    "mimo_v2_flash": {
+        "model_type": "mimo_v2_flash",
+        "attention": "eager",
+        "head_dim": 32,
+        "v_head_dim": 16,
+        "num_key_value_heads": 1,
+        "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "dense", "dense"],
+    },
+    # chunks of tokens, and layers without rotation that attend to all
+    "llama4": {
+        "model_type": "llama4_text",
+        # the first release tried whose generate makes a mask of chunks
+        "since": "5.24",
+        "head_dim": 16,
+        "attention_chunk_size": WINDOW,
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "no_rope_layers": [1, 0, 1],
+        # keys of one length would leave policies that rank by it no choice
+        "use_qk_norm": False,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 2,
+        "moe_layers": [1],
+        "num_experts_per_tok": 1,
+    },
     "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": None},
     # these two know no groups of heads
     "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": 4, "rotary_pct": 0.5},
@@ -97,6 +149,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def build(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of its own, for tests that change it."""
     settings = {**_SIZES, **FAMILIES[family], **changes}
+    if Version(transformers.__version__) < Version(settings.pop("since", "0")):
+        pytest.skip(f"transformers {transformers.__version__} cannot generate with {family}")
     attention, dtype = settings.pop("attention", "sdpa"), settings.pop("dtype", torch.float32)
     config = AutoConfig.for_model(**settings)
     torch.manual_seed(seed)
@@ -175,6 +229,10 @@ def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randperm(VOCABULARY - 3, generator=generator)[:tokens] + 2 for _ in range(batch)]
     return torch.stack(rows).to(DEVICE)
+
+
+# HydragenCache serves no chunked attention
+IN_NODES = [name for name in FAMILIES if name not in ("gemma3n", "llama4")]
 
 
 def families(*names: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:

@@ -337,7 +337,8 @@ def _oracle_attention(
             of_keys, of_values, *more = forward.decoded[module.layer_idx]
             keys, values = _given(of_keys, keys), _given(of_values, values)
             log_weights = more[0] if more else None
-        sees = _sees(forward, module.layer_idx, start, key.shape[1], sliding_window).repeat_interleave(group, 1)
+        chunk = _chunk_of(module)
+        sees = _sees(forward, module.layer_idx, start, key.shape[1], sliding_window, chunk).repeat_interleave(group, 1)
         keys, values = (x.float().repeat_interleave(group, 1) for x in (keys, values))
         logits = query[:, :, start:stop].float() @ keys.mT * scale
         if softcap is not None:
@@ -366,7 +367,16 @@ def _given(given: Tensor | None, fed: Tensor) -> Tensor:
     return torch.cat([given.where(~given.isnan() & ~first.isnan(), first), fed[:, :, given.shape[2] :]], 2)
 
 
-def _sees(forward: Forward, layer: int, start: int, kv_heads: int, window: int | None) -> Tensor:
+def _chunk_of(module: nn.Module) -> int | None:
+    """The size of the chunks that a module's layer attends in, None for other layers."""
+    kinds = getattr(module.config, "layer_types", None) or []
+    is_chunked = kinds and kinds[module.layer_idx] == "chunked_attention"
+    return module.config.attention_chunk_size if is_chunked else None
+
+
+def _sees(
+    forward: Forward, layer: int, start: int, kv_heads: int, window: int | None, chunk: int | None = None
+) -> Tensor:
     """Who sees whom, [batch, kv_heads, queries, start + queries] bool."""
     stop = start + forward.queries
     batch, device = forward.ids.shape[0], forward.ids.device
@@ -379,6 +389,9 @@ def _sees(forward: Forward, layer: int, start: int, kv_heads: int, window: int |
     if window is not None:
         place = forward.visible.cumsum(-1)
         sees &= (place[:, start:, None] - place[:, None, :] < window)[:, None]
+    if chunk is not None:
+        of_chunk = (forward.visible.cumsum(-1) - 1) // chunk
+        sees &= (of_chunk[:, start:, None] == of_chunk[:, None, :])[:, None]
     return sees
 
 

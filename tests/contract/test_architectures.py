@@ -51,6 +51,19 @@ def test_every_head_size_equals_the_oracle(entry, head_dim, family):
     assert_equals_oracle(model, transcript)
 
 
+# docs: Heads may be of any width, keys and values of two.
+@caches("gear", "gear_centred", "h2o_packed", "h2o_packed_heads")
+@pytest.mark.parametrize("head_dim", [288, 512])
+def test_heads_of_more_than_a_byte_of_channels_are_packed(entry, head_dim):
+    model = tiny("llama", head_dim=head_dim, num_key_value_heads=1, initializer_range=0.05)
+    _, cache, transcript = recorded(entry, model, *left_padded([prompt(40)[0], prompt(33, seed=2)[0]]))
+    assert_equals_oracle(model, transcript)
+    if entry.name == "gear":
+        index = cache.layers[0].prompt.values.outlier_index
+        assert index.dtype == torch.int16
+        assert int(index.max()) > 255
+
+
 @every_cache
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @families("llama", slow=("mistral", "gemma2"))
@@ -90,16 +103,6 @@ def from_config(model_type, auto=AutoModelForCausalLM, **settings):
 
 REFUSED = {
     "mamba2": ({"head_dim": 8, "num_heads": 8, "n_groups": 1}, "no layer of model type 'mamba2' attends"),
-    "llama4_text": (
-        {
-            "attention_chunk_size": 8,
-            "num_hidden_layers": 4,
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 32,
-            "head_dim": 16,
-        },
-        "chunked_attention",
-    ),
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 2}, "AttentionInterface"),
     "mpt": ({"d_model": 32, "n_heads": 2, "n_layers": 2}, "AttentionInterface"),
     "falcon": ({"alibi": True}, "AttentionInterface"),
@@ -107,7 +110,7 @@ REFUSED = {
 }
 
 
-# README: Refused by name: chunked attention
+# README: Refused by name: encoder-decoders, attention biases
 @pytest.mark.parametrize("model_type", REFUSED)
 @pytest.mark.parametrize("build", [DenseCache, lambda model: H2OCache(model, budget=8)], ids=["dense", "h2o"])
 def test_what_cannot_be_served_is_refused_by_name(model_type, build):

@@ -98,7 +98,7 @@ def test_a_compiled_step_of_a_model_that_attends_otherwise_by_now_is_refused(ent
 
 @pytest.mark.slow
 @those(lambda entry: entry.compileable)
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_neox", "qwen3", "phi3", "opt", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_neox", "qwen3", "phi3", "opt", "gpt_oss", "gemma4"])
 def test_it_compiles_in_every_family(entry, family):
     check(entry, family)
 

@@ -42,7 +42,7 @@ def storages(root):
 
 
 @every_cache
-@families("llama", slow=("gemma2", "opt"))
+@families("llama", slow=("gemma2", "gemma4", "opt"))
 def test_the_bytes_reported_are_those_of_the_live_storages(entry, family):
     model = tiny(family)
     cache = entry.build(model)
@@ -170,7 +170,7 @@ class Largest(TorchDispatchMode):
 
 # README: No queries x keys matrix is ever built, not even in prefill
 @every_cache
-@families("llama", slow=("gemma2",))
+@families("llama", slow=("gemma2", "gemma4"))
 def test_nothing_of_size_queries_times_keys_is_built(entry, family):
     model, tokens = tiny(family), 1600
     cache = entry.build(model)

@@ -88,7 +88,7 @@ def test_right_padded_rows_equal_the_oracle_and_each_row_alone(entry, family):
 
 
 @every_cache
-@families("llama", slow=("mistral", "gemma2"))
+@families("llama", slow=("mistral", "gemma2", "gemma4", "llama4"))
 def test_a_row_that_is_all_padding_harms_no_other(entry, family):
     model = tiny(family)
     ids, mask = left_padded([ROWS[0], ROWS[1]])

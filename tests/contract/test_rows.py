@@ -75,7 +75,7 @@ def test_one_prompt_is_fed_once_and_answered_many_times(entry):
 
 
 @those(lambda entry: entry.croppable)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gemma4", "llama4", "opt"])
 @pytest.mark.parametrize("tokens", [1, 4, 11])
 def test_crop_takes_tokens_back_exactly(entry, family, tokens):
     model = tiny(family)
@@ -210,7 +210,7 @@ def save_and_load(entry, model, cache, path):
 # docs: `cache.save(path)` writes it to disk, and `H2OCache.load(path, model)` reads it back
 # of what a file holds, a clone is made too
 @every_variant_with("way", "file", "clone")
-@families("llama", slow=("gemma2", "gpt_oss"))
+@families("llama", slow=("gemma2", "gemma4", "gpt_oss"))
 def test_a_copy_goes_on_as_the_original_and_apart_from_it(entry, way, family, tmp_path):
     model = tiny(family)
     ids, mask = left_padded(ROWS)

@@ -87,7 +87,8 @@ def draw(seed: int, name: str | None = None) -> Case:
     if name is None and later.random() < len(LATER) / len(ENTRIES):
         entry = by_name[later.choice(LATER)]
     sizes: dict[str, Any] = {}
-    if family not in ("opt", "gpt_neox"):
+    # some know no groups of heads, and some have layers whose numbers of heads depend on them
+    if family not in ("opt", "gpt_neox", "laguna", "mimo_v2_flash"):
         sizes["num_key_value_heads"] = rng.choice([1, 2, 2, 4])
     if "sliding_window" in FAMILIES[family]:
         sizes["sliding_window"] = FAMILIES[family]["sliding_window"] and rng.choice([3, 12, 12, 30])

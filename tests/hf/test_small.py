@@ -50,3 +50,44 @@ def test_a_small_model_has_the_features_of_the_large_one(model_type, changes):
     model = small_model(large)
     assert sum(parameter.numel() for parameter in model.parameters()) < 20e6
     assert described(model).startswith(f"{model_type} ({type(model).__name__}), {of_small.layers} layers")
+
+
+FEW_GLOBAL = {"num_global_key_value_heads": 2, "attention_k_eq_v": True}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gemma4_text", {}),
+        ("gemma4_text", {"num_attention_heads": 16, "num_key_value_heads": 8, **FEW_GLOBAL}),
+        ("gemma4_unified_text", {"num_attention_heads": 32, "num_key_value_heads": 8, **FEW_GLOBAL}),
+        ("laguna", {"num_hidden_layers": 4, "num_attention_heads_per_layer": [48, 64, 16, 64]}),
+        ("mimo_v2_flash", {}),
+    ],
+)
+def test_layers_of_unlike_heads_stay_unlike(model_type, changes):
+    """Each layer keeps its widths and its queries per KV head, also where only the config of a layer has them."""
+    large = AutoConfig.for_model(model_type, **changes)
+    untouched, every = large.to_dict(), hf.layer_heads(large)
+    small = small_config(large)
+    assert large.to_dict() == untouched
+    of_kinds = {(own.heads // own.kv_heads, own.head_dim, own.value_dim) for own in every}
+    assert {(own.heads // own.kv_heads, own.head_dim, own.value_dim) for own in hf.layer_heads(small)} == of_kinds
+    assert len(of_kinds) > 1 or model_type == "mimo_v2_flash"
+    model = small_model(large)
+    for index, own in enumerate(hf.layer_heads(small)):
+        attention = hf.attention_module(model, index)
+        assert attention.q_proj.out_features == own.heads * own.head_dim
+        assert attention.k_proj.out_features == own.key_width
+        assert attention.o_proj.in_features == own.heads * own.value_dim
+
+
+def test_the_heads_of_a_layer_are_told_apart_in_a_fingerprint():
+    one, other = (
+        small_model(AutoConfig.for_model("gemma4_text", num_global_key_value_heads=heads, attention_k_eq_v=True))
+        for heads in (None, 1)
+    )
+    found = hf.Fingerprint.of(other)
+    assert "16 heads, 8,8,8,8,8,2 KV heads, head_dim 256,256,256,256,256,512" in found.sizes
+    with pytest.raises(ValueError, match="They differ in sizes"):
+        hf.Fingerprint.of(one).check(found, "the cache")

@@ -27,6 +27,10 @@ CASES = [
     (4, 32, "token", 0, 128, 129),
     (8, 128, "token", 1, 8, 64),
     (3, 64, "token", 8, 8, 16),
+    # more channels than a byte can tell apart
+    (2, 64, "token", 2, 16, 300),
+    (4, 512, "token", 1, 8, 512),
+    (2, 16, "channel", 1, 16, 300),
 ]
 
 
@@ -41,6 +45,20 @@ def spread(groups, coding, x):
 @pytest.mark.parametrize(("bits", "group", "axis", "outliers", "block", "head_dim"), CASES, ids=str)
 def test_packing_agrees_with_the_reference(bits, group, axis, outliers, block, head_dim):
     agree_in_packing(blocks(2, 2, 1 if block > 16 else 2, block, head_dim), QuantScheme(bits, group, axis, outliers))
+
+
+def test_outliers_are_found_again_among_more_channels_than_a_byte_can_tell_apart():
+    x = blocks(2, 1, 2, 16, 300)
+    x[..., 299] = 50.0
+    x[..., 40] = -50.0
+    packed = quantise(x, QuantScheme(2, 64, "token", 1))
+    assert packed.outlier_index.dtype == torch.int16
+    assert packed.outlier_index.unique().tolist() == [40, 299]
+    decoded = dequantise(packed, QuantScheme(2, 64, "token", 1))
+    assert (decoded[..., 299] - 50.0).abs().max() < 0.02
+    # what is left has the range of the others
+    assert (decoded - x).abs().max() < 8.0
+    assert QuantScheme(2, 64, "token", 1).bytes(16, 300) * 4 == sum(part.nbytes for part in packed if part is not None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -189,7 +207,7 @@ def test_what_float16_cannot_hold_saturates(axis):
         (QuantScheme(2, 64, "row"), (16, 64), "got 'row'"),
         (QuantScheme(2, 64, "channel"), (24, 64), "8 to 256, got 24"),
         (QuantScheme(2, 48, "channel"), (16, 64), "power of two from 8 on, got 48"),
-        (QuantScheme(2, 64, "channel"), (16, 257), "head_dim must be 1 to 256"),
+        (QuantScheme(2, 64, "channel"), (16, 2**15 + 1), "head_dim must be 1 to 32768 to be packed"),
         (QuantScheme(2, 64, "channel", outliers=9), (16, 64), "at most 8, got 9"),
         (QuantScheme(2, 64, "token", outliers=33), (16, 64), "at most 32, got 33"),
         (

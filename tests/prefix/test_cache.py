@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kvcompress import DenseCache, H2OCache, HydragenCache
+from kvcompress import DenseCache, H2OCache, HydragenCache, PrefixStore
 from kvcompress.hf import cache_argument
 from tests.contract.drive import feed, full, generate
-from tests.contract.models import FAMILIES, build, left_padded, places, prompt, tiny
+from tests.contract.models import IN_NODES, build, left_padded, places, prompt, tiny
 from tests.contract.test_memory import storages
 from tests.prefix.rows import (
     PATHS,
@@ -27,7 +27,7 @@ from tests.prefix.rows import (
 # a prefix
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3n"])
+@pytest.mark.parametrize("family", IN_NODES)
 @pytest.mark.parametrize("layout", ["whole prompts", "suffixes"])
 def test_rows_of_ragged_suffixes_equal_singles(family, layout):
     """Invariants 1 and 10, in every family: windows shorter than the prefix, softcap, sinks, learned positions."""
@@ -384,6 +384,19 @@ def test_what_cannot_be_shared_is_refused():
         feed(model, cache, ids)
         with pytest.raises(ValueError, match=message):
             HydragenCache.from_cache(cache)
+
+
+def test_chunked_attention_is_refused_by_name():
+    model = tiny("llama4")
+    message = "Llama4ForCausalLM has layers of chunked attention, which HydragenCache does not serve; DenseCache does"
+    with pytest.raises(ValueError, match=message):
+        HydragenCache(model)
+    with pytest.raises(ValueError, match=message):
+        PrefixStore(model).prefix(PREFIX)
+    cache = DenseCache(model)
+    feed(model, cache, PREFIX[None])
+    with pytest.raises(ValueError, match=message):
+        HydragenCache.from_cache(cache)
 
 
 # copies on disk

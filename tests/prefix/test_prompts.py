@@ -9,7 +9,7 @@ from kvcompress.prefix.prompts import tree_of_prompts
 from kvcompress.prefix.store import PrefixStore
 from kvcompress.prefix.tree import ROOT, Shared
 from tests.contract.drive import feed, full, generate
-from tests.contract.models import FAMILIES, build, left_padded, places, prompt, tiny
+from tests.contract.models import IN_NODES, build, left_padded, places, prompt, tiny
 from tests.contract.test_generation import few_words
 
 PREFIX = prompt(40, seed=3)[0]
@@ -61,7 +61,7 @@ def test_prompts_with_too_little_in_common_have_no_node():
 # tokens that are fed again
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3n"])
+@pytest.mark.parametrize("family", IN_NODES)
 def test_tokens_fed_again_have_the_logits_of_their_own_places(family):
     model = tiny(family)
     own = torch.cat([PREFIX, prompt(60, seed=1)[0]])

@@ -48,7 +48,7 @@ def test_a_document_is_run_once(run_through):
 
 # docs: and runs only what is not stored yet
 # docs: `get` looks for the longest stored beginning of a document or of prompts, without running anything
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma4"])
 def test_the_longest_beginning_is_taken_and_the_rest_run(family, run_through):
     model = tiny(family)
     counted = run_through(model)
@@ -138,7 +138,7 @@ def test_a_cache_that_was_filled_with_other_tokens_is_not_put():
     check(model, store.get(whole), whole)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma4"])
 def test_a_saved_store_is_loaded(family, tmp_path):
     model = tiny(family)
     store = PrefixStore(model)
@@ -198,7 +198,7 @@ def check_prompts(model, cache, rows, held):
     assert torch.equal(generate(model, cache, ids, mask), full(model, ids, mask))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma4"])
 def test_a_prompt_that_is_stored_whole_is_generated_from(family, run_through):
     model = tiny(family)
     store = PrefixStore(model)
@@ -219,7 +219,7 @@ def test_after_prompts_that_are_stored_whole_a_level_follows_the_last_token():
 
 
 # docs: `store.prefix(ids)` takes a document, or a batch of prompts that begin with one
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma4"])
 def test_prompts_of_one_document_share_it(family, run_through):
     model = tiny(family)
     store = PrefixStore(model)

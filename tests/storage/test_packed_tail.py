@@ -168,3 +168,31 @@ def test_bytes_are_those_of_the_live_storages():
         live = sum(tensor.untyped_storage().nbytes() for tensor in tail.tensors().values())
         assert live == PackedTail.nbytes_for(2, 3, head_dim, coding(head_dim), room)
         assert {tensor.dtype for name, tensor in tail.tensors().items()} <= {torch.uint8, torch.float16, torch.int32}
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("widths", [(96, 64), (16, 40)])
+def test_keys_and_values_of_two_widths_are_what_they_were(widths, rotates):
+    key, value = (tokens(11, head_dim=width, seed=width)[0] for width in widths)
+    tail = PackedTail(key, value, 16, coding(max(widths)), rotates)
+    tail.refill(key, value, [0, 0], [11, 7], [16, 12])
+    assert [x.shape[-1] for x in (*tail.contents(), *tail.like())] == [*widths, *widths]
+    for found, came in zip(tail.contents(), (key, value), strict=True):
+        torch.testing.assert_close(found[:, :, :7], came[:, :, :7], rtol=0, atol=0.05)
+    again = PackedTail.load(*tail.dump(), coding=tail.coding, rotates=rotates, dtype=tail.dtype)
+    query, at = torch.randn(2, 6, 1, widths[0]), torch.full((2, 1), 30, dtype=torch.int32)
+    more = tuple(tokens(2, head_dim=width, seed=1)[0] for width in widths)
+    for each in (tail, again):
+        key, value = each.contents(11)
+        places = each.positions[:, None, :11].expand(key.shape[:3])
+        wanted = slot_attention_reference(query, key, value, places, at, SPEC)
+        for found, expected in zip(each.attend(query, at, SPEC), wanted, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        beside = (*more, torch.tensor([[1, 2], [1, EMPTY]], dtype=torch.int32))
+        keys, values, positions = (
+            torch.cat([x, y], d)
+            for x, y, d in zip(beside, (key, value, each.positions[:, :11]), (2, 2, 1), strict=True)
+        )
+        wanted = slot_attention_reference(query, keys, values, positions[:, None].expand(keys.shape[:3]), at, SPEC)
+        for found, expected in zip(each.attend_beside([beside], query, at, SPEC), wanted, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
