@@ -8,7 +8,6 @@ cache, such a call is an error.
 """
 
 import functools
-import sys
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +27,7 @@ from kvcompress.hf.calls import (
 )
 from kvcompress.hf.configs import decoder_config, latent_rank
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents
-from kvcompress.hf.modules import layer_of, text_of
+from kvcompress.hf.modules import defined_with, layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
 
@@ -244,8 +243,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def _previous_attention(module: nn.Module, previous: str) -> Any:
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(previous, eager)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(previous, defined_with(module, "eager_attention_forward"))
 
 
 def _mask(

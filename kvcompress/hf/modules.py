@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -63,6 +64,12 @@ def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
 def layer_of(module: nn.Module) -> int:
     """The number of the layer that an attention module belongs to, -1 if it has none."""
     return getattr(module, "layer_idx", -1)
+
+
+def defined_with(module: nn.Module, name: str) -> Any:
+    """What the source file of a module's class, or of a class that this is built on, calls so; None if none does."""
+    files = (vars(sys.modules[kind.__module__]) for kind in type(module).__mro__)
+    return next((file[name] for file in files if name in file), None)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -49,7 +49,7 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
         raise ValueError(f"ridge must be above 0, got {ridge}")
     fitted = {
         f"model.layers.{first + start}.self_attn.{kind}_proj_swiftkv": [
-            getattr(layer.self_attn, f"{kind}_proj") for layer in later[start : start + share]
+            layer.self_attn.projection(kind) for layer in later[start : start + share]
         ]
         for start in range(0, len(later), share)
         for kind in "kv"
@@ -72,15 +72,19 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
     return found
 
 
-def _sums(model: Any, rows: Sequence[Tensor], entered: Any, groups: list[list[Any]]) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(
+    model: Any, rows: Sequence[Tensor], entered: Any, groups: list[list[tuple[Any, slice]]]
+) -> tuple[Tensor, Tensor, Tensor]:
     """X^T X, X^T Y and the column sums of Y^2 over all tokens, of inputs [tokens, in] and outputs [tokens, out].
 
-    If the projections have biases, the last column of X is ones.
+    groups: for each part of Y, the projections whose mean it is, and which of their outputs. If the projections have
+    biases, the last column of X is ones.
     """
-    has_bias = groups[0][0].bias is not None
-    device = groups[0][0].weight.device
+    projections = [module for group in groups for module, _ in group]
+    has_bias = projections[0].bias is not None
+    device = projections[0].weight.device
     sums: list[Tensor] | None = None
-    with hf.Captured(inputs=[entered], outputs=[module for group in groups for module in group]) as captured:
+    with hf.Captured(inputs=[entered], outputs={*projections}) as captured:
         for row in rows:
             with as_teacher(model):
                 model.model(row[None].to(device), use_cache=False)
@@ -88,7 +92,8 @@ def _sums(model: Any, rows: Sequence[Tensor], entered: Any, groups: list[list[An
             if has_bias:
                 x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
             heard = captured.outputs
-            y = torch.cat([torch.stack([heard[module][0].float() for module in group]).mean(0) for group in groups], 1)
+            means = (torch.stack([heard[module][0][:, at].float() for module, at in group]).mean(0) for group in groups)
+            y = torch.cat([*means], 1)
             parts = [(x.T @ x).double(), (x.T @ y).double(), y.square().sum(0).double()]
             sums = parts if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
     assert sums is not None

@@ -72,9 +72,8 @@ class Objective:
             teacher = model(**inputs).logits
             theirs = entered[self._last]
         # teacher and student have the early layers in common
-        del inputs["input_ids"]
-        with _later_only(model):
-            student = self.network(inputs_embeds=entered[self._later], **inputs).logits
+        with _later_only(model, entered[self._later]):
+            student = self.network(**inputs).logits
         # the logits at a position are about the next token
         counted = nn.functional.pad(answered[:, 1:], (0, 1))
         divergence = distillation_loss(student, teacher, counted, 1, self._temperature)
@@ -82,19 +81,23 @@ class Objective:
         return divergence, error
 
 
-class _Passed(nn.Module):
-    """Replaces an early layer whose output is already known."""
+class _Known(nn.Module):
+    """Replaces an early layer: its output is already known."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+        return self.output
 
 
 @contextmanager
-def _later_only(model: SwiftKVModel) -> Iterator[None]:
-    """Within it, `inputs_embeds` is the first later layer's input; the early layers, which do not train, do not run."""
+def _later_only(model: SwiftKVModel, entering: Tensor) -> Iterator[None]:
+    """Within it, the early layers, which do not train, do not run; the first later one takes what it is given here."""
     layers: Any = model.model.layers
     first = model.config.num_key_value_layers
-    model.model.layers = nn.ModuleList([*(_Passed() for _ in range(first)), *layers[first:]])
+    model.model.layers = nn.ModuleList([*(_Known(entering) for _ in range(first)), *layers[first:]])
     try:
         yield
     finally:
