@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.dense import DenseLayer
-
 from kvcompress.hf.families import ALL_ATTENTION_FUNCTIONS, GradientCheckpointingLayer
 from kvcompress.kernels.bulk_kv import bulk_key_values
 

@@ -32,7 +32,7 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 
 
 def base(family="llama", share=1, kinds=None, **changes):
-    """A tiny model; if its family has layers of two kinds, of these (0 or 1 each), or so that the later ones can share."""
+    """A tiny model; if its family has layers of two kinds, of these (0 or 1), or so that the later ones can share."""
     kinds = kinds or _KINDS[share]
     if family in ("gemma2", "gemma3", "olmo3"):
         changes = {"layer_types": [f"{('sliding', 'full')[kind]}_attention" for kind in kinds], **changes}
@@ -126,6 +126,7 @@ def test_the_teacher_is_the_unconverted_model_to_the_bit(family, share):
         assert torch.equal(model(ids, attention_mask=mask).logits, expected)
 
 
+# docs: makes a SwiftKV model of a Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3
 # docs: in prefill only the positions whose logits are asked for run the later layers
 # docs: with the same numbers as if all positions did
 @every_family
