@@ -129,7 +129,7 @@ PACKAGES = {
     "cache": {"hf", "layer", "memory", "policies", "storage"},
     "caches": {"cache", "hf", "kernels", "layer", "policies", "storage"},
     "prefix": {"cache", "caches", "hf", "kernels", "layer", "memory", "policies", "storage"},
-    "swiftkv": {"cache", "caches", "hf", "kernels", "layer", "storage"},
+    "swiftkv": {"cache", "caches", "hf", "kernels", "layer", "storage", "template"},
     "loading": {"hf"},
     "registry": {"cache", "caches", "policies", "prefix"},
     "template": set(),

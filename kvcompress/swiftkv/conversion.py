@@ -1,7 +1,8 @@
 """Converts a model to SwiftKV: the same weights, in a class whose later layers take one common input."""
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,19 @@ from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.caches.budget import count_or_fraction
+from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.forward import projection
 from kvcompress.swiftkv.model import CONVERTED, common_norm
 
 
-def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1) -> Any:
+def convert(
+    model: PreTrainedModel,
+    skip_from: int | float | Literal["auto"] = 0.5,
+    share: int = 1,
+    *,
+    rows: Sequence[Row] | None = None,
+    tokenizer: Any = None,
+) -> Any:
     """A SwiftKV model with the weights of a model, which is not changed; the two share them.
 
     The common norm begins as the input norm of the first later layer; queries, keys and values begin as the later
@@ -21,13 +30,25 @@ def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3, Gemma 2 or 3 (text), Granite, OLMo 2 or 3, Phi-3 or SmolLM3 model.
-        skip_from: the first layer that prompts skip: its index, or a fraction of the layers.
+        skip_from: the first layer that prompts skip: its index, or a fraction of the layers. "auto" fits conversions
+            of all, and takes the cheapest that still retrieves (kvcompress/swiftkv/frontier.py); it is fitted.
         share: consecutive later layers that share one set of keys and values (AcrossKV), a divisor of their number.
+        rows: for "auto", what to fit to and measure on, as of `read_rows`. tokenizer: for "auto", the model's.
 
     Raises:
         ValueError: the model's family is not supported, the model is spread over devices or quantised, or the later
-            layers cannot be grouped like this.
+            layers cannot be grouped like this; with "auto", if no conversion keeps enough.
     """
+    if skip_from == "auto":
+        from kvcompress.swiftkv.frontier import best_conversion
+
+        if rows is None or tokenizer is None:
+            raise ValueError('skip_from="auto" measures: it needs rows (of read_rows) and the tokenizer')
+        return best_conversion(model, tokenizer, rows, share)
+    if rows is not None:
+        raise ValueError(
+            f'rows are for skip_from="auto", got skip_from={skip_from!r}; fit(model, rows) fits afterwards'
+        )
     if type(model) not in CONVERTED:
         served = ", ".join(kind.__name__ for kind in CONVERTED)
         raise ValueError(f"SwiftKV converts {served}; got {type(model).__name__}")

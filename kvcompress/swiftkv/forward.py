@@ -302,8 +302,8 @@ class SingleInputAttention(nn.Module):
         is_source = (layer_idx - config.num_key_value_layers) % config.key_value_group_size == 0
         names = [*("qkv" if is_source else "q")]
         for name in names:
-            projection, rows = self.projection(name)
-            added = nn.Linear(projection.in_features, rows.stop - rows.start, bias=projection.bias is not None)
+            own, rows = projection(self, name)
+            added = nn.Linear(own.in_features, rows.stop - rows.start, bias=own.bias is not None)
             setattr(self, f"{name}_proj_swiftkv", added)
             if self.norms and name != "v":
                 setattr(self, f"{name}_norm_swiftkv", copy.deepcopy(getattr(self, f"{name}_norm")))
@@ -320,10 +320,6 @@ class SingleInputAttention(nn.Module):
     def kv_source(self) -> "SingleInputAttention":
         """The attention whose keys and values this one attends to."""
         return self._lead[0] if self._lead else self
-
-    def projection(self, name: str) -> tuple[Any, slice]:
-        """The teacher's projection to queries, keys or values ("q", "k", "v"), and which of its outputs they are."""
-        return projection(self, name)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, not yet rotated, and values of the common input [batch, tokens, hidden_size], each [batch, kv_heads,

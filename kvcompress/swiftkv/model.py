@@ -224,6 +224,29 @@ def as_teacher(model: SwiftKVModel) -> Iterator[None]:
         model.single_input = before
 
 
+class _Known(nn.Module):
+    """Replaces a layer whose output does not matter, or is known."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.output
+
+
+@contextmanager
+def entered_at(model: Any, first: int, hidden: Tensor) -> Iterator[None]:
+    """Within it, the layers before `first` of a model, converted or not, do not run: that one takes `hidden`
+    [batch, tokens, hidden_size]. After the last layer, what was the decoder's output before its norm."""
+    layers: Any = model.model.layers
+    model.model.layers = nn.ModuleList([*(_Known(hidden) for _ in range(first)), *layers[first:]])
+    try:
+        yield
+    finally:
+        model.model.layers = layers
+
+
 def trained_parameters(model: SwiftKVModel) -> dict[str, nn.Parameter]:
     """What a conversion adds and distillation trains, by name: the common norm and the later layers' q, k and v."""
     return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv." in name}
