@@ -306,6 +306,7 @@ def test_what_kvcompress_imports_is_declared():
             tops = {name.partition(".")[0] for name in imports(file.read_text())}
             more = {
                 "distill.py": extras["distill"],
+                "frontier.py": extras["distill"],
                 "frames.py": extras["codec"],
                 # what unpacks a GGUF file
                 "loading.py": {"filelock"},

@@ -12,6 +12,7 @@ for what they hold (retrieval.py). They pass the early layers once, and the late
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -166,6 +167,7 @@ class Survey:
         # refuses what cannot be converted before anything is computed
         convert(model, self.firsts[0])
         self.model, self._ridge = model, ridge
+        started = time.perf_counter()
         self._sums = {first: Sums() for first in self.firsts}
         own: Any = model
         norms = {first: common_norm(own.model.layers, first) for first in self.firsts}
@@ -173,6 +175,8 @@ class Survey:
             for first, sums in self._sums.items():
                 x = with_ones(norms[first](entered[first]), own.model.layers[first])
                 sums.add(x, torch.cat(made[first - self.firsts[0] :], 1))
+        # of the pass over the data
+        self.seconds = time.perf_counter() - started
 
     @torch.no_grad()
     def converted(self, first: int, share: int = 1) -> Any:

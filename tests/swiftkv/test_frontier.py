@@ -178,8 +178,6 @@ def test_a_diagnosis_holds_out_what_it_measures(taught, monkeypatch):
 # docs: `convert(model, skip_from="auto", rows=rows, tokenizer=tokenizer)`
 def test_auto_takes_the_elbow_or_says_that_there_is_none(taught, monkeypatch):
     model, tokenizer, given = taught
-    # of random weights nothing is found
-    monkeypatch.setattr("kvcompress.swiftkv.frontier.FOUND", 0.0)
     found = {}
 
     def elbow(self, *limits):
