@@ -341,7 +341,9 @@ def test_only_group_leaders_store_keys_under_a_cache_of_transformers(share):
 def test_a_saved_model_loads_as_it_was(family, share, tmp_path):
     model = converted(family, share)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE).eval()
+    # older releases attend otherwise to Gemma 2 unless told
+    attends = model.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attends).to(DEVICE).eval()
     assert type(loaded) is type(model)
     ids = prompt(20, 2)
     with torch.no_grad():
