@@ -77,7 +77,3 @@ def main(
 
 def _now() -> dict[str, float]:
     return {"wall": time.perf_counter(), "cpu": time.process_time()}
-
-
-if __name__ == "__main__":
-    main()

@@ -37,6 +37,8 @@ from kvcompress.swiftkv.least_squares import (
 from kvcompress.swiftkv.model import common_norm, entered_at
 from kvcompress.swiftkv.retrieval import retrieval_rows, with_retrieval
 
+# first tokens of an answer that must be right; tokens of rows that ask, for each of those to measure a text on
+_ANSWER, _ASKED = 8, 4
 # what a conversion must keep to be the elbow, over the model's own: of what is asked for, and of perplexity
 FOUND, PERPLEXITY = 0.95, 1.12
 
@@ -45,8 +47,8 @@ FOUND, PERPLEXITY = 0.95, 1.12
 class Score:
     """What a model knows of the probes.
 
-    perplexity: of each text. found: the share of answers whose every token it finds likeliest. divergence: KL(the base
-    model || it) on the texts, in nats per token.
+    perplexity: of each text. found: the share of answers whose first tokens, up to eight, it each finds likeliest.
+    divergence: KL(the base model || it) on the texts, in nats per token.
     """
 
     perplexity: dict[str, float]
@@ -292,13 +294,14 @@ class _Probes:
 
 
 def _runs(answered: Tensor) -> Iterator[tuple[int, int]]:
-    """Begin and end of each run of answered tokens, [tokens] bool, but for the first token, which nothing tells."""
+    """Begin and end of each run of answered tokens, [tokens] bool, as far as it counts; never the first token, which
+    nothing tells."""
     start = None
     for index, is_answered in enumerate([*answered.tolist(), False]):
         if is_answered and start is None and index:
             start = index
         elif not is_answered and start is not None:
-            yield start, index
+            yield start, min(index, start + _ANSWER)
             start = None
 
 
@@ -326,7 +329,8 @@ def diagnose(
         texts: rows to measure on, by name; None for the last of `rows`, which are then not fitted to.
         firsts: the first layers that prompts could skip; None for those from a third of the layers on.
         shares: how many later layers share keys and values.
-        fit_tokens: how many tokens to fit to. probe_tokens: how many of each text to measure on, and of rows that ask.
+        fit_tokens: how many tokens to fit to. probe_tokens: how many of each text to measure on; of rows that ask, four
+            times as many.
         length: the most tokens of a row of generated ones. retrieval: their share of the tokens to fit to.
         on_point: called with each point.
 
@@ -338,7 +342,7 @@ def diagnose(
         texts = {"held out": held}
     probes = {name: first_rows(part, probe_tokens, seed) for name, part in texts.items()}
     asking = [row for part in texts.values() for row in part]
-    asked = retrieval_rows(asking, tokenizer, probe_tokens, length, seed + 1)
+    asked = retrieval_rows(asking, tokenizer, _ASKED * probe_tokens, length, seed + 1)
     # rows for the fit, a share of them generated of the others
     of_prose = first_rows(rows, round(fit_tokens * (1 - retrieval)), seed)
     prose = [Row(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in of_prose]

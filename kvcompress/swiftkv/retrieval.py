@@ -126,10 +126,10 @@ def _facts(text: _Text, room: int) -> _Parts:
         yield text.filler(of_filler), False
         yield fact, False
     yield text.filler(of_filler), False
-    for index, (question, answer, value) in enumerate(asked):
+    for index, (asking, begun, said) in enumerate(asked):
         yield text.between if index else text.encode("\n"), False
-        yield [*question, *text.tail, *answer], False
-        yield value, True
+        yield [*asking, *text.tail, *begun], False
+        yield said, True
 
 
 def _pairs(text: _Text, room: int) -> _Parts:

@@ -106,6 +106,20 @@ def test_scores_are_those_of_whole_forwards(family):
     assert all(point.fitted.divergence < point.converted.divergence for point in seen.points)
 
 
+@pytest.mark.parametrize(("right", "found"), [(8, 1.0), (7, 0.0)])
+def test_of_a_long_answer_the_first_eight_tokens_count(right, found):
+    model = build("llama", num_hidden_layers=4)
+    ids = prompt(30, seed=50)[0]
+    with torch.no_grad():
+        for at in range(15, 15 + right):
+            ids[at] = model(ids[None, :at]).logits[0, -1].argmax()
+        ids[15 + right] = (model(ids[None, : 15 + right]).logits[0, -1].argmax() + 1) % 500
+    answered = torch.zeros(30, dtype=torch.bool)
+    answered[15:27] = True
+    frontier = Survey(model, rows(2), [3]).measure({"text": rows(1)}, [Row(ids.cpu(), answered)])
+    assert frontier.base.found == found
+
+
 def point(first, found, perplexity, share=1):
     score = Score({"text": 10 * perplexity, "code": 5 * perplexity}, 0.8 * found, 0.1)
     return Point(first, share, first / 10, first / 10 + 0.1 / share, None, score)
@@ -235,7 +249,7 @@ def folder(taught, tmp_path):
     return tmp_path
 
 
-# docs: kvcompress distill text.txt --diagnose
+# docs: prints a table, and writes it to `frontier.json` and `frontier.png`
 def test_the_command_tells_what_conversions_would_cost(folder, capsys):
     pytest.importorskip("accelerate")
     command = ["distill", str(folder / "text.txt"), "--model", str(folder / "model"), "--out", str(folder / "out")]
