@@ -129,7 +129,7 @@ PACKAGES = {
     "cache": {"hf", "layer", "memory", "policies", "storage"},
     "caches": {"cache", "hf", "kernels", "layer", "policies", "storage"},
     "prefix": {"cache", "caches", "hf", "kernels", "layer", "memory", "policies", "storage"},
-    "swiftkv": {"cache", "caches", "hf", "kernels", "layer", "storage"},
+    "swiftkv": {"cache", "caches", "hf", "kernels", "layer", "storage", "template"},
     "loading": {"hf"},
     "registry": {"cache", "caches", "policies", "prefix"},
     "template": set(),
@@ -306,6 +306,7 @@ def test_what_kvcompress_imports_is_declared():
             tops = {name.partition(".")[0] for name in imports(file.read_text())}
             more = {
                 "distill.py": extras["distill"],
+                "frontier.py": extras["distill"],
                 "frames.py": extras["codec"],
                 # what unpacks a GGUF file
                 "loading.py": {"filelock"},

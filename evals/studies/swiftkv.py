@@ -1,8 +1,5 @@
 """What a SwiftKV conversion saves in prefill, and what it costs in quality: kvcompress study swiftkv
 
-    flops of the projections, for a prompt of S tokens and one position's logits:
-        2 S first (q + k + v + o + mlp) + 2 S (layers - first) / share (k + v) + 2 (layers - first) (q + o + mlp)
-
 Base and converted model take turns in one run, and the ratio is that of the medians. Quality (quality.py) is measured
 for the base model, the untrained conversion, the conversion fitted to texts by least squares, and each distilled folder
 named; with how much of the perplexity that the conversion lost is recovered.
@@ -26,21 +23,8 @@ from kvcompress.evals.sweep.samples import read_text
 from kvcompress.evals.timing import take_turns
 from kvcompress.hf import sizes
 from kvcompress.swiftkv.data import first_rows, read_rows
+from kvcompress.swiftkv.frontier import projection_flops
 from kvcompress.swiftkv.least_squares import fit as fit_layers
-
-
-def projection_flops(config: Any, tokens: int, first: int | None = None, share: int = 1, logits: int = 1) -> int:
-    """Flops of all projections of a prefill, by formula; `first` is the first layer skipped, None for no conversion."""
-    of = sizes(config)
-    hidden, layers = of.hidden, of.layers
-    query = hidden * of.heads * of.head_dim
-    key_value = 2 * hidden * of.kv_heads * of.head_dim
-    rest = 2 * query + 3 * hidden * of.intermediate
-    first = layers if first is None else first
-    head = 2 * logits * hidden * of.vocabulary
-    early = 2 * tokens * first * (rest + key_value)
-    later = 2 * tokens * ((layers - first) // share) * key_value + 2 * logits * (layers - first) * rest
-    return early + later + head
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
-"""The command distill: converts a model to SwiftKV, and trains what is new with the original model as teacher."""
+"""The command distill: converts a model to SwiftKV, fits and trains what is new with the original model as teacher; or
+tells beforehand what conversions would cost."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,19 +11,25 @@ import typer
 
 from kvcompress.cli.arguments import DataArgument, ModelOption, UsageError, check_extra, check_folder, load, user_errors
 
+# what a fit alone reads
+_FIT_TOKENS = 32768
+
 
 def distill(
     context: typer.Context,
     data: DataArgument,
     model: ModelOption = None,
     out: Annotated[Path, "Folder for the model, losses and checkpoints; an earlier run is resumed."] = Path("swiftkv"),
-    skip_from: Annotated[str, "First layer that prompts skip: its index, or a fraction (0.5)."] = "0.5",
+    skip_from: Annotated[str, "First layer that prompts skip: its index, a fraction (0.5), or auto."] = "0.5",
     share: Annotated[int, "How many later layers share keys and values."] = 1,
-    steps: Annotated[int, "Updates."] = 1000,
+    diagnose: Annotated[bool, "Only tell what conversions from each layer on would cost and keep."] = False,
+    text: Annotated[list[Path] | None, "With --diagnose or auto, texts to measure; else the last of the data."] = None,
+    retrieval: Annotated[float, "Share of generated rows that ask for what they hold."] = 0.5,
+    steps: Annotated[int, "Updates; 0 only fits."] = 1000,
     batch: Annotated[int, "Rows per process and forward."] = 1,
     accumulate: Annotated[int, "Forwards per update."] = 1,
     length: Annotated[int, "Maximum tokens per row."] = 2048,
-    fit_tokens: Annotated[int, "First fit keys and values to so many tokens by least squares."] = 0,
+    fit_tokens: Annotated[int | None, "First fit keys and values to so many tokens by least squares."] = None,
     learning_rate: Annotated[float, "The highest."] = 2e-4,
     hidden_weight: Annotated[float, "Weight of the hidden states' squared error."] = 1.0,
     precision: Annotated[str, "Precision of the forwards: no, bf16 or fp16."] = "no",
@@ -36,26 +44,49 @@ def distill(
     The folder then loads like any model: load_model("swiftkv").
     """
     check_extra("distill", "accelerate")
-    for path in data:
+    for path in (*data, *(text or ())):
         if not path.is_file():
             raise UsageError(f"there is no file {path}")
-    split = _layer(skip_from)
+    auto = skip_from == "auto"
+    split = 1 if auto else _layer(skip_from)
+    if text and not (auto or diagnose):
+        raise UsageError("--text is what --diagnose or --skip-from auto measure on")
+    if steps == 0 and fit_tokens == 0 and not diagnose:
+        raise UsageError("--steps 0 --fit-tokens 0 leaves nothing to do")
+    if fit_tokens is None:
+        fit_tokens = _FIT_TOKENS if auto or diagnose or steps == 0 else 0
     check_folder(out)
 
     from kvcompress.swiftkv import distill as distillation
     from kvcompress.swiftkv.conversion import convert
-    from kvcompress.swiftkv.data import read_rows
+    from kvcompress.swiftkv.data import first_rows, read_rows
+    from kvcompress.swiftkv.frontier import best_conversion
+    from kvcompress.swiftkv.least_squares import fit
     from kvcompress.swiftkv.model import SwiftKVModel
+    from kvcompress.swiftkv.retrieval import with_retrieval
 
     names = {setting.name for setting in dataclasses.fields(distillation.Distillation)}
     values = {name: value for name, value in context.params.items() if name in names}
+    # what auto has fitted needs no other start
+    values |= {"steps": max(1, steps), "fit_tokens": 0 if auto else fit_tokens}
     with user_errors():
         settings = distillation.Distillation(**values)
     # each process then moves it to its own device
     loaded, tokenizer = load(model, dtype, "cpu")
     with user_errors():
-        student: Any = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)
-        rows = read_rows(data, tokenizer, settings.length)
+        rows = read_rows(data, tokenizer, length)
+        texts = {path.stem: read_rows([path], tokenizer, length) for path in text or ()} or None
+        how: Any = {"texts": texts, "fit_tokens": fit_tokens, "length": length, "retrieval": retrieval, "seed": seed}
+        if diagnose:
+            _diagnose(loaded, tokenizer, rows, share, how, out)
+            return
+        if auto:
+            student: Any = best_conversion(loaded, tokenizer, rows, share, **how)
+            print(f"prompts skip the layers from {student.config.num_key_value_layers} on", flush=True)
+        else:
+            student = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)
+        if retrieval:
+            rows = with_retrieval(rows, tokenizer, length, retrieval, seed)
 
     def show(line: dict[str, float]) -> None:
         if line["step"] % settings.log_every == 0 or line["step"] in (1, settings.steps):
@@ -63,11 +94,30 @@ def distill(
             print(f"{line['step']}/{settings.steps}  {losses}  {line['seconds']:.0f} s", flush=True)
 
     with user_errors():
-        distillation.distill(student, rows, settings, out, show)
+        if steps:
+            distillation.distill(student, rows, settings, out, show)
+        elif not auto:
+            fit(student, first_rows(rows, fit_tokens, seed))
     if int(os.environ.get("RANK", "0")) == 0:
         student.save_pretrained(out)
         tokenizer.save_pretrained(out)
         print(out)
+
+
+def _diagnose(model: Any, tokenizer: Any, rows: Any, share: int, how: dict[str, Any], out: Path) -> None:
+    """Prints the frontier, and writes it to frontier.json and frontier.png."""
+    from kvcompress.swiftkv.frontier import Point, diagnose
+
+    def show(point: Point) -> None:
+        print(f"layer {point.first}, share {point.share}: measured", flush=True)
+
+    shares = sorted({1, share})
+    frontier, _ = diagnose(model, tokenizer, rows, shares=shares, on_point=show, **how)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "frontier.json").write_text(json.dumps(frontier.facts(), indent=1) + "\n", encoding="utf-8")
+    frontier.plot(out / "frontier.png")
+    print(frontier.table())
+    print(out / "frontier.json")
 
 
 def _layer(text: str) -> int | float:

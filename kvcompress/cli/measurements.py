@@ -34,6 +34,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, str, str]]]] = {
         {
             "bits": ("studies.bits", "main", "Packed keys and values at their measured bits."),
             "swiftkv": ("studies.swiftkv", "main", "Prefill time, flops and quality of a SwiftKV conversion."),
+            "frontier": ("studies.frontier", "main", "What SwiftKV conversions cost and keep, layer by layer."),
         },
     ),
     "peers": (

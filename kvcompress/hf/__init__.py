@@ -51,6 +51,7 @@ from kvcompress.hf.configs import key_widths as key_widths
 from kvcompress.hf.configs import latent_part as latent_part
 from kvcompress.hf.configs import latent_rank as latent_rank
 from kvcompress.hf.configs import layer_heads as layer_heads
+from kvcompress.hf.configs import layer_kind as layer_kind
 from kvcompress.hf.configs import layer_kinds as layer_kinds
 from kvcompress.hf.configs import model_types as model_types
 from kvcompress.hf.configs import packed_widths as packed_widths
@@ -64,6 +65,7 @@ from kvcompress.hf.modules import Captured as Captured
 from kvcompress.hf.modules import attention_module as attention_module
 from kvcompress.hf.modules import attention_modules as attention_modules
 from kvcompress.hf.modules import decoder_of as decoder_of
+from kvcompress.hf.modules import defined_with as defined_with
 from kvcompress.hf.modules import device_of as device_of
 from kvcompress.hf.modules import forget_positions as forget_positions
 from kvcompress.hf.modules import input_device as input_device

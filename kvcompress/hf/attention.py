@@ -9,7 +9,6 @@ cache, such a call is an error.
 
 import functools
 import inspect
-import sys
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +29,7 @@ from kvcompress.hf.calls import (
 from kvcompress.hf.configs import decoder_config, latent_rank
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents
 from kvcompress.hf.masks import shown_and_spans, spans_of, with_spans
-from kvcompress.hf.modules import layer_of, text_of
+from kvcompress.hf.modules import defined_with, layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
 
@@ -275,8 +274,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def _previous_attention(module: nn.Module, previous: str) -> Any:
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(previous, eager)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(previous, defined_with(module, "eager_attention_forward"))
 
 
 def _mask(

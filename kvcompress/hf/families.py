@@ -1,54 +1,78 @@
-"""transformers' classes that a SwiftKV model is made of, and the attention that its layers call."""
+"""transformers' classes that SwiftKV models are built on, by family, and the attention that their layers call."""
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 from transformers import (
-    LlamaConfig,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GraniteForCausalLM,
     LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
     MistralForCausalLM,
-    MistralModel,
-    Qwen2Config,
+    Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
+    Phi3ForCausalLM,
+    PreTrainedModel,
     Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3Model,
+    SmolLM3ForCausalLM,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    eager_attention_forward,
-    rotate_half,
-)
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
-__all__ = [
-    "ALL_ATTENTION_FUNCTIONS",
-    "GradientCheckpointingLayer",
-    "LlamaAttention",
-    "LlamaConfig",
-    "LlamaDecoderLayer",
-    "LlamaForCausalLM",
-    "LlamaModel",
-    "MistralAttention",
-    "MistralConfig",
-    "MistralDecoderLayer",
-    "MistralForCausalLM",
-    "MistralModel",
-    "Qwen2Attention",
-    "Qwen2Config",
-    "Qwen2DecoderLayer",
-    "Qwen2ForCausalLM",
-    "Qwen2Model",
-    "Qwen3Attention",
-    "Qwen3Config",
-    "Qwen3DecoderLayer",
-    "Qwen3ForCausalLM",
-    "Qwen3Model",
-    "eager_attention_forward",
-    "rotate_half",
-]
+__all__ = ["ALL_ATTENTION_FUNCTIONS", "FAMILIES", "Family", "GradientCheckpointingLayer"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes of a family of models.
+
+    name: what its classes' names begin with. rotate: applies rotary embeddings to queries and keys. eager: its
+    attention in plain PyTorch. softcap: the attribute of its attention that it passes as the softcap of logits, None if
+    it passes none.
+    """
+
+    name: str
+    causal: type[PreTrainedModel]
+    config: Any
+    decoder: Any
+    layer: Any
+    attention: Any
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+    eager: Callable[..., tuple[Tensor, Tensor | None]]
+    softcap: str | None = None
+
+
+def _family(causal: type[PreTrainedModel], decoder: str = "Model", softcap: str | None = None) -> Family:
+    """The family of a ForCausalLM class, whose other classes stand beside it."""
+    name = causal.__name__.removesuffix("ForCausalLM")
+    beside = vars(sys.modules[causal.__module__])
+    return Family(
+        name,
+        causal,
+        causal.config_class,
+        beside[f"{name}{decoder}"],
+        beside[f"{name}DecoderLayer"],
+        beside[f"{name}Attention"],
+        beside["apply_rotary_pos_emb"],
+        beside["eager_attention_forward"],
+        softcap,
+    )
+
+
+FAMILIES = (
+    _family(LlamaForCausalLM),
+    _family(MistralForCausalLM),
+    _family(Qwen2ForCausalLM),
+    _family(Qwen3ForCausalLM),
+    _family(Gemma2ForCausalLM, softcap="attn_logit_softcapping"),
+    _family(Gemma3ForCausalLM, "TextModel"),
+    _family(GraniteForCausalLM),
+    _family(Olmo2ForCausalLM),
+    _family(Olmo3ForCausalLM),
+    _family(Phi3ForCausalLM),
+    _family(SmolLM3ForCausalLM),
+)

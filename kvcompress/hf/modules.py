@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -80,6 +81,12 @@ def layer_of(module: nn.Module) -> int:
 def run_offset(arguments: dict[str, Any]) -> int:
     """What is added to an attention module's number to tell this run's layer, of the arguments of its forward."""
     return arguments.get("cycle_offset", 0)
+
+
+def defined_with(module: nn.Module, name: str) -> Any:
+    """What the source file of a module's class, or of a class that this is built on, calls so; None if none does."""
+    files = (vars(sys.modules[kind.__module__]) for kind in type(module).__mro__)
+    return next((file[name] for file in files if name in file), None)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -1,35 +1,59 @@
 """Converts a model to SwiftKV: the same weights, in a class whose later layers take one common input."""
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.caches.budget import count_or_fraction
-from kvcompress.swiftkv.model import CONVERTED
+from kvcompress.swiftkv.data import Row
+from kvcompress.swiftkv.forward import projection
+from kvcompress.swiftkv.model import CONVERTED, common_norm
 
 
-def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1) -> Any:
+def convert(
+    model: PreTrainedModel,
+    skip_from: int | float | Literal["auto"] = 0.5,
+    share: int = 1,
+    *,
+    rows: Sequence[Row] | None = None,
+    tokenizer: Any = None,
+) -> Any:
     """A SwiftKV model with the weights of a model, which is not changed; the two share them.
 
     The common norm begins as the input norm of the first later layer; queries, keys and values begin as the later
     layers' own. In a group, keys and values begin as the mean over its layers.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 model.
-        skip_from: the first layer that prompts skip: its index, or a fraction of the layers.
+        model: a Llama, Mistral, Qwen2 or Qwen3, Gemma 2 or 3 (text), Granite, OLMo 2 or 3, Phi-3 or SmolLM3 model.
+        skip_from: the first layer that prompts skip: its index, or a fraction of the layers. "auto" fits conversions
+            of all, and takes the cheapest that still retrieves (kvcompress/swiftkv/frontier.py); it is fitted.
         share: consecutive later layers that share one set of keys and values (AcrossKV), a divisor of their number.
+        rows: for "auto", what to fit to and measure on, as of `read_rows`. tokenizer: for "auto", the model's.
 
     Raises:
         ValueError: the model's family is not supported, the model is spread over devices or quantised, or the later
-            layers cannot be grouped like this.
+            layers cannot be grouped like this; with "auto", if no conversion keeps enough.
     """
+    if skip_from == "auto":
+        from kvcompress.swiftkv.frontier import best_conversion
+
+        if rows is None or tokenizer is None:
+            raise ValueError('skip_from="auto" measures: it needs rows (of read_rows) and the tokenizer')
+        return best_conversion(model, tokenizer, rows, share)
+    if rows is not None:
+        raise ValueError(
+            f'rows are for skip_from="auto", got skip_from={skip_from!r}; fit(model, rows) fits afterwards'
+        )
     if type(model) not in CONVERTED:
         served = ", ".join(kind.__name__ for kind in CONVERTED)
         raise ValueError(f"SwiftKV converts {served}; got {type(model).__name__}")
+    if getattr(model.config, "use_bidirectional_attention", False):
+        raise ValueError(f"SwiftKV converts causal models; this {type(model).__name__} attends both ways")
     places = hf.spread_over(model)
     if len(set(places.values())) > 1:
         raise ValueError(f"convert needs {type(model).__name__} on one device, got {places}")
@@ -47,10 +71,7 @@ def convert(model: PreTrainedModel, skip_from: int | float = 0.5, share: int = 1
     _take_over(converted, model)
     for start in range(first, layers, share):
         _begin(converted.model.layers[start : start + share], model.model.layers[start : start + share])
-    if first < layers:
-        converted.model.norm_swiftkv = copy.deepcopy(model.model.layers[first].input_layernorm)
-    else:
-        converted.model.norm_swiftkv = copy.deepcopy(model.model.norm)
+    converted.model.norm_swiftkv = common_norm(model.model.layers, first)
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted.train(model.training)
 
@@ -67,12 +88,14 @@ def first_later(skip_from: int | float, layers: int) -> int:
 
 def _take_over(converted: Any, model: Any) -> None:
     """Moves a model's modules, with their weights, into the converted model, which was built without any."""
-    for name in ("embed_tokens", "norm", "rotary_emb"):
-        setattr(converted.model, name, getattr(model.model, name))
     converted.lm_head = model.lm_head
+    for name, module in model.model.named_children():
+        if name != "layers":
+            setattr(converted.model, name, module)
     for to, of in zip(converted.model.layers, model.model.layers, strict=True):
-        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            setattr(to, name, getattr(of, name))
+        for name, module in of.named_children():
+            if name != "self_attn":
+                setattr(to, name, module)
         for name, module in of.self_attn.named_children():
             if isinstance(getattr(module, "weight", None), Tensor) and not module.weight.is_floating_point():
                 raise ValueError(f"convert needs floating-point weights; {name} is a {type(module).__name__}")
@@ -83,15 +106,32 @@ def _take_over(converted: Any, model: Any) -> None:
 def _begin(later: Any, layers: Any) -> None:
     """Sets the initial weights of a group of later layers."""
     for index, (to, of) in enumerate(zip(later, layers, strict=True)):
-        names = ["q_proj", "q_norm"] + ([] if index else ["k_proj", "v_proj", "k_norm"])
-        for name in names:
-            if not hasattr(of.self_attn, name):
-                continue
-            begun = copy.deepcopy(getattr(of.self_attn, name))
-            if name[0] != "q":
-                for part, parameter in begun.named_parameters():
-                    own = [getattr(layer.self_attn, name).get_parameter(part) for layer in layers]
-                    # a single layer keeps its weights, bit for bit
-                    if len(own) > 1:
-                        parameter.copy_(torch.stack([weight.double() for weight in own]).mean(0))
-            setattr(to.self_attn, f"{name}_swiftkv", begun)
+        for name in ["q"] if index else ["q", "k", "v"]:
+            # a group has its own queries, and the mean of its keys and values
+            sources = [layer.self_attn for layer in (layers if name != "q" else [of])]
+            begun = _mean([_projection(attention, name) for attention in sources])
+            setattr(to.self_attn, f"{name}_proj_swiftkv", begun)
+            if hasattr(of.self_attn, f"{name}_norm"):
+                norms = [getattr(attention, f"{name}_norm") for attention in sources]
+                setattr(to.self_attn, f"{name}_norm_swiftkv", _mean(norms))
+
+
+def _projection(attention: Any, name: str) -> Any:
+    """A copy of an attention's projection to queries, keys or values."""
+    module, rows = projection(attention, name)
+    if rows == slice(0, module.out_features):
+        return copy.deepcopy(module)
+    part = nn.Linear(module.in_features, rows.stop - rows.start, bias=module.bias is not None, device="meta")
+    for name, parameter in module.named_parameters():
+        setattr(part, name, nn.Parameter(parameter[rows].clone(), requires_grad=parameter.requires_grad))
+    return part
+
+
+def _mean(modules: list[Any]) -> Any:
+    """A copy of the first module whose parameters are the mean of all."""
+    mean = copy.deepcopy(modules[0])
+    # a single one keeps its weights, bit for bit
+    if len(modules) > 1:
+        for name, parameter in mean.named_parameters():
+            parameter.copy_(torch.stack([module.get_parameter(name).double() for module in modules]).mean(0))
+    return mean

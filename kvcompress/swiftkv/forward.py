@@ -10,7 +10,8 @@ AcrossKV: in a group of later layers only the first has Wk and Wv; the others at
 fills it and narrows the residual stream, and every later attention takes its keys and values from it.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +20,14 @@ from torch import Tensor, nn
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.dense import DenseLayer
-
-# eager_attention_forward is also found by kvcompress.hf in the module of an attention class
-from kvcompress.hf.families import (
-    ALL_ATTENTION_FUNCTIONS,
-    GradientCheckpointingLayer,
-    eager_attention_forward,
-    rotate_half,
-)
+from kvcompress.hf.families import ALL_ATTENTION_FUNCTIONS, GradientCheckpointingLayer
 from kvcompress.kernels.bulk_kv import bulk_key_values
 
 # attention functions that take a mask [batch, 1, queries, keys] or none; others need the last queries, in order
 _TAKES_ROWS = ("sdpa", "eager", hf.IMPLEMENTATION, f"{hf.IMPLEMENTATION}_eager")
+
+# what only the teacher needs of an attention
+_TEACHER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm")
 
 
 class SingleInput:
@@ -73,19 +70,17 @@ class SingleInput:
         self.columns = 0
         self._entering: Tensor | None = None
         self._normed: Tensor | None = None
-        self._turns: tuple[Tensor, Tensor] | None = None
-        self._narrow: tuple[Tensor, Tensor] | None = None
+        # cosines and sines of the positions that continue, by the layers' kind of attention
+        self._narrow: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._writes_at_once = False
         self._leader: tuple[Tensor, Tensor] | None = None
         self._bulk: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[int, tuple[Any, Any]] = {}
 
-    def enter(
-        self, hidden: Tensor, turns: tuple[Tensor, Tensor], mask: Any, cache: hf.Cache | None, implementation: str
-    ) -> Tensor:
+    def enter(self, hidden: Tensor, mask: Any, cache: hf.Cache | None, implementation: str) -> Tensor:
         """Takes layer l's input [batch, columns, hidden_size], and returns what continues, [batch, positions, ...].
 
         Args:
-            turns: cosines and sines of all columns, [batch or 1, columns, rotary_dim].
             mask: the one that transformers made for the layer.
             cache: the forward's cache, or None.
             implementation: the name of the attention function.
@@ -95,17 +90,13 @@ class SingleInput:
         """
         self.check_reached(self.given, cache)
         self.cache = cache
-        self._entering, self._turns = hidden, turns
+        self._entering = hidden
         self._normed = self._leader = None
+        self._narrow, self._bulk = {}, {}
         self.columns = hidden.shape[1]
-        self._bulk = self._project_at_once(cache) if self._in_bulk(cache) else {}
+        self._writes_at_once = self._in_bulk(cache)
         self.rows = self._which(mask, cache, implementation)
-        if self.rows is None:
-            self._narrow = turns
-            return hidden
-        cos, sin = (_at(turn.expand(hidden.shape[0], -1, -1), self.rows) for turn in turns)
-        self._narrow = cos, sin
-        return _at(hidden, self.rows)
+        return hidden if self.rows is None else _at(hidden, self.rows)
 
     def check_reached(self, given: hf.Cache | None, found: hf.Cache | None) -> None:
         """
@@ -137,32 +128,37 @@ class SingleInput:
         fits = all(layer.kv_shape is None or layer.kv_shape[0] == len(hidden) for layer in layers)
         return plain and fits and all(type(layer) is DenseLayer for layer in layers)
 
-    def _project_at_once(self, cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and values of every group's first layer, by its index, in the memory where the cache will keep them."""
-        if not self.leaders:
-            return {}
-        assert self._turns is not None
-        assert self._entering is not None
-        self._normed = x = self.norm(self._entering).to(self._entering.device)
-        one = self.leaders[0]
-        kv_heads = _local(one.k_proj_swiftkv.weight).shape[0] // one.head_dim
-        places = {a.layer_idx: cache.layers[a.layer_idx].room(x, kv_heads, one.head_dim) for a in self.leaders}
+    def _project_at_once(self, attention: "SingleInputAttention", turns: tuple[Tensor, Tensor]) -> None:
+        """Makes the keys and values of every group whose layers have these cosines and sines, in the memory where the
+        cache will keep them."""
+        of_kind = [a for a in self.leaders if a.kind == attention.kind and a.is_plain(turns)]
+        x = self._common()
+        cache: Any = self.cache
+        kv_heads = _local(attention.k_proj_swiftkv.weight).shape[0] // attention.head_dim
+        places = {a.layer_idx: cache.layers[a.layer_idx].room(x, kv_heads, attention.head_dim) for a in of_kind}
         keys, values = zip(*places.values(), strict=True)
-        keyed, valued = ([getattr(a, f"{name}_proj_swiftkv") for a in self.leaders] for name in "kv")
+        keyed, valued = ([getattr(a, f"{name}_proj_swiftkv") for a in of_kind] for name in "kv")
         has_bias = keyed[0].bias is not None
         bulk_key_values(
             x,
             [_local(p.weight) for p in keyed],
             [_local(p.weight) for p in valued],
-            *self._turns,
+            *turns,
             keys,
             values,
             key_biases=[_local(p.bias) for p in keyed] if has_bias else None,
             value_biases=[_local(p.bias) for p in valued] if has_bias else None,
-            norms=[_local(a.k_norm_swiftkv.weight) for a in self.leaders] if one.norms else None,
-            epsilon=one.config.rms_norm_eps,
+            norms=[_local(a.k_norm_swiftkv.weight) for a in of_kind] if attention.norms else None,
+            epsilon=attention.config.rms_norm_eps,
         )
-        return places
+        self._bulk |= places
+
+    def _common(self) -> Tensor:
+        """The common input of the later layers, [batch, columns, hidden_size]."""
+        assert self._entering is not None
+        if self._normed is None:
+            self._normed = self.norm(self._entering).to(self._entering.device)
+        return self._normed
 
     def _which(self, mask: Any, cache: Any, implementation: str) -> Tensor | None:
         """The columns that run the later layers, [batch, positions]; None for all of them."""
@@ -194,11 +190,16 @@ class SingleInput:
         is_watched = visible & (from_end <= watched)
         return int(is_watched.any(0).to(torch.uint8).argmax()) if bool(is_watched.any()) else self.columns
 
-    @property
-    def narrow(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions that continue, [batch or 1, positions, rotary_dim]."""
-        assert self._narrow is not None
-        return self._narrow
+    def narrowed(self, turns: tuple[Tensor, Tensor], kind: str | None) -> tuple[Tensor, Tensor]:
+        """Of cosines and sines [batch or 1, columns, rotary_dim] of layers of a kind, those of the positions that
+        continue, [batch or 1, positions, rotary_dim]."""
+        rows = self.rows
+        if rows is None:
+            return turns
+        if kind not in self._narrow:
+            cos, sin = (_at(turn.expand(len(rows), -1, -1), rows) for turn in turns)
+            self._narrow[kind] = cos, sin
+        return self._narrow[kind]
 
     def mask(self, mask: Any, keys: int, device: torch.device) -> Any:
         """The layer's mask for the positions that continue and this many keys, on this device."""
@@ -222,17 +223,23 @@ class SingleInput:
             return None
         return (torch.arange(keys, device=last.device) <= last[..., None])[:, None]
 
-    def key_value(self, attention: "SingleInputAttention", cache: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    def key_value(
+        self, attention: "SingleInputAttention", turns: tuple[Tensor, Tensor], cache: Any, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """A later layer's keys and values, [batch, kv_heads, tokens, head_dim], with those of the cache.
 
-        device: the layer's, as the model may be spread over several.
+        Args:
+            turns: the layer's cosines and sines of all columns, [batch or 1, columns, rotary_dim].
+            device: the layer's, as the model may be spread over several.
         """
         is_source = (attention.layer_idx - self.first) % self.share == 0
         recomputed = attention.recomputes
         if is_source or recomputed:
             source = attention if is_source else attention.kv_source()
+            if self._writes_at_once and source.layer_idx not in self._bulk and source.is_plain(turns):
+                self._project_at_once(source, turns)
             made = self._bulk.get(source.layer_idx)
-            self._leader = self._project(source, recomputed, device) if made is None else made
+            self._leader = self._project(source, turns, recomputed, device) if made is None else made
         assert self._leader is not None
         key, value = self._leader
         if cache is None or (not is_source and not isinstance(cache, CompressedCache)):
@@ -243,15 +250,14 @@ class SingleInput:
             self._leader = given
         return given
 
-    def _project(self, attention: "SingleInputAttention", fresh: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        assert self._entering is not None
-        assert self._turns is not None
-        # with gradient checkpointing, a layer's own graph must hold everything that it trains
-        if fresh or self._normed is None:
-            self._normed = self.norm(self._entering)
-        key, value = attention.project(self._normed.to(device))
-        cos, sin = (turn.to(device) for turn in self._turns)
-        return rotated(key, cos, sin), value
+    def _project(
+        self, attention: "SingleInputAttention", turns: tuple[Tensor, Tensor], fresh: bool, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        if fresh:
+            # with gradient checkpointing, a layer's own graph must hold everything that it trains
+            self._normed = None
+        key, value = attention.project(self._common().to(device))
+        return attention.rotated(key, turns, device), value
 
     def answer(self, hidden: Tensor) -> Tensor:
         """The wanted columns, [batch, asked, hidden_size], of the model's output [batch, positions, hidden_size]."""
@@ -281,25 +287,30 @@ class SingleInputAttention(nn.Module):
     v_proj_swiftkv: Any
     q_norm_swiftkv: Any
     k_norm_swiftkv: Any
+    # the family's own: how it applies rotary embeddings, attends without kernels, and what it calls a softcap
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+    eager: Callable[..., Any]
+    softcap: str | None
     recomputes = False
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self._lead: tuple[SingleInputAttention, ...] = ()
-        # Qwen3 normalises queries and keys per head
+        self.kind = hf.layer_kind(config, layer_idx)
+        # queries and keys may be normalised, each head or all of them as one
         self.norms = hasattr(self, "q_norm")
         is_source = (layer_idx - config.num_key_value_layers) % config.key_value_group_size == 0
         names = [*("qkv" if is_source else "q")]
         for name in names:
-            projection: Any = getattr(self, f"{name}_proj")
-            added = nn.Linear(projection.in_features, projection.out_features, bias=projection.bias is not None)
+            own, rows = projection(self, name)
+            added = nn.Linear(own.in_features, rows.stop - rows.start, bias=own.bias is not None)
             setattr(self, f"{name}_proj_swiftkv", added)
             if self.norms and name != "v":
-                norm: Any = getattr(self, f"{name}_norm")
-                setattr(self, f"{name}_norm_swiftkv", type(norm)(self.head_dim, eps=config.rms_norm_eps))
+                setattr(self, f"{name}_norm_swiftkv", copy.deepcopy(getattr(self, f"{name}_norm")))
         if not config.swiftkv_teacher:
-            for name in ("q_proj", "k_proj", "v_proj", *(("q_norm", "k_norm") if self.norms else ())):
-                setattr(self, name, None)
+            for name in _TEACHER:
+                if hasattr(self, name):
+                    setattr(self, name, None)
 
     def follow(self, kv_source: "SingleInputAttention") -> None:
         """Makes this the attention of a layer that attends to another's keys and values."""
@@ -311,12 +322,35 @@ class SingleInputAttention(nn.Module):
         return self._lead[0] if self._lead else self
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, not yet rotated, and values of the common input [batch, tokens, hidden_size]."""
-        shape = (*x.shape[:-1], -1, self.head_dim)
-        key, value = self.k_proj_swiftkv(x).view(shape), self.v_proj_swiftkv(x).view(shape)
-        if self.norms:
-            key = self.k_norm_swiftkv(key)
-        return key.transpose(1, 2), value.transpose(1, 2)
+        """Keys, not yet rotated, and values of the common input [batch, tokens, hidden_size], each [batch, kv_heads,
+        tokens, head_dim]."""
+        norm = self.k_norm_swiftkv if self.norms else None
+        return self._in_heads(self.k_proj_swiftkv(x), norm), self._in_heads(self.v_proj_swiftkv(x))
+
+    def _in_heads(self, x: Tensor, norm: Any = None) -> Tensor:
+        """[batch, tokens, heads * head_dim] as [batch, heads, tokens, head_dim], normalised as the family does."""
+        if norm is not None and norm.weight.numel() != self.head_dim:
+            x = norm(x)
+        heads = x.view(*x.shape[:-1], -1, self.head_dim)
+        if norm is not None and norm.weight.numel() == self.head_dim:
+            heads = norm(heads)
+        return heads.transpose(1, 2)
+
+    def rotated(self, x: Tensor, turns: tuple[Tensor, Tensor], device: torch.device) -> Tensor:
+        """Queries or keys [batch, heads, tokens, head_dim] rotated by cosines and sines [batch or 1, tokens,
+        rotary_dim], if the layer has positions."""
+        if not getattr(self, "use_rope", True):
+            return x
+        cos, sin = (turn.to(device) for turn in turns)
+        return self.rotate(x, x[:, :0], cos, sin)[0]
+
+    def is_plain(self, turns: tuple[Tensor, Tensor]) -> bool:
+        """Whether bulk_key_values makes the same keys: all of a head rotated, and if normalised, head by head."""
+        if not getattr(self, "use_rope", True) or turns[0].shape[-1] != self.head_dim:
+            return False
+        norm = self.k_norm_swiftkv if self.norms else None
+        # Gemma's norms call it eps, and add 1 to their weights
+        return norm is None or (norm.weight.numel() == self.head_dim and hasattr(norm, "variance_epsilon"))
 
     def forward(
         self,
@@ -337,16 +371,16 @@ class SingleInputAttention(nn.Module):
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
         cache = hf.take_cache(kwargs, args)
         shape = hidden_states.shape[:-1]
-        query = self.q_proj_swiftkv(hidden_states).view(*shape, -1, self.head_dim)
-        if self.norms:
-            query = self.q_norm_swiftkv(query)
+        query = self._in_heads(self.q_proj_swiftkv(hidden_states), self.q_norm_swiftkv if self.norms else None)
         device = query.device
-        query = rotated(query.transpose(1, 2), *(turn.to(device) for turn in single_input.narrow))
-        key, value = single_input.key_value(self, cache, device)
+        query = self.rotated(query, single_input.narrowed(position_embeddings, self.kind), device)
+        key, value = single_input.key_value(self, position_embeddings, cache, device)
         if single_input.rows is not None:
             # those of all columns
             kwargs.pop("position_ids", None)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(hf.attention_name(self)), eager_attention_forward)
+        if self.softcap is not None:
+            kwargs["softcap"] = getattr(self, self.softcap)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(hf.attention_name(self)), self.eager)
         out, weights = attend(
             self,
             query,
@@ -380,7 +414,6 @@ class SingleInputLayer(GradientCheckpointingLayer):
         if attention.layer_idx == single_input.first:
             hidden_states = single_input.enter(
                 hidden_states,
-                kwargs["position_embeddings"],
                 kwargs.get("attention_mask"),
                 hf.cache_in((*args, *kwargs.values())),
                 str(hf.attention_name(attention)),
@@ -388,9 +421,15 @@ class SingleInputLayer(GradientCheckpointingLayer):
         return super().forward(hidden_states, *args, single_input=single_input, **kwargs)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys [batch, heads, tokens, head_dim] rotated by cosines and sines [batch or 1, tokens, head_dim]."""
-    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+def projection(attention: Any, name: str) -> tuple[Any, slice]:
+    """A family's projection to queries, keys or values ("q", "k", "v"), and which of its outputs they are."""
+    own = getattr(attention, f"{name}_proj", None)
+    if own is not None:
+        return own, slice(0, own.out_features)
+    # Phi-3 has one for all three
+    heads, kv_heads, head_dim, _ = hf.layer_heads(attention.config)[hf.layer_of(attention)]
+    start = {"q": 0, "k": heads, "v": heads + kv_heads}[name]
+    return attention.qkv_proj, slice(start * head_dim, (start + (heads if name == "q" else kv_heads)) * head_dim)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -8,14 +8,41 @@ of the teacher and one factorisation suffice. In a group of layers that share ke
 arXiv:2410.03960 has no such step: there training begins from the layers' own weights, as `convert` leaves them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcompress import hf
+from kvcompress.swiftkv.forward import projection
 from kvcompress.swiftkv.model import SwiftKVModel, as_teacher
+
+
+class Sums:
+    """X^T X [in, in], X^T Y [in, out] and the column sums of Y^2 [out], float64, over the tokens that were added."""
+
+    inner: Tensor
+    cross: Tensor
+    energy: Tensor
+
+    def __init__(self) -> None:
+        self.is_empty = True
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds the inputs [tokens, in] and the outputs [tokens, out] of some tokens."""
+        parts = [(x.T @ x).double(), (x.T @ y).double(), y.square().sum(0).double()]
+        if self.is_empty:
+            self.inner, self.cross, self.energy = parts
+            self.is_empty = False
+            return
+        for total, part in zip((self.inner, self.cross, self.energy), parts, strict=True):
+            total.add_(part)
+
+    def solution(self, begun: Tensor, ridge: float) -> Tensor:
+        """The weights [in, out] that fit best, pulled toward those they begin with."""
+        held = ridge * self.inner.diagonal().mean() * torch.eye(len(self.inner)).to(self.inner)
+        return begun + torch.linalg.solve(self.inner + held, self.cross - self.inner @ begun)
 
 
 @torch.no_grad()
@@ -43,59 +70,92 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
     later: Any = model.model.layers[first:]
     if not len(later):
         raise ValueError("the model has no later layers, so there is nothing to fit")
+    check_fit(rows, ridge)
+    sums = Sums()
+    with as_teacher(model):
+        for entered, made in heard(model.model, [first], rows):
+            means = [torch.stack(made[start : start + share]).mean(0) for start in range(0, len(made), share)]
+            sums.add(with_ones(model.model.norm_swiftkv(entered[first]), later[0]), torch.cat(means, 1))
+    students = dict(key_value_projections(model))
+    begun = begun_with(model)
+    solved = sums.solution(begun, ridge)
+    widths = [student.out_features for student in students.values()]
+    found = {}
+    for name, before, after, products, total in zip(
+        students, *(each.split(widths, -1) for each in (begun, solved, sums.cross, sums.energy)), strict=True
+    ):
+        errors = [
+            float((total - 2 * (w * products).sum(0) + (w * (sums.inner @ w)).sum(0)).sum()) for w in (before, after)
+        ]
+        found[name] = errors[0] / float(total.sum()), errors[1] / float(total.sum())
+    set_weights([*students.values()], solved)
+    return found
+
+
+def check_fit(rows: Sequence[Any], ridge: float) -> None:
+    """
+    Raises:
+        ValueError: there are no rows, or ridge is not above 0.
+    """
     if not rows:
         raise ValueError("there is nothing to fit to: no rows")
     if ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}")
-    fitted = {
-        f"model.layers.{first + start}.self_attn.{kind}_proj_swiftkv": [
-            getattr(layer.self_attn, f"{kind}_proj") for layer in later[start : start + share]
-        ]
-        for start in range(0, len(later), share)
-        for kind in "kv"
-    }
-    students = {name: model.get_submodule(name) for name in fitted}
-    inner, cross, energy = _sums(model, rows, later[0], list(fitted.values()))
-    begun = torch.cat([_weights(student) for student in students.values()], 1)
-    held = ridge * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-    solved = begun + torch.linalg.solve(inner + held, cross - inner @ begun)
-    widths = [student.out_features for student in students.values()]
-    found = {}
-    for (name, student), before, after, products, total in zip(
-        students.items(), *(each.split(widths, -1) for each in (begun, solved, cross, energy)), strict=True
-    ):
-        errors = [float((total - 2 * (w * products).sum(0) + (w * (inner @ w)).sum(0)).sum()) for w in (before, after)]
-        found[name] = errors[0] / float(total.sum()), errors[1] / float(total.sum())
-        student.weight.copy_(after[: student.in_features].T)
-        if student.bias is not None:
-            student.bias.copy_(after[-1])
-    return found
 
 
-def _sums(model: Any, rows: Sequence[Tensor], entered: Any, groups: list[list[Any]]) -> tuple[Tensor, Tensor, Tensor]:
-    """X^T X, X^T Y and the column sums of Y^2 over all tokens, of inputs [tokens, in] and outputs [tokens, out].
+def key_value_projections(model: Any) -> Iterator[tuple[str, Any]]:
+    """The key and the value projection of each group of a converted model, by name, in the order of the layers."""
+    first, share = model.config.num_key_value_layers, model.config.key_value_group_size
+    for layer in range(first, len(model.model.layers), share):
+        for kind in "kv":
+            name = f"model.layers.{layer}.self_attn.{kind}_proj_swiftkv"
+            yield name, model.get_submodule(name)
 
-    If the projections have biases, the last column of X is ones.
+
+@torch.no_grad()
+def begun_with(model: Any) -> Tensor:
+    """The weights of a converted model's key and value projections, [in, out of all] float64."""
+    return torch.cat([_weights(student) for _, student in key_value_projections(model)], 1)
+
+
+def heard(
+    decoder: Any, firsts: Sequence[int], rows: Sequence[Tensor]
+) -> Iterator[tuple[dict[int, Tensor], list[Tensor]]]:
+    """For each row, what a decoder computes of it.
+
+    Yields:
+        The inputs [tokens, hidden_size] of some layers, and for each layer from the first of these on, its keys and
+        values before RoPE [tokens, channels].
     """
-    has_bias = groups[0][0].bias is not None
-    device = groups[0][0].weight.device
-    sums: list[Tensor] | None = None
-    with hf.Captured(inputs=[entered], outputs=[module for group in groups for module in group]) as captured:
+    layers = decoder.layers
+    attentions = [layer.self_attn for layer in layers[min(firsts) :]]
+    parts = [[projection(attention, kind) for kind in "kv"] for attention in attentions]
+    device = parts[0][0][0].weight.device
+    modules = {module for pair in parts for module, _ in pair}
+    with hf.Captured(inputs=[layers[first] for first in firsts], outputs=modules) as captured:
         for row in rows:
-            with as_teacher(model):
-                model.model(row[None].to(device), use_cache=False)
-            x = model.model.norm_swiftkv(captured.inputs[entered])[0].float()
-            if has_bias:
-                x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-            heard = captured.outputs
-            y = torch.cat([torch.stack([heard[module][0].float() for module in group]).mean(0) for group in groups], 1)
-            parts = [(x.T @ x).double(), (x.T @ y).double(), y.square().sum(0).double()]
-            sums = parts if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-    assert sums is not None
-    return sums[0], sums[1], sums[2]
+            decoder(row[None].to(device), use_cache=False)
+            out = captured.outputs
+            made = [torch.cat([out[module][0][:, at].float() for module, at in pair], 1) for pair in parts]
+            yield {first: captured.inputs[layers[first]][0] for first in firsts}, made
+
+
+def with_ones(x: Tensor, layer: Any) -> Tensor:
+    """The common input [tokens, hidden_size] in float32, with a column of ones if a layer's projections have biases."""
+    x = x.float()
+    return x if projection(layer.self_attn, "k")[0].bias is None else torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+
+@torch.no_grad()
+def set_weights(students: Sequence[nn.Linear], solved: Tensor) -> None:
+    """Sets projections to weights [in, out of all], whose last row is the bias if they have one."""
+    for student, weight in zip(students, solved.split([each.out_features for each in students], 1), strict=True):
+        student.weight.copy_(weight[: student.in_features].T)
+        if student.bias is not None:
+            student.bias.copy_(weight[-1])
 
 
 def _weights(projection: Any) -> Tensor:
     """The weights, [in, out] float64, with the bias as the last row."""
-    weight = projection.weight.T.double()
+    weight: Tensor = projection.weight.T.double()
     return weight if projection.bias is None else torch.cat([weight, projection.bias[None].double()])

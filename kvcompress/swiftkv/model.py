@@ -17,6 +17,7 @@ attentions runs all positions, with the same numbers. A conversion changes what 
 distillation of kvcompress/swiftkv/distill.py before it is useful.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -29,28 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvcompress import hf
-from kvcompress.hf.families import (
-    LlamaAttention,
-    LlamaConfig,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralAttention,
-    MistralConfig,
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralModel,
-    Qwen2Attention,
-    Qwen2Config,
-    Qwen2DecoderLayer,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Attention,
-    Qwen3Config,
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from kvcompress.hf.families import FAMILIES, Family
 from kvcompress.swiftkv.forward import SingleInput, SingleInputAttention, SingleInputLayer
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
@@ -86,62 +66,6 @@ class _Config:
         _check_split(self, self.num_key_value_layers, self.key_value_group_size)
 
 
-class LlamaSwiftKVConfig(_Config, LlamaConfig):
-    """A Llama config with the fields of SwiftKV."""
-
-    model_type = "llama_swiftkv"
-
-
-class MistralSwiftKVConfig(_Config, MistralConfig):
-    """A Mistral config with the fields of SwiftKV."""
-
-    model_type = "mistral_swiftkv"
-
-
-class Qwen2SwiftKVConfig(_Config, Qwen2Config):
-    """A Qwen2 config with the fields of SwiftKV."""
-
-    model_type = "qwen2_swiftkv"
-
-
-class Qwen3SwiftKVConfig(_Config, Qwen3Config):
-    """A Qwen3 config with the fields of SwiftKV."""
-
-    model_type = "qwen3_swiftkv"
-
-
-class LlamaSwiftKVAttention(SingleInputAttention, LlamaAttention):
-    pass
-
-
-class MistralSwiftKVAttention(SingleInputAttention, MistralAttention):
-    pass
-
-
-class Qwen2SwiftKVAttention(SingleInputAttention, Qwen2Attention):
-    pass
-
-
-class Qwen3SwiftKVAttention(SingleInputAttention, Qwen3Attention):
-    pass
-
-
-class LlamaSwiftKVDecoderLayer(SingleInputLayer, LlamaDecoderLayer):
-    pass
-
-
-class MistralSwiftKVDecoderLayer(SingleInputLayer, MistralDecoderLayer):
-    pass
-
-
-class Qwen2SwiftKVDecoderLayer(SingleInputLayer, Qwen2DecoderLayer):
-    pass
-
-
-class Qwen3SwiftKVDecoderLayer(SingleInputLayer, Qwen3DecoderLayer):
-    pass
-
-
 class _Decoder(nn.Module):
     """The decoder of a converted model, on top of its family's."""
 
@@ -165,8 +89,7 @@ class _Decoder(nn.Module):
             within = (index - config.num_key_value_layers) % config.key_value_group_size
             if within:
                 layer.self_attn.follow(layers[index - within].self_attn)
-        norm: Any = type(self.norm)
-        self.norm_swiftkv = norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_swiftkv = common_norm(layers, config.num_key_value_layers)
         # modules that device_map and FSDP must not split
         self._no_split_modules: Any = {*self._no_split_modules, layer_kind.__name__}
         self.post_init()
@@ -204,7 +127,9 @@ class SwiftKVModel(nn.Module):
     config: Any
     model: _Decoder
     kind_of_decoder: type[_Decoder]
-    _keys_to_ignore_on_load_unexpected: ClassVar[Any] = [r"layers\.\d+\.self_attn\.[qkv]_(proj|norm)\.(weight|bias)$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[Any] = [
+        r"layers\.\d+\.self_attn\.(qkv_proj|[qkv]_(proj|norm))\.(weight|bias)$"
+    ]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -251,64 +176,42 @@ def _narrowing(family: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-class LlamaSwiftKVModel(_Decoder, LlamaModel):
-    config_class = LlamaSwiftKVConfig
-    later = (LlamaSwiftKVDecoderLayer, LlamaSwiftKVAttention)
+def _classes(family: Family) -> dict[str, type]:
+    """The classes of a converted model, on top of those of its family, by name."""
+
+    def made(kind: str, *bases: type, **members: Any) -> Any:
+        name = f"{family.name}SwiftKV{kind}"
+        return type(name, bases, {"__module__": __name__, "__qualname__": name, **members})
+
+    model_type = f"{family.config.model_type.removesuffix('_text')}_swiftkv"
+    config = made("Config", _Config, family.config, model_type=model_type)
+    attention = made(
+        "Attention", SingleInputAttention, family.attention,
+        rotate=staticmethod(family.rotate), eager=staticmethod(family.eager), softcap=family.softcap,
+    )  # fmt: skip
+    layer = made("DecoderLayer", SingleInputLayer, family.layer)
+    decoder = made("Model", _Decoder, family.decoder, config_class=config, later=(layer, attention))
+    causal = made("ForCausalLM", SwiftKVModel, family.causal, config_class=config, kind_of_decoder=decoder)
+    return {kind.__name__: kind for kind in (config, attention, layer, decoder, causal)}
 
 
-class MistralSwiftKVModel(_Decoder, MistralModel):
-    config_class = MistralSwiftKVConfig
-    later = (MistralSwiftKVDecoderLayer, MistralSwiftKVAttention)
-
-
-class Qwen2SwiftKVModel(_Decoder, Qwen2Model):
-    config_class = Qwen2SwiftKVConfig
-    later = (Qwen2SwiftKVDecoderLayer, Qwen2SwiftKVAttention)
-
-
-class Qwen3SwiftKVModel(_Decoder, Qwen3Model):
-    config_class = Qwen3SwiftKVConfig
-    later = (Qwen3SwiftKVDecoderLayer, Qwen3SwiftKVAttention)
-
-
-class LlamaSwiftKVForCausalLM(SwiftKVModel, LlamaForCausalLM):
-    """Llama whose later layers take one common input."""
-
-    config_class = LlamaSwiftKVConfig
-    kind_of_decoder = LlamaSwiftKVModel
-
-
-class MistralSwiftKVForCausalLM(SwiftKVModel, MistralForCausalLM):
-    """Mistral whose later layers take one common input."""
-
-    config_class = MistralSwiftKVConfig
-    kind_of_decoder = MistralSwiftKVModel
-
-
-class Qwen2SwiftKVForCausalLM(SwiftKVModel, Qwen2ForCausalLM):
-    """Qwen2 whose later layers take one common input."""
-
-    config_class = Qwen2SwiftKVConfig
-    kind_of_decoder = Qwen2SwiftKVModel
-
-
-class Qwen3SwiftKVForCausalLM(SwiftKVModel, Qwen3ForCausalLM):
-    """Qwen3 whose later layers take one common input."""
-
-    config_class = Qwen3SwiftKVConfig
-    kind_of_decoder = Qwen3SwiftKVModel
-
+# LlamaSwiftKVForCausalLM and the others; a pickled model finds them in this module
+for _family in FAMILIES:
+    globals().update(_classes(_family))
 
 CONVERTED: dict[type[PreTrainedModel], Any] = {
-    LlamaForCausalLM: LlamaSwiftKVForCausalLM,
-    MistralForCausalLM: MistralSwiftKVForCausalLM,
-    Qwen2ForCausalLM: Qwen2SwiftKVForCausalLM,
-    Qwen3ForCausalLM: Qwen3SwiftKVForCausalLM,
+    family.causal: globals()[f"{family.name}SwiftKVForCausalLM"] for family in FAMILIES
 }
 
 for _kind in CONVERTED.values():
     AutoConfig.register(_kind.config_class.model_type, _kind.config_class, exist_ok=True)
     AutoModelForCausalLM.register(_kind.config_class, _kind, exist_ok=True)
+
+
+def common_norm(layers: Any, first: int) -> nn.Module:
+    """The norm with which the later layers' common one begins: a copy of the input norm of the first, if it has one."""
+    norm = getattr(layers[min(first, len(layers) - 1)], "input_layernorm", None)
+    return nn.Identity() if norm is None else copy.deepcopy(norm)
 
 
 @contextmanager
@@ -319,6 +222,29 @@ def as_teacher(model: SwiftKVModel) -> Iterator[None]:
         yield
     finally:
         model.single_input = before
+
+
+class _Known(nn.Module):
+    """Replaces a layer whose output does not matter, or is known."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.output
+
+
+@contextmanager
+def entered_at(model: Any, first: int, hidden: Tensor) -> Iterator[None]:
+    """Within it, the layers before `first` of a model, converted or not, do not run: that one takes `hidden`
+    [batch, tokens, hidden_size]. After the last layer, what was the decoder's output before its norm."""
+    layers: Any = model.model.layers
+    model.model.layers = nn.ModuleList([*(_Known(hidden) for _ in range(first)), *layers[first:]])
+    try:
+        yield
+    finally:
+        model.model.layers = layers
 
 
 def trained_parameters(model: SwiftKVModel) -> dict[str, nn.Parameter]:
@@ -334,7 +260,7 @@ def _check_split(config: Any, first: int, share: int) -> None:
         raise ValueError(
             f"share must divide the {layers - first} later layers (of {layers}, from layer {first}), got {share}"
         )
-    types: Any = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    types = [_kind_of_attention(config, layer) for layer in range(layers)]
     for start in range(first, layers, share):
         kinds = sorted(set(types[start : start + share]))
         if len(kinds) > 1:
@@ -342,6 +268,13 @@ def _check_split(config: Any, first: int, share: int) -> None:
                 f"layers {start} to {start + share - 1} would share keys and values, but are of types {kinds}; "
                 "choose skip_from and share so that a group has one type"
             )
+
+
+def _kind_of_attention(config: Any, layer: int) -> str:
+    """How a layer attends, in words; layers that differ in it cannot share keys."""
+    kind = hf.layer_kind(config, layer) or "full_attention"
+    rotates = (getattr(config, "no_rope_layers", None) or [1] * (layer + 1))[layer]
+    return kind if rotates else f"{kind} without RoPE"
 
 
 def _asked(logits_to_keep: int | Tensor, mask: Any, batch: int, columns: int, device: torch.device) -> Tensor | None:

@@ -6,8 +6,6 @@ KL is taken over log-probabilities on both sides, of the tokens to be answered (
 in a chat).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from kvcompress import hf
 from kvcompress.swiftkv.data import Row
-from kvcompress.swiftkv.model import SwiftKVModel, as_teacher
+from kvcompress.swiftkv.model import SwiftKVModel, as_teacher, entered_at
 
 # how many tokens' probabilities are compared at a time: each takes two float32 rows of the vocabulary's size
 _TOKENS_AT_ONCE = 512
@@ -72,30 +70,10 @@ class Objective:
             teacher = model(**inputs).logits
             theirs = entered[self._last]
         # teacher and student have the early layers in common
-        del inputs["input_ids"]
-        with _later_only(model):
-            student = self.network(inputs_embeds=entered[self._later], **inputs).logits
+        with entered_at(model, model.config.num_key_value_layers, entered[self._later]):
+            student = self.network(**inputs).logits
         # the logits at a position are about the next token
         counted = nn.functional.pad(answered[:, 1:], (0, 1))
         divergence = distillation_loss(student, teacher, counted, 1, self._temperature)
         error = (entered[self._last].float() - theirs.float())[real].square().mean(-1).sum()
         return divergence, error
-
-
-class _Passed(nn.Module):
-    """Replaces an early layer whose output is already known."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-
-@contextmanager
-def _later_only(model: SwiftKVModel) -> Iterator[None]:
-    """Within it, `inputs_embeds` is the first later layer's input; the early layers, which do not train, do not run."""
-    layers: Any = model.model.layers
-    first = model.config.num_key_value_layers
-    model.model.layers = nn.ModuleList([*(_Passed() for _ in range(first)), *layers[first:]])
-    try:
-        yield
-    finally:
-        model.model.layers = layers

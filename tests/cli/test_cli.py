@@ -473,7 +473,12 @@ def test_a_basis_is_measured_written_and_used(folder, tmp_path, capsys, monkeypa
 def test_the_options_of_distill_are_its_settings_and_those_of_the_model():
     options = {option.name for option in typer.main.get_command(app).commands["distill"].params}
     settings = {setting.name for setting in dataclasses.fields(Distillation)}
-    assert options - settings == {"data", "model", "out", "skip_from", "share", "dtype"}
+    assert options - settings == {
+        *("data", "model", "out", "skip_from", "share", "dtype"),
+        "diagnose",
+        "text",
+        "retrieval",
+    }
     # what the paper gives no reason to change
     assert settings - options == {"temperature", "betas", "warmup"}
 

@@ -145,10 +145,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# families that only SwiftKV's tests build
+CONVERTIBLE: dict[str, dict[str, Any]] = {
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.5,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+}
+
 
 def build(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of its own, for tests that change it."""
-    settings = {**_SIZES, **FAMILIES[family], **changes}
+    settings = {**_SIZES, **(FAMILIES | CONVERTIBLE)[family], **changes}
     if Version(transformers.__version__) < Version(settings.pop("since", "0")):
         pytest.skip(f"transformers {transformers.__version__} cannot generate with {family}")
     attention, dtype = settings.pop("attention", "sdpa"), settings.pop("dtype", torch.float32)

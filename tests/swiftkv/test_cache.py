@@ -65,6 +65,13 @@ def twice(entry, family, share, asked):
     return counted.columns
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite", "olmo2", "olmo3", "phi3", "smollm3"])
+@pytest.mark.parametrize("name", ["dense", "h2o", "snapkv", "gear", "shadowkv"])
+def test_converted_models_of_every_family_serve_caches_of_every_kind(family, name):
+    for asked in ("all", "last"):
+        twice(by_name[name], family, 1, asked)
+
+
 # docs: run the later layers, under any cache
 @every_cache
 def test_every_cache_serves_a_converted_model(entry):
@@ -73,7 +80,7 @@ def test_every_cache_serves_a_converted_model(entry):
 
 
 @pytest.mark.parametrize("name", SHARED)
-@pytest.mark.parametrize(("family", "share"), [("llama", 2), ("mistral", 4), ("qwen3", 2)])
+@pytest.mark.parametrize(("family", "share"), [("llama", 2), ("mistral", 4), ("qwen3", 2), ("gemma2", 2), ("phi3", 2)])
 def test_a_group_attends_to_what_its_first_layer_holds(name, family, share):
     twice(sharing(name), family, share, "all")
 

@@ -9,6 +9,7 @@ from kvcompress.swiftkv.distill import Distillation, distill
 from kvcompress.swiftkv.least_squares import fit
 from kvcompress.swiftkv.model import as_teacher, trained_parameters
 from tests.contract.models import build, prompt
+from tests.swiftkv.test_model import base
 
 
 def rows(count=30, tokens=24):
@@ -26,8 +27,14 @@ def seen(model, data):
             x.append(model.model.norm_swiftkv(hidden[first])[0].double())
             at = []
             for index, layer in enumerate(model.model.layers[first:], first):
-                own = layer.input_layernorm(hidden[index])[0]
-                at.append({kind: getattr(layer.self_attn, f"{kind}_proj")(own).double() for kind in "kv"})
+                own = getattr(layer, "input_layernorm", torch.nn.Identity())(hidden[index])[0]
+                if hasattr(layer.self_attn, "qkv_proj"):
+                    # heads and KV heads of the tiny models
+                    widths = [heads * layer.self_attn.head_dim for heads in (4, 2, 2)]
+                    _, k, v = layer.self_attn.qkv_proj(own).double().split(widths, -1)
+                    at.append({"k": k, "v": v})
+                else:
+                    at.append({kind: getattr(layer.self_attn, f"{kind}_proj")(own).double() for kind in "kv"})
             y.append(at)
     for kind in "kv":
         captured[kind] = [torch.cat([at[index][kind] for at in y]) for index in range(len(y[0]))]
@@ -35,9 +42,12 @@ def seen(model, data):
 
 
 # docs: With `--fit-tokens` it first fits the later keys and values by least squares
-@pytest.mark.parametrize(("family", "share"), [("llama", 1), ("qwen2", 1), ("qwen3", 3), ("mistral", 3)])
+@pytest.mark.parametrize(
+    ("family", "share"),
+    [("llama", 1), ("qwen2", 1), ("qwen3", 3), ("mistral", 3), ("gemma3", 1), ("olmo2", 3), ("phi3", 3)],
+)
 def test_the_fit_is_the_least_squares_solution_of_the_groups_mean(family, share):
-    model = convert(build(family, num_hidden_layers=4), 1, share)
+    model = convert(base(family, kinds=[0, 1, 0, 1], num_hidden_layers=4), 1, share)
     x, wanted = seen(model, rows())
     errors = fit(model, rows(), ridge=1e-9)
     for start in range(0, 3, share):

@@ -8,8 +8,8 @@ from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.distill import Distillation, distill
 from kvcompress.swiftkv.model import as_teacher
 from kvcompress.swiftkv.objective import distillation_loss
-from tests.contract.models import build
 from tests.swiftkv.runs import rows
+from tests.swiftkv.test_model import base
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("no_precision_of_an_earlier_run")
@@ -31,9 +31,9 @@ def test_the_divergence_is_the_definition_and_finite_where_a_probability_is_zero
     assert torch.isfinite(ours.grad).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3", "granite", "olmo2", "phi3"])
 def test_the_losses_are_those_of_two_whole_forwards_and_early_layers_run_once(family, tmp_path):
-    model = convert(build(family, num_hidden_layers=4), 2)
+    model = convert(base(family, kinds=[0, 1, 0, 1], num_hidden_layers=4), 2)
     # rows of several lengths, the shorter ones padded
     data = [Row(row.ids[: 10 + 2 * index], row.answered[: 10 + 2 * index]) for index, row in enumerate(rows(4))]
     divergence = error = torch.zeros(())

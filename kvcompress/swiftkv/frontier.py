@@ -1,0 +1,398 @@
+"""What SwiftKV conversions of a model would cost and keep, one for each first layer that prompts could skip.
+
+    flops of the projections, for a prompt of S tokens and one position's logits:
+        2 S first (q + k + v + o + mlp) + 2 S (layers - first) / share (k + v) + 2 (layers - first) (q + o + mlp)
+    bytes of keys and values, over the full cache's: (first + (layers - first) / share) / layers
+
+One forward of the model for each row gives the least-squares sums of every first layer (least_squares.py), so all fits
+come from one pass over the data. They take 8 h (h + c) bytes for each first layer, with hidden_size h and c key and
+value channels of the layers from it on, and nothing else grows with the data. The probes are texts and rows that ask
+for what they hold (retrieval.py). They pass the early layers once, and the later ones of every conversion.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress import hf
+from kvcompress.swiftkv.conversion import convert
+from kvcompress.swiftkv.data import Row, first_rows
+from kvcompress.swiftkv.least_squares import (
+    Sums,
+    begun_with,
+    check_fit,
+    heard,
+    key_value_projections,
+    set_weights,
+    with_ones,
+)
+from kvcompress.swiftkv.model import common_norm, entered_at
+from kvcompress.swiftkv.retrieval import retrieval_rows, with_retrieval
+
+# first tokens of an answer that must be right; tokens of rows that ask, for each of those to measure a text on
+_ANSWER, _ASKED = 8, 4
+# what a conversion must keep to be the elbow, over the model's own: of what is asked for, and of perplexity
+FOUND, PERPLEXITY = 0.95, 1.12
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model knows of the probes.
+
+    perplexity: of each text. found: the share of answers whose first tokens, up to eight, it each finds likeliest.
+    divergence: KL(the base model || it) on the texts, in nats per token.
+    """
+
+    perplexity: dict[str, float]
+    found: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A conversion. prefill: flops of the projections, and kv: bytes of keys and values, over the base model's.
+
+    converted: its score before it is fitted, None if that was not measured. fitted: and after.
+    """
+
+    first: int
+    share: int
+    prefill: float
+    kv: float
+    converted: Score | None
+    fitted: Score
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What was measured of conversions of one model. prompt: tokens of the prompt that prefill is about."""
+
+    layers: int
+    prompt: int
+    base: Score
+    points: tuple[Point, ...]
+
+    def perplexity(self, score: Score) -> float:
+        """A score's perplexity over the base model's, the geometric mean over the texts."""
+        logs = [math.log(value / self.base.perplexity[text]) for text, value in score.perplexity.items()]
+        return math.exp(sum(logs) / len(logs))
+
+    def found(self, score: Score) -> float:
+        """What a score found of what was asked for, over what the base model found."""
+        return score.found / max(self.base.found, 1e-9)
+
+    def elbow(self, found: float = FOUND, perplexity: float = PERPLEXITY) -> Point | None:
+        """The cheapest fitted conversion that finds this share of what the base model finds, at no more than this
+        perplexity over its own; None if there is none."""
+        good = [
+            point
+            for point in self.points
+            if self.found(point.fitted) >= found and self.perplexity(point.fitted) <= perplexity
+        ]
+        return min(good, key=lambda point: (point.prefill, point.kv), default=None)
+
+    def table(self) -> str:
+        """The points in Markdown, the elbow in bold."""
+        head = ["first skipped", "share", "prefill", "KV bytes", "perplexity", "found", "KL, nats"]
+        head += ["unfitted: perplexity", "found"]
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        elbow = self.elbow()
+        for point in self.points:
+            cells = [f"{point.first} of {self.layers}", f"{point.share}", f"{point.prefill:.3f}x", f"{point.kv:.3f}x"]
+            for score in (point.fitted, point.converted):
+                cells += ["", ""] if score is None else [f"{self.perplexity(score):.3f}x", f"{self.found(score):.2f}x"]
+                if score is point.fitted:
+                    cells.append(f"{score.divergence:.3f}")
+            lines.append(f"| {' | '.join(f'**{cell}**' if point is elbow and cell else cell for cell in cells)} |")
+        return "\n".join(lines)
+
+    def facts(self) -> dict[str, Any]:
+        """The frontier as JSON can hold it."""
+        elbow = self.elbow()
+        return asdict(self) | {"elbow": None if elbow is None else {"first": elbow.first, "share": elbow.share}}
+
+    def plot(self, path: str | os.PathLike[str]) -> bool:
+        """Plots perplexity and what was found against the cost of prefill; False if matplotlib is missing."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return False
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        elbow = self.elbow()
+        for share in sorted({point.share for point in self.points}):
+            points = [point for point in self.points if point.share == share]
+            costs = [point.prefill for point in points]
+            above.plot(costs, [self.perplexity(each.fitted) for each in points], "o-", label=f"share {share}, fitted")
+            below.plot(costs, [self.found(each.fitted) for each in points], "o-", label=f"share {share}, fitted")
+        for axes, height in ((above, PERPLEXITY), (below, FOUND)):
+            axes.axhline(height, color="gray", linestyle=":")
+            if elbow is not None:
+                axes.axvline(elbow.prefill, color="gray", linestyle="--", label=f"elbow: layer {elbow.first}")
+            axes.legend()
+        above.set(ylabel="perplexity over the model's", yscale="log")
+        below.set(ylabel="found over the model's", xlabel="flops of a prefill over the model's")
+        figure.savefig(Path(path), dpi=150)
+        return True
+
+
+class Survey:
+    """The least-squares sums of a model, for several first layers, from one pass over some rows."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: PreTrainedModel, rows: Sequence[Tensor], firsts: Sequence[int] | None = None, ridge: float = 1e-4
+    ) -> None:
+        """
+        Args:
+            model: one that `convert` takes.
+            rows: token ids to fit to, each [tokens] int64; about 32k tokens in all.
+            firsts: the first layers, each from 1 to the last layer; None for those from a third of the layers on.
+            ridge: as of `fit`.
+
+        Raises:
+            ValueError: there are no rows or firsts, or as `convert`.
+        """
+        check_fit(rows, ridge)
+        layers = hf.sizes(model.config).layers
+        self.firsts = sorted(range(max(1, layers // 3), layers) if firsts is None else firsts)
+        if not self.firsts or not 1 <= self.firsts[0] <= self.firsts[-1] < layers:
+            raise ValueError(f"first layers must be from 1 to {layers - 1}, got {self.firsts}")
+        # refuses what cannot be converted before anything is computed
+        convert(model, self.firsts[0])
+        self.model, self._ridge = model, ridge
+        started = time.perf_counter()
+        self._sums = {first: Sums() for first in self.firsts}
+        own: Any = model
+        norms = {first: common_norm(own.model.layers, first) for first in self.firsts}
+        for entered, made in heard(own.model, self.firsts, rows):
+            for first, sums in self._sums.items():
+                x = with_ones(norms[first](entered[first]), own.model.layers[first])
+                sums.add(x, torch.cat(made[first - self.firsts[0] :], 1))
+        # of the pass over the data
+        self.seconds = time.perf_counter() - started
+
+    @torch.no_grad()
+    def converted(self, first: int, share: int = 1) -> Any:
+        """The fitted conversion that skips from this layer on, as `convert` and `fit` make it of the same rows."""
+        model = convert(self.model, first, share)
+        sums = self._sums[first]
+        grouped = Sums()
+        grouped.inner = sums.inner
+        # the mean over the layers of a group
+        layers = len(model.model.layers) - first
+        channels = sums.cross.shape[1] // layers
+        grouped.cross = sums.cross.unflatten(1, (layers // share, share, channels)).mean(2).flatten(1)
+        set_weights(
+            [student for _, student in key_value_projections(model)], grouped.solution(begun_with(model), self._ridge)
+        )
+        return model
+
+    def measure(
+        self,
+        texts: Mapping[str, Sequence[Tensor]],
+        asked: Sequence[Row],
+        shares: Sequence[int] = (1,),
+        *,
+        prompt: int = 4096,
+        unfitted: bool = True,
+        on_point: Callable[[Point], None] | None = None,
+    ) -> Frontier:
+        """Scores the conversions of all first layers, and of all shares that divide what they skip.
+
+        Args:
+            texts: of each, rows of token ids [tokens] that were not fitted to.
+            asked: rows whose `answered` tokens are looked up, as of `retrieval_rows`.
+            prompt: tokens of the prompt that the formula for prefill is about.
+            unfitted: score conversions before they are fitted, too.
+            on_point: called with each point.
+        """
+        if not any(texts.values()) or not any(bool(row.answered.any()) for row in asked):
+            raise ValueError("there is nothing to measure: it takes texts, and rows that ask for something")
+        probes = _Probes(self.model, texts, asked, self.firsts)
+        layers = len(probes.layers)
+        whole = projection_flops(self.model.config, prompt)
+        points = []
+        for first in self.firsts:
+            for share in shares:
+                if (layers - first) % share:
+                    continue
+                before = probes.score(convert(self.model, first, share), first) if unfitted else None
+                points.append(
+                    Point(
+                        first,
+                        share,
+                        projection_flops(self.model.config, prompt, first, share) / whole,
+                        (first + (layers - first) // share) / layers,
+                        before,
+                        probes.score(self.converted(first, share), first),
+                    )
+                )
+                if on_point is not None:
+                    on_point(points[-1])
+        return Frontier(layers, prompt, probes.score(self.model, layers), tuple(points))
+
+
+class _Probes:
+    """Texts and rows that ask, and what a model makes of them up to each first layer."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, texts: Mapping[str, Sequence[Tensor]], asked: Sequence[Row], firsts: Sequence[int]
+    ) -> None:
+        self.layers = model.model.layers
+        self._model = model
+        rows = [Row(ids, torch.zeros(0)) for parts in texts.values() for ids in parts]
+        self._names = [name for name, parts in texts.items() for _ in parts]
+        self._rows = [*rows, *(row for row in asked if bool(row.answered.any()))]
+        self._entered: list[dict[int, Tensor]] = []
+        last = self.layers[-1]
+        with hf.Captured(inputs=[self.layers[first] for first in firsts], outputs=[last]) as captured:
+            for row in self._rows:
+                model.model(row.ids[None].to(hf.input_device(model)), use_cache=False)
+                entered = {first: captured.inputs[self.layers[first]] for first in firsts}
+                # what leaves the last layer enters none
+                self._entered.append(entered | {len(self.layers): captured.outputs[last]})
+
+    @torch.no_grad()
+    def score(self, model: Any, first: int) -> Score:
+        """The score of the model, or of a conversion of it, which skips from the layer `first` on."""
+        lost: dict[str, list[Tensor]] = {}
+        tokens: dict[str, int] = {}
+        divergence, found, asked = 0.0, 0, 0
+        for index, (row, entered) in enumerate(zip(self._rows, self._entered, strict=True)):
+            ids = row.ids[None].to(hf.input_device(model))
+            if index < len(self._names):
+                name = self._names[index]
+                with entered_at(model, first, entered[first]):
+                    ours = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+                with entered_at(self._model, len(self.layers), entered[len(self.layers)]):
+                    theirs = self._model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+                divergence += float((theirs.exp() * (theirs - ours)).sum())
+                lost.setdefault(name, []).append(-ours[:-1].gather(1, ids[0, 1:, None].to(ours.device)).sum())
+                tokens[name] = tokens.get(name, 0) + len(row.ids) - 1
+                continue
+            answers = [*_runs(row.answered)]
+            at = torch.cat([torch.arange(start, stop) for start, stop in answers])
+            with entered_at(model, first, entered[first]):
+                likeliest = model(ids, use_cache=False, logits_to_keep=(at - 1).to(ids.device)).logits[0].argmax(-1)
+            right = (likeliest.cpu() == row.ids[at]).split([stop - start for start, stop in answers])
+            found += sum(bool(each.all()) for each in right)
+            asked += len(answers)
+        perplexity = {name: float((torch.stack(each).sum() / tokens[name]).exp()) for name, each in lost.items()}
+        return Score(
+            perplexity, found / asked, divergence / sum(len(row.ids) for row in self._rows[: len(self._names)])
+        )
+
+
+def _runs(answered: Tensor) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of answered tokens, [tokens] bool, as far as it counts; never the first token, which
+    nothing tells."""
+    start = None
+    for index, is_answered in enumerate([*answered.tolist(), False]):
+        if is_answered and start is None and index:
+            start = index
+        elif not is_answered and start is not None:
+            yield start, min(index, start + _ANSWER)
+            start = None
+
+
+def diagnose(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    texts: Mapping[str, Sequence[Row]] | None = None,
+    firsts: Sequence[int] | None = None,
+    shares: Sequence[int] = (1,),
+    fit_tokens: int = 32768,
+    probe_tokens: int = 2048,
+    length: int = 512,
+    retrieval: float = 0.5,
+    seed: int = 0,
+    on_point: Callable[[Point], None] | None = None,
+) -> tuple[Frontier, Survey]:
+    """What conversions of a model would cost and keep, and the fits behind it: `frontier, survey = diagnose(...)`.
+
+    Args:
+        model: one that `convert` takes.
+        tokenizer: the model's.
+        rows: to fit to, and without `texts` to measure on, as of `read_rows`.
+        texts: rows to measure on, by name; None for the last of `rows`, which are then not fitted to.
+        firsts: the first layers that prompts could skip; None for those from a third of the layers on.
+        shares: how many later layers share keys and values.
+        fit_tokens: how many tokens to fit to. probe_tokens: how many of each text to measure on; of rows that ask, four
+            times as many.
+        length: the most tokens of a row of generated ones. retrieval: their share of the tokens to fit to.
+        on_point: called with each point.
+
+    Raises:
+        ValueError: there are too few rows, or as `Survey`.
+    """
+    if texts is None:
+        rows, held = _held_out(rows, probe_tokens)
+        texts = {"held out": held}
+    probes = {name: first_rows(part, probe_tokens, seed) for name, part in texts.items()}
+    asking = [row for part in texts.values() for row in part]
+    asked = retrieval_rows(asking, tokenizer, _ASKED * probe_tokens, length, seed + 1)
+    # rows for the fit, a share of them generated of the others
+    of_prose = first_rows(rows, round(fit_tokens * (1 - retrieval)), seed)
+    prose = [Row(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in of_prose]
+    survey = Survey(model, [row.ids for row in with_retrieval(prose, tokenizer, length, retrieval, seed)], firsts)
+    return survey.measure(probes, asked, shares, on_point=on_point), survey
+
+
+def best_conversion(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], share: int = 1, **how: Any) -> Any:
+    """The fitted conversion at the elbow of the model's frontier.
+
+    Args:
+        rows: as of `diagnose`, which takes the other arguments.
+
+    Raises:
+        ValueError: no conversion keeps enough; the message has the best.
+    """
+    frontier, survey = diagnose(model, tokenizer, rows, shares=(share,), **how)
+    elbow = frontier.elbow()
+    if elbow is None:
+        nearest = max(
+            frontier.points, key=lambda point: (frontier.found(point.fitted), -frontier.perplexity(point.fitted))
+        )
+        raise ValueError(
+            f"no conversion with share={share} finds {FOUND} of what the model finds within {PERPLEXITY} times its "
+            f"perplexity; the best, from layer {nearest.first} on, finds {frontier.found(nearest.fitted):.2f} within "
+            f"{frontier.perplexity(nearest.fitted):.2f}: name a layer, and train the conversion"
+        )
+    return survey.converted(elbow.first, elbow.share)
+
+
+def _held_out(rows: Sequence[Row], tokens: int) -> tuple[list[Row], list[Row]]:
+    """The rows without the last ones, and these, which have at least so many tokens."""
+    held: list[Row] = []
+    left = list(rows)
+    while left and sum(len(row.ids) for row in held) < tokens:
+        held.append(left.pop())
+    if not left:
+        raise ValueError(f"the {len(rows)} rows have too few tokens to hold out {tokens} of them; give more, or texts")
+    return left, held
+
+
+def projection_flops(config: Any, tokens: int, first: int | None = None, share: int = 1, logits: int = 1) -> int:
+    """Flops of all projections of a prefill, by formula; `first` is the first layer skipped, None for no conversion."""
+    of = hf.sizes(config)
+    hidden, layers = of.hidden, of.layers
+    query = hidden * of.heads * of.head_dim
+    key_value = 2 * hidden * of.kv_heads * of.head_dim
+    rest = 2 * query + 3 * hidden * of.intermediate
+    first = layers if first is None else first
+    head = 2 * logits * hidden * of.vocabulary
+    early = 2 * tokens * first * (rest + key_value)
+    later = 2 * tokens * ((layers - first) // share) * key_value + 2 * logits * (layers - first) * rest
+    return early + later + head
