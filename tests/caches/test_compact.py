@@ -404,7 +404,7 @@ def test_a_reading_that_fails_leaves_what_was_held(monkeypatch):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvcompress.caches.reconstruction.causal_attention", fails)
+        patch.setattr("kvcompress.layer.CompressedLayer.attend_causally", fails)
         with pytest.raises(MemoryError, match="no room"):
             cache.compact(prompt(30))
     close(feed(model, cache.clone(), prompt(1, seed=2)), wanted)
