@@ -300,7 +300,7 @@ def test_the_step_of_one_kernel_knows_no_pins_and_is_not_taken(monkeypatch):
             taken.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr(evicting_layer, "runs_triton", lambda tensor: True)
+    monkeypatch.setattr(evicting_layer, "attends_in_triton", lambda tensor: True)
     monkeypatch.setattr(evicting_layer, "FusedDecodeStep", Noted)
     model = tiny()
     assert held_in_all(spread(model, H2OCache(model, budget=BUDGET, pin=SPANS)), PINNED)
