@@ -36,7 +36,7 @@ def test_a_fused_step_equals_the_separate_operations(policy, monkeypatch):
                 plain = slots.decode_and_evict
                 patch.setattr(slots, "decode_and_evict", lambda *a, **k: steps.append(1) or plain(*a, **k))
             else:
-                patch.setattr(evicting_layer, "runs_triton", lambda tensor: False)
+                patch.setattr(evicting_layer, "attends_in_triton", lambda tensor: False)
             cache = EvictingCache(model, policy=policy, budget=8)
             how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             out = model.generate(
