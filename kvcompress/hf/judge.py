@@ -48,7 +48,9 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
 
     def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = inspect.signature(module.forward).bind(*args, **kwargs)
-        if run_offset(given.arguments) + layer_of(module) != layer:
+        number: int | None = layer_of(module)
+        if number not in (None, -1) and run_offset(given.arguments) + number != layer:
+            # another run of the same module
             return args, kwargs
         mask: Any = given.arguments.get("attention_mask")
         # one for all layers, or by the kinds of layers
