@@ -24,9 +24,12 @@ def test_an_empty_tensor_weighs_nothing():
 
 
 def test_the_full_cache_of_a_sliding_layer_holds_its_window():
-    assert full_cache_bytes(100, None, (2, 3, 8), torch.bfloat16) == 2 * 2 * 3 * 8 * 100 * 2
-    assert full_cache_bytes(100, 16, (2, 3, 8), torch.bfloat16) == 2 * 2 * 3 * 8 * 16 * 2
-    assert full_cache_bytes(10, 16, (2, 3, 8), torch.float32) == 2 * 2 * 3 * 8 * 10 * 4
+    assert full_cache_bytes(100, None, (2, 3, 8), 8, torch.bfloat16) == 2 * 2 * 3 * 8 * 100 * 2
+    assert full_cache_bytes(100, 16, (2, 3, 8), 8, torch.bfloat16) == 2 * 2 * 3 * 8 * 16 * 2
+    assert full_cache_bytes(10, 16, (2, 3, 8), 8, torch.float32) == 2 * 2 * 3 * 8 * 10 * 4
+    # values narrower than keys, and latents, which are both
+    assert full_cache_bytes(10, None, (2, 3, 8), 4, torch.float32) == 2 * 3 * (8 + 4) * 10 * 4
+    assert full_cache_bytes(10, None, (2, 1, 64), 0, torch.float32) == 2 * 64 * 10 * 4
 
 
 def test_devices_are_told_apart():
