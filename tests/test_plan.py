@@ -14,7 +14,7 @@ from transformers import (
 from kvcompress import DenseCache, Profile, hf, registry
 from kvcompress.caches.budget import COMPETING
 from kvcompress.check.typical import COMMON, HYBRIDS
-from kvcompress.hf import cache_argument
+from kvcompress.hf import cache_argument, layer_heads
 from kvcompress.hf.working import peak_of_tensors
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.plan import largest, largest_batch, make_plan, read_shape, shape_of
@@ -91,6 +91,10 @@ def test_the_plan_is_what_a_cache_comes_to_hold(method, saved):
 @torch.inference_mode()
 def test_the_plan_counts_the_slots_of_each_heads_share(method, saved, tmp_path):
     model, folder = saved
+    if len({layer.kv_heads for layer in layer_heads(model.config)}) > 1:
+        with pytest.raises(ValueError, match="layers of 1 and 2 KV heads"):
+            Profile.of(model, [[1, 3], [2, 2], [3, 1]])
+        return
     path = tmp_path / "profile.safetensors"
     Profile.of(model, [[1, 3], [2, 2], [3, 1]]).save(path)
     spec = f"{method}:allocation={path}"

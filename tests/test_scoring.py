@@ -17,7 +17,7 @@ from kvcompress import (
 )
 from tests.contract.caches import SHADOW
 from tests.contract.drive import feed, generate
-from tests.contract.models import FAMILIES, build, left_padded, places, prompt, tiny
+from tests.contract.models import IN_NODES, build, left_padded, places, prompt, tiny
 
 CONTEXT = prompt(40, seed=3)[0]
 TEXTS = [prompt(count, seed=count)[0] for count in (5, 1, 9)]
@@ -42,7 +42,7 @@ def last(model, cache, ids, mask=None):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_NODES)
 def test_texts_after_a_prefix_of_any_family(family, chunk_size):
     model = tiny(family)
     cache = HydragenCache.from_prefix(model, CONTEXT)

@@ -102,7 +102,10 @@ def from_config(model_type, auto=AutoModelForCausalLM, **settings):
 
 
 REFUSED = {
-    "mamba2": ({"head_dim": 8, "num_heads": 8, "n_groups": 1}, "has no attention whose keys and values could be compressed"),
+    "mamba2": (
+        {"head_dim": 8, "num_heads": 8, "n_groups": 1},
+        "has no attention whose keys and values could be compressed",
+    ),
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 2}, "AttentionInterface"),
     "mpt": ({"d_model": 32, "n_heads": 2, "n_layers": 2}, "AttentionInterface"),
     "falcon": ({"alibi": True}, "AttentionInterface"),
