@@ -209,8 +209,8 @@ def check_whole(model: PreTrainedModel) -> None:
     """Raises ValueError if other processes hold some of the model's KV heads, or some layers have none."""
     if not hf.all_attend(hf.text_config(model)):
         raise ValueError(
-            f"{type(model).__name__} has layers that keep states, or no keys and values of their own; a basis is of all "
-            "layers"
+            f"{type(model).__name__} has layers that keep states, or no keys and values of their own; a basis is of "
+            "all layers"
         )
     if TPGroup.of(model) is not None:
         raise ValueError(

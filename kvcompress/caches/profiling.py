@@ -59,8 +59,8 @@ def measure_profile(
     """
     if not hf.all_attend(hf.text_config(model)):
         raise ValueError(
-            f"{type(model).__name__} has layers that keep states, or no keys and values of their own; a profile is of all "
-            "layers"
+            f"{type(model).__name__} has layers that keep states, or no keys and values of their own; a profile is of "
+            "all layers"
         )
     heads_that_share(hf.layer_heads(hf.text_config(model)), type(model).__name__)
     policy = KVzip() if policy is None else policy

@@ -140,8 +140,8 @@ class GEARCache(CompressedCache):
             raise ValueError(f"fill needs an empty cache, this one has seen {self.get_seq_length()} tokens")
         if len(self.attending) < len(self.layers) or self.states:
             raise ValueError(
-                "fill takes keys and values alone, of all layers, and some layers of this model keep states, or no keys "
-                "and values of their own"
+                "fill takes keys and values alone, of all layers, and some layers of this model keep states, or no "
+                "keys and values of their own"
             )
         if len(full.layers) != len(self.layers):
             raise ValueError(f"the model has {len(self.layers)} layers, but the cache to fill from {len(full.layers)}")
