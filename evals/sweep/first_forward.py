@@ -143,9 +143,9 @@ class FirstForward:
     @staticmethod
     def records(model: Any) -> bool:
         """True for models whose first forward can be recorded, as they feed all caches alike."""
-        # states of layers that do not attend are in no recording
-        has_states = any(kind.states for kind in hf.layer_kinds(hf.text_config(model)))
-        return not has_states and not isinstance(model, SwiftKVModel)
+        # what is recorded is keys and values, once of each layer: no states, none of another layer, no latents
+        config = hf.text_config(model)
+        return hf.all_attend(config) and hf.latent_rank(config) is None and not isinstance(model, SwiftKVModel)
 
     @classmethod
     def most_rows(cls, model: PreTrainedModel, tokens: int) -> int:

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcompress import EvictingCache, H2OCache, registry
+from kvcompress.check.models import small_model
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.first_forward import FirstForward, Known
 from kvcompress.evals.sweep.protocol import Reader, answer
@@ -170,3 +171,12 @@ def test_a_recording_is_about_as_large_as_it_says(model):
             tensors += [x for x in (*given, *found) if isinstance(x, torch.Tensor)]
     held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     assert sum(held.values()) == pytest.approx(FirstForward.size(model, 400), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "deepseek_v3"])
+def test_layers_that_share_keys_or_keep_latents_are_not_recorded(name):
+    """A recording has keys and values of each layer; such models are read by each point itself."""
+    model = small_model(name)
+    assert not FirstForward.records(model)
+    assert FirstForward.most_rows(model, 8) == 0
+    assert not FirstForward.serves(H2OCache(model, budget=8))
