@@ -202,16 +202,13 @@ class CompressedLayer(hf.CacheLayerMixin):
         assert self.window is not None
         return ends_of(positions, self.window)
 
-    def attend_causally(self, x: AttentionInput, query: Tensor, key: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of a forward's tokens to one another, and the log-sum-exp.
-
-        Args:
-            query, key: those of x, or as they meet what is held. places: [batch or 1, tokens], the tokens' positions.
-        """
+    def attend_causally(self, x: AttentionInput, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of a forward's tokens to one another, and the log-sum-exp; places: [batch or 1, tokens], their
+        positions."""
         if not self.is_chunked:
-            return causal_attention(query, key, x.value, x.spec, x.visible)
+            return causal_attention(x.query, x.key, x.value, x.spec, x.visible)
         assert self.window is not None
-        return attend_in_chunks(query, key, x.value, x.spec, x.visible, places, self.window)
+        return attend_in_chunks(x.query, x.key, x.value, x.spec, x.visible, places, self.window)
 
     def _begin(self, x: AttentionInput) -> ForwardStep:
         """The step of a forward, before any query has attended."""

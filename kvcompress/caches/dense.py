@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.compiled_steps import CompiledSteps, SteppedLayer
-from kvcompress.caches.spans import Spans
+from kvcompress.caches.spans import Spans, attend_ahead
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
@@ -31,8 +31,7 @@ class DenseStep(ForwardStep):
         self.spans = Spans.of(x)
 
     def attend(self, x: AttentionInput) -> Tensor:
-        ahead = [] if self.spans is None else [self.spans.attend(x)]
-        return joint_output([self.layer._read(x), *ahead], x.sinks)
+        return joint_output([self.layer._read(x), *attend_ahead(x, self.spans)], x.sinks)
 
     def commit(self) -> None:
         self.layer._drop()

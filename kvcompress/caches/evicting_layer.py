@@ -455,10 +455,13 @@ class EvictingLayer(CompressedLayer):
             if self.is_ragged:
                 return RaggedPackedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard, self._fits)
             return QuantizedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard)
-        latent = self.latent_rank is not None
-        if self.is_ragged:
-            return (RaggedLatentSlots if latent else RaggedSlots)(chunk.key, chunk.value, slots, self._fits)
-        return (LatentSlots if latent else SlotSegment)(chunk.key, chunk.value, slots)
+        return self._plain_kind()(chunk.key, chunk.value, slots, *((self._fits,) if self.is_ragged else ()))
+
+    def _plain_kind(self) -> type[SlotSegment]:
+        """The class of slots that are not packed."""
+        if self.latent_rank is None:
+            return RaggedSlots if self.is_ragged else SlotSegment
+        return RaggedLatentSlots if self.is_ragged else LatentSlots
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.slots is None or self.clock.tensor is None:
@@ -489,10 +492,8 @@ class EvictingLayer(CompressedLayer):
             coding = self.packed.per_token_scheme(*(tensors[f"{side}.codes"].shape[-1] for side in ("keys", "values")))
             how = {"coding": coding, "rotates": self.packed.hadamard, "dtype": getattr(torch, facts["dtype"])}
             return (RaggedPackedSlots if self.is_ragged else QuantizedSlots).load(tensors, facts, **how)
-        if self.latent_rank is not None:
-            kind = RaggedLatentSlots if self.is_ragged else LatentSlots
-            return kind.load(tensors, facts, rank=self.latent_rank)
-        return (RaggedSlots if self.is_ragged else SlotSegment).load(tensors, facts)
+        how = {} if self.latent_rank is None else {"rank": self.latent_rank}
+        return self._plain_kind().load(tensors, facts, **how)
 
 
 class RerotatedLayer(EvictingLayer):

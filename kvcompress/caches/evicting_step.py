@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.caches.competition import shares
-from kvcompress.caches.spans import Spans, attend_within
+from kvcompress.caches.spans import Spans, attend_ahead
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.evict import choose_victim, ranked
 from kvcompress.kernels.merge import merge_states, with_sinks
@@ -172,10 +172,7 @@ class ChunkStep(EvictingStep):
 
     def attend(self, x: AttentionInput) -> Tensor:
         placed, query_positions = self.layer._place(x, self.places[:, -x.queries :], self.shift)
-        if self.layer.is_chunked:
-            answers = [self.layer.attend_causally(x, placed.query, placed.key, self.places)]
-        else:
-            answers = attend_within(placed, self.spans)
+        answers = [self.layer.attend_causally(placed, self.places), *attend_ahead(placed, self.spans)]
         if not self.is_first:
             answers.append(self.slots.attend(placed.query, self.layer.reaches(query_positions), x.spec))
         outs, lses = [out for out, _ in answers], [lse for _, lse in answers]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvcompress.caches.spans import Spans, attend_within
+from kvcompress.caches.spans import Spans, attend_ahead
 from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.storage.columns import marked_first
@@ -50,10 +50,7 @@ class QuantizedStep(ForwardStep):
     def attend(self, x: AttentionInput) -> Tensor:
         answers = self.layer._past(x, self.query_positions, self.joins if self.waits else None)
         if x.tokens > 1:
-            if self.layer.is_chunked:
-                answers.append(self.layer.attend_causally(x, x.query, x.key, self.places))
-            else:
-                answers += attend_within(x, self.spans)
+            answers += [self.layer.attend_causally(x, self.places), *attend_ahead(x, self.spans)]
         return joint_output(answers, x.sinks)
 
     def commit(self) -> None:

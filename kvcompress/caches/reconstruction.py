@@ -118,7 +118,7 @@ class RereadLayer(EvictingLayer):
         if visible is None:
             visible = torch.ones(batch, tokens, dtype=torch.bool, device=chunk.key.device)
         places = waiting.lengths[:, None] + visible.cumsum(-1, dtype=torch.int32) - 1  # [batch, tokens]
-        out, lse = self.attend_causally(chunk, chunk.query, chunk.key, places)
+        out, lse = self.attend_causally(chunk, places)
         outs, lses = [out], [lse]
         places = self.reaches(places)
         fresh = waiting.segment

@@ -22,8 +22,9 @@ from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.budget import Budget
 from kvcompress.caches.dense import DenseLayer
-from kvcompress.caches.spans import Spans, attend_within
+from kvcompress.caches.spans import Spans, attend_ahead
 from kvcompress.hf.tensor_parallel import TPGroup
+from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import joint_output, output_of
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.shadowkv import ShadowKV
@@ -53,7 +54,7 @@ class ShadowStep(ForwardStep):
         if x.tokens == 1:
             again, self.is_stored = self.is_stored, True
             return output_of(*self.layer._read(x, self.segment, again), x.sinks)
-        answers = attend_within(x, self.spans)
+        answers = [causal_attention(x.query, x.key, x.value, x.spec, x.visible), *attend_ahead(x, self.spans)]
         if bool((self.segment.lengths > 0).any()):
             answers.append(self.layer._read(x, self.segment))
         return joint_output(answers, x.sinks)

@@ -90,7 +90,6 @@ class Spans:
         return query, key, value, x.spec._replace(window=None)
 
 
-def attend_within(x: AttentionInput, spans: Spans | None) -> list[tuple[Tensor, Tensor]]:
-    """Attention of a forward's tokens to one another, in parts with their log-sum-exps."""
-    causal = causal_attention(x.query, x.key, x.value, x.spec, x.visible)
-    return [causal] if spans is None else [causal, spans.attend(x)]
+def attend_ahead(x: AttentionInput, spans: Spans | None) -> list[tuple[Tensor, Tensor]]:
+    """What is to be merged with causal attention for the later tokens of spans: nothing where there are none."""
+    return [] if spans is None else [spans.attend(x)]

@@ -8,12 +8,11 @@ cache, such a call is an error.
 """
 
 import functools
-import inspect
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,8 +26,8 @@ from kvcompress.hf.calls import (
     unwatch_forwards,
 )
 from kvcompress.hf.configs import decoder_config, latent_rank
-from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents
-from kvcompress.hf.masks import shown_and_spans, spans_of, with_spans
+from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents, up_projection
+from kvcompress.hf.masks import shown_and_spans, shows_nothing_more, spans_of, with_spans
 from kvcompress.hf.modules import defined_with, layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
@@ -44,14 +43,6 @@ _WITHOUT_EFFECT = {
     # what a converted model passes to its layers
     "single_input",
 }  # fmt: skip
-
-
-# mask functions of transformers: those that combine others, the one of blocks, and those that only hide
-_COMBINED = {"and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"}
-_OF_BLOCKS = "blockwise_overlay.<locals>.inner_mask"
-_PLAIN = {
-    *("causal_mask_function", "chunked_overlay.<locals>.inner_mask", "sliding_window_overlay.<locals>.inner_mask"),
-}
 
 
 class Attends(Protocol):
@@ -183,9 +174,11 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     layer: Attends | None = getattr(key, HANDLE, None)
     if layer is None:
-        layer = _untagged(module)
+        given = None if torch.compiler.is_compiling() else forward_in_progress(module)
+        # an earlier layer's keys, moved to the device of this one, which shares them, or copies
+        layer = None if given is None else given[1].untagged(layer_of(module))
     if layer is None:
-        _check_no_cache_was_given(module, kwargs)
+        _check_no_cache_was_given(module, given, kwargs)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
     if not torch.compiler.is_compiling():
         layer.belongs_to(module, is_watched())
@@ -219,16 +212,17 @@ def _attention(
         query = query.unflatten(1, (times, -1)).transpose(1, 2).flatten(1, 2)
     # without autograd: what is held must not keep the graph of a whole forward alive
     with torch.no_grad():
+        up = up_projection(module, query) if is_latent else None
         out = layer.attend(
-            into_latents(module, query) if is_latent else query,
+            query if up is None else into_latents(module, up, query),
             visible,
             LogitSpec(query.shape[-1] ** -0.5 if scale is None else scale, window, kwargs.get("softcap")),
             sinks=kwargs.get("s_aux"),
             position_ids=kwargs.get("position_ids"),
             spans=spans,
         )
-        if is_latent:
-            out = from_latents(module, out)
+        if up is not None:
+            out = from_latents(module, up, out)
     if times > 1:
         out = out.unflatten(1, (-1, times)).transpose(1, 2).flatten(1, 2)
     if torch.is_grad_enabled() and query.requires_grad:
@@ -236,18 +230,13 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _untagged(module: nn.Module) -> Attends | None:
-    """The layer of a cache whose keys have lost their tag: an earlier layer's, moved to the device of this one, which
-    shares them; or copies."""
-    given = None if torch.compiler.is_compiling() else forward_in_progress(module)
-    return None if given is None else given[1].untagged(layer_of(module))
-
-
-def _check_no_cache_was_given(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raises RuntimeError where this attention belongs to a forward that was given a kvcompress cache."""
+def _check_no_cache_was_given(
+    module: nn.Module, given: tuple[nn.Module, AttendingCache] | None, kwargs: dict[str, Any]
+) -> None:
+    """Raises RuntimeError where this attention belongs to a forward, as `forward_in_progress` gives it, that was given
+    a kvcompress cache."""
     if torch.compiler.is_compiling():
         return
-    given = forward_in_progress(module)
     model = "" if given is None else f" of {type(given[0]).__name__}"
     cache = cache_in(kwargs.values()) if given is None else given[1]
     if not isinstance(cache, AttendingCache):
@@ -298,7 +287,7 @@ def _mask(
         )
     spans = None
     # transformers forbids the skip for an overlay on the causal mask, and while decoding with a compileable cache
-    if not allow_is_causal_skip and q_length > 1 and not _shows_nothing_more(kwargs.get("mask_function")):
+    if not allow_is_causal_skip and q_length > 1 and not shows_nothing_more(kwargs.get("mask_function")):
         spans = spans_of(kwargs["mask_function"])
         if spans is None:
             raise ValueError(
@@ -318,26 +307,6 @@ def _mask(
         return with_spans(attention_mask, spans, kv_length, q_length)
     # the compiled step needs a mask that does not grow: slots record which past tokens are padding
     return attention_mask[:, -q_length:] if q_length == 1 and attention_mask.is_cuda else attention_mask
-
-
-def _shows_nothing_more(mask_function: Any) -> bool:
-    """Whether a mask function is known to show no more than the causal mask, within a window or a chunk: the blocks of
-    tokens that it lets attend both ways, as those of an image, are none."""
-    pending = [mask_function]
-    while pending:
-        function = pending.pop()
-        name = getattr(function, "__qualname__", None)
-        if getattr(function, "__module__", None) != masking_utils.__name__:
-            return False
-        held = inspect.getclosurevars(function).nonlocals
-        if name in _COMBINED and "mask_functions" in held:
-            pending.extend(held["mask_functions"])
-        elif name == _OF_BLOCKS and "block_sequence_ids" in held:
-            if bool((held["block_sequence_ids"] >= 0).any()):
-                return False
-        elif name not in _PLAIN:
-            return False
-    return True
 
 
 register()

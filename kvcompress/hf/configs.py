@@ -86,7 +86,7 @@ _OWN_WAYS = {
 }
 
 
-# numbers of a vector that can be packed, as the index of an outlier is a byte
+# numbers of a vector up to which kernels pack it
 _WIDEST_PACKED = 256
 
 # types whose sliding layers have more KV heads than their config says, and how many times as many

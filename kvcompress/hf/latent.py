@@ -59,26 +59,26 @@ def expand_latents(model: PreTrainedModel) -> None:
             delattr(module, _Expand.name)
 
 
-def into_latents(module: Any, query: Tensor) -> Tensor:
+def up_projection(module: Any, like: Tensor) -> Tensor:
+    """What makes keys and values of latents, [rank, heads, key width + value width]."""
+    projection: nn.Module = module.kv_b_proj
+    weight = weight_of(weakref.ref(projection), module.kv_lora_rank, like).to(like.dtype)
+    by_head: Tensor = weight.unflatten(1, (-1, module.qk_nope_head_dim + module.v_head_dim))
+    return by_head
+
+
+def into_latents(module: Any, up: Tensor, query: Tensor) -> Tensor:
     """Queries [batch, heads, queries, head_dim] as they meet latents and shared keys, [..., rank + shared width]."""
     alone, shared = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], -1)
-    of_keys = _up(module, query)[..., : module.qk_nope_head_dim]
+    of_keys = up[..., : module.qk_nope_head_dim]
     absorbed = alone @ of_keys.permute(1, 2, 0)
     joined: Tensor = absorbed.new_empty(*absorbed.shape[:-1], absorbed.shape[-1] + shared.shape[-1])
     joined[..., : absorbed.shape[-1]], joined[..., absorbed.shape[-1] :] = absorbed, shared
     return joined
 
 
-def from_latents(module: Any, out: Tensor) -> Tensor:
+def from_latents(module: Any, up: Tensor, out: Tensor) -> Tensor:
     """Sums of latents [batch, heads, queries, rank] as sums of values, [batch, heads, queries, value_dim]."""
-    of_values = _up(module, out)[..., module.qk_nope_head_dim :]
+    of_values = up[..., module.qk_nope_head_dim :]
     taken: Tensor = out @ of_values.transpose(0, 1)
     return taken
-
-
-def _up(module: Any, like: Tensor) -> Tensor:
-    """What makes keys and values of latents, [rank, heads, key width + value width]."""
-    projection: nn.Module = module.kv_b_proj
-    weight = weight_of(weakref.ref(projection), module.kv_lora_rank, like).to(like.dtype)
-    by_head: Tensor = weight.unflatten(1, (-1, module.qk_nope_head_dim + module.v_head_dim))
-    return by_head

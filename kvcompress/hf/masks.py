@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+# what makes masks that only hide
+_HIDING = ("sliding_window_overlay", "chunked_overlay")
+# by what makes masks, what they are called
+_MADE = {"and_masks": "and_mask", "or_masks": "or_mask"}
+
 
 def spans_of(mask_function: Callable[..., Any]) -> Tensor | None:
     """The spans of a mask, [batch, columns] int64 as transformers numbers them, negative where there is none; None if
@@ -28,6 +33,24 @@ def spans_of(mask_function: Callable[..., Any]) -> Tensor | None:
     windows = [window for part in _parts(past[0], "and") if (window := _window(part)) is not None]
     # else a token sees its span's first ones, which have left its window
     return ids[0] if not windows or _longest(ids[0]) <= min(windows) else None
+
+
+def shows_nothing_more(mask_function: Any) -> bool:
+    """Whether a mask is known to show no more than the past, within a window or a chunk: it has no spans, or they name
+    no token."""
+    pending = [mask_function]
+    while pending:
+        function = pending.pop()
+        if getattr(function, "__module__", None) != causal_mask_function.__module__:
+            return False
+        if _made_by("and_masks", function) or _made_by("or_masks", function):
+            pending += _enclosed(function)["mask_functions"]
+        elif (ids := _ids(function)) is not None:
+            if bool((ids >= 0).any()):
+                return False
+        elif function is not causal_mask_function and not any(_made_by(each, function) for each in _HIDING):
+            return False
+    return True
 
 
 def with_spans(shown: Tensor | None, ids: Tensor, kv_length: int, q_length: int) -> Tensor:
@@ -67,7 +90,7 @@ def shown_and_spans(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 def _parts(function: Callable[..., Any], how: str) -> list[Callable[..., Any]]:
     """What a mask is a union ("or") or an intersection ("and") of; else the mask itself."""
-    if getattr(function, "__qualname__", "") == f"{how}_masks.<locals>.{how}_mask":
+    if _made_by(f"{how}_masks", function):
         return [*_enclosed(function)["mask_functions"]]
     return [function]
 
@@ -86,9 +109,11 @@ def _ids(function: Callable[..., Any]) -> Tensor | None:
 
 
 def _enclosed_by(maker: str, function: Callable[..., Any], name: str) -> Any:
-    if getattr(function, "__qualname__", "") != f"{maker}.<locals>.inner_mask":
-        return None
-    return _enclosed(function).get(name)
+    return _enclosed(function).get(name) if _made_by(maker, function) else None
+
+
+def _made_by(maker: str, function: Callable[..., Any]) -> bool:
+    return getattr(function, "__qualname__", "") == f"{maker}.<locals>.{_MADE.get(maker, 'inner_mask')}"
 
 
 def _enclosed(function: Callable[..., Any]) -> Any:

@@ -60,7 +60,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     per KV head (fewer if it would get wide), rotary embeddings, biases and softcaps; windows of at most 64 tokens."""
     if config.get_text_config(decoder=True) is not config:
         return _small_multimodal(copy.deepcopy(config))
-    small = with_layers(config, layers_of_each_kind(config)[0])
+    small = with_layers(config, layers_of_each_kind(config))
     own = [settings for _, settings in sorted(_own_settings(small).items())]
     every = layer_heads(small)
     groups = [min(max(1, each.heads // each.kv_heads), 16) for each in every]
@@ -176,10 +176,9 @@ def described(model: PreTrainedModel) -> str:
 def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
     """A copy of a config that has only these of its layers."""
     few, own = copy.deepcopy(config), _own_settings(config)
-    lists = layers_of_each_kind(config)[1]
     if own:
         few.per_layer_config = None
-    for name, value in lists.items():
+    for name, value in _values_by_layer(config).items():
         setattr(few, name, [value[layer] for layer in layers])
     for name in _OF_INDICES & {*vars(config)}:
         chosen = getattr(config, name) or ()
@@ -201,15 +200,18 @@ def _own_settings(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     return {index: {name: getattr(own, name) for name in names} for index, own in enumerate(config.per_layer_config)}
 
 
-def layers_of_each_kind(config: PreTrainedConfig) -> tuple[list[int], dict[str, list[Any]]]:
-    """The first four layers, or as many more as it takes to have each kind; and a config's settings that have a value
-    per layer, by name."""
-    count = config.num_hidden_layers
-    lists = {
+def _values_by_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """A config's settings that have a value per layer, by name."""
+    return {
         name: value
         for name, value in vars(config).items()
-        if isinstance(value, list) and len(value) == count and name not in _OF_INDICES
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in _OF_INDICES
     }
+
+
+def layers_of_each_kind(config: PreTrainedConfig) -> list[int]:
+    """The first four layers, or as many more as it takes to have each kind."""
+    count, lists = config.num_hidden_layers, _values_by_layer(config)
     own, first_shared = _own_settings(config), count - shared_layers(config)
     chosen = [getattr(config, name) or () for name in sorted(_OF_INDICES & {*vars(config)})]
     kinds = [
@@ -225,6 +227,6 @@ def layers_of_each_kind(config: PreTrainedConfig) -> tuple[list[int], dict[str, 
     ]
     firsts = sorted(kinds.index(kind) for kind in set(kinds))
     if firsts[-1] < 8:
-        return list(range(min(count, max(4, firsts[-1] + 1)))), lists
+        return list(range(min(count, max(4, firsts[-1] + 1))))
     # if a kind comes late: the first layer of each kind, and the one before it
-    return sorted({0, 1, *firsts, *(max(0, first - 1) for first in firsts)}), lists
+    return sorted({0, 1, *firsts, *(max(0, first - 1) for first in firsts)})

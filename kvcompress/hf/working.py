@@ -129,7 +129,7 @@ def _peak(decoder: Any, tokens: int) -> int:
 
 
 def _with_few_layers(config: PreTrainedConfig, times: int) -> PreTrainedConfig:
-    layers = layers_of_each_kind(config)[0]
+    layers = layers_of_each_kind(config)
     if times > 1:
         layers = list(range(min(config.num_hidden_layers, times * len(layers))))
     few = with_layers(config, layers)

@@ -94,7 +94,9 @@ class PackedTail(TailSegment):
         return torch.cat([self._wide(key), self._wide(value)], 1)
 
     def _wide(self, x: Tensor) -> Tensor:
-        return pad(x, (0, max(self.widths) - x.shape[-1]))
+        lacking = max(self.widths) - x.shape[-1]
+        # pad copies even what lacks nothing
+        return pad(x, (0, lacking)) if lacking else x
 
     def _apart(self, both: Tensor) -> tuple[Tensor, Tensor]:
         """Takes `_side_by_side` back."""

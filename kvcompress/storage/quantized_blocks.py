@@ -152,9 +152,7 @@ class QuantizedBlocks(Segment):
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """The keys and values that attention sees, [batch, kv_heads, blocks * block, head_dim] float32 each."""
-        key, value = (
-            self._decode(side, packed, self.spans).flatten(2, 3) for side, packed in enumerate((self.keys, self.values))
-        )
+        key, value, _ = self.some(slice(0, self.positions.shape[2] // self.block))
         return key, value
 
     def _decode(self, side: int, packed: Any, spans: Tensor | None) -> Tensor:
@@ -375,12 +373,7 @@ class QuantizedBlocks(Segment):
         limit = torch.tensor(lengths, device=places.device)[:, None]
         goes = (places >= limit[..., None]).any(-1)  # [batch, blocks]
         if not bool(goes.any()):
-            none = slice(0, 0)
-            spans = None if self.spans is None else self.spans[:, none]
-            key, value = (
-                self._decode(side, packed.of_blocks(none), spans).flatten(2, 3)
-                for side, packed in enumerate((self.keys, self.values))
-            )
+            key, value, _ = self.some(slice(0, 0))
             return key, value, [0] * len(places)
         at = goes.to(torch.uint8).argmax(1, keepdim=True)
         stays = places.gather(1, at[..., None].expand(-1, -1, self.block))[:, 0]

@@ -71,44 +71,31 @@ class PackedSlots(SlotSegment):
         return out, lse
 
     def decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
-        query_positions: Tensor,
-        spec: LogitSpec,
-        sink_logits: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        out, attention = self._decode(query, key, value, positions, query_positions, spec, sink_logits, self.positions)
+        answer = self._decode(self.positions, query, key, value, positions, *args, **options)
         self.put(key, value, positions)
-        return out, attention
+        return answer
 
-    def decode_again(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
-        query_positions: Tensor,
-        spec: LogitSpec,
-        sink_logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        past = self.positions.scatter(2, self.spare[..., None], EMPTY)
-        return self._decode(query, key, value, positions, query_positions, spec, sink_logits, past)
+    def decode_again(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return self._decode(self.positions.scatter(2, self.spare[..., None], EMPTY), *args, **options)
 
     def _decode(
         self,
+        past: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         positions: Tensor,
         query_positions: Tensor,
         spec: LogitSpec,
-        sink_logits: Tensor | None,
-        past: Tensor,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `decode`; past: [batch, kv_heads, slots] int32, the positions of the slots without this token."""
+        """As `decode`, without `put`.
+
+        Args:
+            past: [batch, kv_heads, slots] int32, positions of the slots without this token.
+        """
         out, lse, logits = self._attend(query, query_positions, spec, with_logits=True, positions=past)
         # the token itself takes part unpacked, and is packed for later ones
         visible = (positions != EMPTY)[:, None]

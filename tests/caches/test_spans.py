@@ -13,10 +13,11 @@ from transformers.masking_utils import (
 )
 
 from kvcompress import DenseCache, GEARCache, H2OCache, HydragenCache, KVzipCache, ShadowKVCache, release
-from kvcompress.caches.spans import Spans, attend_within
+from kvcompress.caches.spans import Spans, attend_ahead
 from kvcompress.check.typical import TYPICAL
 from kvcompress.hf import cache_argument
 from kvcompress.hf.masks import shown_and_spans, spans_of, with_spans
+from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.merge import merge_states
 from kvcompress.layer import AttentionInput
@@ -66,7 +67,8 @@ def weights_of(x):
 def test_attention_within_spans_equals_that_under_a_whole_mask(spec, padded):
     x = made(spec, padded)
     spans = Spans.of(x)
-    out, lse = merge_states(*map(list, zip(*attend_within(x, spans), strict=True)))
+    parts = [causal_attention(x.query, x.key, x.value, x.spec, x.visible), *attend_ahead(x, spans)]
+    out, lse = merge_states(*map(list, zip(*parts, strict=True)))
     weights = weights_of(x)
     real = torch.ones(BATCH, TOKENS, dtype=torch.bool) if x.visible is None else x.visible
     wanted = (weights @ x.value[:, :, None]).flatten(1, 2)
