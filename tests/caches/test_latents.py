@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -26,6 +27,7 @@ from kvcompress import (
 from kvcompress.check.check import check
 from kvcompress.hf import cache_argument
 from kvcompress.policies.gear import GEAR
+from kvcompress.storage.latent import DenseLatents
 from tests.contract.drive import feed, full, generate
 from tests.contract.models import DEVICE, left_padded, prompt
 
@@ -164,6 +166,29 @@ def test_only_latents_are_held(model):
     assert evicting.memory().ratio < 0.3
     assert packed.memory().ratio < 0.25
     assert all(kept.shape == (2, 1) for cache in (dense, evicting, packed) for kept in cache.memory().tokens_kept)
+
+
+@pytest.mark.parametrize("make", [DenseCache, ROOMY["h2o"], ROOMY["adakv"]], ids=["dense", "h2o", "adakv"])
+def test_a_file_holds_latents_once(model, make, tmp_path):
+    cache = make(model)
+    feed(model, cache, prompt(200, 2))
+    cache.save(tmp_path / "cache.safetensors")
+    with safe_open(tmp_path / "cache.safetensors", "pt") as file:
+        names = [*file.keys()]
+    assert [name for name in names if "keys" in name]
+    assert not [name for name in names if "values" in name]
+
+
+def test_latents_are_put_in_another_order_once():
+    both = torch.arange(2 * 5 * 3.0).view(2, 1, 5, 3)
+    segment = DenseLatents(both, both[..., :2])
+    segment.append(both, both[..., :2], None)
+    order = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    segment.reorder(order)
+    wanted = torch.cat([both[torch.arange(2)[:, None], 0, order], both[:, 0, 3:]], 1)[:, None]
+    keys, values, _ = segment.held()
+    assert torch.equal(keys, wanted)
+    assert torch.equal(values, wanted[..., :2])
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "heads", "pyramid"])
