@@ -192,8 +192,8 @@ def test_shadowkv_counts_a_forward_once_however_many_layers_read_it(model):
     [
         (HydragenCache, "attend to keys and values of others"),
         (lambda model: AcrossKVCache(model, share=2), "no keys and values of their own"),
-        (lambda model: measure_basis(model, [prompt(40)]), "without keys and values of their own"),
-        (lambda model: measure_profile(model, [prompt(40)]), "without keys and values of their own"),
+        (lambda model: measure_basis(model, [prompt(40)]), "no keys and values of their own"),
+        (lambda model: measure_profile(model, [prompt(40)]), "no keys and values of their own"),
     ],
     ids=["hydragen", "across", "basis", "profile"],
 )
