@@ -209,6 +209,13 @@ class CompressedCache(hf.AttendingCache):
     ) -> Tensor:
         return self._states_of(layer_idx).update_recurrent_state(recurrent_states.detach(), state_idx, **kwargs)
 
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        # without a convolution before it, nothing but the state tells that there is one
+        return self._states_of(layer_idx).recurrent_states[0]
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        self.update_recurrent_state(linear_cache, layer_idx)
+
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         if layer_idx is None:
             layer_idx = max(self.states, default=None)

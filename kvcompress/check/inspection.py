@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
@@ -90,7 +90,7 @@ class Inspection:
         return self.method.build(self.subject.model, budget, settings)
 
     def _full(self) -> Any:
-        return DynamicCache(config=self.subject.model.config)
+        return hf.full_cache(self.subject.model)
 
     @torch.no_grad()
     def _feed(

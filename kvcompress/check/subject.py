@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.hf import judge
@@ -112,7 +112,7 @@ class Subject:
         row = self.rows[0][: DOCUMENT + sum(fed)]
         logits, start = [], 0
         try:
-            cache = DynamicCache(config=self.judge.config)
+            cache = hf.full_cache(self.judge)
             truth = self.judge(row[None], use_cache=False, **self.positions(len(row), True)).logits[0]
             for stop in itertools.accumulate(fed, initial=DOCUMENT):
                 positions = {name: each[:, start:] for name, each in self.positions(stop, told).items()}
@@ -136,7 +136,7 @@ class Subject:
         """For each row, the keys and values that the first layer is fed, [kv_heads, tokens, head_dim]."""
         fed = []
         for row in self.rows:
-            cache: Any = DynamicCache(config=hf.without_windows(hf.decoder_config(self.judge)))
+            cache: Any = hf.full_cache(self.judge, hf.without_windows(hf.decoder_config(self.judge)))
             with torch.no_grad():
                 positions = self.positions(len(row))
                 self.judge(row[None], use_cache=True, **positions, **hf.cache_argument(self.judge, cache))

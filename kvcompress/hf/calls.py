@@ -8,6 +8,7 @@ the model's own methods are shadowed by ones that know both.
 
 import functools
 import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -15,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import ModelOutput
 
 from kvcompress.hf.configs import fillers_of
@@ -31,6 +32,7 @@ __all__ = [
     "cache_in",
     "cache_of",
     "forward_in_progress",
+    "full_cache",
     "take_cache",
     "watch_forwards",
 ]
@@ -187,6 +189,22 @@ def _forget(module: nn.Module) -> AttendingCache | None:
     return None
 
 
+# types whose decoder takes, with use_cache, no cache but of a class of its own; without, it uses what it is given
+_CACHES_OF_THEIR_OWN = {"minimax": "MiniMaxCache"}
+
+
+def full_cache(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> Any:
+    """The cache that transformers would make for a model, which keeps everything.
+
+    Args:
+        config: in place of the model's.
+    """
+    own = _CACHES_OF_THEIR_OWN.get(decoder_of(model).config.model_type)
+    if own is not None:
+        return getattr(sys.modules[type(decoder_of(model)).__module__], own)()
+    return DynamicCache(config=model.config if config is None else config)
+
+
 def watch_forwards(model: PreTrainedModel) -> None:
     """Makes a model tell an AttendingCache when a forward begins and has ended, and take any cache by either name."""
     decoder = decoder_of(model)
@@ -251,6 +269,8 @@ def _before(
                 )
             _FORWARDS.stack.append((weakref.ref(module), weakref.ref(cache), _eager(module, cache, args, kwargs)))
             if is_decoder:
+                if module.config.model_type in _CACHES_OF_THEIR_OWN:
+                    changed = {**kwargs, "use_cache": False}
                 ids = _tokens(args, kwargs)
                 cache.forward_begins(module, ids)
                 fed = kwargs.get("inputs_embeds") if ids is None else ids

@@ -74,7 +74,6 @@ _OWN_WAYS = {
     "kosmos_2_5_text_model": "takes positions of its own",
     "kosmos_2_text_model": "takes positions of its own",
     "kyutai_speech_to_text": "reads the codes of a sound with each token",
-    "minimax": "has a cache class of its own",
     "mllama": "attends to images in layers of their own",
     "mllama_text_model": "attends to images in layers of their own",
     "pi0": "moves a robot, and generates no tokens",

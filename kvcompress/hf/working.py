@@ -13,11 +13,10 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
-    DynamicCache,
     PreTrainedConfig,
 )
 
-from kvcompress.hf.calls import cache_argument
+from kvcompress.hf.calls import cache_argument, full_cache
 from kvcompress.hf.configs import layer_kinds
 from kvcompress.hf.small import layers_of_each_kind, with_layers
 from kvcompress.hf.states import states_in
@@ -94,9 +93,10 @@ def state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
         return 0
 
     def states_of(decoder: Any) -> int:
-        cache = DynamicCache(config=decoder.config)
+        cache = full_cache(decoder)
         decoder(input_ids=torch.zeros(1, 8, dtype=torch.long), **cache_argument(decoder, cache))
-        each = [list(states_in(layer)) for layer in cache.layers]
+        # MiniMax keeps them beside its layers
+        each = [states_in(layer) for layer in cache.layers] + [[*held] for held in getattr(cache, "linear_cache", [])]
         return sum(tensor.nbytes for tensor in next(held for held in each if held))
 
     each = _without_numbers(config, dtype, states_of)
