@@ -87,6 +87,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "time_step_min": 1e-9,
         "use_mem_rope": True,
     },
+    # a cache class of its own, which counts no tokens where the first layer attends to none
+    "minimax": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "block_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 
 TYPICAL: dict[str, dict[str, Any]] = {

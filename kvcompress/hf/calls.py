@@ -269,7 +269,8 @@ def _before(
                 )
             _FORWARDS.stack.append((weakref.ref(module), weakref.ref(cache), _eager(module, cache, args, kwargs)))
             if is_decoder:
-                if module.config.model_type in _CACHES_OF_THEIR_OWN:
+                decoder: Any = module
+                if decoder.config.model_type in _CACHES_OF_THEIR_OWN:
                     changed = {**kwargs, "use_cache": False}
                 ids = _tokens(args, kwargs)
                 cache.forward_begins(module, ids)
