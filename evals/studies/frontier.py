@@ -29,6 +29,7 @@ def main(
     probe_tokens: Annotated[int, "of each text, and of rows that ask, for the frontier"] = 2048,
     text_tokens: Annotated[int, "last tokens of each text, for the exam"] = 4096,
     window: int = 512,
+    own_last: Annotated[int, "last tokens of prompts with keys and values of their own"] = 0,
     needles: Annotated[list[int] | None, "lengths of contexts that hide a needle, for the exam"] = None,
     samples: Annotated[int, "needles of each length"] = 24,
     examined: Annotated[int | None, "first layer of the conversion that sits the exam; default: the elbow's"] = None,
@@ -56,7 +57,7 @@ def main(
     marks = [_now()]
     frontier, survey = diagnose(
         base, tokenizer, rows, texts=texts, firsts=firsts, shares=tuple(share or (1,)), fit_tokens=fit_tokens,
-        probe_tokens=probe_tokens, length=window, retrieval=retrieval, on_point=show,
+        probe_tokens=probe_tokens, length=window, retrieval=retrieval, own_last=own_last, on_point=show,
     )  # fmt: skip
     results["frontier"] = frontier.facts()
     results["fit_seconds"] = round(survey.seconds, 1)
@@ -67,9 +68,10 @@ def main(
     if first is None or not (needles or text_tokens):
         return
     last = {name: torch.cat([row.ids for row in each])[-text_tokens:] for name, each in texts.items()}
-    exam = Exam(last if text_tokens else {}, window, tuple(needles or ()), samples)
+    prompt = window // 2 if own_last else 0
+    exam = Exam(last if text_tokens else {}, window, prompt, tuple(needles or ()), samples)
     results["exam"] = []
-    for name, one in (("base", base), (f"fitted, from layer {first} on", survey.converted(first))):
+    for name, one in (("base", base), (f"fitted, from layer {first} on", survey.converted(first, own_last=own_last))):
         results["exam"].append(measure(name, one, tokenizer, exam).row())
         lap(name)
         print(results["exam"][-1], flush=True)

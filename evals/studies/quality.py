@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress import DenseCache
+from kvcompress import DenseCache, hf
 from kvcompress.evals.sweep.protocol import answer
 from kvcompress.evals.sweep.rows import standard_error
 from kvcompress.evals.sweep.samples import make_prompt, make_samples, score
@@ -21,13 +21,15 @@ from kvcompress.evals.sweep.samples import make_prompt, make_samples, score
 class Exam:
     """The measurements for every model.
 
-    texts: token ids [tokens] by name, read in windows of `window` tokens. needle_lengths: of contexts, in tokens, with
+    texts: token ids [tokens] by name, read in windows of `window` tokens, of which the first `prompt` fill a cache and
+    are not scored. needle_lengths: of contexts, in tokens, with
     `samples` needles each. tasks: of lm-eval or evals/lm/tasks, with `shots` examples and the first `limit` questions
     of each; data: the folder of the local ones.
     """
 
     texts: dict[str, Tensor]
     window: int = 512
+    prompt: int = 0
     needle_lengths: tuple[int, ...] = ()
     samples: int = 8
     tasks: tuple[str, ...] = ()
@@ -64,7 +66,7 @@ def measure(name: str, model: Any, tokenizer: Any, exam: Exam) -> Quality:
     accuracy, errors = tasks(model, tokenizer, exam) if exam.tasks else ({}, {})
     return Quality(
         name,
-        {text: perplexity(model, ids, exam.window) for text, ids in exam.texts.items()},
+        {text: perplexity(model, ids, exam.window, exam.prompt) for text, ids in exam.texts.items()},
         {str(length): needles(model, tokenizer, length, exam.samples) for length in exam.needle_lengths},
         accuracy,
         errors,
@@ -72,15 +74,22 @@ def measure(name: str, model: Any, tokenizer: Any, exam: Exam) -> Quality:
 
 
 @torch.no_grad()
-def perplexity(model: Any, ids: Tensor, window: int) -> float:
-    """The perplexity of a text [tokens], in separate windows."""
+def perplexity(model: Any, ids: Tensor, window: int, prompt: int = 0) -> float:
+    """The perplexity of a text [tokens], in separate windows, of what follows the first `prompt` tokens of each."""
     losses, count = 0.0, 0
     for part in ids.split(window):
-        if len(part) < 2:
+        if len(part) < prompt + 2:
             continue
-        logits = model(part[None].to(model.device)).logits[0, :-1].float()
-        losses += torch.nn.functional.cross_entropy(logits, part[1:].to(model.device), reduction="sum").item()
-        count += len(part) - 1
+        part = part.to(model.device)
+        if prompt:
+            cache = hf.cache_argument(model, hf.full_cache(model))
+            before = model(part[None, :prompt], logits_to_keep=1, **cache).logits
+            logits = torch.cat([before, model(part[None, prompt:], **cache).logits], 1)[0, :-1]
+        else:
+            logits = model(part[None]).logits[0, :-1]
+        said = part[max(prompt, 1) :]
+        losses += torch.nn.functional.cross_entropy(logits.float(), said, reduction="sum").item()
+        count += len(said)
     return float(torch.tensor(losses / count).exp())
 
 

@@ -22,6 +22,7 @@ def distill(
     out: Annotated[Path, "Folder for the model, losses and checkpoints; an earlier run is resumed."] = Path("swiftkv"),
     skip_from: Annotated[str, "First layer that prompts skip: its index, a fraction (0.5), or auto."] = "0.5",
     share: Annotated[int, "How many later layers share keys and values."] = 1,
+    own_last: Annotated[int, "Last tokens of prompts that run all layers; they and answers lose nothing."] = 0,
     diagnose: Annotated[bool, "Only tell what conversions from each layer on would cost and keep."] = False,
     text: Annotated[list[Path] | None, "With --diagnose or auto, texts to measure; else the last of the data."] = None,
     retrieval: Annotated[float, "Share of generated rows that ask for what they hold."] = 0.5,
@@ -77,6 +78,7 @@ def distill(
         rows = read_rows(data, tokenizer, length)
         texts = {path.stem: read_rows([path], tokenizer, length) for path in text or ()} or None
         how: Any = {"texts": texts, "fit_tokens": fit_tokens, "length": length, "retrieval": retrieval, "seed": seed}
+        how["own_last"] = own_last
         if diagnose:
             _diagnose(loaded, tokenizer, rows, share, how, out)
             return
@@ -84,7 +86,7 @@ def distill(
             student: Any = best_conversion(loaded, tokenizer, rows, share, **how)
             print(f"prompts skip the layers from {student.config.num_key_value_layers} on", flush=True)
         else:
-            student = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share)
+            student = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share, own_last=own_last)
         if retrieval:
             rows = with_retrieval(rows, tokenizer, length, retrieval, seed)
 

@@ -20,6 +20,7 @@ def convert(
     skip_from: int | float | Literal["auto"] = 0.5,
     share: int = 1,
     *,
+    own_last: int = 0,
     rows: Sequence[Row] | None = None,
     tokenizer: Any = None,
 ) -> Any:
@@ -33,18 +34,22 @@ def convert(
         skip_from: the first layer that prompts skip: its index, or a fraction of the layers. "auto" fits conversions
             of all, and takes the cheapest that still retrieves (kvcompress/swiftkv/frontier.py); it is fitted.
         share: consecutive later layers that share one set of keys and values (AcrossKV), a divisor of their number.
+        own_last: as many tokens at the end of a prompt, at least, run the later layers, and they and all that are
+            generated have keys and values of their own, as before the conversion: it then loses much less, and a prompt
+            of N tokens skips the later layers of N - own_last. Not in the paper, and only with share=1; 0: none.
         rows: for "auto", what to fit to and measure on, as of `read_rows`. tokenizer: for "auto", the model's.
 
     Raises:
-        ValueError: the model's family is not supported, the model is spread over devices or quantised, or the later
-            layers cannot be grouped like this; with "auto", if no conversion keeps enough.
+        ValueError: the model's family is not supported, the model is spread over devices or quantised, the later
+            layers cannot be grouped like this, or own_last is below 0 or goes with share; with "auto", if no
+            conversion keeps enough.
     """
     if skip_from == "auto":
         from kvcompress.swiftkv.frontier import best_conversion
 
         if rows is None or tokenizer is None:
             raise ValueError('skip_from="auto" measures: it needs rows (of read_rows) and the tokenizer')
-        return best_conversion(model, tokenizer, rows, share)
+        return best_conversion(model, tokenizer, rows, share, own_last=own_last)
     if rows is not None:
         raise ValueError(
             f'rows are for skip_from="auto", got skip_from={skip_from!r}; fit(model, rows) fits afterwards'
@@ -64,6 +69,7 @@ def convert(
     fields = config.to_dict()
     fields.pop("model_type", None)
     fields |= {"num_key_value_layers": first, "key_value_group_size": share, "swiftkv_teacher": True}
+    fields |= {"swiftkv_own_last": own_last}
     settings = kind.config_class.from_dict({**fields, "architectures": [kind.__name__]})
     settings._attn_implementation = config._attn_implementation
     with torch.device("meta"):

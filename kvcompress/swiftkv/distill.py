@@ -23,7 +23,7 @@ from torch import nn
 from kvcompress.swiftkv.checkpoint import Checkpoint, Run
 from kvcompress.swiftkv.data import Row, batches, first_rows
 from kvcompress.swiftkv.least_squares import fit
-from kvcompress.swiftkv.model import SwiftKVModel, trained_parameters
+from kvcompress.swiftkv.model import SwiftKVModel, all_fitted, trained_parameters
 from kvcompress.swiftkv.objective import Objective
 
 
@@ -120,7 +120,8 @@ def distill(
         raise ValueError("there is nothing to learn from: no rows")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        return _train(model, rows, settings, Path(folder), on_step)
+        with all_fitted(model):
+            return _train(model, rows, settings, Path(folder), on_step)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])

@@ -6,6 +6,9 @@ h_l is the residual stream that enters layer l, the first of the later ones. Bec
 what the later layers compute, only the positions whose logits are asked for have to run them; the others stop at l.
 AcrossKV: in a group of later layers only the first has Wk and Wv; the others attend to its keys and values.
 
+With `own_last`, positions that run the later layers have K_j and V_j of what enters layer j, by the family's own
+projections; the others have those above.
+
 `SingleInput` is the state of one such forward. The model passes it to its layers as the keyword `single_input`, layer l
 fills it and narrows the residual stream, and every later attention takes its keys and values from it.
 """
@@ -34,6 +37,7 @@ class SingleInput:
     """What the later layers of one forward share.
 
     asked: [batch, positions] int64, the columns whose output is wanted; None for all.
+    running: those of which it is asked that they run the later layers, the wanted ones last; None for all.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class SingleInput:
         asked: Tensor | None,
         visible: Tensor | None,
         given: hf.Cache | None,
+        own_last: int = 0,
     ) -> None:
         """
         Args:
@@ -55,6 +60,8 @@ class SingleInput:
             asked: as above.
             visible: [batch, columns] padding mask of at least the forward's columns, or None.
             given: the cache that the model was given, or None.
+            own_last: as many tokens at the end, at least, run the later layers, and all that do have their own keys and
+                values; 0: none has.
         """
         self.given = given
         # the cache that reached the later layers
@@ -64,6 +71,8 @@ class SingleInput:
         self.first = first
         self.share = share
         self.asked = asked
+        self.running = asked
+        self.own_last = own_last
         self.visible = visible
         # columns that run the later layers, [batch, positions]; None for all
         self.rows: Tensor | None = None
@@ -95,6 +104,9 @@ class SingleInput:
         self._narrow, self._bulk = {}, {}
         self.columns = hidden.shape[1]
         self._writes_at_once = self._in_bulk(cache)
+        if self.asked is not None and self.own_last:
+            last = last_columns(self.own_last, self.visible, *hidden.shape[:2], self.asked.device)
+            self.running = torch.cat([last, self.asked], 1)
         self.rows = self._which(mask, cache, implementation)
         return hidden if self.rows is None else _at(hidden, self.rows)
 
@@ -162,7 +174,7 @@ class SingleInput:
 
     def _which(self, mask: Any, cache: Any, implementation: str) -> Tensor | None:
         """The columns that run the later layers, [batch, positions]; None for all of them."""
-        asked, columns = self.asked, self.columns
+        asked, columns = self.running, self.columns
         if asked is None:
             return None
         compressed = isinstance(cache, CompressedCache)
@@ -204,7 +216,7 @@ class SingleInput:
     def mask(self, mask: Any, keys: int, device: torch.device) -> Any:
         """The layer's mask for the positions that continue and this many keys, on this device."""
         # for the last columns, in order, the attention function needs no mask
-        if self.rows is not self.asked or self.rows is None:
+        if self.rows is not self.running or self.rows is None:
             return mask
         known = self._masks.get(keys)
         if known is None or known[0] is not mask:
@@ -224,14 +236,22 @@ class SingleInput:
         return (torch.arange(keys, device=last.device) <= last[..., None])[:, None]
 
     def key_value(
-        self, attention: "SingleInputAttention", turns: tuple[Tensor, Tensor], cache: Any, device: torch.device
+        self,
+        attention: "SingleInputAttention",
+        turns: tuple[Tensor, Tensor],
+        cache: Any,
+        device: torch.device,
+        own: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A later layer's keys and values, [batch, kv_heads, tokens, head_dim], with those of the cache.
 
         Args:
             turns: the layer's cosines and sines of all columns, [batch or 1, columns, rotary_dim].
             device: the layer's, as the model may be spread over several.
+            own: those that the positions which continue have of their own, [batch, kv_heads, positions, head_dim].
         """
+        if own is not None and self.rows is None:
+            return own if cache is None else cache.update(*own, attention.layer_idx)
         is_source = (attention.layer_idx - self.first) % self.share == 0
         recomputed = attention.recomputes
         if is_source or recomputed:
@@ -242,6 +262,8 @@ class SingleInput:
             self._leader = self._project(source, turns, recomputed, device) if made is None else made
         assert self._leader is not None
         key, value = self._leader
+        if own is not None:
+            key, value = self._with_own(attention, own)
         if cache is None or (not is_source and not isinstance(cache, CompressedCache)):
             # with a cache of transformers, the group attends to what its first layer's update returned
             return key.to(device), value.to(device)
@@ -249,6 +271,19 @@ class SingleInput:
         if is_source and not isinstance(cache, CompressedCache):
             self._leader = given
         return given
+
+    def _with_own(self, attention: "SingleInputAttention", own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, in which positions that continue have their own."""
+        assert self._leader is not None
+        assert self.rows is not None
+        at = self.rows[:, None, :, None].to(own[0].device)
+        in_place = attention.layer_idx in self._bulk
+        put = Tensor.scatter_ if in_place else Tensor.scatter
+        key, value = (
+            put(each, 2, at.expand(-1, mine.shape[1], -1, mine.shape[3]), mine.to(each.dtype))
+            for each, mine in zip(self._leader, own, strict=True)
+        )
+        return key, value
 
     def _project(
         self, attention: "SingleInputAttention", turns: tuple[Tensor, Tensor], fresh: bool, device: torch.device
@@ -265,8 +300,8 @@ class SingleInput:
             return hidden
         if self.rows is None:
             return _at(hidden, self.asked)
-        if self.rows is self.asked:
-            return hidden
+        if self.rows is self.running:
+            return hidden[:, -self.asked.shape[1] :]
         return _at(hidden, self.asked - self.rows[:, :1])
 
 
@@ -374,7 +409,8 @@ class SingleInputAttention(nn.Module):
         query = self._in_heads(self.q_proj_swiftkv(hidden_states), self.q_norm_swiftkv if self.norms else None)
         device = query.device
         query = self.rotated(query, single_input.narrowed(position_embeddings, self.kind), device)
-        key, value = single_input.key_value(self, position_embeddings, cache, device)
+        own = self._own(hidden_states, single_input, position_embeddings) if single_input.own_last else None
+        key, value = single_input.key_value(self, position_embeddings, cache, device, own)
         if single_input.rows is not None:
             # those of all columns
             kwargs.pop("position_ids", None)
@@ -393,6 +429,16 @@ class SingleInputAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(out.reshape(*shape, -1).contiguous()), weights
+
+    def _own(self, hidden: Tensor, single_input: SingleInput, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The family's own keys and values of what enters the layer, [batch, positions, hidden_size]."""
+        made = []
+        for name in "kv":
+            module, rows = projection(self, name)
+            norm = getattr(self, "k_norm", None) if name == "k" else None
+            made.append(self._in_heads(module(hidden)[..., rows], norm))
+        key, value = made
+        return self.rotated(key, single_input.narrowed(turns, self.kind), key.device), value
 
     def _window(self) -> int | None:
         # Mistral's config has one window, Qwen's one per layer
@@ -430,6 +476,20 @@ def projection(attention: Any, name: str) -> tuple[Any, slice]:
     heads, kv_heads, head_dim, _ = hf.layer_heads(attention.config)[hf.layer_of(attention)]
     start = {"q": 0, "k": heads, "v": heads + kv_heads}[name]
     return attention.qkv_proj, slice(start * head_dim, (start + (heads if name == "q" else kv_heads)) * head_dim)
+
+
+def last_columns(count: int, mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:
+    """The last `count` columns of each row, [batch, count] int64; of one that ends in padding, those before it.
+
+    Args:
+        mask: [batch, columns or more] padding mask, or anything else for none.
+    """
+    last = torch.full((batch,), columns - 1, device=device)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        visible = mask[:, -columns:].bool().to(device)
+        trailing = visible.flip(-1).to(torch.uint8).argmax(-1)
+        last = torch.where(visible.any(-1), last - trailing, last)
+    return (last[:, None] - torch.arange(count - 1, -1, -1, device=device)).clamp(min=0)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -2,12 +2,16 @@
 
     flops of the projections, for a prompt of S tokens and one position's logits:
         2 S first (q + k + v + o + mlp) + 2 S (layers - first) / share (k + v) + 2 (layers - first) (q + o + mlp)
+        and with own_last: + 2 (layers - first) ((own_last - 1) (q + o + mlp) + own_last (k + v))
     bytes of keys and values, over the full cache's: (first + (layers - first) / share) / layers
 
 One forward of the model for each row gives the least-squares sums of every first layer (least_squares.py), so all fits
 come from one pass over the data. They take 8 h (h + c) bytes for each first layer, with hidden_size h and c key and
 value channels of the layers from it on, and nothing else grows with the data. The probes are texts and rows that ask
 for what they hold (retrieval.py). They pass the early layers once, and the later ones of every conversion.
+
+With `own_last` (model.py), the first half of a text is a prompt, and the second half is measured; of a row that asks,
+what comes before the first answer is the prompt.
 """
 
 import math
@@ -73,12 +77,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What was measured of conversions of one model. prompt: tokens of the prompt that prefill is about."""
+    """What was measured of conversions of one model. prompt: tokens of the prompt that prefill is about. own_last: as
+    of `convert`."""
 
     layers: int
     prompt: int
     base: Score
     points: tuple[Point, ...]
+    own_last: int = 0
 
     def perplexity(self, score: Score) -> float:
         """A score's perplexity over the base model's, the geometric mean over the texts."""
@@ -181,9 +187,9 @@ class Survey:
         self.seconds = time.perf_counter() - started
 
     @torch.no_grad()
-    def converted(self, first: int, share: int = 1) -> Any:
+    def converted(self, first: int, share: int = 1, own_last: int = 0) -> Any:
         """The fitted conversion that skips from this layer on, as `convert` and `fit` make it of the same rows."""
-        model = convert(self.model, first, share)
+        model = convert(self.model, first, share, own_last=own_last)
         sums = self._sums[first]
         grouped = Sums()
         grouped.inner = sums.inner
@@ -203,6 +209,7 @@ class Survey:
         shares: Sequence[int] = (1,),
         *,
         prompt: int = 4096,
+        own_last: int = 0,
         unfitted: bool = True,
         on_point: Callable[[Point], None] | None = None,
     ) -> Frontier:
@@ -212,12 +219,13 @@ class Survey:
             texts: of each, rows of token ids [tokens] that were not fitted to.
             asked: rows whose `answered` tokens are looked up, as of `retrieval_rows`.
             prompt: tokens of the prompt that the formula for prefill is about.
+            own_last: as of `convert`.
             unfitted: score conversions before they are fitted, too.
             on_point: called with each point.
         """
         if not any(texts.values()) or not any(bool(row.answered.any()) for row in asked):
             raise ValueError("there is nothing to measure: it takes texts, and rows that ask for something")
-        probes = _Probes(self.model, texts, asked, self.firsts)
+        probes = _Probes(self.model, texts, asked, self.firsts, own_last)
         layers = len(probes.layers)
         whole = projection_flops(self.model.config, prompt)
         points = []
@@ -225,20 +233,21 @@ class Survey:
             for share in shares:
                 if (layers - first) % share:
                     continue
-                before = probes.score(convert(self.model, first, share), first) if unfitted else None
+                begun = convert(self.model, first, share, own_last=own_last)
+                before = probes.score(begun, first) if unfitted else None
                 points.append(
                     Point(
                         first,
                         share,
-                        projection_flops(self.model.config, prompt, first, share) / whole,
+                        projection_flops(self.model.config, prompt, first, share, own_last=own_last) / whole,
                         (first + (layers - first) // share) / layers,
                         before,
-                        probes.score(self.converted(first, share), first),
+                        probes.score(self.converted(first, share, own_last), first),
                     )
                 )
                 if on_point is not None:
                     on_point(points[-1])
-        return Frontier(layers, prompt, probes.score(self.model, layers), tuple(points))
+        return Frontier(layers, prompt, probes.score(self.model, layers), tuple(points), own_last)
 
 
 class _Probes:
@@ -246,9 +255,15 @@ class _Probes:
 
     @torch.no_grad()
     def __init__(
-        self, model: Any, texts: Mapping[str, Sequence[Tensor]], asked: Sequence[Row], firsts: Sequence[int]
+        self,
+        model: Any,
+        texts: Mapping[str, Sequence[Tensor]],
+        asked: Sequence[Row],
+        firsts: Sequence[int],
+        own_last: int = 0,
     ) -> None:
         self.layers = model.model.layers
+        self._own_last = own_last
         self._model = model
         rows = [Row(ids, torch.zeros(0)) for parts in texts.values() for ids in parts]
         self._names = [name for name, parts in texts.items() for _ in parts]
@@ -267,30 +282,42 @@ class _Probes:
         """The score of the model, or of a conversion of it, which skips from the layer `first` on."""
         lost: dict[str, list[Tensor]] = {}
         tokens: dict[str, int] = {}
-        divergence, found, asked = 0.0, 0, 0
+        divergence, found, asked, measured = 0.0, 0, 0, 0
         for index, (row, entered) in enumerate(zip(self._rows, self._entered, strict=True)):
             ids = row.ids[None].to(hf.input_device(model))
             if index < len(self._names):
                 name = self._names[index]
+                prompt = len(row.ids) // 2 if self._own_last else 0
                 with entered_at(model, first, entered[first]):
-                    ours = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+                    ours = self._logits(model, ids, prompt).float().log_softmax(-1)
                 with entered_at(self._model, len(self.layers), entered[len(self.layers)]):
-                    theirs = self._model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+                    theirs = self._logits(self._model, ids, prompt).float().log_softmax(-1)
                 divergence += float((theirs.exp() * (theirs - ours)).sum())
-                lost.setdefault(name, []).append(-ours[:-1].gather(1, ids[0, 1:, None].to(ours.device)).sum())
-                tokens[name] = tokens.get(name, 0) + len(row.ids) - 1
+                said = ids[0, prompt + 1 :, None].to(ours.device)
+                lost.setdefault(name, []).append(-ours[:-1].gather(1, said).sum())
+                tokens[name] = tokens.get(name, 0) + len(said)
+                measured += len(said) + 1
                 continue
             answers = [*_runs(row.answered)]
             at = torch.cat([torch.arange(start, stop) for start, stop in answers])
             with entered_at(model, first, entered[first]):
-                likeliest = model(ids, use_cache=False, logits_to_keep=(at - 1).to(ids.device)).logits[0].argmax(-1)
+                if self._own_last:
+                    prompt = answers[0][0] - 1
+                    likeliest = self._logits(model, ids, prompt)[at - 1 - prompt].argmax(-1)
+                else:
+                    wanted = (at - 1).to(ids.device)
+                    likeliest = model(ids, use_cache=False, logits_to_keep=wanted).logits[0].argmax(-1)
             right = (likeliest.cpu() == row.ids[at]).split([stop - start for start, stop in answers])
             found += sum(bool(each.all()) for each in right)
             asked += len(answers)
         perplexity = {name: float((torch.stack(each).sum() / tokens[name]).exp()) for name, each in lost.items()}
-        return Score(
-            perplexity, found / asked, divergence / sum(len(row.ids) for row in self._rows[: len(self._names)])
-        )
+        return Score(perplexity, found / asked, divergence / measured)
+
+    def _logits(self, model: Any, ids: Tensor, prompt: int) -> Tensor:
+        """The logits of what follows the first tokens of a row [1, tokens], [tokens - prompt, vocabulary]."""
+        runs = min(ids.shape[1], ids.shape[1] - prompt + self._own_last)
+        logits: Tensor = model(ids, use_cache=False, logits_to_keep=runs if prompt else 0).logits[0]
+        return logits[-(ids.shape[1] - prompt) :]
 
 
 def _runs(answered: Tensor) -> Iterator[tuple[int, int]]:
@@ -317,6 +344,7 @@ def diagnose(
     probe_tokens: int = 2048,
     length: int = 512,
     retrieval: float = 0.5,
+    own_last: int = 0,
     seed: int = 0,
     on_point: Callable[[Point], None] | None = None,
 ) -> tuple[Frontier, Survey]:
@@ -332,6 +360,7 @@ def diagnose(
         fit_tokens: how many tokens to fit to. probe_tokens: how many of each text to measure on; of rows that ask, four
             times as many.
         length: the most tokens of a row of generated ones. retrieval: their share of the tokens to fit to.
+        own_last: as of `convert`; then `shares` can only be 1.
         on_point: called with each point.
 
     Raises:
@@ -347,10 +376,12 @@ def diagnose(
     of_prose = first_rows(rows, round(fit_tokens * (1 - retrieval)), seed)
     prose = [Row(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in of_prose]
     survey = Survey(model, [row.ids for row in with_retrieval(prose, tokenizer, length, retrieval, seed)], firsts)
-    return survey.measure(probes, asked, shares, on_point=on_point), survey
+    return survey.measure(probes, asked, shares, own_last=own_last, on_point=on_point), survey
 
 
-def best_conversion(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], share: int = 1, **how: Any) -> Any:
+def best_conversion(
+    model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], share: int = 1, own_last: int = 0, **how: Any
+) -> Any:
     """The fitted conversion at the elbow of the model's frontier.
 
     Args:
@@ -359,7 +390,7 @@ def best_conversion(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row],
     Raises:
         ValueError: no conversion keeps enough; the message has the best.
     """
-    frontier, survey = diagnose(model, tokenizer, rows, shares=(share,), **how)
+    frontier, survey = diagnose(model, tokenizer, rows, shares=(share,), own_last=own_last, **how)
     elbow = frontier.elbow()
     if elbow is None:
         nearest = max(
@@ -370,7 +401,7 @@ def best_conversion(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row],
             f"perplexity; the best, from layer {nearest.first} on, finds {frontier.found(nearest.fitted):.2f} within "
             f"{frontier.perplexity(nearest.fitted):.2f}: name a layer, and train the conversion"
         )
-    return survey.converted(elbow.first, elbow.share)
+    return survey.converted(elbow.first, elbow.share, own_last)
 
 
 def _held_out(rows: Sequence[Row], tokens: int) -> tuple[list[Row], list[Row]]:
@@ -384,7 +415,9 @@ def _held_out(rows: Sequence[Row], tokens: int) -> tuple[list[Row], list[Row]]:
     return left, held
 
 
-def projection_flops(config: Any, tokens: int, first: int | None = None, share: int = 1, logits: int = 1) -> int:
+def projection_flops(
+    config: Any, tokens: int, first: int | None = None, share: int = 1, logits: int = 1, own_last: int = 0
+) -> int:
     """Flops of all projections of a prefill, by formula; `first` is the first layer skipped, None for no conversion."""
     of = hf.sizes(config)
     hidden, layers = of.hidden, of.layers
@@ -395,4 +428,8 @@ def projection_flops(config: Any, tokens: int, first: int | None = None, share: 
     head = 2 * logits * hidden * of.vocabulary
     early = 2 * tokens * first * (rest + key_value)
     later = 2 * tokens * ((layers - first) // share) * key_value + 2 * logits * (layers - first) * rest
+    if own_last:
+        # they run the later layers, and are projected twice
+        running = min(tokens, max(logits, own_last))
+        later += 2 * (layers - first) * ((running - logits) * rest + running * key_value)
     return early + later + head

@@ -14,7 +14,12 @@ norm_swiftkv and {q,k,v}_proj_swiftkv.
 The positions that run the later layers are those of `logits_to_keep`; if a row ends in padding, the last real tokens
 before it (transformers would give the logits of the padding). A call for all logits, labels, hidden states or
 attentions runs all positions, with the same numbers. A conversion changes what the model computes: it needs the
-distillation of kvcompress/swiftkv/distill.py before it is useful.
+distillation of kvcompress/swiftkv/distill.py before it is useful, or at least a fit (least_squares.py).
+
+With `own_last` the last tokens of a prompt run the later layers too, and every token that runs them has their own keys
+and values, by the projections that the model had before: those of the common input stand in for them only where they
+were not computed. This is not in the paper, costs a projection for each such token, and loses much less. What a token
+is then given depends on which positions ran: a call for all logits computes what the model did before.
 """
 
 import copy
@@ -31,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.hf.families import FAMILIES, Family
-from kvcompress.swiftkv.forward import SingleInput, SingleInputAttention, SingleInputLayer
+from kvcompress.swiftkv.forward import SingleInput, SingleInputAttention, SingleInputLayer, last_columns
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
@@ -42,12 +47,15 @@ class _Config:
 
     num_key_value_layers: layers before the later ones. key_value_group_size: later layers that share keys and values.
     swiftkv: False starts the model as its own teacher. swiftkv_teacher: it also has the teacher's projections.
+    swiftkv_own_last: as many tokens at the end of a forward, at least, run the later layers, and all that do have their
+    own keys and values; 0: no token has.
     """
 
     num_key_value_layers: int | None = None
     key_value_group_size: int | None = 1
     swiftkv: bool = True
     swiftkv_teacher: bool = False
+    swiftkv_own_last: int = 0
     base_model_tp_plan: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -64,6 +72,7 @@ class _Config:
         if self.key_value_group_size is None:
             self.key_value_group_size = 1
         _check_split(self, self.num_key_value_layers, self.key_value_group_size)
+        _check_own(self)
 
 
 class _Decoder(nn.Module):
@@ -110,7 +119,10 @@ class _Decoder(nn.Module):
         # checkpointed layers run without a cache, and warn of it
         checkpointed = self.training and getattr(self, "gradient_checkpointing", False)
         given = None if checkpointed else hf.cache_in((*args, *kwargs.values()))
-        state = SingleInput(self.norm_swiftkv, leaders, first, share, None if wants_all else asked, visible, given)
+        own_last = config.swiftkv_own_last
+        state = SingleInput(
+            self.norm_swiftkv, leaders, first, share, None if wants_all else asked, visible, given, own_last
+        )
         output = super().forward(*args, single_input=state, **kwargs)
         if leaders and not checkpointed:
             # the decoder may have created one itself
@@ -224,6 +236,17 @@ def as_teacher(model: SwiftKVModel) -> Iterator[None]:
         model.single_input = before
 
 
+@contextmanager
+def all_fitted(model: SwiftKVModel) -> Iterator[None]:
+    """Within it, no token has keys and values of its own in the later layers: what distillation trains."""
+    config = model.config
+    before, config.swiftkv_own_last = config.swiftkv_own_last, 0
+    try:
+        yield
+    finally:
+        config.swiftkv_own_last = before
+
+
 class _Known(nn.Module):
     """Replaces a layer whose output does not matter, or is known."""
 
@@ -270,6 +293,21 @@ def _check_split(config: Any, first: int, share: int) -> None:
             )
 
 
+def _check_own(config: Any) -> None:
+    own = config.swiftkv_own_last
+    if not isinstance(own, int) or isinstance(own, bool) or own < 0:
+        raise ValueError(f"own_last must be a number of tokens, 0 or more, got {own!r}")
+    if own and config.key_value_group_size > 1:
+        raise ValueError(
+            f"own_last={own} gives each layer keys and values of its own, which share={config.key_value_group_size} "
+            "layers cannot have in common: use one or the other"
+        )
+    if own and not config.swiftkv_teacher:
+        raise ValueError(
+            f"own_last={own} needs the model's own projections, which this checkpoint was published without"
+        )
+
+
 def _kind_of_attention(config: Any, layer: int) -> str:
     """How a layer attends, in words; layers that differ in it cannot share keys."""
     kind = hf.layer_kind(config, layer) or "full_attention"
@@ -289,9 +327,4 @@ def _asked(logits_to_keep: int | Tensor, mask: Any, batch: int, columns: int, de
         return torch.where(kept < 0, kept + columns, kept)
     if not 0 < logits_to_keep < columns:
         return None
-    last = torch.full((batch,), columns - 1, device=device)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        visible = mask[:, -columns:].bool().to(device)
-        trailing = visible.flip(-1).to(torch.uint8).argmax(-1)
-        last = torch.where(visible.any(-1), last - trailing, last)
-    return (last[:, None] - torch.arange(logits_to_keep - 1, -1, -1, device=device)).clamp(min=0)
+    return last_columns(logits_to_keep, mask, batch, columns, device)
