@@ -69,7 +69,7 @@ def main(
         return
     last = {name: torch.cat([row.ids for row in each])[-text_tokens:] for name, each in texts.items()}
     prompt = window // 2 if own_last else 0
-    exam = Exam(last if text_tokens else {}, window, prompt, tuple(needles or ()), samples)
+    exam = Exam(last if text_tokens else {}, window, tuple(needles or ()), samples, prompt=prompt)
     results["exam"] = []
     for name, one in (("base", base), (f"fitted, from layer {first} on", survey.converted(first, own_last=own_last))):
         results["exam"].append(measure(name, one, tokenizer, exam).row())

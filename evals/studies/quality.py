@@ -29,13 +29,13 @@ class Exam:
 
     texts: dict[str, Tensor]
     window: int = 512
-    prompt: int = 0
     needle_lengths: tuple[int, ...] = ()
     samples: int = 8
     tasks: tuple[str, ...] = ()
     shots: int = 5
     limit: int = 100
     data: str = ""
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
