@@ -105,7 +105,7 @@ class SingleInput:
         self.columns = hidden.shape[1]
         self._writes_at_once = self._in_bulk(cache)
         if self.asked is not None and self.own_last:
-            last = last_columns(self.own_last, self.visible, *hidden.shape[:2], self.asked.device)
+            last = last_columns(self.own_last, self.visible, len(hidden), self.columns, self.asked.device)
             self.running = torch.cat([last, self.asked], 1)
         self.rows = self._which(mask, cache, implementation)
         return hidden if self.rows is None else _at(hidden, self.rows)
