@@ -178,7 +178,7 @@ def wide(tmp_path_factory):
     ("method", "chunk"),
     [*((method, None) for method in registry.METHODS if method != "attention_matching"), ("attention_matching", 0)]
     + [("kvzip:bits=4", None), ("h2o:bits=4", None), ("snapkv:allocation=pyramid", None)]
-    + [(method, 256) for method in IN_CHUNKS],
+    + [pytest.param(method, 256, marks=pytest.mark.slow if method != "h2o" else ()) for method in IN_CHUNKS],
 )
 def test_the_plan_is_what_prefill_takes_at_most(method, chunk, wide):
     model, shape = wide
@@ -274,8 +274,16 @@ def of_type(name, dtype):
 # docs: in one forward or in chunks they are within 3 % of what prefill takes
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.bfloat16) for name in ("mixtral", "qwen3_moe", "gpt_oss", "phi3", "olmo2", "qwen3_next", "falcon_h1")]
-    + [(name, torch.float32) for name in ("mixtral", "qwen3_moe", "opt", "gpt_neox", "lfm2", "bamba")],
+    [(name, torch.bfloat16) for name in ("mixtral", "gpt_oss", "qwen3_next")]
+    + [(name, torch.float32) for name in ("mixtral", "opt", "bamba")]
+    + [
+        pytest.param(name, dtype, marks=pytest.mark.slow)
+        for names, dtype in (
+            (("qwen3_moe", "phi3", "olmo2", "falcon_h1"), torch.bfloat16),
+            (("qwen3_moe", "gpt_neox", "lfm2"), torch.float32),
+        )
+        for name in names
+    ],
 )
 def test_the_plan_is_what_prefill_takes_with_any_layers(name, dtype):
     if name in ("falcon_h1", "bamba") and OLD:

@@ -453,23 +453,17 @@ ENTRIES = [
 
 by_name = {entry.name: entry for entry in ENTRIES}
 
-# one for each way to hold tokens and to choose them; what the others, its variants, change is a score or a setting, and
-# by default they meet the tests in which it counts
+# one for each way to hold tokens and to choose them, or for several that meet in one; what the others, its variants,
+# change is a score or a setting, and by default they meet the tests in which it counts
 KINDS = (
     "dense",
     "hydragen",
     "h2o",
-    "h2o_fraction",
     "snapkv",
     "gear",
-    "gear_basis",
     "shadowkv",
-    "h2o_packed",
-    "h2o_heads",
     "h2o_packed_heads",
-    "kvzip_global",
     "attention_matching",
-    "h2o_rolled",
 )
 
 # steps of this one are compiled once it has taken room for them

@@ -91,7 +91,7 @@ def test_sampling_with_one_seed_gives_one_answer_and_equals_the_oracle(entry):
 
 
 # README: padding, beam search and several turns
-@every_variant
+@every_cache
 def test_beam_search_equals_the_oracle_and_each_beam_its_sequence_alone(entry):
     model = tiny()
     ids, cache, transcript = recorded(entry, model, prompt(20, 2), num_beams=3, early_stopping=False)
@@ -105,7 +105,7 @@ def test_beam_search_equals_the_oracle_and_each_beam_its_sequence_alone(entry):
         assert torch.equal(ids, full(model, prompt(20, 2), num_beams=3, early_stopping=False))
 
 
-@every_variant
+@every_cache
 def test_a_beam_search_that_swaps_beams_is_what_was_tested(entry):
     """The test above needs beams that cross."""
     model = tiny()

@@ -6,7 +6,7 @@ They were found in caches that mutate transformers' DynamicCache, and in transfo
 import pytest
 import torch
 
-from tests.contract.caches import all_those, every_cache, every_variant, those
+from tests.contract.caches import all_those, every_cache, those
 from tests.contract.drive import feed, generate, recorded, tokens_kept
 from tests.contract.models import DEVICE, build, left_padded, prompt, tiny
 from tests.contract.oracle import assert_equals_oracle, recording
@@ -61,7 +61,7 @@ def test_layers_of_different_length_do_not_crash(entry, attention):
 
 
 # README: per sequence, layer and KV head; tokens keep their true positions
-@every_variant
+@every_cache
 def test_heads_may_keep_different_tokens(entry):
     """Masks with one row for all heads cannot say so."""
     model = tiny()

@@ -185,7 +185,7 @@ def test_a_cache_that_is_loaded_in_inference_mode_goes_on_outside_of_it(entry, t
 
 
 # README: a compiled `forward`
-@caches("dense", "hydragen", "h2o", "h2o_fraction", "h2o_packed", "h2o_rolled", "kvzip", "gear", "shadowkv")
+@caches("dense", "h2o_fraction", "gear")
 def test_a_model_whose_forward_is_compiled_generates_as_ever_and_what_can_be_traced_is(entry):
     torch._dynamo.reset()
     model, backend = build("llama", num_hidden_layers=2), CompileCounterWithBackend("eager")

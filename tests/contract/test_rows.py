@@ -25,10 +25,12 @@ def index(*rows):
     [
         pytest.param(True, "reorder_cache", index(2, 0, 0), [2, 0, 0], id="padded-reorder"),
         pytest.param(True, "batch_select_indices", index(2, 1), [2, 1], id="padded-select"),
-        pytest.param(True, "batch_select_indices", BY_MASK, [0, 2], id="padded-select by mask"),
+        pytest.param(
+            True, "batch_select_indices", BY_MASK, [0, 2], id="padded-select by mask", marks=pytest.mark.variant
+        ),
         pytest.param(True, "batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2], id="padded-repeat"),
-        pytest.param(False, "reorder_cache", index(2, 0, 0), [2, 0, 0], id="reorder"),
-        pytest.param(False, "batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2], id="repeat"),
+        pytest.param(False, "reorder_cache", index(2, 0, 0), [2, 0, 0], id="reorder", marks=pytest.mark.variant),
+        pytest.param(False, "batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2], id="repeat", marks=pytest.mark.variant),
         # which rows are chosen, and how they are named, has nothing to do with padding
         pytest.param(False, "batch_select_indices", index(2, 1), [2, 1], id="select", marks=pytest.mark.slow),
         pytest.param(False, "batch_select_indices", BY_MASK, [0, 2], id="select by mask", marks=pytest.mark.slow),

@@ -84,7 +84,14 @@ def test_it_works_in_a_sweep(spec, model, tokenizer, data, out):
 
 # docs: Each question is asked of a copy of the cache
 @pytest.mark.filterwarnings("ignore:AcrossKVCache on")
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith("swiftkv")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, marks=() if spec in ("none", "h2o", "gear", "kvzip", "hydragen") else pytest.mark.slow)
+        for spec in SPECS
+        if not spec.startswith("swiftkv")
+    ],
+)
 def test_a_copy_of_it_answers_each_of_several_questions(spec, model, tokenizer, tmp_path):
     if not baselines.installed(spec.partition(":")[0]):
         pytest.skip(f"{spec} is not installed")
