@@ -108,6 +108,7 @@ class CompressedCache(hf.AttendingCache):
             layer = self.layers[index]
             layer.is_chunked = kinds[index].is_chunked
             layer.latent_rank, layer.value_width = rank, every[index].value_dim
+            layer.index_dim, layer.is_indexed = every[index].index_dim, kinds[index].is_indexed
         self.take_states(self.states)
         self.last_layer.is_last = True
         for layer in self.layers:
@@ -315,7 +316,9 @@ class CompressedCache(hf.AttendingCache):
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can trace a forward of so many tokens into one graph."""
-        return not self._repeats_keys and all(layer.is_traceable(tokens) for layer in self.layers)
+        return not self._repeats_keys and all(
+            layer.is_traceable(tokens) and not layer.is_indexed for layer in self.layers
+        )
 
     @as_stored()
     def reserve(self, steps: int | None = None) -> None:
@@ -425,6 +428,7 @@ class CompressedCache(hf.AttendingCache):
             if layer.kv_shape is not None:
                 seen, width = int(layer.get_seq_length()), layer.value_width
                 size = full_cache_bytes(seen, layer.window, layer.kv_shape, width, layer.dtype)
+                size += seen * layer.kv_shape[0] * layer.index_dim * layer.dtype.itemsize
                 full, elements = full + size, elements + size // layer.dtype.itemsize
         for states in self.states.values():
             held = list(states.tensors().values())

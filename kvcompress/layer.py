@@ -13,10 +13,11 @@ from torch import Tensor
 from kvcompress import hf
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.sparse_attention import sparse_attention
 from kvcompress.storage.chunks import attend_in_chunks, ends_of
 from kvcompress.storage.clock import TokenClock
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
-from kvcompress.storage.segment import Segment
+from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.transform_coding import Coding, Places
 
 
@@ -61,6 +62,10 @@ class AttentionInput:
     visible: [batch, tokens] bool, False for padding; None if nothing is padded.
     spec: how logits are computed, with the layer's window. sinks: [heads], extra logits that belong to no token.
     spans: [batch, tokens] integers, where tokens of an equal one but 0 see one another both ways; None if none do.
+    index: [batch, 1, tokens, width], by which an indexer scores the tokens; None if there is none.
+    chosen: [batch, queries, choices] int32, positions of the tokens, held and fed, that each query sees, -1 for none;
+        None: all that precede it. places: positions of the tokens fed, [batch, tokens] int32, -1 for padding; given
+        with `chosen`.
     """
 
     query: Tensor
@@ -70,6 +75,14 @@ class AttentionInput:
     spec: LogitSpec
     sinks: Tensor | None
     spans: Tensor | None = None
+    index: Tensor | None = None
+    chosen: Tensor | None = None
+    places: Tensor | None = None
+
+    @property
+    def stored_key(self) -> Tensor:
+        """The keys as segments of latents hold them: with those of an indexer behind them."""
+        return self.key if self.index is None else torch.cat([self.key, self.index], -1)
 
     @property
     def tokens(self) -> int:
@@ -126,6 +139,10 @@ class CompressedLayer(hf.CacheLayerMixin):
     latent_rank: int | None = None
     # numbers that it is given of a token's values, in one KV head
     value_width = 0
+    # width of the keys by which the layer's indexer scores tokens; 0 for no indexer of its own
+    index_dim = 0
+    # whether its queries see what an indexer chooses, its own or another layer's
+    is_indexed = False
     # whether feeding it tokens makes it drop others
     evicts = False
     # whether its window is a chunk: a token sees none of an earlier one
@@ -205,6 +222,9 @@ class CompressedLayer(hf.CacheLayerMixin):
     def attend_causally(self, x: AttentionInput, places: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of a forward's tokens to one another, and the log-sum-exp; places: [batch or 1, tokens], their
         positions."""
+        if x.chosen is not None:
+            assert x.places is not None
+            return sparse_attention(x.query, x.key, x.value, x.places, x.chosen, x.spec)
         if not self.is_chunked:
             return causal_attention(x.query, x.key, x.value, x.spec, x.visible)
         assert self.window is not None
@@ -368,6 +388,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         sinks: Tensor | None,
         position_ids: Tensor | None,
         spans: Tensor | None = None,
+        choice: hf.Choice | None = None,
     ) -> Tensor:
         """The attention output for the tokens that `update` took in, [batch, heads, queries, head_dim].
 
@@ -378,6 +399,7 @@ class CompressedLayer(hf.CacheLayerMixin):
             visible: [batch, tokens seen or tokens taken in] bool padding mask, or None.
             spec: how logits are made; its window is the layer's.
             spans: of the same tokens as `visible`, as in AttentionInput, or None.
+            choice: what an indexer chooses, or has chosen in an earlier layer; None for a layer without one.
         """
         if self.pending_kv is None and self._step is not None:
             return self.attend_again(query, spec, sinks)
@@ -392,12 +414,19 @@ class CompressedLayer(hf.CacheLayerMixin):
                 "tokens of a span, such as an image, see one another both ways here, which this cache does not serve; "
                 "use DenseCache, GEARCache, ShadowKVCache or one that evicts"
             )
+        if self.is_indexed and (choice is None or spans is not None):
+            self.pending_kv = None
+            raise ValueError(
+                "a layer's indexer chooses what its tokens attend to; here it gave no choice that kvcompress knows, or "
+                "tokens of a span, such as an image, are to see one another both ways, which cannot be combined"
+            )
+        rest: dict[str, Any] = {"sinks": sinks, "position_ids": position_ids, "spans": spans, "choice": choice}
         if torch.compiler.is_compiling():
             if not self.is_traceable(self.pending_kv[0].shape[2]):
-                return _untraced(self.attend, query, visible, spec, sinks=sinks, position_ids=position_ids, spans=spans)
-            return self._attend_pending(query, visible, spec, sinks, position_ids, spans)
+                return _untraced(self.attend, query, visible, spec, **rest)
+            return self._attend_pending(query, visible, spec, **rest)
         with as_stored():
-            out = self._attend_pending(query.to(self.dtype), visible, spec, sinks, position_ids, spans)
+            out = self._attend_pending(query.to(self.dtype), visible, spec, **rest)
             return out.to(query.dtype)
 
     def is_traceable(self, tokens: int) -> bool:
@@ -418,6 +447,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         sinks: Tensor | None,
         position_ids: Tensor | None,
         spans: Tensor | None,
+        choice: hf.Choice | None,
     ) -> Tensor:
         assert self.pending_kv is not None
         key, value = self.pending_kv
@@ -430,7 +460,8 @@ class CompressedLayer(hf.CacheLayerMixin):
             self.forwards_begun += 1
         fresh = self.padding.fresh_of(visible, tokens)
         spans = None if spans is None else spans[:, -tokens:]
-        out = self._attend(AttentionInput(query, key, value, fresh, spec, sinks, spans))
+        x = AttentionInput(query, key, value, fresh, spec, sinks, spans)
+        out = self._attend(x if choice is None else self._chosen(x, choice))
         self.pending_kv = None
         self.clock.advance(tokens)
         if not torch.compiler.is_compiling():
@@ -438,6 +469,30 @@ class CompressedLayer(hf.CacheLayerMixin):
             if self.is_last:
                 self.padding.remap = self.padding.before = self.padding.ended = None
         return out
+
+    def _chosen(self, x: AttentionInput, choice: hf.Choice) -> AttentionInput:
+        """A forward's tokens with what an indexer chooses for them, of those held and of themselves."""
+        past, held, lengths = self._scored(x)
+        if x.visible is None:
+            places = lengths[:, None] + torch.arange(x.tokens, dtype=torch.int32, device=x.key.device)
+        else:
+            places = lengths[:, None] + x.visible.cumsum(-1, dtype=torch.int32) - 1
+            places = places.masked_fill(~x.visible, EMPTY)
+        index = None
+        if self.index_dim:
+            index = choice.choose(past, torch.cat([held, places], 1)).detach().to(self.dtype)[:, None]
+            if index.shape[-1] != self.index_dim:
+                raise ValueError(
+                    f"an indexer gave keys of {index.shape[-1]} numbers, where the model's config says {self.index_dim}"
+                )
+        return dataclasses.replace(x, index=index, chosen=choice.positions, places=places)
+
+    def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
+        """What an indexer is to score beside a forward's tokens: the index keys held, [batch, held, width], positions of
+        their tokens, [batch, held] int32, EMPTY for none, and how many real tokens rows have seen, [batch] int32."""
+        batch, device = x.key.shape[0], x.key.device
+        positions = torch.empty(batch, 0, dtype=torch.int32, device=device)
+        return x.key.new_empty(batch, 0, self.index_dim), positions, positions.new_zeros(batch)
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not."""
@@ -447,7 +502,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         if torch.compiler.is_compiling() and query_length == 1:
             # the mask of one token depends on no length, and a length would be compiled in
             return hf.ONE_TOKEN, 0
-        return hf.TokensSeen(self.get_seq_length() + query_length), 0
+        kind = hf.TokensIndexed if self.is_indexed else hf.TokensSeen
+        return kind(self.get_seq_length() + query_length), 0
 
     def get_max_length(self) -> int:
         return -1

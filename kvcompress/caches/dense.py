@@ -10,6 +10,7 @@ from kvcompress.caches.compiled_steps import CompiledSteps, SteppedLayer
 from kvcompress.caches.spans import Spans, attend_ahead
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import joint_output
+from kvcompress.kernels.sparse_attention import sparse_attention
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
 from kvcompress.storage.chunks import attend_in_chunks
 from kvcompress.storage.dense import DenseSegment
@@ -132,18 +133,33 @@ class DenseLayer(SteppedLayer):
 
     def _empty(self, key: Tensor, value: Tensor) -> DenseSegment:
         """A segment for tokens like these, [batch, kv_heads, any, head_dim]."""
-        return (self.storage if self.latent_rank is None else self.latent_storage)(key, value)
+        if self.latent_rank is None:
+            return self.storage(key, value)
+        segment = self.latent_storage(key, value)
+        segment.index_dim = self.index_dim
+        return segment
 
     def _store(self, chunk: AttentionInput) -> None:
         if self.dense is None:
-            self.dense = self._empty(chunk.key, chunk.value)
+            self.dense = self._empty(chunk.stored_key, chunk.value)
         elif self.record_past:
             self._let_go()
         assert self.dense is not None
         self._is_ready = False
-        self.dense.append(chunk.key, chunk.value, chunk.visible)
+        self.dense.append(chunk.stored_key, chunk.value, chunk.visible)
         if self.is_chunked:
             self._places = self._places_held(int(self.get_seq_length()) + chunk.tokens)
+
+    def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
+        dense = self.dense
+        if not isinstance(dense, DenseLatents):
+            return super()._scored(x)
+        batch = x.key.shape[0]
+        _, _, visible = dense.held()
+        lengths = torch.full((batch,), dense.length, dtype=torch.int32, device=x.key.device)
+        if visible is not None:
+            lengths = visible.sum(-1, dtype=torch.int32)
+        return dense.index_keys(), dense.positions().expand(batch, -1), lengths
 
     def _places_held(self, seen: int) -> Tensor:
         """Positions of the tokens held, [batch or 1, held], when so many columns were seen; of padding that of the
@@ -160,6 +176,8 @@ class DenseLayer(SteppedLayer):
     def _read(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
         assert self.dense is not None
         key, value, visible = self.dense.held()
+        if chunk.chosen is not None:
+            return sparse_attention(chunk.query, key, value, self.dense.positions(), chunk.chosen, chunk.spec)
         if self.is_chunked:
             assert self.window is not None
             assert self._places is not None
@@ -266,8 +284,10 @@ class DenseLayer(SteppedLayer):
             if self.latent_rank is None:
                 self.dense = self.storage.load(tensors, facts)
             else:
-                self.dense = self.latent_storage.load(tensors, facts, rank=self.latent_rank)
-            self.lazy_initialization(self.dense.keys, self.dense.values)
+                how = {"rank": self.latent_rank, "index_dim": self.index_dim}
+                self.dense = self.latent_storage.load(tensors, facts, **how)
+            keys, values, _ = self.dense.held()
+            self.lazy_initialization(keys, values)
         self.dropped = facts["dropped"]
 
 

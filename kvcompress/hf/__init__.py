@@ -3,6 +3,8 @@
     calls       how a cache is passed to a model: argument names, hooks around a forward, both spellings
     attention   the attention function and its mask function
     masks       the spans of a mask: tokens that see later ones
+    latent      multi-head latent attention, from latents
+    indexer     what indexers choose that tokens attend to
     configs     what a config says, and which models are supported
     modules     where modules and devices are found
     rotary      how a model computes its rotary embeddings
@@ -21,6 +23,7 @@ found by its type, and if a model was given one that its layers do not find, tha
 from kvcompress.hf.attention import IMPLEMENTATION as IMPLEMENTATION
 from kvcompress.hf.attention import ONE_TOKEN as ONE_TOKEN
 from kvcompress.hf.attention import Attends as Attends
+from kvcompress.hf.attention import TokensIndexed as TokensIndexed
 from kvcompress.hf.attention import TokensSeen as TokensSeen
 from kvcompress.hf.attention import attention_name as attention_name
 from kvcompress.hf.attention import release as release
@@ -62,6 +65,8 @@ from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import text_config as text_config
 from kvcompress.hf.configs import without_windows as without_windows
 from kvcompress.hf.fingerprint import Fingerprint as Fingerprint
+from kvcompress.hf.indexer import Choice as Choice
+from kvcompress.hf.indexer import index_keys as index_keys
 from kvcompress.hf.modules import Captured as Captured
 from kvcompress.hf.modules import attention_module as attention_module
 from kvcompress.hf.modules import attention_modules as attention_modules

@@ -25,9 +25,10 @@ from kvcompress.hf.calls import (
     is_watched,
     unwatch_forwards,
 )
-from kvcompress.hf.configs import decoder_config, latent_rank
+from kvcompress.hf.configs import decoder_config, is_indexed, latent_rank
+from kvcompress.hf.indexer import Choice, only_chosen, put_off_indexers, run_indexers
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents, up_projection
-from kvcompress.hf.masks import shown_and_spans, shows_nothing_more, spans_of, with_spans
+from kvcompress.hf.masks import as_columns, shown_and_spans, shows_nothing_more, spans_of, with_spans
 from kvcompress.hf.modules import defined_with, layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
@@ -35,8 +36,10 @@ from kvcompress.kernels.common.logits import LogitSpec
 IMPLEMENTATION = "kvcompress"
 # the implementation under each name of ours
 _PREVIOUS: dict[str, str] = {}
+# implementations that take what an indexer chooses as a mask, which models make themselves where they have these names
+_MASKED = {"eager", "sdpa"}
 # keyword arguments of an attention call: those used, and those that do not change which token attends to which
-_HEEDED = {"dropout", "is_causal", "position_ids", "s_aux", "scaling", "sliding_window", "softcap"}
+_HEEDED = {"dropout", "indices", "is_causal", "position_ids", "s_aux", "scaling", "sliding_window", "softcap"}
 _WITHOUT_EFFECT = {
     "cache_position", "layer_type", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "use_cache",
@@ -69,11 +72,16 @@ class Attends(Protocol):
         sinks: Tensor | None,
         position_ids: Tensor | None,
         spans: Tensor | None,
+        choice: Choice | None,
     ) -> Tensor: ...
 
 
 class TokensSeen(int):
     """A number of tokens, from a kvcompress cache: by this type the mask function knows the cache is one of ours."""
+
+
+class TokensIndexed(TokensSeen):
+    """The same of a model whose indexers choose what tokens attend to, and read the mask that attention takes."""
 
 
 # what a compiled step feeds: torch 2.11 cannot trace the construction of one
@@ -113,6 +121,8 @@ def select_attention(model: PreTrainedModel) -> None:
         )
     if latent_rank(decoder_config(model)) is not None:
         keep_latents(model)
+    if is_indexed(decoder_config(model)):
+        put_off_indexers(model)
     if hasattr(model, _BatchesContinuously.name):
         setattr(model, _BatchesContinuously.name, _BatchesContinuously(model))
 
@@ -132,6 +142,7 @@ def release(model: PreTrainedModel) -> None:
     """
     unwatch_forwards(model)
     expand_latents(model)
+    run_indexers(model)
     restore_attention(model)
 
 
@@ -179,6 +190,8 @@ def _attention(
         layer = None if given is None else given[1].untagged(layer_of(module))
     if layer is None:
         _check_no_cache_was_given(module, given, kwargs)
+        if previous in _MASKED:
+            attention_mask = only_chosen(attention_mask, kwargs.pop("indices", None), key)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
     if not torch.compiler.is_compiling():
         layer.belongs_to(module, is_watched())
@@ -194,6 +207,12 @@ def _attention(
                 f"{type(module).__name__} passes {name!r} to its attention, which kvcompress does not know; it "
                 f"supports attention with {', '.join(sorted(_HEEDED))}"
             )
+    choice = kwargs.get("indices")
+    if not isinstance(choice, Choice | None):
+        raise ValueError(
+            f"{type(module).__name__} tells its attention what tokens attend to in a way that kvcompress does not know: "
+            f"by a {type(choice).__name__} that no indexer gave"
+        )
     window = kwargs.get("sliding_window", layer.window)
     if window != layer.window:
         raise ValueError(
@@ -220,6 +239,7 @@ def _attention(
             sinks=kwargs.get("s_aux"),
             position_ids=kwargs.get("position_ids"),
             spans=spans,
+            choice=choice,
         )
         if up is not None:
             out = from_latents(module, up, out)
@@ -295,6 +315,10 @@ def _mask(
                 "plain causal and sliding-window attention with padding, and images whose tokens see one another"
             )
     if attention_mask is None:
+        if isinstance(kv_length, TokensIndexed) and spans is None:
+            # they take a part of it
+            place = kwargs["device"]
+            return as_columns(torch.ones(batch_size, kv_length, dtype=torch.bool, device=place))
         return None if spans is None else with_spans(None, spans, kv_length, q_length)
     if torch.compiler.is_compiling():
         return attention_mask[:, -q_length:]
@@ -305,6 +329,8 @@ def _mask(
         )
     if spans is not None:
         return with_spans(attention_mask, spans, kv_length, q_length)
+    if isinstance(kv_length, TokensIndexed):
+        return as_columns(attention_mask)
     # the compiled step needs a mask that does not grow: slots record which past tokens are padding
     return attention_mask[:, -q_length:] if q_length == 1 and attention_mask.is_cuda else attention_mask
 

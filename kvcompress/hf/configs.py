@@ -21,7 +21,8 @@ class LayerKind:
     attends: keys and values of tokens. window: of how many tokens, None for all. states: how many states of a linear
     attention, a state space or a convolution, whose size does not depend on the number of tokens. kv_source: the layer
     to whose keys and values it attends, as it keeps none; None for no such layer. is_chunked: the text is cut into
-    chunks of `window` tokens, and a token sees none of an earlier chunk.
+    chunks of `window` tokens, and a token sees none of an earlier chunk. is_indexed: an indexer, its own or an earlier
+    layer's, chooses which tokens are attended to.
     """
 
     attends: bool
@@ -29,13 +30,17 @@ class LayerKind:
     states: int = 0
     kv_source: int | None = None
     is_chunked: bool = False
+    is_indexed: bool = False
 
 
+# layers with an indexer, by its names since transformers 5.24 and before
+_INDEXED = ("indexed_attention", "deepseek_sparse_attention")
 # for each type of transformers, whether it attends, and whether it has states; the last two have neither
 _KINDS = {
     "full_attention": (True, False),
     "sliding_attention": (True, False),
     "chunked_attention": (True, False),
+    **dict.fromkeys(_INDEXED, (True, False)),
     "linear_attention": (False, True),
     "conv": (False, True),
     "hybrid": (True, True),
@@ -93,12 +98,14 @@ _MORE_KV_HEADS = {"mimo_v2_flash": 2}
 
 
 class LayerHeads(NamedTuple):
-    """The heads of a layer: of queries, of keys and values, and the width of keys and of values."""
+    """The heads of a layer: of queries, of keys and values, and the width of keys and of values; and that of the one key
+    of a token by which an indexer of the layer scores it, 0 for no indexer."""
 
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
+    index_dim: int = 0
 
     @property
     def key_width(self) -> int:
@@ -107,8 +114,8 @@ class LayerHeads(NamedTuple):
 
     @property
     def token(self) -> int:
-        """Numbers of a token's keys and values."""
-        return self.kv_heads * (self.head_dim + self.value_dim)
+        """Numbers of a token's keys and values, and of its index key."""
+        return self.kv_heads * (self.head_dim + self.value_dim) + self.index_dim
 
     @property
     def mean_dim(self) -> int:
@@ -179,6 +186,20 @@ def _value_width(config: PreTrainedConfig) -> int:
     return getattr(config, "v_head_dim", None) or head_counts(config)[2]
 
 
+def is_indexed(config: PreTrainedConfig) -> bool:
+    """Whether indexers choose what tokens attend to (DeepSeek Sparse Attention, 2512.02556), in any layer."""
+    return any(name in _INDEXED for name in getattr(config, "layer_types", None) or ())
+
+
+def _index_width(config: PreTrainedConfig, layer: int) -> int:
+    """The width of the keys by which a layer's own indexer scores tokens, 0 for no indexer."""
+    types = getattr(config, "indexer_types", None)
+    if layer_kind(config, layer) not in _INDEXED or (types and types[layer] == "shared"):
+        return 0
+    width: int = config.index_head_dim
+    return width
+
+
 def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
     """The config of each layer: the whole one, where layers do not differ."""
     return config.per_layer_config if differing(config) else [config] * config.num_hidden_layers
@@ -194,7 +215,7 @@ def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
             heads = of_queries[index]
         if layer_kind(config, index) == "sliding_attention":
             kv_heads *= _MORE_KV_HEADS.get(config.model_type, 1)
-        found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own)))
+        found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own), _index_width(config, index)))
     return found
 
 
@@ -274,16 +295,20 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} is an encoder (is_decoder=False), whose tokens attend to later ones too; kvcompress supports "
             "decoder-only models"
         )
-    layers = config.per_layer_config if differing(config) else [config]
-    indexed = [count for each in layers if (count := getattr(each, "index_topk", None))]
-    if indexed:
+    if getattr(config, "index_kpool", None):
         raise ValueError(
-            f"{name} chooses what tokens attend to by an indexer with a cache of its own (index_topk={indexed[0]}), "
-            "which kvcompress does not support"
+            f"{name} has an indexer that scores pools of {config.index_kpool} neighbouring tokens, which kvcompress does "
+            "not support; it supports indexers that score tokens, as in DeepSeek-V3.2"
+        )
+    if is_indexed(config) and (latent_rank(config) is None or getattr(config, "index_topk", None) is None):
+        raise ValueError(
+            f"{name} chooses what tokens attend to by an indexer of another kind than DeepSeek-V3.2, which kvcompress "
+            "does not support"
         )
     if "kv_lora_rank" in differing(config):
         raise ValueError(f"{name} has layers that differ in kv_lora_rank, which kvcompress does not support")
-    if "reuse" in (getattr(config, "kv_sharing_modes", None) or []) and not shared_layers(config):
+    modes = getattr(config, "kv_sharing_modes", None) or []
+    if any((mode or "").startswith("reuse") for mode in modes) and not shared_layers(config):
         raise ValueError(
             f"{name} shares keys and values between layers in a way of its own; kvcompress supports models whose last "
             "num_kv_shared_layers layers share those of the last layers of their kinds before them"
@@ -332,7 +357,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
         is_chunked = kind == "chunked_attention"
         window = each[index].get("sliding_window") if "sliding" in kind or is_chunked else None
         states = each[index].get("number_of_states", 1) if has_states else 0
-        kinds.append(LayerKind(attends, window, states, is_chunked=is_chunked))
+        kinds.append(LayerKind(attends, window, states, is_chunked=is_chunked, is_indexed=kind in _INDEXED))
     if not any(kind.attends for kind in kinds):
         raise ValueError(_nothing_to_compress(f"model type {config.model_type!r}"))
     return kinds

@@ -82,13 +82,16 @@ class DenseSegment(Segment):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length], visible
 
     def attend(self, query: Tensor, query_positions: Tensor, spec: LogitSpec) -> tuple[Tensor, Tensor]:
-        key, value, visible = self.held()
-        if visible is None:
-            positions = torch.arange(self.length, device=key.device)[None]
-        else:
-            positions = (visible.cumsum(-1) - 1).masked_fill(~visible, EMPTY)
-        positions = positions.to(torch.int32)[:, None].expand(key.shape[:3])
+        key, value, _ = self.held()
+        positions = self.positions()[:, None].expand(key.shape[:3])
         return slot_attention(query, key, value, positions, query_positions, spec)
+
+    def positions(self) -> Tensor:
+        """Positions of the tokens held, [batch or 1, length] int32, EMPTY for padding; 0 is the first that is held."""
+        _, _, visible = self.held()
+        if visible is None:
+            return torch.arange(self.length, dtype=torch.int32, device=self.keys.device)[None]
+        return (visible.cumsum(-1, dtype=torch.int32) - 1).masked_fill(~visible, EMPTY)
 
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
         """What changes from step to step, counted: each column's position [batch, room] int32, EMPTY for padding and

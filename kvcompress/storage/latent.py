@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvcompress.kernels.ragged import padded
 from kvcompress.storage.dense import DenseSegment
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import Segment
@@ -13,11 +14,21 @@ from kvcompress.storage.slots import SlotSegment
 class _Latents(Segment):
     """Segments whose values are the first numbers of their keys, and are not stored.
 
-    Keys are a token's latent and then what is shared of its keys, [..., rank + shared width]. rank: width of latents.
+    Keys are a token's latent, then what is shared of its keys, and last that by which an indexer scores it, if there is
+    one, [..., rank + shared width + index width]. rank: width of latents. index_dim: width of index keys, 0 for none.
     """
 
     keys: Tensor
     rank: int
+    index_dim: int = 0
+
+    def _seen(self, keys: Tensor) -> Tensor:
+        """What attention sees of keys."""
+        return keys[..., : -self.index_dim] if self.index_dim else keys
+
+    def _index(self, keys: Tensor) -> Tensor:
+        """What an indexer sees of keys."""
+        return keys[..., keys.shape[-1] - self.index_dim :]
 
     @property
     def values(self) -> Tensor:
@@ -39,6 +50,14 @@ class DenseLatents(_Latents, DenseSegment):
 
     tensor_names: ClassVar[tuple[str, ...]] = _stored(DenseSegment.tensor_names)
 
+    def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        keys, values, visible = super().held()
+        return self._seen(keys), values, visible
+
+    def index_keys(self) -> Tensor:
+        """The index keys of the tokens held, [batch, length, index width]."""
+        return self._index(self.keys[:, 0, : self.length])
+
     def reorder(self, order: Tensor) -> None:
         self._reorder((self.keys,), order)
 
@@ -48,8 +67,24 @@ class LatentSlots(_Latents, SlotSegment):
 
     tensor_names: ClassVar[tuple[str, ...]] = _stored(SlotSegment.tensor_names)
 
+    def rotated_keys(self) -> Tensor:
+        return self._seen(self.keys)
+
+    def index_keys(self) -> Tensor:
+        """The index keys of the tokens in the slots, [batch, slots, index width]."""
+        return self._index(self.keys[:, 0])
+
 
 class RaggedLatentSlots(_Latents, RaggedSlots):
     """As many slots as each head needs."""
 
     tensor_names: ClassVar[tuple[str, ...]] = _stored(RaggedSlots.tensor_names)
+
+    def _rotated_rows(self) -> Tensor:
+        return self._seen(self.keys)
+
+    def index_keys(self) -> Tensor:
+        """The index keys of the tokens in the slots, [batch, most slots, index width]: a copy."""
+        rows = self._index(self.keys)
+        keys, _, _ = padded(rows, rows, self._extents(), self.positions)
+        return keys[:, 0]

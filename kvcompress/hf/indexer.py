@@ -1,0 +1,189 @@
+"""Indexers, which choose what tokens attend to (DeepSeek Sparse Attention, arXiv:2512.02556).
+
+Such a layer gives its cache one more key of each token, by which an indexer, a small attention without values, scores
+all tokens for each query; the query attends to the best `index_topk`. Models run the indexer between the cache's update
+and the attention function. With a cache of ours it is put off: what stands for its result goes on to the attention
+function, and through it to the layer, which knows which tokens it holds, and has the model's own indexer score those,
+some queries at a time.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvcompress.hf.calls import AttendingCache, Shadow, cache_in
+from kvcompress.hf.modules import attention_modules
+
+# scores of the heads of an indexer that are made at a time
+_MOST = 2**24
+_EMPTY = -1
+# the arguments of an indexer that have an element for each token, and in which dimension
+_BY_TOKEN = {"hidden_states": 1, "q_resid": 1, "position_embeddings": -2, "position_ids": -1}
+
+
+class Choice:
+    """What a layer's indexer chooses in a forward; of layers that choose nothing themselves, what an earlier one chose.
+
+    positions: of the tokens that each query sees, [batch, queries, choices] int32, -1 for none; None where there are no
+    more tokens than are chosen, and before `choose`.
+    """
+
+    positions: Tensor | None = None
+
+    def __init__(self, indexer: nn.Module, arguments: dict[str, Any]) -> None:
+        """
+        Args:
+            arguments: those that the model calls it with, by name.
+        """
+        self._indexer = indexer
+        self._arguments: dict[str, Any] = arguments
+        kind = arguments["hidden_states"].device.type
+        self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+    @property
+    def most(self) -> int:
+        """How many tokens it chooses for a query."""
+        found: int = self._indexer.index_topk  # type: ignore[assignment]
+        return found
+
+    def choose(self, past: Tensor, places: Tensor) -> Tensor:
+        """Chooses, and returns the index keys of the forward's tokens, [batch, tokens, width].
+
+        Args:
+            past: the index keys of the tokens held, [batch, held, width], in any order.
+            places: positions of those held and then of the forward's, [batch, held + tokens] int32, -1 for no token.
+        """
+        kind, dtype, enabled = self._autocast
+        with torch.no_grad(), torch.autocast(kind, dtype, enabled):
+            keys = self._choose(past, places)
+        # later layers need no more than what was chosen
+        self._arguments = {}
+        return keys
+
+    def _choose(self, past: Tensor, places: Tensor) -> Tensor:
+        hidden = self._arguments["hidden_states"]
+        batch, tokens = hidden.shape[:2]
+        if places.shape[1] <= self.most:
+            # scored against one of its own, as it must score something
+            keys = _Keys(past, shown=1)
+            self._run(slice(None), torch.ones(batch, 1, 1, dtype=torch.bool, device=hidden.device), keys)
+            return keys.fresh()
+        keys = _Keys(past)
+        held, found = past.shape[1], []
+        heads: Any = self._indexer
+        block = max(1, _MOST // (batch * heads.n_heads * places.shape[1]))
+        for start in range(0, tokens, block):
+            stop = min(start + block, tokens)
+            column = torch.arange(held + stop, device=places.device)
+            # padding sees nothing, and nothing sees it
+            own = torch.arange(held + start, held + stop, device=places.device)
+            seen = (places[:, None, : held + stop] >= 0) & (column <= own[:, None]) & (places[:, own, None] >= 0)
+            best = self._run(slice(start, stop), seen, keys).long()
+            at = places[:, None, : held + stop].expand(-1, stop - start, -1).gather(2, best)
+            at = at.masked_fill(~seen.gather(2, best), _EMPTY)
+            found.append(nn.functional.pad(at, (0, self.most - at.shape[-1]), value=_EMPTY))
+        self.positions = torch.cat(found, 1)
+        return keys.fresh()
+
+    def _run(self, tokens: slice, seen: Tensor, keys: "_Keys") -> Tensor:
+        """The indexer's own forward for some of the tokens; seen: [batch, those, keys] bool."""
+        arguments = {name: _part(name, value, tokens) for name, value in self._arguments.items()}
+        cached = next(name for name, value in self._arguments.items() if isinstance(value, AttendingCache))
+        arguments |= {"attention_mask": seen, cached: keys}
+        indexer: Any = self._indexer
+        chosen: Tensor = type(indexer).forward(indexer, **arguments)
+        return chosen
+
+
+def _part(name: str, value: Any, tokens: slice) -> Any:
+    """What an indexer's argument is for some of the tokens."""
+    if isinstance(value, tuple):
+        return tuple(_part(name, each, tokens) for each in value)
+    if name not in _BY_TOKEN or not isinstance(value, Tensor):
+        return value
+    index: list[Any] = [slice(None)] * value.dim()
+    index[_BY_TOKEN[name]] = tokens
+    return value[tuple(index)]
+
+
+class _Keys:
+    """What an indexer takes for its cache: the index keys of tokens held, and of those it has given so far.
+
+    shown: how many of the latter it gets to score, and none of those held; None for all.
+    """
+
+    def __init__(self, past: Tensor, shown: int | None = None) -> None:
+        self._parts = [past]
+        self.shown = shown
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        """Called by the indexer, with keys [batch, tokens, width]."""
+        self._parts.append(keys)
+        if self.shown is not None:
+            return keys[:, : self.shown]
+        return torch.cat([part.to(keys.dtype) for part in self._parts], 1)
+
+    def fresh(self) -> Tensor:
+        """All that it has given, [batch, tokens, width]."""
+        return torch.cat(self._parts[1:], 1)
+
+
+class _PutOff(Shadow):
+    """Shadows an indexer's forward: with a cache of ours, what it chooses is not known yet."""
+
+    name = "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(cache_in([*args, *kwargs.values()]), AttendingCache):
+            return self.shadowed(*args, **kwargs)
+        indexer = self.model
+        # the model's own call names most of them by their place
+        named = inspect.signature(type(indexer).forward).bind(indexer, *args, **kwargs).arguments
+        return Choice(indexer, {name: value for name, value in [*named.items()][1:]})
+
+
+def only_chosen(mask: Tensor | None, indices: Any, key: Tensor) -> Tensor | None:
+    """An attention mask [batch, 1, queries, tokens], bool or of numbers to add, that shows only what an indexer chose.
+
+    Args:
+        indices: [batch, queries, choices], columns of `key`; None: nothing was chosen.
+    """
+    if not isinstance(indices, Tensor) or mask is None:
+        return mask
+    hidden = torch.ones(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
+    hidden = hidden.scatter_(2, indices.long(), False)[:, None]
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def index_keys(layer: Any) -> Tensor | None:
+    """The index keys in a layer of transformers' own cache, [batch, tokens, width]; None if it has none."""
+    found: Tensor | None = getattr(layer, "indexer_keys", None)
+    return found
+
+
+def _indexers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    for module in attention_modules(model):
+        indexer = getattr(module, "indexer", None)
+        if isinstance(indexer, nn.Module):
+            yield indexer
+
+
+def put_off_indexers(model: PreTrainedModel) -> None:
+    """Makes a model's indexers wait for what a cache of ours holds."""
+    for indexer in _indexers(model):
+        if not isinstance(vars(indexer).get(_PutOff.name), _PutOff):
+            shadowed: Any = indexer
+            shadowed.forward = _PutOff(shadowed)
+
+
+def run_indexers(model: PreTrainedModel) -> None:
+    """Removes what `put_off_indexers` has put on a model's indexers."""
+    for indexer in _indexers(model):
+        if isinstance(vars(indexer).get(_PutOff.name), _PutOff):
+            delattr(indexer, _PutOff.name)
