@@ -108,7 +108,10 @@ class CompressedCache(hf.AttendingCache):
             layer = self.layers[index]
             layer.is_chunked = kinds[index].is_chunked
             layer.latent_rank, layer.value_width = rank, every[index].value_dim
-            layer.index_dim, layer.is_indexed = every[index].index_dim, kinds[index].is_indexed
+            layer.full_index_dim, layer.is_indexed = every[index].index_dim, kinds[index].is_indexed
+            if layer.is_indexed:
+                # a layer that evicts asks another's indexer about the tokens it holds itself
+                layer.index_dim = hf.index_width(config) if layer.evicts else layer.full_index_dim
         self.take_states(self.states)
         self.last_layer.is_last = True
         for layer in self.layers:
@@ -428,7 +431,7 @@ class CompressedCache(hf.AttendingCache):
             if layer.kv_shape is not None:
                 seen, width = int(layer.get_seq_length()), layer.value_width
                 size = full_cache_bytes(seen, layer.window, layer.kv_shape, width, layer.dtype)
-                size += seen * layer.kv_shape[0] * layer.index_dim * layer.dtype.itemsize
+                size += seen * layer.kv_shape[0] * layer.full_index_dim * layer.dtype.itemsize
                 full, elements = full + size, elements + size // layer.dtype.itemsize
         for states in self.states.values():
             held = list(states.tensors().values())

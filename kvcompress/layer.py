@@ -139,8 +139,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     latent_rank: int | None = None
     # numbers that it is given of a token's values, in one KV head
     value_width = 0
-    # width of the keys by which the layer's indexer scores tokens; 0 for no indexer of its own
-    index_dim = 0
+    # width of the keys that it holds for an indexer to score tokens by, and of those that a full cache holds; 0 for none
+    index_dim = full_index_dim = 0
     # whether its queries see what an indexer chooses, its own or another layer's
     is_indexed = False
     # whether feeding it tokens makes it drop others
@@ -478,14 +478,15 @@ class CompressedLayer(hf.CacheLayerMixin):
         else:
             places = lengths[:, None] + x.visible.cumsum(-1, dtype=torch.int32) - 1
             places = places.masked_fill(~x.visible, EMPTY)
-        index = None
+        index, there = None, x.key.device
         if self.index_dim:
-            index = choice.choose(past, torch.cat([held, places], 1)).detach().to(self.dtype)[:, None]
+            index = choice.choose(past, torch.cat([held, places], 1)).detach().to(there, self.dtype)[:, None]
             if index.shape[-1] != self.index_dim:
                 raise ValueError(
                     f"an indexer gave keys of {index.shape[-1]} numbers, where the model's config says {self.index_dim}"
                 )
-        return dataclasses.replace(x, index=index, chosen=choice.positions, places=places)
+        chosen = None if choice.positions is None else choice.positions.to(there)
+        return dataclasses.replace(x, index=index, chosen=chosen, places=places)
 
     def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
         """What an indexer is to score beside a forward's tokens: the index keys held, [batch, held, width], positions of

@@ -236,6 +236,12 @@ class EvictingLayer(CompressedLayer):
         assert self.window is not None
         return positions <= self.reaches(lengths) - self.window
 
+    def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
+        slots = self.slots
+        if not isinstance(slots, LatentSlots | RaggedLatentSlots):
+            return super()._scored(x)
+        return slots.index_keys(), slots.positions[:, 0], self.lengths
+
     def _place(
         self, chunk: AttentionInput, query_positions: Tensor, shift: Tensor | None
     ) -> tuple[AttentionInput, Tensor]:
@@ -455,7 +461,10 @@ class EvictingLayer(CompressedLayer):
             if self.is_ragged:
                 return RaggedPackedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard, self._fits)
             return QuantizedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard)
-        return self._plain_kind()(chunk.key, chunk.value, slots, *((self._fits,) if self.is_ragged else ()))
+        plain = self._plain_kind()(chunk.stored_key, chunk.value, slots, *((self._fits,) if self.is_ragged else ()))
+        if isinstance(plain, LatentSlots | RaggedLatentSlots):
+            plain.index_dim = self.index_dim
+        return plain
 
     def _plain_kind(self) -> type[SlotSegment]:
         """The class of slots that are not packed."""
@@ -483,7 +492,8 @@ class EvictingLayer(CompressedLayer):
             self.state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self.surplus, self._steps_left = tensors.get("surplus"), 0
             self.allotment = None if self.allotment is None else self.allotment.to(self.lengths.device)
-            self.lazy_initialization(*self.slots.like())
+            key, value = self.slots.like()
+            self.lazy_initialization(key[..., : key.shape[-1] - self.index_dim], value)
             self.clock.count_on(tensors["seen"])
             self._mark_static()
 
@@ -492,7 +502,7 @@ class EvictingLayer(CompressedLayer):
             coding = self.packed.per_token_scheme(*(tensors[f"{side}.codes"].shape[-1] for side in ("keys", "values")))
             how = {"coding": coding, "rotates": self.packed.hadamard, "dtype": getattr(torch, facts["dtype"])}
             return (RaggedPackedSlots if self.is_ragged else QuantizedSlots).load(tensors, facts, **how)
-        how = {} if self.latent_rank is None else {"rank": self.latent_rank}
+        how = {} if self.latent_rank is None else {"rank": self.latent_rank, "index_dim": self.index_dim}
         return self._plain_kind().load(tensors, facts, **how)
 
 

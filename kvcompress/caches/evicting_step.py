@@ -12,6 +12,7 @@ from kvcompress.caches.spans import Spans, attend_ahead
 from kvcompress.kernels.column_sums import causal_column_sums
 from kvcompress.kernels.evict import choose_victim, ranked
 from kvcompress.kernels.merge import merge_states, with_sinks
+from kvcompress.kernels.sparse_attention import sparse_attention, sparse_column_sums
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
 from kvcompress.policies.second_stage import has_second_stage, output_norms, second_scores
@@ -62,10 +63,24 @@ class DecodeStep(EvictingStep):
             out, attention = self.slots.decode_again(placed.query, x.key, x.value, self.at, reach, x.spec, x.sinks)
             self.attention = self.attention + attention * self.part
             return out
-        out, attention = self.slots.decode(placed.query, x.key, x.value, self.at, reach, x.spec, x.sinks)
+        if x.chosen is not None:
+            out, attention = self._attend_to_chosen(x)
+        else:
+            out, attention = self.slots.decode(placed.query, x.stored_key, x.value, self.at, reach, x.spec, x.sinks)
         self.attention = attention if self.part == 1 else attention * self.part
         self.placed, self.query_positions = placed, query_positions
         return out
+
+    def _attend_to_chosen(self, x: AttentionInput) -> tuple[Tensor, Tensor]:
+        """Stores the token, and attends to what was chosen: the output, and the attention that each slot received."""
+        slots, chosen = self.slots, x.chosen
+        assert chosen is not None
+        slots.put(x.stored_key, x.value, self.at)
+        (keys, values), positions = slots.contents(), slots.positions[:, 0]
+        out, lse = sparse_attention(x.query, keys, values, positions, chosen, x.spec)
+        if x.sinks is not None:
+            out, lse = merge_states(*with_sinks([out], [lse], x.sinks))
+        return out, sparse_column_sums(x.query, keys, positions, chosen, lse, x.spec)
 
     def commit(self) -> None:
         visible = self.input.visible
@@ -174,7 +189,7 @@ class ChunkStep(EvictingStep):
         placed, query_positions = self.layer._place(x, self.places[:, -x.queries :], self.shift)
         answers = [self.layer.attend_causally(placed, self.places), *attend_ahead(placed, self.spans)]
         if not self.is_first:
-            answers.append(self.slots.attend(placed.query, self.layer.reaches(query_positions), x.spec))
+            answers.append(self._attend_to_slots(placed, query_positions))
         outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
@@ -188,6 +203,12 @@ class ChunkStep(EvictingStep):
             received = self.attention.add_(received) if is_again and self.attention is not None else received
         self.attention = received
         return out
+
+    def _attend_to_slots(self, x: AttentionInput, query_positions: Tensor) -> tuple[Tensor, Tensor]:
+        slots = self.slots
+        if x.chosen is not None:
+            return sparse_attention(x.query, *slots.contents(), slots.positions[:, 0], x.chosen, x.spec)
+        return slots.attend(x.query, self.layer.reaches(query_positions), x.spec)
 
     def commit(self, attention: Tensor | None = None) -> None:
         """Ends the forward.
@@ -205,9 +226,9 @@ class ChunkStep(EvictingStep):
         """Ends the forward by what candidates are worth: as many stay as each head may keep."""
         layer, x, held = self.layer, self.input, (ranking.places, ranking.scores, self._kept(ranking))
         if isinstance(self.slots, RaggedSlots):
-            layer.refill(self.slots, x.key, x.value, *held)
+            layer.refill(self.slots, x.stored_key, x.value, *held)
         else:
-            self.slots.replace(x.key, x.value, *held)
+            self.slots.replace(x.stored_key, x.value, *held)
         layer._mark_static()
 
     def _observe(self, x: AttentionInput, lse: Tensor) -> Tensor | None:
@@ -227,7 +248,11 @@ class ChunkStep(EvictingStep):
             if last is not None:
                 first = int(observed.any(0).to(torch.uint8).argmax())
         every, query, lse = lse, x.query[:, :, first:], lse[:, :, first:]
-        if self.layer.is_chunked:
+        if x.chosen is not None:
+            assert x.places is not None
+            chosen = x.chosen[:, first:]
+            within = sparse_column_sums(query, x.key, x.places, chosen, lse, x.spec)
+        elif self.layer.is_chunked:
             assert self.layer.window is not None
             within = sums_in_chunks(query, x.key, lse, x.spec, x.visible, self.places, self.layer.window)
         else:
@@ -237,6 +262,9 @@ class ChunkStep(EvictingStep):
             within = within + self.spans.column_sums(x, every)
         if self.is_first:
             past = torch.zeros_like(self.slots.scores)
+        elif x.chosen is not None:
+            slots = self.slots
+            past = sparse_column_sums(query, slots.contents()[0], slots.positions[:, 0], chosen, lse, x.spec)
         else:
             reach = self.layer.reaches(self.query_positions[:, first:])
             past = self.slots.column_sums(query, reach, lse, x.spec)

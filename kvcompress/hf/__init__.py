@@ -50,6 +50,7 @@ from kvcompress.hf.configs import decoder_config as decoder_config
 from kvcompress.hf.configs import end_tokens as end_tokens
 from kvcompress.hf.configs import filler_tokens as filler_tokens
 from kvcompress.hf.configs import has_experts as has_experts
+from kvcompress.hf.configs import index_width as index_width
 from kvcompress.hf.configs import is_multimodal as is_multimodal
 from kvcompress.hf.configs import key_widths as key_widths
 from kvcompress.hf.configs import latent_part as latent_part

@@ -196,6 +196,11 @@ def _index_width(config: PreTrainedConfig, layer: int) -> int:
     types = getattr(config, "indexer_types", None)
     if layer_kind(config, layer) not in _INDEXED or (types and types[layer] == "shared"):
         return 0
+    return index_width(config)
+
+
+def index_width(config: PreTrainedConfig) -> int:
+    """The width of the keys by which indexers score tokens."""
     width: int = config.index_head_dim
     return width
 

@@ -73,7 +73,7 @@ class Fingerprint:
             name: getattr(config, name, None)
             for name in ("rope_parameters", "rope_theta", "partial_rotary_factor", "rotary_pct")
         }
-        heads, kv_heads, head_dims, _ = map(_of_layers, zip(*layer_heads(config), strict=True))
+        heads, kv_heads, head_dims, *_ = map(_of_layers, zip(*layer_heads(config), strict=True))
         weights, is_float16 = _sample(model, without)
         return cls(
             f"{type(model).__name__}{taught}",

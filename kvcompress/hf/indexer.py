@@ -26,7 +26,8 @@ _BY_TOKEN = {"hidden_states": 1, "q_resid": 1, "position_embeddings": -2, "posit
 
 
 class Choice:
-    """What a layer's indexer chooses in a forward; of layers that choose nothing themselves, what an earlier one chose.
+    """What a layer's indexer chooses in a forward. Layers without an indexer are given that of an earlier one, and take
+    what it chose there, or ask it about their own tokens.
 
     positions: of the tokens that each query sees, [batch, queries, choices] int32, -1 for none; None where there are no
     more tokens than are chosen, and before `choose`.
@@ -51,7 +52,7 @@ class Choice:
         return found
 
     def choose(self, past: Tensor, places: Tensor) -> Tensor:
-        """Chooses, and returns the index keys of the forward's tokens, [batch, tokens, width].
+        """Chooses among a layer's tokens, and returns the index keys of the forward's tokens, [batch, tokens, width].
 
         Args:
             past: the index keys of the tokens held, [batch, held, width], in any order.
@@ -59,14 +60,14 @@ class Choice:
         """
         kind, dtype, enabled = self._autocast
         with torch.no_grad(), torch.autocast(kind, dtype, enabled):
-            keys = self._choose(past, places)
-        # later layers need no more than what was chosen
-        self._arguments = {}
-        return keys
+            return self._choose(past, places)
 
     def _choose(self, past: Tensor, places: Tensor) -> Tensor:
         hidden = self._arguments["hidden_states"]
         batch, tokens = hidden.shape[:2]
+        # a layer that asks another's indexer may be on another device
+        past, places = past.to(hidden.device), places.to(hidden.device)
+        self.positions = None
         if places.shape[1] <= self.most:
             # scored against one of its own, as it must score something
             keys = _Keys(past, shown=1)
@@ -152,8 +153,10 @@ def only_chosen(mask: Tensor | None, indices: Any, key: Tensor) -> Tensor | None
     Args:
         indices: [batch, queries, choices], columns of `key`; None: nothing was chosen.
     """
-    if not isinstance(indices, Tensor) or mask is None:
+    if not isinstance(indices, Tensor):
         return mask
+    if mask is None:
+        raise ValueError("an indexer chose what tokens attend to, and there is no mask to say so; got attention_mask=None")
     hidden = torch.ones(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
     hidden = hidden.scatter_(2, indices.long(), False)[:, None]
     if mask.dtype == torch.bool:

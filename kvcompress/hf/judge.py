@@ -16,6 +16,8 @@ from kvcompress.hf.modules import attention_module, layer_of, run_offset, text_o
 
 # the implementation that takes masks [batch, heads, queries, tokens], and supports softcaps and sinks
 _PLAIN = "eager"
+# by which layers without an indexer are given what an earlier layer's chose
+_TAKEN = "prev_topk_indices"
 
 
 def judge_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -41,6 +43,8 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
     attention = attention_module(judge, layer)
     if attention is None:
         raise RuntimeError(f"layer {layer} of {type(judge).__name__} has no attention module that takes a mask")
+    takes = _TAKEN in inspect.signature(attention.forward).parameters and getattr(attention, "indexer", None) is None
+    indexer = _indexer_before(judge, layer) if takes else None
     heads = layer_heads(decoder_config(judge))[layer].heads
     group = heads // forbids.shape[0]
     copies = forbids.repeat(group, 1, 1) if repeats_keys(decoder_config(judge)) else forbids.repeat_interleave(group, 0)
@@ -64,10 +68,30 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
         if all(masked[kind] is each for kind, each in masks.items()):
             raise RuntimeError(f"{type(module).__name__} was given no mask [batch, 1, queries, tokens]")
         given.arguments["attention_mask"] = masked if isinstance(mask, dict) else masked[""]
+        if indexer is not None:
+            # a layer without an indexer takes what an earlier one chose, from what that layer may see
+            args, kwargs = asked[-1]
+            of_indexer = inspect.signature(indexer.forward).bind(*args, **kwargs)
+            of_indexer.arguments["attention_mask"] = masked[""][:, 0]
+            given.arguments[_TAKEN] = type(indexer).forward(indexer, *of_indexer.args, **of_indexer.kwargs)
         return given.args, given.kwargs
 
-    hook = attention.register_forward_pre_hook(put, with_kwargs=True)
+    asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        asked.append((args, kwargs))
+
+    hooks = [attention.register_forward_pre_hook(put, with_kwargs=True)]
+    if indexer is not None:
+        hooks.append(indexer.register_forward_pre_hook(note, with_kwargs=True))
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _indexer_before(judge: PreTrainedModel, layer: int) -> nn.Module | None:
+    """The indexer that chooses for a layer which has none, of an earlier layer; None if there is none."""
+    earlier = (getattr(attention_module(judge, index), "indexer", None) for index in range(layer - 1, -1, -1))
+    return next((found for found in earlier if found is not None), None)

@@ -111,6 +111,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         "hidden_size_per_layer_input": 32,
         "sliding_window": 64,
         "attention_chunk_size": 64,
+        "index_topk": 64,
     }
     for name, most in limits.items():
         size = getattr(small, name, None)
