@@ -226,12 +226,7 @@ class DenseLayer(SteppedLayer):
         assert self.dense is not None
         assert self.padding.before is not None
         self._is_ready = False
-        _, _, held = self.dense.held()
-        held = remap.new_ones(len(remap), self.dense.length, dtype=torch.bool) if held is None else held
-        # columns may have been reordered, and hold the last tokens of their rows
-        place = self.padding.before.to(remap.device)[:, None] - held.flip(-1).cumsum(-1).flip(-1)
-        stays = held & (remap.gather(1, place.clamp(0, remap.shape[1] - 1)) >= 0)
-        self.dense.show(stays)
+        stays = self.dense.hide(remap, self.padding.before)
         if self.dropped and self.window is not None:
             warn_of_short_windows(self.window, (remap >= 0).sum(-1) - apart, stays.sum(-1))
 

@@ -156,9 +156,19 @@ class GEARCache(CompressedCache):
                     f"fill takes every token of every layer: layer {index} should hold keys [batch, kv_heads, "
                     f"tokens={tokens}, head_dim], got {found}"
                 )
-        for layer, pair in zip(self.layers, held, strict=True):
+        indexed = [hf.index_keys(layer) for layer in full.layers]
+        for index, (own, keys) in enumerate(zip(self.layers, indexed, strict=True)):
+            if own.index_dim and (keys is None or keys.shape[1] != tokens):
+                found = None if keys is None else list(keys.shape)
+                raise ValueError(
+                    f"fill takes every token of every layer: layer {index} should hold index keys [batch, "
+                    f"tokens={tokens}, width={own.index_dim}], got {found}"
+                )
+        for layer, pair, index_keys in zip(self.layers, held, indexed, strict=True):
             assert isinstance(layer, QuantizedLayer)
             layer.fill(*pair)
+            if isinstance(layer, LatentQuantizedLayer) and layer.index_dim and index_keys is not None:
+                layer.hold_index(index_keys[:, None].to(layer.dtype), None)
         return self
 
     def _check_latents(self, name: str) -> None:

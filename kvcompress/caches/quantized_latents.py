@@ -6,15 +6,18 @@ what is held, some blocks at a time, and attends to that: what it takes beside t
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompress.caches.quantized_layer import QuantizedLayer
+from kvcompress.caches.quantized_layer import QuantizedLayer, under
 from kvcompress.caches.quantized_step import QuantizedStep
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.common.logits import LogitSpec
+from kvcompress.kernels.sparse_attention import sparse_attention
 from kvcompress.layer import AttentionInput, ForwardStep
+from kvcompress.storage.latent import DenseIndex
 from kvcompress.storage.quantized_blocks import QuantizedBlocks
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.tail import numbers
@@ -26,9 +29,16 @@ _PIECE = 4096
 class LatentStep(QuantizedStep):
     """A forward: its tokens are stored in parts, and attended to whole."""
 
+    layer: "LatentQuantizedLayer"
+
     def __init__(self, layer: "LatentQuantizedLayer", x: AttentionInput) -> None:
         key, value = layer.parts(x.key)
         super().__init__(layer, dataclasses.replace(x, key=key, value=value))
+
+    def commit(self) -> None:
+        super().commit()
+        if self.input.index is not None:
+            self.layer.hold_index(self.input.index, self.input.visible)
 
 
 class LatentQuantizedLayer(QuantizedLayer):
@@ -41,6 +51,51 @@ class LatentQuantizedLayer(QuantizedLayer):
     reserves_on_gpu = False
     # of each part
     width: int
+    # of every token, packed or not; None before the first, and where the layer has no indexer
+    index: DenseIndex | None = None
+
+    def segments(self) -> list[Segment]:
+        return [*super().segments(), *([] if self.index is None else [self.index])]
+
+    def hold_index(self, keys: Tensor, visible: Tensor | None) -> None:
+        """Holds index keys of further tokens, [batch, 1, tokens, width]; visible: [batch, tokens], False for padding."""
+        if self.index is None:
+            self.index = DenseIndex(keys)
+        self.index.append(keys, keys[..., :0], visible)
+
+    def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
+        batch = x.key.shape[0]
+        past, positions, _ = super()._scored(x)
+        if self.index is not None:
+            past, positions = self.index.index_keys(), self.index.positions().expand(batch, -1)
+        return past, positions, numbers(self.lengths or [0] * batch, x.key.device)
+
+    def reset(self) -> None:
+        super().reset()
+        self.index = None
+
+    def _remap(self, remap: Tensor) -> None:
+        super()._remap(remap)
+        if self.index is not None:
+            assert self.padding.before is not None
+            self.index.hide(remap, self.padding.before)
+
+    def _crop(self, tokens: int) -> None:
+        super()._crop(tokens)
+        if self.index is not None:
+            self.index.drop_last(tokens)
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, facts = super().dump()
+        if self.index is None:
+            return tensors, facts
+        of_index, told = self.index.dump()
+        return tensors | {f"index.{name}": tensor for name, tensor in of_index.items()}, facts | {"index": told}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        super().restore(tensors, facts)
+        if "index" in facts:
+            self.index = DenseIndex.load(under("index.", tensors), facts["index"])
 
     def parts(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [batch, 1, tokens, numbers] as they are stored: keys and values, [batch, parts, tokens, width]."""
@@ -85,12 +140,19 @@ class LatentQuantizedLayer(QuantizedLayer):
     ) -> list[tuple[Tensor, Tensor]]:
         query, spec = chunk.query, chunk.spec
         answers = []
-        for part in self.segments():
+        for part in super().segments():
             for *sides, positions in _pieces(part):
-                answers.append(self._attend_to(query, *self._joined(*sides), positions, query_positions, spec))
+                whole = self._joined(*sides)
+                if chunk.chosen is None:
+                    answers.append(self._attend_to(query, *whole, positions, query_positions, spec))
+                else:
+                    at = positions[:, 0].to(torch.int32)
+                    answers.append(sparse_attention(query, *whole, at, chunk.chosen, spec))
         if joins is not None:
             at = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
             positions = numbers(at, query.device)[:, None, None]
+            if chunk.chosen is not None:
+                return [*answers, sparse_attention(query, chunk.key, chunk.value, positions[:, 0], chunk.chosen, spec)]
             answers.append(self._attend_to(query, chunk.key, chunk.value, positions, query_positions, spec))
         if not answers and chunk.tokens == 1:
             # a row that is all padding, alone

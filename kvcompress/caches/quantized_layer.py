@@ -492,7 +492,7 @@ class QuantizedLayer(TailedLayer):
         if not tensors:
             return
         super().restore(tensors, facts)
-        of_tail = _under("tail.", tensors)
+        of_tail = under("tail.", tensors)
         if "codes" in of_tail:
             coding = self.settings.tail_coding(of_tail["codes"].shape[-1])
             how = {"coding": coding, "rotates": self.settings.hadamard, "dtype": getattr(torch, facts["dtype"])}
@@ -503,18 +503,19 @@ class QuantizedLayer(TailedLayer):
         self.draft = facts.get("draft", self.draft)
         like = self.tail.like()
         if "first" in facts:
-            self.first = TailSegment.load(_under("first.", tensors), {"held": facts["first"]})
+            self.first = TailSegment.load(under("first.", tensors), {"held": facts["first"]})
         elif self.sinks:
             # it was made when a block was
             self.first = TailSegment(*like, self.sinks)
         self.lazy_initialization(*like)
         for name in ("prompt", "decoded"):
-            if part := _under(f"{name}.", tensors):
+            if part := under(f"{name}.", tensors):
                 target = self._target(like, name == "prompt")
                 how = {name: getattr(target, name) for name in ("codings", "block", "rotates", "codec")}
                 loaded = QuantizedBlocks.load(part, facts, **how)
                 vars(target).update(vars(loaded))
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

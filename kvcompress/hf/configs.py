@@ -404,9 +404,9 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def without_windows(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """A config by which DynamicCache keeps the tokens that have left a window, and the states of a hybrid; None, where
-    it needs no config for that."""
-    if all_attend(config):
+    """A config by which DynamicCache keeps the tokens that have left a window, the states of a hybrid, and the keys of
+    indexers; None, where it needs no config for that."""
+    if all_attend(config) and not is_indexed(config):
         return None
     if not any("sliding" in name for name in getattr(config, "layer_types", None) or ()):
         return config

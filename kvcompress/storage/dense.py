@@ -112,6 +112,20 @@ class DenseSegment(Segment):
             self.visible = torch.ones(visible.shape[0], self.keys.shape[2], dtype=torch.bool, device=visible.device)
         self.visible[:, : self.length] = visible
 
+    def hide(self, remap: Tensor, before: Tensor) -> Tensor:
+        """Hides what a change of padding drops, and returns what stays, [batch, length] bool.
+
+        Args:
+            remap: [batch, past tokens] int32, EMPTY for what goes. before: real tokens of each row so far, [batch].
+        """
+        _, _, held = self.held()
+        held = remap.new_ones(len(remap), self.length, dtype=torch.bool) if held is None else held
+        # columns may have been reordered, and hold the last tokens of their rows
+        place = before.to(remap.device)[:, None] - held.flip(-1).cumsum(-1).flip(-1)
+        stays = held & (remap.gather(1, place.clamp(0, remap.shape[1] - 1)) >= 0)
+        self.show(stays)
+        return stays
+
     def reorder(self, order: Tensor) -> None:
         """Puts the first tokens in another order, [batch, first tokens] int64."""
         self._reorder((self.keys, self.values), order)

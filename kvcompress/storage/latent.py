@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvcompress.kernels.ragged import padded
@@ -60,6 +61,35 @@ class DenseLatents(_Latents, DenseSegment):
 
     def reorder(self, order: Tensor) -> None:
         self._reorder((self.keys,), order)
+
+
+class DenseIndex(DenseSegment):
+    """What an indexer scores tokens by, of tokens whose latents are held elsewhere: keys [batch, 1, room, width] alone."""
+
+    tensor_names: ClassVar[tuple[str, ...]] = _stored(DenseSegment.tensor_names)
+
+    def __init__(self, key: Tensor) -> None:
+        super().__init__(key, key[..., :0])
+
+    @property
+    def values(self) -> Tensor:
+        """None: of no width."""
+        return self.keys[..., :0]
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        pass
+
+    def component(self, name: str) -> str:
+        return "index"
+
+    def kept(self) -> Tensor:
+        # these tokens are counted where their latents are
+        return torch.zeros(self.keys.shape[0], 1, dtype=torch.int64, device=self.keys.device)
+
+    def index_keys(self) -> Tensor:
+        """[batch, length, width]."""
+        return self.keys[:, 0, : self.length]
 
 
 class LatentSlots(_Latents, SlotSegment):
