@@ -81,8 +81,7 @@ class CompressedCache(hf.AttendingCache):
         self.attending = [index for index, kind in enumerate(kinds) if kind.attends]
         self.states = {index: hf.States(kind.states) for index, kind in enumerate(kinds) if kind.states}
         self._check_model(model)
-        rank = hf.latent_rank(config)
-        if rank is not None:
+        if hf.latent_rank(config) is not None:
             self._check_latents(type(model).__name__)
         self._repeats_keys = hf.repeats_keys(config)
         if not self.serves_chunks and any(kind.is_chunked for kind in kinds):
@@ -103,11 +102,11 @@ class CompressedCache(hf.AttendingCache):
             else:
                 layers.append(SharingLayer(layers[kind.kv_source]))
         super().__init__(layers=[*layers])
-        every = hf.layer_heads(config)
+        every, ranks = hf.layer_heads(config), hf.latent_ranks(config)
         for index in self.attending:
             layer = self.layers[index]
             layer.is_chunked = kinds[index].is_chunked
-            layer.latent_rank, layer.value_width = rank, every[index].value_dim
+            layer.latent_rank, layer.value_width = ranks[index], every[index].value_dim
             layer.full_index_dim, layer.is_indexed = every[index].index_dim, kinds[index].is_indexed
             if layer.is_indexed:
                 # a layer that evicts asks another's indexer about the tokens it holds itself

@@ -187,7 +187,7 @@ class GEARCache(CompressedCache):
         kind = QuantizedLayer if hf.latent_rank(config) is None else LatentQuantizedLayer
         layer = kind(self.padding, self.settings, window, index == self.attending[0], codec)
         if isinstance(layer, LatentQuantizedLayer):
-            layer.width = hf.latent_part(config)
+            layer.width = hf.latent_part(config, index)
         return layer
 
     def _settings(self) -> dict[str, Any]:

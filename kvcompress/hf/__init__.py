@@ -55,6 +55,7 @@ from kvcompress.hf.configs import is_multimodal as is_multimodal
 from kvcompress.hf.configs import key_widths as key_widths
 from kvcompress.hf.configs import latent_part as latent_part
 from kvcompress.hf.configs import latent_rank as latent_rank
+from kvcompress.hf.configs import latent_ranks as latent_ranks
 from kvcompress.hf.configs import layer_heads as layer_heads
 from kvcompress.hf.configs import layer_kind as layer_kind
 from kvcompress.hf.configs import layer_kinds as layer_kinds

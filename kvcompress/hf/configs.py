@@ -174,8 +174,12 @@ def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def latent_rank(config: PreTrainedConfig) -> int | None:
-    """In multi-head latent attention (2405.04434), the width of the latents that layers give their cache; else None."""
-    rank: int | None = getattr(config, "kv_lora_rank", None)
+    """In multi-head latent attention (2405.04434), the width of the latents that layers give their cache; else None.
+
+    Of a config whose layers differ, it only tells latents from keys and values.
+    """
+    own = config.per_layer_config[0] if "kv_lora_rank" in differing(config) else config
+    rank: int | None = getattr(own, "kv_lora_rank", None)
     return rank
 
 
@@ -208,6 +212,11 @@ def index_width(config: PreTrainedConfig) -> int:
 def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
     """The config of each layer: the whole one, where layers do not differ."""
     return config.per_layer_config if differing(config) else [config] * config.num_hidden_layers
+
+
+def latent_ranks(config: PreTrainedConfig) -> list[int | None]:
+    """The width of each layer's latents, as `latent_rank`."""
+    return [latent_rank(own) for own in layer_configs(config)]
 
 
 def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
@@ -310,8 +319,6 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} chooses what tokens attend to by an indexer of another kind than DeepSeek-V3.2, which kvcompress "
             "does not support"
         )
-    if "kv_lora_rank" in differing(config):
-        raise ValueError(f"{name} has layers that differ in kv_lora_rank, which kvcompress does not support")
     modes = getattr(config, "kv_sharing_modes", None) or []
     if any((mode or "").startswith("reuse") for mode in modes) and not shared_layers(config):
         raise ValueError(
@@ -415,13 +422,13 @@ def without_windows(config: PreTrainedConfig) -> PreTrainedConfig | None:
     return full
 
 
-def latent_part(config: PreTrainedConfig) -> int:
-    """The width of the parts that latents are cut into to be packed.
+def latent_part(config: PreTrainedConfig, layer: int) -> int:
+    """The width of the parts that a layer's latents are cut into to be packed.
 
     Raises:
         ValueError: they cannot be cut into parts.
     """
-    _, _, head_dim = head_counts(config)
+    _, _, head_dim = head_counts(layer_configs(config)[layer])
     parts = next((n for n in range(2, head_dim, 2) if head_dim % n == 0 and head_dim // n <= _WIDEST_PACKED), None)
     if parts is None:
         raise ValueError(f"latents of {head_dim} numbers with what keys share cannot be cut into parts to pack")
@@ -431,11 +438,12 @@ def latent_part(config: PreTrainedConfig) -> int:
 def packed_widths(config: PreTrainedConfig) -> list[tuple[int, int]]:
     """The head_dims of keys and values that are to be packed, of each kind of layer that attends; ValueError as
     `latent_part`."""
-    if latent_rank(config) is not None:
-        return [(latent_part(config),) * 2]
     kinds = layer_kinds(config)
-    every = (own for own, kind in zip(layer_heads(config), kinds, strict=True) if kind.attends)
-    return sorted({(own.head_dim, own.value_dim) for own in every})
+    attending = [index for index, kind in enumerate(kinds) if kind.attends]
+    if latent_rank(config) is not None:
+        return sorted({(latent_part(config, index),) * 2 for index in attending})
+    every = layer_heads(config)
+    return sorted({(every[index].head_dim, every[index].value_dim) for index in attending})
 
 
 def repeats_keys(config: PreTrainedConfig) -> bool:

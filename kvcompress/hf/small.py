@@ -122,7 +122,11 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if own:
         for layer, settings in enumerate(own):
             has = {"num_key_value_heads": kv_heads_of[layer]} if "num_key_value_heads" in settings else {}
-            if "num_attention_heads" in settings:
+            if latent_rank(config) is not None and has:
+                # heads that share latents each have keys and values of their own
+                has = {"num_key_value_heads": heads}
+                settings["num_attention_heads"] = heads
+            elif "num_attention_heads" in settings:
                 has["num_attention_heads"] = has.get("num_key_value_heads", kv_heads) * groups[layer]
             has |= {name: min(settings[name], most) for name, most in limits.items() if name in settings}
             settings.update(has)
