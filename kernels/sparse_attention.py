@@ -154,6 +154,7 @@ def _columns(positions: Tensor, chosen: Tensor) -> Tensor:
 
 def _gathered(x: Tensor, columns: Tensor) -> Tensor:
     """The tokens of [batch, kv_heads, tokens, any] in these columns, [batch, kv_heads, block, choices, any]."""
-    batch, kv_heads, _, width = x.shape
+    _, kv_heads, _, width = x.shape
     at = columns.clamp(min=0).flatten(1)[:, None, :, None].expand(-1, kv_heads, -1, width)
-    return x.gather(2, at).unflatten(2, columns.shape[1:])
+    taken: Tensor = x.gather(2, at).unflatten(2, columns.shape[1:])
+    return taken

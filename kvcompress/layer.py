@@ -139,7 +139,7 @@ class CompressedLayer(hf.CacheLayerMixin):
     latent_rank: int | None = None
     # numbers that it is given of a token's values, in one KV head
     value_width = 0
-    # width of the keys that it holds for an indexer to score tokens by, and of those that a full cache holds; 0 for none
+    # width of the keys that it holds for an indexer to score, and of those that a full cache holds; 0 for none
     index_dim = full_index_dim = 0
     # whether its queries see what an indexer chooses, its own or another layer's
     is_indexed = False
@@ -489,8 +489,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         return dataclasses.replace(x, index=index, chosen=chosen, places=places)
 
     def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
-        """What an indexer is to score beside a forward's tokens: the index keys held, [batch, held, width], positions of
-        their tokens, [batch, held] int32, EMPTY for none, and how many real tokens rows have seen, [batch] int32."""
+        """What an indexer is to score beside a forward's tokens: the index keys held, [batch, held, width]; positions of
+        their tokens, [batch, held] int32, EMPTY for none; and how many real tokens rows have seen, [batch] int32."""
         batch, device = x.key.shape[0], x.key.device
         positions = torch.empty(batch, 0, dtype=torch.int32, device=device)
         return x.key.new_empty(batch, 0, self.index_dim), positions, positions.new_zeros(batch)

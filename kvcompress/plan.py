@@ -109,6 +109,11 @@ class Shape:
         """The heads of each layer, and its window."""
         return zip(self.layers, self.windows, strict=True)
 
+    def each_evicting(self) -> Iterable[tuple[hf.LayerHeads, int | None]]:
+        """The same of a cache that evicts: each layer holds index keys for the indexer that chooses for it."""
+        width = max(own.index_dim for own in self.layers)
+        return ((own._replace(index_dim=0 if window else width), window) for own, window in self.each())
+
     def states(self, dtype: torch.dtype) -> int:
         """Bytes of the states of all layers, per sequence."""
         return self._of_config(hf.state_bytes, dtype) or 0
@@ -301,7 +306,9 @@ def _held(shape: Shape, spec: str, context: int, fed: int, batch: int, budget: i
         cache = _allotted(shape, allocation, amount, kept, context, batch, item, policy, packed)
     else:
         competes = allocation in COMPETING
-        cache = sum(_slots(own, kept, batch, item, policy, packed, competes, window) for own, window in shape.each())
+        cache = sum(
+            _slots(own, kept, batch, item, policy, packed, competes, window) for own, window in shape.each_evicting()
+        )
     rotates = policy.uses_rotary or of_cache.get("rerotated", False)
     for own in shape.layers:
         cache += batch * policy.state_bytes(own.heads, own.head_dim) + rotates * 4 * (own.head_dim // 2)
@@ -386,10 +393,10 @@ def _slots(
             differ = competes and (window is None or budget < window - 1)
             slots = slots + BLOCK // 2 if differ else RaggedPackedSlots.whole(slots)
             return RaggedPackedSlots.nbytes_for(*wide, coding, slots, fits, own.value_dim) + counters
-        return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters
+        return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters + slots * batch * own.index_dim * item
     if coding is not None:
         return QuantizedSlots.nbytes_for(*wide, coding, budget + 1, own.value_dim) + counters
-    return SlotSegment.nbytes_for(*size, item, budget + 1) + counters
+    return SlotSegment.nbytes_for(*size, item, budget + 1) + counters + (budget + 1) * batch * own.index_dim * item
 
 
 def _allotted(
@@ -415,7 +422,7 @@ def _allotted(
     mean, length = torch.tensor([kept]), torch.tensor([context])
     # of the shares, and which kinds there are; then of each layer
     size = 8 * (len(layers) * kv_heads + 2 * len(layers[0].kinds))
-    for allotment, (own, window) in zip(layers, shape.each(), strict=True):
+    for allotment, (own, window) in zip(layers, shape.each_evicting(), strict=True):
         if isinstance(amount, float):
             counts = allotment.of_fraction(amount, mean, policy.least_budget())
         else:
@@ -426,7 +433,10 @@ def _allotted(
         slots = [min(count, most) + has_free for count in counts[0].tolist()]
         fits = how is not None and how.fits > 0 and window is None
         if packed is None:
-            of_heads = [RaggedSlots.nbytes_for(batch, 1, own.mean_dim, item, each, fits) for each in slots]
+            of_heads = [
+                RaggedSlots.nbytes_for(batch, 1, own.mean_dim, item, each, fits) + each * batch * own.index_dim * item
+                for each in slots
+            ]
         else:
             coding = packed.per_token_scheme(own.head_dim, own.value_dim)
             slots, wide = [*map(RaggedPackedSlots.whole, slots)], (batch, 1, own.head_dim)
@@ -465,7 +475,9 @@ def _packed(
         tail = PackedTail.nbytes_for(*heads, widest, waits, room)
     blocks = QuantizedBlocks.nbytes_for(*heads, own.head_dim, codings, block, full - skipped, scheme, own.value_dim)
     basis = 0 if scheme is None else KeyCodec.nbytes_for(scheme, own.key_width, item)
-    return blocks + basis + tail + TailSegment.nbytes_for(*heads, own.mean_dim, item, sinks)
+    # index keys are not packed
+    index = batch * context * own.index_dim * item
+    return blocks + basis + tail + TailSegment.nbytes_for(*heads, own.mean_dim, item, sinks) + index
 
 
 def _schemes(shape: Shape, basis: Basis, bits: int) -> list[CalibratedScheme | None]:

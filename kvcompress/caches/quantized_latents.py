@@ -58,17 +58,17 @@ class LatentQuantizedLayer(QuantizedLayer):
         return [*super().segments(), *([] if self.index is None else [self.index])]
 
     def hold_index(self, keys: Tensor, visible: Tensor | None) -> None:
-        """Holds index keys of further tokens, [batch, 1, tokens, width]; visible: [batch, tokens], False for padding."""
+        """Holds index keys of further tokens, [batch, 1, tokens, width]; visible: [batch, tokens] bool or None."""
         if self.index is None:
             self.index = DenseIndex(keys)
         self.index.append(keys, keys[..., :0], visible)
 
     def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
-        batch = x.key.shape[0]
-        past, positions, _ = super()._scored(x)
+        batch, device = x.key.shape[0], x.key.device
+        past, positions, lengths = super()._scored(x)
         if self.index is not None:
             past, positions = self.index.index_keys(), self.index.positions().expand(batch, -1)
-        return past, positions, numbers(self.lengths or [0] * batch, x.key.device)
+        return past, positions, numbers(self.lengths, device) if self.lengths else lengths
 
     def reset(self) -> None:
         super().reset()

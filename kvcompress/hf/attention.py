@@ -210,8 +210,8 @@ def _attention(
     choice = kwargs.get("indices")
     if not isinstance(choice, Choice | None):
         raise ValueError(
-            f"{type(module).__name__} tells its attention what tokens attend to in a way that kvcompress does not know: "
-            f"by a {type(choice).__name__} that no indexer gave"
+            f"{type(module).__name__} tells its attention what tokens attend to by a {type(choice).__name__} that is "
+            "none of an indexer's that kvcompress knows"
         )
     window = kwargs.get("sliding_window", layer.window)
     if window != layer.window:

@@ -98,8 +98,8 @@ _MORE_KV_HEADS = {"mimo_v2_flash": 2}
 
 
 class LayerHeads(NamedTuple):
-    """The heads of a layer: of queries, of keys and values, and the width of keys and of values; and that of the one key
-    of a token by which an indexer of the layer scores it, 0 for no indexer."""
+    """The heads of a layer: of queries, of keys and values, and the width of keys and of values; and of the one key of a
+    token by which an indexer of the layer scores it, 0 for no indexer."""
 
     heads: int
     kv_heads: int
@@ -311,8 +311,8 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
         )
     if getattr(config, "index_kpool", None):
         raise ValueError(
-            f"{name} has an indexer that scores pools of {config.index_kpool} neighbouring tokens, which kvcompress does "
-            "not support; it supports indexers that score tokens, as in DeepSeek-V3.2"
+            f"{name} has an indexer that scores pools of {config.index_kpool} neighbouring tokens, which kvcompress "
+            "does not support; it supports indexers that score tokens, as in DeepSeek-V3.2"
         )
     if is_indexed(config) and (latent_rank(config) is None or getattr(config, "index_topk", None) is None):
         raise ValueError(

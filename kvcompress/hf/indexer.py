@@ -144,7 +144,7 @@ class _PutOff(Shadow):
         indexer = self.model
         # the model's own call names most of them by their place
         named = inspect.signature(type(indexer).forward).bind(indexer, *args, **kwargs).arguments
-        return Choice(indexer, {name: value for name, value in [*named.items()][1:]})
+        return Choice(indexer, dict([*named.items()][1:]))
 
 
 def only_chosen(mask: Tensor | None, indices: Any, key: Tensor) -> Tensor | None:
@@ -156,7 +156,9 @@ def only_chosen(mask: Tensor | None, indices: Any, key: Tensor) -> Tensor | None
     if not isinstance(indices, Tensor):
         return mask
     if mask is None:
-        raise ValueError("an indexer chose what tokens attend to, and there is no mask to say so; got attention_mask=None")
+        raise ValueError(
+            "an indexer chose what tokens attend to, and there is no mask to say so; got attention_mask=None"
+        )
     hidden = torch.ones(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
     hidden = hidden.scatter_(2, indices.long(), False)[:, None]
     if mask.dtype == torch.bool:

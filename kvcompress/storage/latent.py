@@ -64,7 +64,7 @@ class DenseLatents(_Latents, DenseSegment):
 
 
 class DenseIndex(DenseSegment):
-    """What an indexer scores tokens by, of tokens whose latents are held elsewhere: keys [batch, 1, room, width] alone."""
+    """What an indexer scores, of tokens whose latents are held elsewhere: keys [batch, 1, room, width] alone."""
 
     tensor_names: ClassVar[tuple[str, ...]] = _stored(DenseSegment.tensor_names)
 

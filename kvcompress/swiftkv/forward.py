@@ -477,7 +477,7 @@ def projection(attention: Any, name: str) -> tuple[Any, slice]:
     if own is not None:
         return own, slice(0, own.out_features)
     # Phi-3 has one for all three
-    heads, kv_heads, head_dim, _ = hf.layer_heads(attention.config)[hf.layer_of(attention)]
+    heads, kv_heads, head_dim, *_ = hf.layer_heads(attention.config)[hf.layer_of(attention)]
     start = {"q": 0, "k": heads, "v": heads + kv_heads}[name]
     return attention.qkv_proj, slice(start * head_dim, (start + (heads if name == "q" else kv_heads)) * head_dim)
 
