@@ -489,7 +489,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         return dataclasses.replace(x, index=index, chosen=chosen, places=places)
 
     def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
-        """What an indexer is to score beside a forward's tokens: the index keys held, [batch, held, width]; positions of
+        """What an indexer is to score beside a forward's tokens: the index keys held, [batch, held, width]; places of
         their tokens, [batch, held] int32, EMPTY for none; and how many real tokens rows have seen, [batch] int32."""
         batch, device = x.key.shape[0], x.key.device
         positions = torch.empty(batch, 0, dtype=torch.int32, device=device)

@@ -146,8 +146,8 @@ class LatentQuantizedLayer(QuantizedLayer):
                 if chunk.chosen is None:
                     answers.append(self._attend_to(query, *whole, positions, query_positions, spec))
                 else:
-                    at = positions[:, 0].to(torch.int32)
-                    answers.append(sparse_attention(query, *whole, at, chunk.chosen, spec))
+                    places = positions[:, 0].to(torch.int32)
+                    answers.append(sparse_attention(query, *whole, places, chunk.chosen, spec))
         if joins is not None:
             at = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
             positions = numbers(at, query.device)[:, None, None]

@@ -98,8 +98,8 @@ _MORE_KV_HEADS = {"mimo_v2_flash": 2}
 
 
 class LayerHeads(NamedTuple):
-    """The heads of a layer: of queries, of keys and values, and the width of keys and of values; and of the one key of a
-    token by which an indexer of the layer scores it, 0 for no indexer."""
+    """The heads of a layer: of queries, of keys and values, and the width of keys and of values; and that of the one
+    key by which the layer's indexer scores a token, 0 for no indexer."""
 
     heads: int
     kv_heads: int
