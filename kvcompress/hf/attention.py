@@ -39,7 +39,7 @@ _PREVIOUS: dict[str, str] = {}
 # implementations that take what an indexer chooses as a mask, which models make themselves where they have these names
 _MASKED = {"eager", "sdpa"}
 # keyword arguments of an attention call: those used, and those that do not change which token attends to which
-_HEEDED = {"dropout", "indices", "is_causal", "position_ids", "s_aux", "scaling", "sliding_window", "softcap"}
+_HEEDED = {"dropout", "is_causal", "position_ids", "s_aux", "scaling", "sliding_window", "softcap"}
 _WITHOUT_EFFECT = {
     "cache_position", "layer_type", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "use_cache",
@@ -202,17 +202,12 @@ def _attention(
             f"queries x tokens mask; got a mask of shape {list(visible.shape)}"
         )
     for name, value in kwargs.items():
-        if value is not None and name not in _HEEDED and name not in _WITHOUT_EFFECT and not isinstance(value, Cache):
+        is_known = name in _HEEDED or name in _WITHOUT_EFFECT or isinstance(value, Cache | Choice)
+        if value is not None and not is_known:
             raise ValueError(
                 f"{type(module).__name__} passes {name!r} to its attention, which kvcompress does not know; it "
                 f"supports attention with {', '.join(sorted(_HEEDED))}"
             )
-    choice = kwargs.get("indices")
-    if not isinstance(choice, Choice | None):
-        raise ValueError(
-            f"{type(module).__name__} tells its attention what tokens attend to by a {type(choice).__name__} that is "
-            "none of an indexer's that kvcompress knows"
-        )
     window = kwargs.get("sliding_window", layer.window)
     if window != layer.window:
         raise ValueError(
@@ -239,7 +234,7 @@ def _attention(
             sinks=kwargs.get("s_aux"),
             position_ids=kwargs.get("position_ids"),
             spans=spans,
-            choice=choice,
+            choice=next((value for value in kwargs.values() if isinstance(value, Choice)), None),
         )
         if up is not None:
             out = from_latents(module, up, out)
@@ -317,8 +312,7 @@ def _mask(
     if attention_mask is None:
         if isinstance(kv_length, TokensIndexed) and spans is None:
             # they take a part of it
-            place = kwargs["device"]
-            return as_columns(torch.ones(batch_size, kv_length, dtype=torch.bool, device=place))
+            return as_columns(torch.ones(batch_size, 0, dtype=torch.bool, device=kwargs["device"]))
         return None if spans is None else with_spans(None, spans, kv_length, q_length)
     if torch.compiler.is_compiling():
         return attention_mask[:, -q_length:]

@@ -80,7 +80,7 @@ def with_spans(shown: Tensor | None, ids: Tensor, kv_length: int, q_length: int)
 
 
 def as_columns(shown: Tensor) -> Tensor:
-    """A padding mask [batch, columns] in four dimensions, [batch, 1, 1, columns] int8."""
+    """A padding mask [batch, columns] in four dimensions, [batch, 1, 1, columns] int8; no columns for no padding."""
     return shown[:, None, None].to(torch.int8)
 
 
@@ -88,7 +88,7 @@ def shown_and_spans(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """What `with_spans` put into a mask: which columns are tokens, and their spans, 0 for none, [batch, columns]; what
     `as_columns` did, and None; of any other mask that mask, and None."""
     if mask is not None and mask.dtype == torch.int8 and mask.dim() == 4 and mask.shape[1:3] == (1, 1):
-        return mask[:, 0, 0] != 0, None
+        return (mask[:, 0, 0] != 0 if mask.shape[-1] else None), None
     if mask is None or mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         return mask, None
     numbers = mask[:, 0, 0]

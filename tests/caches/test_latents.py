@@ -280,17 +280,6 @@ def test_what_cannot_hold_latents_says_so(model, make, reason):
         make(model)
 
 
-def test_an_indexer_is_refused_by_name():
-    try:
-        config = AutoConfig.for_model("deepseek_v32")
-    except ValueError:
-        pytest.skip("this transformers has no DeepSeek-V3.2")
-    small = build()
-    small.config = config
-    with pytest.raises(ValueError, match=r"an indexer with a cache of its own \(index_topk=2048\)"):
-        DenseCache(small)
-
-
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_of_more_bits_lose_less(model, bits):
     ids, more = prompt(448, 2), prompt(4, 2, seed=4)
