@@ -20,8 +20,9 @@ from torch import Tensor
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.common.torch_attention import query_logits, softmax_values
 
-# numbers that what is made for some queries may hold
+# numbers that what is made for some queries may hold; on a GPU enough to fill it
 _MOST = 2**22
+_MOST_ON_GPU = 2**26
 # so many times as many tokens as are chosen are worth a gather
 _SPARSE = 4
 
@@ -122,7 +123,7 @@ def _blocks(
     columns = _columns(positions.expand(batch, -1), chosen)
     is_sparse = choices * _SPARSE <= tokens
     each = choices * max(heads, 2 * kv_heads * head_dim) if is_sparse else tokens * heads
-    block = max(1, _MOST // (batch * each))
+    block = max(1, (_MOST_ON_GPU if query.is_cuda else _MOST) // (batch * each))
     for start in range(0, queries, block):
         rows = slice(start, min(start + block, queries))
         own = columns[:, rows]

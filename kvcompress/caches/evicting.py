@@ -124,6 +124,12 @@ class EvictingCache(CompressedCache):
             )
 
     def _check_model(self, model: PreTrainedModel) -> None:
+        pool = hf.pool_of(hf.text_config(model))
+        if pool is not None:
+            raise ValueError(
+                f"{type(model).__name__} has indexers that score pools of {pool} neighbouring tokens, which eviction would "
+                f"take apart; {type(self).__name__} does not serve it, DenseCache and GEARCache do"
+            )
         if self.policy.rereads is not None and hf.is_multimodal(model):
             raise ValueError(
                 f"{type(self.policy).__name__} reads the tokens again, and {type(model).__name__} is multimodal: what "

@@ -26,7 +26,7 @@ from kvcompress.hf.calls import (
     unwatch_forwards,
 )
 from kvcompress.hf.configs import decoder_config, is_indexed, latent_rank
-from kvcompress.hf.indexer import Choice, only_chosen, put_off_indexers, run_indexers
+from kvcompress.hf.indexer import Choice, PoolChoice, only_chosen, put_off_indexers, run_indexers
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents, up_projection
 from kvcompress.hf.masks import as_columns, shown_and_spans, shows_nothing_more, spans_of, with_spans
 from kvcompress.hf.modules import defined_with, layer_of, text_of
@@ -195,7 +195,8 @@ def _attention(
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
     if not torch.compiler.is_compiling():
         layer.belongs_to(module, is_watched())
-    visible, spans = shown_and_spans(attention_mask)
+    choice = next((value for value in (attention_mask, *kwargs.values()) if isinstance(value, Choice)), None)
+    visible, spans = shown_and_spans(choice.shown if isinstance(choice, PoolChoice) else attention_mask)
     if visible is not None and visible.dim() != 2:
         raise ValueError(
             "kvcompress takes a padding mask [batch, tokens seen] or none, because it never builds a "
@@ -234,7 +235,7 @@ def _attention(
             sinks=kwargs.get("s_aux"),
             position_ids=kwargs.get("position_ids"),
             spans=spans,
-            choice=next((value for value in kwargs.values() if isinstance(value, Choice)), None),
+            choice=choice,
         )
         if up is not None:
             out = from_latents(module, up, out)

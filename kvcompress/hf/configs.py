@@ -206,7 +206,14 @@ def _index_width(config: PreTrainedConfig, layer: int) -> int:
 def index_width(config: PreTrainedConfig) -> int:
     """The width of the keys by which indexers score tokens."""
     width: int = config.index_head_dim
-    return width
+    # where pools are scored: also what weighs a token in its pool, and whether it is none of the padding
+    return 2 * width + 1 if pool_of(config) is not None else width
+
+
+def pool_of(config: PreTrainedConfig) -> int | None:
+    """How many neighbouring tokens an indexer scores together; None for one at a time."""
+    size: int | None = getattr(config, "index_kpool", None)
+    return size
 
 
 def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
@@ -308,11 +315,6 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
         raise ValueError(
             f"{name} is an encoder (is_decoder=False), whose tokens attend to later ones too; kvcompress supports "
             "decoder-only models"
-        )
-    if getattr(config, "index_kpool", None):
-        raise ValueError(
-            f"{name} has an indexer that scores pools of {config.index_kpool} neighbouring tokens, which kvcompress "
-            "does not support; it supports indexers that score tokens, as in DeepSeek-V3.2"
         )
     if is_indexed(config) and (latent_rank(config) is None or getattr(config, "index_topk", None) is None):
         raise ValueError(

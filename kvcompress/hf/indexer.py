@@ -111,11 +111,48 @@ def _part(name: str, value: Any, tokens: slice) -> Any:
     return value[tuple(index)]
 
 
+class PoolChoice(Choice):
+    """What an indexer chooses that scores pools of neighbouring tokens, in the order of the text, padding apart."""
+
+    @property
+    def shown(self) -> Tensor:
+        """Which of the forward's tokens are no padding, [batch, tokens] bool."""
+        found: Tensor = self._arguments["attention_mask"]
+        return found
+
+    @property
+    def most(self) -> int:
+        heads: Any = self._indexer
+        return super().most + (heads.index_kpool - 1 if heads.index_kpool_always_select_tail else 0)
+
+    def _choose(self, past: Tensor, places: Tensor) -> Tensor:
+        heads: Any = self._indexer
+        hidden = self._arguments["hidden_states"]
+        batch, tokens = hidden.shape[:2]
+        past, places = past.to(hidden.device), places.to(hidden.device)
+        held, keys = past.shape[1], _Keys(past)
+        block = max(1, _MOST // (batch * heads.n_heads * places.shape[1]))
+        found = []
+        for start in range(0, tokens, block):
+            stop = min(start + block, tokens)
+            keys.length = held + stop
+            best = self._run(slice(start, stop), places[:, held + start : held + stop] >= 0, keys).long()
+            at = places[:, None].expand(-1, stop - start, -1).gather(2, best.clamp(min=0)).masked_fill(best < 0, _EMPTY)
+            found.append(nn.functional.pad(at, (0, self.most - at.shape[-1]), value=_EMPTY))
+        # all pools of so few tokens are chosen, and what is in none
+        is_all = places.shape[1] <= heads.index_topk and heads.index_kpool_always_select_tail
+        self.positions = None if is_all else torch.cat(found, 1)
+        return keys.fresh()
+
+
 class _Keys:
     """What an indexer takes for its cache: the index keys of tokens held, and of those it has given so far.
 
-    shown: how many of the latter it gets to score, and none of those held; None for all.
+    shown: how many of the latter it gets to score, and none of those held; None for all. length: how many there are, for
+    indexers that ask their layer.
     """
+
+    length = 0
 
     def __init__(self, past: Tensor, shown: int | None = None) -> None:
         self._parts = [past]
@@ -128,9 +165,31 @@ class _Keys:
             return keys[:, : self.shown]
         return torch.cat([part.to(keys.dtype) for part in self._parts], 1)
 
+    @property
+    def layers(self) -> "_Layers":
+        """What indexers ask for their layer."""
+        return _Layers(self)
+
     def fresh(self) -> Tensor:
         """All that it has given, [batch, tokens, width]."""
         return torch.cat(self._parts[1:], 1)
+
+
+class _Layers:
+    """Stands for each layer of a cache that an indexer asks how many tokens it holds."""
+
+    def __init__(self, keys: _Keys) -> None:
+        self._length = keys.length
+
+    def __getitem__(self, layer: int) -> "_Layers":
+        return self
+
+    @property
+    def keys(self) -> Tensor:
+        return torch.empty(1, 1, self._length, 0, device="meta")
+
+    def get_seq_length(self) -> int:
+        return self._length
 
 
 class _PutOff(Shadow):
@@ -144,7 +203,19 @@ class _PutOff(Shadow):
         indexer = self.model
         # the model's own call names most of them by their place
         named = inspect.signature(type(indexer).forward).bind(indexer, *args, **kwargs).arguments
-        return Choice(indexer, dict([*named.items()][1:]))
+        kind = PoolChoice if getattr(indexer, "index_kpool", None) else Choice
+        return kind(indexer, dict([*named.items()][1:]))
+
+
+class _Mask(Shadow):
+    """Shadows the method of an attention module that makes a mask of what its indexer chose."""
+
+    name = "build_attention_mask_from_topk"
+
+    def __call__(self, topk_indices: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(topk_indices, Choice):
+            return topk_indices
+        return self.shadowed(topk_indices, *args, **kwargs)
 
 
 def only_chosen(mask: Tensor | None, indices: Any, key: Tensor) -> Tensor | None:
@@ -172,23 +243,25 @@ def index_keys(layer: Any) -> Tensor | None:
     return found
 
 
-def _indexers(model: PreTrainedModel) -> Iterator[nn.Module]:
+def _shadows(model: PreTrainedModel) -> Iterator[tuple[Any, type[Shadow]]]:
+    """The modules of which a method is shadowed, and by what."""
     for module in attention_modules(model):
+        if hasattr(type(module), _Mask.name):
+            yield module, _Mask
         indexer = getattr(module, "indexer", None)
         if isinstance(indexer, nn.Module):
-            yield indexer
+            yield indexer, _PutOff
 
 
 def put_off_indexers(model: PreTrainedModel) -> None:
     """Makes a model's indexers wait for what a cache of ours holds."""
-    for indexer in _indexers(model):
-        if not isinstance(vars(indexer).get(_PutOff.name), _PutOff):
-            shadowed: Any = indexer
-            shadowed.forward = _PutOff(shadowed)
+    for module, kind in _shadows(model):
+        if not isinstance(vars(module).get(kind.name), kind):
+            setattr(module, kind.name, kind(module))
 
 
 def run_indexers(model: PreTrainedModel) -> None:
     """Removes what `put_off_indexers` has put on a model's indexers."""
-    for indexer in _indexers(model):
-        if isinstance(vars(indexer).get(_PutOff.name), _PutOff):
-            delattr(indexer, _PutOff.name)
+    for module, kind in _shadows(model):
+        if isinstance(vars(module).get(kind.name), kind):
+            delattr(module, kind.name)
