@@ -127,8 +127,8 @@ class EvictingCache(CompressedCache):
         pool = hf.pool_of(hf.text_config(model))
         if pool is not None:
             raise ValueError(
-                f"{type(model).__name__} has indexers that score pools of {pool} neighbouring tokens, which eviction would "
-                f"take apart; {type(self).__name__} does not serve it, DenseCache and GEARCache do"
+                f"{type(model).__name__} has indexers that score pools of {pool} neighbouring tokens, which eviction "
+                f"takes apart; {type(self).__name__} does not serve it, DenseCache and GEARCache do"
             )
         if self.policy.rereads is not None and hf.is_multimodal(model):
             raise ValueError(

@@ -318,8 +318,8 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
         )
     if is_indexed(config) and (latent_rank(config) is None or getattr(config, "index_topk", None) is None):
         raise ValueError(
-            f"{name} chooses what tokens attend to by an indexer of another kind than DeepSeek-V3.2, which kvcompress "
-            "does not support"
+            f"{name} chooses what tokens attend to by an indexer beside keys and values of many heads, which "
+            "kvcompress does not support; it supports indexers of latents, as in DeepSeek-V3.2"
         )
     modes = getattr(config, "kv_sharing_modes", None) or []
     if any((mode or "").startswith("reuse") for mode in modes) and not shared_layers(config):

@@ -148,8 +148,8 @@ class PoolChoice(Choice):
 class _Keys:
     """What an indexer takes for its cache: the index keys of tokens held, and of those it has given so far.
 
-    shown: how many of the latter it gets to score, and none of those held; None for all. length: how many there are, for
-    indexers that ask their layer.
+    shown: how many of the latter it gets to score, and none of those held; None for all. length: how many there are,
+    for indexers that ask their layer.
     """
 
     length = 0

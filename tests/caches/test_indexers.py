@@ -20,6 +20,7 @@ from kvcompress import (
 )
 from kvcompress.check.check import check
 from kvcompress.hf import cache_argument, indexer
+from kvcompress.hf.small import random_model
 from kvcompress.kernels import sparse_attention
 from tests.contract.drive import feed, full, generate
 from tests.contract.models import DEVICE, left_padded, prompt
@@ -189,6 +190,53 @@ def test_what_a_later_mask_hides_is_not_chosen(make):
     assert_close(said, model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits[:, 30:])
 
 
+@pytest.fixture(scope="module")
+def pooling():
+    """A hybrid whose indexers score pools of four tokens; one of its layers takes what the one before it chose."""
+    text = {name: size for name, size in SIZES.items() if name not in ("qk_rope_head_dim", "head_dim")} | {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention"] + ["indexed_attention"] * 3,
+        "indexer_types": ["full", "full", "shared", "full"],
+        "index_kpool": 4,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    }
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "projection_intermediate_size": 32,
+        "num_heads": 2,
+        "depth": 1,
+        "out_hidden_size": 64,
+    }
+    try:
+        config = AutoConfig.for_model("glm5_next", text_config=text, vision_config=tower)
+    except ValueError as error:
+        pytest.skip(f"this transformers has no GLM-5-Next: {error}")
+    return random_model(config).to(DEVICE)
+
+
+@pytest.mark.parametrize("make", [DenseCache, exact], ids=["dense", "gear"])
+def test_pools_are_chosen_as_in_transformers_own_cache(pooling, batch, make, tmp_path):
+    ids, mask = batch
+    own, theirs = make(pooling), DynamicCache(config=pooling.config)
+    # single tokens fill a pool, and begin another
+    for first, last in ((0, 25), (25, 26), (26, 27), (27, 28), (28, 29), (29, 30), (30, 40)):
+        said, wanted = (feed(pooling, cache, ids[:, first:last], mask[:, :last]) for cache in (own, theirs))
+        there = mask[:, first:last].bool()
+        assert_close(said[there], wanted[there])
+        own.save(tmp_path / "cache.safetensors")
+        own = type(own).load(tmp_path / "cache.safetensors", pooling)
+    everything = copy.deepcopy(pooling)
+    for layer in everything.model.language_model.layers[1:]:
+        if layer.self_attn.indexer is not None:
+            layer.self_attn.indexer.index_topk = 1000
+    wider = feed(everything, DynamicCache(config=pooling.config), ids, mask)
+    assert not torch.allclose(wider[:, -1], wanted[:, -1], atol=1e-2)
+    with pytest.raises(ValueError, match="pools of 4 neighbouring tokens, which eviction takes apart; H2OCache"):
+        H2OCache(pooling, budget=64)
+
+
 def test_selection_bites_and_is_put_off(model, batch, monkeypatch):
     """Fewer tokens attend as they ever did, without scores; the masks of all pairs are never made."""
     ids, mask = batch
@@ -291,7 +339,7 @@ def test_what_cannot_hold_index_keys_says_so(model, make, reason):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("glm5_next", r"scores pools of \d+ neighbouring tokens"), ("qwen4_exp_text", "an indexer of another kind")],
+    [("qwen4_exp_text", "an indexer beside keys and values of many heads")],
 )
 def test_indexers_of_other_kinds_are_refused_by_name(model, name, reason):
     try:
