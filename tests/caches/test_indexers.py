@@ -125,12 +125,11 @@ def test_every_promise_is_kept(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "make"),
-    [("deepseek_v32", make) for make in ROOMY.values()]
-    + [(name, ROOMY[kind]) for name in [*TYPES][1:] for kind in ("dense", "h2o")],
+    ("name", "kind"),
+    [("deepseek_v32", kind) for kind in ROOMY] + [(name, kind) for name in [*TYPES][1:] for kind in ("dense", "h2o")],
 )
-def test_turns_and_files_go_on_as_one(name, make, batch, tmp_path):
-    model, (ids, mask) = build(name), batch
+def test_turns_and_files_go_on_as_one(name, kind, batch, tmp_path):
+    model, make, (ids, mask) = build(name), ROOMY[kind], batch
     own, theirs = make(model), DynamicCache(config=model.config)
     for first, last in ((0, 25), (25, 26), (26, 40)):
         said, wanted = (feed(model, cache, ids[:, first:last], mask[:, :last]) for cache in (own, theirs))
@@ -257,6 +256,17 @@ def test_selection_bites_and_is_put_off(model, batch, monkeypatch):
     hook.remove()
     assert len(calls) == 3
     assert [each.shape for each in masks] == [(2, 1, 1, CHOSEN), (2, 1, 1, 40), (2, 1, 1, 0)]
+
+
+def test_only_what_is_chosen_receives_attention(model):
+    """Each query gives an attention of one for each head, in chunks and steps."""
+    cache = H2OCache(model, budget=1000)
+    ids = prompt(41, 2)
+    for first, last in ((0, 25), (25, 40), (40, 41)):
+        feed(model, cache, ids[:, first:last])
+        for layer in cache.layers:
+            given = layer.slots.scores.masked_fill(layer.slots.positions < 0, 0.0).sum(-1)
+            torch.testing.assert_close(given, torch.full_like(given, 4.0 * last))
 
 
 @pytest.mark.parametrize("make", [DenseCache, lambda model: H2OCache(model, budget=24)], ids=["dense", "h2o"])
