@@ -29,6 +29,8 @@ _SPREAD = 1.2
 _WIDEST = 512
 # settings that are numbers of layers, and not values by layer
 _OF_INDICES = {"moe_layers"}
+# by layer, the one whose keys and values it attends to, often its own
+_SOURCES = "kv_source_layers"
 # what configs of towers call their numbers of layers
 _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "layers")
 
@@ -192,6 +194,10 @@ def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedCo
         first_shared = config.num_hidden_layers - shared_layers(config)
         few.num_kv_shared_layers = sum(layer >= first_shared for layer in layers)
     few.num_hidden_layers = len(layers)
+    sources = getattr(config, _SOURCES, None)
+    if sources:
+        kept = {layer: index for index, layer in enumerate(layers)}
+        setattr(few, _SOURCES, [kept.get(sources[layer], index) for index, layer in enumerate(layers)])
     if own:
         few.per_layer_config = {index: own[layer] for index, layer in enumerate(layers)}
     return few
@@ -210,7 +216,7 @@ def _values_by_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
     return {
         name: value
         for name, value in vars(config).items()
-        if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in _OF_INDICES
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name not in {*_OF_INDICES, _SOURCES}
     }
 
 
@@ -218,11 +224,13 @@ def layers_of_each_kind(config: PreTrainedConfig) -> list[int]:
     """The first four layers, or as many more as it takes to have each kind."""
     count, lists = config.num_hidden_layers, _values_by_layer(config)
     own, first_shared = _own_settings(config), count - shared_layers(config)
+    sources = getattr(config, _SOURCES, None)
     chosen = [getattr(config, name) or () for name in sorted(_OF_INDICES & {*vars(config)})]
     kinds = [
         str(
             [
                 layer >= first_shared,
+                sources is not None and sources[layer] != layer,
                 *(value[layer] for value in lists.values()),
                 own.get(layer),
                 *(layer in some for some in chosen),
