@@ -229,11 +229,15 @@ def latent_ranks(config: PreTrainedConfig) -> list[int | None]:
 def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
     """The heads of each layer, whether it attends or not."""
     of_queries = getattr(config, "num_attention_heads_per_layer", None)
+    with_positions = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
     found = []
     for index, own in enumerate(layer_configs(config)):
         heads, kv_heads, head_dim = head_counts(own)
         if of_queries:
             heads = of_queries[index]
+        if latent_rank(own) is not None and not with_positions[index]:
+            # nothing is shared of keys but the latents
+            head_dim -= own.qk_rope_head_dim
         if layer_kind(config, index) == "sliding_attention":
             kv_heads *= _MORE_KV_HEADS.get(config.model_type, 1)
         found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own), _index_width(config, index)))
@@ -430,7 +434,7 @@ def latent_part(config: PreTrainedConfig, layer: int) -> int:
     Raises:
         ValueError: they cannot be cut into parts.
     """
-    _, _, head_dim = head_counts(layer_configs(config)[layer])
+    head_dim = layer_heads(config)[layer].head_dim
     parts = next((n for n in range(2, head_dim, 2) if head_dim % n == 0 and head_dim // n <= _WIDEST_PACKED), None)
     if parts is None:
         raise ValueError(f"latents of {head_dim} numbers with what keys share cannot be cut into parts to pack")
