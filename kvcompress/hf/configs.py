@@ -33,8 +33,9 @@ class LayerKind:
     is_indexed: bool = False
 
 
-# layers with an indexer, by its names since transformers 5.24 and before
-_INDEXED = ("indexed_attention", "deepseek_sparse_attention")
+# layers with an indexer; and their names before transformers 5.24, which gave caches keys and values made of latents
+_INDEXED = ("indexed_attention",)
+_INDEXED_BEFORE = ("deepseek_sparse_attention", "qwen_sparse_attention")
 # for each type of transformers, whether it attends, and whether it has states; the last two have neither
 _KINDS = {
     "full_attention": (True, False),
@@ -319,6 +320,11 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
         raise ValueError(
             f"{name} is an encoder (is_decoder=False), whose tokens attend to later ones too; kvcompress supports "
             "decoder-only models"
+        )
+    if any(kind in _INDEXED_BEFORE for kind in getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{name} chooses what tokens attend to by an indexer, which kvcompress supports from transformers 5.24 on, "
+            "where caches are given latents"
         )
     if is_indexed(config) and (latent_rank(config) is None or getattr(config, "index_topk", None) is None):
         raise ValueError(
