@@ -84,6 +84,9 @@ class CompressedCache(hf.AttendingCache):
         rank = hf.latent_rank(config)
         if rank is not None:
             self._check_latents(type(model).__name__)
+        has_biases = hf.has_biases(config)
+        if has_biases:
+            self._check_biases(type(model).__name__)
         self._repeats_keys = hf.repeats_keys(config)
         if not self.serves_chunks and any(kind.is_chunked for kind in kinds):
             raise ValueError(
@@ -108,6 +111,7 @@ class CompressedCache(hf.AttendingCache):
             layer = self.layers[index]
             layer.is_chunked = kinds[index].is_chunked
             layer.latent_rank, layer.value_width = rank, every[index].value_dim
+            layer.has_biases = has_biases
         self.take_states(self.states)
         self.last_layer.is_last = True
         for layer in self.layers:
@@ -154,6 +158,16 @@ class CompressedCache(hf.AttendingCache):
             f"{name} has multi-head latent attention, whose latents are both keys and values; {type(self).__name__} "
             "does not hold them, DenseCache does, and caches that evict"
         )
+
+    def _check_biases(self, name: str) -> None:
+        """Raises ValueError if this cache cannot serve logits with biases by distance."""
+        raise ValueError(
+            f"{name} adds biases to its logits that depend on queries and distances; {type(self).__name__} does not "
+            "serve them, DenseCache and GEARCache do, and caches that evict"
+        )
+
+    def awaits_attention(self) -> bool:
+        return any(layer.pending_kv is not None for layer in self.layers)
 
     def untagged(self, layer_idx: int) -> CompressedLayer | None:
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None

@@ -15,8 +15,9 @@ from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.storage.chunks import attend_in_chunks, ends_of
 from kvcompress.storage.clock import TokenClock
+from kvcompress.storage.distances import attend_by_distance
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
-from kvcompress.storage.segment import Segment
+from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.transform_coding import Coding, Places
 
 
@@ -59,8 +60,10 @@ class AttentionInput:
     query: [batch, heads, queries, head_dim], of the last tokens; in most models of all of them.
     key, value: [batch, kv_heads, tokens, head_dim].
     visible: [batch, tokens] bool, False for padding; None if nothing is padded.
-    spec: how logits are computed, with the layer's window. sinks: [heads], extra logits that belong to no token.
+    spec: how logits are computed, with the layer's window. sinks: [heads] or, beside biases, [batch, heads, queries],
+    extra logits that belong to no token.
     spans: [batch, tokens] integers, where tokens of an equal one but 0 see one another both ways; None if none do.
+    biases: [batch, heads, queries, extent], of logits, by distance (storage/distances.py); None if there are none.
     """
 
     query: Tensor
@@ -70,6 +73,7 @@ class AttentionInput:
     spec: LogitSpec
     sinks: Tensor | None
     spans: Tensor | None = None
+    biases: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -120,6 +124,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     queries_watched: int | None = None
     # whether its tokens may see later ones of their spans
     takes_spans = False
+    # whether its logits have biases by distance
+    has_biases = False
     # last layer of the cache
     is_last = False
     # width of the latents that it holds, which are keys and values in one; None for keys and values
@@ -205,6 +211,12 @@ class CompressedLayer(hf.CacheLayerMixin):
     def attend_causally(self, x: AttentionInput, places: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of a forward's tokens to one another, and the log-sum-exp; places: [batch or 1, tokens], their
         positions."""
+        if x.biases is not None:
+            if x.visible is not None:
+                places = places.masked_fill(~x.visible, EMPTY)
+            columns = self.padding.columns(places)
+            own = columns[:, -x.queries :]
+            return attend_by_distance(x.query, x.key, x.value, columns[:, None], own, x.spec, x.biases)
         if not self.is_chunked:
             return causal_attention(x.query, x.key, x.value, x.spec, x.visible)
         assert self.window is not None
@@ -231,7 +243,7 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def _with_pads_first(self, x: AttentionInput) -> tuple[AttentionInput, Tensor | None]:
         """A forward's tokens with padding before all others, and its queries' new order; None if it did not change."""
-        if not self.pads_first or self.window is None or x.tokens == 1 or x.visible is None:
+        if not self.pads_first or self.window is None or x.tokens == 1 or x.visible is None or x.biases is not None:
             return x, None
         order = pads_first(x.visible)
         if order is None:
@@ -368,6 +380,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         sinks: Tensor | None,
         position_ids: Tensor | None,
         spans: Tensor | None = None,
+        biases: Tensor | None = None,
     ) -> Tensor:
         """The attention output for the tokens that `update` took in, [batch, heads, queries, head_dim].
 
@@ -378,6 +391,7 @@ class CompressedLayer(hf.CacheLayerMixin):
             visible: [batch, tokens seen or tokens taken in] bool padding mask, or None.
             spec: how logits are made; its window is the layer's.
             spans: of the same tokens as `visible`, as in AttentionInput, or None.
+            sinks, biases: as in AttentionInput.
         """
         if self.pending_kv is None and self._step is not None:
             return self.attend_again(query, spec, sinks)
@@ -394,10 +408,11 @@ class CompressedLayer(hf.CacheLayerMixin):
             )
         if torch.compiler.is_compiling():
             if not self.is_traceable(self.pending_kv[0].shape[2]):
-                return _untraced(self.attend, query, visible, spec, sinks=sinks, position_ids=position_ids, spans=spans)
-            return self._attend_pending(query, visible, spec, sinks, position_ids, spans)
+                further = {"sinks": sinks, "position_ids": position_ids, "spans": spans, "biases": biases}
+                return _untraced(self.attend, query, visible, spec, **further)
+            return self._attend_pending(query, visible, spec, sinks, position_ids, spans, biases)
         with as_stored():
-            out = self._attend_pending(query.to(self.dtype), visible, spec, sinks, position_ids, spans)
+            out = self._attend_pending(query.to(self.dtype), visible, spec, sinks, position_ids, spans, biases)
             return out.to(query.dtype)
 
     def is_traceable(self, tokens: int) -> bool:
@@ -418,6 +433,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         sinks: Tensor | None,
         position_ids: Tensor | None,
         spans: Tensor | None,
+        biases: Tensor | None,
     ) -> Tensor:
         assert self.pending_kv is not None
         key, value = self.pending_kv
@@ -430,7 +446,7 @@ class CompressedLayer(hf.CacheLayerMixin):
             self.forwards_begun += 1
         fresh = self.padding.fresh_of(visible, tokens)
         spans = None if spans is None else spans[:, -tokens:]
-        out = self._attend(AttentionInput(query, key, value, fresh, spec, sinks, spans))
+        out = self._attend(AttentionInput(query, key, value, fresh, spec, sinks, spans, biases))
         self.pending_kv = None
         self.clock.advance(tokens)
         if not torch.compiler.is_compiling():

@@ -13,6 +13,7 @@ from kvcompress.kernels.merge import joint_output
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
 from kvcompress.storage.chunks import attend_in_chunks
 from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.distances import attend_by_distance
 from kvcompress.storage.latent import DenseLatents
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.storage.segment import EMPTY, Segment
@@ -142,7 +143,7 @@ class DenseLayer(SteppedLayer):
         assert self.dense is not None
         self._is_ready = False
         self.dense.append(chunk.key, chunk.value, chunk.visible)
-        if self.is_chunked:
+        if self.is_chunked or self.has_biases:
             self._places = self._places_held(int(self.get_seq_length()) + chunk.tokens)
 
     def _places_held(self, seen: int) -> Tensor:
@@ -160,6 +161,12 @@ class DenseLayer(SteppedLayer):
     def _read(self, chunk: AttentionInput) -> tuple[Tensor, Tensor]:
         assert self.dense is not None
         key, value, visible = self.dense.held()
+        if chunk.biases is not None:
+            assert self._places is not None
+            places = self._places if visible is None else self._places.masked_fill(~visible, EMPTY)
+            columns = self.padding.columns(places)
+            own = columns[:, -chunk.queries :]
+            return attend_by_distance(chunk.query, key, value, columns[:, None], own, chunk.spec, chunk.biases)
         if self.is_chunked:
             assert self.window is not None
             assert self._places is not None
@@ -280,6 +287,9 @@ class DenseCache(CompressedCache):
     serves_chunks = True
 
     def _check_latents(self, name: str) -> None:
+        pass
+
+    def _check_biases(self, name: str) -> None:
         pass
 
     def _layer(self, index: int, window: int | None) -> CompressedLayer:

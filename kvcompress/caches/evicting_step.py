@@ -16,6 +16,7 @@ from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
 from kvcompress.policies.second_stage import has_second_stage, output_norms, second_scores
 from kvcompress.storage.chunks import sums_in_chunks
+from kvcompress.storage.distances import attend_by_distance, sums_by_distance
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
@@ -40,6 +41,11 @@ class EvictingStep(ForwardStep):
         # before the tokens come, as queries that share them come later
         self.shift = layer._shift()
 
+    def _columns_held(self, query_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the slots' tokens and of queries the columns by which biases go."""
+        columns = self.layer.padding.columns
+        return columns(self.slots.positions), columns(query_positions)
+
 
 class DecodeStep(EvictingStep):
     """One token: it takes the free slot, and attention is to the slots alone."""
@@ -56,6 +62,9 @@ class DecodeStep(EvictingStep):
     def attend(self, x: AttentionInput) -> Tensor:
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone(), self.shift)
+        if x.biases is not None:
+            self.placed, self.query_positions = placed, query_positions
+            return self._attend_by_distance(x)
         reach = self.layer.reaches(query_positions)
         if self.placed is not None:
             # the token is already in the slots, but not yet counted in the lengths
@@ -65,6 +74,26 @@ class DecodeStep(EvictingStep):
         out, attention = self.slots.decode(placed.query, x.key, x.value, self.at, reach, x.spec, x.sinks)
         self.attention = attention if self.part == 1 else attention * self.part
         self.placed, self.query_positions = placed, query_positions
+        return out
+
+    def _attend_by_distance(self, x: AttentionInput) -> Tensor:
+        """Attention with biases to the slots and the token itself, which then takes its slot."""
+        slots, layer = self.slots, self.layer
+        assert x.biases is not None
+        columns, own = self._columns_held(self.query_positions)
+        keys, values = slots.contents()
+        at = layer.padding.columns(self.at[:, None])
+        parts = [(keys, values, columns), (x.key, x.value, at[:, None])]
+        answers = [attend_by_distance(x.query, *part, own, x.spec, x.biases) for part in parts]
+        outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
+        if x.sinks is not None:
+            outs, lses = with_sinks(outs, lses, x.sinks)
+        out, lse = merge_states(outs, lses)
+        of_slots, of_token = (
+            sums_by_distance(x.query, part[0], part[2], own, lse, x.spec, x.biases) for part in parts
+        )
+        self.attention = of_slots.scatter(2, slots.spare[..., None], of_token)
+        slots.put(x.key, x.value, self.at)
         return out
 
     def commit(self) -> None:
@@ -174,7 +203,7 @@ class ChunkStep(EvictingStep):
         placed, query_positions = self.layer._place(x, self.places[:, -x.queries :], self.shift)
         answers = [self.layer.attend_causally(placed, self.places), *attend_ahead(placed, self.spans)]
         if not self.is_first:
-            answers.append(self.slots.attend(placed.query, self.layer.reaches(query_positions), x.spec))
+            answers.append(self._attend_slots(placed, query_positions))
         outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
@@ -188,6 +217,13 @@ class ChunkStep(EvictingStep):
             received = self.attention.add_(received) if is_again and self.attention is not None else received
         self.attention = received
         return out
+
+    def _attend_slots(self, x: AttentionInput, query_positions: Tensor) -> tuple[Tensor, Tensor]:
+        if x.biases is None:
+            return self.slots.attend(x.query, self.layer.reaches(query_positions), x.spec)
+        return attend_by_distance(
+            x.query, *self.slots.contents(), *self._columns_held(query_positions), x.spec, x.biases
+        )
 
     def commit(self, attention: Tensor | None = None) -> None:
         """Ends the forward.
@@ -227,7 +263,13 @@ class ChunkStep(EvictingStep):
             if last is not None:
                 first = int(observed.any(0).to(torch.uint8).argmax())
         every, query, lse = lse, x.query[:, :, first:], lse[:, :, first:]
-        if self.layer.is_chunked:
+        biases = None if x.biases is None else x.biases[:, :, first:]
+        if biases is not None:
+            places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
+            columns = self.layer.padding.columns(places)
+            own = columns[:, x.tokens - query.shape[2] :]
+            within = sums_by_distance(query, x.key, columns[:, None], own, lse, x.spec, biases)
+        elif self.layer.is_chunked:
             assert self.layer.window is not None
             within = sums_in_chunks(query, x.key, lse, x.spec, x.visible, self.places, self.layer.window)
         else:
@@ -237,6 +279,9 @@ class ChunkStep(EvictingStep):
             within = within + self.spans.column_sums(x, every)
         if self.is_first:
             past = torch.zeros_like(self.slots.scores)
+        elif biases is not None:
+            held = self._columns_held(self.query_positions[:, first:])
+            past = sums_by_distance(query, self.slots.contents()[0], *held, lse, x.spec, biases)
         else:
             reach = self.layer.reaches(self.query_positions[:, first:])
             past = self.slots.column_sums(query, reach, lse, x.spec)

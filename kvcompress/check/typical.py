@@ -14,6 +14,22 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+# layers with biases by distance, some of them with other heads and a window
+_INKLING: dict[str, Any] = {
+    **COMMON,
+    "num_hidden_layers": 4,
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "head_dim": 16,
+    "swa_num_attention_heads": 8,
+    "swa_num_key_value_heads": 4,
+    "swa_head_dim": 24,
+    "sliding_window_size": 64,
+    "d_rel": 4,
+    "rel_extent": 96,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 _MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
@@ -132,6 +148,14 @@ TYPICAL: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "first_k_dense_replace": 1,
     },
+    # without its scaling by columns, which are others in a padded batch
+    "inkling_text": {
+        **_INKLING,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+        "n_shared_experts": 1,
+        "logits_mup_width_multiplier": 1.0,
+    },
+    "inkling2_text": {**_INKLING, "log_scaling_n_floor": 48, "n_layers_per_attn_res_block": 2, "unpadded_vocab_size": 512},
     "helium": {**COMMON, "num_hidden_layers": 3, "head_dim": 16},
     # query heads are those of the experts of a token, two of four
     "jetmoe": {

@@ -2,6 +2,7 @@
 
     calls       how a cache is passed to a model: argument names, hooks around a forward, both spellings
     attention   the attention function and its mask function
+    biases      how a model is asked for biases by distance
     masks       the spans of a mask: tokens that see later ones
     configs     what a config says, and which models are supported
     modules     where modules and devices are found
@@ -46,6 +47,7 @@ from kvcompress.hf.configs import check_served as check_served
 from kvcompress.hf.configs import decoder_config as decoder_config
 from kvcompress.hf.configs import end_tokens as end_tokens
 from kvcompress.hf.configs import filler_tokens as filler_tokens
+from kvcompress.hf.configs import has_biases as has_biases
 from kvcompress.hf.configs import has_experts as has_experts
 from kvcompress.hf.configs import is_multimodal as is_multimodal
 from kvcompress.hf.configs import key_widths as key_widths

@@ -68,9 +68,7 @@ _OWN_WAYS = {
     "gemma4_unified_assistant": "attends to the keys and values of the model that it drafts for",
     "git": "computes its attention by itself",
     "idefics": "attends to images in layers of their own",
-    "inkling2_loop_text": "adds biases to its attention that depend on queries and distances",
-    "inkling2_text": "adds biases to its attention that depend on queries and distances",
-    "inkling_text": "adds biases to its attention that depend on queries and distances",
+    "inkling2_loop_text": "runs some of its layers several times for a token, and lengthens its cache for that",
     "kosmos_2_5_text_model": "takes positions of its own",
     "kosmos_2_text_model": "takes positions of its own",
     "kyutai_speech_to_text": "reads the codes of a sound with each token",
@@ -88,6 +86,8 @@ _OWN_WAYS = {
 # numbers of a vector up to which kernels pack it
 _WIDEST_PACKED = 256
 
+# what configs call heads; those of some sliding layers with "swa_" before it
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 # types whose sliding layers have more KV heads than their config says, and how many times as many
 _MORE_KV_HEADS = {"mimo_v2_flash": 2}
 
@@ -172,11 +172,16 @@ def latent_rank(config: PreTrainedConfig) -> int | None:
     return rank
 
 
-def _value_width(config: PreTrainedConfig) -> int:
+def has_biases(config: PreTrainedConfig) -> bool:
+    """Whether layers add biases to their logits that each query makes for itself, by distance."""
+    return getattr(config, "rel_extent", None) is not None
+
+
+def _value_width(config: PreTrainedConfig, head_dim: int) -> int:
     """How many numbers a cache holds of a token's values, in one KV head: none beside latents, which are both."""
     if latent_rank(config) is not None:
         return 0
-    return getattr(config, "v_head_dim", None) or head_counts(config)[2]
+    return getattr(config, "v_head_dim", None) or head_dim
 
 
 def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
@@ -190,11 +195,16 @@ def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
     found = []
     for index, own in enumerate(layer_configs(config)):
         heads, kv_heads, head_dim = head_counts(own)
+        if layer_kind(config, index) == "hybrid_sliding":
+            heads, kv_heads, head_dim = (
+                getattr(own, f"swa_{name}", size)
+                for name, size in zip(_HEADS, (heads, kv_heads, head_dim), strict=True)
+            )
         if of_queries:
             heads = of_queries[index]
         if layer_kind(config, index) == "sliding_attention":
             kv_heads *= _MORE_KV_HEADS.get(config.model_type, 1)
-        found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own)))
+        found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own, head_dim)))
     return found
 
 
@@ -381,7 +391,9 @@ def without_windows(config: PreTrainedConfig) -> PreTrainedConfig | None:
     if not any("sliding" in name for name in getattr(config, "layer_types", None) or ()):
         return config
     full = copy.deepcopy(config)
-    full.layer_types = [name.replace("sliding_attention", "full_attention") for name in config.layer_types]
+    full.layer_types = [
+        name.replace("sliding_attention", "full_attention").removesuffix("_sliding") for name in config.layer_types
+    ]
     return full
 
 

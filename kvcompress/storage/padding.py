@@ -259,6 +259,18 @@ class PaddingRecord:
             self._counted = True
         return self._counts
 
+    def columns(self, positions: Tensor) -> Tensor:
+        """The columns in which tokens were fed, by their positions [batch or 1, any, ...], as far as differences go:
+        where padding only precedes a row, its positions. EMPTY stays."""
+        visible = self.visible
+        if visible is None or pads_first(visible) is None:
+            return positions
+        # the columns of real tokens, in order, before those of padding
+        order = visible.to(torch.uint8).argsort(dim=-1, stable=True, descending=True).to(positions.device)
+        positions = positions.expand(len(order), *positions.shape[1:])
+        columns = order.gather(1, positions.clamp(min=0).flatten(1).long()).view_as(positions).to(positions.dtype)
+        return torch.where(positions == EMPTY, EMPTY, columns)
+
     def real_of_last(self, tokens: int, seen: int) -> list[int] | None:
         """How many of the last columns seen are real tokens, for each sequence; None if all are.
 

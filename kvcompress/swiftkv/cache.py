@@ -62,6 +62,7 @@ class FollowingLayer(CompressedLayer):
         sinks: Tensor | None,
         position_ids: Tensor | None,
         spans: Tensor | None = None,
+        biases: Tensor | None = None,
     ) -> Tensor:
         """As CompressedLayer.attend, over what the group's first layer attended to."""
         self.forwards_begun += 1
