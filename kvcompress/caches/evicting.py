@@ -148,6 +148,7 @@ class EvictingCache(CompressedCache):
     def _check_biases(self, name: str) -> None:
         policy = type(self.policy).__name__
         cannot = {
+            "rerotated, which closes gaps between rotary positions": self.rerotated,
             f"{policy}, which undoes rotations": self.policy.uses_rotary,
             f"{policy}, which reads tokens twice": self.policy.rereads is not None,
         }

@@ -89,9 +89,7 @@ class DecodeStep(EvictingStep):
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
         out, lse = merge_states(outs, lses)
-        of_slots, of_token = (
-            sums_by_distance(x.query, part[0], part[2], own, lse, x.spec, x.biases) for part in parts
-        )
+        of_slots, of_token = (sums_by_distance(x.query, part[0], part[2], own, lse, x.spec, x.biases) for part in parts)
         self.attention = of_slots.scatter(2, slots.spare[..., None], of_token)
         slots.put(x.key, x.value, self.at)
         return out

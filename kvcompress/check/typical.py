@@ -155,7 +155,12 @@ TYPICAL: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "logits_mup_width_multiplier": 1.0,
     },
-    "inkling2_text": {**_INKLING, "log_scaling_n_floor": 48, "n_layers_per_attn_res_block": 2, "unpadded_vocab_size": 512},
+    "inkling2_text": {
+        **_INKLING,
+        "log_scaling_n_floor": 48,
+        "n_layers_per_attn_res_block": 2,
+        "unpadded_vocab_size": 512,
+    },
     "helium": {**COMMON, "num_hidden_layers": 3, "head_dim": 16},
     # query heads are those of the experts of a token, two of four
     "jetmoe": {

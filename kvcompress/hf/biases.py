@@ -37,9 +37,9 @@ def ask_by_distance(model: PreTrainedModel) -> None:
 
 def ask_by_key(model: PreTrainedModel) -> None:
     """Takes back `ask_by_distance`."""
-    for module in attention_modules(model):
-        part = _part(module)
-        for key in [] if part is None else [key for key, hook in part._forward_pre_hooks.items() if hook is _ask]:
+    parts = [part for module in attention_modules(model) if (part := _part(module)) is not None]
+    for part in parts:
+        for key in [key for key, hook in part._forward_pre_hooks.items() if hook is _ask]:
             del part._forward_pre_hooks[key]
             part._forward_pre_hooks_with_kwargs.pop(key, None)
 
