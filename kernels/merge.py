@@ -73,7 +73,7 @@ def output_of(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def joint_output(answers: list[tuple[Tensor, Tensor]], sinks: Tensor | None) -> Tensor:
-    """The output of attention to disjoint keys and to sink logits as of `with_sinks`; answers: outputs, log-sum-exps."""
+    """The output of attention to disjoint keys and to sink logits, as in `with_sinks`; answers: outputs and lses."""
     outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
     if sinks is not None:
         outs, lses = with_sinks(outs, lses, sinks)

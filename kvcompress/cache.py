@@ -87,6 +87,7 @@ class CompressedCache(hf.AttendingCache):
         has_biases = hf.has_biases(config)
         if has_biases:
             self._check_biases(type(model).__name__)
+        self._takes_one_mask = hf.takes_one_mask(model)
         self._repeats_keys = hf.repeats_keys(config)
         if not self.serves_chunks and any(kind.is_chunked for kind in kinds):
             raise ValueError(
@@ -326,6 +327,10 @@ class CompressedCache(hf.AttendingCache):
             if layer.pending_kv is not None:
                 raise RuntimeError(self._without_attention(index))
         self._states_change = False
+
+    @property
+    def is_compileable(self) -> bool:
+        return not self._takes_one_mask and super().is_compileable
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can trace a forward of so many tokens into one graph."""

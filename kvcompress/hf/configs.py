@@ -265,6 +265,13 @@ def is_multimodal(model: PreTrainedModel) -> bool:
     return decoder_config(model) is not model.config
 
 
+def takes_one_mask(model: PreTrainedModel) -> bool:
+    """Whether a model with several kinds of layers makes a mask for each by itself, and takes none that `generate` has
+    made, as it does for a cache whose steps it may compile."""
+    kinds = getattr(decoder_config(model), "layer_types", None) or []
+    return model.config.model_type == "paligemma" and len(set(kinds)) > 1
+
+
 def check_served(config: PreTrainedConfig, name: str) -> None:
     """
     Raises:
