@@ -77,8 +77,8 @@ class CompressedCache(hf.AttendingCache):
         """
         config = hf.text_config(model)
         kinds = hf.layer_kinds(config)
-        # layers that keep keys and values, and the states of those that keep states
-        self.attending = [index for index, kind in enumerate(kinds) if kind.attends]
+        # layers that keep keys and values, in the order of a forward, and the states of those that keep states
+        self.attending = [index for index in hf.run_order(config) if kinds[index].attends]
         self.states = {index: hf.States(kind.states) for index, kind in enumerate(kinds) if kind.states}
         self._check_model(model)
         rank = hf.latent_rank(config)
@@ -107,6 +107,7 @@ class CompressedCache(hf.AttendingCache):
             else:
                 layers.append(SharingLayer(layers[kind.kv_source]))
         super().__init__(layers=[*layers])
+        self._all_in_order = self.attending == [*range(len(layers))]
         every = hf.layer_heads(config)
         for index in self.attending:
             layer = self.layers[index]
@@ -195,14 +196,15 @@ class CompressedCache(hf.AttendingCache):
             if layer_idx == self.attending[0] and self._layers_disagree:
                 raise RuntimeError(_INTERRUPTED)
         # before the first layer comes the last one of the previous forward; compiled steps check nothing else
-        before = self.layers[layer_idx - 1 if len(self.attending) == len(self.layers) else self._before(layer_idx)]
+        before = self.layers[layer_idx - 1 if self._all_in_order else self._before(layer_idx)]
         if before.pending_kv is not None and before is not self.layers[layer_idx]:
             raise RuntimeError(self._without_attention(self._before(layer_idx)))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _before(self, layer_idx: int) -> int:
         """The layer that attends before this one, in the previous forward for the first."""
-        return max((index for index in self.attending if index < layer_idx), default=self.attending[-1])
+        order = self.attending
+        return order[order.index(layer_idx) - 1] if layer_idx in order else order[-1]
 
     # transformers' interface to states
 

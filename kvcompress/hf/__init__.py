@@ -59,6 +59,7 @@ from kvcompress.hf.configs import layer_kinds as layer_kinds
 from kvcompress.hf.configs import model_types as model_types
 from kvcompress.hf.configs import packed_widths as packed_widths
 from kvcompress.hf.configs import repeats_keys as repeats_keys
+from kvcompress.hf.configs import run_order as run_order
 from kvcompress.hf.configs import shares_kv as shares_kv
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import takes_one_mask as takes_one_mask

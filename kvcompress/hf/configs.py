@@ -68,7 +68,6 @@ _OWN_WAYS = {
     "gemma4_unified_assistant": "attends to the keys and values of the model that it drafts for",
     "git": "computes its attention by itself",
     "idefics": "attends to images in layers of their own",
-    "inkling2_loop_text": "runs some of its layers several times for a token, and lengthens its cache for that",
     "kosmos_2_5_text_model": "takes positions of its own",
     "kosmos_2_text_model": "takes positions of its own",
     "kyutai_speech_to_text": "reads the codes of a sound with each token",
@@ -205,7 +204,26 @@ def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
         if layer_kind(config, index) == "sliding_attention":
             kv_heads *= _MORE_KV_HEADS.get(config.model_type, 1)
         found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own, head_dim)))
-    return found
+    return [found[index] for index in filling_layers(config)]
+
+
+def filling_layers(config: PreTrainedConfig) -> list[int]:
+    """For each layer of a cache, which layer of the model fills it: those that a model runs several times (Inkling 2
+    Loop) fill further ones after all others."""
+    layers = [*range(config.num_hidden_layers)]
+    start, end = _looped(config)
+    return layers + layers[start:end] * (getattr(config, "loop_num_passes", 1) - 1)
+
+
+def run_order(config: PreTrainedConfig) -> list[int]:
+    """The layers of a cache in the order in which a forward fills them."""
+    count, (_, end) = config.num_hidden_layers, _looped(config)
+    return [*range(end), *range(count, len(filling_layers(config))), *range(end, count)]
+
+
+def _looped(config: PreTrainedConfig) -> tuple[int, int]:
+    """The first layer that a model runs several times, and the next one that it does not."""
+    return getattr(config, "loop_layer_index_start", 0), getattr(config, "loop_layer_index_end", 0)
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -352,7 +370,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
         kinds.append(LayerKind(attends, window, states, is_chunked=is_chunked))
     if not any(kind.attends for kind in kinds):
         raise ValueError(_nothing_to_compress(f"model type {config.model_type!r}"))
-    return kinds
+    return [kinds[index] for index in filling_layers(config)]
 
 
 def _nothing_to_compress(name: str) -> str:

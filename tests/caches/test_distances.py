@@ -107,6 +107,16 @@ def test_with_room_for_all_turns_equal_those_of_transformers_cache(kind, name):
     close(turns(model, CACHES[name](model)), wanted_of(kind))
 
 
+@pytest.mark.parametrize("name", ["dense", "h2o"])
+def test_layers_that_run_several_times_fill_layers_of_their_own(name):
+    """Two layers of six run three times; the last of these is filled before the fifth."""
+    model = made("inkling2_loop_text")
+    cache = CACHES[name](model)
+    close(turns(model, cache), wanted_of("inkling2_loop_text"))
+    assert cache.attending == [0, 1, 2, 3, 6, 7, 8, 9, 4, 5]
+    assert len(cache.layers) == len(cache.memory().tokens_kept) == 10
+
+
 @pytest.mark.parametrize("name", ["dense", "h2o", "gear"])
 @every_type
 def test_generation_of_beams_and_what_comes_of_a_file(kind, name, tmp_path):
