@@ -297,6 +297,7 @@ class CompressedCache(hf.AttendingCache):
         """
         if self._states_change:
             raise RuntimeError(_INTERRUPTED)
+        self.padding.told_positions = position_ids if isinstance(position_ids, Tensor) else None
         if not self.states or fed is None:
             return
         batch, tokens = fed.shape[:2]
@@ -307,6 +308,7 @@ class CompressedCache(hf.AttendingCache):
             # of a padded batch, whose mask comes to the layers in another way
             position_ids = None
         record = copy.copy(self.padding)
+        record.told_positions = None
         record.read(None if mask is None else mask != 0, batch, int(self.get_seq_length()), tokens, position_ids)
         self._states_change = True
 

@@ -32,6 +32,8 @@ class PaddingRecord:
         self.filler: Tensor | None = None
         # the position that the model gave to each sequence's last token; None if unknown
         self.last_position: list[int] | None = None
+        # positions that the forward to come was given, for a model that does not pass them on to its attention
+        self.told_positions: Tensor | None = None
         # how far the model's positions are ahead of a count of real tokens, by row; None before the first forward
         self.shift: list[int] | None = None
         # the last token fed to each row, an end token if it was filler; then the rows whose token in the current
@@ -114,6 +116,9 @@ class PaddingRecord:
                 follow those before. Nothing has changed then.
         """
         before = self.visible, self.last_position, self.shift
+        told, self.told_positions = self.told_positions, None
+        if position_ids is None and told is not None and told.shape[-1] == queries:
+            position_ids = told
         self.remap = None
         self._counted = False
         try:
