@@ -308,7 +308,6 @@ class CompressedCache(hf.AttendingCache):
             # of a padded batch, whose mask comes to the layers in another way
             position_ids = None
         record = copy.copy(self.padding)
-        record.told_positions = None
         record.read(None if mask is None else mask != 0, batch, int(self.get_seq_length()), tokens, position_ids)
         self._states_change = True
 

@@ -440,6 +440,8 @@ class CompressedLayer(hf.CacheLayerMixin):
         tokens = key.shape[2]
         if not torch.compiler.is_compiling():
             if self.is_first:
+                told = self.padding.take_told(tokens)
+                position_ids = told if position_ids is None else position_ids
                 self.padding.read(visible, key.shape[0], int(self.get_seq_length()), tokens, position_ids)
             if self.padding.remap is not None:
                 self._remap(self.padding.remap.to(key.device))

@@ -87,6 +87,11 @@ class PaddingRecord:
                 fed = [ends[0] if over else token for over, token in zip(ended, fed, strict=True)]
         self.last_fed = fed
 
+    def take_told(self, tokens: int) -> Tensor | None:
+        """The positions that the forward in progress was given, once; None if that is not known."""
+        told, self.told_positions = self.told_positions, None
+        return told if told is not None and told.shape[-1] == tokens else None
+
     def fresh_of(self, mask: Tensor | None, queries: int) -> Tensor | None:
         """Which tokens of the current forward are real, [batch, queries] bool; None for all.
 
@@ -116,9 +121,6 @@ class PaddingRecord:
                 follow those before. Nothing has changed then.
         """
         before = self.visible, self.last_position, self.shift
-        told, self.told_positions = self.told_positions, None
-        if position_ids is None and told is not None and told.shape[-1] == queries:
-            position_ids = told
         self.remap = None
         self._counted = False
         try:

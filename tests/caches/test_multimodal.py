@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
@@ -79,7 +81,13 @@ SETTINGS = {
     # the same with windows, longer than a prompt
     "paligemma2": {
         "model_type": "paligemma",
-        "text_config": {"model_type": "gemma2", **_TEXT, "head_dim": 16, "sliding_window": 64},
+        "text_config": {
+            "model_type": "gemma2",
+            **_TEXT,
+            "head_dim": 16,
+            "sliding_window": 64,
+            "attn_logit_softcapping": None,
+        },
         "vision_config": {"model_type": "siglip_vision_model", **_TOWER},
         "image_token_index": IMAGE,
         "image_token_id": IMAGE,
@@ -154,9 +162,12 @@ def models():
     built = {}
 
     def of(kind):
+        named = {"model_type": kind} | SETTINGS[kind]
+        if named["model_type"] not in CONFIG_MAPPING:
+            pytest.skip(f"this transformers has no {kind}")
         if kind not in built:
             torch.manual_seed(0)
-            config = AutoConfig.for_model(**{"model_type": kind} | SETTINGS[kind])
+            config = AutoConfig.for_model(**named)
             model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -260,6 +271,8 @@ def test_a_cache_with_room_for_all_answers_as_the_full_cache_does(kind, name, mo
 @pytest.mark.parametrize("name", ["dense", "h2o"])
 @pytest.mark.parametrize("kind", ["paligemma2", "gemma4", "llama4", "inkling_mm_model"])
 def test_further_models_answer_of_images_as_with_the_full_cache(kind, name, models, monkeypatch):
+    if name != "dense" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("here generate makes other masks for any cache whose steps can be compiled")
     # in 5.24.0 the model asks this of its decoder, which does not have it, whatever the cache
     monkeypatch.setattr(MoeCausalLMOutputWithPast, "image_outputs", None, raising=False)
     test_a_cache_with_room_for_all_answers_as_the_full_cache_does(kind, name, models)
