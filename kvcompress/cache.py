@@ -297,7 +297,8 @@ class CompressedCache(hf.AttendingCache):
         """
         if self._states_change:
             raise RuntimeError(_INTERRUPTED)
-        self.padding.told_positions = position_ids if isinstance(position_ids, Tensor) else None
+        # weak: a forward that is refused leaves them behind
+        self.padding.told_positions = weakref.ref(position_ids) if isinstance(position_ids, Tensor) else None
         if not self.states or fed is None:
             return
         batch, tokens = fed.shape[:2]

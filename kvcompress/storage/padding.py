@@ -5,6 +5,7 @@ treated as if it were alone. There is one record per cache; in each forward, the
 """
 
 import warnings
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ class PaddingRecord:
         # the position that the model gave to each sequence's last token; None if unknown
         self.last_position: list[int] | None = None
         # positions that the forward to come was given, for a model that does not pass them on to its attention
-        self.told_positions: Tensor | None = None
+        self.told_positions: weakref.ref[Tensor] | None = None
         # how far the model's positions are ahead of a count of real tokens, by row; None before the first forward
         self.shift: list[int] | None = None
         # the last token fed to each row, an end token if it was filler; then the rows whose token in the current
@@ -62,7 +63,7 @@ class PaddingRecord:
         self.last_position, self.shift, self.last_fed = (
             tensors[name].tolist() if name in tensors else None for name in self.names[2:]
         )
-        self.ended = None
+        self.ended = self.told_positions = None
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces each tensor, whose first dimension is the batch, by `change(tensor)`."""
@@ -89,7 +90,8 @@ class PaddingRecord:
 
     def take_told(self, tokens: int) -> Tensor | None:
         """The positions that the forward in progress was given, once; None if that is not known."""
-        told, self.told_positions = self.told_positions, None
+        told = None if self.told_positions is None else self.told_positions()
+        self.told_positions = None
         return told if told is not None and told.shape[-1] == tokens else None
 
     def fresh_of(self, mask: Tensor | None, queries: int) -> Tensor | None:
