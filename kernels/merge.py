@@ -60,8 +60,10 @@ def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor
 
 
 def with_sinks(outs: list[Tensor], lses: list[Tensor], sinks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Partial attentions with one more, that of learned sink logits [heads], which carry weight and no value."""
-    lse = sinks.float()[None, :, None].expand_as(lses[0])
+    """Partial attentions with one more, that of sink logits, which carry weight and no value: learned ones [heads], or
+    those of each query [batch, heads, queries]."""
+    sinks = sinks.float() if sinks.dim() == 3 else sinks.float()[None, :, None]
+    lse = sinks.expand_as(lses[0])
     return [*outs, outs[0].new_zeros(()).expand_as(outs[0])], [*lses, lse]
 
 
@@ -71,7 +73,7 @@ def output_of(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def joint_output(answers: list[tuple[Tensor, Tensor]], sinks: Tensor | None) -> Tensor:
-    """The output of attention to disjoint keys and learned sink logits [heads]; answers: outputs with log-sum-exps."""
+    """The output of attention to disjoint keys and to sink logits, as in `with_sinks`; answers: outputs and lses."""
     outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
     if sinks is not None:
         outs, lses = with_sinks(outs, lses, sinks)

@@ -77,12 +77,16 @@ class CompressedCache(hf.AttendingCache):
         """
         config = hf.text_config(model)
         kinds = hf.layer_kinds(config)
-        # layers that keep keys and values, and the states of those that keep states
-        self.attending = [index for index, kind in enumerate(kinds) if kind.attends]
+        # layers that keep keys and values, in the order of a forward, and the states of those that keep states
+        self.attending = [index for index in hf.run_order(config) if kinds[index].attends]
         self.states = {index: hf.States(kind.states) for index, kind in enumerate(kinds) if kind.states}
         self._check_model(model)
         if hf.latent_rank(config) is not None:
             self._check_latents(type(model).__name__)
+        has_biases = hf.has_biases(config)
+        if has_biases:
+            self._check_biases(type(model).__name__)
+        self._takes_one_mask = hf.takes_one_mask(model)
         self._repeats_keys = hf.repeats_keys(config)
         if not self.serves_chunks and any(kind.is_chunked for kind in kinds):
             raise ValueError(
@@ -102,11 +106,13 @@ class CompressedCache(hf.AttendingCache):
             else:
                 layers.append(SharingLayer(layers[kind.kv_source]))
         super().__init__(layers=[*layers])
+        self._all_in_order = self.attending == [*range(len(layers))]
         every, ranks = hf.layer_heads(config), hf.latent_ranks(config)
         for index in self.attending:
             layer = self.layers[index]
             layer.is_chunked = kinds[index].is_chunked
             layer.latent_rank, layer.value_width = ranks[index], every[index].value_dim
+            layer.has_biases = has_biases
             layer.full_index_dim, layer.is_indexed = every[index].index_dim, kinds[index].is_indexed
             if layer.is_indexed:
                 # a layer that evicts asks another's indexer about the tokens it holds itself
@@ -158,6 +164,16 @@ class CompressedCache(hf.AttendingCache):
             "does not hold them, DenseCache does, and caches that evict"
         )
 
+    def _check_biases(self, name: str) -> None:
+        """Raises ValueError if this cache cannot serve logits with biases by distance."""
+        raise ValueError(
+            f"{name} adds biases to its logits that depend on queries and distances; {type(self).__name__} does not "
+            "serve them, DenseCache and GEARCache do, and caches that evict"
+        )
+
+    def awaits_attention(self) -> bool:
+        return any(layer.pending_kv is not None for layer in self.layers)
+
     def untagged(self, layer_idx: int) -> CompressedLayer | None:
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
         if isinstance(layer, SharingLayer):
@@ -183,14 +199,15 @@ class CompressedCache(hf.AttendingCache):
             if layer_idx == self.attending[0] and self._layers_disagree:
                 raise RuntimeError(_INTERRUPTED)
         # before the first layer comes the last one of the previous forward; compiled steps check nothing else
-        before = self.layers[layer_idx - 1 if len(self.attending) == len(self.layers) else self._before(layer_idx)]
+        before = self.layers[layer_idx - 1 if self._all_in_order else self._before(layer_idx)]
         if before.pending_kv is not None and before is not self.layers[layer_idx]:
             raise RuntimeError(self._without_attention(self._before(layer_idx)))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _before(self, layer_idx: int) -> int:
         """The layer that attends before this one, in the previous forward for the first."""
-        return max((index for index in self.attending if index < layer_idx), default=self.attending[-1])
+        order = self.attending
+        return order[order.index(layer_idx) - 1] if layer_idx in order else order[-1]
 
     # transformers' interface to states
 
@@ -283,6 +300,8 @@ class CompressedCache(hf.AttendingCache):
         """
         if self._states_change:
             raise RuntimeError(_INTERRUPTED)
+        # weak: a forward that is refused leaves them behind
+        self.padding.told_positions = weakref.ref(position_ids) if isinstance(position_ids, Tensor) else None
         if not self.states or fed is None:
             return
         batch, tokens = fed.shape[:2]
@@ -315,6 +334,10 @@ class CompressedCache(hf.AttendingCache):
             if layer.pending_kv is not None:
                 raise RuntimeError(self._without_attention(index))
         self._states_change = False
+
+    @property
+    def is_compileable(self) -> bool:
+        return not self._takes_one_mask and super().is_compileable
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can trace a forward of so many tokens into one graph."""

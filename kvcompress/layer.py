@@ -16,6 +16,7 @@ from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.sparse_attention import sparse_attention
 from kvcompress.storage.chunks import attend_in_chunks, ends_of
 from kvcompress.storage.clock import TokenClock
+from kvcompress.storage.distances import attend_by_distance
 from kvcompress.storage.padding import PaddingRecord, pads_first, reordered
 from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.transform_coding import Coding, Places
@@ -60,12 +61,14 @@ class AttentionInput:
     query: [batch, heads, queries, head_dim], of the last tokens; in most models of all of them.
     key, value: [batch, kv_heads, tokens, head_dim].
     visible: [batch, tokens] bool, False for padding; None if nothing is padded.
-    spec: how logits are computed, with the layer's window. sinks: [heads], extra logits that belong to no token.
+    spec: how logits are computed, with the layer's window. sinks: [heads] or, beside biases, [batch, heads, queries],
+    extra logits that belong to no token.
     spans: [batch, tokens] integers, where tokens of an equal one but 0 see one another both ways; None if none do.
     index: [batch, 1, tokens, width], by which an indexer scores the tokens; None if there is none.
     chosen: [batch, queries, choices] int32, positions of the tokens, held and fed, that each query sees, -1 for none;
         None: all that precede it. places: positions of the tokens fed, [batch, tokens] int32, -1 for padding; given
         with `chosen`.
+    biases: [batch, heads, queries, extent], of logits, by distance (storage/distances.py); None if there are none.
     """
 
     query: Tensor
@@ -78,6 +81,7 @@ class AttentionInput:
     index: Tensor | None = None
     chosen: Tensor | None = None
     places: Tensor | None = None
+    biases: Tensor | None = None
 
     @property
     def stored_key(self) -> Tensor:
@@ -133,6 +137,8 @@ class CompressedLayer(hf.CacheLayerMixin):
     queries_watched: int | None = None
     # whether its tokens may see later ones of their spans
     takes_spans = False
+    # whether its logits have biases by distance
+    has_biases = False
     # last layer of the cache
     is_last = False
     # width of the latents that it holds, which are keys and values in one; None for keys and values
@@ -225,6 +231,12 @@ class CompressedLayer(hf.CacheLayerMixin):
         if x.chosen is not None:
             assert x.places is not None
             return sparse_attention(x.query, x.key, x.value, x.places, x.chosen, x.spec)
+        if x.biases is not None:
+            if x.visible is not None:
+                places = places.masked_fill(~x.visible, EMPTY)
+            columns = self.padding.columns(places)
+            own = columns[:, -x.queries :]
+            return attend_by_distance(x.query, x.key, x.value, columns[:, None], own, x.spec, x.biases)
         if not self.is_chunked:
             return causal_attention(x.query, x.key, x.value, x.spec, x.visible)
         assert self.window is not None
@@ -251,7 +263,7 @@ class CompressedLayer(hf.CacheLayerMixin):
 
     def _with_pads_first(self, x: AttentionInput) -> tuple[AttentionInput, Tensor | None]:
         """A forward's tokens with padding before all others, and its queries' new order; None if it did not change."""
-        if not self.pads_first or self.window is None or x.tokens == 1 or x.visible is None:
+        if not self.pads_first or self.window is None or x.tokens == 1 or x.visible is None or x.biases is not None:
             return x, None
         order = pads_first(x.visible)
         if order is None:
@@ -389,6 +401,7 @@ class CompressedLayer(hf.CacheLayerMixin):
         position_ids: Tensor | None,
         spans: Tensor | None = None,
         choice: hf.Choice | None = None,
+        biases: Tensor | None = None,
     ) -> Tensor:
         """The attention output for the tokens that `update` took in, [batch, heads, queries, head_dim].
 
@@ -400,6 +413,7 @@ class CompressedLayer(hf.CacheLayerMixin):
             spec: how logits are made; its window is the layer's.
             spans: of the same tokens as `visible`, as in AttentionInput, or None.
             choice: what an indexer chooses, or has chosen in an earlier layer; None for a layer without one.
+            sinks, biases: as in AttentionInput.
         """
         if self.pending_kv is None and self._step is not None:
             return self.attend_again(query, spec, sinks)
@@ -420,7 +434,13 @@ class CompressedLayer(hf.CacheLayerMixin):
                 "a layer's indexer chooses what its tokens attend to; here it gave no choice that kvcompress knows, or "
                 "tokens of a span, such as an image, are to see one another both ways, which cannot be combined"
             )
-        rest: dict[str, Any] = {"sinks": sinks, "position_ids": position_ids, "spans": spans, "choice": choice}
+        rest: dict[str, Any] = {
+            "sinks": sinks,
+            "position_ids": position_ids,
+            "spans": spans,
+            "choice": choice,
+            "biases": biases,
+        }
         if torch.compiler.is_compiling():
             if not self.is_traceable(self.pending_kv[0].shape[2]):
                 return _untraced(self.attend, query, visible, spec, **rest)
@@ -448,19 +468,22 @@ class CompressedLayer(hf.CacheLayerMixin):
         position_ids: Tensor | None,
         spans: Tensor | None,
         choice: hf.Choice | None,
+        biases: Tensor | None,
     ) -> Tensor:
         assert self.pending_kv is not None
         key, value = self.pending_kv
         tokens = key.shape[2]
         if not torch.compiler.is_compiling():
             if self.is_first:
+                told = self.padding.take_told(tokens)
+                position_ids = told if position_ids is None else position_ids
                 self.padding.read(visible, key.shape[0], int(self.get_seq_length()), tokens, position_ids)
             if self.padding.remap is not None:
                 self._remap(self.padding.remap.to(key.device))
             self.forwards_begun += 1
         fresh = self.padding.fresh_of(visible, tokens)
         spans = None if spans is None else spans[:, -tokens:]
-        x = AttentionInput(query, key, value, fresh, spec, sinks, spans)
+        x = AttentionInput(query, key, value, fresh, spec, sinks, spans, biases=biases)
         out = self._attend(x if choice is None else self._chosen(x, choice))
         self.pending_kv = None
         self.clock.advance(tokens)

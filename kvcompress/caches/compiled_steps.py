@@ -212,7 +212,7 @@ class SteppedLayer(CompressedLayer):
 
     def is_traceable(self, tokens: int) -> bool:
         # the steps' positions are of what is held, and do not tell chunks apart
-        return tokens == 1 and self._steps is not None and not self.is_chunked
+        return tokens == 1 and self._steps is not None and not self.is_chunked and not self.has_biases
 
     def reserve(self, steps: int | None) -> None:
         """Takes room for so many steps that are compiled, and as many whenever that is used up."""

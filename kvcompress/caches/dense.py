@@ -14,6 +14,7 @@ from kvcompress.kernels.sparse_attention import sparse_attention
 from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep, ordinary_tensors
 from kvcompress.storage.chunks import attend_in_chunks
 from kvcompress.storage.dense import DenseSegment
+from kvcompress.storage.distances import attend_by_distance
 from kvcompress.storage.latent import DenseLatents
 from kvcompress.storage.padding import pads_first, reordered, warn_of_short_windows
 from kvcompress.storage.segment import EMPTY, Segment
@@ -147,7 +148,7 @@ class DenseLayer(SteppedLayer):
         assert self.dense is not None
         self._is_ready = False
         self.dense.append(chunk.stored_key, chunk.value, chunk.visible)
-        if self.is_chunked:
+        if self.is_chunked or self.has_biases:
             self._places = self._places_held(int(self.get_seq_length()) + chunk.tokens)
 
     def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,6 +179,12 @@ class DenseLayer(SteppedLayer):
         key, value, visible = self.dense.held()
         if chunk.chosen is not None:
             return sparse_attention(chunk.query, key, value, self.dense.positions(), chunk.chosen, chunk.spec)
+        if chunk.biases is not None:
+            assert self._places is not None
+            places = self._places if visible is None else self._places.masked_fill(~visible, EMPTY)
+            columns = self.padding.columns(places)
+            own = columns[:, -chunk.queries :]
+            return attend_by_distance(chunk.query, key, value, columns[:, None], own, chunk.spec, chunk.biases)
         if self.is_chunked:
             assert self.window is not None
             assert self._places is not None
@@ -295,6 +302,9 @@ class DenseCache(CompressedCache):
     serves_chunks = True
 
     def _check_latents(self, name: str) -> None:
+        pass
+
+    def _check_biases(self, name: str) -> None:
         pass
 
     def _layer(self, index: int, window: int | None) -> CompressedLayer:

@@ -151,6 +151,20 @@ class EvictingCache(CompressedCache):
                 "combined with it: use H2O, SnapKV or another policy that goes by attention, unpacked"
             )
 
+    def _check_biases(self, name: str) -> None:
+        policy = type(self.policy).__name__
+        cannot = {
+            "rerotated, which closes gaps between rotary positions": self.rerotated,
+            f"{policy}, which undoes rotations": self.policy.uses_rotary,
+            f"{policy}, which reads tokens twice": self.policy.rereads is not None,
+        }
+        wrong = next((what for what, holds in cannot.items() if holds), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} adds biases to its logits that depend on queries and distances; {wrong}, cannot be combined "
+                "with them: use H2O, SnapKV or another policy that goes by attention or by keys"
+            )
+
     def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
         if self._pins is not None and fed is not None:
             self._pins.check_rows(len(fed))

@@ -167,7 +167,7 @@ class EvictingLayer(CompressedLayer):
         return self.slots.positions
 
     def is_traceable(self, tokens: int) -> bool:
-        return self.slots is not None and tokens == 1
+        return self.slots is not None and tokens == 1 and not self.has_biases
 
     def reset(self) -> None:
         super().reset()
@@ -217,7 +217,7 @@ class EvictingLayer(CompressedLayer):
             self._follow_budget(self.lengths + x.real_tokens)
         # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
         plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.is_ragged
-        plain = plain and self.pins is None and self.latent_rank is None and not self.is_chunked
+        plain = plain and self.pins is None and self.latent_rank is None and not self.is_chunked and x.biases is None
         at_once = self.policy.decay is not None and plain and attends_in_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 

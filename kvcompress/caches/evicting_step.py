@@ -17,6 +17,7 @@ from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.policy import Candidates
 from kvcompress.policies.second_stage import has_second_stage, output_norms, second_scores
 from kvcompress.storage.chunks import sums_in_chunks
+from kvcompress.storage.distances import attend_by_distance, sums_by_distance
 from kvcompress.storage.ragged import RaggedSlots
 from kvcompress.storage.segment import EMPTY
 from kvcompress.storage.slots import SlotSegment
@@ -41,6 +42,11 @@ class EvictingStep(ForwardStep):
         # before the tokens come, as queries that share them come later
         self.shift = layer._shift()
 
+    def _columns_held(self, query_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the slots' tokens and of queries the columns by which biases go."""
+        columns = self.layer.padding.columns
+        return columns(self.slots.positions), columns(query_positions)
+
 
 class DecodeStep(EvictingStep):
     """One token: it takes the free slot, and attention is to the slots alone."""
@@ -57,6 +63,9 @@ class DecodeStep(EvictingStep):
     def attend(self, x: AttentionInput) -> Tensor:
         # a copy: the lengths grow in place before the policy reads the positions
         placed, query_positions = self.layer._place(x, self.layer.lengths[:, None].clone(), self.shift)
+        if x.biases is not None:
+            self.placed, self.query_positions = placed, query_positions
+            return self._attend_by_distance(x)
         reach = self.layer.reaches(query_positions)
         if self.placed is not None:
             # the token is already in the slots, but not yet counted in the lengths
@@ -81,6 +90,24 @@ class DecodeStep(EvictingStep):
         if x.sinks is not None:
             out, lse = merge_states(*with_sinks([out], [lse], x.sinks))
         return out, sparse_column_sums(x.query, keys, positions, chosen, lse, x.spec)
+
+    def _attend_by_distance(self, x: AttentionInput) -> Tensor:
+        """Attention with biases to the slots and the token itself, which then takes its slot."""
+        slots, layer = self.slots, self.layer
+        assert x.biases is not None
+        columns, own = self._columns_held(self.query_positions)
+        keys, values = slots.contents()
+        at = layer.padding.columns(self.at[:, None])
+        parts = [(keys, values, columns), (x.key, x.value, at[:, None])]
+        answers = [attend_by_distance(x.query, *part, own, x.spec, x.biases) for part in parts]
+        outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
+        if x.sinks is not None:
+            outs, lses = with_sinks(outs, lses, x.sinks)
+        out, lse = merge_states(outs, lses)
+        of_slots, of_token = (sums_by_distance(x.query, part[0], part[2], own, lse, x.spec, x.biases) for part in parts)
+        self.attention = of_slots.scatter(2, slots.spare[..., None], of_token)
+        slots.put(x.key, x.value, self.at)
+        return out
 
     def commit(self) -> None:
         visible = self.input.visible
@@ -189,7 +216,7 @@ class ChunkStep(EvictingStep):
         placed, query_positions = self.layer._place(x, self.places[:, -x.queries :], self.shift)
         answers = [self.layer.attend_causally(placed, self.places), *attend_ahead(placed, self.spans)]
         if not self.is_first:
-            answers.append(self._attend_to_slots(placed, query_positions))
+            answers.append(self._attend_slots(placed, query_positions))
         outs, lses = [out for out, _ in answers], [lse for _, lse in answers]
         if x.sinks is not None:
             outs, lses = with_sinks(outs, lses, x.sinks)
@@ -204,10 +231,13 @@ class ChunkStep(EvictingStep):
         self.attention = received
         return out
 
-    def _attend_to_slots(self, x: AttentionInput, query_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_slots(self, x: AttentionInput, query_positions: Tensor) -> tuple[Tensor, Tensor]:
         slots = self.slots
         if x.chosen is not None:
             return sparse_attention(x.query, *slots.contents(), slots.positions[:, 0], x.chosen, x.spec)
+        if x.biases is not None:
+            held = self._columns_held(query_positions)
+            return attend_by_distance(x.query, *slots.contents(), *held, x.spec, x.biases)
         return slots.attend(x.query, self.layer.reaches(query_positions), x.spec)
 
     def commit(self, attention: Tensor | None = None) -> None:
@@ -248,10 +278,16 @@ class ChunkStep(EvictingStep):
             if last is not None:
                 first = int(observed.any(0).to(torch.uint8).argmax())
         every, query, lse = lse, x.query[:, :, first:], lse[:, :, first:]
+        biases = None if x.biases is None else x.biases[:, :, first:]
         if x.chosen is not None:
             assert x.places is not None
             chosen = x.chosen[:, first:]
             within = sparse_column_sums(query, x.key, x.places, chosen, lse, x.spec)
+        elif biases is not None:
+            places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
+            columns = self.layer.padding.columns(places)
+            own = columns[:, x.tokens - query.shape[2] :]
+            within = sums_by_distance(query, x.key, columns[:, None], own, lse, x.spec, biases)
         elif self.layer.is_chunked:
             assert self.layer.window is not None
             within = sums_in_chunks(query, x.key, lse, x.spec, x.visible, self.places, self.layer.window)
@@ -265,6 +301,9 @@ class ChunkStep(EvictingStep):
         elif x.chosen is not None:
             slots = self.slots
             past = sparse_column_sums(query, slots.contents()[0], slots.positions[:, 0], chosen, lse, x.spec)
+        elif biases is not None:
+            held = self._columns_held(self.query_positions[:, first:])
+            past = sums_by_distance(query, self.slots.contents()[0], *held, lse, x.spec, biases)
         else:
             reach = self.layer.reaches(self.query_positions[:, first:])
             past = self.slots.column_sums(query, reach, lse, x.spec)

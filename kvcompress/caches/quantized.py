@@ -177,6 +177,13 @@ class GEARCache(CompressedCache):
                 f"{name} has multi-head latent attention, and a basis is one of keys in many heads: leave basis out"
             )
 
+    def _check_biases(self, name: str) -> None:
+        if self.basis is not None:
+            raise ValueError(
+                f"{name} adds biases to its logits that depend on queries and distances, which a basis was not "
+                "calibrated for: leave basis out"
+            )
+
     def _layer(self, index: int, window: int | None) -> CompressedLayer:
         codec = None
         model = self._model()

@@ -20,6 +20,7 @@ from kvcompress.caches.quantized_step import QuantizedStep
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.gear import GEAR
+from kvcompress.storage.distances import attend_by_distance
 from kvcompress.storage.key_codec import KeyCodec
 from kvcompress.storage.packed_tail import PackedTail
 from kvcompress.storage.padding import PaddingRecord, warn_of_short_windows
@@ -127,6 +128,8 @@ class QuantizedLayer(TailedLayer):
         """
         query, spec, tail, first = chunk.query, chunk.spec, self.tail, self.first
         assert tail is not None
+        if chunk.biases is not None:
+            return self._past_by_distance(chunk, query_positions, joins)
         answers = [part.attend(query, query_positions, spec) for part in self._packed()]
         parts = [part for part in (first, tail) if part is not None and any(part.held)]
         if query.is_cuda:
@@ -145,6 +148,31 @@ class QuantizedLayer(TailedLayer):
             # a row that is all padding, alone
             nothing = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
             answers.append((torch.zeros_like(query), nothing))
+        return answers
+
+    def _past_by_distance(
+        self, chunk: AttentionInput, query_positions: Tensor, joins: list[int] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `_past`, with biases."""
+        assert chunk.biases is not None
+        pieces = [piece for part in self._packed() for piece in part.pieces()]
+        for part in (self.first, self.tail):
+            if part is not None and any(part.held):
+                used = max(part.held)
+                pieces.append((*part.contents(used), part.positions[:, None, :used]))
+        if joins is not None:
+            places = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
+            pieces.append((chunk.key, chunk.value, numbers(places, chunk.key.device)[:, None, None]))
+        columns = self.padding.columns
+        own = columns(query_positions)
+        answers = [
+            attend_by_distance(chunk.query, key, value, columns(positions), own, chunk.spec, chunk.biases)
+            for key, value, positions in pieces
+        ]
+        if not answers and chunk.tokens == 1:
+            # a row that is all padding, alone
+            nothing = chunk.query.new_full(chunk.query.shape[:3], -torch.inf, dtype=torch.float32)
+            answers.append((torch.zeros_like(chunk.query), nothing))
         return answers
 
     def fill(self, key: Tensor, value: Tensor) -> None:
@@ -266,7 +294,7 @@ class QuantizedLayer(TailedLayer):
 
     def _query_positions(self, chunk: AttentionInput) -> Tensor:
         device = chunk.key.device
-        if self.window is None:
+        if self.window is None and not self.has_biases:
             # not used
             return torch.empty(len(self.lengths), chunk.tokens, dtype=torch.int32, device=device)
         if chunk.visible is None:

@@ -58,7 +58,9 @@ class Subject:
     @functools.cached_property
     def attending(self) -> list[int]:
         """The layers that keep keys and values."""
-        return [index for index, kind in enumerate(hf.layer_kinds(hf.decoder_config(self.model))) if kind.attends]
+        config = hf.decoder_config(self.model)
+        kinds = hf.layer_kinds(config)
+        return [index for index in hf.run_order(config) if kinds[index].attends]
 
     @functools.cached_property
     def readers(self) -> list[list[int]]:

@@ -14,6 +14,29 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+# layers with biases by distance, some of them with other heads and a window
+_INKLING: dict[str, Any] = {
+    **COMMON,
+    "num_hidden_layers": 4,
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "head_dim": 16,
+    "swa_num_attention_heads": 8,
+    "swa_num_key_value_heads": 4,
+    "swa_head_dim": 24,
+    "sliding_window_size": 64,
+    "d_rel": 4,
+    "rel_extent": 96,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+_LOOP = {
+    "n_layers_per_attn_res_block": 2,
+    "loop_layer_index_start": 2,
+    "loop_layer_index_end": 4,
+    "loop_num_passes": 3,
+    "loop_gate_rank": 8,
+}
 _MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
@@ -132,6 +155,28 @@ TYPICAL: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "first_k_dense_replace": 1,
     },
+    # without its scaling by columns, which are others in a padded batch
+    "inkling_text": {
+        **_INKLING,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+        "n_shared_experts": 1,
+        "logits_mup_width_multiplier": 1.0,
+    },
+    "inkling2_text": {
+        **_INKLING,
+        "log_scaling_n_floor": 48,
+        "n_layers_per_attn_res_block": 2,
+        "unpadded_vocab_size": 512,
+    },
+    # which runs its third and fourth layer three times
+    "inkling2_loop_text": {
+        **_INKLING,
+        "num_hidden_layers": 6,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 3,
+        "log_scaling_n_floor": 48,
+        "unpadded_vocab_size": 512,
+        **_LOOP,
+    },
     "helium": {**COMMON, "num_hidden_layers": 3, "head_dim": 16},
     # query heads are those of the experts of a token, two of four
     "jetmoe": {
@@ -210,6 +255,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
     "glmga": _GLM_V,
     "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-1, 1]], "downsample_rate": "4/8"},
     "hunyuan_vl": {"text_config": {"rope_parameters": {**_AXES, "mrope_section": [16, 16, 16, 16]}}},
+    "inkling2_loop": {"text_config": _LOOP},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 3},
     "qwen3_omni_moe_thinker": {
         "text_config": {"num_attention_heads": 32, "head_dim": 128, "rope_parameters": _AXES},

@@ -2,6 +2,7 @@
 
     calls       how a cache is passed to a model: argument names, hooks around a forward, both spellings
     attention   the attention function and its mask function
+    biases      how a model is asked for biases by distance
     masks       the spans of a mask: tokens that see later ones
     latent      multi-head latent attention, from latents
     indexer     what indexers choose that tokens attend to
@@ -49,6 +50,7 @@ from kvcompress.hf.configs import check_served as check_served
 from kvcompress.hf.configs import decoder_config as decoder_config
 from kvcompress.hf.configs import end_tokens as end_tokens
 from kvcompress.hf.configs import filler_tokens as filler_tokens
+from kvcompress.hf.configs import has_biases as has_biases
 from kvcompress.hf.configs import has_experts as has_experts
 from kvcompress.hf.configs import index_width as index_width
 from kvcompress.hf.configs import is_multimodal as is_multimodal
@@ -63,8 +65,10 @@ from kvcompress.hf.configs import model_types as model_types
 from kvcompress.hf.configs import packed_widths as packed_widths
 from kvcompress.hf.configs import pool_of as pool_of
 from kvcompress.hf.configs import repeats_keys as repeats_keys
+from kvcompress.hf.configs import run_order as run_order
 from kvcompress.hf.configs import shares_kv as shares_kv
 from kvcompress.hf.configs import sizes as sizes
+from kvcompress.hf.configs import takes_one_mask as takes_one_mask
 from kvcompress.hf.configs import text_config as text_config
 from kvcompress.hf.configs import without_windows as without_windows
 from kvcompress.hf.fingerprint import Fingerprint as Fingerprint

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvcompress.hf.biases import ask_by_distance, ask_by_key
 from kvcompress.hf.calls import (
     AttendingCache,
     Cache,
@@ -25,7 +26,7 @@ from kvcompress.hf.calls import (
     is_watched,
     unwatch_forwards,
 )
-from kvcompress.hf.configs import decoder_config, is_indexed, latent_rank
+from kvcompress.hf.configs import decoder_config, has_biases, is_indexed, latent_rank
 from kvcompress.hf.indexer import Choice, PoolChoice, only_chosen, put_off_indexers, run_indexers
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents, up_projection
 from kvcompress.hf.masks import as_columns, shown_and_spans, shows_nothing_more, spans_of, with_spans
@@ -40,6 +41,8 @@ _PREVIOUS: dict[str, str] = {}
 _MASKED = {"eager", "sdpa"}
 # keyword arguments of an attention call: those used, and those that do not change which token attends to which
 _HEEDED = {"dropout", "is_causal", "position_ids", "s_aux", "scaling", "sliding_window", "softcap"}
+# and those of layers with biases by distance: the biases, and logits of each query that belong to no token
+_OF_BIASES = {"position_bias", "sinks"}
 _WITHOUT_EFFECT = {
     "cache_position", "layer_type", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "use_cache",
@@ -52,11 +55,12 @@ class Attends(Protocol):
     """What the attention function needs of a cache layer.
 
     window: in tokens, None for full attention. latent_rank: width of the latents that it holds, None for keys and
-    values. kv_heads: of what it was given.
+    values. has_biases: by distance. kv_heads: of what it was given.
     """
 
     window: int | None
     latent_rank: int | None
+    has_biases: bool
 
     @property
     def kv_heads(self) -> int: ...
@@ -73,6 +77,7 @@ class Attends(Protocol):
         position_ids: Tensor | None,
         spans: Tensor | None,
         choice: Choice | None,
+        biases: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -123,6 +128,8 @@ def select_attention(model: PreTrainedModel) -> None:
         keep_latents(model)
     if is_indexed(decoder_config(model)):
         put_off_indexers(model)
+    if has_biases(decoder_config(model)):
+        ask_by_distance(model)
     if hasattr(model, _BatchesContinuously.name):
         setattr(model, _BatchesContinuously.name, _BatchesContinuously(model))
 
@@ -143,6 +150,7 @@ def release(model: PreTrainedModel) -> None:
     unwatch_forwards(model)
     expand_latents(model)
     run_indexers(model)
+    ask_by_key(model)
     restore_attention(model)
 
 
@@ -189,7 +197,9 @@ def _attention(
         # an earlier layer's keys, moved to the device of this one, which shares them, or copies
         layer = None if given is None else given[1].untagged(layer_of(module))
     if layer is None:
-        _check_no_cache_was_given(module, given, kwargs)
+        if getattr(module, "is_causal", True) or hasattr(module, "layer_idx"):
+            # others attend to no tokens before
+            _check_no_cache_was_given(module, given, kwargs)
         if previous in _MASKED:
             attention_mask = only_chosen(attention_mask, kwargs.pop("indices", None), key)
         return _previous_attention(module, previous)(module, query, key, value, attention_mask, **kwargs)
@@ -202,12 +212,13 @@ def _attention(
             "kvcompress takes a padding mask [batch, tokens seen] or none, because it never builds a "
             f"queries x tokens mask; got a mask of shape {list(visible.shape)}"
         )
+    heeded = _HEEDED | _OF_BIASES if layer.has_biases else _HEEDED
     for name, value in kwargs.items():
-        is_known = name in _HEEDED or name in _WITHOUT_EFFECT or isinstance(value, Cache | Choice)
+        is_known = name in heeded or name in _WITHOUT_EFFECT or isinstance(value, Cache | Choice)
         if value is not None and not is_known:
             raise ValueError(
                 f"{type(module).__name__} passes {name!r} to its attention, which kvcompress does not know; it "
-                f"supports attention with {', '.join(sorted(_HEEDED))}"
+                f"supports attention with {', '.join(sorted(heeded))}"
             )
     window = kwargs.get("sliding_window", layer.window)
     if window != layer.window:
@@ -219,6 +230,14 @@ def _attention(
         raise ValueError("a kvcompress cache is for inference, but attention dropout is on: call model.eval()")
     if kwargs.get("is_causal") is False:
         raise ValueError("a kvcompress cache supports only causal attention; got is_causal=False")
+    if layer.has_biases and not is_watched():
+        raise RuntimeError(
+            f"{type(module).__name__} attends outside of a forward of its model, where kvcompress does not get its "
+            "biases by distance; run the model, or this layer without a cache"
+        )
+    sinks = kwargs.get("s_aux")
+    if kwargs.get("sinks") is not None:
+        sinks = kwargs["sinks"][..., 0]
     scale = kwargs.get("scaling")
     is_latent = layer.latent_rank is not None
     times = 1 if is_latent else key.shape[1] // layer.kv_heads
@@ -232,10 +251,11 @@ def _attention(
             query if up is None else into_latents(module, up, query),
             visible,
             LogitSpec(query.shape[-1] ** -0.5 if scale is None else scale, window, kwargs.get("softcap")),
-            sinks=kwargs.get("s_aux"),
+            sinks=sinks,
             position_ids=kwargs.get("position_ids"),
             spans=spans,
             choice=choice,
+            biases=kwargs.get("position_bias"),
         )
         if up is not None:
             out = from_latents(module, up, out)

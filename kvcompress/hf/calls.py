@@ -28,6 +28,7 @@ __all__ = [
     "AttendingCache",
     "Cache",
     "CacheLayerMixin",
+    "awaits_attention",
     "cache_argument",
     "cache_in",
     "cache_of",
@@ -73,6 +74,10 @@ class AttendingCache(Cache):
         """The cache's layer to which this layer of the model attends where its keys are others than it was given by
         `update`; None for none."""
         return None
+
+    def awaits_attention(self) -> bool:
+        """Whether a layer was given keys, and has not attended yet."""
+        return False
 
     def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
         """Called before the decoder runs, after `forward_begins`, with what it is given: raises where it cannot be.
@@ -174,6 +179,12 @@ def forward_in_progress(part: nn.Module) -> tuple[nn.Module, AttendingCache] | N
 def is_watched() -> bool:
     """Whether a forward that was given a cache, of a model that a cache was built for, is in progress."""
     return bool(_FORWARDS.stack)
+
+
+def awaits_attention() -> bool:
+    """Whether the innermost forward in progress that was given a cache has come to a layer's attention."""
+    cache = _FORWARDS.stack[-1][1]() if _FORWARDS.stack else None
+    return cache is not None and cache.awaits_attention()
 
 
 def _forget(module: nn.Module) -> AttendingCache | None:

@@ -74,9 +74,6 @@ _OWN_WAYS = {
     "gemma4_unified_assistant": "attends to the keys and values of the model that it drafts for",
     "git": "computes its attention by itself",
     "idefics": "attends to images in layers of their own",
-    "inkling2_loop_text": "adds biases to its attention that depend on queries and distances",
-    "inkling2_text": "adds biases to its attention that depend on queries and distances",
-    "inkling_text": "adds biases to its attention that depend on queries and distances",
     "kosmos_2_5_text_model": "takes positions of its own",
     "kosmos_2_text_model": "takes positions of its own",
     "kyutai_speech_to_text": "reads the codes of a sound with each token",
@@ -94,6 +91,8 @@ _OWN_WAYS = {
 # numbers of a vector up to which kernels pack it
 _WIDEST_PACKED = 256
 
+# what configs call heads; those of some sliding layers with "swa_" before it
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 # types whose sliding layers have more KV heads than their config says, and how many times as many
 _MORE_KV_HEADS = {"mimo_v2_flash": 2}
 
@@ -184,11 +183,16 @@ def latent_rank(config: PreTrainedConfig) -> int | None:
     return rank
 
 
-def _value_width(config: PreTrainedConfig) -> int:
+def has_biases(config: PreTrainedConfig) -> bool:
+    """Whether layers add biases to their logits that each query makes for itself, by distance."""
+    return getattr(config, "rel_extent", None) is not None
+
+
+def _value_width(config: PreTrainedConfig, head_dim: int) -> int:
     """How many numbers a cache holds of a token's values, in one KV head: none beside latents, which are both."""
     if latent_rank(config) is not None:
         return 0
-    return getattr(config, "v_head_dim", None) or head_counts(config)[2]
+    return getattr(config, "v_head_dim", None) or head_dim
 
 
 def is_indexed(config: PreTrainedConfig) -> bool:
@@ -224,7 +228,8 @@ def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
 
 def latent_ranks(config: PreTrainedConfig) -> list[int | None]:
     """The width of each layer's latents, as `latent_rank`."""
-    return [latent_rank(own) for own in layer_configs(config)]
+    ranks = [latent_rank(own) for own in layer_configs(config)]
+    return [ranks[index] for index in filling_layers(config)]
 
 
 def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
@@ -234,6 +239,11 @@ def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
     found = []
     for index, own in enumerate(layer_configs(config)):
         heads, kv_heads, head_dim = head_counts(own)
+        if layer_kind(config, index) == "hybrid_sliding":
+            heads, kv_heads, head_dim = (
+                getattr(own, f"swa_{name}", size)
+                for name, size in zip(_HEADS, (heads, kv_heads, head_dim), strict=True)
+            )
         if of_queries:
             heads = of_queries[index]
         if latent_rank(own) is not None and not with_positions[index]:
@@ -241,8 +251,27 @@ def layer_heads(config: PreTrainedConfig) -> list[LayerHeads]:
             head_dim -= own.qk_rope_head_dim
         if layer_kind(config, index) == "sliding_attention":
             kv_heads *= _MORE_KV_HEADS.get(config.model_type, 1)
-        found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own), _index_width(config, index)))
-    return found
+        found.append(LayerHeads(heads, kv_heads, head_dim, _value_width(own, head_dim), _index_width(config, index)))
+    return [found[index] for index in filling_layers(config)]
+
+
+def filling_layers(config: PreTrainedConfig) -> list[int]:
+    """For each layer of a cache, which layer of the model fills it: those that a model runs several times (Inkling 2
+    Loop) fill further ones after all others."""
+    layers = [*range(config.num_hidden_layers)]
+    start, end = _looped(config)
+    return layers + layers[start:end] * (getattr(config, "loop_num_passes", 1) - 1)
+
+
+def run_order(config: PreTrainedConfig) -> list[int]:
+    """The layers of a cache in the order in which a forward fills them."""
+    count, (_, end) = config.num_hidden_layers, _looped(config)
+    return [*range(end), *range(count, len(filling_layers(config))), *range(end, count)]
+
+
+def _looped(config: PreTrainedConfig) -> tuple[int, int]:
+    """The first layer that a model runs several times, and the next one that it does not."""
+    return getattr(config, "loop_layer_index_start", 0), getattr(config, "loop_layer_index_end", 0)
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -300,6 +329,13 @@ def model_types() -> dict[str, str]:
 def is_multimodal(model: PreTrainedModel) -> bool:
     """Whether a model puts what it sees or hears among the tokens of a text decoder, which it contains."""
     return decoder_config(model) is not model.config
+
+
+def takes_one_mask(model: PreTrainedModel) -> bool:
+    """Whether a model with several kinds of layers makes a mask for each by itself, and takes none that `generate` has
+    made, as it does for a cache whose steps it may compile."""
+    kinds = getattr(decoder_config(model), "layer_types", None) or []
+    return model.config.model_type == "paligemma" and len(set(kinds)) > 1
 
 
 def check_served(config: PreTrainedConfig, name: str) -> None:
@@ -384,7 +420,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
         kinds.append(LayerKind(attends, window, states, is_chunked=is_chunked, is_indexed=kind in _INDEXED))
     if not any(kind.attends for kind in kinds):
         raise ValueError(_nothing_to_compress(f"model type {config.model_type!r}"))
-    return kinds
+    return [kinds[index] for index in filling_layers(config)]
 
 
 def _nothing_to_compress(name: str) -> str:
@@ -430,7 +466,9 @@ def without_windows(config: PreTrainedConfig) -> PreTrainedConfig | None:
     if not any("sliding" in name for name in getattr(config, "layer_types", None) or ()):
         return config
     full = copy.deepcopy(config)
-    full.layer_types = [name.replace("sliding_attention", "full_attention") for name in config.layer_types]
+    full.layer_types = [
+        name.replace("sliding_attention", "full_attention").removesuffix("_sliding") for name in config.layer_types
+    ]
     return full
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.hf.configs import decoder_config, is_multimodal, layer_heads
+from kvcompress.hf.configs import decoder_config, filling_layers, is_multimodal, layer_heads
 
 # what is part of the name of an attention module's class
 _ATTENTION = ("Attention", "MLA")
@@ -51,6 +51,8 @@ def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
     """
     modules, number = attention_modules(model), layer
     config: Any = decoder_config(model) if hasattr(model, "config") else None
+    if config is not None:
+        number = dict(enumerate(filling_layers(config))).get(layer, layer)
     stack = getattr(config, "num_layers_per_stack", None)
     if stack is not None:
         run, number = divmod(layer, stack)
@@ -80,7 +82,8 @@ def layer_of(module: nn.Module) -> int:
 
 def run_offset(arguments: dict[str, Any]) -> int:
     """What is added to an attention module's number to tell this run's layer, of the arguments of its forward."""
-    return arguments.get("cycle_offset", 0)
+    offsets: list[int] = [arguments[name] for name in ("cycle_offset", "cache_offset") if name in arguments]
+    return sum(offsets)
 
 
 def defined_with(module: nn.Module, name: str) -> Any:

@@ -86,6 +86,10 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         small.num_key_value_heads = kv_heads if latent_rank(config) is None else heads
     if getattr(small, "num_attention_heads_per_layer", None):
         small.num_attention_heads_per_layer = [kv_heads * each for each in groups]
+    if hasattr(small, "swa_num_attention_heads"):
+        # a kind of layer with heads of its own
+        own_group = max(1, min(small.swa_num_attention_heads // small.swa_num_key_value_heads, heads))
+        small.swa_num_attention_heads, small.swa_num_key_value_heads = heads, math.gcd(heads, heads // own_group)
     small.hidden_size = heads * 16
     if getattr(small, "head_dim", head_dim) is None:
         small.head_dim = head_dim
@@ -109,6 +113,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
         "n_group": 2,
         "topk_group": 1,
         "vocab_size": 512,
+        "unpadded_vocab_size": 512,
         "vocab_size_per_layer_input": 512,
         "hidden_size_per_layer_input": 32,
         "sliding_window": 64,

@@ -5,6 +5,7 @@ treated as if it were alone. There is one record per cache; in each forward, the
 """
 
 import warnings
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,8 @@ class PaddingRecord:
         self.filler: Tensor | None = None
         # the position that the model gave to each sequence's last token; None if unknown
         self.last_position: list[int] | None = None
+        # positions that the forward to come was given, for a model that does not pass them on to its attention
+        self.told_positions: weakref.ref[Tensor] | None = None
         # how far the model's positions are ahead of a count of real tokens, by row; None before the first forward
         self.shift: list[int] | None = None
         # the last token fed to each row, an end token if it was filler; then the rows whose token in the current
@@ -60,7 +63,7 @@ class PaddingRecord:
         self.last_position, self.shift, self.last_fed = (
             tensors[name].tolist() if name in tensors else None for name in self.names[2:]
         )
-        self.ended = None
+        self.ended = self.told_positions = None
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces each tensor, whose first dimension is the batch, by `change(tensor)`."""
@@ -84,6 +87,12 @@ class PaddingRecord:
                 self.ended = torch.tensor(ended, device=ids.device)
                 fed = [ends[0] if over else token for over, token in zip(ended, fed, strict=True)]
         self.last_fed = fed
+
+    def take_told(self, tokens: int) -> Tensor | None:
+        """The positions that the forward in progress was given, once; None if that is not known."""
+        told = None if self.told_positions is None else self.told_positions()
+        self.told_positions = None
+        return told if told is not None and told.shape[-1] == tokens else None
 
     def fresh_of(self, mask: Tensor | None, queries: int) -> Tensor | None:
         """Which tokens of the current forward are real, [batch, queries] bool; None for all.
@@ -258,6 +267,18 @@ class PaddingRecord:
             self._counts = None if fresh is None or bool(fresh.all()) else fresh.sum(-1).tolist()
             self._counted = True
         return self._counts
+
+    def columns(self, positions: Tensor) -> Tensor:
+        """The columns in which tokens were fed, by their positions [batch or 1, any, ...], as far as differences go:
+        where padding only precedes a row, its positions. EMPTY stays."""
+        visible = self.visible
+        if visible is None or pads_first(visible) is None:
+            return positions
+        # the columns of real tokens, in order, before those of padding
+        order = visible.to(torch.uint8).argsort(dim=-1, stable=True, descending=True).to(positions.device)
+        positions = positions.expand(len(order), *positions.shape[1:])
+        columns = order.gather(1, positions.clamp(min=0).flatten(1).long()).view_as(positions).to(positions.dtype)
+        return torch.where(positions == EMPTY, EMPTY, columns)
 
     def real_of_last(self, tokens: int, seen: int) -> list[int] | None:
         """How many of the last columns seen are real tokens, for each sequence; None if all are.

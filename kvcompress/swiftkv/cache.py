@@ -63,6 +63,7 @@ class FollowingLayer(CompressedLayer):
         position_ids: Tensor | None,
         spans: Tensor | None = None,
         choice: hf.Choice | None = None,
+        biases: Tensor | None = None,
     ) -> Tensor:
         """As CompressedLayer.attend, over what the group's first layer attended to."""
         self.forwards_begun += 1

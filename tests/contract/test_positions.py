@@ -39,6 +39,21 @@ def test_a_prompt_fed_a_second_time_is_refused_and_nothing_is_lost(entry):
             model(following[:, :1], position_ids=at(22, 1), **cache_argument(model, cache))
 
 
+def test_positions_that_a_model_does_not_pass_to_its_attention_are_read_too():
+    """Llama 4 rotates by them before."""
+    model, ids = tiny("llama4"), prompt(20)
+    with torch.no_grad():
+        cache = H2OCache(model, budget=8)
+        model(ids, position_ids=at(0, 20), **cache_argument(model, cache))
+        with pytest.raises(ValueError, match="row 0 had a token at position 19, but its next one is at 0"):
+            model(ids, position_ids=at(0, 20), **cache_argument(model, cache))
+        assert cache.get_seq_length() == 20
+        cache = EvictingCache(model, policy=ExpectedAttention(), budget=40)
+        model(ids, position_ids=at(5, 20), **cache_argument(model, cache))
+        with pytest.raises(ValueError, match="row 0 has 30 where 25 comes next"):
+            model(ids, position_ids=at(30, 20), **cache_argument(model, cache))
+
+
 # codes of keys depend on how they are rotated
 @all_those(
     lambda entry: not entry.name.startswith(("hydragen", "gear", "kivi", "h2o_packed", "attention_matching_packed"))

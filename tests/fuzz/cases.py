@@ -5,11 +5,13 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 from kvcompress import GEAR, EvictingCache, GEARCache, HydragenCache, Policy, ShadowKVCache, registry
 from tests.contract.caches import ENTRIES, POLICIES, SHADOW, Entry, basis_of, by_name, closed_up, uneven
-from tests.contract.models import FAMILIES
+from tests.contract.models import FAMILIES, IN_NODES
 
 # how often each call is drawn; those that move rows or copy are worth most where something has been fed
 CALLS = {
@@ -30,8 +32,16 @@ LATER = ["h2o_profile", "h2o_packed_heads", "attention_matching_packed", "h2o_ro
 # and of a tree of prefixes
 LEVELS = {"fork": 2, "push": 2, "pop": 1, "share": 1}
 
-# the judges know no layers that differ in their heads, share keys and values, or attend in chunks
-_PLAYED = [name for name in FAMILIES if name not in ("gemma3n", "gemma4", "laguna", "llama4", "mimo_v2_flash")]
+# families that came later are drawn apart too: those whose layers differ in their heads, share keys and values, or
+# attend in chunks; and for each how many KV heads there may be
+LATER_FAMILIES = {
+    "gemma3n": (1, 2, 4),
+    "gemma4": (1, 2, 4),
+    "laguna": (1, 2),
+    "llama4": (1, 2, 4),
+    "mimo_v2_flash": (1, 2),
+}
+_PLAYED = [name for name in FAMILIES if name not in LATER_FAMILIES]
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ def draw(seed: int, name: str | None = None) -> Case:
     if "layer_types" not in FAMILIES[family]:
         # a first and a last layer are mostly enough, and take less time
         sizes["num_hidden_layers"] = rng.choice([2, 2, 2, 3])
+    family, sizes = _later_family(random.Random(f"family {seed}"), entry, family, sizes)
     settings: dict[str, Any] = {}
     if rng.random() < 0.7:
         entry, settings = _varied(rng, entry)
@@ -118,11 +129,27 @@ def draw(seed: int, name: str | None = None) -> Case:
     )
 
 
+def _later_family(rng: random.Random, entry: Entry, family: str, sizes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Now and then one of the families that came later, in place of a family and what is changed of it."""
+    if rng.random() >= len(LATER_FAMILIES) / len(FAMILIES):
+        return family, sizes
+    later = rng.choice([*LATER_FAMILIES])
+    is_known = Version(transformers.__version__) >= Version(FAMILIES[later].get("since", "0"))
+    in_nodes = entry.name != "hydragen" or later in IN_NODES
+    if not (is_known and in_nodes) or FAMILIES[later]["model_type"] in entry.refuses:
+        return family, sizes
+    changed = {"num_key_value_heads": rng.choice(LATER_FAMILIES[later])}
+    if "sliding_window" in FAMILIES[later]:
+        changed["sliding_window"] = rng.choice([3, 12, 12, 30])
+    return later, changed
+
+
 def _kinds(rng: random.Random, family: str) -> dict[str, Any]:
     """What is unusual about a case."""
     ends = rng.random() < 0.25
-    # a router of experts may choose others where it is rounded
-    rounds = "num_local_experts" not in FAMILIES[family] and rng.random() < 0.1
+    # a router of experts may choose others where it is rounded, and Gemma 4's logits are large
+    routes = not {"num_local_experts", "num_experts"}.isdisjoint(FAMILIES[family])
+    rounds = not routes and family != "gemma4" and rng.random() < 0.1
     return {
         "positions": rng.choices(["counted", "shifted", "gaps"], [6, 1, 3])[0],
         "ends": ends,

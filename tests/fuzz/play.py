@@ -34,8 +34,8 @@ from kvcompress.caches import dense
 from kvcompress.prefix import layer as prefix_layer
 from tests.contract.caches import LARGE, SHADOW, Entry, by_name, everything
 from tests.contract.drive import assert_same_state, feed, generate
-from tests.contract.models import DEVICE, END, PAD, VOCABULARY, left_padded, places, tiny
-from tests.contract.oracle import Forward, Transcript, assert_equals_oracle, oracle_of
+from tests.contract.models import DEVICE, END, IN_NODES, PAD, VOCABULARY, left_padded, places, tiny
+from tests.contract.oracle import Forward, Transcript, assert_equals_oracle, holders, oracle_of
 from tests.contract.test_memory import storages
 from tests.fuzz.cases import Call, Case
 
@@ -452,7 +452,7 @@ class _Game:
         with self._mode(rng, other):
             if self.case.entry.name == "hydragen":
                 self._share_prompts(rng, other)
-            elif not self.case.entry.name.startswith("h2o_rolled"):
+            elif self.case.family in IN_NODES and not self.case.entry.name.startswith("h2o_rolled"):
                 self._share_cache(rng, other)
         if other.cache is not None:
             self._add(rng, live, other)
@@ -566,11 +566,12 @@ class _Game:
         cache = live.cache
         if not isinstance(cache.budget, int) or cache.allocation != "uniform":
             return
-        if any(layer.keeps_answers for layer in cache.layers):
+        attending = [cache.layers[index] for index in cache.attending]
+        if any(layer.keeps_answers for layer in attending):
             # on top of the budget
             return
         real = live.transcript.visible.sum(-1)[:, None]
-        for layer, kept in zip(cache.layers, cache.memory().tokens_kept, strict=True):
+        for layer, kept in zip(attending, cache.memory().tokens_kept, strict=True):
             if layer.window is not None or live.hidden:
                 assert (kept <= real.clamp(max=cache.budget)).all(), "more than the budget"
             else:
@@ -600,7 +601,7 @@ class _Game:
             self._keep_the_same(live, alone, slice(row, row + 1), slice(None), f"row {row} alone")
 
     def _keep_the_same(self, live: Live, other: Any, rows: Any, other_rows: Any, how: str) -> None:
-        pairs = zip(live.cache.layers, live.entry.kept(live.cache), live.entry.kept(other), strict=True)
+        pairs = zip(holders(live.cache), live.entry.kept(live.cache), live.entry.kept(other), strict=True)
         for index, (layer, kept, wanted) in enumerate(pairs):
             assert kept is not None
             assert wanted is not None
@@ -609,7 +610,7 @@ class _Game:
             if layer.window is not None:
                 # what has left the window is seen by nobody, and goes when its room is needed
                 place = torch.arange(kept.shape[-1], device=kept.device)
-                reach = (layer.lengths[rows, None, None] - layer.window) < place
+                reach = ~layer.out_of_sight(place, layer.lengths[rows, None, None])
                 kept, wanted = kept & reach, wanted & reach[..., :places]
             if not torch.equal(kept[..., :places], wanted) or kept[..., places:].any():
                 raise KeptDifferentlyError(f"layer {index}: other tokens than a cache that was fed {how}")

@@ -116,7 +116,7 @@ def test_a_gap_that_is_taken_for_none_is_found(capsys, monkeypatch):
 def test_what_is_no_number_and_vanishes_is_found(capsys, monkeypatch):
     attend = CompressedLayer.attend
     monkeypatch.setattr(CompressedLayer, "attend", lambda *args, **how: attend(*args, **how).nan_to_num(0.0))
-    text, command = broken(capsys, "gear", first=6)
+    text, command = broken(capsys, "gear", first=27)
     assert "gave numbers where there are none" in text
     monkeypatch.undo()
     assert main(command) == 0
