@@ -337,7 +337,9 @@ class CompressedCache(hf.AttendingCache):
 
     @property
     def is_compileable(self) -> bool:
-        return not self._takes_one_mask and super().is_compileable
+        # compiled steps know no choice of an indexer, and no biases
+        by_layer = any(layer.is_indexed or layer.has_biases for layer in self.layers)
+        return not self._takes_one_mask and not by_layer and super().is_compileable
 
     def is_traceable(self, tokens: int) -> bool:
         """Whether torch.compile can trace a forward of so many tokens into one graph."""

@@ -22,7 +22,7 @@ def distill(
     out: Annotated[Path, "Folder for the model, losses and checkpoints; an earlier run is resumed."] = Path("swiftkv"),
     skip_from: Annotated[str, "First layer that prompts skip: its index, a fraction (0.5), or auto."] = "0.5",
     share: Annotated[int, "How many later layers share keys and values."] = 1,
-    own_last: Annotated[int, "Last tokens of prompts that run all layers; they and answers lose nothing."] = 0,
+    own_last: Annotated[int, "Last tokens of prompts that run all layers, and keep their own keys and values."] = 0,
     diagnose: Annotated[bool, "Only tell what conversions from each layer on would cost and keep."] = False,
     text: Annotated[list[Path] | None, "With --diagnose or auto, texts to measure; else the last of the data."] = None,
     retrieval: Annotated[float, "Share of generated rows that ask for what they hold."] = 0.5,
@@ -52,6 +52,8 @@ def distill(
     split = 1 if auto else _layer(skip_from)
     if text and not (auto or diagnose):
         raise UsageError("--text is what --diagnose or --skip-from auto measure on")
+    if own_last and share > 1:
+        raise UsageError(f"--own-last gives each layer keys and values of its own, and --share {share} takes them away")
     if steps == 0 and fit_tokens == 0 and not diagnose:
         raise UsageError("--steps 0 --fit-tokens 0 leaves nothing to do")
     if fit_tokens is None:
@@ -86,7 +88,11 @@ def distill(
             student: Any = best_conversion(loaded, tokenizer, rows, share, **how)
             print(f"prompts skip the layers from {student.config.num_key_value_layers} on", flush=True)
         else:
-            student = loaded if isinstance(loaded, SwiftKVModel) else convert(loaded, split, share, own_last=own_last)
+            if isinstance(loaded, SwiftKVModel):
+                loaded.config.swiftkv_own_last = own_last or loaded.config.swiftkv_own_last
+                student = loaded
+            else:
+                student = convert(loaded, split, share, own_last=own_last)
         if retrieval:
             rows = with_retrieval(rows, tokenizer, length, retrieval, seed)
 

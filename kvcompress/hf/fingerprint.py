@@ -66,6 +66,8 @@ class Fingerprint:
         own = sizes(config)
         # a converted model computes differently while it is its own teacher
         taught = "" if getattr(model, "single_input", True) else " as its own teacher"
+        if getattr(config, "swiftkv_own_last", 0):
+            taught += " whose last tokens keep their own keys and values"
         windows = attention_windows(config)
         kinds = sorted({window or 0 for window in windows})
         text = "full attention" if kinds == [0] else f"windows {','.join(str(window or 'none') for window in windows)}"

@@ -120,8 +120,9 @@ def distill(
         raise ValueError("there is nothing to learn from: no rows")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
+        has_own = bool(model.config.swiftkv_own_last)
         with all_fitted(model):
-            return _train(model, rows, settings, Path(folder), on_step)
+            return _train(model, rows, settings, Path(folder), on_step, has_own)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
@@ -133,6 +134,7 @@ def _train(
     settings: Distillation,
     folder: Path,
     on_step: Callable[[dict[str, float]], None] | None,
+    has_own: bool,
 ) -> list[dict[str, float]]:
     """`distill`, which turns gradients off for everything that is not trained."""
     from accelerate import Accelerator
@@ -142,7 +144,7 @@ def _train(
     # tokens of an update are averaged by hand: Accelerate only scales and synchronises
     accelerator = Accelerator(mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
     run = Run.of(model, rows, settings.course())
-    trained = _freeze(model, settings)
+    trained = _freeze(model, settings, has_own)
     model.to(accelerator.device)
     optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate(0), betas=settings.betas, weight_decay=0.0)
     checkpoint = Checkpoint(folder, run, trained, optimiser, accelerator.scaler)
@@ -211,9 +213,11 @@ def _update(
     }
 
 
-def _freeze(model: SwiftKVModel, settings: Distillation) -> dict[str, nn.Parameter]:
-    """Turns on gradients for what is trained alone, and returns it, by name."""
+def _freeze(model: SwiftKVModel, settings: Distillation, has_own: bool) -> dict[str, nn.Parameter]:
+    """Turns on gradients for what is trained alone, and returns it, by name: no queries, if tokens have their own."""
     trained = trained_parameters(model)
+    if has_own:
+        trained = {name: each for name, each in trained.items() if ".q_" not in name}
     if not any("proj" in name for name in trained):
         raise ValueError("the model has no later layers, so there is nothing to train")
     for name, parameter in model.named_parameters():

@@ -60,8 +60,8 @@ class SingleInput:
             asked: as above.
             visible: [batch, columns] padding mask of at least the forward's columns, or None.
             given: the cache that the model was given, or None.
-            own_last: as many tokens at the end, at least, run the later layers, and all that do have their own keys and
-                values; 0: none has.
+            own_last: as many tokens up to the first wanted one, at least, run the later layers, and all that do have
+                queries, keys and values of their own; 0: none has.
         """
         self.given = given
         # the cache that reached the later layers
@@ -105,12 +105,14 @@ class SingleInput:
         self.columns = hidden.shape[1]
         self._writes_at_once = self._in_bulk(cache)
         if self.asked is not None and self.own_last:
-            last = last_columns(self.own_last, self.visible, len(hidden), self.columns, self.asked.device)
-            common = min(self.own_last, self.asked.shape[1])
-            if not torch.equal(last[:, -common:], self.asked[:, -common:]):
-                self.running = torch.cat([last, self.asked], 1)
-            elif common < self.own_last:
+            # so many up to the first that is wanted: what follows it, such as a draft, counts for none of them
+            wanted = self.asked.shape[1]
+            count = min(self.own_last + wanted - 1, self.columns)
+            last = last_columns(count, self.visible, len(hidden), self.columns, self.asked.device)
+            if torch.equal(last[:, -wanted:], self.asked):
                 self.running = last
+            else:
+                self.running = torch.cat([last[:, -min(self.own_last, count) :], self.asked], 1)
         self.rows = self._which(mask, cache, implementation)
         return hidden if self.rows is None else _at(hidden, self.rows)
 
@@ -410,7 +412,10 @@ class SingleInputAttention(nn.Module):
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
         cache = hf.take_cache(kwargs, args)
         shape = hidden_states.shape[:-1]
-        query = self._in_heads(self.q_proj_swiftkv(hidden_states), self.q_norm_swiftkv if self.norms else None)
+        if single_input.own_last:
+            query = self._in_heads(self._by_family("q", hidden_states), getattr(self, "q_norm", None))
+        else:
+            query = self._in_heads(self.q_proj_swiftkv(hidden_states), self.q_norm_swiftkv if self.norms else None)
         device = query.device
         query = self.rotated(query, single_input.narrowed(position_embeddings, self.kind), device)
         own = self._own(hidden_states, single_input, position_embeddings) if single_input.own_last else None
@@ -436,13 +441,15 @@ class SingleInputAttention(nn.Module):
 
     def _own(self, hidden: Tensor, single_input: SingleInput, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The family's own keys and values of what enters the layer, [batch, positions, hidden_size]."""
-        made = []
-        for name in "kv":
-            module, rows = projection(self, name)
-            norm = getattr(self, "k_norm", None) if name == "k" else None
-            made.append(self._in_heads(module(hidden)[..., rows], norm))
-        key, value = made
+        key = self._in_heads(self._by_family("k", hidden), getattr(self, "k_norm", None))
+        value = self._in_heads(self._by_family("v", hidden))
         return self.rotated(key, single_input.narrowed(turns, self.kind), key.device), value
+
+    def _by_family(self, name: str, hidden: Tensor) -> Tensor:
+        """The family's own queries, keys or values ("q", "k", "v") of [batch, positions, hidden_size]."""
+        module, rows = projection(self, name)
+        made: Tensor = module(hidden)[..., rows]
+        return made
 
     def _window(self) -> int | None:
         # Mistral's config has one window, Qwen's one per layer

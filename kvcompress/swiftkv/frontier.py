@@ -315,9 +315,8 @@ class _Probes:
 
     def _logits(self, model: Any, ids: Tensor, prompt: int) -> Tensor:
         """The logits of what follows the first tokens of a row [1, tokens], [tokens - prompt, vocabulary]."""
-        runs = min(ids.shape[1], ids.shape[1] - prompt + self._own_last)
-        logits: Tensor = model(ids, use_cache=False, logits_to_keep=runs if prompt else 0).logits[0]
-        return logits[-(ids.shape[1] - prompt) :]
+        logits: Tensor = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - prompt if prompt else 0).logits[0]
+        return logits
 
 
 def _runs(answered: Tensor) -> Iterator[tuple[int, int]]:
@@ -430,6 +429,6 @@ def projection_flops(
     later = 2 * tokens * ((layers - first) // share) * key_value + 2 * logits * (layers - first) * rest
     if own_last:
         # they run the later layers, and are projected twice
-        running = min(tokens, max(logits, own_last))
+        running = min(tokens, own_last + logits - 1)
         later += 2 * (layers - first) * ((running - logits) * rest + running * key_value)
     return early + later + head

@@ -16,10 +16,11 @@ before it (transformers would give the logits of the padding). A call for all lo
 attentions runs all positions, with the same numbers. A conversion changes what the model computes: it needs the
 distillation of kvcompress/swiftkv/distill.py before it is useful, or at least a fit (least_squares.py).
 
-With `own_last` the last tokens of a prompt run the later layers too, and every token that runs them has their own keys
-and values, by the projections that the model had before: those of the common input stand in for them only where they
-were not computed. This is not in the paper, costs a projection for each such token, and loses much less. What a token
-is then given depends on which positions ran: a call for all logits computes what the model did before.
+With `own_last` the last tokens of a prompt run the later layers too, and every token that runs them has its own
+queries, keys and values, by the projections that the model had before: keys and values of the common input stand in for
+them only where they were not computed. This is not in the paper, costs a projection for each such token, and loses much
+less. What a token is given then depends on which positions ran: a call for all logits computes what the model did
+before.
 """
 
 import copy
@@ -47,8 +48,8 @@ class _Config:
 
     num_key_value_layers: layers before the later ones. key_value_group_size: later layers that share keys and values.
     swiftkv: False starts the model as its own teacher. swiftkv_teacher: it also has the teacher's projections.
-    swiftkv_own_last: as many tokens at the end of a forward, at least, run the later layers, and all that do have their
-    own keys and values; 0: no token has.
+    swiftkv_own_last: as many tokens up to the first whose logits are wanted, at least, run the later layers, and all
+    that do have their own queries, keys and values; 0: no token has.
     """
 
     num_key_value_layers: int | None = None

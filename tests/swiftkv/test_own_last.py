@@ -26,9 +26,8 @@ def made(family="llama", own_last=OWN, first=FIRST, **changes):
     student = convert(model, first, own_last=own_last)
     torch.manual_seed(5)
     with torch.no_grad():
-        for name, parameter in trained_parameters(student).items():
-            if ".q_" not in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        for parameter in trained_parameters(student).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model, student
 
 
@@ -68,6 +67,15 @@ def fed(student, cache, ids, mask=None, prompt_ends=TOKENS, logits=1, **settings
     return torch.cat(out, 1)
 
 
+def test_a_draft_takes_no_tokens_of_the_prompt_their_own():
+    _, student = made()
+    ids = prompt(TOKENS + 6)
+    with torch.no_grad():
+        straight = fed(student, DynamicCache(), ids)
+        drafted = student(ids, logits_to_keep=7, **cache_argument(student, DenseCache(student))).logits
+    torch.testing.assert_close(drafted, straight, **CLOSE)
+
+
 @families
 def test_a_forward_for_all_logits_is_the_base_models(family):
     model, student = made(family)
@@ -77,7 +85,7 @@ def test_a_forward_for_all_logits_is_the_base_models(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "phi3"])
-@pytest.mark.parametrize("logits", [1, OWN + 3])
+@pytest.mark.parametrize("logits", [1, 4])
 def test_tokens_that_ran_have_their_own_and_the_others_those_of_the_common_input(family, logits):
     model, student = made(family)
     ids, mask = left_padded([prompt(TOKENS + 4)[0], prompt(TOKENS - 5, seed=2)[0]])
@@ -85,7 +93,7 @@ def test_tokens_that_ran_have_their_own_and_the_others_those_of_the_common_input
     for row, seen in zip(ids, mask, strict=True):
         real = row[seen.bool()]
         # one of the prompt's last gives the logits of each token that is asked for
-        skipped = len(real) - 4 - max(OWN, logits)
+        skipped = len(real) - 4 - (OWN + logits - 1)
         wanted.append(by_hand(model, student, real, skipped)[-(logits + 4) :])
     for cache in (DynamicCache(), DenseCache(student), SwiftKVCache(student)):
         found = fed(student, cache, ids, mask, logits=logits)
@@ -148,17 +156,31 @@ def test_what_it_cannot_be_used_with_is_refused():
 
 
 def test_distillation_trains_what_stands_in_for_skipped_tokens(tmp_path, no_precision_of_an_earlier_run):
-    _, student = made(num_hidden_layers=4)
+    model, student = made(num_hidden_layers=4)
     plain = convert(base(num_hidden_layers=4), FIRST)
     plain.load_state_dict(student.state_dict())
+    before = {name: parameter.detach().clone() for name, parameter in trained_parameters(student).items()}
     lines = [
         distill(one, rows(), Distillation(**SMALL), tmp_path / name)
         for name, one in (("own", student), ("plain", plain))
     ]
     assert student.config.swiftkv_own_last == OWN
-    assert [line["loss"] for line in lines[0]] == pytest.approx([line["loss"] for line in lines[1]])
-    for one, other in zip(trained_parameters(student).values(), trained_parameters(plain).values(), strict=True):
-        torch.testing.assert_close(one, other)
+    assert lines[0][0]["loss"] == pytest.approx(lines[1][0]["loss"])
+    assert lines[0][-1]["loss"] < lines[0][0]["loss"]
+    for name, parameter in trained_parameters(student).items():
+        assert torch.equal(parameter, before[name]) == (".q_" in name), name
+    ids = prompt(TOKENS)
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, model(ids).logits, **CLOSE)
+
+
+def test_caches_do_not_pass_between_a_model_that_keeps_its_own_and_one_that_does_not(tmp_path):
+    model, student = made()
+    cache = DenseCache(student)
+    fed(student, cache, prompt(TOKENS))
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="keep their own keys and values"):
+        DenseCache.load(tmp_path / "cache", convert(model, FIRST))
 
 
 def test_flops_are_those_of_the_formula():
@@ -186,7 +208,7 @@ def test_the_frontier_measures_what_follows_a_prompt():
     assert frontier.base.perplexity["one"] == pytest.approx(float(lost(whole)), rel=1e-3)
     for point in frontier.points:
         student = survey.converted(point.first, own_last=OWN)
-        logits = by_hand(model, student, text.to(model.device), 15 - OWN, point.first)[OWN:]
+        logits = by_hand(model, student, text.to(model.device), 16 - OWN, point.first)[OWN - 1 :]
         assert point.fitted.perplexity["one"] == pytest.approx(float(lost(logits)), rel=1e-3)
         assert point.prefill == projection_flops(model.config, 100, point.first, own_last=OWN) / projection_flops(
             model.config, 100
