@@ -225,3 +225,15 @@ def test_a_layer_alone_gets_no_biases_by_distance():
     cache, layer = DenseCache(model), model.model.layers[0].self_attn
     with torch.no_grad(), pytest.raises(RuntimeError, match="attends outside of a forward of its model"):
         layer(torch.randn(1, 5, 64), None, **cache_argument(layer, cache))
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_generate_compiles_no_steps(name):
+    """On a GPU it would, where a cache says that it can be compiled for."""
+    model = made("inkling_text")
+    ids = prompt(30, seed=5)
+    cache = CACHES[name](model)
+    assert not cache.is_compileable
+    generate(model, cache, ids)
+    cache.reserve(2)
+    assert not cache.is_compileable

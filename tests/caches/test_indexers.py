@@ -363,3 +363,13 @@ def test_indexers_of_other_kinds_are_refused_by_name(name):
     reason = "supports from transformers 5.24 on" if is_older else "an indexer beside keys and values of many heads"
     with pytest.raises(ValueError, match=rf"{name} chooses what tokens attend to by .*{reason}"):
         check_served(config, name)
+
+
+@roomy
+def test_generate_compiles_no_steps(model, make):
+    """On a GPU it would, where a cache says that it can be compiled for."""
+    cache = make(model)
+    assert not cache.is_compileable
+    generate(model, cache, prompt(30, seed=5))
+    cache.reserve(2)
+    assert not cache.is_compileable

@@ -298,7 +298,6 @@ def test_fewer_tokens_in_fewer_bits_beside_fewer_tokens():
     assert packed["kl"] < plain["kl"]
 
 
-# README: | SwiftKV, half skipped: perplexity lost, after least squares / 46 minutes of distillation on a CPU |
 def test_what_training_brings_back_of_swiftkv():
     base, converted, fitted, distilled = of("swiftkv")["rows"]
 
@@ -310,11 +309,27 @@ def test_what_training_brings_back_of_swiftkv():
             shares.append((high - now) / (high - low))
         return f"{sum(shares) / len(shares):.0%}".replace("%", " %")
 
-    line = said("| SwiftKV, half skipped")
-    assert f"{back(fitted, False)} / {back(distilled, False)} recovered" in line
-    assert f"(log: {back(fitted, True)} / {back(distilled, True)}); needles are not found" in line
+    for of_log, beginning in ((False, "| of the perplexity lost, recovered"), (True, "| of its log")):
+        (line,) = [line for line in PAGE.splitlines() if line.startswith(beginning)]
+        assert f"| {back(fitted, of_log)} (" in line
+        assert f"{back(distilled, of_log)}" in line
     assert set(distilled["needles"].values()) == {0.0}
     assert "287k tokens in 46 minutes" in PAGE
+
+
+# README: | SwiftKV, layers 18 to 29 of 30 skipped
+def test_what_a_conversion_costs_whose_tokens_keep_their_own():
+    frontier = of("swiftkv_frontier")["frontier"]
+    assert frontier["own_last"] == 32
+    (point,) = [point for point in frontier["points"] if point["first"] == 18]
+    base, fitted = frontier["base"]["perplexity"], point["fitted"]["perplexity"]
+    lost = math.exp(sum(math.log(fitted[text] / base[text]) for text in base) / len(base)) - 1
+    told, converted = of("swiftkv_frontier_18")["exam"]
+    assert set(told["needles"].values()) == {1.0}
+    line = said("| SwiftKV, layers 18 to 29 of 30 skipped")
+    found = [round(24 * converted["needles"][length]) for length in ("512", "1024")]
+    assert f"prefill {point['prefill']:.2f}x, perplexity +{100 * lost:.1f} %, needles at 512 {found[0]} of 24" in line
+    assert f"at 1k {found[1]} of 24" in line
 
 
 # docs: With half of SmolLM2 skipped, a prompt of 4k tokens costs
