@@ -279,7 +279,6 @@ def test_the_command_fits_without_training(folder, taught):
     with torch.no_grad(), as_teacher(loaded):
         torch.testing.assert_close(loaded(prompt(20)).logits, model(prompt(20)).logits)
     assert main([*command[:-2], "--steps", "0", "--fit-tokens", "0"]) != 0
-    # docs: kvcompress distill text.txt --skip-from 17 --own-last 32
     assert main([*command, "--own-last", "3", "--out", str(folder / "own")]) == 0
     assert AutoModelForCausalLM.from_pretrained(folder / "own").config.swiftkv_own_last == 3
 

@@ -168,7 +168,7 @@ def test_any_columns_can_be_asked_for(family):
                     cache.reset()
 
 
-# README: | a prompt skips half of the layers; needs training |
+# README: | a prompt skips half of the layers; needs a fit or training |
 def test_the_prompt_ends_at_the_first_later_layer():
     model = converted()
     ids = prompt(20, 2)
