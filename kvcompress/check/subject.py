@@ -138,7 +138,7 @@ class Subject:
         """For each row, the keys and values that the first layer is fed, [kv_heads, tokens, head_dim]."""
         fed = []
         for row in self.rows:
-            cache: Any = hf.full_cache(self.judge, hf.without_windows(hf.decoder_config(self.judge)))
+            cache: Any = hf.full_cache(self.judge, windows=False)
             with torch.no_grad():
                 positions = self.positions(len(row))
                 self.judge(row[None], use_cache=True, **positions, **hf.cache_argument(self.judge, cache))

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import ModelOutput
 
-from kvcompress.hf.configs import fillers_of
+from kvcompress.hf.configs import decoder_config, fillers_of, without_windows
 from kvcompress.hf.modules import decoder_of
 
 __all__ = [
@@ -204,16 +204,16 @@ def _forget(module: nn.Module) -> AttendingCache | None:
 _CACHES_OF_THEIR_OWN = {"minimax": "MiniMaxCache"}
 
 
-def full_cache(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> Any:
+def full_cache(model: PreTrainedModel, windows: bool = True) -> Any:
     """The cache that transformers would make for a model, which keeps everything.
 
     Args:
-        config: in place of the model's.
+        windows: False to keep what has left a window, too.
     """
     own = _CACHES_OF_THEIR_OWN.get(decoder_of(model).config.model_type)
     if own is not None:
         return getattr(sys.modules[type(decoder_of(model)).__module__], own)()
-    return DynamicCache(config=model.config if config is None else config)
+    return DynamicCache(config=model.config if windows else without_windows(decoder_config(model)))
 
 
 def watch_forwards(model: PreTrainedModel) -> None:

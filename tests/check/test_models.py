@@ -9,7 +9,7 @@ from kvcompress.loading import ModelUnavailableError
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("inkling_text", "inkling_text adds biases to its attention that depend on queries and distances"),
+        ("doge", "doge adds a bias to its attention that depends on the values of all tokens"),
         ("t5", "t5 is an encoder-decoder model"),
     ],
 )
