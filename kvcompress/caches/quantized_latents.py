@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.caches.quantized_layer import QuantizedLayer, under
+from kvcompress.caches.quantized_layer import QuantizedLayer, nothing_seen, under
 from kvcompress.caches.quantized_step import QuantizedStep
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.common.logits import LogitSpec
@@ -154,11 +154,7 @@ class LatentQuantizedLayer(QuantizedLayer):
             if chunk.chosen is not None:
                 return [*answers, sparse_attention(query, chunk.key, chunk.value, positions[:, 0], chunk.chosen, spec)]
             answers.append(self._attend_to(query, chunk.key, chunk.value, positions, query_positions, spec))
-        if not answers and chunk.tokens == 1:
-            # a row that is all padding, alone
-            nothing = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
-            answers.append((query.new_zeros(*query.shape[:3], chunk.value.shape[-1]), nothing))
-        return answers
+        return answers or nothing_seen(chunk)
 
     @staticmethod
     def _attend_to(

@@ -144,11 +144,7 @@ class QuantizedLayer(TailedLayer):
                 places = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
                 others.append((chunk.key, chunk.value, numbers(places, query.device)[:, None]))
             answers.append(tail.attend_beside(others, query, query_positions, spec))
-        if not answers and chunk.tokens == 1:
-            # a row that is all padding, alone
-            nothing = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
-            answers.append((torch.zeros_like(query), nothing))
-        return answers
+        return answers or nothing_seen(chunk)
 
     def _past_by_distance(
         self, chunk: AttentionInput, query_positions: Tensor, joins: list[int] | None
@@ -169,11 +165,7 @@ class QuantizedLayer(TailedLayer):
             attend_by_distance(chunk.query, key, value, columns(positions), own, chunk.spec, chunk.biases)
             for key, value, positions in pieces
         ]
-        if not answers and chunk.tokens == 1:
-            # a row that is all padding, alone
-            nothing = chunk.query.new_full(chunk.query.shape[:3], -torch.inf, dtype=torch.float32)
-            answers.append((torch.zeros_like(chunk.query), nothing))
-        return answers
+        return answers or nothing_seen(chunk)
 
     def fill(self, key: Tensor, value: Tensor) -> None:
         """Packs tokens [batch, kv_heads, tokens, head_dim] that nothing attends to now; the layer is empty before."""
@@ -542,6 +534,16 @@ class QuantizedLayer(TailedLayer):
                 how = {name: getattr(target, name) for name in ("codings", "block", "rotates", "codec")}
                 loaded = QuantizedBlocks.load(part, facts, **how)
                 vars(target).update(vars(loaded))
+
+
+def nothing_seen(chunk: AttentionInput) -> list[tuple[Tensor, Tensor]]:
+    """What a single token attends to where nothing is held, as in a row that is all padding, alone: zeros, and their
+    log-sum-exp; of several tokens no answer."""
+    if chunk.tokens > 1:
+        return []
+    shape = chunk.query.shape[:3]
+    nothing = chunk.query.new_full(shape, -torch.inf, dtype=torch.float32)
+    return [(chunk.query.new_zeros(*shape, chunk.value.shape[-1]), nothing)]
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

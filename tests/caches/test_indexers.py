@@ -22,28 +22,15 @@ from kvcompress.check.check import check
 from kvcompress.hf import cache_argument, check_served, indexer
 from kvcompress.hf.small import random_model
 from kvcompress.kernels import sparse_attention
+from tests.caches.test_latents import RANK, SHARED
+from tests.caches.test_latents import SIZES as LATENT_SIZES
 from tests.contract.drive import feed, full, generate
 from tests.contract.models import DEVICE, left_padded, prompt
 
-RANK, SHARED, INDEX, CHOSEN = 56, 8, 16, 12
+INDEX, CHOSEN = 16, 12
 SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "q_lora_rank": 24,
-    "kv_lora_rank": RANK,
-    "qk_rope_head_dim": SHARED,
+    **LATENT_SIZES,
     "head_dim": SHARED,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 24,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
