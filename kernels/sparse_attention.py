@@ -5,6 +5,8 @@ order, in slots, or in codes that are decoded a piece at a time. A query attends
 
     out = sum(exp(logit - lse) * v),  lse = log(sum(exp(logit)))        over the tokens that are chosen and here
 
+KV heads may hold different tokens, of which different ones are chosen: each is then a sequence of its own.
+
 In PyTorch, some queries at a time, so that no queries x tokens mask outlives its queries. Where a few of many tokens
 are chosen they are gathered first, and nothing else is read: bytes queries * chosen * (head_dim + value_dim), flops
 4 * heads * queries * chosen * head_dim. Else all pairs are computed.
@@ -36,13 +38,21 @@ def sparse_attention(
         query: [batch, heads, queries, head_dim].
         key: [batch, kv_heads, tokens, head_dim].
         value: [batch, kv_heads, tokens, value_dim].
-        positions: [batch or 1, tokens] int32, of the tokens in their sequences, in any order; -1 for no token.
+        positions: [batch or 1, tokens] int32, of the tokens in their sequences, in any order; -1 for no token. With
+            heads that hold different ones [batch, kv_heads, tokens].
         chosen: [batch, queries, choices] int32, positions of the tokens that a query sees, none twice; -1 for none.
+            With different ones for each head [batch, kv_heads, queries, choices].
 
     Returns:
         The output, [batch, heads, queries, value_dim] in query's dtype, and its log-sum-exp,
         [batch, heads, queries].
     """
+    if _differs(positions, chosen):
+        batch, kv_heads = key.shape[:2]
+        query, key, value = _by_head(query, key, value)
+        found = sparse_attention(query, key, value, *_of_heads(positions, chosen, batch, kv_heads), spec)
+        out, lse = (each.unflatten(0, (batch, kv_heads)).flatten(1, 2) for each in found)
+        return out, lse
     out = query.new_zeros(*query.shape[:-1], value.shape[-1])
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
     for rows, columns, logits in _blocks(query, key, positions, chosen, spec):
@@ -73,6 +83,13 @@ def sparse_column_sums(
     Returns:
         [batch, kv_heads, tokens] float32.
     """
+    if _differs(positions, chosen):
+        batch, kv_heads = key.shape[:2]
+        query, key, _ = _by_head(query, key, key)
+        positions, chosen = _of_heads(positions, chosen, batch, kv_heads)
+        lse = lse.unflatten(1, (kv_heads, -1)).flatten(0, 1)
+        sums = sparse_column_sums(query, key, positions, chosen, lse, spec)
+        return sums.view(batch, kv_heads, -1)
     sums = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
     for rows, columns, logits in _blocks(query, key, positions, chosen, spec):
         shift = lse[:, :, rows].unflatten(1, (key.shape[1], -1))[..., None]
@@ -92,8 +109,7 @@ def sparse_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """What sparse_attention means, in plain PyTorch."""
     logits = query_logits(query, key, spec)
-    seen = (positions[:, None, :, None] == chosen[:, :, None]) & (chosen >= 0)[:, :, None]
-    out, lse = softmax_values(logits.masked_fill(~seen.any(-1)[:, None, None], -torch.inf), value)
+    out, lse = softmax_values(logits.masked_fill(~_seen(positions, chosen), -torch.inf), value)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
 
@@ -102,9 +118,35 @@ def sparse_column_sums_reference(
 ) -> Tensor:
     """What sparse_column_sums means, in plain PyTorch."""
     logits = query_logits(query, key, spec)
-    seen = ((positions[:, None, :, None] == chosen[:, :, None]) & (chosen >= 0)[:, :, None]).any(-1)[:, None, None]
     shift = lse.unflatten(1, (key.shape[1], -1))[..., None]
-    return torch.where(seen, (logits - shift).exp(), 0.0).sum((2, 3))
+    return torch.where(_seen(positions, chosen), (logits - shift).exp(), 0.0).sum((2, 3))
+
+
+def _seen(positions: Tensor, chosen: Tensor) -> Tensor:
+    """Whether queries see tokens, [batch, 1 or kv_heads, 1, queries, tokens]."""
+    positions = positions if positions.dim() == 3 else positions[:, None]
+    chosen = chosen if chosen.dim() == 4 else chosen[:, None]
+    equal = positions[:, :, None, :, None] == chosen[:, :, :, None]
+    return (equal & (chosen >= 0)[:, :, :, None]).any(-1)[:, :, None]
+
+
+def _differs(positions: Tensor, chosen: Tensor) -> bool:
+    """Whether tokens, or what is chosen, may differ between KV heads."""
+    return positions.dim() == 3 or chosen.dim() == 4
+
+
+def _by_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KV heads, with the query heads of each, as so many sequences of one KV head."""
+    query = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)
+    return query, key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
+
+
+def _of_heads(positions: Tensor, chosen: Tensor, batch: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Positions and choices of as many sequences as there are KV heads in all."""
+    positions = positions if positions.dim() == 3 else positions[:, None]
+    chosen = chosen if chosen.dim() == 4 else chosen[:, None]
+    positions, chosen = positions.expand(batch, kv_heads, -1), chosen.expand(batch, kv_heads, -1, -1)
+    return positions.flatten(0, 1), chosen.flatten(0, 1)
 
 
 def _blocks(

@@ -86,6 +86,9 @@ class CompressedCache(hf.AttendingCache):
         has_biases = hf.has_biases(config)
         if has_biases:
             self._check_biases(type(model).__name__)
+        self.scores_blocks = hf.block_of(config) is not None
+        if self.scores_blocks:
+            self._check_blocks(type(model).__name__)
         self._takes_one_mask = hf.takes_one_mask(model)
         self._repeats_keys = hf.repeats_keys(config)
         if not self.serves_chunks and any(kind.is_chunked for kind in kinds):
@@ -169,6 +172,13 @@ class CompressedCache(hf.AttendingCache):
         raise ValueError(
             f"{name} adds biases to its logits that depend on queries and distances; {type(self).__name__} does not "
             "serve them, DenseCache and GEARCache do, and caches that evict"
+        )
+
+    def _check_blocks(self, name: str) -> None:
+        """Raises ValueError if this cache cannot hold index keys beside keys and values of many heads."""
+        raise ValueError(
+            f"{name} chooses what tokens attend to by an indexer, which scores blocks of them; {type(self).__name__} "
+            "does not hold its keys, DenseCache and GEARCache do, and caches that evict"
         )
 
     def awaits_attention(self) -> bool:

@@ -66,7 +66,8 @@ class AttentionInput:
     spans: [batch, tokens] integers, where tokens of an equal one but 0 see one another both ways; None if none do.
     index: [batch, 1, tokens, width], by which an indexer scores the tokens; None if there is none.
     chosen: [batch, queries, choices] int32, positions of the tokens, held and fed, that each query sees, -1 for none;
-        None: all that precede it. places: positions of the tokens fed, [batch, tokens] int32, -1 for padding; given
+        where KV heads hold different tokens [batch, kv_heads, queries, choices]. None: all that precede it. places:
+        positions of the tokens fed, [batch, tokens] int32, -1 for padding; given
         with `chosen`.
     biases: [batch, heads, queries, extent], of logits, by distance (storage/distances.py); None if there are none.
     """
@@ -85,8 +86,10 @@ class AttentionInput:
 
     @property
     def stored_key(self) -> Tensor:
-        """The keys as segments of latents hold them: with those of an indexer behind them."""
-        return self.key if self.index is None else torch.cat([self.key, self.index], -1)
+        """The keys as latents and slots are held: with those of an indexer behind them, in each KV head."""
+        if self.index is None:
+            return self.key
+        return torch.cat([self.key, self.index.expand(-1, self.key.shape[1], -1, -1)], -1)
 
     @property
     def tokens(self) -> int:
@@ -126,7 +129,7 @@ class ForwardStep:
         raise NotImplementedError
 
 
-class CompressedLayer(hf.CacheLayerMixin):
+class CompressedLayer(hf.PlacesTold, hf.CacheLayerMixin):
     """One layer's storage. `update` takes in the new tokens, `attend` stores them and computes attention.
 
     Subclasses define `_begin`, or the whole of `_attend`, and `segments`, and the sizes that depend on how they store.
@@ -496,6 +499,7 @@ class CompressedLayer(hf.CacheLayerMixin):
     def _chosen(self, x: AttentionInput, choice: hf.Choice) -> AttentionInput:
         """A forward's tokens with what an indexer chooses for them, of those held and of themselves."""
         past, held, lengths = self._scored(x)
+        batch, heads = past.shape[:2]
         if x.visible is None:
             places = lengths[:, None] + torch.arange(x.tokens, dtype=torch.int32, device=x.key.device)
         else:
@@ -503,20 +507,25 @@ class CompressedLayer(hf.CacheLayerMixin):
             places = places.masked_fill(~x.visible, EMPTY)
         index, there = None, x.key.device
         if self.index_dim:
-            index = choice.choose(past, torch.cat([held, places], 1)).detach().to(there, self.dtype)[:, None]
+            every = torch.cat([held, places[:, None].expand(-1, heads, -1)], -1).flatten(0, 1)
+            given = choice.choose(past.flatten(0, 1), every, self.padding.columns_fed)
+            index = given.detach().to(there, self.dtype)[:, None]
             if index.shape[-1] != self.index_dim:
                 raise ValueError(
                     f"an indexer gave keys of {index.shape[-1]} numbers, where the model's config says {self.index_dim}"
                 )
         chosen = None if choice.positions is None else choice.positions.to(there)
+        if chosen is not None and len(chosen) > batch:
+            chosen = chosen.unflatten(0, (batch, heads))
         return dataclasses.replace(x, index=index, chosen=chosen, places=places)
 
     def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
-        """What an indexer is to score beside a forward's tokens: the index keys held, [batch, held, width]; places of
-        their tokens, [batch, held] int32, EMPTY for none; and how many real tokens rows have seen, [batch] int32."""
+        """What an indexer is to score beside a forward's tokens: the index keys held, [batch, 1, held, width], where KV
+        heads hold different tokens of each; places of their tokens, [batch, 1 or kv_heads, held] int32, EMPTY for none;
+        and how many real tokens rows have seen, [batch] int32."""
         batch, device = x.key.shape[0], x.key.device
-        positions = torch.empty(batch, 0, dtype=torch.int32, device=device)
-        return x.key.new_empty(batch, 0, self.index_dim), positions, positions.new_zeros(batch)
+        positions = torch.empty(batch, 1, 0, dtype=torch.int32, device=device)
+        return x.key.new_empty(batch, 1, 0, self.index_dim), positions, positions.new_zeros(batch)
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not."""

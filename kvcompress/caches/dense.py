@@ -1,5 +1,6 @@
 """The full cache, with kvcompress's attention: the ceiling that the others are measured against."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.compiled_steps import CompiledSteps, SteppedLayer
+from kvcompress.caches.index_beside import IndexBeside
 from kvcompress.caches.spans import Spans, attend_ahead
 from kvcompress.kernels.attention import causal_attention
 from kvcompress.kernels.merge import joint_output
@@ -152,15 +154,15 @@ class DenseLayer(SteppedLayer):
             self._places = self._places_held(int(self.get_seq_length()) + chunk.tokens)
 
     def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
+        past, places, lengths = super()._scored(x)
         dense = self.dense
-        if not isinstance(dense, DenseLatents):
-            return super()._scored(x)
-        batch = x.key.shape[0]
+        if dense is None:
+            return past, places, lengths
         _, _, visible = dense.held()
-        lengths = torch.full((batch,), dense.length, dtype=torch.int32, device=x.key.device)
-        if visible is not None:
-            lengths = visible.sum(-1, dtype=torch.int32)
-        return dense.index_keys(), dense.positions().expand(batch, -1), lengths
+        lengths = torch.full_like(lengths, dense.length) if visible is None else visible.sum(-1, dtype=torch.int32)
+        if isinstance(dense, DenseLatents):
+            past, places = dense.index_keys(), dense.positions().expand(len(lengths), -1)[:, None]
+        return past, places, lengths
 
     def _places_held(self, seen: int) -> Tensor:
         """Positions of the tokens held, [batch or 1, held], when so many columns were seen; of padding that of the
@@ -293,6 +295,15 @@ class DenseLayer(SteppedLayer):
         self.dropped = facts["dropped"]
 
 
+class IndexedDenseLayer(IndexBeside, DenseLayer):
+    """Every token, with keys and values of many heads, and what an indexer scores beside them."""
+
+    def _store(self, chunk: AttentionInput) -> None:
+        super()._store(dataclasses.replace(chunk, index=None))
+        if chunk.index is not None:
+            self.hold_index(chunk.index, chunk.visible)
+
+
 class DenseCache(CompressedCache):
     """Keeps every token, as transformers' DynamicCache does: `DenseCache(model)`.
 
@@ -307,5 +318,9 @@ class DenseCache(CompressedCache):
     def _check_biases(self, name: str) -> None:
         pass
 
+    def _check_blocks(self, name: str) -> None:
+        pass
+
     def _layer(self, index: int, window: int | None) -> CompressedLayer:
-        return DenseLayer(self.padding, window, is_first=index == self.attending[0])
+        kind = IndexedDenseLayer if self.scores_blocks else DenseLayer
+        return kind(self.padding, window, is_first=index == self.attending[0])

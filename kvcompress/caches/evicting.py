@@ -165,6 +165,20 @@ class EvictingCache(CompressedCache):
                 "with them: use H2O, SnapKV or another policy that goes by attention or by keys"
             )
 
+    def _check_blocks(self, name: str) -> None:
+        policy = type(self.policy).__name__
+        cannot = {
+            "packed": self.packed is not None,
+            "rerotated": self.rerotated,
+            f"{policy}, which reads tokens twice": self.policy.rereads is not None,
+        }
+        wrong = next((what for what, holds in cannot.items() if holds), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} chooses what tokens attend to by an indexer; {wrong}, cannot be combined with it: use H2O, "
+                "SnapKV or another policy that reads once, unpacked"
+            )
+
     def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
         if self._pins is not None and fed is not None:
             self._pins.check_rows(len(fed))

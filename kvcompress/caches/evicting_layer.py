@@ -18,6 +18,7 @@ from kvcompress.layer import AttentionInput, CompressedLayer, ForwardStep
 from kvcompress.policies.gear import GEAR
 from kvcompress.policies.method import is_own
 from kvcompress.policies.policy import Policy
+from kvcompress.storage.indexed import IndexedSlots, RaggedIndexedSlots
 from kvcompress.storage.latent import LatentSlots, RaggedLatentSlots
 from kvcompress.storage.padding import PaddingRecord
 from kvcompress.storage.quantized_slots import QuantizedSlots
@@ -218,6 +219,7 @@ class EvictingLayer(CompressedLayer):
         # one kernel does it for scores that add up or decay, over plain slots; not if other layers share the tokens
         plain = self.rope is None and self.packed is None and not self.kv_consumers and not self.is_ragged
         plain = plain and self.pins is None and self.latent_rank is None and not self.is_chunked and x.biases is None
+        plain = plain and not self.is_indexed
         at_once = self.policy.decay is not None and plain and attends_in_triton(x.query)
         return FusedDecodeStep(self, x) if at_once else DecodeStep(self, x)
 
@@ -238,9 +240,9 @@ class EvictingLayer(CompressedLayer):
 
     def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
         slots = self.slots
-        if not isinstance(slots, LatentSlots | RaggedLatentSlots):
+        if not isinstance(slots, IndexedSlots | RaggedIndexedSlots):
             return super()._scored(x)
-        return slots.index_keys(), slots.positions[:, 0], self.lengths
+        return slots.index_keys(), slots.positions, self.lengths
 
     def _place(
         self, chunk: AttentionInput, query_positions: Tensor, shift: Tensor | None
@@ -462,12 +464,14 @@ class EvictingLayer(CompressedLayer):
                 return RaggedPackedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard, self._fits)
             return QuantizedSlots(chunk.key, chunk.value, slots, coding, self.packed.hadamard)
         plain = self._plain_kind()(chunk.stored_key, chunk.value, slots, *((self._fits,) if self.is_ragged else ()))
-        if isinstance(plain, LatentSlots | RaggedLatentSlots):
+        if isinstance(plain, IndexedSlots | RaggedIndexedSlots):
             plain.index_dim = self.index_dim
         return plain
 
     def _plain_kind(self) -> type[SlotSegment]:
         """The class of slots that are not packed."""
+        if self.latent_rank is None and self.index_dim:
+            return RaggedIndexedSlots if self.is_ragged else IndexedSlots
         if self.latent_rank is None:
             return RaggedSlots if self.is_ragged else SlotSegment
         return RaggedLatentSlots if self.is_ragged else LatentSlots
@@ -502,7 +506,8 @@ class EvictingLayer(CompressedLayer):
             coding = self.packed.per_token_scheme(*(tensors[f"{side}.codes"].shape[-1] for side in ("keys", "values")))
             how = {"coding": coding, "rotates": self.packed.hadamard, "dtype": getattr(torch, facts["dtype"])}
             return (RaggedPackedSlots if self.is_ragged else QuantizedSlots).load(tensors, facts, **how)
-        how = {} if self.latent_rank is None else {"rank": self.latent_rank, "index_dim": self.index_dim}
+        how = {} if self.latent_rank is None else {"rank": self.latent_rank}
+        how |= {"index_dim": self.index_dim} if self.index_dim else {}
         return self._plain_kind().load(tensors, facts, **how)
 
 

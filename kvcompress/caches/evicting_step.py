@@ -85,7 +85,7 @@ class DecodeStep(EvictingStep):
         slots, chosen = self.slots, x.chosen
         assert chosen is not None
         slots.put(x.stored_key, x.value, self.at)
-        (keys, values), positions = slots.contents(), slots.positions[:, 0]
+        (keys, values), positions = slots.contents(), slots.positions
         out, lse = sparse_attention(x.query, keys, values, positions, chosen, x.spec)
         if x.sinks is not None:
             out, lse = merge_states(*with_sinks([out], [lse], x.sinks))
@@ -234,7 +234,7 @@ class ChunkStep(EvictingStep):
     def _attend_slots(self, x: AttentionInput, query_positions: Tensor) -> tuple[Tensor, Tensor]:
         slots = self.slots
         if x.chosen is not None:
-            return sparse_attention(x.query, *slots.contents(), slots.positions[:, 0], x.chosen, x.spec)
+            return sparse_attention(x.query, *slots.contents(), slots.positions, x.chosen, x.spec)
         if x.biases is not None:
             held = self._columns_held(query_positions)
             return attend_by_distance(x.query, *slots.contents(), *held, x.spec, x.biases)
@@ -281,7 +281,7 @@ class ChunkStep(EvictingStep):
         biases = None if x.biases is None else x.biases[:, :, first:]
         if x.chosen is not None:
             assert x.places is not None
-            chosen = x.chosen[:, first:]
+            chosen = x.chosen[..., first:, :]
             within = sparse_column_sums(query, x.key, x.places, chosen, lse, x.spec)
         elif biases is not None:
             places = self.places if x.visible is None else self.places.masked_fill(~x.visible, EMPTY)
@@ -300,7 +300,7 @@ class ChunkStep(EvictingStep):
             past = torch.zeros_like(self.slots.scores)
         elif x.chosen is not None:
             slots = self.slots
-            past = sparse_column_sums(query, slots.contents()[0], slots.positions[:, 0], chosen, lse, x.spec)
+            past = sparse_column_sums(query, slots.contents()[0], slots.positions, chosen, lse, x.spec)
         elif biases is not None:
             held = self._columns_held(self.query_positions[:, first:])
             past = sums_by_distance(query, self.slots.contents()[0], *held, lse, x.spec, biases)

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.cache import CompressedCache
 from kvcompress.caches.basis import Basis
+from kvcompress.caches.index_beside import IndexBeside
 from kvcompress.caches.quantized_latents import LatentQuantizedLayer
-from kvcompress.caches.quantized_layer import QuantizedLayer
+from kvcompress.caches.quantized_layer import IndexedQuantizedLayer, QuantizedLayer
 from kvcompress.layer import CompressedLayer, as_stored
 from kvcompress.policies.gear import GEAR, OLDER_FILES, Backbone, preset
 
@@ -167,8 +168,9 @@ class GEARCache(CompressedCache):
         for layer, pair, index_keys in zip(self.layers, held, indexed, strict=True):
             assert isinstance(layer, QuantizedLayer)
             layer.fill(*pair)
-            if isinstance(layer, LatentQuantizedLayer) and layer.index_dim and index_keys is not None:
+            if isinstance(layer, IndexBeside) and layer.index_dim and index_keys is not None:
                 layer.hold_index(index_keys[:, None].to(layer.dtype), None)
+        self.first_layer.indexer_position_ids = hf.index_positions(full.layers[self.attending[0]])
         return self
 
     def _check_latents(self, name: str) -> None:
@@ -184,6 +186,13 @@ class GEARCache(CompressedCache):
                 "calibrated for: leave basis out"
             )
 
+    def _check_blocks(self, name: str) -> None:
+        if self.basis is not None:
+            raise ValueError(
+                f"{name} chooses what tokens attend to by an indexer, which a basis was not calibrated for: leave "
+                "basis out"
+            )
+
     def _layer(self, index: int, window: int | None) -> CompressedLayer:
         codec = None
         model = self._model()
@@ -191,7 +200,8 @@ class GEARCache(CompressedCache):
         if self.basis is not None:
             codec = Basis.known(self.basis, model).codec(model, index, self.settings.bits)
         config = hf.text_config(model)
-        kind = QuantizedLayer if hf.latent_rank(config) is None else LatentQuantizedLayer
+        kind = IndexedQuantizedLayer if self.scores_blocks else QuantizedLayer
+        kind = kind if hf.latent_rank(config) is None else LatentQuantizedLayer
         layer = kind(self.padding, self.settings, window, index == self.attending[0], codec)
         if isinstance(layer, LatentQuantizedLayer):
             layer.width = hf.latent_part(config, index)

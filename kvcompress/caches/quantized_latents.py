@@ -5,28 +5,20 @@ what is held, some blocks at a time, and attends to that: what it takes beside t
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompress.caches.quantized_layer import QuantizedLayer, nothing_seen, under
-from kvcompress.caches.quantized_step import QuantizedStep
+from kvcompress.caches.index_beside import IndexBeside, StepBeside
+from kvcompress.caches.quantized_layer import QuantizedLayer, nothing_seen, pieces_of
 from kvcompress.kernels.attention import slot_attention
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.kernels.sparse_attention import sparse_attention
 from kvcompress.layer import AttentionInput, ForwardStep
-from kvcompress.storage.latent import DenseIndex
-from kvcompress.storage.quantized_blocks import QuantizedBlocks
-from kvcompress.storage.segment import EMPTY, Segment
 from kvcompress.storage.tail import numbers
 
-# tokens that are decoded at a time
-_PIECE = 4096
 
-
-class LatentStep(QuantizedStep):
+class LatentStep(StepBeside):
     """A forward: its tokens are stored in parts, and attended to whole."""
 
     layer: "LatentQuantizedLayer"
@@ -35,13 +27,8 @@ class LatentStep(QuantizedStep):
         key, value = layer.parts(x.key)
         super().__init__(layer, dataclasses.replace(x, key=key, value=value))
 
-    def commit(self) -> None:
-        super().commit()
-        if self.input.index is not None:
-            self.layer.hold_index(self.input.index, self.input.visible)
 
-
-class LatentQuantizedLayer(QuantizedLayer):
+class LatentQuantizedLayer(IndexBeside, QuantizedLayer):
     """One layer's packed latents, in parts of a width that can be packed.
 
     The first half of a token's numbers is held as values, the second half, with what keys share, as keys: both
@@ -51,51 +38,6 @@ class LatentQuantizedLayer(QuantizedLayer):
     reserves_on_gpu = False
     # of each part
     width: int
-    # of every token, packed or not; None before the first, and where the layer has no indexer
-    index: DenseIndex | None = None
-
-    def segments(self) -> list[Segment]:
-        return [*super().segments(), *([] if self.index is None else [self.index])]
-
-    def hold_index(self, keys: Tensor, visible: Tensor | None) -> None:
-        """Holds index keys of further tokens, [batch, 1, tokens, width]; visible: [batch, tokens] bool or None."""
-        if self.index is None:
-            self.index = DenseIndex(keys)
-        self.index.append(keys, keys[..., :0], visible)
-
-    def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
-        batch, device = x.key.shape[0], x.key.device
-        past, positions, lengths = super()._scored(x)
-        if self.index is not None:
-            past, positions = self.index.index_keys(), self.index.positions().expand(batch, -1)
-        return past, positions, numbers(self.lengths, device) if self.lengths else lengths
-
-    def reset(self) -> None:
-        super().reset()
-        self.index = None
-
-    def _remap(self, remap: Tensor) -> None:
-        super()._remap(remap)
-        if self.index is not None:
-            assert self.padding.before is not None
-            self.index.hide(remap, self.padding.before)
-
-    def _crop(self, tokens: int) -> None:
-        super()._crop(tokens)
-        if self.index is not None:
-            self.index.drop_last(tokens)
-
-    def dump(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, facts = super().dump()
-        if self.index is None:
-            return tensors, facts
-        of_index, told = self.index.dump()
-        return tensors | {f"index.{name}": tensor for name, tensor in of_index.items()}, facts | {"index": told}
-
-    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        super().restore(tensors, facts)
-        if "index" in facts:
-            self.index = DenseIndex.load(under("index.", tensors), facts["index"])
 
     def parts(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [batch, 1, tokens, numbers] as they are stored: keys and values, [batch, parts, tokens, width]."""
@@ -140,8 +82,8 @@ class LatentQuantizedLayer(QuantizedLayer):
     ) -> list[tuple[Tensor, Tensor]]:
         query, spec = chunk.query, chunk.spec
         answers = []
-        for part in super().segments():
-            for *sides, positions in _pieces(part):
+        for part in QuantizedLayer.segments(self):
+            for *sides, positions in pieces_of(part):
                 whole = self._joined(*sides)
                 if chunk.chosen is None:
                     answers.append(self._attend_to(query, *whole, positions, query_positions, spec))
@@ -149,8 +91,7 @@ class LatentQuantizedLayer(QuantizedLayer):
                     places = positions[:, 0].to(torch.int32)
                     answers.append(sparse_attention(query, *whole, places, chunk.chosen, spec))
         if joins is not None:
-            at = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
-            positions = numbers(at, query.device)[:, None, None]
+            positions = numbers(self._of_token(joins), query.device)[:, None, None]
             if chunk.chosen is not None:
                 return [*answers, sparse_attention(query, chunk.key, chunk.value, positions[:, 0], chunk.chosen, spec)]
             answers.append(self._attend_to(query, chunk.key, chunk.value, positions, query_positions, spec))
@@ -164,14 +105,3 @@ class LatentQuantizedLayer(QuantizedLayer):
         key = key.to(query.dtype)
         value = key[..., : value.shape[-1]]
         return slot_attention(query, key, value, positions.to(torch.int32), query_positions, spec)
-
-
-def _pieces(part: Segment) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What a segment holds, some tokens at a time: keys, values, and positions [batch, 1, tokens]."""
-    if not isinstance(part, QuantizedBlocks):
-        if any(part.held):  # type: ignore[attr-defined]
-            yield from part.pieces()
-        return
-    step = max(1, _PIECE // part.block)
-    for first in range(0, max(part.blocks), step):
-        yield part.some(slice(first, min(first + step, max(part.blocks))))

@@ -9,15 +9,17 @@ apart: its remaining tokens go to the tail as attention saw them, decoded, and a
 forwards of up to twice as many tokens wait in the tail too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompress.caches.compiled_steps import CompiledTailStep, FirstSteps, PackedSteps, TailedLayer, pin
+from kvcompress.caches.index_beside import IndexBeside, StepBeside, under
 from kvcompress.caches.quantized_step import QuantizedStep
 from kvcompress.kernels.attention import causal_attention
+from kvcompress.kernels.sparse_attention import sparse_attention
 from kvcompress.layer import AttentionInput, ForwardStep
 from kvcompress.policies.gear import GEAR
 from kvcompress.storage.distances import attend_by_distance
@@ -31,6 +33,8 @@ from kvcompress.storage.tail import TailSegment, moved, numbers
 # a forward of at most so many tokens may be a draft, which can be taken back, so its tokens are not packed at once; a
 # layer that had to take back more expects longer drafts
 DRAFT = 32
+# tokens that are decoded at a time
+_PIECE = 4096
 
 
 class QuantizedLayer(TailedLayer):
@@ -141,10 +145,17 @@ class QuantizedLayer(TailedLayer):
             # on a CPU a call costs more than a copy of so few tokens
             others = [] if first is None or first not in parts else [(first.keys, first.values, first.positions)]
             if joins is not None:
-                places = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
-                others.append((chunk.key, chunk.value, numbers(places, query.device)[:, None]))
+                others.append((chunk.key, chunk.value, numbers(self._of_token(joins), query.device)[:, None]))
             answers.append(tail.attend_beside(others, query, query_positions, spec))
         return answers or nothing_seen(chunk)
+
+    def _of_token(self, joins: list[int]) -> list[int]:
+        """Positions of a single token that no segment holds yet, by row; joins: in which rows it counts."""
+        return [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
+
+    def _scored(self, x: AttentionInput) -> tuple[Tensor, Tensor, Tensor]:
+        past, places, lengths = super()._scored(x)
+        return past, places, numbers(self.lengths, x.key.device) if self.lengths else lengths
 
     def _past_by_distance(
         self, chunk: AttentionInput, query_positions: Tensor, joins: list[int] | None
@@ -157,8 +168,7 @@ class QuantizedLayer(TailedLayer):
                 used = max(part.held)
                 pieces.append((*part.contents(used), part.positions[:, None, :used]))
         if joins is not None:
-            places = [length if counts else EMPTY for length, counts in zip(self.lengths, joins, strict=True)]
-            pieces.append((chunk.key, chunk.value, numbers(places, chunk.key.device)[:, None, None]))
+            pieces.append((chunk.key, chunk.value, numbers(self._of_token(joins), chunk.key.device)[:, None, None]))
         columns = self.padding.columns
         own = columns(query_positions)
         answers = [
@@ -546,6 +556,43 @@ def nothing_seen(chunk: AttentionInput) -> list[tuple[Tensor, Tensor]]:
     return [(chunk.query.new_zeros(*shape, chunk.value.shape[-1]), nothing)]
 
 
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def pieces_of(part: Segment) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What a segment holds, decoded some tokens at a time: keys, values, and positions [batch, 1, tokens]."""
+    if not isinstance(part, QuantizedBlocks):
+        if any(part.held):  # type: ignore[attr-defined]
+            yield from part.pieces()
+        return
+    step = max(1, _PIECE // part.block)
+    for first in range(0, max(part.blocks), step):
+        yield part.some(slice(first, min(first + step, max(part.blocks))))
+
+
+class IndexedQuantizedLayer(IndexBeside, QuantizedLayer):
+    """Packed keys and values of many heads, and what an indexer scores beside them.
+
+    Where it has chosen, a step decodes what is held, some blocks at a time, and attends to those of the tokens.
+    """
+
+    reserves_on_gpu = False
+
+    def is_traceable(self, tokens: int) -> bool:
+        return False
+
+    def _begin(self, x: AttentionInput) -> ForwardStep:
+        return StepBeside(self, x)
+
+    def _past(
+        self, chunk: AttentionInput, query_positions: Tensor, joins: list[int] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        if chunk.chosen is None:
+            return super()._past(chunk, query_positions, joins)
+        pieces = (piece for part in QuantizedLayer.segments(self) for piece in pieces_of(part))
+        # decoded in float32
+        answers = [
+            sparse_attention(chunk.query, key, value, at[:, 0].to(torch.int32), chunk.chosen, chunk.spec)
+            for key, value, at in pieces
+        ]
+        if joins is not None:
+            at = numbers(self._of_token(joins), chunk.key.device)[:, None]
+            answers.append(sparse_attention(chunk.query, chunk.key, chunk.value, at, chunk.chosen, chunk.spec))
+        return answers or nothing_seen(chunk)

@@ -46,6 +46,7 @@ from kvcompress.hf.configs import LayerKind as LayerKind
 from kvcompress.hf.configs import all_attend as all_attend
 from kvcompress.hf.configs import as_decoder as as_decoder
 from kvcompress.hf.configs import attention_windows as attention_windows
+from kvcompress.hf.configs import block_of as block_of
 from kvcompress.hf.configs import check_served as check_served
 from kvcompress.hf.configs import decoder_config as decoder_config
 from kvcompress.hf.configs import end_tokens as end_tokens
@@ -73,7 +74,9 @@ from kvcompress.hf.configs import text_config as text_config
 from kvcompress.hf.configs import without_windows as without_windows
 from kvcompress.hf.fingerprint import Fingerprint as Fingerprint
 from kvcompress.hf.indexer import Choice as Choice
+from kvcompress.hf.indexer import PlacesTold as PlacesTold
 from kvcompress.hf.indexer import index_keys as index_keys
+from kvcompress.hf.indexer import index_positions as index_positions
 from kvcompress.hf.modules import Captured as Captured
 from kvcompress.hf.modules import attention_module as attention_module
 from kvcompress.hf.modules import attention_modules as attention_modules

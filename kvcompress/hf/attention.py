@@ -26,8 +26,8 @@ from kvcompress.hf.calls import (
     is_watched,
     unwatch_forwards,
 )
-from kvcompress.hf.configs import decoder_config, has_biases, is_indexed, latent_rank
-from kvcompress.hf.indexer import Choice, PoolChoice, only_chosen, put_off_indexers, run_indexers
+from kvcompress.hf.configs import block_of, decoder_config, has_biases, is_indexed, latent_rank
+from kvcompress.hf.indexer import BlockChoice, Choice, PoolChoice, only_chosen, put_off_indexers, run_indexers
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents, up_projection
 from kvcompress.hf.masks import as_columns, shown_and_spans, shows_nothing_more, spans_of, with_spans
 from kvcompress.hf.modules import defined_with, layer_of, text_of
@@ -206,7 +206,10 @@ def _attention(
     if not torch.compiler.is_compiling():
         layer.belongs_to(module, is_watched())
     choice = next((value for value in (attention_mask, *kwargs.values()) if isinstance(value, Choice)), None)
-    visible, spans = shown_and_spans(choice.shown if isinstance(choice, PoolChoice) else attention_mask)
+    if isinstance(choice, BlockChoice):
+        visible, spans = choice.shown, None
+    else:
+        visible, spans = shown_and_spans(choice.shown if isinstance(choice, PoolChoice) else attention_mask)
     if visible is not None and visible.dim() != 2:
         raise ValueError(
             "kvcompress takes a padding mask [batch, tokens seen] or none, because it never builds a "
@@ -322,6 +325,8 @@ def _mask(
             **kwargs,
         )
     spans = None
+    # indexers of blocks find what is visible by it
+    takes_bools = isinstance(kv_length, TokensIndexed) and block_of(kwargs["config"]) is not None
     # transformers forbids the skip for an overlay on the causal mask, and while decoding with a compileable cache
     if not allow_is_causal_skip and q_length > 1 and not shows_nothing_more(kwargs.get("mask_function")):
         spans = spans_of(kwargs["mask_function"])
@@ -333,7 +338,8 @@ def _mask(
     if attention_mask is None:
         if isinstance(kv_length, TokensIndexed) and spans is None:
             # they take a part of it
-            return as_columns(torch.ones(batch_size, 0, dtype=torch.bool, device=kwargs["device"]))
+            none = torch.ones(batch_size, 0, dtype=torch.bool, device=kwargs["device"])
+            return none[:, None, None] if takes_bools else as_columns(none)
         return None if spans is None else with_spans(None, spans, kv_length, q_length)
     if torch.compiler.is_compiling():
         return attention_mask[:, -q_length:]
@@ -345,7 +351,7 @@ def _mask(
     if spans is not None:
         return with_spans(attention_mask, spans, kv_length, q_length)
     if isinstance(kv_length, TokensIndexed):
-        return as_columns(attention_mask)
+        return attention_mask[:, None, None] if takes_bools else as_columns(attention_mask)
     # the compiled step needs a mask that does not grow: slots record which past tokens are padding
     return attention_mask[:, -q_length:] if q_length == 1 and attention_mask.is_cuda else attention_mask
 

@@ -210,6 +210,9 @@ def _index_width(config: PreTrainedConfig, layer: int) -> int:
 
 def index_width(config: PreTrainedConfig) -> int:
     """The width of the keys by which indexers score tokens."""
+    if block_of(config) is not None:
+        of_blocks: int = config.indexer_head_dim
+        return of_blocks
     width: int = config.index_head_dim
     # where pools are scored: also what weighs a token in its pool, and whether it is none of the padding
     return 2 * width + 1 if pool_of(config) is not None else width
@@ -218,6 +221,13 @@ def index_width(config: PreTrainedConfig) -> int:
 def pool_of(config: PreTrainedConfig) -> int | None:
     """How many neighbouring tokens an indexer scores together; None for one at a time."""
     size: int | None = getattr(config, "index_kpool", None)
+    return size
+
+
+def block_of(config: PreTrainedConfig) -> int | None:
+    """How many of the tokens that a query may see, one after another, an indexer beside keys and values of many heads
+    scores together (Qwen4); None for other indexers."""
+    size: int | None = getattr(config, "indexer_compress_ratio", None)
     return size
 
 
@@ -362,10 +372,11 @@ def check_served(config: PreTrainedConfig, name: str) -> None:
             f"{name} chooses what tokens attend to by an indexer, which kvcompress supports from transformers 5.24 on, "
             "where caches are given latents"
         )
-    if is_indexed(config) and (latent_rank(config) is None or getattr(config, "index_topk", None) is None):
+    of_latents = latent_rank(config) is not None and getattr(config, "index_topk", None) is not None
+    if is_indexed(config) and not of_latents and block_of(config) is None:
         raise ValueError(
-            f"{name} chooses what tokens attend to by an indexer beside keys and values of many heads, which "
-            "kvcompress does not support; it supports indexers of latents, as in DeepSeek-V3.2"
+            f"{name} chooses what tokens attend to by an indexer of a kind that kvcompress does not know; it supports "
+            "indexers of latents, as in DeepSeek-V3.2, and of blocks of tokens beside many heads, as in Qwen4"
         )
     modes = getattr(config, "kv_sharing_modes", None) or []
     if any((mode or "").startswith("reuse") for mode in modes) and not shared_layers(config):

@@ -8,7 +8,7 @@ some queries at a time.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,18 +51,19 @@ class Choice:
         found: int = self._indexer.index_topk  # type: ignore[assignment]
         return found
 
-    def choose(self, past: Tensor, places: Tensor) -> Tensor:
+    def choose(self, past: Tensor, places: Tensor, columns: Callable[[Tensor], Tensor]) -> Tensor:
         """Chooses among a layer's tokens, and returns the index keys of the forward's tokens, [batch, tokens, width].
 
         Args:
             past: the index keys of the tokens held, [batch, held, width], in any order.
             places: positions of those held and then of the forward's, [batch, held + tokens] int32, -1 for no token.
+            columns: tells in which column of all that were fed the token at a position came, of [batch, any].
         """
         kind, dtype, enabled = self._autocast
         with torch.no_grad(), torch.autocast(kind, dtype, enabled):
-            return self._choose(past, places)
+            return self._choose(past, places, columns)
 
-    def _choose(self, past: Tensor, places: Tensor) -> Tensor:
+    def _choose(self, past: Tensor, places: Tensor, columns: Callable[[Tensor], Tensor]) -> Tensor:
         hidden = self._arguments["hidden_states"]
         batch, tokens = hidden.shape[:2]
         # a layer that asks another's indexer may be on another device
@@ -125,7 +126,7 @@ class PoolChoice(Choice):
         heads: Any = self._indexer
         return super().most + (heads.index_kpool - 1 if heads.index_kpool_always_select_tail else 0)
 
-    def _choose(self, past: Tensor, places: Tensor) -> Tensor:
+    def _choose(self, past: Tensor, places: Tensor, columns: Callable[[Tensor], Tensor]) -> Tensor:
         heads: Any = self._indexer
         hidden = self._arguments["hidden_states"]
         batch, tokens = hidden.shape[:2]
@@ -143,6 +144,110 @@ class PoolChoice(Choice):
         is_all = places.shape[1] <= heads.index_topk and heads.index_kpool_always_select_tail
         self.positions = None if is_all else torch.cat(found, 1)
         return keys.fresh()
+
+
+class BlockChoice(Choice):
+    """What an indexer chooses that scores blocks of the tokens that a query may see, in the order of the text, beside
+    keys and values of many heads (Qwen4).
+
+    KV heads that hold tokens of their own come as so many sequences: [batch * heads, ...] in place of [batch, ...], and
+    a block is of tokens that its head holds.
+    """
+
+    def __rand__(self, mask: Tensor) -> "BlockChoice":
+        """What the model makes of its mask and this: the mask is in it already."""
+        return self
+
+    @property
+    def shown(self) -> Tensor | None:
+        """Which columns are no padding, [batch, columns] bool; None for all.
+
+        Raises:
+            ValueError: the mask is one of all queries and tokens.
+        """
+        mask: Tensor = self._arguments["attention_mask"]
+        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+            raise ValueError(
+                "kvcompress takes a padding mask [batch, tokens seen] or none, because it never builds a "
+                f"queries x tokens mask; got a mask of shape {list(mask.shape)}"
+            )
+        return mask[:, 0, 0] if mask.shape[-1] else None
+
+    @property
+    def most(self) -> int:
+        blocks: Any = self._indexer
+        found: int = blocks.token_budget + blocks.compress_ratio - 1
+        return found
+
+    def _choose(self, past: Tensor, places: Tensor, columns: Callable[[Tensor], Tensor]) -> Tensor:
+        hidden, blocks = self._arguments["hidden_states"], self._indexer
+        batch, tokens = hidden.shape[:2]
+        past, places = past.to(hidden.device), places.to(hidden.device)
+        heads, held = len(past) // batch, past.shape[1]
+        self.positions = None
+        if places.shape[1] < blocks.token_budget + blocks.compress_ratio:  # type: ignore[operator]
+            # all blocks of so few tokens are chosen, and what is in none
+            return self._keys_alone()
+        order = places[:, :held].argsort(-1)
+        past = past.gather(1, order[..., None].expand_as(past))
+        places = torch.cat([places[:, :held].gather(1, order), places[:, held:]], 1)
+        at = columns(places.view(batch, -1)).view_as(places).clamp(min=0).long()[..., None]
+        turns = []
+        for angles in self._arguments["position_embeddings"]:
+            each = angles.expand(batch, -1, -1).repeat_interleave(heads, 0)
+            turns.append(each.gather(1, at.expand(-1, -1, each.shape[-1])))
+        keys, found = _Keys(past), []
+        block = max(1, _MOST // places.numel())
+        for start in range(0, tokens, block):
+            stop = min(start + block, tokens)
+            column = torch.arange(held + stop, device=places.device)
+            own = column[held + start :]
+            # padding sees nothing, and nothing sees it
+            seen = (places[:, None, : held + stop] >= 0) & (column <= own[:, None]) & (places[:, own, None] >= 0)
+            best = self._forward(
+                keys,
+                hidden_states=hidden[:, start:stop].repeat_interleave(heads, 0),
+                position_embeddings=tuple(each[:, : held + stop] for each in turns),
+                attention_mask=seen[:, None],
+            )[:, 0]
+            # those that are chosen, before all others
+            taken, column = best.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
+            taken, column = taken[..., : self.most], column[..., : self.most]
+            at = places[:, None, : held + stop].expand(-1, stop - start, -1).gather(2, column)
+            at = at.masked_fill(taken == 0, _EMPTY)
+            found.append(nn.functional.pad(at, (0, self.most - at.shape[-1]), value=_EMPTY))
+        self.positions = torch.cat(found, 1)
+        return keys.fresh()[::heads]
+
+    def _keys_alone(self) -> Tensor:
+        """The index keys of the forward's tokens, and no scores."""
+        try:
+            self._forward(_NoScores())
+        except _KeysGivenError as given:
+            return given.keys
+        raise RuntimeError(f"{type(self._indexer).__name__} gave its cache no index keys")
+
+    def _forward(self, keys: Any, **changed: Any) -> Tensor:
+        """The indexer's own forward, with other arguments and what stands for its cache."""
+        cached = next(name for name, value in self._arguments.items() if isinstance(value, AttendingCache))
+        indexer: Any = self._indexer
+        chosen: Tensor = type(indexer).forward(indexer, **self._arguments | changed | {cached: keys})
+        return chosen
+
+
+class _KeysGivenError(Exception):
+    """Ends an indexer's forward when it has given its keys, [batch, tokens, width]."""
+
+    def __init__(self, keys: Tensor) -> None:
+        super().__init__()
+        self.keys = keys
+
+
+class _NoScores:
+    """What an indexer takes for its cache, of which nothing but the keys is wanted."""
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        raise _KeysGivenError(keys)
 
 
 class _Keys:
@@ -204,6 +309,8 @@ class _PutOff(Shadow):
         # the model's own call names most of them by their place
         named = inspect.signature(type(indexer).forward).bind(indexer, *args, **kwargs).arguments
         kind = PoolChoice if getattr(indexer, "index_kpool", None) else Choice
+        if hasattr(indexer, "compress_ratio"):
+            kind = BlockChoice
         return kind(indexer, dict([*named.items()][1:]))
 
 
@@ -240,6 +347,32 @@ def only_chosen(mask: Tensor | None, indices: Any, key: Tensor) -> Tensor | None
 def index_keys(layer: Any) -> Tensor | None:
     """The index keys in a layer of transformers' own cache, [batch, tokens, width]; None if it has none."""
     found: Tensor | None = getattr(layer, "indexer_keys", None)
+    return found
+
+
+class PlacesTold:
+    """A layer of a cache whose first indexer rotates keys by the positions of all columns fed, which the model keeps
+    there; the cache's record of padding has them."""
+
+    padding: Any
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        """Of the columns seen, [axes, batch, columns] int64; None before the first."""
+        told: Tensor | None = self.padding.told_of(int(self.get_seq_length()))  # type: ignore[attr-defined]
+        return None if told is None else told.permute(2, 0, 1).long()
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: Tensor | None) -> None:
+        # transformers' layers set it before they are built
+        if positions is not None:
+            self.padding.axes = positions.permute(1, 2, 0).to(torch.int32)
+
+
+def index_positions(layer: Any) -> Tensor | None:
+    """The positions that an indexer's model keeps in a layer of transformers' own cache, [axes, batch, tokens] int64;
+    None if it keeps none."""
+    found: Tensor | None = getattr(layer, "indexer_position_ids", None)
     return found
 
 

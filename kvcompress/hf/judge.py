@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.hf.attention import release
-from kvcompress.hf.configs import decoder_config, layer_heads, repeats_keys
+from kvcompress.hf.configs import block_of, decoder_config, layer_heads, repeats_keys
 from kvcompress.hf.modules import attention_module, layer_of, run_offset, text_of
 
 # the implementation that takes masks [batch, heads, queries, tokens], and supports softcaps and sinks
@@ -49,6 +49,8 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
     group = heads // forbids.shape[0]
     copies = forbids.repeat(group, 1, 1) if repeats_keys(decoder_config(judge)) else forbids.repeat_interleave(group, 0)
     forbids = copies[None]
+    # an indexer of blocks asks what one head may see, and goes by that for all
+    blocks: Any = getattr(attention, "indexer", None) if block_of(decoder_config(judge)) is not None else None
 
     def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -81,12 +83,25 @@ def forbidden(judge: PreTrainedModel, layer: int, forbids: Tensor) -> Iterator[N
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         asked.append((args, kwargs))
 
+    def choose_by_head(*args: Any, **kwargs: Any) -> Tensor:
+        given = inspect.signature(type(blocks).forward).bind(blocks, *args, **kwargs)
+        mask = given.arguments["attention_mask"]
+        chosen = []
+        for head in range(0, mask.shape[1], group):
+            given.arguments["attention_mask"] = mask[:, head : head + 1]
+            chosen.append(type(blocks).forward(*given.args, **given.kwargs).expand(-1, group, -1, -1))
+        return torch.cat(chosen, 1)
+
+    if blocks is not None:
+        blocks.forward = choose_by_head
     hooks = [attention.register_forward_pre_hook(put, with_kwargs=True)]
     if indexer is not None:
         hooks.append(indexer.register_forward_pre_hook(note, with_kwargs=True))
     try:
         yield
     finally:
+        if blocks is not None:
+            del blocks.forward
         for hook in hooks:
             hook.remove()
 

@@ -21,7 +21,7 @@ class PaddingRecord:
     """The padding mask of all tokens seen, [batch, tokens seen] bool; None while nothing is padded."""
 
     # names of what is saved, in the order of `tensors`
-    names = ("padding", "filler", "last_position", "shift", "last_fed")
+    names = ("padding", "filler", "last_position", "shift", "last_fed", "axes")
     # the cache's method undoes rotations, so a sequence's positions must increase by one per token
     needs_even_positions = False
     # how far positions are ahead of a count of tokens is noted, and may change
@@ -41,6 +41,8 @@ class PaddingRecord:
         # forward is filler, [batch] bool
         self.last_fed: list[int] | None = None
         self.ended: Tensor | None = None
+        # positions of all columns, where the model's indexers rotate keys by them, [batch, tokens seen, axes] int32
+        self.axes: Tensor | None = None
         self.remap: Tensor | None = None
         # tokens of each sequence until now, [batch], before `remap` moves them
         self.before: Tensor | None = None
@@ -49,20 +51,22 @@ class PaddingRecord:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to save, by name."""
-        numbers = (self.last_position, self.shift, self.last_fed)
-        saved = [self.visible, self.filler, *(None if each is None else torch.tensor(each) for each in numbers)]
+        lists = (self.last_position, self.shift, self.last_fed)
+        numbers = (None if each is None else torch.tensor(each) for each in lists)
+        saved = [self.visible, self.filler, *numbers, self.axes]
         return {name: tensor for name, tensor in zip(self.names, saved, strict=True) if tensor is not None}
 
     def held(self) -> list[Tensor]:
-        """The masks that live as long as the tokens."""
-        return [mask for mask in (self.visible, self.filler) if mask is not None]
+        """What lives as long as the tokens."""
+        return [held for held in (self.visible, self.filler, self.axes) if held is not None]
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `tensors` returned."""
         self.visible, self.filler = tensors.get("padding"), tensors.get("filler")
         self.last_position, self.shift, self.last_fed = (
-            tensors[name].tolist() if name in tensors else None for name in self.names[2:]
+            tensors[name].tolist() if name in tensors else None for name in self.names[2:5]
         )
+        self.axes = tensors.get("axes")
         self.ended = self.told_positions = None
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -271,8 +275,14 @@ class PaddingRecord:
     def columns(self, positions: Tensor) -> Tensor:
         """The columns in which tokens were fed, by their positions [batch or 1, any, ...], as far as differences go:
         where padding only precedes a row, its positions. EMPTY stays."""
+        if self.visible is None or pads_first(self.visible) is None:
+            return positions
+        return self.columns_fed(positions)
+
+    def columns_fed(self, positions: Tensor) -> Tensor:
+        """The columns in which tokens were fed, by their positions [batch or 1, any, ...]; EMPTY stays."""
         visible = self.visible
-        if visible is None or pads_first(visible) is None:
+        if visible is None:
             return positions
         # the columns of real tokens, in order, before those of padding
         order = visible.to(torch.uint8).argsort(dim=-1, stable=True, descending=True).to(positions.device)
@@ -299,7 +309,14 @@ class PaddingRecord:
             columns = getattr(self, name)
             if columns is not None:
                 setattr(self, name, columns[:, :seen].clone())
+        if self.axes is not None:
+            self.axes = self.axes[:, :seen].clone()
         self.last_position = self.last_fed = None
+
+    def told_of(self, seen: int) -> Tensor | None:
+        """Positions of the columns seen, [batch, columns, axes] int32; None before the first. Those that a refused
+        forward told are not among them."""
+        return self.axes[:, :seen] if self.axes is not None and seen else None
 
 
 def pads_first(visible: Tensor) -> Tensor | None:
