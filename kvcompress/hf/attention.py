@@ -30,7 +30,7 @@ from kvcompress.hf.configs import block_of, decoder_config, has_biases, is_index
 from kvcompress.hf.indexer import BlockChoice, Choice, PoolChoice, only_chosen, put_off_indexers, run_indexers
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents, up_projection
 from kvcompress.hf.masks import as_columns, shown_and_spans, shows_nothing_more, spans_of, with_spans
-from kvcompress.hf.modules import defined_with, layer_of, text_of
+from kvcompress.hf.modules import OWN_METHOD, attention_modules, defined_with, layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
 
@@ -116,9 +116,8 @@ def select_attention(model: PreTrainedModel) -> None:
     current = attention_name(model) or "sdpa"
     if current.startswith(IMPLEMENTATION):
         return
-    name, text = _register(current), text_of(model)
-    if text._can_set_attn_implementation():
-        text.set_attn_implementation(name)
+    name = _register(current)
+    _set_attention(model, name)
     if attention_name(model) != name:
         raise ValueError(
             f"{type(model).__name__} does not choose its attention through transformers' AttentionInterface, "
@@ -138,7 +137,44 @@ def restore_attention(model: PreTrainedModel) -> None:
     """Gives the model back the attention implementation it had before `select_attention`."""
     previous = _PREVIOUS.get(attention_name(model) or "")
     if previous is not None:
-        text_of(model).set_attn_implementation(previous)
+        _set_attention(model, previous)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Makes the model's attention layers call the function of this name, if they can; those that attend in a method of
+    their own call it in place of ours."""
+    text = text_of(model)
+    if text._can_set_attn_implementation():
+        text.set_attn_implementation(name)
+        return
+    modules: list[Any] = attention_modules(model)
+    # those of other implementations do not attend there
+    is_plain = _PREVIOUS.get(name, name) == "eager"
+    if not modules or not is_plain or not all(hasattr(type(module), OWN_METHOD) for module in modules):
+        return
+    for each in modules:
+        if name in _PREVIOUS:
+            setattr(each, OWN_METHOD, _InMethod(each))
+        else:
+            vars(each).pop(OWN_METHOD, None)
+    # it says how masks are made
+    text.config._attn_implementation = name
+
+
+class _InMethod(Shadow):
+    """Shadows the method in which a module of an older family attends (GPT-Neo, GPT-NeoX-Japanese)."""
+
+    name = OWN_METHOD
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
+        module = self.model
+        if getattr(key, HANDLE, None) is None:
+            _check_no_cache_was_given(module, forward_in_progress(module), {})
+            return self.shadowed(query, key, value, attention_mask)
+        # what products are divided by; a family without it scales nothing
+        scaling = 1.0 / getattr(module, "norm_factor", 1.0)
+        out, weights = _attention(module, query, key, value, attention_mask, previous="eager", scaling=scaling)
+        return out.transpose(1, 2), weights
 
 
 def release(model: PreTrainedModel) -> None:

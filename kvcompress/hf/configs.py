@@ -405,6 +405,8 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
     own = len(named) - shared_layers(config)
     # transformers 5.17 has one dictionary of settings for all layers, and leaves out those that share another's
     each = [settings] * len(types) if isinstance(settings, dict) else settings
+    # GPT-Neo's own names of them
+    local = getattr(config, "attention_layers", None)
     kinds: list[LayerKind] = []
     for index, (kind, name) in enumerate(zip([*types, *named[len(types) :]], named, strict=True)):
         if index >= own:
@@ -425,6 +427,9 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
                 f"kvcompress supports {', '.join(_KINDS)}"
             )
         attends, has_states = _KINDS[kind]
+        if local is not None and local[index] == "local":
+            kinds.append(LayerKind(True, config.window_size))
+            continue
         is_chunked = kind == "chunked_attention"
         window = each[index].get("sliding_window") if "sliding" in kind or is_chunked else None
         states = each[index].get("number_of_states", 1) if has_states else 0

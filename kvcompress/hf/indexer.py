@@ -223,7 +223,7 @@ class BlockChoice(Choice):
         """The index keys of the forward's tokens, and no scores."""
         try:
             self._forward(_NoScores())
-        except _KeysGivenError as given:
+        except _KeysGiven as given:
             return given.keys
         raise RuntimeError(f"{type(self._indexer).__name__} gave its cache no index keys")
 
@@ -235,7 +235,7 @@ class BlockChoice(Choice):
         return chosen
 
 
-class _KeysGivenError(Exception):
+class _KeysGiven(Exception):  # noqa: N818 (it carries a result, and ends the forward early)
     """Ends an indexer's forward when it has given its keys, [batch, tokens, width]."""
 
     def __init__(self, keys: Tensor) -> None:
@@ -247,7 +247,7 @@ class _NoScores:
     """What an indexer takes for its cache, of which nothing but the keys is wanted."""
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
-        raise _KeysGivenError(keys)
+        raise _KeysGiven(keys)
 
 
 class _Keys:

@@ -18,6 +18,8 @@ from kvcompress.hf.configs import decoder_config, filling_layers, is_multimodal,
 _ATTENTION = ("Attention", "MLA")
 # what the projection behind attention is called: by Llama and most, OPT and others, GPT-NeoX and others
 _PROJECTIONS = ("o_proj", "out_proj", "dense")
+# the method in which modules of older families attend, to queries, keys, values and a mask
+OWN_METHOD = "_attn"
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -33,9 +35,7 @@ def text_of(model: nn.Module) -> Any:
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """Every attention module of the decoder that has a layer number, in the order of the modules."""
     return [
-        module
-        for module in text_of(model).modules()
-        if _is_attention(module) and isinstance(getattr(module, "layer_idx", None), int)
+        module for module in text_of(model).modules() if _is_attention(module) and isinstance(_number_of(module), int)
     ]
 
 
@@ -77,7 +77,14 @@ def attention_module(model: nn.Module, layer: int) -> nn.Module | None:
 
 def layer_of(module: nn.Module) -> int:
     """The number of the layer that an attention module belongs to, -1 if it has none."""
-    return getattr(module, "layer_idx", -1)
+    number: int = _number_of(module, -1)  # type: ignore[assignment]
+    return number
+
+
+def _number_of(module: nn.Module, unknown: int | None = None) -> int | None:
+    """What a module has for the number of its layer, under the older name too where it attends in a method."""
+    older = getattr(module, "layer_id", unknown) if hasattr(module, OWN_METHOD) else unknown
+    return getattr(module, "layer_idx", older)
 
 
 def run_offset(arguments: dict[str, Any]) -> int:
