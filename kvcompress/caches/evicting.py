@@ -117,11 +117,19 @@ class EvictingCache(CompressedCache):
         super().__init__(model)
         if policy.rereads is not None and rerotated:
             raise ValueError(f"rerotated cannot be combined with {type(policy).__name__}, which reads tokens twice")
-        if rerotated and not any(isinstance(layer, RerotatedLayer) or layer.is_sliding for layer in self.layers):
+        if (
+            rerotated
+            and not any(isinstance(layer, RerotatedLayer) for layer in self.layers)
+            and not self._rotates(model)
+        ):
             raise ValueError(
                 f"rerotated closes gaps between rotary positions, and {type(model).__name__} has none; leave it off, "
                 "and stay within the positions the model knows"
             )
+
+    def _rotates(self, model: PreTrainedModel) -> bool:
+        """Whether any layer rotates its keys; those with windows need no gaps closed."""
+        return any(hf.has_rotary(model, index) for index in self.attending)
 
     def _check_model(self, model: PreTrainedModel) -> None:
         pool = hf.pool_of(hf.text_config(model))

@@ -95,6 +95,7 @@ from kvcompress.hf.parallel import spread_over as spread_over
 from kvcompress.hf.pipelines import register_pipeline as register_pipeline
 from kvcompress.hf.progress import gguf_bars_as_told as gguf_bars_as_told
 from kvcompress.hf.rotary import Rotary as Rotary
+from kvcompress.hf.rotary import has_rotary as has_rotary
 from kvcompress.hf.rotary import has_several_axes as has_several_axes
 from kvcompress.hf.rotary import rotary_of as rotary_of
 from kvcompress.hf.states import States as States

@@ -69,6 +69,14 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
     return Rotary(type(module).__name__, rope_type, scaling, frequencies, keys)
 
 
+def has_rotary(model: PreTrainedModel, layer: int) -> bool:
+    """Whether a layer has a rotary embedding, known or not."""
+    try:
+        return rotary_of(model, layer) is not None
+    except ValueError:
+        return True
+
+
 def has_several_axes(model: PreTrainedModel) -> bool:
     """Whether the positions of tokens may have several axes, as those of images have in Qwen-VL and others."""
     config = decoder_config(model)
