@@ -114,6 +114,11 @@ class Shape:
         width = max(own.index_dim for own in self.layers)
         return ((own._replace(index_dim=0 if window else width), window) for own, window in self.each())
 
+    @property
+    def scores_blocks(self) -> bool:
+        """Whether indexers score blocks of tokens, beside keys and values of many heads."""
+        return self.config is not None and hf.block_of(self.config) is not None
+
     def states(self, dtype: torch.dtype) -> int:
         """Bytes of the states of all layers, per sequence."""
         return self._of_config(hf.state_bytes, dtype) or 0
@@ -241,9 +246,12 @@ def make_plan(
     full = sum(batch * item * own.token * min(context, window or context) for own, window in shape.each())
     fed = context if chunk is None else min(chunk, context)
     working, states = shape.working(dtype), batch * shape.states(dtype)
+    # positions of three axes, which indexers of blocks turn keys by
+    told = 3 * 4 * batch * context if shape.scores_blocks else 0
     needs = []
     for spec in methods:
         kept, cache, fixed, policy = _held(shape, spec, context, fed, batch, budget, item)
+        cache += told
         peak = cache + working * batch * fed
         if policy is not None and policy.rereads is not None:
             peak = _peak_of_two_readings(shape, policy.rereads, batch, fed, item, cache, fed < context, working)
@@ -276,7 +284,8 @@ def _held(shape: Shape, spec: str, context: int, fed: int, batch: int, budget: i
             codes = codes.calibrated()
             schemes = _schemes(shape, Basis.load(path), codes.bits)
         cache = fixed = 0
-        for (own, window), scheme in zip(shape.each(), schemes, strict=True):
+        for (given, window), scheme in zip(shape.each(), schemes, strict=True):
+            own = given.packed
             cache += _packed(own, codes, context, window, batch, item, scheme)
             fixed += 0 if scheme is None else KeyCodec.nbytes_for(scheme, own.key_width, item)
         return _Held(None, cache, fixed)
@@ -382,6 +391,8 @@ def _slots(
     budget = min(budget, window or budget)
     size, wide, counters = (batch, own.kv_heads, own.mean_dim), (batch, own.kv_heads, own.head_dim), batch * 3 * 4 + 8
     coding = None if packed is None else packed.per_token_scheme(own.head_dim, own.value_dim)
+    # each head holds those of its own tokens
+    index = batch * own.kv_heads * own.index_dim * item
     how = policy.rereads
     if competes or (how is not None and how.keeps_answers):
         counters += 4 * batch * own.kv_heads * competes
@@ -393,10 +404,10 @@ def _slots(
             differ = competes and (window is None or budget < window - 1)
             slots = slots + BLOCK // 2 if differ else RaggedPackedSlots.whole(slots)
             return RaggedPackedSlots.nbytes_for(*wide, coding, slots, fits, own.value_dim) + counters
-        return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters + slots * batch * own.index_dim * item
+        return RaggedSlots.nbytes_for(*size, item, slots, fits) + counters + slots * index
     if coding is not None:
         return QuantizedSlots.nbytes_for(*wide, coding, budget + 1, own.value_dim) + counters
-    return SlotSegment.nbytes_for(*size, item, budget + 1) + counters + (budget + 1) * batch * own.index_dim * item
+    return SlotSegment.nbytes_for(*size, item, budget + 1) + counters + (budget + 1) * index
 
 
 def _allotted(

@@ -18,6 +18,8 @@ from kvcompress.hf import cache_argument, layer_heads
 from kvcompress.hf.working import peak_of_tensors
 from kvcompress.loading import ModelUnavailableError
 from kvcompress.plan import largest, largest_batch, make_plan, read_shape, shape_of
+from tests.caches import test_index_blocks as index_blocks
+from tests.caches import test_indexers as indexers
 from tests.contract.drive import feed
 from tests.contract.models import build
 
@@ -306,6 +308,25 @@ def test_the_plan_counts_the_states_of_hybrids(name):
     held = cache.memory().by_component
     assert need.cache == need.full_cache == held["keys"] + held["values"] + held["states"]
     assert held["states"] > 0
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "dots3_note_text", "qwen4_exp_text"])
+@torch.inference_mode()
+def test_the_plan_counts_index_keys(name):
+    """And latents; where each head holds its own tokens, of each head."""
+    of_blocks = {"ple_layer_ids": None}
+    model = index_blocks.build(**of_blocks) if name == "qwen4_exp_text" else indexers.build(name)
+    model = model.to(torch.bfloat16)
+    rows = torch.arange(3, 3 + BATCH, device=model.device)[:, None].expand(-1, CONTEXT)
+    for method in ("none", "h2o", "adakv", "gear:bits=4:group_size=8:buffer=16", "kivi:group_size=8:buffer=16"):
+        (need,) = make_plan(shape_of(model), [method], CONTEXT, BATCH, BUDGET, torch.bfloat16)
+        cache = registry.build(method, model, BUDGET)
+        model(rows, **cache_argument(model, cache))
+        report = cache.memory()
+        assert need.full_cache == report.full_bytes
+        # heads that compete keep different numbers of tokens
+        within = 0.01 if method == "adakv" else 0
+        assert need.cache == pytest.approx(report.device_bytes, rel=within), method
 
 
 def test_layers_that_cannot_run_without_numbers_are_taken_for_llamas():

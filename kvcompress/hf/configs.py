@@ -118,6 +118,14 @@ class LayerHeads(NamedTuple):
         return self.kv_heads * (self.head_dim + self.value_dim) + self.index_dim
 
     @property
+    def packed(self) -> "LayerHeads":
+        """These as GEAR packs them: latents in parts, of which half are values; ValueError as `latent_part`."""
+        if self.value_dim:
+            return self
+        width = part_of(self.head_dim)
+        return self._replace(kv_heads=self.head_dim // (2 * width), head_dim=width, value_dim=width)
+
+    @property
     def mean_dim(self) -> int:
         """Half of what a head's key and value have together."""
         return (self.head_dim + self.value_dim) // 2
@@ -494,7 +502,11 @@ def latent_part(config: PreTrainedConfig, layer: int) -> int:
     Raises:
         ValueError: they cannot be cut into parts.
     """
-    head_dim = layer_heads(config)[layer].head_dim
+    return part_of(layer_heads(config)[layer].head_dim)
+
+
+def part_of(head_dim: int) -> int:
+    """The same of latents of so many numbers with what keys share."""
     parts = next((n for n in range(2, head_dim, 2) if head_dim % n == 0 and head_dim // n <= _WIDEST_PACKED), None)
     if parts is None:
         raise ValueError(f"latents of {head_dim} numbers with what keys share cannot be cut into parts to pack")

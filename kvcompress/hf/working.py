@@ -1,5 +1,7 @@
 """What a forward takes beside weights and cache, found by running a model's layers without numbers."""
 
+import contextlib
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from kvcompress.hf.calls import cache_argument, full_cache
-from kvcompress.hf.configs import layer_kinds
+from kvcompress.hf.configs import block_of, layer_kinds
 from kvcompress.hf.small import layers_of_each_kind, with_layers
 from kvcompress.hf.states import states_in
 
@@ -94,11 +96,18 @@ def state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
 
     def states_of(decoder: Any) -> int:
         cache = full_cache(decoder)
-        decoder(input_ids=torch.zeros(1, 8, dtype=torch.long), **cache_argument(decoder, cache))
+        # indexers of blocks ask for numbers, behind layers with states
+        ends_early: tuple[type[Exception], ...] = (Exception,) if block_of(config) is not None else ()
+        with contextlib.suppress(*ends_early):
+            decoder(input_ids=torch.zeros(1, 8, dtype=torch.long), **cache_argument(decoder, cache))
         # MiniMax keeps them beside its layers
         each = [states_in(layer) for layer in cache.layers] + [[*held] for held in getattr(cache, "linear_cache", [])]
         return sum(tensor.nbytes for tensor in next(held for held in each if held))
 
+    if block_of(config) is not None:
+        # what its few layers with n-grams keep of them is left out
+        config = copy.deepcopy(config)
+        config.ple_layer_ids = []
     each = _without_numbers(config, dtype, states_of)
     if each is None:
         # a layer that shares its weights with the next of its kind is not made alone (Zamba)
