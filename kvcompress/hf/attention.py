@@ -30,7 +30,7 @@ from kvcompress.hf.configs import block_of, decoder_config, has_biases, is_index
 from kvcompress.hf.indexer import BlockChoice, Choice, PoolChoice, only_chosen, put_off_indexers, run_indexers
 from kvcompress.hf.latent import HANDLE, expand_latents, from_latents, into_latents, keep_latents, up_projection
 from kvcompress.hf.masks import as_columns, shown_and_spans, shows_nothing_more, spans_of, with_spans
-from kvcompress.hf.modules import OWN_METHOD, attention_modules, defined_with, layer_of, text_of
+from kvcompress.hf.modules import DIVISORS, OWN_METHOD, attention_modules, defined_with, layer_of, text_of
 from kvcompress.hf.versions import warn_of_untested_release
 from kvcompress.kernels.common.logits import LogitSpec
 
@@ -148,9 +148,7 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
         text.set_attn_implementation(name)
         return
     modules: list[Any] = attention_modules(model)
-    # those of other implementations do not attend there
-    is_plain = _PREVIOUS.get(name, name) == "eager"
-    if not modules or not is_plain or not all(hasattr(type(module), OWN_METHOD) for module in modules):
+    if not modules or not all(type(module).__name__ in DIVISORS for module in modules):
         return
     for each in modules:
         if name in _PREVIOUS:
@@ -171,8 +169,8 @@ class _InMethod(Shadow):
         if getattr(key, HANDLE, None) is None:
             _check_no_cache_was_given(module, forward_in_progress(module), {})
             return self.shadowed(query, key, value, attention_mask)
-        # what products are divided by; a family without it scales nothing
-        scaling = 1.0 / getattr(module, "norm_factor", 1.0)
+        divisor = DIVISORS[type(module).__name__]
+        scaling = 1.0 if divisor is None else 1.0 / getattr(module, divisor)
         out, weights = _attention(module, query, key, value, attention_mask, previous="eager", scaling=scaling)
         return out.transpose(1, 2), weights
 

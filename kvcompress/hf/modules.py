@@ -18,8 +18,10 @@ from kvcompress.hf.configs import decoder_config, filling_layers, is_multimodal,
 _ATTENTION = ("Attention", "MLA")
 # what the projection behind attention is called: by Llama and most, OPT and others, GPT-NeoX and others
 _PROJECTIONS = ("o_proj", "out_proj", "dense")
-# the method in which modules of older families attend, to queries, keys, values and a mask
+# the method in which modules of older families attend, to queries, keys, values and a mask; the classes of which it is
+# known, and the attribute by which they divide logits, None for none
 OWN_METHOD = "_attn"
+DIVISORS = {"GPTNeoSelfAttention": None, "GPTNeoXJapaneseAttention": "norm_factor"}
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -82,8 +84,8 @@ def layer_of(module: nn.Module) -> int:
 
 
 def _number_of(module: nn.Module, unknown: int | None = None) -> int | None:
-    """What a module has for the number of its layer, under the older name too where it attends in a method."""
-    older = getattr(module, "layer_id", unknown) if hasattr(module, OWN_METHOD) else unknown
+    """What a module has for the number of its layer, under GPT-Neo's name too."""
+    older = getattr(module, "layer_id", unknown) if type(module).__name__ in DIVISORS else unknown
     return getattr(module, "layer_idx", older)
 
 
