@@ -46,6 +46,25 @@ def test_it_agrees_with_the_reference(monkeypatch, shape, at_a_time):
     torch.testing.assert_close(given, sparse_column_sums_reference(query, key, places, chosen, lse, SPEC))
 
 
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
+def test_heads_hold_and_choose_tokens_of_their_own(shape):
+    batch, of_queries, kv_heads, queries, tokens, choices = shape
+    query, key, value, _, _ = inputs(*shape)
+    # as so many sequences of one KV head
+    alone = inputs(batch * kv_heads, of_queries // kv_heads, 1, queries, tokens, choices)[3:]
+    places, chosen = (each.unflatten(0, (batch, kv_heads)) for each in alone)
+    out, lse = sparse_attention(query, key, value, places, chosen, SPEC)
+    wanted, of_all = sparse_attention_reference(query, key, value, places, chosen, SPEC)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(lse, of_all)
+    given = sparse_column_sums(query, key, places, chosen, lse, SPEC)
+    torch.testing.assert_close(given, sparse_column_sums_reference(query, key, places, chosen, lse, SPEC))
+    # either may be the same for all
+    for mine, theirs in ((places[:, 0], chosen), (places, chosen[:, 0])):
+        out, _ = sparse_attention(query, key, value, mine, theirs, SPEC)
+        torch.testing.assert_close(out, sparse_attention_reference(query, key, value, mine, theirs, SPEC)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
 def test_it_agrees_with_the_reference_in_16_bits(shape, dtype):
