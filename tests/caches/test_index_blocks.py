@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kvcompress import (
     DenseCache,
@@ -71,10 +71,9 @@ ROOMY = {
 
 
 def build(**changes):
-    try:
-        config = AutoConfig.for_model("qwen4_exp_text", **SIZES | changes)
-    except ValueError as error:
-        pytest.skip(f"this transformers has no Qwen4: {error}")
+    if "qwen4_exp_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no Qwen4")
+    config = AutoConfig.for_model("qwen4_exp_text", **SIZES | changes)
     if "indexed_attention" not in config.layer_types:
         pytest.skip("this transformers has indexers of another kind")
     torch.manual_seed(0)
