@@ -179,6 +179,22 @@ def test_tokens_are_taken_back_and_a_refused_forward_leaves_no_positions(make):
     assert cache.padding.axes.shape == (2, 40, 3)
 
 
+@pytest.mark.parametrize("kind", ROOMY)
+def test_what_a_later_mask_hides_is_in_no_block(kind):
+    """Of one layer, whose keys know of no other token."""
+    model, ids = (
+        build(num_hidden_layers=1, layer_types=["indexed_attention"], ple_layer_ids=None),
+        prompt(40, 2) % 90 + 1,
+    )
+    places = torch.arange(40, device=DEVICE).expand(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, 20:23] = 0
+    cache = ROOMY[kind](model)
+    feed(model, cache, ids[:, :30])
+    said = feed(model, cache, ids[:, 30:], mask, places[:, 30:])
+    assert_close(said, model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits[:, 30:])
+
+
 def test_a_full_cache_is_packed_with_its_index_keys():
     model, ids = build(**ALL_ATTEND), prompt(60, 2) % 90 + 1
     theirs, fed = DynamicCache(config=model.config), GEARCache(model, bits=8)
