@@ -67,8 +67,7 @@ class AttentionInput:
     index: [batch, 1, tokens, width], by which an indexer scores the tokens; None if there is none.
     chosen: [batch, queries, choices] int32, positions of the tokens, held and fed, that each query sees, -1 for none;
         where KV heads hold different tokens [batch, kv_heads, queries, choices]. None: all that precede it. places:
-        positions of the tokens fed, [batch, tokens] int32, -1 for padding; given
-        with `chosen`.
+        positions of the tokens fed, [batch, tokens] int32, -1 for padding; given with `chosen`.
     biases: [batch, heads, queries, extent], of logits, by distance (storage/distances.py); None if there are none.
     """
 

@@ -145,9 +145,9 @@ def table(rows: Iterable[Covered]) -> str:
         "A tiny model with random weights of each type that generates text with a decoder alone goes through four",
         "caches, and is compared with itself run without one: `kvcompress check --all --out coverage.jsonl`.",
         "Multimodal ones are given text here; images are tested for LLaVA, Qwen2-VL, Gemma 3 and 4, PaliGemma 1 and 2,",
-        "Llama 4 and Inkling. *served*: all caches, or all but `shadowkv`, which undoes rotations that some models do",
-        "not have or do in their own way. *unknown*: transformers' own cache differs from the model too, or no tiny",
-        "model could be made.",
+        "Llama 4, Inkling, Qwen4, HY V4, dots3-note and Mistral Large 4. *served*: all caches, or all but `shadowkv`,",
+        "which undoes rotations that some models do not have or do in their own way. *unknown*: transformers' cache",
+        "differs from the model too, or no tiny model could be made.",
         "",
     ]
     for kind in dict.fromkeys(row.kind for row in rows):

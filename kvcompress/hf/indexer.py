@@ -364,7 +364,7 @@ class PlacesTold:
 
     @indexer_position_ids.setter
     def indexer_position_ids(self, positions: Tensor | None) -> None:
-        # transformers' layers set it before they are built
+        # what other models keep of them
         if positions is not None:
             self.padding.axes = positions.permute(1, 2, 0).to(torch.int32)
 
