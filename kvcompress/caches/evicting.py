@@ -178,6 +178,7 @@ class EvictingCache(CompressedCache):
         cannot = {
             "packed": self.packed is not None,
             "rerotated": self.rerotated,
+            f"{policy}, which undoes rotations": self.policy.uses_rotary,
             f"{policy}, which reads tokens twice": self.policy.rereads is not None,
         }
         wrong = next((what for what, holds in cannot.items() if holds), None)

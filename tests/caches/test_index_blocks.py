@@ -18,6 +18,7 @@ from kvcompress import (
 )
 from kvcompress.check.check import check
 from kvcompress.hf import cache_argument, indexer
+from kvcompress.policies.expected_attention import ExpectedAttention
 from kvcompress.policies.gear import GEAR
 from tests.caches.test_indexers import assert_close, exact
 from tests.contract.drive import feed, full, generate
@@ -229,6 +230,10 @@ def test_index_keys_are_counted(model):
 REFUSED = {
     "shadowkv": (lambda model: ShadowKVCache(model, budget=64), "ShadowKVCache does not hold its keys"),
     "kvzip": (lambda model: EvictingCache(model, policy=KVzip(), budget=99), "KVzip, which reads tokens twice"),
+    "expected_attention": (
+        lambda model: EvictingCache(model, policy=ExpectedAttention(), budget=99),
+        "ExpectedAttention, which undoes rotations, cannot",
+    ),
     "packed": (lambda model: H2OCache(model, budget=99, packed=GEAR(bits=4, group_size=8)), "packed, cannot"),
     "rerotated": (lambda model: H2OCache(model, budget=99, rerotated=True), "rerotated, cannot be combined"),
 }
