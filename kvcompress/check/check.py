@@ -70,7 +70,7 @@ def check(
             tell(rows[-1])
     finally:
         if attention is not None and attention != hf.attention_name(model):
-            hf.text_of(model).set_attn_implementation(attention)
+            hf.set_attention(model, attention)
     return rows
 
 

@@ -29,6 +29,7 @@ from kvcompress.hf.attention import TokensSeen as TokensSeen
 from kvcompress.hf.attention import attention_name as attention_name
 from kvcompress.hf.attention import release as release
 from kvcompress.hf.attention import select_attention as select_attention
+from kvcompress.hf.attention import set_attention as set_attention
 from kvcompress.hf.attention import tag_key as tag_key
 from kvcompress.hf.calls import CACHE_SPELLINGS as CACHE_SPELLINGS
 from kvcompress.hf.calls import AttendingCache as AttendingCache

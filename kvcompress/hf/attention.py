@@ -117,7 +117,7 @@ def select_attention(model: PreTrainedModel) -> None:
     if current.startswith(IMPLEMENTATION):
         return
     name = _register(current)
-    _set_attention(model, name)
+    set_attention(model, name)
     if attention_name(model) != name:
         raise ValueError(
             f"{type(model).__name__} does not choose its attention through transformers' AttentionInterface, "
@@ -137,10 +137,10 @@ def restore_attention(model: PreTrainedModel) -> None:
     """Gives the model back the attention implementation it had before `select_attention`."""
     previous = _PREVIOUS.get(attention_name(model) or "")
     if previous is not None:
-        _set_attention(model, previous)
+        set_attention(model, previous)
 
 
-def _set_attention(model: PreTrainedModel, name: str) -> None:
+def set_attention(model: PreTrainedModel, name: str) -> None:
     """Makes the model's attention layers call the function of this name, if they can; those that attend in a method of
     their own call it in place of ours."""
     text = text_of(model)

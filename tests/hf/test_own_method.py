@@ -48,7 +48,9 @@ def batch():
 
 @pytest.mark.parametrize(("name", "caches"), [("gpt_neo", ("h2o", "gear")), ("gpt_neox_japanese", ("h2o", "shadowkv"))])
 def test_every_promise_is_kept(name, caches):
-    outcomes = {row.cache: (row.outcome, row.reason) for row in check(build(name), caches)}
+    model = build(name)
+    outcomes = {row.cache: (row.outcome, row.reason) for row in check(model, caches)}
+    assert hf.attention_name(model) == "eager"
     assert {outcome for outcome, _ in outcomes.values()} == {"OK"}, outcomes
 
 
