@@ -20,6 +20,14 @@ fitted:
 
 three times, each for the levels that are nearest by the scale before.
 
+Such scales bring each number near, and all of them off: those that were fitted make numbers smaller (of normal ones in
+2 bits the slope of what is decoded is 0.88), and a range's make them vary more, by scale^2 / 12. Attention takes exp of
+sums of keys and averages values, where noise fades and such faults do not. So, with the codes as they are, `keeps` sets
+scales anew, of numbers and levels less their means where a group has a zero, which moves along:
+
+    "spread"  scale = sqrt(sum x^2 / sum level^2)       decoded numbers vary as theirs do: for keys
+    "slope"   scale = sum x^2 / sum x * level           E[decoded | x] = x: for values
+
 Departures from the paper: outliers leave the ranges instead of counting as their vector's mean, which can lie outside
 the range of what remains of a group; the outliers of a value are chosen within each KV head and not over all of them,
 so that heads stay independent.
@@ -57,6 +65,8 @@ _LARGEST = 65504.0
 _LEAST = 2.0**-24
 # by bits, a scale to begin with, in root mean squares of a group: what loses least of normally distributed numbers
 FIRST_SCALES = {2: 0.9957, 3: 0.586, 4: 0.3352}
+# the most that a group of numbers may be shifted by the rounding of its zero, in scales
+_SHIFT = 1 / 16
 # how often a scale is fitted to the levels that are nearest
 FITS = 3
 
@@ -125,6 +135,8 @@ def quantise_reference(x: Tensor, coding: QuantScheme) -> QuantizedTensor:
         inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
     lowest, steps, inverse = _spread([zeros.float(), steps, inverse], coding, x)
     codes = (x - lowest).mul_(inverse).add_(0.5).clamp_(0, levels).to(torch.uint8)
+    if coding.keeps != "numbers":
+        scales, zeros = _kept(x, codes, scales, zeros, coding)
     values = None
     if index is not None:
         rest = x - (lowest + steps * codes)
@@ -150,9 +162,35 @@ def _centred(x: Tensor, unknown: Tensor, coding: QuantScheme) -> QuantizedTensor
             levels = (codes - coding.middle) * real
             # never zero: no level is
             scales = ((grouped * levels).sum(-1) / levels.square().sum(-1)).clamp_(0.0, _LARGEST).half()
+    if coding.keeps != "numbers":
+        scales = _kept_scales(grouped, (codes - coding.middle) * real, scales, coding)
     codes = codes.flatten(-2)[..., : x.shape[-1]].to(torch.uint8)
     scales = scales + _group(unknown, coding, 0.0).sum(-1).half()
     return QuantizedTensor(pack_codes(codes, coding.bits), scales, zeros)
+
+
+def _kept(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, coding: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Scales and zeros of groups that keep what the coding says, for these codes."""
+    real = _group(torch.ones_like(x[:1, :1, :1, :1]), coding, 0.0) if coding.axis == "token" else None
+    of_x, of_codes = _group(x, coding, 0.0), _group(codes.float(), coding, 0.0)
+    count = of_x.shape[-1] if real is None else real.sum(-1)
+    means = [part.sum(-1) / count for part in (of_x, of_codes)]
+    of_x, of_codes = (part - mean[..., None] for part, mean in zip((of_x, of_codes), means, strict=True))
+    if real is not None:
+        of_x, of_codes = of_x * real, of_codes * real
+    found = _kept_scales(of_x, of_codes, scales, coding)
+    exact = means[0] - found.float() * means[1]
+    moved = exact.clamp(-_LARGEST, _LARGEST).half()
+    # else what float16 rounds from a zero far off would shift all numbers of a group
+    fine = (moved.float() - exact).abs() <= found.float() * _SHIFT
+    return torch.where(fine, found, scales), torch.where(fine, moved, zeros)
+
+
+def _kept_scales(x: Tensor, levels: Tensor, scales: Tensor, coding: QuantScheme) -> Tensor:
+    """The scales that keep what the coding says of groups [..., group]; as they were where all x are alike."""
+    squares, products = x.square().sum(-1), (x * levels).sum(-1)
+    found = squares / products if coding.keeps == "slope" else (squares / levels.square().sum(-1)).sqrt()
+    return torch.where(products > 0, found.clamp(0.0, _LARGEST).half(), scales)
 
 
 def dequantise(
@@ -293,6 +331,8 @@ def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, fl
         "MIDDLE": coding.middle,
         "FIRST": FIRST_SCALES.get(coding.bits, 0.0),
         "FITS": FITS,
+        "SHIFT": _SHIFT,
+        "KEEPS": ("numbers", "spread", "slope").index(coding.keeps),
         "HEAD_DIM": head_dim,
         "BLOCK": block,
         "PLANES": planes,
@@ -318,6 +358,17 @@ def _round_half_down(x):
 
 
 @triton.jit
+def _kept_scale(squares, products, of_levels, half_scale, KEEPS: tl.constexpr):
+    # by the sums of x^2, of x * level and of level^2 of each group; where all x are alike, as it was
+    known = products > 0
+    found = tl.div_rn(squares, tl.where(known, products, 1.0))
+    if KEEPS == 1:
+        found = tl.sqrt_rn(tl.div_rn(squares, tl.where(known, of_levels, 1.0)))
+    found = tl.minimum(tl.maximum(found, 0.0), 65504.0)
+    return tl.where(known, found.to(tl.float16), half_scale)
+
+
+@triton.jit
 def _quantise_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, values_ptr, index_ptr,
     x_batch_stride, x_head_stride, x_block_stride, x_stride, kv_heads, blocks,
@@ -329,6 +380,8 @@ def _quantise_kernel(
     MIDDLE: tl.constexpr,
     FIRST: tl.constexpr,
     FITS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    KEEPS: tl.constexpr,  # 0: numbers, 1: spread, 2: slope
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
@@ -381,6 +434,10 @@ def _quantise_kernel(
                 squares = tl.sum(level * level * real, 2)
                 half_scale = tl.div_rn(tl.sum(grouped * level, 2), tl.where(squares > 0, squares, 1.0))
                 half_scale = tl.minimum(tl.maximum(half_scale, 0.0), 65504.0).to(tl.float16)
+        if KEEPS:
+            level *= real
+            squares = tl.sum(grouped * grouped, 2)
+            half_scale = _kept_scale(squares, tl.sum(grouped * level, 2), tl.sum(level * level, 2), half_scale, KEEPS)
         group = tl.arange(0, COLUMNS // GROUP)
         SCALES: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
         at = (owner * BLOCK + token)[:, None] * SCALES + group[None, :]
@@ -436,12 +493,29 @@ def _quantise_kernel(
             at = (owner * BLOCK + token)[:, None] * STORED + group[None, :]
             ok = tl.broadcast_to((group < STORED)[None, :], [TOKENS, COLUMNS // GROUP])
             grouped = tl.reshape(x, [TOKENS, COLUMNS // GROUP, GROUP])
-        tl.store(zeros_ptr + at, half_zero + unknown.to(tl.float16), mask=ok)
-        tl.store(scales_ptr + at, half_scale, mask=ok)
-
         zero = tl.expand_dims(zero, SHARED)
         codes = tl.floor((grouped - zero) * tl.expand_dims(inverse, SHARED) + 0.5)
         codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
+        if KEEPS:
+            real = tl.broadcast_to(dim_ok[None, :].to(tl.float32), [TOKENS, COLUMNS])
+            real = tl.reshape(real, grouped.shape)
+            count = tl.maximum(tl.sum(real, SHARED), 1.0)
+            mean = tl.div_rn(tl.sum(grouped * real, SHARED), count)
+            of_codes = tl.div_rn(tl.sum(codes * real, SHARED), count)
+            apart = (grouped - tl.expand_dims(mean, SHARED)) * real
+            level = (codes - tl.expand_dims(of_codes, SHARED)) * real
+            kept = _kept_scale(
+                tl.sum(apart * apart, SHARED), tl.sum(apart * level, SHARED), tl.sum(level * level, SHARED), half_scale,
+                KEEPS,
+            )  # fmt: skip
+            exact = mean - kept.to(tl.float32) * of_codes
+            moved = tl.minimum(tl.maximum(exact, -65504.0), 65504.0).to(tl.float16)
+            # else what float16 rounds from a zero far off would shift all numbers of a group
+            fine = tl.abs(moved.to(tl.float32) - exact) <= kept.to(tl.float32) * SHIFT
+            half_scale = tl.where(fine, kept, half_scale)
+            half_zero = tl.where(fine, moved, half_zero)
+        tl.store(zeros_ptr + at, half_zero + unknown.to(tl.float16), mask=ok)
+        tl.store(scales_ptr + at, half_scale, mask=ok)
         if OUTLIERS:
             rest = tl.reshape(grouped - (zero + tl.expand_dims(scale, SHARED) * codes), [TOKENS, COLUMNS])
             rest = tl.minimum(tl.maximum(rest, -65504.0), 65504.0)
@@ -491,5 +565,7 @@ def aot_calls() -> None:
             x = shaped(2, 8, 5, block, head_dim, dtype=dtype)
             quantise(x, QuantScheme(bits, group, axis, outliers))
         if not outliers:
-            quantise(x, QuantScheme(bits, 256, "token", zeros="block"))
-            quantise(x, QuantScheme(2, 256, "token", zeros="none"))
+            quantise(x, QuantScheme(bits, 256, "token", zeros="block", keeps="spread"))
+            quantise(x, QuantScheme(2, 256, "token", zeros="none", keeps="slope"))
+            quantise(x, QuantScheme(bits, group, "channel", keeps="spread"))
+            quantise(x, QuantScheme(bits, group, "token", keeps="slope"))

@@ -29,7 +29,7 @@ bits for keys and 3 for values, which are rotated first, and the first 4 tokens 
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from kvcompress.kernels.common.quantized import QuantScheme, check_coding
 from kvcompress.policies.settings import declared, names_settings, nearest, settle, unknown_setting
@@ -39,7 +39,7 @@ Backbone = Literal["kivi", "whole"]
 # values tolerate fewer bits than keys
 _FEWER = {4: 3, 3: 2}
 # what a saved file means that is older than a setting
-OLDER_FILES = {"hadamard": False, "centred": False, "tail_bits": None}
+OLDER_FILES = {"hadamard": False, "centred": False, "unbiased": False, "tail_bits": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ class GEAR:
     (kernels/hadamard.py; QuaRot, arXiv:2404.00456), and what attention makes of them back. centred: keys are rotated
     too, a block of them around its mean, and all codes stand for levels around 0, with one scale for a whole
     token and no zero, whatever group_size says; None: where that loses least, with 2 bits and no outliers.
+    unbiased: scales are such that products with keys vary as they did, and averages of values are right, though single
+    numbers are further off (kernels/quantise.py); None: with blocks of up to 4 bits without outliers and rank.
     """
 
     bits: int = 4
@@ -70,6 +72,7 @@ class GEAR:
     sinks: int = 4
     hadamard: bool = True
     centred: bool | None = None
+    unbiased: bool | None = None
     tail_bits: int | None = 8
 
     def __post_init__(self) -> None:
@@ -106,6 +109,8 @@ class GEAR:
                 "centred codes are of rotated numbers, of 2 to 4 bits and without outliers, got hadamard="
                 f"{self.hadamard}, bits={self.bits}, value_bits={self.value_bits}, outliers={self.outliers}"
             )
+        if self.unbiased and self.outliers:
+            raise ValueError(f"unbiased scales are of codes without outliers, got outliers={self.outliers}")
         for name in ("rank", "rank_decode"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
@@ -120,6 +125,13 @@ class GEAR:
         if self.centred is None:
             return self.hadamard and self.bits == 2 and self.value_bits in (None, 2) and not self.outliers
         return self.centred
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether scales keep what attention makes of a block, rather than its numbers."""
+        if self.unbiased is None:
+            return not (self.outliers or self.rank or self.rank_decode) and self.bits <= 4
+        return self.unbiased
 
     def calibrated(self) -> Self:
         """The same where keys are packed in a calibrated basis: values, if rotated, are then coded around 0.
@@ -162,6 +174,8 @@ class GEAR:
                 QuantScheme(self.bits, _whole(head_dim), "token", 0, rank, "block"),
                 QuantScheme(value_bits, _whole(value_dim), "token", 0, rank, "none"),
             )
+        if self.is_unbiased:
+            found = found[0]._replace(keeps="spread"), found[1]._replace(keeps="slope")
         for coding, width in zip(found, (head_dim, value_dim), strict=True):
             check_coding(coding, self.buffer, width)
         return found
@@ -194,6 +208,8 @@ class GEAR:
             )
         if self.value_bits not in (None, self.bits):
             raise ValueError(f"slots have keys and values of one size: value_bits must be None, got {self.value_bits}")
+        if self.unbiased:
+            raise ValueError("slots are packed a token at a time, keys and values alike: unbiased must be off")
         coding = QuantScheme(self.bits, self._of_a_vector(max(widths)), "token", self._a_side(min(widths)))
         for width in widths:
             check_coding(coding, self.buffer, width)
@@ -223,30 +239,18 @@ def _power_of_two(number: int) -> bool:
     return isinstance(number, int) and number > 0 and number & (number - 1) == 0
 
 
+# what the papers' settings have in common
+_PAPERS: dict[str, Any] = {"sinks": 0, "hadamard": False, "centred": False, "unbiased": False, "tail_bits": None}
 # the default, a smaller one, and the settings of the papers; "whole" stands in for their KCVT (see above)
 PRESETS = {
     "default": GEAR(),
     "small": GEAR(bits=3),
-    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, sinks=0, hadamard=False, centred=False, tail_bits=None),
-    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, sinks=0, hadamard=False, centred=False, tail_bits=None),
-    "gear-whole": GEAR(
-        bits=4,
-        value_bits=4,
-        rank=4,
-        rank_decode=2,
-        outliers=0.02,
-        backbone="whole",
-        sinks=0,
-        hadamard=False,
-        tail_bits=None,
-    ),
-    "gear-l-whole": GEAR(
-        bits=4, value_bits=4, rank=4, rank_decode=2, backbone="whole", sinks=0, hadamard=False, tail_bits=None
-    ),
-    "kivi": GEAR(
-        bits=2, value_bits=2, group_size=32, buffer=128, sinks=0, hadamard=False, centred=False, tail_bits=None
-    ),
-    "whole": GEAR(bits=4, value_bits=4, backbone="whole", sinks=0, hadamard=False, tail_bits=None),
+    "gear": GEAR(bits=2, rank=4, rank_decode=2, outliers=0.02, **_PAPERS),
+    "gear-l": GEAR(bits=2, rank=4, rank_decode=2, **_PAPERS),
+    "gear-whole": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, outliers=0.02, backbone="whole", **_PAPERS),
+    "gear-l-whole": GEAR(bits=4, value_bits=4, rank=4, rank_decode=2, backbone="whole", **_PAPERS),
+    "kivi": GEAR(bits=2, value_bits=2, group_size=32, buffer=128, **_PAPERS),
+    "whole": GEAR(bits=4, value_bits=4, backbone="whole", **_PAPERS),
 }
 
 

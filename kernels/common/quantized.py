@@ -9,6 +9,7 @@ from kvcompress.kernels.common.tile import tile_width
 
 Axis = Literal["channel", "token"]
 Zeros = Literal["group", "block", "none"]
+Keeps = Literal["numbers", "spread", "slope"]
 
 
 class QuantScheme(NamedTuple):
@@ -24,6 +25,8 @@ class QuantScheme(NamedTuple):
         zeros: what a code is added to: "group": a zero of each group, its minimum; "none": nothing, codes stand for
             levels around 0; "block": so do they, around the mean of the channel over the block. The last two are for
             groups of whole tokens.
+        keeps: what scales are chosen for (kernels/quantise.py). "numbers": that each is near; "spread": that those of a
+            group vary as much as they did (keys); "slope": that they are right where many are averaged (values).
     """
 
     bits: int
@@ -32,6 +35,7 @@ class QuantScheme(NamedTuple):
     outliers: int = 0
     rank: int = 0
     zeros: Zeros = "group"
+    keeps: Keeps = "numbers"
 
     @property
     def middle(self) -> float:
@@ -126,6 +130,11 @@ def check_coding(coding: QuantScheme, block: int, head_dim: int) -> None:
         raise ValueError(
             f"zeros={coding.zeros!r} is for whole tokens, up to 4 bits and no outliers, got groups of {coding.group} "
             f"along the {coding.axis} of {head_dim} channels, {coding.bits} bits and {coding.outliers} outliers"
+        )
+    if coding.keeps not in get_args(Keeps) or (coding.keeps != "numbers" and coding.outliers):
+        raise ValueError(
+            f"keeps must be one of {', '.join(get_args(Keeps))}, and with outliers numbers, got {coding.keeps!r} and "
+            f"{coding.outliers} outliers"
         )
     length = block if coding.axis == "channel" else head_dim
     if not 0 <= 2 * coding.outliers <= length:

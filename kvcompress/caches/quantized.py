@@ -49,6 +49,7 @@ class GEARCache(CompressedCache):
         sinks: int = GEAR.sinks,
         hadamard: bool = GEAR.hadamard,
         centred: bool | None = GEAR.centred,
+        unbiased: bool | None = GEAR.unbiased,
         basis: Basis | str | os.PathLike[str] | None = None,
         tail_bits: int | None = GEAR.tail_bits,
     ) -> None:
@@ -70,6 +71,8 @@ class GEARCache(CompressedCache):
             hadamard: rotate values by a Hadamard matrix with random signs before they are packed (arXiv:2404.00456).
             centred: rotate keys too, around the mean of their block, and let codes stand for levels around 0, without
                 zero points; None: with 2 bits and no outliers.
+            unbiased: choose scales so that products with keys vary as they did and averages of values are right, and
+                not so that each number is near; None: up to 4 bits, without outliers and rank.
             basis: pack keys in directions that were calibrated for this model, of all heads together, before RoPE: a
                 `Basis`, or the path of its file (`kvcompress calibrate`). `bits` is then what a number of a key gets on
                 average: 2, 3 or 4. Loses least, and each step decodes all keys anew (kernels/calibrated.py).
@@ -91,6 +94,7 @@ class GEARCache(CompressedCache):
             sinks=sinks,
             hadamard=hadamard,
             centred=centred,
+            unbiased=unbiased,
             tail_bits=tail_bits,
         )
         # the digest of the basis; the model keeps it
@@ -245,5 +249,6 @@ class KIVICache(GEARCache):
             sinks=0,
             hadamard=False,
             centred=False,
+            unbiased=False,
             tail_bits=None,
         )

@@ -1,10 +1,11 @@
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 
 from kvcompress.kernels import quantise as quantise_kernel
-from kvcompress.kernels.common.quantized import QuantScheme, pack_codes, unpack_codes
+from kvcompress.kernels.common.quantized import Keeps, QuantScheme, pack_codes, unpack_codes
 from kvcompress.kernels.common.runtime import runs_triton
 from kvcompress.kernels.quantise import dequantise, quantise, quantise_reference
 from tests.kernels.inputs import DEVICE, DTYPES, blocks, some_of
@@ -96,15 +97,76 @@ def test_no_number_is_further_from_its_decoding_than_half_a_step(bits, group, ax
     assert (zeros <= x + slack).all()
 
 
+# bits, group, axis, zeros, block, head_dim
+KEEPING = [
+    (2, 16, "channel", "group", 64, 80),
+    (3, 64, "channel", "group", 64, 64),
+    (4, 32, "token", "group", 16, 96),
+    (2, 128, "token", "group", 32, 80),
+    (2, 128, "token", "block", 32, 80),
+    (3, 64, "token", "none", 16, 64),
+    (4, 64, "token", "block", 64, 64),
+]
+
+
+def in_groups(x, coding):
+    """Groups as the last dimension."""
+    if coding.axis == "channel":
+        return x.unflatten(-2, (-1, coding.group)).transpose(-1, -2)
+    return x.unflatten(-1, (-1, min(coding.group, x.shape[-1])))
+
+
+@pytest.mark.parametrize("keeps", ["spread", "slope"])
+@pytest.mark.parametrize(("bits", "group", "axis", "zeros", "block", "head_dim"), KEEPING, ids=str)
+def test_scales_keep_what_they_are_asked_to(bits, group, axis, zeros, block, head_dim, keeps):
+    coding = QuantScheme(bits, group, axis, zeros=zeros, keeps=keeps)
+    x = 3 * torch.randn(2, 2, 3, block, head_dim, device=DEVICE)
+    decoded = dequantise(quantise(x, coding), coding)
+    if zeros == "block":
+        x, decoded = (each - x.mean(-2, keepdim=True) for each in (x, decoded))
+    own, found = (in_groups(each, coding).double() for each in (x, decoded))
+    if zeros == "group":
+        torch.testing.assert_close(found.mean(-1), own.mean(-1), rtol=0, atol=4e-3)
+        own, found = (each - each.mean(-1, keepdim=True) for each in (own, found))
+    kept = found.square().sum(-1) if keeps == "spread" else (own * found).sum(-1)
+    torch.testing.assert_close(kept, own.square().sum(-1), rtol=4e-3, atol=0)
+    # else it would keep that anyway
+    packed, plain = quantise(x, coding), quantise(x, coding._replace(keeps="numbers"))
+    assert torch.equal(packed.codes, plain.codes)
+    assert not torch.equal(packed.scales, plain.scales)
+
+
+@pytest.mark.parametrize("keeps", ["spread", "slope"])
+@pytest.mark.parametrize(("bits", "group", "axis", "zeros", "block", "head_dim"), KEEPING, ids=str)
+def test_scales_that_keep_agree_with_the_reference(bits, group, axis, zeros, block, head_dim, keeps):
+    x = blocks(2, 1, 2, block, head_dim)
+    x[0, 0, 0, 3, 5] = torch.nan
+    x[1, 0, 1] = 0.5
+    agree_in_packing(x, QuantScheme(bits, group, axis, zeros=zeros, keeps=keeps))
+
+
+@pytest.mark.parametrize("keeps", ["spread", "slope"])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_groups_far_from_zero_are_not_shifted_by_what_float16_rounds(axis, keeps):
+    coding = QuantScheme(3, 64, axis, keeps=keeps)
+    x = torch.randn(1, 2, 4, 64, 64, device=DEVICE)
+    x += 200 * torch.randn(64, device=DEVICE) if axis == "channel" else 200 * torch.randn(64, 1, device=DEVICE)
+    packed = quantise(x, coding)
+    dim = -2 if axis == "channel" else -1
+    shift = (dequantise(packed, coding) - x).mean(dim, keepdim=True).abs()
+    # of a range's codes, what rounds in single numbers
+    assert (shift <= 0.12 * spread(packed.scales, coding, x)).all()
+
+
 @pytest.mark.parametrize("axis", ["channel", "token"])
 @pytest.mark.parametrize("value", [0.0, 1.5, -0.25, 60000.0])
 def test_a_constant_group_is_exact(axis, value):
     x = torch.full((1, 2, 2, 16, 64), value, device=DEVICE)
-    for outliers in (0, 2):
-        packed = quantise(x, QuantScheme(2, 16, axis, outliers))
+    for coding in (QuantScheme(2, 16, axis, 2), *(QuantScheme(2, 16, axis, keeps=keeps) for keeps in get_args(Keeps))):
+        packed = quantise(x, coding)
         assert not packed.scales.any()
         assert not packed.codes.any()
-        assert (dequantise(packed, QuantScheme(2, 16, axis, outliers)) == x).all()
+        assert (dequantise(packed, coding) == x).all()
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
@@ -222,6 +284,8 @@ def test_what_float16_cannot_hold_saturates(axis):
         ),
         (QuantScheme(8, 64, "token", zeros="none"), (16, 64), "up to 4 bits and no outliers, got .* 8 bits"),
         (QuantScheme(2, 16, "token", zeros="none"), (16, 64), "got groups of 16 along the token of 64 channels"),
+        (QuantScheme(2, 64, "token", keeps="mean"), (16, 64), "keeps must be one of numbers, spread, slope, .* 'mean'"),
+        (QuantScheme(2, 64, "token", 1, keeps="slope"), (16, 64), "with outliers numbers, got 'slope' and 1 outliers"),
         (QuantScheme(2, 64, "token", zeros="half"), (16, 64), "zeros must be one of group, block, none, got 'half'"),
     ],
 )
