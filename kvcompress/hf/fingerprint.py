@@ -68,6 +68,8 @@ class Fingerprint:
         taught = "" if getattr(model, "single_input", True) else " as its own teacher"
         if getattr(config, "swiftkv_own_last", 0):
             taught += " whose last tokens keep their own keys and values"
+        if (between := getattr(config, "swiftkv_skip_between", None)) is not None:
+            taught += f" and the others skip layers {between[0]} to {between[1] - 1} too"
         windows = attention_windows(config)
         kinds = sorted({window or 0 for window in windows})
         text = "full attention" if kinds == [0] else f"windows {','.join(str(window or 'none') for window in windows)}"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.caches.budget import count_or_fraction
 from kvcompress.swiftkv.data import Row
-from kvcompress.swiftkv.forward import projection
+from kvcompress.swiftkv.forward import Between, projection
 from kvcompress.swiftkv.model import CONVERTED, common_norm
 
 
@@ -21,6 +21,7 @@ def convert(
     share: int = 1,
     *,
     own_last: int = 0,
+    skip_between: tuple[int, int] | None = None,
     rows: Sequence[Row] | None = None,
     tokenizer: Any = None,
 ) -> Any:
@@ -37,19 +38,21 @@ def convert(
         own_last: as many tokens at the end of a prompt, at least, run the later layers, and they and all that are
             generated have keys and values of their own, as before the conversion: it then loses much less, and a prompt
             of N tokens skips the later layers of N - own_last. Not in the paper, and only with share=1; 0: none.
+        skip_between: (14, 16): these N - own_last tokens skip layers 14 and 15 too, for which a linear map stands in,
+            and run those between 15 and skip_from. It needs a fit, and own_last; not in the paper. None: they run all.
         rows: for "auto", what to fit to and measure on, as of `read_rows`. tokenizer: for "auto", the model's.
 
     Raises:
         ValueError: the model's family is not supported, the model is spread over devices or quantised, the later
-            layers cannot be grouped like this, or own_last is below 0 or goes with share; with "auto", if no
-            conversion keeps enough.
+            layers cannot be grouped like this, own_last is below 0 or goes with share, or skip_between is no span
+            before skip_from or without own_last; with "auto", if no conversion keeps enough.
     """
     if skip_from == "auto":
         from kvcompress.swiftkv.frontier import best_conversion
 
         if rows is None or tokenizer is None:
             raise ValueError('skip_from="auto" measures: it needs rows (of read_rows) and the tokenizer')
-        return best_conversion(model, tokenizer, rows, share, own_last=own_last)
+        return best_conversion(model, tokenizer, rows, share, own_last=own_last, skip_between=skip_between)
     if rows is not None:
         raise ValueError(
             f'rows are for skip_from="auto", got skip_from={skip_from!r}; fit(model, rows) fits afterwards'
@@ -69,7 +72,7 @@ def convert(
     fields = config.to_dict()
     fields.pop("model_type", None)
     fields |= {"num_key_value_layers": first, "key_value_group_size": share, "swiftkv_teacher": True}
-    fields |= {"swiftkv_own_last": own_last}
+    fields |= {"swiftkv_own_last": own_last, "swiftkv_skip_between": skip_between}
     settings = kind.config_class.from_dict({**fields, "architectures": [kind.__name__]})
     settings._attn_implementation = config._attn_implementation
     with torch.device("meta"):
@@ -78,6 +81,8 @@ def convert(
     for start in range(first, layers, share):
         _begin(converted.model.layers[start : start + share], model.model.layers[start : start + share])
     converted.model.norm_swiftkv = common_norm(model.model.layers, first)
+    if skip_between is not None:
+        _begin_between(converted.model, model.model, *skip_between)
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted.train(model.training)
 
@@ -112,14 +117,30 @@ def _take_over(converted: Any, model: Any) -> None:
 def _begin(later: Any, layers: Any) -> None:
     """Sets the initial weights of a group of later layers."""
     for index, (to, of) in enumerate(zip(later, layers, strict=True)):
-        for name in ["q"] if index else ["q", "k", "v"]:
-            # a group has its own queries, and the mean of its keys and values
-            sources = [layer.self_attn for layer in (layers if name != "q" else [of])]
-            begun = _mean([_projection(attention, name) for attention in sources])
-            setattr(to.self_attn, f"{name}_proj_swiftkv", begun)
-            if hasattr(of.self_attn, f"{name}_norm"):
-                norms = [getattr(attention, f"{name}_norm") for attention in sources]
-                setattr(to.self_attn, f"{name}_norm_swiftkv", _mean(norms))
+        # a group has its own queries, and the mean of its keys and values
+        _set_projections(to.self_attn, [of.self_attn], "q")
+        if index == 0:
+            _set_projections(to.self_attn, [layer.self_attn for layer in layers], "kv")
+
+
+def _set_projections(to: Any, sources: Sequence[Any], names: str) -> None:
+    """Sets projections ("q", "k", "v") of a later attention to the mean of those of its sources."""
+    for name in names:
+        setattr(to, f"{name}_proj_swiftkv", _mean([_projection(attention, name) for attention in sources]))
+        if hasattr(sources[0], f"{name}_norm"):
+            norms = [getattr(attention, f"{name}_norm") for attention in sources]
+            setattr(to, f"{name}_norm_swiftkv", _mean(norms))
+
+
+@torch.no_grad()
+def _begin_between(decoder: Any, of: Any, start: int, stop: int) -> None:
+    """Sets the initial weights of what stands in for a span: its own keys and values, and a map to nothing."""
+    for to, layer in zip(decoder.layers[start:stop], of.layers[start:stop], strict=True):
+        _set_projections(to.self_attn, [layer.self_attn], "kv")
+    between = Between(common_norm(of.layers, start), of.config.hidden_size, start, stop)
+    nn.init.zeros_(between.map.weight)
+    nn.init.zeros_(between.map.bias)
+    decoder.between_swiftkv = between.to(projection(of.layers[start].self_attn, "k")[0].weight)
 
 
 def _projection(attention: Any, name: str) -> Any:

@@ -9,8 +9,14 @@ AcrossKV: in a group of later layers only the first has Wk and Wv; the others at
 With `own_last`, positions that run the later layers have K_j and V_j of what enters layer j, by the family's own
 projections; the others have those above.
 
+With `skip_between`, positions that do not run the later layers skip a span before them too, layers a to b - 1, in the
+same way, and go on at layer b from a linear stand-in for them:
+
+    x = RMSNorm_between(h_a)      K_j = RoPE(Wk_j x),  V_j = Wv_j x  for a <= j < b,      h_b = h_a + W x + c
+
 `SingleInput` is the state of one such forward. The model passes it to its layers as the keyword `single_input`, layer l
-fills it and narrows the residual stream, and every later attention takes its keys and values from it.
+fills it and narrows the residual stream, and every later attention takes its keys and values from it. A span has a
+state of its own, and its last layer widens the residual stream again.
 """
 
 import copy
@@ -33,8 +39,32 @@ _TAKES_ROWS = ("sdpa", "eager", hf.IMPLEMENTATION, f"{hf.IMPLEMENTATION}_eager")
 _TEACHER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm")
 
 
+class Between(nn.Module):
+    """What stands in for a span of layers where tokens skip them, [batch, tokens, hidden_size] to the same."""
+
+    def __init__(self, norm: nn.Module, hidden: int, start: int, stop: int) -> None:
+        """
+        Args:
+            norm: of what enters the span.
+            hidden: hidden_size.
+            start, stop: the span's first layer, and the one behind it.
+        """
+        super().__init__()
+        self.start, self.stop = start, stop
+        self.norm = norm
+        self.map = nn.Linear(hidden, hidden)
+
+    def forward(self, entering: Tensor, normed: Tensor) -> Tensor:
+        """
+        Args:
+            entering: what enters the span. normed: the norm's output for it.
+        """
+        moved: Tensor = self.map(normed).to(entering.device)
+        return entering + moved
+
+
 class SingleInput:
-    """What the later layers of one forward share.
+    """What the later layers of one forward share, or the layers of a span before them.
 
     asked: [batch, positions] int64, the columns whose output is wanted; None for all.
     running: those of which it is asked that they run the later layers, the wanted ones last; None for all.
@@ -50,6 +80,8 @@ class SingleInput:
         visible: Tensor | None,
         given: hf.Cache | None,
         own_last: int = 0,
+        stand_in: Between | None = None,
+        between: "SingleInput | None" = None,
     ) -> None:
         """
         Args:
@@ -62,6 +94,8 @@ class SingleInput:
             given: the cache that the model was given, or None.
             own_last: as many tokens up to the first wanted one, at least, run the later layers, and all that do have
                 queries, keys and values of their own; 0: none has.
+            stand_in: of a span, what stands in for it where tokens skip it; None for the later layers.
+            between: the state of the span that is skipped before the later layers, or None.
         """
         self.given = given
         # the cache that reached the later layers
@@ -73,6 +107,8 @@ class SingleInput:
         self.asked = asked
         self.running = asked
         self.own_last = own_last
+        self.between = between
+        self._stand_in = stand_in
         self.visible = visible
         # columns that run the later layers, [batch, positions]; None for all
         self.rows: Tensor | None = None
@@ -85,6 +121,10 @@ class SingleInput:
         self._leader: tuple[Tensor, Tensor] | None = None
         self._bulk: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[int, tuple[Any, Any]] = {}
+
+    def of(self, layer: int) -> "SingleInput":
+        """The state of the span that a layer is in, or of the later layers."""
+        return self if self.between is None or layer >= self.first else self.between
 
     def enter(self, hidden: Tensor, mask: Any, cache: hf.Cache | None, implementation: str) -> Tensor:
         """Takes layer l's input [batch, columns, hidden_size], and returns what continues, [batch, positions, ...].
@@ -115,6 +155,20 @@ class SingleInput:
                 self.running = torch.cat([last[:, -min(self.own_last, count) :], self.asked], 1)
         self.rows = self._which(mask, cache, implementation)
         return hidden if self.rows is None else _at(hidden, self.rows)
+
+    def leaves_at(self, layer: int) -> bool:
+        """True for the last layer of a span."""
+        return self._stand_in is not None and layer == self._stand_in.stop - 1
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """The span's output for all columns, [batch, columns, hidden_size], of that for those that ran it, [batch,
+        positions, hidden_size]."""
+        if self.rows is None:
+            return hidden
+        assert self._stand_in is not None
+        assert self._entering is not None
+        skipped = self._stand_in(self._entering, self._common()).to(hidden.device)
+        return skipped.scatter(1, self.rows.to(hidden.device)[..., None].expand_as(hidden), hidden.to(skipped.dtype))
 
     def check_reached(self, given: hf.Cache | None, found: hf.Cache | None) -> None:
         """
@@ -341,7 +395,9 @@ class SingleInputAttention(nn.Module):
         # queries and keys may be normalised, each head or all of them as one
         self.norms = hasattr(self, "q_norm")
         is_source = (layer_idx - config.num_key_value_layers) % config.key_value_group_size == 0
-        names = [*("qkv" if is_source else "q")]
+        is_between = layer_idx < config.num_key_value_layers
+        # what runs a span before the later layers always has queries of its own
+        names = [*("kv" if is_between else "qkv" if is_source else "q")]
         for name in names:
             own, rows = projection(self, name)
             added = nn.Linear(own.in_features, rows.stop - rows.start, bias=own.bias is not None)
@@ -459,7 +515,8 @@ class SingleInputAttention(nn.Module):
 
 
 class SingleInputLayer(GradientCheckpointingLayer):
-    """A later decoder layer, on top of its family's; the first one narrows the residual stream."""
+    """A later decoder layer, on top of its family's; the first one narrows the residual stream. Of a span before them,
+    the last one widens it again."""
 
     def forward(
         self, hidden_states: Tensor, *args: Any, single_input: SingleInput | None = None, **kwargs: Any
@@ -468,14 +525,16 @@ class SingleInputLayer(GradientCheckpointingLayer):
             return super().forward(hidden_states, *args, **kwargs)
         attention: Any = self.self_attn
         attention.recomputes = self.gradient_checkpointing and self.training
-        if attention.layer_idx == single_input.first:
-            hidden_states = single_input.enter(
+        state = single_input.of(attention.layer_idx)
+        if attention.layer_idx == state.first:
+            hidden_states = state.enter(
                 hidden_states,
                 kwargs.get("attention_mask"),
                 hf.cache_in((*args, *kwargs.values())),
                 str(hf.attention_name(attention)),
             )
-        return super().forward(hidden_states, *args, single_input=single_input, **kwargs)
+        hidden_states = super().forward(hidden_states, *args, single_input=state, **kwargs)
+        return state.leave(hidden_states) if state.leaves_at(attention.layer_idx) else hidden_states
 
 
 def projection(attention: Any, name: str) -> tuple[Any, slice]:

@@ -3,6 +3,7 @@
     flops of the projections, for a prompt of S tokens and one position's logits:
         2 S first (q + k + v + o + mlp) + 2 S (layers - first) / share (k + v) + 2 (layers - first) (q + o + mlp)
         and with own_last: + 2 (layers - first) ((own_last - 1) (q + o + mlp) + own_last (k + v))
+        and with skip_between, of n layers: 2 n (own_last (k + v) - (S - own_last) (q + o + mlp)) + 2 S hidden_size^2
     bytes of keys and values, over the full cache's: (first + (layers - first) / share) / layers
 
 One forward of the model for each row gives the least-squares sums of every first layer (least_squares.py), so all fits
@@ -11,7 +12,7 @@ value channels of the layers from it on, and nothing else grows with the data. T
 for what they hold (retrieval.py). They pass the early layers once, and the later ones of every conversion.
 
 With `own_last` (model.py), the first half of a text is a prompt, and the second half is measured; of a row that asks,
-what comes before the first answer is the prompt.
+what comes before the first answer is the prompt. With `skip_between` the fits take two more passes over the data.
 """
 
 import math
@@ -29,10 +30,13 @@ from transformers import PreTrainedModel
 from kvcompress import hf
 from kvcompress.swiftkv.conversion import convert
 from kvcompress.swiftkv.data import Row, first_rows
+from kvcompress.swiftkv.forward import projection
 from kvcompress.swiftkv.least_squares import (
     Sums,
     begun_with,
+    between_projections,
     check_fit,
+    fit_between,
     heard,
     key_value_projections,
     set_weights,
@@ -77,14 +81,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What was measured of conversions of one model. prompt: tokens of the prompt that prefill is about. own_last: as
-    of `convert`."""
+    """What was measured of conversions of one model. prompt: tokens of the prompt that prefill is about. own_last and
+    skip_between: as of `convert`."""
 
     layers: int
     prompt: int
     base: Score
     points: tuple[Point, ...]
     own_last: int = 0
+    skip_between: tuple[int, int] | None = None
 
     def perplexity(self, score: Score) -> float:
         """A score's perplexity over the base model's, the geometric mean over the texts."""
@@ -155,41 +160,56 @@ class Survey:
 
     @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, rows: Sequence[Tensor], firsts: Sequence[int] | None = None, ridge: float = 1e-4
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Tensor],
+        firsts: Sequence[int] | None = None,
+        ridge: float = 1e-4,
+        skip_between: tuple[int, int] | None = None,
     ) -> None:
         """
         Args:
             model: one that `convert` takes.
             rows: token ids to fit to, each [tokens] int64; about 32k tokens in all.
-            firsts: the first layers, each from 1 to the last layer; None for those from a third of the layers on.
+            firsts: the first layers, each from 1 to the last layer; None for those from a third of the layers on, and
+                behind what is skipped between.
             ridge: as of `fit`.
+            skip_between: as of `convert`; its conversions then all need own_last.
 
         Raises:
             ValueError: there are no rows or firsts, or as `convert`.
         """
         check_fit(rows, ridge)
         layers = hf.sizes(model.config).layers
-        self.firsts = sorted(range(max(1, layers // 3), layers) if firsts is None else firsts)
+        least = 1 if skip_between is None else max(skip_between) + 1
+        self.firsts = sorted(range(max(least, layers // 3), layers) if firsts is None else firsts)
         if not self.firsts or not 1 <= self.firsts[0] <= self.firsts[-1] < layers:
             raise ValueError(f"first layers must be from 1 to {layers - 1}, got {self.firsts}")
         # refuses what cannot be converted before anything is computed
-        convert(model, self.firsts[0])
-        self.model, self._ridge = model, ridge
+        begun = convert(model, self.firsts[0], own_last=0 if skip_between is None else 1, skip_between=skip_between)
+        self.model, self.skip_between, self._ridge = model, skip_between, ridge
         started = time.perf_counter()
+        between = begun.model.between_swiftkv
+        if between is not None:
+            fit_between(begun, rows, ridge)
+        self._between = None if between is None else [fitted for _, fitted in between_projections(begun)]
         self._sums = {first: Sums() for first in self.firsts}
         own: Any = model
         norms = {first: common_norm(own.model.layers, first) for first in self.firsts}
-        for entered, made in heard(own.model, self.firsts, rows):
+        key = projection(own.model.layers[self.firsts[0]].self_attn, "k")[0]
+        for entered, made in heard(own, self.firsts, rows, between):
             for first, sums in self._sums.items():
-                x = with_ones(norms[first](entered[first]), own.model.layers[first])
-                sums.add(x, torch.cat(made[first - self.firsts[0] :], 1))
+                sums.add(with_ones(norms[first](entered[first]), key), torch.cat(made[first - self.firsts[0] :], 1))
         # of the pass over the data
         self.seconds = time.perf_counter() - started
 
     @torch.no_grad()
     def converted(self, first: int, share: int = 1, own_last: int = 0) -> Any:
         """The fitted conversion that skips from this layer on, as `convert` and `fit` make it of the same rows."""
-        model = convert(self.model, first, share, own_last=own_last)
+        model = convert(self.model, first, share, own_last=own_last, skip_between=self.skip_between)
+        if self._between is not None:
+            for (_, to), of in zip(between_projections(model), self._between, strict=True):
+                to.load_state_dict(of.state_dict())
         sums = self._sums[first]
         grouped = Sums()
         grouped.inner = sums.inner
@@ -225,29 +245,34 @@ class Survey:
         """
         if not any(texts.values()) or not any(bool(row.answered.any()) for row in asked):
             raise ValueError("there is nothing to measure: it takes texts, and rows that ask for something")
-        probes = _Probes(self.model, texts, asked, self.firsts, own_last)
+        between = self.skip_between
+        # where what a conversion computes is no longer what the model does
+        changed = {first: first if between is None else between[0] for first in self.firsts}
+        probes = _Probes(self.model, texts, asked, sorted({*changed.values()}), own_last)
         layers = len(probes.layers)
-        whole = projection_flops(self.model.config, prompt)
+        config = self.model.config
+        whole = projection_flops(config, prompt)
         points = []
         for first in self.firsts:
             for share in shares:
                 if (layers - first) % share:
                     continue
-                begun = convert(self.model, first, share, own_last=own_last)
-                before = probes.score(begun, first) if unfitted else None
+                begun = convert(self.model, first, share, own_last=own_last, skip_between=between)
+                before = probes.score(begun, changed[first]) if unfitted else None
+                cost = projection_flops(config, prompt, first, share, own_last=own_last, skip_between=between)
                 points.append(
                     Point(
                         first,
                         share,
-                        projection_flops(self.model.config, prompt, first, share, own_last=own_last) / whole,
+                        cost / whole,
                         (first + (layers - first) // share) / layers,
                         before,
-                        probes.score(self.converted(first, share, own_last), first),
+                        probes.score(self.converted(first, share, own_last), changed[first]),
                     )
                 )
                 if on_point is not None:
                     on_point(points[-1])
-        return Frontier(layers, prompt, probes.score(self.model, layers), tuple(points), own_last)
+        return Frontier(layers, prompt, probes.score(self.model, layers), tuple(points), own_last, between)
 
 
 class _Probes:
@@ -279,7 +304,7 @@ class _Probes:
 
     @torch.no_grad()
     def score(self, model: Any, first: int) -> Score:
-        """The score of the model, or of a conversion of it, which skips from the layer `first` on."""
+        """The score of the model, or of a conversion of it, which computes the same before the layer `first`."""
         lost: dict[str, list[Tensor]] = {}
         tokens: dict[str, int] = {}
         divergence, found, asked, measured = 0.0, 0, 0, 0
@@ -344,6 +369,7 @@ def diagnose(
     length: int = 512,
     retrieval: float = 0.5,
     own_last: int = 0,
+    skip_between: tuple[int, int] | None = None,
     seed: int = 0,
     on_point: Callable[[Point], None] | None = None,
 ) -> tuple[Frontier, Survey]:
@@ -359,7 +385,7 @@ def diagnose(
         fit_tokens: how many tokens to fit to. probe_tokens: how many of each text to measure on; of rows that ask, four
             times as many.
         length: the most tokens of a row of generated ones. retrieval: their share of the tokens to fit to.
-        own_last: as of `convert`; then `shares` can only be 1.
+        own_last: as of `convert`; then `shares` can only be 1. skip_between: as of `convert`.
         on_point: called with each point.
 
     Raises:
@@ -374,7 +400,8 @@ def diagnose(
     # rows for the fit, a share of them generated of the others
     of_prose = first_rows(rows, round(fit_tokens * (1 - retrieval)), seed)
     prose = [Row(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in of_prose]
-    survey = Survey(model, [row.ids for row in with_retrieval(prose, tokenizer, length, retrieval, seed)], firsts)
+    fitted_to = [row.ids for row in with_retrieval(prose, tokenizer, length, retrieval, seed)]
+    survey = Survey(model, fitted_to, firsts, skip_between=skip_between)
     return survey.measure(probes, asked, shares, own_last=own_last, on_point=on_point), survey
 
 
@@ -415,7 +442,13 @@ def _held_out(rows: Sequence[Row], tokens: int) -> tuple[list[Row], list[Row]]:
 
 
 def projection_flops(
-    config: Any, tokens: int, first: int | None = None, share: int = 1, logits: int = 1, own_last: int = 0
+    config: Any,
+    tokens: int,
+    first: int | None = None,
+    share: int = 1,
+    logits: int = 1,
+    own_last: int = 0,
+    skip_between: tuple[int, int] | None = None,
 ) -> int:
     """Flops of all projections of a prefill, by formula; `first` is the first layer skipped, None for no conversion."""
     of = hf.sizes(config)
@@ -427,8 +460,13 @@ def projection_flops(
     head = 2 * logits * hidden * of.vocabulary
     early = 2 * tokens * first * (rest + key_value)
     later = 2 * tokens * ((layers - first) // share) * key_value + 2 * logits * (layers - first) * rest
+    running = min(tokens, own_last + logits - 1)
     if own_last:
         # they run the later layers, and are projected twice
-        running = min(tokens, own_last + logits - 1)
         later += 2 * (layers - first) * ((running - logits) * rest + running * key_value)
+    if skip_between is not None:
+        skipped = skip_between[1] - skip_between[0]
+        early -= 2 * (tokens - running) * skipped * rest
+        # they are projected twice here, too; and the map that stands in
+        early += 2 * running * skipped * key_value + 2 * tokens * hidden * hidden
     return early + later + head

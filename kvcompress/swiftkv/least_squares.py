@@ -5,18 +5,22 @@
 x_t is the common norm's output for token t, y_jt the output for it of the teacher's key or value projection in later
 layer j, before RoPE, and W0_j the weights that the conversion began with. All layers have x in common, so one forward
 of the teacher and one factorisation suffice. In a group of layers that share keys and values, y is the group's mean.
+
+Of a span that is skipped before the later layers, keys and values are fitted in the same way, and the map that stands
+in for its layers is fitted to what they add to the residual stream. Then x_t of the later layers is that of tokens that
+skipped the span, which takes another pass over the data.
 arXiv:2410.03960 has no such step: there training begins from the layers' own weights, as `convert` leaves them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvcompress import hf
-from kvcompress.swiftkv.forward import projection
-from kvcompress.swiftkv.model import SwiftKVModel, as_teacher
+from kvcompress.swiftkv.forward import Between, projection
+from kvcompress.swiftkv.model import SwiftKVModel, as_teacher, entered_at
 
 
 class Sums:
@@ -47,7 +51,8 @@ class Sums:
 
 @torch.no_grad()
 def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dict[str, tuple[float, float]]:
-    """Fits the later layers' key and value projections to the teacher's outputs, in place.
+    """Fits the later layers' key and value projections to the teacher's outputs, in place; before them, what stands in
+    for a span that prompts skip.
 
     Sums are float64: for hidden_size h and c key and value channels of all groups, 8 h (h + c) bytes.
 
@@ -71,13 +76,45 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
     if not len(later):
         raise ValueError("the model has no later layers, so there is nothing to fit")
     check_fit(rows, ridge)
+    between = model.model.between_swiftkv
+    found = {} if between is None else fit_between(model, rows, ridge)
     sums = Sums()
     with as_teacher(model):
-        for entered, made in heard(model.model, [first], rows):
+        for entered, made in heard(model, [first], rows, between):
             means = [torch.stack(made[start : start + share]).mean(0) for start in range(0, len(made), share)]
-            sums.add(with_ones(model.model.norm_swiftkv(entered[first]), later[0]), torch.cat(means, 1))
-    students = dict(key_value_projections(model))
-    begun = begun_with(model)
+            x = model.model.norm_swiftkv(entered[first])
+            sums.add(with_ones(x, projection(later[0].self_attn, "k")[0]), torch.cat(means, 1))
+    return found | _solved(dict(key_value_projections(model)), sums, ridge)
+
+
+@torch.no_grad()
+def fit_between(model: Any, rows: Sequence[Tensor], ridge: float = 1e-4) -> dict[str, tuple[float, float]]:
+    """Fits what stands in for the span that a model's prompts skip before its later layers, in place.
+
+    Args:
+        model: as returned by `kvcompress.convert`, with skip_between.
+        rows, ridge: as of `fit`.
+
+    Returns:
+        As `fit`; of the map, the error of what the span adds to the residual stream.
+    """
+    between = model.model.between_swiftkv
+    students = dict(between_projections(model))
+    (_, key), *_, (name, mapped) = students.items()
+    key_values, moved = Sums(), Sums()
+    with as_teacher(model):
+        for entered, made in heard(model, [between.start, between.stop], rows):
+            x = between.norm(entered[between.start])
+            key_values.add(with_ones(x, key), torch.cat(made[: between.stop - between.start], 1))
+            added = entered[between.stop].float() - entered[between.start].float()
+            moved.add(with_ones(x, mapped), added)
+    del students[name]
+    return _solved(students, key_values, ridge) | _solved({name: mapped}, moved, ridge)
+
+
+def _solved(students: dict[str, Any], sums: Sums, ridge: float) -> dict[str, tuple[float, float]]:
+    """Sets projections of a common input to the solution of their sums; returns what `fit` does."""
+    begun = _begun(students.values())
     solved = sums.solution(begun, ridge)
     widths = [student.out_features for student in students.values()]
     found = {}
@@ -115,35 +152,67 @@ def key_value_projections(model: Any) -> Iterator[tuple[str, Any]]:
 @torch.no_grad()
 def begun_with(model: Any) -> Tensor:
     """The weights of a converted model's key and value projections, [in, out of all] float64."""
-    return torch.cat([_weights(student) for _, student in key_value_projections(model)], 1)
+    return _begun(student for _, student in key_value_projections(model))
+
+
+def between_projections(model: Any) -> Iterator[tuple[str, Any]]:
+    """Of the span that a converted model's prompts skip before its later layers, the key and the value projection of
+    each layer, by name, and at last the map."""
+    between = model.model.between_swiftkv
+    for layer in range(between.start, between.stop):
+        for kind in "kv":
+            name = f"model.layers.{layer}.self_attn.{kind}_proj_swiftkv"
+            yield name, model.get_submodule(name)
+    yield "model.between_swiftkv.map", between.map
 
 
 def heard(
-    decoder: Any, firsts: Sequence[int], rows: Sequence[Tensor]
+    model: Any, firsts: Sequence[int], rows: Sequence[Tensor], between: Between | None = None
 ) -> Iterator[tuple[dict[int, Tensor], list[Tensor]]]:
-    """For each row, what a decoder computes of it.
+    """For each row, what a model computes of it.
+
+    Args:
+        model: a teacher, or one that is not converted.
+        firsts: layers; with `between`, behind its span.
+        between: what stands in for a span, fitted.
 
     Yields:
         The inputs [tokens, hidden_size] of some layers, and for each layer from the first of these on, its keys and
-        values before RoPE [tokens, channels].
+        values before RoPE [tokens, channels]. With `between` the inputs are those of tokens that skipped the span.
     """
-    layers = decoder.layers
+    layers = model.model.layers
+    inputs = firsts if between is None else [between.start]
     attentions = [layer.self_attn for layer in layers[min(firsts) :]]
     parts = [[projection(attention, kind) for kind in "kv"] for attention in attentions]
     device = parts[0][0][0].weight.device
     modules = {module for pair in parts for module, _ in pair}
-    with hf.Captured(inputs=[layers[first] for first in firsts], outputs=modules) as captured:
+    with hf.Captured(inputs=[layers[index] for index in inputs], outputs=modules) as captured:
         for row in rows:
-            decoder(row[None].to(device), use_cache=False)
+            model.model(row[None].to(device), use_cache=False)
             out = captured.outputs
             made = [torch.cat([out[module][0][:, at].float() for module, at in pair], 1) for pair in parts]
-            yield {first: captured.inputs[layers[first]][0] for first in firsts}, made
+            entered = {index: captured.inputs[layers[index]] for index in inputs}
+            if between is not None:
+                entered = _behind(model, firsts, row[None].to(device), between, entered[between.start])
+            yield {first: entered[first][0] for first in firsts}, made
 
 
-def with_ones(x: Tensor, layer: Any) -> Tensor:
-    """The common input [tokens, hidden_size] in float32, with a column of ones if a layer's projections have biases."""
+def _behind(model: Any, firsts: Sequence[int], ids: Tensor, between: Between, entering: Tensor) -> dict[int, Tensor]:
+    """The inputs [1, tokens, hidden_size] of some layers behind a span, of tokens [1, tokens] that skip it."""
+    layers = model.model.layers
+    hidden = between(entering, between.norm(entering))
+    with (
+        hf.Captured(outputs=[layers[first - 1] for first in firsts]) as captured,
+        entered_at(model, between.stop, hidden, max(firsts)),
+    ):
+        model.model(ids, use_cache=False)
+    return {first: captured.outputs[layers[first - 1]] for first in firsts}
+
+
+def with_ones(x: Tensor, linear: Any) -> Tensor:
+    """The common input [tokens, hidden_size] in float32, with a column of ones if a projection of it has a bias."""
     x = x.float()
-    return x if projection(layer.self_attn, "k")[0].bias is None else torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    return x if linear.bias is None else torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
 @torch.no_grad()
@@ -153,6 +222,11 @@ def set_weights(students: Sequence[nn.Linear], solved: Tensor) -> None:
         student.weight.copy_(weight[: student.in_features].T)
         if student.bias is not None:
             student.bias.copy_(weight[-1])
+
+
+def _begun(students: Iterable[Any]) -> Tensor:
+    """The weights of some projections, [in, out of all] float64."""
+    return torch.cat([_weights(student) for student in students], 1)
 
 
 def _weights(projection: Any) -> Tensor:

@@ -21,6 +21,9 @@ queries, keys and values, by the projections that the model had before: keys and
 them only where they were not computed. This is not in the paper, costs a projection for each such token, and loses much
 less. What a token is given then depends on which positions ran: a call for all logits computes what the model did
 before.
+
+With `skip_between` those that do not run the later layers skip a span of layers before them, too: what they need most may
+be the layers between the two.
 """
 
 import copy
@@ -37,7 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvcompress import hf
 from kvcompress.hf.families import FAMILIES, Family
-from kvcompress.swiftkv.forward import SingleInput, SingleInputAttention, SingleInputLayer, last_columns
+from kvcompress.swiftkv.forward import Between, SingleInput, SingleInputAttention, SingleInputLayer, last_columns
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
@@ -49,7 +52,8 @@ class _Config:
     num_key_value_layers: layers before the later ones. key_value_group_size: later layers that share keys and values.
     swiftkv: False starts the model as its own teacher. swiftkv_teacher: it also has the teacher's projections.
     swiftkv_own_last: as many tokens up to the first whose logits are wanted, at least, run the later layers, and all
-    that do have their own queries, keys and values; 0: no token has.
+    that do have their own queries, keys and values; 0: no token has. swiftkv_skip_between: the first layer of a span
+    that tokens without their own skip before the later ones, and the layer at which they go on; None: they skip none.
     """
 
     num_key_value_layers: int | None = None
@@ -57,6 +61,7 @@ class _Config:
     swiftkv: bool = True
     swiftkv_teacher: bool = False
     swiftkv_own_last: int = 0
+    swiftkv_skip_between: list[int] | tuple[int, int] | None = None
     base_model_tp_plan: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,6 +79,10 @@ class _Config:
             self.key_value_group_size = 1
         _check_split(self, self.num_key_value_layers, self.key_value_group_size)
         _check_own(self)
+        if self.swiftkv_skip_between is not None:
+            _check_between(self)
+            # as files have it
+            self.swiftkv_skip_between = [*self.swiftkv_skip_between]
 
 
 class _Decoder(nn.Module):
@@ -82,6 +91,8 @@ class _Decoder(nn.Module):
     config: Any
     layers: nn.ModuleList
     norm: Any
+    # of the span that is skipped before the later layers, if one is
+    between_swiftkv: Between | None
     post_init: Any
     later: tuple[Any, Any]
     # False: the teacher
@@ -92,7 +103,8 @@ class _Decoder(nn.Module):
         self.single_input = config.swiftkv or not config.swiftkv_teacher
         layer_kind, attention_kind = self.later
         layers: Any = self.layers
-        for index in range(config.num_key_value_layers, config.num_hidden_layers):
+        between = config.swiftkv_skip_between
+        for index in (*range(*between or (0, 0)), *range(config.num_key_value_layers, config.num_hidden_layers)):
             layer: Any = layer_kind(config, index)
             layer.self_attn = attention_kind(config, index)
             layers[index] = layer
@@ -100,6 +112,7 @@ class _Decoder(nn.Module):
             if within:
                 layer.self_attn.follow(layers[index - within].self_attn)
         self.norm_swiftkv = common_norm(layers, config.num_key_value_layers)
+        self.between_swiftkv = between and Between(common_norm(layers, between[0]), config.hidden_size, *between)
         # modules that device_map and FSDP must not split
         self._no_split_modules: Any = {*self._no_split_modules, layer_kind.__name__}
         self.post_init()
@@ -121,9 +134,12 @@ class _Decoder(nn.Module):
         checkpointed = self.training and getattr(self, "gradient_checkpointing", False)
         given = None if checkpointed else hf.cache_in((*args, *kwargs.values()))
         own_last = config.swiftkv_own_last
-        state = SingleInput(
-            self.norm_swiftkv, leaders, first, share, None if wants_all else asked, visible, given, own_last
-        )
+        wanted = None if wants_all else asked
+        between, span = self.between_swiftkv, None
+        if between is not None:
+            skipped: Any = [layer.self_attn for layer in self.layers[between.start : between.stop]]
+            span = SingleInput(between.norm, skipped, between.start, 1, wanted, visible, given, own_last, between)
+        state = SingleInput(self.norm_swiftkv, leaders, first, share, wanted, visible, given, own_last, between=span)
         output = super().forward(*args, single_input=state, **kwargs)
         if leaders and not checkpointed:
             # the decoder may have created one itself
@@ -239,8 +255,17 @@ def as_teacher(model: SwiftKVModel) -> Iterator[None]:
 
 @contextmanager
 def all_fitted(model: SwiftKVModel) -> Iterator[None]:
-    """Within it, no token has keys and values of its own in the later layers: what distillation trains."""
+    """Within it, no token has keys and values of its own in the later layers: what distillation trains.
+
+    Raises:
+        ValueError: prompts skip a span before the later layers, which tokens that have their own do not.
+    """
     config = model.config
+    if config.swiftkv_skip_between is not None:
+        raise ValueError(
+            f"distillation trains no conversion with skip_between={tuple(config.swiftkv_skip_between)}; "
+            "fit(model, rows) fits it"
+        )
     before, config.swiftkv_own_last = config.swiftkv_own_last, 0
     try:
         yield
@@ -249,22 +274,25 @@ def all_fitted(model: SwiftKVModel) -> Iterator[None]:
 
 
 class _Known(nn.Module):
-    """Replaces a layer whose output does not matter, or is known."""
+    """Replaces a layer whose output does not matter, or is known. output: None for its input."""
 
-    def __init__(self, output: Tensor) -> None:
+    def __init__(self, output: Tensor | None) -> None:
         super().__init__()
         self.output = output
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.output
+        return hidden_states if self.output is None else self.output
 
 
 @contextmanager
-def entered_at(model: Any, first: int, hidden: Tensor) -> Iterator[None]:
+def entered_at(model: Any, first: int, hidden: Tensor, stop: int | None = None) -> Iterator[None]:
     """Within it, the layers before `first` of a model, converted or not, do not run: that one takes `hidden`
-    [batch, tokens, hidden_size]. After the last layer, what was the decoder's output before its norm."""
+    [batch, tokens, hidden_size]. After the last layer, what was the decoder's output before its norm. Nor do those from
+    `stop` on."""
     layers: Any = model.model.layers
-    model.model.layers = nn.ModuleList([*(_Known(hidden) for _ in range(first)), *layers[first:]])
+    stop = len(layers) if stop is None else stop
+    unread = (_Known(None) for _ in layers[stop:])
+    model.model.layers = nn.ModuleList([*(_Known(hidden) for _ in range(first)), *layers[first:stop], *unread])
     try:
         yield
     finally:
@@ -272,7 +300,8 @@ def entered_at(model: Any, first: int, hidden: Tensor) -> Iterator[None]:
 
 
 def trained_parameters(model: SwiftKVModel) -> dict[str, nn.Parameter]:
-    """What a conversion adds and distillation trains, by name: the common norm and the later layers' q, k and v."""
+    """What a conversion adds and distillation trains, by name: the common norm and the later layers' q, k and v; and
+    what stands in for a span."""
     return {name: parameter for name, parameter in model.named_parameters() if "_swiftkv." in name}
 
 
@@ -306,6 +335,20 @@ def _check_own(config: Any) -> None:
     if own and not config.swiftkv_teacher:
         raise ValueError(
             f"own_last={own} needs the model's own projections, which this checkpoint was published without"
+        )
+
+
+def _check_between(config: Any) -> None:
+    between, first = config.swiftkv_skip_between, config.num_key_value_layers
+    whole = len(between) == 2 and all(isinstance(each, int) and not isinstance(each, bool) for each in between)
+    if not whole or not 1 <= between[0] < between[1] < first:
+        raise ValueError(
+            f"skip_between must be the first layer of a span and the layer behind it, from 1 to {first - 1} as prompts "
+            f"skip all from {first} on, got {between!r}"
+        )
+    if not config.swiftkv_own_last:
+        raise ValueError(
+            f"skip_between={tuple(between)} is for the tokens of a prompt that are not its last: it needs own_last"
         )
 
 
