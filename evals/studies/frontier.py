@@ -30,6 +30,7 @@ def main(
     text_tokens: Annotated[int, "last tokens of each text, for the exam"] = 4096,
     window: int = 512,
     own_last: Annotated[int, "last tokens of prompts with keys and values of their own"] = 0,
+    skip_between: Annotated[tuple[int, int] | None, "layers that prompts skip too: first, and the one behind"] = None,
     needles: Annotated[list[int] | None, "lengths of contexts that hide a needle, for the exam"] = None,
     samples: Annotated[int, "needles of each length"] = 24,
     examined: Annotated[int | None, "first layer of the conversion that sits the exam; default: the elbow's"] = None,
@@ -57,7 +58,8 @@ def main(
     marks = [_now()]
     frontier, survey = diagnose(
         base, tokenizer, rows, texts=texts, firsts=firsts, shares=tuple(share or (1,)), fit_tokens=fit_tokens,
-        probe_tokens=probe_tokens, length=window, retrieval=retrieval, own_last=own_last, on_point=show,
+        probe_tokens=probe_tokens, length=window, retrieval=retrieval, own_last=own_last,
+        skip_between=skip_between, on_point=show,
     )  # fmt: skip
     results["frontier"] = frontier.facts()
     results["fit_seconds"] = round(survey.seconds, 1)

@@ -23,6 +23,9 @@ def distill(
     skip_from: Annotated[str, "First layer that prompts skip: its index, a fraction (0.5), or auto."] = "0.5",
     share: Annotated[int, "How many later layers share keys and values."] = 1,
     own_last: Annotated[int, "Last tokens of prompts that run all layers, and keep their own keys and values."] = 0,
+    skip_between: Annotated[
+        tuple[int, int] | None, "With --own-last, prompts skip these layers too: the first, and the one behind them."
+    ] = None,
     diagnose: Annotated[bool, "Only tell what conversions from each layer on would cost and keep."] = False,
     text: Annotated[list[Path] | None, "With --diagnose or auto, texts to measure; else the last of the data."] = None,
     retrieval: Annotated[float, "Share of generated rows that ask for what they hold."] = 0.5,
@@ -54,6 +57,10 @@ def distill(
         raise UsageError("--text is what --diagnose or --skip-from auto measure on")
     if own_last and share > 1:
         raise UsageError(f"--own-last gives each layer keys and values of its own, and --share {share} takes them away")
+    if skip_between and not own_last:
+        raise UsageError("--skip-between is for the tokens of a prompt that are not its last: it needs --own-last")
+    if skip_between and steps and not diagnose:
+        raise UsageError("--skip-between is fitted, not trained: it needs --steps 0")
     if steps == 0 and fit_tokens == 0 and not diagnose:
         raise UsageError("--steps 0 --fit-tokens 0 leaves nothing to do")
     if fit_tokens is None:
@@ -80,7 +87,7 @@ def distill(
         rows = read_rows(data, tokenizer, length)
         texts = {path.stem: read_rows([path], tokenizer, length) for path in text or ()} or None
         how: Any = {"texts": texts, "fit_tokens": fit_tokens, "length": length, "retrieval": retrieval, "seed": seed}
-        how["own_last"] = own_last
+        how |= {"own_last": own_last, "skip_between": skip_between}
         if diagnose:
             _diagnose(loaded, tokenizer, rows, share, how, out)
             return
@@ -89,10 +96,12 @@ def distill(
             print(f"prompts skip the layers from {student.config.num_key_value_layers} on", flush=True)
         else:
             if isinstance(loaded, SwiftKVModel):
+                if skip_between:
+                    raise ValueError(f"--skip-between makes another conversion; {model} is one: give its original")
                 loaded.config.swiftkv_own_last = own_last or loaded.config.swiftkv_own_last
                 student = loaded
             else:
-                student = convert(loaded, split, share, own_last=own_last)
+                student = convert(loaded, split, share, own_last=own_last, skip_between=skip_between)
         if retrieval:
             rows = with_retrieval(rows, tokenizer, length, retrieval, seed)
 

@@ -476,7 +476,7 @@ def test_the_options_of_distill_are_its_settings_and_those_of_the_model():
     assert options - settings == {
         *("data", "model", "out", "skip_from", "share", "dtype"),
         "diagnose",
-        "own_last",
+        *("own_last", "skip_between"),
         "text",
         "retrieval",
     }

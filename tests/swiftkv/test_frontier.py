@@ -283,6 +283,28 @@ def test_the_command_fits_without_training(folder, taught):
     assert AutoModelForCausalLM.from_pretrained(folder / "own").config.swiftkv_own_last == 3
 
 
+# docs: `--skip-between 14 16` of the command
+def test_the_command_skips_a_span_too(folder, capsys):
+    pytest.importorskip("accelerate")
+    command = ["distill", str(folder / "text.txt"), "--model", str(folder / "model"), "--out", str(folder / "out")]
+    command += ["--length", "256", "--fit-tokens", "1500", "--skip-from", "3", "--skip-between", "1", "2"]
+    assert main([*command, "--own-last", "3", "--steps", "0"]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "out")
+    assert loaded.config.swiftkv_skip_between == [1, 2]
+    assert float(loaded.model.between_swiftkv.map.weight.abs().max()) > 0
+    diagnosed = [*command, "--own-last", "3", "--diagnose", "--text", str(folder / "text.txt")]
+    assert main(diagnosed) == 0
+    facts = json.loads((folder / "out" / "frontier.json").read_text())
+    assert (facts["skip_between"], [each["first"] for each in facts["points"]]) == ([1, 2], [3])
+    capsys.readouterr()
+    for wrong, said in ((["--steps", "0"], "it needs --own-last"), (["--own-last", "3"], "it needs --steps 0")):
+        assert main([*command, *wrong]) != 0
+        assert said in capsys.readouterr().err
+    again = [*command, "--model", str(folder / "out"), "--own-last", "3", "--steps", "0"]
+    assert main(again) != 0
+    assert "makes another conversion" in capsys.readouterr().err
+
+
 def test_answers_are_looked_up_on_the_fast_path():
     tokenizer = letters(None)
     model = base("llama", num_hidden_layers=4)
