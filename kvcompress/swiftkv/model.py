@@ -22,8 +22,8 @@ them only where they were not computed. This is not in the paper, costs a projec
 less. What a token is given then depends on which positions ran: a call for all logits computes what the model did
 before.
 
-With `skip_between` those that do not run the later layers skip a span of layers before them, too: some layers matter more
-than others before them.
+With `skip_between` those that do not run the later layers skip a span of layers before them, too: some of the layers
+behind it matter more.
 """
 
 import copy

@@ -12,6 +12,7 @@ from kvcompress.evals.studies.swiftkv import counted_flops
 from kvcompress.hf import Captured, cache_argument
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.distill import Distillation, distill
+from kvcompress.swiftkv.forward import projection
 from kvcompress.swiftkv.frontier import Survey, projection_flops
 from kvcompress.swiftkv.least_squares import fit
 from kvcompress.swiftkv.model import as_teacher, entered_at, trained_parameters
@@ -103,6 +104,21 @@ def test_a_prompt_skips_the_span_and_goes_on_from_what_stands_in_for_it(family, 
     assert float((fed(other, DynamicCache(), ids, mask)[0, -4:] - wanted[0][-4:]).abs().max()) > 0.05
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_span_begins_with_its_own_keys_and_values_and_adds_nothing(family):
+    model = base(family, num_hidden_layers=LAYERS)
+    student = convert(model, FIRST, own_last=OWN, skip_between=BETWEEN)
+    entering = torch.randn(1, 8, 64, device=model.device)
+    with torch.no_grad():
+        for index in range(*BETWEEN):
+            own, rows = projection(model.model.layers[index].self_attn, "k")
+            assert torch.equal(student.model.layers[index].self_attn.k_proj_swiftkv.weight, own.weight[rows])
+        between = student.model.between_swiftkv
+        assert torch.equal(between.norm.weight, model.model.layers[BETWEEN[0]].input_layernorm.weight)
+        assert torch.equal(between(entering, between.norm(entering)), entering)
+
+
+# docs: tokens that are not the last of a prompt skip layers 14 and 15, too
 def test_prompts_skip_the_span_but_for_their_last_tokens():
     _, student = made()
     columns = seen_columns(student, prompt(TOKENS), logits_to_keep=1, use_cache=False)
