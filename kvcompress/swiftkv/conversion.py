@@ -38,8 +38,8 @@ def convert(
         own_last: as many tokens at the end of a prompt, at least, run the later layers, and they and all that are
             generated have keys and values of their own, as before the conversion: it then loses much less, and a prompt
             of N tokens skips the later layers of N - own_last. Not in the paper, and only with share=1; 0: none.
-        skip_between: (14, 16): these N - own_last tokens skip layers 14 and 15 too, for which a linear map stands in,
-            and run those between 15 and skip_from. It needs a fit, and own_last; not in the paper. None: they run all.
+        skip_between: (12, 14): these N - own_last tokens skip layers 12 and 13 too, for which a linear map stands in,
+            and run those between 13 and skip_from. It needs a fit, and own_last; not in the paper. None: they run all.
         rows: for "auto", what to fit to and measure on, as of `read_rows`. tokenizer: for "auto", the model's.
 
     Raises:

@@ -283,7 +283,7 @@ def test_the_command_fits_without_training(folder, taught):
     assert AutoModelForCausalLM.from_pretrained(folder / "own").config.swiftkv_own_last == 3
 
 
-# docs: `--skip-between 14 16` of the command
+# docs: `--skip-between 12 14` of the command
 def test_the_command_skips_a_span_too(folder, capsys):
     pytest.importorskip("accelerate")
     command = ["distill", str(folder / "text.txt"), "--model", str(folder / "model"), "--out", str(folder / "out")]

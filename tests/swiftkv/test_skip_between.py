@@ -118,7 +118,7 @@ def test_a_span_begins_with_its_own_keys_and_values_and_adds_nothing(family):
         assert torch.equal(between(entering, between.norm(entering)), entering)
 
 
-# docs: tokens that are not the last of a prompt skip layers 14 and 15, too
+# docs: tokens that are not the last of a prompt skip layers 12 and 13, too
 def test_prompts_skip_the_span_but_for_their_last_tokens():
     _, student = made()
     columns = seen_columns(student, prompt(TOKENS), logits_to_keep=1, use_cache=False)
