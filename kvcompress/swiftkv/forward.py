@@ -113,6 +113,8 @@ class SingleInput:
         # columns that run the later layers, [batch, positions]; None for all
         self.rows: Tensor | None = None
         self.columns = 0
+        # tokens that the cache held before
+        self._past = 0
         self._entering: Tensor | None = None
         self._normed: Tensor | None = None
         # cosines and sines of the positions that continue, by the layers' kind of attention
@@ -154,6 +156,8 @@ class SingleInput:
             else:
                 self.running = torch.cat([last[:, -min(self.own_last, count) :], self.asked], 1)
         self.rows = self._which(mask, cache, implementation)
+        if cache is not None and self.rows is not None:
+            self._past = int(cache.get_seq_length(self.first))
         return hidden if self.rows is None else _at(hidden, self.rows)
 
     def leaves_at(self, layer: int) -> bool:
@@ -290,7 +294,8 @@ class SingleInput:
             rows = self.rows.to(mask.device)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
             return mask.expand(len(self.rows), -1, -1, -1).gather(2, rows)
         # transformers makes no mask if everything is causal and nothing padded
-        last = self.rows + (keys - self.columns)
+        # a static cache has room for more keys than there are, a window holds less than was seen
+        last = self.rows + min(keys - self.columns, self._past)
         if bool((last == keys - 1).all()):
             return None
         return (torch.arange(keys, device=last.device) <= last[..., None])[:, None]

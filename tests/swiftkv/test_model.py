@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from kvcompress import DenseCache
 from kvcompress.hf import cache_argument
@@ -145,6 +145,20 @@ def test_the_fast_path_gives_the_logits_of_the_slow_path(family, share):
                 torch.testing.assert_close(fast, slow[:, -keep:], **CLOSE)
                 if isinstance(cache, DynamicCache | DenseCache):
                     cache.reset()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_a_static_cache_is_attended_to_as_far_as_it_is_filled(family):
+    model = converted(family)
+    ids = prompt(20, 2)
+    with torch.no_grad():
+        slow = model(ids).logits
+        for keep in (1, 3):
+            cache = StaticCache(model.config, 40)
+            for length in (12, 20):
+                part = ids[:, cache.get_seq_length() : length]
+                fast = model(part, logits_to_keep=keep, **cache_argument(model, cache)).logits
+                torch.testing.assert_close(fast, slow[:, length - keep : length], **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "phi3", "smollm3"])

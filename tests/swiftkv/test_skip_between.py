@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from kvcompress import DenseCache, SwiftKVCache, convert
 from kvcompress.evals.studies.swiftkv import counted_flops
@@ -93,7 +93,7 @@ def test_a_prompt_skips_the_span_and_goes_on_from_what_stands_in_for_it(family, 
     for row, seen in zip(ids, mask, strict=True):
         real = row[seen.bool()]
         wanted.append(by_hand(model, student, (real, len(real) - 4 - (OWN + logits - 1)))[-(logits + 4) :])
-    for cache in (DynamicCache(), DenseCache(student), SwiftKVCache(student)):
+    for cache in (DynamicCache(), DenseCache(student), SwiftKVCache(student), StaticCache(student.config, 40)):
         found = fed(student, cache, ids, mask, logits=logits)
         for index in range(2):
             torch.testing.assert_close(found[index], wanted[index], **CLOSE)
@@ -147,7 +147,7 @@ def test_each_chunk_and_each_turn_counts_its_own():
     ids = prompt(TOKENS + 15)
     parts = ids.split([TOKENS, 12, 3], 1)
     chunks = [(part[0], max(0, part.shape[1] - OWN)) for part in parts[:2]]
-    for cache in (DynamicCache(), DenseCache(student), SwiftKVCache(student)):
+    for cache in (DynamicCache(), DenseCache(student), SwiftKVCache(student), StaticCache(student.config, 40)):
         past = 0
         for index, part in enumerate(parts[:2]):
             with torch.no_grad():
