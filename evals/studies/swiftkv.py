@@ -29,11 +29,16 @@ from kvcompress.swiftkv.least_squares import fit as fit_layers
 
 @torch.no_grad()
 def counted_flops(model: Any, ids: Tensor) -> int:
-    """Flops of the matrix products of a prefill for its last logits, as torch counts them, without attention."""
+    """Flops of the matrix products of a prefill for its last logits, as torch counts them, without attention and the
+    angles of positions, which releases of transformers compute as a product or not."""
     with FlopCounterMode(display=False) as counter:
         model(ids, logits_to_keep=1)
-    counts = counter.get_flop_counts()["Global"]
-    return sum(count for op, count in counts.items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm"))
+    # by the name of each module, and of all
+    counts = {
+        name: sum(count for op, count in ops.items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm"))
+        for name, ops in counter.get_flop_counts().items()
+    }
+    return counts["Global"] - sum(count for name, count in counts.items() if name.endswith(".rotary_emb"))
 
 
 @torch.no_grad()
