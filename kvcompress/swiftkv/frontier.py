@@ -12,7 +12,7 @@ value channels of the layers from it on, and nothing else grows with the data. T
 for what they hold (retrieval.py). They pass the early layers once, and the later ones of every conversion.
 
 With `own_last` (model.py), the first half of a text is a prompt, and the second half is measured; of a row that asks,
-what comes before the first answer is the prompt. With `skip_between` the fits take two more passes over the data.
+what comes before the first answer is the prompt. With `skip_between` the fits take another pass over the data.
 """
 
 import math
