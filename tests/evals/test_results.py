@@ -322,11 +322,33 @@ def test_what_a_conversion_costs_whose_tokens_keep_their_own():
     frontier = of("swiftkv_frontier")["frontier"]
     assert frontier["own_last"] == 32
     (point,) = [point for point in frontier["points"] if point["first"] == 18]
-    base, fitted = frontier["base"]["perplexity"], point["fitted"]["perplexity"]
-    lost = math.exp(sum(math.log(fitted[text] / base[text]) for text in base) / len(base)) - 1
-    told, converted = of("swiftkv_frontier_18")["exam"]
-    assert set(told["needles"].values()) == {1.0}
     line = said("| SwiftKV, layers 18 to 29 of 30 skipped")
+    _costs(line, frontier, point, of("swiftkv_frontier_18")["exam"])
+
+
+# README: | the same, and layers 12 and 13 skipped
+def test_what_a_conversion_costs_that_skips_a_span_too():
+    results = of("swiftkv_frontier_between")
+    frontier = results["frontier"]
+    assert (frontier["own_last"], frontier["skip_between"]) == (32, [12, 14])
+    (point,) = frontier["points"]
+    assert point["first"] == 18
+    _costs(said("| the same, and layers 12 and 13 skipped"), frontier, point, results["exam"])
+    by_text = [f"{point['fitted']['perplexity'][text] / of_base:.3f}x" for text, of_base in _perplexities(frontier)]
+    assert f"perplexity by text {', '.join(by_text[:3])}, and {by_text[3]} of GSM8K's" in PAGE.replace("\n", " ")
+
+
+def _perplexities(frontier):
+    return frontier["base"]["perplexity"].items()
+
+
+def _costs(line, frontier, point, exam):
+    """Asserts that a line has the figures of a conversion, whose base model found every needle."""
+    fitted = point["fitted"]["perplexity"]
+    logs = [math.log(fitted[text] / of_base) for text, of_base in _perplexities(frontier)]
+    lost = math.exp(sum(logs) / len(logs)) - 1
+    told, converted = exam
+    assert set(told["needles"].values()) == {1.0}
     found = [round(24 * converted["needles"][length]) for length in ("512", "1024")]
     assert f"prefill {point['prefill']:.2f}x, perplexity +{100 * lost:.1f} %, needles at 512 {found[0]} of 24" in line
     assert f"at 1k {found[1]} of 24" in line
