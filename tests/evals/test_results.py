@@ -322,20 +322,21 @@ def test_what_a_conversion_costs_whose_tokens_keep_their_own():
     frontier = of("swiftkv_frontier")["frontier"]
     assert frontier["own_last"] == 32
     (point,) = [point for point in frontier["points"] if point["first"] == 18]
-    line = said("| SwiftKV, layers 18 to 29 of 30 skipped")
+    line, _ = said("| SwiftKV, layers 18 to 29 of 30 skipped").rsplit("; ", 1)
     _costs(line, frontier, point, of("swiftkv_frontier_18")["exam"])
 
 
-# README: | the same, and layers 12 and 13 skipped
+# README: 12 and 13 too, `skip_between=(12, 14)`
 def test_what_a_conversion_costs_that_skips_a_span_too():
     results = of("swiftkv_frontier_between")
     frontier = results["frontier"]
     assert (frontier["own_last"], frontier["skip_between"]) == (32, [12, 14])
     (point,) = frontier["points"]
     assert point["first"] == 18
-    _costs(said("| the same, and layers 12 and 13 skipped"), frontier, point, results["exam"])
+    _, line = said("| SwiftKV, layers 18 to 29 of 30 skipped").rsplit("; ", 1)
+    _costs(line.replace(" (on fewer tokens)", ""), frontier, point, results["exam"])
     by_text = [f"{point['fitted']['perplexity'][text] / of_base:.3f}x" for text, of_base in _perplexities(frontier)]
-    assert f"perplexity by text {', '.join(by_text[:3])}, and {by_text[3]} of GSM8K's" in PAGE.replace("\n", " ")
+    assert f"Perplexity by text {', '.join(by_text[:3])}, and {by_text[3]} of GSM8K's" in PAGE.replace("\n", " ")
 
 
 def _perplexities(frontier):
