@@ -547,6 +547,7 @@ def test_the_papers_settings_have_names():
         sinks=0,
         hadamard=False,
         centred=False,
+        unbiased=False,
         tail_bits=None,
     )
     assert vars(KIVICache(model).settings) == vars(PRESETS["kivi"])
