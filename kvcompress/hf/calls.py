@@ -283,6 +283,10 @@ def _before(
                 decoder: Any = module
                 if decoder.config.model_type in _CACHES_OF_THEIR_OWN:
                     changed = {**kwargs, "use_cache": False}
+                if hasattr(decoder, "_maybe_slice_kv_shared_inputs"):
+                    # Gemma 4 leaves queries out of layers that share keys and values, and cuts masks of transformers'
+                    # own making to fit; not where it is not told how many logits are asked for
+                    changed = {**kwargs, "logits_to_keep": None}
                 ids = _tokens(args, kwargs)
                 cache.forward_begins(module, ids)
                 fed = kwargs.get("inputs_embeds") if ids is None else ids

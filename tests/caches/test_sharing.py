@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import CONFIG_MAPPING, DynamicCache
 
 from kvcompress import (
     TOVA,
@@ -208,3 +208,39 @@ def test_sharing_in_another_way_is_refused_by_name():
     model.config.kv_sharing_modes = ["store", None, "reuse"]
     with pytest.raises(ValueError, match="LlamaForCausalLM shares keys and values between layers in a way of its own"):
         DenseCache(model)
+
+
+def sharing_gemma_4():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return build("gemma4", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+
+
+# Gemma 4 leaves out of such layers all queries whose logits are not asked for, and cuts its own masks to fit
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="transformers has no Gemma 4")
+@pytest.mark.parametrize("name", ["dense", "h2o", "heads", "gear"])
+def test_rows_of_gemma_4_are_each_as_it_is_alone(name):
+    model = sharing_gemma_4()
+    rows = [prompt(40, seed=4)[0], prompt(29, seed=5)[0]]
+    ids, mask = left_padded(rows)
+    cache = ROOMY[name](model)
+    positions = (mask[:, :-1].cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions}
+    with torch.no_grad():
+        found = model(**inputs, **cache_argument(model, cache), logits_to_keep=1).logits[:, -1]
+    after = feed(model, cache, ids[:, -1:], mask)[:, -1]
+    for index, row in enumerate(rows):
+        with torch.no_grad():
+            alone = model(row[None], use_cache=False).logits[0]
+        torch.testing.assert_close(torch.stack([found[index], after[index]]), alone[-2:], **CLOSE)
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="transformers has no Gemma 4")
+def test_a_padded_prompt_of_gemma_4_keeps_what_it_keeps_alone():
+    model = sharing_gemma_4()
+    rows = [prompt(40, seed=4)[0], prompt(29, seed=5)[0]]
+    ids, mask = left_padded(rows)
+    settings = {"cache": H2OCache(model, budget=12), "do_sample": False, "max_new_tokens": 6}
+    together = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
+    for index, row in enumerate(rows):
+        alone = model.generate(row[None], **settings | {"cache": H2OCache(model, budget=12)})[0, len(row) :]
+        assert alone.tolist() == together[index].tolist()
