@@ -103,7 +103,7 @@ def test_the_speed_of_gear():
 # README: | `GEARCache(bits=2, basis=...)`, calibrated on other text, 2.3 (`bits=4`, 3.8) bits |
 # README: | `QuantizedCache` of transformers, 4 bits
 def test_what_a_bit_is_worth():
-    rows = {row["setting"]: row for row in of("bits_basis")["rows"]} | {
+    rows = {row["setting"]: row for name in ("bits_basis", "bits_unbiased") for row in of(name)["rows"]} | {
         row["setting"]: row for row in of("bits")["rows"] if row["setting"] == "quanto:bits=4"
     }
 
