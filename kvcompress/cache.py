@@ -164,7 +164,7 @@ class CompressedCache(hf.AttendingCache):
         """Raises ValueError if this cache cannot hold latents, which are both keys and values."""
         raise ValueError(
             f"{name} has multi-head latent attention, whose latents are both keys and values; {type(self).__name__} "
-            "does not hold them, DenseCache does, and caches that evict"
+            "does not hold them, DenseCache and GEARCache do, and caches that evict"
         )
 
     def _check_biases(self, name: str) -> None:

@@ -109,8 +109,11 @@ class GEAR:
                 "centred codes are of rotated numbers, of 2 to 4 bits and without outliers, got hadamard="
                 f"{self.hadamard}, bits={self.bits}, value_bits={self.value_bits}, outliers={self.outliers}"
             )
-        if self.unbiased and self.outliers:
-            raise ValueError(f"unbiased scales are of codes without outliers, got outliers={self.outliers}")
+        if self.unbiased and (self.outliers or self.rank or self.rank_decode or self.bits > 4):
+            raise ValueError(
+                "unbiased scales are of codes of up to 4 bits without outliers and a low-rank part, got "
+                f"bits={self.bits}, outliers={self.outliers}, rank={self.rank}, rank_decode={self.rank_decode}"
+            )
         for name in ("rank", "rank_decode"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")

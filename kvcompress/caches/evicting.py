@@ -145,31 +145,32 @@ class EvictingCache(CompressedCache):
             )
 
     def _check_latents(self, name: str) -> None:
+        policy = type(self.policy).__name__
         cannot = {
             "packed": self.packed is not None,
             "rerotated": self.rerotated,
-            f"{type(self.policy).__name__}, which undoes rotations": self.policy.uses_rotary,
-            f"{type(self.policy).__name__}, which weighs values by what is made of them": has_second_stage(self.policy),
-            f"{type(self.policy).__name__}, which reads tokens twice": self.policy.rereads is not None,
+            f"{policy}, which undoes rotations,": self.policy.uses_rotary,
+            f"second_stage of {policy}, which weighs values by what is made of them,": has_second_stage(self.policy),
+            f"{policy}, which reads tokens twice,": self.policy.rereads is not None,
         }
         wrong = next((what for what, holds in cannot.items() if holds), None)
         if wrong is not None:
             raise ValueError(
-                f"{name} has multi-head latent attention, whose latents are both keys and values; {wrong}, cannot be "
+                f"{name} has multi-head latent attention, whose latents are both keys and values; {wrong} cannot be "
                 "combined with it: use H2O, SnapKV or another policy that goes by attention, unpacked"
             )
 
     def _check_biases(self, name: str) -> None:
         policy = type(self.policy).__name__
         cannot = {
-            "rerotated, which closes gaps between rotary positions": self.rerotated,
-            f"{policy}, which undoes rotations": self.policy.uses_rotary,
-            f"{policy}, which reads tokens twice": self.policy.rereads is not None,
+            "rerotated, which closes gaps between rotary positions,": self.rerotated,
+            f"{policy}, which undoes rotations,": self.policy.uses_rotary,
+            f"{policy}, which reads tokens twice,": self.policy.rereads is not None,
         }
         wrong = next((what for what, holds in cannot.items() if holds), None)
         if wrong is not None:
             raise ValueError(
-                f"{name} adds biases to its logits that depend on queries and distances; {wrong}, cannot be combined "
+                f"{name} adds biases to its logits that depend on queries and distances; {wrong} cannot be combined "
                 "with them: use H2O, SnapKV or another policy that goes by attention or by keys"
             )
 
@@ -178,13 +179,13 @@ class EvictingCache(CompressedCache):
         cannot = {
             "packed": self.packed is not None,
             "rerotated": self.rerotated,
-            f"{policy}, which undoes rotations": self.policy.uses_rotary,
-            f"{policy}, which reads tokens twice": self.policy.rereads is not None,
+            f"{policy}, which undoes rotations,": self.policy.uses_rotary,
+            f"{policy}, which reads tokens twice,": self.policy.rereads is not None,
         }
         wrong = next((what for what, holds in cannot.items() if holds), None)
         if wrong is not None:
             raise ValueError(
-                f"{name} chooses what tokens attend to by an indexer; {wrong}, cannot be combined with it: use H2O, "
+                f"{name} chooses what tokens attend to by an indexer; {wrong} cannot be combined with it: use H2O, "
                 "SnapKV or another policy that reads once, unpacked"
             )
 

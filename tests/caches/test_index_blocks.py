@@ -235,7 +235,7 @@ REFUSED = {
         "ExpectedAttention, which undoes rotations, cannot",
     ),
     "packed": (lambda model: H2OCache(model, budget=99, packed=GEAR(bits=4, group_size=8)), "packed, cannot"),
-    "rerotated": (lambda model: H2OCache(model, budget=99, rerotated=True), "rerotated, cannot be combined"),
+    "rerotated": (lambda model: H2OCache(model, budget=99, rerotated=True), "rerotated cannot be combined"),
 }
 
 
