@@ -47,6 +47,7 @@ from kvcompress.kernels.common.packed_tile import planes_of
 from kvcompress.kernels.common.quantized import (
     PLAIN,
     Axis,
+    Keeps,
     QuantizedTensor,
     QuantScheme,
     check_coding,
@@ -332,7 +333,7 @@ def _tiles(coding: QuantScheme, block: int, head_dim: int) -> tuple[dict[str, fl
         "FIRST": FIRST_SCALES.get(coding.bits, 0.0),
         "FITS": FITS,
         "SHIFT": _SHIFT,
-        "KEEPS": ("numbers", "spread", "slope").index(coding.keeps),
+        "KEEPS": get_args(Keeps).index(coding.keeps),
         "HEAD_DIM": head_dim,
         "BLOCK": block,
         "PLANES": planes,

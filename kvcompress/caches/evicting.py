@@ -153,12 +153,11 @@ class EvictingCache(CompressedCache):
             f"second_stage of {policy}, which weighs values by what is made of them,": has_second_stage(self.policy),
             f"{policy}, which reads tokens twice,": self.policy.rereads is not None,
         }
-        wrong = next((what for what, holds in cannot.items() if holds), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{name} has multi-head latent attention, whose latents are both keys and values; {wrong} cannot be "
-                "combined with it: use H2O, SnapKV or another policy that goes by attention, unpacked"
-            )
+        _refuse_first(
+            f"{name} has multi-head latent attention, whose latents are both keys and values",
+            cannot,
+            "it: use H2O, SnapKV or another policy that goes by attention, unpacked",
+        )
 
     def _check_biases(self, name: str) -> None:
         policy = type(self.policy).__name__
@@ -167,12 +166,11 @@ class EvictingCache(CompressedCache):
             f"{policy}, which undoes rotations,": self.policy.uses_rotary,
             f"{policy}, which reads tokens twice,": self.policy.rereads is not None,
         }
-        wrong = next((what for what, holds in cannot.items() if holds), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{name} adds biases to its logits that depend on queries and distances; {wrong} cannot be combined "
-                "with them: use H2O, SnapKV or another policy that goes by attention or by keys"
-            )
+        _refuse_first(
+            f"{name} adds biases to its logits that depend on queries and distances",
+            cannot,
+            "them: use H2O, SnapKV or another policy that goes by attention or by keys",
+        )
 
     def _check_blocks(self, name: str) -> None:
         policy = type(self.policy).__name__
@@ -182,12 +180,11 @@ class EvictingCache(CompressedCache):
             f"{policy}, which undoes rotations,": self.policy.uses_rotary,
             f"{policy}, which reads tokens twice,": self.policy.rereads is not None,
         }
-        wrong = next((what for what, holds in cannot.items() if holds), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{name} chooses what tokens attend to by an indexer; {wrong} cannot be combined with it: use H2O, "
-                "SnapKV or another policy that reads once, unpacked"
-            )
+        _refuse_first(
+            f"{name} chooses what tokens attend to by an indexer",
+            cannot,
+            "it: use H2O, SnapKV or another policy that reads once, unpacked",
+        )
 
     def check_given(self, fed: Tensor | None, attention_mask: Any, position_ids: Any) -> None:
         if self._pins is not None and fed is not None:
@@ -512,3 +509,10 @@ class StreamingLLMCache(EvictingCache):
         super().__init__(
             model, policy=policy, budget=budget, allocation=allocation, rerotated=rerotated, packed=packed, pin=pin
         )
+
+
+def _refuse_first(model: str, cannot: dict[str, bool], them: str) -> None:
+    """Raises ValueError for the first setting that holds and cannot be combined with what a model has."""
+    wrong = next((what for what, holds in cannot.items() if holds), None)
+    if wrong is not None:
+        raise ValueError(f"{model}; {wrong} cannot be combined with {them}")

@@ -234,7 +234,10 @@ REFUSED = {
         lambda model: EvictingCache(model, policy=ExpectedAttention(), budget=99),
         "ExpectedAttention, which undoes rotations, cannot",
     ),
-    "packed": (lambda model: H2OCache(model, budget=99, packed=GEAR(bits=4, group_size=8)), "packed, cannot"),
+    "packed": (
+        lambda model: H2OCache(model, budget=99, packed=GEAR(bits=4, group_size=8)),
+        "packed cannot be combined",
+    ),
     "rerotated": (lambda model: H2OCache(model, budget=99, rerotated=True), "rerotated cannot be combined"),
 }
 
