@@ -15,7 +15,8 @@ Two more protocols ask several questions of one context, as SCBench does (arXiv:
     multi-request   context | each question, of a copy of the cache that was compressed once
 
 In multi-turn a cache knows the first question when it compresses, and must answer the others with what that left; each
-answer stays in the conversation.
+answer stays in the conversation. Conversations are read side by side: one whose answer has ended reads nothing until
+the next question, behind columns that are hidden from it.
 """
 
 import copy
@@ -234,16 +235,15 @@ def answer_several(
     """As `answer`, to every question of each prompt, under one of SEVERAL: for each prompt, an answer per question.
 
     Raises:
-        ValueError: another protocol; prompts with different numbers of questions; several prompts in multi-turn, whose
-            answers would end at different times.
+        ValueError: another protocol, or prompts with different numbers of questions.
     """
     if protocol not in SEVERAL:
         raise ValueError(f"protocol must be one of {', '.join(SEVERAL)}, got {protocol!r}")
     counts = {1 + len(prompt.more) for prompt in prompts}
-    if len(counts) > 1 or (protocol == MULTI_TURN and len(prompts) > 1):
+    if len(counts) > 1:
         raise ValueError(
-            "prompts of one batch must have as many questions each, and multi-turn takes one prompt at a time; got "
-            f"{len(prompts)} prompts with {', '.join(map(str, sorted(counts)))} questions"
+            f"prompts of one batch must have as many questions each; got {len(prompts)} prompts with "
+            f"{', '.join(map(str, sorted(counts)))} questions"
         )
     reader, asked, measured = _compress(model, make_cache, prompts, protocol, hold_back, must_keep_at_most, first)
     ask = _converse if protocol == MULTI_TURN else _request
@@ -254,14 +254,15 @@ def answer_several(
 def _converse(
     reader: Reader, prompts: Sequence[Prompt], begun: list[tuple[int, ...]], stops: frozenset[int]
 ) -> tuple[list[list[list[int]]], Reader]:
-    """The answers of one conversation."""
-    (prompt,), (asked,) = prompts, begun
-    (said,), unread = _decode(reader, [asked], [prompt.max_new_tokens], stops)
-    answers = [said]
-    for turn in prompt.more:
-        (said,), unread = _decode(reader, [(*unread[0], *turn.following)], [turn.max_new_tokens], stops)
-        answers.append(said)
-    return [answers], reader
+    """The answers of each conversation, and the reader."""
+    said, unread = _decode(reader, begun, [prompt.max_new_tokens for prompt in prompts], stops, goes_on=True)
+    answers = [[own] for own in said]
+    for turns in zip(*(prompt.more for prompt in prompts), strict=True):
+        rows = [(*left, *turn.following) for left, turn in zip(unread, turns, strict=True)]
+        said, unread = _decode(reader, rows, [turn.max_new_tokens for turn in turns], stops, goes_on=True)
+        for each, own in zip(answers, said, strict=True):
+            each.append(own)
+    return answers, reader
 
 
 def _request(
@@ -333,10 +334,18 @@ def _compress(
 
 
 def _decode(
-    reader: Reader, rows: Sequence[Sequence[int]], limits: Sequence[int], stops: frozenset[int]
+    reader: Reader,
+    rows: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    stops: frozenset[int],
+    goes_on: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Greedy answers after these tokens, up to a stop token or a limit each, and the tokens of them that the cache has
-    not read if it is a single row."""
+    not read.
+
+    Args:
+        goes_on: a row whose answer has ended reads no more, as it will be asked again; else it reads what is chosen.
+    """
     answers: list[list[int]] = [[] for _ in rows]
     unread: list[list[int]] = [[] for _ in rows]
     stopped = [False] * len(rows)
@@ -351,7 +360,7 @@ def _decode(
                 unread[row] = [token] if stopped[row] else []
         if all(stopped):
             return answers, unread
-        logits = reader.read([[token] for token in chosen])
+        logits = reader.read([[] if goes_on and stopped[row] else [token] for row, token in enumerate(chosen)])
 
 
 def _with_fetches(measured: Measured, reader: Reader) -> Measured:

@@ -90,7 +90,7 @@ class SyntheticTask(PartedTask):
         return self.settings.turns if protocol in SEVERAL else 1
 
     def batch(self, point: Point, subject: Subject) -> int:
-        return subject.batch(1 if point.protocol == MULTI_TURN else self.settings.batch, point.context)
+        return subject.batch(self.settings.batch, point.context)
 
     def parts(self, point: Point, subject: Subject) -> int:
         return math.ceil(self.settings.samples / self.batch(point, subject))

@@ -1,6 +1,8 @@
 """Every method that a sweep knows, through every kind of task."""
 
+import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ pytest.importorskip("lm_eval")
 from kvcompress import convert
 from kvcompress.evals.sweep import baselines
 from kvcompress.evals.sweep.points import Settings, check_budgets
+from kvcompress.evals.sweep.protocol import answer_several
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
 from kvcompress.hf import cache_argument
 from tests.contract.models import tiny
+from tests.evals.sweep.test_several_questions import prompts
 
 pytestmark = pytest.mark.usefixtures("no_description")
 
@@ -101,6 +105,29 @@ def test_a_copy_of_it_answers_each_of_several_questions(spec, model, tokenizer, 
     assert len(row["turn_scores"]) == 2
     if spec in EXACT:
         assert row["predictions"] == full["predictions"]
+
+
+# docs: Conversations go on side by side
+@pytest.mark.filterwarnings("ignore:AcrossKVCache on")
+@pytest.mark.parametrize("spec", SPECS)
+def test_conversations_with_it_go_on_side_by_side(spec, model):
+    if not baselines.installed(spec.partition(":")[0]):
+        pytest.skip(f"{spec} is not installed")
+    if spec.startswith("swiftkv"):
+        model = convert(model, 0.5, 1)
+    make = partial(baselines.build, spec, model, 100)
+    # answers of different lengths
+    asked = [
+        dataclasses.replace(prompt, max_new_tokens=limit)
+        for prompt, limit in zip(prompts((200, 200, 200)), (6, 1, 3), strict=True)
+    ]
+    found, _ = answer_several(model, make, asked, "multi-turn")
+    if spec == "fp8":
+        # has one scale for a batch, whether conversations end together or not
+        assert [[len(each) for each in row] for row in found] == [[6, 6, 5], [1, 6, 5], [3, 6, 5]]
+        return
+    alone = [answer_several(model, make, [prompt], "multi-turn")[0][0] for prompt in asked]
+    assert found == alone
 
 
 def test_swiftkv_is_refused_for_a_model_that_was_not_converted(model):

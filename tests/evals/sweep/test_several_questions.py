@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -95,6 +97,22 @@ def test_a_conversation_reads_every_token_once_and_no_stop_token(model, early):
     assert len(found[0]) == (2 if early else NEW)
 
 
+# docs: Conversations go on side by side
+@pytest.mark.parametrize("make", [dense, h2o])
+def test_conversations_side_by_side_are_answered_as_each_alone(model, make):
+    asked = [
+        dataclasses.replace(prompt, max_new_tokens=NEW - 2 * row) for row, prompt in enumerate(prompts((60, 52, 57)))
+    ]
+    said = [answer(model, make(model), [prompt], "question-aware")[0][0] for prompt in asked]
+    # one ends by a stop token, others by their limits
+    stops = frozenset([said[0][1]])
+    assert [len(each) for each in said] == [NEW, NEW - 2, NEW - 4]
+    found, _ = answer_several(model, make(model), asked, "multi-turn", stops=stops)
+    alone = [answer_several(model, make(model), [prompt], "multi-turn", stops=stops)[0][0] for prompt in asked]
+    assert found == alone
+    assert len({len(each[0]) for each in found}) == 3
+
+
 def test_the_first_turn_is_question_aware_and_later_ones_ask_what_is_left(model):
     (prompt,) = prompts((80,), seed=5)
     (found,), held = answer_several(model, h2o(model), [prompt], "multi-turn", hold_back=2)
@@ -108,12 +126,11 @@ def test_the_first_turn_is_question_aware_and_later_ones_ask_what_is_left(model)
 @pytest.mark.parametrize(
     ("asked", "protocol", "message"),
     [
-        (prompts(), "multi-turn", "multi-turn takes one prompt at a time; got 2 prompts with 3 questions"),
         (prompts()[:1], "question-aware", "protocol must be one of multi-turn, multi-request, got 'question-aware'"),
         (
             [prompts()[0], Prompt((1, 2), (3,), 2)],
             "multi-request",
-            "as many questions each, .* got 2 prompts with 1, 3 questions",
+            "as many questions each; got 2 prompts with 1, 3 questions",
         ),
     ],
 )
