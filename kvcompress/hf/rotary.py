@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +40,15 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
             obtain.
     """
     attention = attention_module(model, layer)
+    config = decoder_config(model)
+    rotations, own = getattr(config, "rope_parameters", None) or {}, layer_kind(config, layer)
+    if own in rotations and rotations[own] is None:
+        # layers of one kind have none
+        return None
     found = _rotary_module(model, layer)
     takes = {} if attention is None else inspect.signature(attention.forward).parameters
     if found is None or attention is None or "position_embeddings" not in takes:
-        # a model without RoPE has no code for it in its module
-        source = vars(sys.modules[type(model).__module__])
-        if found is None and not any("rotary" in known.lower() or "rope" in known.lower() for known in source):
+        if found is None and not _rotates(model, attention, takes):
             return None
         raise ValueError(
             f"layer {layer} of {type(model).__name__} applies rotary embeddings in its own way; kvcompress knows "
@@ -67,6 +70,27 @@ def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
         return _keys(attention, module, kind, model, positions.to(inv_freq.device))
 
     return Rotary(type(module).__name__, rope_type, scaling, frequencies, keys)
+
+
+def _rotates(model: PreTrainedModel, attention: nn.Module | None, takes: Collection[str]) -> bool:
+    """Whether a layer may rotate queries and keys though no module of the model holds frequencies.
+
+    Several hybrids, such as Jamba, only carry the code for it.
+    """
+    if not any(map(_is_rotary, vars(sys.modules[type(model).__module__]))):
+        return False
+    if attention is None or any(_is_rotary(type(module).__name__) for module in text_of(model).modules()):
+        return True
+    if "position_embeddings" in takes:
+        # which nobody makes
+        return False
+    methods = (each for kind in type(attention).__mro__[: -len(nn.Module.__mro__)] for each in vars(kind).values())
+    codes = (inspect.unwrap(method).__code__ for method in methods if inspect.isfunction(method))
+    return any(_is_rotary(name) for code in codes for name in code.co_names)
+
+
+def _is_rotary(name: str) -> bool:
+    return "rotary" in name.lower() or "rope" in name.lower()
 
 
 def has_rotary(model: PreTrainedModel, layer: int) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvcompress import hf
 from kvcompress.storage.rope import Rope
 
 SIZES = {
@@ -210,3 +211,19 @@ def test_keys_that_are_normed_after_their_rotation_are_refused():
         model.model.layers[0].self_attn.key_layernorm.weight.copy_(torch.linspace(0.1, 3.0, 16))
     with pytest.raises(ValueError, match="does not rotate its keys as its HunYuanDenseV1RotaryEmbedding says"):
         Rope.of(model, 0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layer", "changes"),
+    [
+        (
+            "jamba",
+            1,
+            {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2, "use_mamba_kernels": False},
+        ),
+        ("granitemoehybrid", 1, {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2}),
+    ],
+)
+def test_a_hybrid_that_only_carries_the_code_has_no_rotary_embeddings(model_type, layer, changes):
+    model = make(model_type, **changes)
+    assert hf.rotary_of(model, layer) is None
