@@ -94,9 +94,12 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, device_map=device_map, **of_weights, **options
             )
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise _explained(error, source) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _explained(error, source, "the tokenizer of ") from error
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     if source.gguf_file is not None:
@@ -303,8 +306,8 @@ def _missing(packages: Iterable[str]) -> list[str]:
     return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
-def _explained(error: Exception, source: _Source) -> ModelUnavailableError:
-    """What went wrong in transformers, on one line, with the remedy."""
+def _explained(error: Exception, source: _Source, part: str = "") -> ModelUnavailableError:
+    """What went wrong in transformers, on one line, with the remedy. part: of the model, what was read."""
     name, text = source.name, str(error)
     if "trust_remote_code" in text:
         return ModelUnavailableError(
@@ -312,7 +315,7 @@ def _explained(error: Exception, source: _Source) -> ModelUnavailableError:
             "use a model that transformers itself supports"
         )
     if source.local or isinstance(error, ValueError):
-        return ModelUnavailableError(f"cannot load {name}: {first_line(error)}")
+        return ModelUnavailableError(f"cannot load {part}{name}: {first_line(error)}")
     missing = "is not a local folder and"
     if _is_offline():
         reason = f"{missing} not in the hub's local cache, and HF_HUB_OFFLINE forbids fetching it: unset it, or"
@@ -327,5 +330,6 @@ def _explained(error: Exception, source: _Source) -> ModelUnavailableError:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, with the list that it begins; its type if it has none."""
+    first, *rest = map(str.strip, (str(error).strip() or type(error).__name__).splitlines())
+    return " ".join([first, *rest]) if first.endswith(":") else first

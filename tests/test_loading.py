@@ -365,6 +365,14 @@ def test_a_model_that_brings_code_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+def test_a_tokenizer_that_is_missing_is_told_from_weights(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    # whose message goes on behind a colon
+    with pytest.raises(ModelUnavailableError, match=f"cannot load the tokenizer of {folder}: .*one of: .*[a-z]"):
+        load_model(folder)
+
+
 def test_damaged_weights_are_reported_without_a_crash(folder):
     (folder / "model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(ModelUnavailableError, match=f"cannot load {folder}"):

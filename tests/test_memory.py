@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from kvcompress import EvictingCache, H2OCache
+from kvcompress import DenseCache, EvictingCache, H2OCache
 from kvcompress.hf import cache_argument
 from kvcompress.memory import MemoryReport, full_cache_bytes, read_bytes, storage_bytes
 from kvcompress.policies.expected_attention import ExpectedAttention
@@ -30,6 +30,18 @@ def test_the_full_cache_of_a_sliding_layer_holds_its_window():
     # values narrower than keys, and latents, which are both
     assert full_cache_bytes(10, None, (2, 3, 8), 4, torch.float32) == 2 * 3 * (8 + 4) * 10 * 4
     assert full_cache_bytes(10, None, (2, 1, 64), 0, torch.float32) == 2 * 64 * 10 * 4
+
+
+# docs: fits the prompt exactly and then takes room for 256 tokens, or an eighth of those that there are
+@pytest.mark.parametrize(("tokens", "room"), [(5, 256), (2400, 300)])
+@torch.no_grad()
+def test_room_for_tokens_to_come_counts_as_held(tokens, room):
+    model = tiny("llama")
+    cache = DenseCache(model)
+    model(torch.arange(tokens)[None] % 100, **cache_argument(model, cache))
+    assert cache.memory().ratio == 1.0
+    model(prompt(1, batch=1), **cache_argument(model, cache))
+    assert cache.memory().ratio == pytest.approx((tokens + 1 + room) / (tokens + 1))
 
 
 def test_devices_are_told_apart():

@@ -127,13 +127,14 @@ def run(
 
     Raises:
         ValueError: a task cannot be loaded, or asks for what the model or the cache cannot do.
+        OSError: the results cannot be written.
     """
     tracker = None if folder is None else EvaluationTracker(output_path=str(folder))
     with errors_only():
         found = lm_eval.simple_evaluate(
             model=lm,
             # which lm-eval writes down: the model is there
-            model_args={"pretrained": lm.pretrained, "cache": lm.cache, "budget": lm.budget},
+            model_args={"pretrained": lm.name, "cache": lm.cache, "budget": lm.budget},
             tasks=list(names),
             task_manager=manager,
             batch_size=lm.batch_size,
@@ -146,11 +147,23 @@ def run(
             # another process than the first has nothing to tell
             return {}
         documents = found.pop("samples", {})
-        if tracker is not None:
+        if tracker is not None and folder is not None:
             tracker.save_results_aggregated(results=found, samples=documents or None)
             for name, answers in documents.items():
                 tracker.save_results_samples(task_name=name, samples=answers)
+            _check_written(folder, tracker.date_id, 1 + len(documents))
     return dict(found)
+
+
+def _check_written(folder: Path, date: str | None, count: int) -> None:
+    """
+    Raises:
+        OSError: there are not so many files of this date, as lm-eval only warns of one that it cannot write.
+    """
+    place = folder.parent if folder.suffix == ".json" else folder
+    written = [] if date is None else list(place.rglob(f"*_{date}.json*"))
+    if len(written) < count:
+        raise OSError(f"lm-eval wrote {len(written)} of {count} files of results to {folder}")
 
 
 @contextlib.contextmanager

@@ -138,6 +138,12 @@ class CompressedLM(HFLM):
         names = ("bytes_held", "full_bytes", "tokens_seen", "tokens_kept", "ratio")
         return {"contexts": mean.sequences, **{name: getattr(mean, name) for name in names}}
 
+    @property
+    def name(self) -> str:
+        """The model's, as it was given, or its own if it was loaded."""
+        given = self.pretrained
+        return given if isinstance(given, str) else given.name_or_path or type(given).__name__
+
     def _new_cache(self, longest: int, has_context: bool = True) -> Any:
         """An empty cache for texts of up to `longest` tokens; has_context: some are read before it compresses."""
         budget = self.budget

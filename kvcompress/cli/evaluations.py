@@ -138,7 +138,7 @@ def _show(lm: "CompressedLM", results: dict[str, Any]) -> None:
     from rich.table import Table
 
     asked = "" if lm.budget is None else f", budget {lm.budget}"
-    table = Table(title=f"{lm.cache}{asked}: {lm.pretrained}, {lm.batch_size} at a time", title_justify="left")
+    table = Table(title=f"{lm.cache}{asked}: {lm.name}, {lm.batch_size} at a time", title_justify="left")
     for name in ("task", "shots", "metric"):
         table.add_column(name)
     for name in ("score", "±", "tokens kept", "of", "MiB held", "of the full cache"):

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import textwrap
 from pathlib import Path
 from random import Random
 
@@ -41,7 +42,10 @@ def read_text(path: str | Path | None = None) -> str:
         try:
             return Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"text must be a readable UTF-8 file, got {str(path)!r} ({error})") from None
+            # whoever gave a text itself need not read all of it again
+            reason = error.strerror if isinstance(error, OSError) else error
+            given = repr(textwrap.shorten(str(path), 200, placeholder=" ..."))
+            raise ValueError(f"text must be a readable UTF-8 file, got {given} ({reason})") from None
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress.cli import main
+from kvcompress.evals.lm import harness
 from kvcompress.evals.lm.model import CompressedLM
 from kvcompress.evals.sweep.protocol import NotCompressedError
 from tests.test_layout import ROOT
@@ -317,9 +318,9 @@ def test_the_command_prints_scores_and_bytes_and_writes_what_the_harness_writes(
     monkeypatch.setenv("COLUMNS", "200")
     include = str(next(iter(tasks.include_path)) if isinstance(tasks.include_path, list) else tasks.include_path)
     arguments = ["--model", str(folder), "--cache", "h2o", "--budget", "0.5", "--hold-back", "Question:"]
-    harness = ["--tasks", "colours_choice,colours_rol*", "--include_path", include, "--batch_size", "2", "--limit", "3"]
-    harness += ["--output_path", str(tmp_path), "--log_samples"]
-    assert main(["eval", *arguments, *(word.replace("_", sign) if word[:2] == "--" else word for word in harness)]) == 0
+    options = ["--tasks", "colours_choice,colours_rol*", "--include_path", include, "--batch_size", "2", "--limit", "3"]
+    options += ["--output_path", str(tmp_path), "--log_samples"]
+    assert main(["eval", *arguments, *(word.replace("_", sign) if word[:2] == "--" else word for word in options)]) == 0
     out = capsys.readouterr().out
     written = json.loads(next(tmp_path.rglob("results*.json")).read_text())
     found, held = written["results"]["colours_choice"], written["config"]["kvcompress"]
@@ -335,6 +336,19 @@ def test_the_command_prints_scores_and_bytes_and_writes_what_the_harness_writes(
     ]  # fmt: skip
     assert "colours_rolling" in out
     assert len(list(tmp_path.rglob("samples_colours_choice*"))) == 1
+
+
+def test_results_of_a_loaded_model_are_written_under_its_name(loaded, tasks, tmp_path, monkeypatch):
+    lm = CompressedLM(**loaded)
+    assert lm.name == loaded["pretrained"].name_or_path
+    monkeypatch.setattr(loaded["pretrained"], "name_or_path", "")
+    assert lm.name == "LlamaForCausalLM"
+    harness.run(lm, ["colours_choice"], tasks, tmp_path, True, limit=2)
+    assert sorted(file.name.partition("_")[0] for file in (tmp_path / lm.name).iterdir()) == ["results", "samples"]
+    # which no folder can be called
+    monkeypatch.setattr(CompressedLM, "name", "x" * 999)
+    with pytest.raises(OSError, match=f"lm-eval wrote 0 of 2 files of results to {tmp_path}"):
+        harness.run(lm, ["colours_choice"], tasks, tmp_path, True, limit=2)
 
 
 @pytest.mark.parametrize(

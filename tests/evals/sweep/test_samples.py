@@ -135,6 +135,11 @@ def test_prose_is_whole_sentences():
         ({"length": 40}, r"length must be at least \d+ tokens for the task needle, got 40"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"task": "needle_essay", "text": "/nowhere/essay.txt"}, "text must be a readable UTF-8 file"),
+        # a text for a path, which is shown in part
+        (
+            {"task": "needle_essay", "text": "It was dark. " * 999},
+            r"got 'It was dark.{100,190} \.\.\.' \(File name too long\)",
+        ),
     ],
 )
 def test_mistakes_are_named(tokenizer, change, message):
