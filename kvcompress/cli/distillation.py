@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from kvcompress.cli.arguments import DataArgument, ModelOption, UsageError, check_extra, check_folder, load, user_errors
+from kvcompress.cli.arguments import (
+    DataArgument,
+    ModelOption,
+    UsageError,
+    check_extra,
+    check_folder,
+    is_default,
+    load,
+    user_errors,
+)
 
 # what a fit alone reads
 _FIT_TOKENS = 32768
@@ -72,7 +81,7 @@ def distill(
     from kvcompress.swiftkv.data import first_rows, read_rows
     from kvcompress.swiftkv.frontier import best_conversion
     from kvcompress.swiftkv.least_squares import fit
-    from kvcompress.swiftkv.model import SwiftKVModel
+    from kvcompress.swiftkv.model import SwiftKVModel, set_own_last
     from kvcompress.swiftkv.retrieval import with_retrieval
 
     names = {setting.name for setting in dataclasses.fields(distillation.Distillation)}
@@ -98,7 +107,12 @@ def distill(
             if isinstance(loaded, SwiftKVModel):
                 if skip_between:
                     raise ValueError(f"--skip-between makes another conversion; {model} is one: give its original")
-                loaded.config.swiftkv_own_last = own_last or loaded.config.swiftkv_own_last
+                for name in ("skip_from", "share"):
+                    if not is_default(context, name):
+                        option = f"--{name.replace('_', '-')}"
+                        raise ValueError(f"{option} makes another conversion; {model} is one: give its original")
+                if own_last:
+                    set_own_last(loaded, own_last)
                 student = loaded
             else:
                 student = convert(loaded, split, share, own_last=own_last, skip_between=skip_between)

@@ -12,7 +12,7 @@ from kvcompress import hf
 from kvcompress.caches.budget import count_or_fraction
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.forward import Between, projection
-from kvcompress.swiftkv.model import CONVERTED, common_norm
+from kvcompress.swiftkv.model import CONVERTED, SwiftKVModel, common_norm
 
 
 def convert(
@@ -55,8 +55,11 @@ def convert(
         return best_conversion(model, tokenizer, rows, share, own_last=own_last, skip_between=skip_between)
     if rows is not None:
         raise ValueError(
-            f'rows are for skip_from="auto", got skip_from={skip_from!r}; fit(model, rows) fits afterwards'
+            f'rows are for skip_from="auto", got skip_from={skip_from!r}; fit(model, first_rows(rows, 16384)) '
+            "fits afterwards"
         )
+    if isinstance(model, SwiftKVModel):
+        raise ValueError(f"this {type(model).__name__} was converted before; convert the model that it was made of")
     if type(model) not in CONVERTED:
         served = ", ".join(kind.__name__ for kind in CONVERTED)
         raise ValueError(f"SwiftKV converts {served}; got {type(model).__name__}")

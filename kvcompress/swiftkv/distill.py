@@ -23,7 +23,7 @@ from torch import nn
 from kvcompress.swiftkv.checkpoint import Checkpoint, Run
 from kvcompress.swiftkv.data import Row, batches, first_rows
 from kvcompress.swiftkv.least_squares import fit
-from kvcompress.swiftkv.model import SwiftKVModel, all_fitted, trained_parameters
+from kvcompress.swiftkv.model import SwiftKVModel, all_fitted, check_has_teacher, trained_parameters
 from kvcompress.swiftkv.objective import Objective
 
 
@@ -112,10 +112,10 @@ def distill(
         The lines: step, loss, divergence (T^2 KL), hidden (MSE), rate, tokens and seconds.
 
     Raises:
-        ValueError: the model has no teacher or no later layers, there are no rows, or the folder holds another run.
+        ValueError: the model was not converted, or has no teacher or no later layers, there are no rows, or the folder
+            holds another run.
     """
-    if not model.config.swiftkv_teacher:
-        raise ValueError(f"this {type(model).__name__} was published without its teacher; convert the base model")
+    check_has_teacher(model)
     if not rows:
         raise ValueError("there is nothing to learn from: no rows")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

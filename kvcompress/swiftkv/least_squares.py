@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvcompress import hf
 from kvcompress.swiftkv.forward import Between, projection
-from kvcompress.swiftkv.model import SwiftKVModel, as_teacher, entered_at
+from kvcompress.swiftkv.model import SwiftKVModel, as_teacher, check_has_teacher, entered_at
 
 
 class Sums:
@@ -58,7 +58,8 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
 
     Args:
         model: as returned by `kvcompress.convert`.
-        rows: token ids, each [tokens] int64; about 16k tokens in all.
+        rows: token ids, each [tokens] int64; about 16k tokens in all, such as `first_rows(read_rows(...), 16384)` of
+            kvcompress.swiftkv.data.
         ridge: how strongly the fit is pulled toward the current weights; above 0.
 
     Returns:
@@ -66,11 +67,11 @@ def fit(model: SwiftKVModel, rows: Sequence[Tensor], ridge: float = 1e-4) -> dic
         before and after.
 
     Raises:
-        ValueError: the model has no teacher or no later layers, there are no rows, or ridge is not above 0.
+        ValueError: the model was not converted, or has no teacher or no later layers, there are no rows, they are no
+            token ids, or ridge is not above 0.
     """
+    check_has_teacher(model)
     config = model.config
-    if not config.swiftkv_teacher:
-        raise ValueError(f"this {type(model).__name__} was published without its teacher; convert the base model")
     first, share = config.num_key_value_layers, config.key_value_group_size
     later: Any = model.model.layers[first:]
     if not len(later):
@@ -132,10 +133,16 @@ def _solved(students: dict[str, Any], sums: Sums, ridge: float) -> dict[str, tup
 def check_fit(rows: Sequence[Any], ridge: float) -> None:
     """
     Raises:
-        ValueError: there are no rows, or ridge is not above 0.
+        ValueError: there are no rows, they are no token ids, or ridge is not above 0.
     """
-    if not rows:
+    if not len(rows):
         raise ValueError("there is nothing to fit to: no rows")
+    for row in rows:
+        if not (isinstance(row, Tensor) and row.dim() == 1 and row.numel() and row.dtype == torch.int64):
+            got = f"{row.dtype} {list(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
+            raise ValueError(
+                f"rows must be token ids, each [tokens] int64, such as first_rows(read_rows(...), 16384); got {got}"
+            )
     if ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}")
 

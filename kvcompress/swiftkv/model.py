@@ -299,6 +299,32 @@ def entered_at(model: Any, first: int, hidden: Tensor, stop: int | None = None) 
         model.model.layers = layers
 
 
+def check_has_teacher(model: Any) -> None:
+    """
+    Raises:
+        ValueError: the model was not converted, or published without its teacher.
+    """
+    if not isinstance(model, SwiftKVModel):
+        raise ValueError(f"a converted model is needed, of kvcompress.convert; got {type(model).__name__}")
+    if not model.config.swiftkv_teacher:
+        raise ValueError(f"this {type(model).__name__} was published without its teacher; convert the base model")
+
+
+def set_own_last(model: SwiftKVModel, own_last: int) -> None:
+    """Has a converted model's prompts run the later layers for so many of their last tokens, as `convert` does.
+
+    Raises:
+        ValueError: as `convert`, of own_last; the model is unchanged.
+    """
+    config = model.config
+    before, config.swiftkv_own_last = config.swiftkv_own_last, own_last
+    try:
+        _check_own(config)
+    except ValueError:
+        config.swiftkv_own_last = before
+        raise
+
+
 def trained_parameters(model: SwiftKVModel) -> dict[str, nn.Parameter]:
     """What a conversion adds and distillation trains, by name: the common norm and the later layers' q, k and v; and
     what stands in for a span."""
@@ -340,7 +366,8 @@ def _check_own(config: Any) -> None:
 
 def _check_between(config: Any) -> None:
     between, first = config.swiftkv_skip_between, config.num_key_value_layers
-    whole = len(between) == 2 and all(isinstance(each, int) and not isinstance(each, bool) for each in between)
+    whole = isinstance(between, list | tuple) and len(between) == 2
+    whole = whole and all(isinstance(each, int) and not isinstance(each, bool) for each in between)
     if not whole or not 1 <= between[0] < between[1] < first:
         raise ValueError(
             f"skip_between must be the first layer of a span and the layer behind it, from 1 to {first - 1} as prompts "

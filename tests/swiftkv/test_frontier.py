@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress import DenseCache, convert
 from kvcompress.cli import main
@@ -305,6 +305,28 @@ def test_the_command_skips_a_span_too(folder, capsys):
     again = [*command, "--model", str(folder / "out"), "--own-last", "3", "--steps", "0"]
     assert main(again) != 0
     assert "makes another conversion" in capsys.readouterr().err
+
+
+def test_the_command_goes_on_with_a_converted_model_as_it_was_converted(folder, capsys):
+    pytest.importorskip("accelerate")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    convert(base, 2, 2).save_pretrained(folder / "shared")
+    convert(base, 2).save_pretrained(folder / "plain")
+    for name in ("shared", "plain"):
+        AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / name)
+    command = ["distill", str(folder / "text.txt"), "--length", "256", "--fit-tokens", "1500", "--steps", "0"]
+    out = ["--out", str(folder / "out")]
+    for name, wrong, said in (
+        ("shared", ["--own-last", "3"], "which share=2 layers cannot have in common"),
+        ("plain", ["--own-last", "-3"], "own_last must be a number of tokens, 0 or more, got -3"),
+        ("plain", ["--skip-from", "3"], "--skip-from makes another conversion"),
+        ("plain", ["--share", "2"], "--share makes another conversion"),
+    ):
+        assert main([*command, "--model", str(folder / name), *wrong, *out]) == 2
+        assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (folder / "out" / "config.json").exists()
+    assert main([*command, "--model", str(folder / "plain"), "--own-last", "3", *out]) == 0
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").config.swiftkv_own_last == 3
 
 
 def test_answers_are_looked_up_on_the_fast_path():

@@ -6,6 +6,7 @@ import torch
 from kvcompress.swiftkv.conversion import convert
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.distill import Distillation, distill
+from kvcompress.swiftkv.frontier import Survey
 from kvcompress.swiftkv.least_squares import fit
 from kvcompress.swiftkv.model import as_teacher, trained_parameters
 from tests.contract.models import build, prompt
@@ -104,3 +105,15 @@ def test_what_cannot_be_fitted_is_refused():
         fit(convert(build("llama", num_hidden_layers=2), 1), [])
     with pytest.raises(ValueError, match="ridge must be above 0, got 0"):
         fit(convert(build("llama", num_hidden_layers=2), 1), rows(1), ridge=0)
+    base = build("llama", num_hidden_layers=2)
+    with pytest.raises(ValueError, match="a converted model is needed, .* got LlamaForCausalLM"):
+        fit(base, rows(1))
+    for wrong, named in (
+        (Row(rows(1)[0], torch.ones(24, dtype=torch.bool)), "Row"),
+        ("text", "str"),
+        (rows(1)[0][None], "torch.int64 .1, 24."),
+        (rows(1)[0].float(), "torch.float32 .24."),
+    ):
+        for begun in (lambda given: fit(convert(base, 1), given), lambda given: Survey(base, given)):
+            with pytest.raises(ValueError, match=f"rows must be token ids, .* got {named}"):
+                begun([rows(1)[0], wrong])

@@ -422,6 +422,11 @@ def test_other_families_are_refused_by_name(family):
         convert(model)
 
 
+def test_a_converted_model_is_not_converted_again():
+    with pytest.raises(ValueError, match="LlamaSwiftKVForCausalLM was converted before; convert the model that it"):
+        convert(convert(base()))
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [

@@ -189,7 +189,7 @@ def test_caches_do_not_pass_between_models_that_skip_other_layers(tmp_path):
 
 def test_what_it_cannot_be_used_with_is_refused(tmp_path):
     model, student = made()
-    for wrong in ((0, 2), (2, 2), (3, 1), (1, 4), (2, 6), (1,), (1, 2, 3), (True, 2), (1.0, 2)):
+    for wrong in ((0, 2), (2, 2), (3, 1), (1, 4), (2, 6), (1,), (1, 2, 3), (True, 2), (1.0, 2), 2, "12"):
         with pytest.raises(ValueError, match="skip_between must be the first layer of a span"):
             convert(model, FIRST, own_last=OWN, skip_between=wrong)
     with pytest.raises(ValueError, match="it needs own_last"):
