@@ -104,6 +104,11 @@ class ShadowLayer(CompressedLayer):
         self.rope = rope
         self.segment: ShadowSegment | None = None
 
+    @property
+    def queries_watched(self) -> int | None:  # type: ignore[override]
+        # so many read every chunk, and fewer choose those that they read: as if all queries were there
+        return 0 if self.segment is None else self.settings.select_queries + 1
+
     def segments(self) -> list[Segment]:
         return [] if self.segment is None else [self.segment]
 
@@ -189,8 +194,10 @@ class ShadowLayer(CompressedLayer):
         there `again`."""
         if chunk.tokens == 1:
             return segment.decode(chunk.query, chunk.key, chunk.value, chunk.spec, chunk.visible, again)
-        positions = torch.zeros(chunk.query.shape[0], chunk.tokens, dtype=torch.int32, device=chunk.query.device)
-        return segment.attend(chunk.query, positions, chunk.spec, chunk.visible)
+        queries = chunk.queries
+        positions = torch.zeros(chunk.query.shape[0], queries, dtype=torch.int32, device=chunk.query.device)
+        visible = None if chunk.visible is None else chunk.visible[:, -queries:]
+        return segment.attend(chunk.query, positions, chunk.spec, visible)
 
     def _new_segment(self, chunk: AttentionInput, counts: Tensor | None) -> None:
         batch = chunk.key.shape[0]

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvcompress import AcrossKVCache, DenseCache, EvictingCache, GEARCache, HydragenCache, Profile, SwiftKVCache
+from kvcompress import (
+    AcrossKVCache,
+    DenseCache,
+    EvictingCache,
+    GEARCache,
+    HydragenCache,
+    Profile,
+    ShadowKVCache,
+    SwiftKVCache,
+)
 from kvcompress.hf import cache_argument
 from kvcompress.kernels.common.logits import LogitSpec
 from kvcompress.policies.gear import GEAR
@@ -164,6 +173,37 @@ def tensors(holder, known=None):
 
 
 # README: | `AcrossKVCache` | every token; a group of layers shares one storage (dense, evicting or packed) |
+# docs: run the later layers, under any cache, with the same numbers as if all positions did
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_shadowkv_skips_and_chooses_the_chunks_that_it_would_choose_if_all_ran(family):
+    model = converted(family)
+    turns = [[60, 41], [3, 2], [12, 9], [1, 1], [1, 1], [4, 3]]
+    parts = [
+        left_padded([prompt(n, seed=7 * at + row)[0] for row, n in enumerate(turn)]) for at, turn in enumerate(turns)
+    ]
+    mask = torch.cat([seen for _, seen in parts], 1)
+
+    @torch.no_grad()
+    def read(keep):
+        cache = ShadowKVCache(
+            model, budget=8, rank=16, chunk=4, outlier_chunks=0, local_chunks=1, fold=1, dense_below=0, select_queries=4
+        )
+        counted, past, last = Counted(model), 0, []
+        for ids, _ in parts:
+            at = slice(past, past + ids.shape[1])
+            given = {"attention_mask": mask[:, : at.stop], "position_ids": places(mask)[:, at]}
+            last.append(model(ids, **given, logits_to_keep=keep, **cache_argument(model, cache)).logits[:, -1])
+            past = at.stop
+        counted.close()
+        assert all(layer.segment.is_folded for layer in cache.layers)
+        return torch.stack(last), counted.columns[FIRST:]
+
+    logits, columns = read(1)
+    torch.testing.assert_close(logits, read(0)[0], **CLOSE)
+    # more than choose read every chunk
+    assert columns == [[1, 3, 5, 1, 1, 4]] * (LAYERS - FIRST)
+
+
 def test_packed_storage_is_shared_too():
     model = converted("llama", 4)
     alone, shared = (
