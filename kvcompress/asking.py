@@ -227,7 +227,8 @@ class Conversation:
         hf.forget_positions(self.model)
         decoder = hf.decoder_of(self.model)
         for chunk in chunks:
-            decoder(input_ids=chunk, use_cache=True, **hf.cache_argument(decoder, self.cache))
+            named = hf.cache_argument(decoder, self.cache) | hf.unread(decoder, chunk)
+            decoder(input_ids=chunk, use_cache=True, **named)
 
     def fork(self) -> Self:
         """A conversation that goes on from here, through a copy of the cache; this one stays as it is."""

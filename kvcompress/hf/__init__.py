@@ -41,6 +41,7 @@ from kvcompress.hf.calls import cache_name as cache_name
 from kvcompress.hf.calls import cache_of as cache_of
 from kvcompress.hf.calls import full_cache as full_cache
 from kvcompress.hf.calls import take_cache as take_cache
+from kvcompress.hf.calls import unread as unread
 from kvcompress.hf.calls import watch_forwards as watch_forwards
 from kvcompress.hf.configs import LayerHeads as LayerHeads
 from kvcompress.hf.configs import LayerKind as LayerKind

@@ -144,6 +144,17 @@ def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
     return {name: cache}
 
 
+def unread(decoder: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """What else a decoder's forward over ids [batch, columns] takes, padded on the left, whose output nobody reads.
+
+    A converted model (swiftkv) is told that only the last column is asked for, as where a prompt's last logits are, so
+    that the others skip what they can; other decoders are told nothing.
+    """
+    if ids.shape[1] == 1 or "asked" not in inspect.signature(decoder.forward).parameters:
+        return {}
+    return {"asked": torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)}
+
+
 def cache_in(arguments: Iterable[Any]) -> Cache | None:
     """The first cache among values, whatever their names."""
     return next((value for value in arguments if isinstance(value, Cache)), None)

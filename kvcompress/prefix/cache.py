@@ -407,4 +407,5 @@ class HydragenCache(TreeCache):
             position_ids=held + (fresh.long().cumsum(-1) - 1).clamp(min=0),
             use_cache=True,
             **hf.cache_argument(decoder, self),
+            **hf.unread(decoder, ids),
         )

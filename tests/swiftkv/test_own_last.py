@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from kvcompress import DenseCache, SwiftKVCache, convert
+from kvcompress import DenseCache, HydragenCache, SwiftKVCache, convert
+from kvcompress.asking import Conversation
 from kvcompress.evals.studies.swiftkv import counted_flops
 from kvcompress.hf import Captured, cache_argument
 from kvcompress.swiftkv.data import Row
@@ -13,9 +14,11 @@ from kvcompress.swiftkv.distill import Distillation, distill
 from kvcompress.swiftkv.frontier import Survey, projection_flops
 from kvcompress.swiftkv.model import as_teacher, trained_parameters
 from tests.contract.models import left_padded, places, prompt
+from tests.evals import conftest
 from tests.swiftkv.runs import SMALL, rows
-from tests.swiftkv.test_model import CLOSE, FIRST, base, seen_columns
+from tests.swiftkv.test_model import CLOSE, FIRST, Counted, base, seen_columns
 
+tokenizer = conftest.tokenizer
 OWN, TOKENS = 6, 20
 families = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "olmo2", "phi3", "smollm3"])
 
@@ -215,3 +218,44 @@ def test_the_frontier_measures_what_follows_a_prompt():
         )
         with as_teacher(student), torch.no_grad():
             assert torch.equal(student(text[None].to(model.device)).logits[0, 15:], whole)
+
+
+# docs: A text that `ask` reads and a prefix are prompts
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("own_last", [0, OWN])
+def test_a_text_that_is_asked_about_is_a_prompt(tokenizer, chunk, own_last):
+    student = convert(base("llama", vocab_size=len(tokenizer), max_position_embeddings=512), FIRST, own_last=own_last)
+    conversation = Conversation(student, tokenizer, DenseCache(student), prefill_chunk_size=chunk)
+    counted = Counted(student)
+    conversation.read("The cat is called Pluto and sleeps on the star charts. " * 2)
+    counted.close()
+    ids = torch.tensor([conversation._ids])
+    chunks = ids.split(chunk or ids.shape[1], 1)
+    assert counted.columns[-1] == [min(max(own_last, 1), part.shape[1]) for part in chunks]
+    wanted = DenseCache(student)
+    with torch.no_grad():
+        for part in chunks:
+            student(part, **cache_argument(student, wanted), logits_to_keep=1)
+    for layer, other in zip(conversation.cache.layers, wanted.layers, strict=True):
+        torch.testing.assert_close(held(layer), held(other))
+
+
+def test_a_prefix_is_a_prompt():
+    _, student = made()
+    ids = prompt(TOKENS)
+    counted = Counted(student)
+    cache, wanted = HydragenCache.from_prefix(student, ids[0]), DenseCache(student)
+    counted.close()
+    assert counted.columns[-1] == [OWN]
+    with torch.no_grad():
+        student(ids, **cache_argument(student, wanted), logits_to_keep=1)
+        logits = [
+            student(prompt(1, seed=3), **cache_argument(student, each), logits_to_keep=1).logits
+            for each in (cache, wanted)
+        ]
+    torch.testing.assert_close(*logits, **CLOSE)
+
+
+def held(layer):
+    (segment,) = layer.segments()
+    return [segment.tensors()[name][:, :, : segment.length] for name in ("keys", "values")]
