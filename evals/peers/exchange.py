@@ -157,11 +157,13 @@ def prompts(
     protocols: Annotated[str, "by commas"] = ",".join(PROTOCOLS),
     seed: Annotated[int, "of the tasks"] = 0,
     text: Annotated[str | None, "UTF-8 file for the essay haystacks"] = None,
+    documents: Annotated[str | None, "documents for ruler_qa_1 and ruler_qa_2, as kvcompress sweep takes them"] = None,
 ) -> None:
     """Write the prompts of a sweep for a peer."""
     counts = tuple(int(length) for length in lengths.split(","))
+    asked = tuple(protocols.split(","))
     settings = Settings(
-        (FULL,), (1.0,), tuple(tasks.split(",")), counts, samples, tuple(protocols.split(",")), seed, text=text
+        (FULL,), (1.0,), tuple(tasks.split(",")), counts, samples, asked, seed, text=text, documents=documents
     )
     print(f"{write_prompts(_sweep(settings, model, out), out)} prompts")
 

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from kvcompress.evals.peers import exchange
 from kvcompress.evals.peers.exchange import read_rows, write_prompts
 from kvcompress.evals.sweep.points import Settings
+from kvcompress.evals.sweep.rows import read_rows as read_folder
 from kvcompress.evals.sweep.samples import make_prompt, make_samples
 from kvcompress.evals.sweep.sweep import Sweep
 from kvcompress.evals.tasks import make_tasks
@@ -98,6 +100,30 @@ def test_a_peer_is_asked_one_question_of_a_context(model, tokenizer, tmp_path):
     asked = Settings(("none",), (1.0,), ("kv",), (700,), 1, ("multi-request",))
     with pytest.raises(ValueError, match="multi-request asks several questions .* the task kv of a peer has only one"):
         write_prompts(Sweep(asked, make_tasks(asked), model, tokenizer, tmp_path), tmp_path)
+
+
+# docs: compare with kvpress on the same prompts
+def test_a_peer_is_asked_about_documents_too(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "load_model", lambda name: (model, tokenizer))
+    lines = [
+        {"context": f"Stone {n} is grey.", "question": f"What is stone {n}?", "answers": ["grey"]} for n in range(3)
+    ]
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    exchange.prompts(
+        out,
+        tasks="ruler_vt,ruler_qa_1",
+        lengths="3000",
+        samples=1,
+        protocols="question-agnostic",
+        documents=str(documents),
+    )
+    asked = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert [prompt["id"].split("/")[0] for prompt in asked] == ["ruler_vt", "ruler_qa_1"]
+    answers = answered(tmp_path, asked, lambda prompt: [5])
+    exchange.rows(out, answers, tmp_path / "sweep")
+    assert {row["task"] for row in read_folder(tmp_path / "sweep").values()} == {"ruler_vt", "ruler_qa_1"}
 
 
 def test_answers_to_other_prompts_are_refused(sweep, prompts, tmp_path):
