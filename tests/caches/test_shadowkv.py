@@ -863,7 +863,7 @@ def test_impossible_settings(settings, kind, message):
         feed(tiny(), ShadowKVCache(tiny(), **settings), prompt(3))
 
 
-# README: ShadowKV refuses RoPE whose frequencies change with the length (dynamic, longrope)
+# docs: ShadowKV refuses RoPE whose frequencies change with the length (dynamic, longrope)
 def test_a_rope_that_cannot_be_taken_back_is_refused():
     model = build("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     with pytest.raises(ValueError, match="RoPE of type 'dynamic'"):

@@ -16,7 +16,7 @@ def at(first, tokens):
     return torch.arange(first, first + tokens, device=DEVICE)[None]
 
 
-# README: Position ids that go backwards, as when a prompt is fed a second time, are refused
+# README: Position ids that go backwards, as when a prompt is fed twice
 @every_cache
 def test_a_prompt_fed_a_second_time_is_refused_and_nothing_is_lost(entry):
     model = tiny("llama")
@@ -141,7 +141,7 @@ def test_hydragen_is_fed_again_what_rows_hold():
         torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, seen:], **CLOSE)
 
 
-# README: and so is padding on the right in `generate`
+# README: and padding on the right in `generate` are refused
 @every_cache
 @pytest.mark.parametrize("continues", [False, True])
 def test_padding_behind_a_prompt_is_refused_in_generate(entry, continues):

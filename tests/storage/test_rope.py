@@ -185,7 +185,7 @@ def test_a_layer_that_does_not_rotate_has_none():
     assert [Rope.of(model, layer) is None for layer in range(4)] == [False, True, False, True]
 
 
-# README: ShadowKV refuses RoPE whose frequencies change with the length (dynamic, longrope)
+# docs: ShadowKV refuses RoPE whose frequencies change with the length (dynamic, longrope)
 @pytest.mark.parametrize(
     ("model_type", "changes", "words"),
     [
