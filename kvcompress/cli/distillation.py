@@ -36,7 +36,8 @@ def distill(
         tuple[int, int] | None, "With --own-last, prompts skip these layers too: the first, and the one behind them."
     ] = None,
     diagnose: Annotated[bool, "Only tell what conversions from each layer on would cost and keep."] = False,
-    text: Annotated[list[Path] | None, "With --diagnose or auto, texts to measure; else the last of the data."] = None,
+    text: Annotated[list[Path] | None, "Texts to measure on; without, the last of the data, not learned from."] = None,
+    held_out: Annotated[int, "Tokens of each text to measure on, at every checkpoint too; 0 for none."] = 2048,
     retrieval: Annotated[float, "Share of generated rows that ask for what they hold."] = 0.5,
     steps: Annotated[int, "Updates; 0 only fits."] = 1000,
     batch: Annotated[int, "Rows per process and forward."] = 1,
@@ -62,8 +63,15 @@ def distill(
             raise UsageError(f"there is no file {path}")
     auto = skip_from == "auto"
     split = 1 if auto else _layer(skip_from)
-    if text and not (auto or diagnose):
-        raise UsageError("--text is what --diagnose or --skip-from auto measure on")
+    if held_out < 0:
+        raise UsageError(f"--held-out must be 0 or more tokens, got {held_out}")
+    if not held_out and (auto or diagnose):
+        raise UsageError("--held-out 0 leaves nothing for --diagnose and --skip-from auto to measure on")
+    for given, option in ((text, "--text"), (held_out and not is_default(context, "held_out"), "--held-out")):
+        if given and not (auto or diagnose or steps):
+            raise UsageError(f"{option} is what training, --diagnose and --skip-from auto measure on; a fit does not")
+    if text and not held_out:
+        raise UsageError("--held-out 0 measures nothing, and --text is what to measure on")
     if own_last and share > 1:
         raise UsageError(f"--own-last gives each layer keys and values of its own, and --share {share} takes them away")
     if skip_between and not own_last:
@@ -82,6 +90,7 @@ def distill(
     from kvcompress.swiftkv.frontier import best_conversion
     from kvcompress.swiftkv.least_squares import fit
     from kvcompress.swiftkv.model import SwiftKVModel, set_own_last
+    from kvcompress.swiftkv.probes import hold_out
     from kvcompress.swiftkv.retrieval import with_retrieval
 
     names = {setting.name for setting in dataclasses.fields(distillation.Distillation)}
@@ -96,7 +105,7 @@ def distill(
         rows = read_rows(data, tokenizer, length)
         texts = {path.stem: read_rows([path], tokenizer, length) for path in text or ()} or None
         how: Any = {"texts": texts, "fit_tokens": fit_tokens, "length": length, "retrieval": retrieval, "seed": seed}
-        how |= {"own_last": own_last, "skip_between": skip_between}
+        how |= {"own_last": own_last, "skip_between": skip_between, "probe_tokens": held_out}
         if diagnose:
             _diagnose(loaded, tokenizer, rows, share, how, out)
             return
@@ -116,6 +125,9 @@ def distill(
                 student = loaded
             else:
                 student = convert(loaded, split, share, own_last=own_last, skip_between=skip_between)
+        held = None
+        if steps and held_out:
+            rows, held = hold_out(rows, tokenizer, texts=texts, tokens=held_out, length=length, seed=seed)
         if retrieval:
             rows = with_retrieval(rows, tokenizer, length, retrieval, seed)
 
@@ -124,14 +136,27 @@ def distill(
             losses = "  ".join(f"{name} {line[name]:.4f}" for name in ("loss", "divergence", "hidden"))
             print(f"{line['step']}/{settings.steps}  {losses}  {line['seconds']:.0f} s", flush=True)
 
+    def show_score(score: dict[str, Any]) -> None:
+        teacher = score["teacher"]
+        parts = [
+            f"perplexity of {name}: {value:.2f} (the model's {teacher['perplexity'][name]:.2f})"
+            for name, value in score["perplexity"].items()
+        ]
+        parts += [f"found: {score['found']:.2f} ({teacher['found']:.2f})", f"KL: {score['divergence']:.4f}"]
+        print(f"{score['step']}/{settings.steps}  {'  '.join(parts)}", flush=True)
+
     with user_errors():
         if steps:
-            distillation.distill(student, rows, settings, out, show)
+            distillation.distill(student, rows, settings, out, show, held_out=held, on_score=show_score)
         elif not auto:
             fit(student, first_rows(rows, fit_tokens, seed))
     if int(os.environ.get("RANK", "0")) == 0:
         student.save_pretrained(out)
         tokenizer.save_pretrained(out)
+        if held is not None:
+            scores = [json.loads(line) for line in (out / "scores.jsonl").read_text("utf-8").splitlines()]
+            best = min(scores, key=lambda score: score["divergence"])
+            print(f"the model as it was after {best['step']} updates, which scored best")
         print(out)
 
 

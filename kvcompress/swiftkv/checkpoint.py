@@ -1,4 +1,5 @@
-"""What a run of distillation writes to its folder: a checkpoint to resume from, and the losses so far."""
+"""What a run of distillation writes to its folder: a checkpoint to resume from, the losses and scores so far, and what
+scored best."""
 
 import dataclasses
 import hashlib
@@ -22,6 +23,8 @@ from kvcompress.swiftkv.model import SwiftKVModel, trained_parameters
 
 _CHECKPOINT = "checkpoint.pt"
 _LOSSES = "losses.jsonl"
+_SCORES = "scores.jsonl"
+_BEST = "best.pt"
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class Checkpoint:
         """Whether the folder holds the state of a run."""
         return (self._folder / _CHECKPOINT).exists()
 
-    def save(self, step: int, lines: list[dict[str, float]]) -> None:
-        """Writes everything needed to resume after so many updates, and then the losses for a reader."""
+    def save(self, step: int, lines: list[dict[str, float]], scores: list[dict[str, Any]]) -> None:
+        """Writes everything needed to resume after so many updates, and then losses and scores for a reader."""
         state = {
             "trained": {name: parameter.detach().cpu() for name, parameter in self._trained.items()},
             "optimiser": self._optimiser.state_dict(),
@@ -106,6 +109,7 @@ class Checkpoint:
             "rows": self._run.rows,
             "step": step,
             "lines": lines,
+            "scores": scores,
         }
 
         def write_state(file: BinaryIO) -> str:
@@ -113,41 +117,72 @@ class Checkpoint:
             return _CHECKPOINT
 
         write_whole(self._folder, _CHECKPOINT, write_state)
-        self.write_losses(lines)
+        self.write_lines(lines, scores)
 
-    def write_losses(self, lines: list[dict[str, float]]) -> None:
-        """Writes the losses for a reader."""
+    def write_lines(self, lines: list[dict[str, float]], scores: list[dict[str, Any]]) -> None:
+        """Writes losses and scores for a reader."""
+        for name, written in ((_LOSSES, lines), (_SCORES, scores)):
+            text = "".join(json.dumps(line) + "\n" for line in written)
+
+            def write(file: BinaryIO, name: str = name, text: str = text) -> str:
+                file.write(text.encode())
+                return name
+
+            if written:
+                write_whole(self._folder, name, write)
+
+    def save_best(self, step: int) -> None:
+        """Writes what is trained, as it is after so many updates."""
+        state = {"trained": {name: parameter.detach().cpu() for name, parameter in self._trained.items()}, "step": step}
 
         def write(file: BinaryIO) -> str:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            return _LOSSES
+            torch.save(state, file)
+            return _BEST
 
-        write_whole(self._folder, _LOSSES, write)
+        write_whole(self._folder, _BEST, write)
 
-    def resume(self, device: torch.device) -> tuple[int, list[dict[str, float]]]:
-        """Restores what the folder holds of the run; returns the updates done, and their lines.
+    def load_best(self, device: torch.device) -> int:
+        """Sets what is trained to what was last written as best; returns after how many updates that was.
+
+        Raises:
+            ValueError: it is damaged, or not there.
+        """
+        path = self._folder / _BEST
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, which held the best of this run; choose another folder to start over")
+        state = _read_state(path, device)
+        self._set(state["trained"])
+        step: int = state["step"]
+        return step
+
+    def _set(self, values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(values[name])
+
+    def resume(self, device: torch.device) -> tuple[int, list[dict[str, float]], list[dict[str, Any]]]:
+        """Restores what the folder holds of the run; returns the updates done, their lines, and the scores so far.
 
         Raises:
             ValueError: it holds another run, or is damaged.
         """
         if not self.is_there():
-            return 0, []
+            return 0, [], []
         folder = self._folder
         state = _read_state(folder / _CHECKPOINT, device)
         self._run.check(state, folder)
         if set(state["trained"]) != set(self._trained):
             raise ValueError(f"{folder} holds another run, which differs in the layers trained; choose another folder")
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                parameter.copy_(state["trained"][name])
+        self._set(state["trained"])
         self._optimiser.load_state_dict(state["optimiser"])
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
+        scores = state.get("scores", [])
         if "lines" in state:
-            return state["step"], state["lines"]
+            return state["step"], state["lines"], scores
         # before checkpoints had them
         lines = [json.loads(line) for line in (folder / _LOSSES).read_text("utf-8").splitlines()]
-        return state["step"], lines[: state["step"]]
+        return state["step"], lines[: state["step"]], scores
 
 
 def _read_state(path: Path, device: torch.device) -> dict[str, Any]:

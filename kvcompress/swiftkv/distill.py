@@ -12,7 +12,8 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from kvcompress.swiftkv.data import Row, batches, first_rows
 from kvcompress.swiftkv.least_squares import fit
 from kvcompress.swiftkv.model import SwiftKVModel, all_fitted, check_has_teacher, trained_parameters
 from kvcompress.swiftkv.objective import Objective
+from kvcompress.swiftkv.probes import HeldOut, Probes
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ def distill(
     settings: Distillation,
     folder: str | os.PathLike[str],
     on_step: Callable[[dict[str, float]], None] | None = None,
+    *,
+    held_out: HeldOut | None = None,
+    on_score: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Trains a converted model in place, and writes losses and checkpoints to a folder; resumes from what it holds.
 
@@ -105,8 +110,12 @@ def distill(
         rows: as returned by `read_rows`.
         settings: of the run.
         folder: gets checkpoint.pt, from which a run with the same settings, base model and rows resumes; losses.jsonl,
-            with a line per update; and losses.png if matplotlib is installed.
+            with a line per update; losses.png if matplotlib is installed; and with `held_out` scores.jsonl and best.pt.
         on_step: called after every update, in the first process, with its line.
+        held_out: what to measure on before the first update and whenever a checkpoint is written, as of `hold_out`. The
+            model is then left as it scored best: with the lowest KL(teacher || student) on texts and rows that ask.
+        on_score: called after every measurement, in the first process, with a line of scores.jsonl: step, perplexity
+            of each text, found and divergence, as of `probes.Score`, and those of the teacher.
 
     Returns:
         The lines: step, loss, divergence (T^2 KL), hidden (MSE), rate, tokens and seconds.
@@ -120,9 +129,9 @@ def distill(
         raise ValueError("there is nothing to learn from: no rows")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        has_own = bool(model.config.swiftkv_own_last)
+        own_last = model.config.swiftkv_own_last
         with all_fitted(model):
-            return _train(model, rows, settings, Path(folder), on_step, has_own)
+            return _train(model, rows, settings, Path(folder), on_step, held_out, on_score, own_last)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
@@ -134,7 +143,9 @@ def _train(
     settings: Distillation,
     folder: Path,
     on_step: Callable[[dict[str, float]], None] | None,
-    has_own: bool,
+    held_out: HeldOut | None,
+    on_score: Callable[[dict[str, Any]], None] | None,
+    own_last: int,
 ) -> list[dict[str, float]]:
     """`distill`, which turns gradients off for everything that is not trained."""
     from accelerate import Accelerator
@@ -144,22 +155,28 @@ def _train(
     # tokens of an update are averaged by hand: Accelerate only scales and synchronises
     accelerator = Accelerator(mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
     run = Run.of(model, rows, settings.course())
-    trained = _freeze(model, settings, has_own)
+    trained = _freeze(model, settings, has_own=bool(own_last))
     model.to(accelerator.device)
     optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate(0), betas=settings.betas, weight_decay=0.0)
     checkpoint = Checkpoint(folder, run, trained, optimiser, accelerator.scaler)
     if settings.fit_tokens and not checkpoint.is_there():
         fit(model, first_rows(rows, settings.fit_tokens, settings.seed))
-    begun, lines = checkpoint.resume(accelerator.device)
+    begun, lines, scores = checkpoint.resume(accelerator.device)
     if begun and accelerator.is_main_process:
-        # for a run that was killed between the two files
-        checkpoint.write_losses(lines)
+        # for a run that was killed between the files
+        checkpoint.write_lines(lines, scores)
     network, prepared = accelerator.prepare(model, optimiser)
     feed = batches(rows, settings.batch, accelerator.process_index, accelerator.num_processes, settings.seed)
     for _ in range(begun * settings.accumulate):
         next(feed)
     folder.mkdir(parents=True, exist_ok=True)
-    was_training, objective = model.training, Objective(network, model, settings.temperature, accelerator)
+    was_training = model.training
+    judge = None
+    if held_out is not None and accelerator.is_main_process:
+        judge = _Judge(model, held_out, own_last, checkpoint, accelerator, scores, on_score)
+        if not scores:
+            judge.measure(begun)
+    objective = Objective(network, model, settings.temperature, accelerator)
     # dropout is off, so that teacher and student differ only by the conversion
     network.train(settings.checkpointing)
     started = time.perf_counter()
@@ -171,17 +188,74 @@ def _train(
             saves = step == settings.steps or step % settings.save_every == 0
             if accelerator.is_main_process:
                 if saves:
-                    checkpoint.save(step, lines)
+                    if judge is not None:
+                        judge.measure(step)
+                    checkpoint.save(step, lines, scores)
                 if on_step is not None:
                     on_step(lines[-1])
             if saves:
                 accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            plot_losses(lines, folder / "losses.png")
+            plot_losses(lines, folder / "losses.png", scores)
+        if held_out is not None:
+            accelerator.wait_for_everyone()
+            checkpoint.load_best(accelerator.device)
     finally:
         objective.close()
         model.train(was_training)
     return lines
+
+
+class _Judge:
+    """Measures the model of a run, in its first process, and keeps what scored best."""
+
+    def __init__(
+        self,
+        model: SwiftKVModel,
+        held_out: HeldOut,
+        own_last: int,
+        checkpoint: Checkpoint,
+        accelerator: Any,
+        scores: list[dict[str, Any]],
+        on_score: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        """
+        Args:
+            own_last: the conversion's, which is 0 in its config while it is trained.
+            scores: of the run so far; gets what is measured.
+        """
+        # every token of both counts as much
+        both = {**held_out.texts, "rows that ask": [row.ids for row in held_out.asked]}
+        self._model, self._own_last, self._accelerator = model, own_last, accelerator
+        self._checkpoint, self._scores, self._on_score = checkpoint, scores, on_score
+        self._first = model.config.num_key_value_layers
+        with self._as_used():
+            self._probes = Probes(model, HeldOut(both, held_out.asked), [self._first], own_last)
+            self._teacher = dataclasses.asdict(self._probes.base())
+
+    def measure(self, step: int) -> None:
+        """Scores the model as it is after so many updates; if it is the best so far, the folder gets it."""
+        with self._as_used():
+            score = {"step": step, **dataclasses.asdict(self._probes.score(self._model, self._first))}
+        finite = [each["divergence"] for each in self._scores if math.isfinite(each["divergence"])]
+        if not self._scores or score["divergence"] < min(finite, default=math.inf):
+            self._checkpoint.save_best(step)
+        self._scores.append(score | {"teacher": self._teacher})
+        if self._on_score is not None:
+            self._on_score(self._scores[-1])
+
+    @contextmanager
+    def _as_used(self) -> Iterator[None]:
+        """Within it, the model is as it will be used: not in training, and its last tokens with their own keys."""
+        model, was_training = self._model, self._model.training
+        model.config.swiftkv_own_last = self._own_last
+        model.eval()
+        try:
+            with self._accelerator.autocast():
+                yield
+        finally:
+            model.config.swiftkv_own_last = 0
+            model.train(was_training)
 
 
 def _update(
@@ -231,18 +305,29 @@ def _freeze(model: SwiftKVModel, settings: Distillation, has_own: bool) -> dict[
     return trained
 
 
-def plot_losses(lines: Sequence[dict[str, float]], path: Path) -> bool:
-    """Plots loss, divergence and hidden error against the tokens learned from; False if matplotlib is missing."""
+def plot_losses(lines: Sequence[dict[str, float]], path: Path, scores: Sequence[dict[str, Any]] = ()) -> bool:
+    """Plots loss, divergence and hidden error against the tokens learned from, and below them what was measured on what
+    is held out; False if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 7 if scores else 4), layout="constrained")
+    axes, *below = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)[:, 0]
     tokens = torch.tensor([line["tokens"] for line in lines]).cumsum(0).tolist()
     for name, label in (("loss", "loss"), ("divergence", "T² KL"), ("hidden", "hidden MSE")):
         axes.plot(tokens, [line[name] for line in lines], label=label)
     axes.set(xlabel="tokens", ylabel="loss", yscale="log" if all(line["hidden"] > 0 for line in lines) else "linear")
     axes.legend()
+    for under in below:
+        learned = [0, *tokens]
+        at = [learned[score["step"]] for score in scores]
+        beside = under.twinx()
+        drawn = under.plot(at, [score["divergence"] for score in scores], "o-", label="KL of what is held out, nats")
+        drawn += beside.plot(at, [score["found"] for score in scores], "s--", color="C1", label="found")
+        axes.set(xlabel="")
+        under.set(xlabel="tokens", ylabel="KL, nats")
+        beside.set(ylabel="found", ylim=(0, 1.05))
+        under.legend(handles=drawn)
     figure.savefig(path, dpi=150)
     return True

@@ -8,17 +8,14 @@
 
 One forward of the model for each row gives the least-squares sums of every first layer (least_squares.py), so all fits
 come from one pass over the data. They take 8 h (h + c) bytes for each first layer, with hidden_size h and c key and
-value channels of the layers from it on, and nothing else grows with the data. The probes are texts and rows that ask
-for what they hold (retrieval.py). They pass the early layers once, and the later ones of every conversion.
-
-With `own_last` (model.py), the first half of a text is a prompt, and the second half is measured; of a row that asks,
-what comes before the first answer is the prompt. With `skip_between` the fits take another pass over the data.
+value channels of the layers from it on, and nothing else grows with the data. The probes (probes.py) pass the early
+layers once, and the later ones of every conversion. With `skip_between` the fits take another pass over the data.
 """
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,26 +39,12 @@ from kvcompress.swiftkv.least_squares import (
     set_weights,
     with_ones,
 )
-from kvcompress.swiftkv.model import common_norm, entered_at
-from kvcompress.swiftkv.retrieval import retrieval_rows, with_retrieval
+from kvcompress.swiftkv.model import common_norm
+from kvcompress.swiftkv.probes import HeldOut, Probes, Score, hold_out
+from kvcompress.swiftkv.retrieval import with_retrieval
 
-# first tokens of an answer that must be right; tokens of rows that ask, for each of those to measure a text on
-_ANSWER, _ASKED = 8, 4
 # what a conversion must keep to be the elbow, over the model's own: of what is asked for, and of perplexity
 FOUND, PERPLEXITY = 0.95, 1.12
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model knows of the probes.
-
-    perplexity: of each text. found: the share of answers whose first tokens, up to eight, it each finds likeliest.
-    divergence: KL(the base model || it) on the texts, in nats per token.
-    """
-
-    perplexity: dict[str, float]
-    found: float
-    divergence: float
 
 
 @dataclass(frozen=True)
@@ -243,12 +226,10 @@ class Survey:
             unfitted: score conversions before they are fitted, too.
             on_point: called with each point.
         """
-        if not any(texts.values()) or not any(bool(row.answered.any()) for row in asked):
-            raise ValueError("there is nothing to measure: it takes texts, and rows that ask for something")
         between = self.skip_between
         # where what a conversion computes is no longer what the model does
         changed = {first: first if between is None else between[0] for first in self.firsts}
-        probes = _Probes(self.model, texts, asked, sorted({*changed.values()}), own_last)
+        probes = Probes(self.model, HeldOut(texts, asked), sorted({*changed.values()}), own_last)
         layers = len(probes.layers)
         config = self.model.config
         whole = projection_flops(config, prompt)
@@ -272,88 +253,7 @@ class Survey:
                 )
                 if on_point is not None:
                     on_point(points[-1])
-        return Frontier(layers, prompt, probes.score(self.model, layers), tuple(points), own_last, between)
-
-
-class _Probes:
-    """Texts and rows that ask, and what a model makes of them up to each first layer."""
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: Any,
-        texts: Mapping[str, Sequence[Tensor]],
-        asked: Sequence[Row],
-        firsts: Sequence[int],
-        own_last: int = 0,
-    ) -> None:
-        self.layers = model.model.layers
-        self._own_last = own_last
-        self._model = model
-        rows = [Row(ids, torch.zeros(0)) for parts in texts.values() for ids in parts]
-        self._names = [name for name, parts in texts.items() for _ in parts]
-        self._rows = [*rows, *(row for row in asked if bool(row.answered.any()))]
-        self._entered: list[dict[int, Tensor]] = []
-        last = self.layers[-1]
-        with hf.Captured(inputs=[self.layers[first] for first in firsts], outputs=[last]) as captured:
-            for row in self._rows:
-                model.model(row.ids[None].to(hf.input_device(model)), use_cache=False)
-                entered = {first: captured.inputs[self.layers[first]] for first in firsts}
-                # what leaves the last layer enters none
-                self._entered.append(entered | {len(self.layers): captured.outputs[last]})
-
-    @torch.no_grad()
-    def score(self, model: Any, first: int) -> Score:
-        """The score of the model, or of a conversion of it, which computes the same before the layer `first`."""
-        lost: dict[str, list[Tensor]] = {}
-        tokens: dict[str, int] = {}
-        divergence, found, asked, measured = 0.0, 0, 0, 0
-        for index, (row, entered) in enumerate(zip(self._rows, self._entered, strict=True)):
-            ids = row.ids[None].to(hf.input_device(model))
-            if index < len(self._names):
-                name = self._names[index]
-                prompt = len(row.ids) // 2 if self._own_last else 0
-                with entered_at(model, first, entered[first]):
-                    ours = self._logits(model, ids, prompt).float().log_softmax(-1)
-                with entered_at(self._model, len(self.layers), entered[len(self.layers)]):
-                    theirs = self._logits(self._model, ids, prompt).float().log_softmax(-1)
-                divergence += float((theirs.exp() * (theirs - ours)).sum())
-                said = ids[0, prompt + 1 :, None].to(ours.device)
-                lost.setdefault(name, []).append(-ours[:-1].gather(1, said).sum())
-                tokens[name] = tokens.get(name, 0) + len(said)
-                measured += len(said) + 1
-                continue
-            answers = [*_runs(row.answered)]
-            at = torch.cat([torch.arange(start, stop) for start, stop in answers])
-            with entered_at(model, first, entered[first]):
-                if self._own_last:
-                    prompt = answers[0][0] - 1
-                    likeliest = self._logits(model, ids, prompt)[at - 1 - prompt].argmax(-1)
-                else:
-                    wanted = (at - 1).to(ids.device)
-                    likeliest = model(ids, use_cache=False, logits_to_keep=wanted).logits[0].argmax(-1)
-            right = (likeliest.cpu() == row.ids[at]).split([stop - start for start, stop in answers])
-            found += sum(bool(each.all()) for each in right)
-            asked += len(answers)
-        perplexity = {name: float((torch.stack(each).sum() / tokens[name]).exp()) for name, each in lost.items()}
-        return Score(perplexity, found / asked, divergence / measured)
-
-    def _logits(self, model: Any, ids: Tensor, prompt: int) -> Tensor:
-        """The logits of what follows the first tokens of a row [1, tokens], [tokens - prompt, vocabulary]."""
-        logits: Tensor = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - prompt if prompt else 0).logits[0]
-        return logits
-
-
-def _runs(answered: Tensor) -> Iterator[tuple[int, int]]:
-    """Begin and end of each run of answered tokens, [tokens] bool, as far as it counts; never the first token, which
-    nothing tells."""
-    start = None
-    for index, is_answered in enumerate([*answered.tolist(), False]):
-        if is_answered and start is None and index:
-            start = index
-        elif not is_answered and start is not None:
-            yield start, min(index, start + _ANSWER)
-            start = None
+        return Frontier(layers, prompt, probes.base(), tuple(points), own_last, between)
 
 
 def diagnose(
@@ -391,18 +291,13 @@ def diagnose(
     Raises:
         ValueError: there are too few rows, or as `Survey`.
     """
-    if texts is None:
-        rows, held = _held_out(rows, probe_tokens)
-        texts = {"held out": held}
-    probes = {name: first_rows(part, probe_tokens, seed) for name, part in texts.items()}
-    asking = [row for part in texts.values() for row in part]
-    asked = retrieval_rows(asking, tokenizer, _ASKED * probe_tokens, length, seed + 1)
+    rows, held = hold_out(rows, tokenizer, texts=texts, tokens=probe_tokens, length=length, seed=seed)
     # rows for the fit, a share of them generated of the others
     of_prose = first_rows(rows, round(fit_tokens * (1 - retrieval)), seed)
     prose = [Row(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in of_prose]
     fitted_to = [row.ids for row in with_retrieval(prose, tokenizer, length, retrieval, seed)]
     survey = Survey(model, fitted_to, firsts, skip_between=skip_between)
-    return survey.measure(probes, asked, shares, own_last=own_last, on_point=on_point), survey
+    return survey.measure(held.texts, held.asked, shares, own_last=own_last, on_point=on_point), survey
 
 
 def best_conversion(
@@ -428,17 +323,6 @@ def best_conversion(
             f"{frontier.perplexity(nearest.fitted):.2f}: name a layer, and train the conversion"
         )
     return survey.converted(elbow.first, elbow.share, own_last)
-
-
-def _held_out(rows: Sequence[Row], tokens: int) -> tuple[list[Row], list[Row]]:
-    """The rows without the last ones, and these, which have at least so many tokens."""
-    held: list[Row] = []
-    left = list(rows)
-    while left and sum(len(row.ids) for row in held) < tokens:
-        held.append(left.pop())
-    if not left:
-        raise ValueError(f"the {len(rows)} rows have too few tokens to hold out {tokens} of them; give more, or texts")
-    return left, held
 
 
 def projection_flops(

@@ -175,8 +175,10 @@ def test_the_command_line_leaves_a_model_that_loads(smollm2, tmp_path, capsys):
     command = ["distill", str(tmp_path / "text.txt"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
     rest = ["--steps", "2", "--length", "32", "--share", "2", "--fit-tokens", "64", "--hidden-weight", "0.5"]
     assert main([*command, *rest]) == 2
+    assert "too few tokens to hold out 2048 of them: hold out fewer, or give texts" in capsys.readouterr().err
+    assert main([*command, *rest, "--held-out", "64"]) == 2
     assert "at least 128 tokens to hide something and ask for it, got 32" in capsys.readouterr().err
-    assert main([*command, *rest, "--retrieval", "0"]) == 0
+    assert main([*command, *rest, "--retrieval", "0", "--held-out", "0"]) == 0
     assert "2/2  loss" in capsys.readouterr().out
     settings = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["settings"]
     assert (settings["fit_tokens"], settings["hidden_weight"], settings["length"]) == (64, 0.5, 32)
@@ -186,17 +188,26 @@ def test_the_command_line_leaves_a_model_that_loads(smollm2, tmp_path, capsys):
     assert main(["distill", str(tmp_path / "none.txt")]) == 2
     assert main([*command, "--skip-from", "half"]) == 2
     assert "--skip-from must be a layer" in capsys.readouterr().err
-    assert main([*command, "--text", str(tmp_path / "text.txt")]) == 2
-    assert "--text is what --diagnose or --skip-from auto measure on" in capsys.readouterr().err
+    for given in (["--text", str(tmp_path / "text.txt")], ["--held-out", "64"]):
+        assert main([*command, *given, "--steps", "0"]) == 2
+        assert f"{given[0]} is what training, --diagnose and --skip-from auto measure on" in capsys.readouterr().err
+    assert main([*command, "--text", str(tmp_path / "text.txt"), "--held-out", "0"]) == 2
+    assert "--held-out 0 measures nothing" in capsys.readouterr().err
+    assert main([*command, "--diagnose", "--held-out", "0"]) == 2
+    assert "--held-out 0 leaves nothing" in capsys.readouterr().err
     assert main([*command, "--steps", "0", "--fit-tokens", "0"]) == 2
     assert "leaves nothing to do" in capsys.readouterr().err
     # half of what it learns from is generated, unless told otherwise
-    (tmp_path / "longer.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    (tmp_path / "longer.txt").write_text("The quick brown fox jumps over the lazy dog. " * 120)
     learned = {}
     for share in ("0.5", "0"):
         out = tmp_path / share
         given = ["distill", str(tmp_path / "longer.txt"), *command[2:4], "--out", str(out), "--retrieval", share]
-        assert main([*given, "--steps", "3", "--batch", "2", "--length", "128"]) == 0
+        capsys.readouterr()
+        assert main([*given, "--steps", "3", "--batch", "2", "--length", "128", "--held-out", "128"]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"0/3  perplexity of held out: \d+\.\d+ \(the model's .*  found: .*  KL: \d", printed)
+        assert re.search(r"the model as it was after [03] updates, which scored best", printed)
         rows_of = torch.load(out / "checkpoint.pt", weights_only=True)["rows"]
         learned[share] = int(re.search(r"rows of (\d+) tokens", rows_of)[1])
     assert learned["0.5"] == pytest.approx(2 * learned["0"], rel=0.2)
