@@ -166,6 +166,8 @@ class Survey:
         layers = hf.sizes(model.config).layers
         least = 1 if skip_between is None else max(skip_between) + 1
         self.firsts = sorted(range(max(least, layers // 3), layers) if firsts is None else firsts)
+        if not self.firsts and skip_between is not None:
+            raise ValueError(f"skip_between={tuple(skip_between)} leaves no layer behind it that could be skipped")
         if not self.firsts or not 1 <= self.firsts[0] <= self.firsts[-1] < layers:
             raise ValueError(f"first layers must be from 1 to {layers - 1}, got {self.firsts}")
         # refuses what cannot be converted before anything is computed

@@ -122,8 +122,10 @@ def _solved(students: dict[str, Any], sums: Sums, ridge: float) -> dict[str, tup
     for name, before, after, products, total in zip(
         students, *(each.split(widths, -1) for each in (begun, solved, sums.cross, sums.energy)), strict=True
     ):
+        # what is nothing may come out below it
         errors = [
-            float((total - 2 * (w * products).sum(0) + (w * (sums.inner @ w)).sum(0)).sum()) for w in (before, after)
+            max(0.0, float((total - 2 * (w * products).sum(0) + (w * (sums.inner @ w)).sum(0)).sum()))
+            for w in (before, after)
         ]
         found[name] = errors[0] / float(total.sum()), errors[1] / float(total.sum())
     set_weights([*students.values()], solved)

@@ -228,6 +228,8 @@ def test_auto_takes_rows_and_nothing_else_does(wrong, message):
 
 def test_what_cannot_be_measured_is_refused(taught):
     model, tokenizer, given = taught
+    with pytest.raises(ValueError, match=r"skip_between=\(2, 3\) leaves no layer behind it"):
+        Survey(model, [given[0].ids], skip_between=(2, 3))
     for firsts in ([], [0, 1], [3, 4]):
         with pytest.raises(ValueError, match="first layers must be from 1 to 3, got"):
             Survey(model, rows(1), firsts)
