@@ -8,7 +8,7 @@ from kvcompress import GEARCache, load_model, measure_basis
 def main(new_tokens: int = 32) -> GEARCache:
     model, tokenizer = load_model()
     # a few thousand tokens of what is to come are better: kvcompress calibrate FILE... --out basis.safetensors
-    texts = [pydoc_data.topics.topics[name] for name in ("try", "with", "import")]
+    texts = [pydoc_data.topics.topics[name] for name in ("try", "with")]
     basis = measure_basis(model, [tokenizer(text, return_tensors="pt").input_ids for text in texts])
     cache = GEARCache(model, bits=2, basis=basis)
     question = pydoc_data.topics.topics["for"] + "\nIn one sentence: what is this about?"
