@@ -16,9 +16,10 @@ from -1 to 1; no interval leaves the range. Where the range is open, equal score
 
 Methods that read the same prompts are compared prompt by prompt: most prompts are as hard for one as for the other, and
 what they have in common cancels. The interval of a mean difference is Student's, with equal differences as above; where
-both rows hold only 0 and 1 it is that of Bonett and Price (doi 10.3102/1076998609359785). Other differences get theirs
+both rows hold only 0 and 1 it is that of Bonett and Price (doi 10.3102/1076998609359785). Where a row is compared with
+what lies between two others, the ends are the weighted means of those of both differences. Other differences get theirs
 from the two rows' intervals (MOVER, doi 10.1002/sim.3095). No interval is corrected for how many comparisons a report
-makes.
+makes. That a row is equal to itself is exact.
 
 The full cache compared with itself, on KL and agreement, is exact: nothing was sampled there.
 """
@@ -32,6 +33,8 @@ from kvcompress import registry
 from kvcompress.evals.sweep.rows import mean_of, standard_error
 
 Row = dict[str, Any]
+# low and high, if there are enough samples
+_Ends = tuple[float | None, float | None]
 
 # Φ(1.96) = 0.975
 _NORMAL = 1.959963984540054
@@ -94,27 +97,37 @@ def difference(row: Row, others: Sequence[tuple[float, Row]], value: str = "scor
     """How much more a row has than the weighted sum of others: prompt by prompt, if all read the same prompts.
 
     Args:
-        others: weights, of which the sum is 1, and rows.
+        others: weights of 0 or more, of which the sum is 1, and rows.
     """
+    if all(row == other for _, other in others):
+        return Estimate(0.0, 0.0, 0.0, 0.0, True, exact=True)
     gap = row[value] - sum(weight * other[value] for weight, other in others)
     shares = value == "score" and all(is_share(one) for one in (row, *(other for _, other in others)))
     span = (-1.0, 1.0) if shares else _OPEN
-    pairs = [(per_sample(other), weight) for weight, other in others]
+    pairs = [(per_sample(other) or [], weight) for weight, other in others]
     own = per_sample(row)
     if value != "score" or own is None or not all(same_prompts(row, other) for _, other in others):
         found = [(weight, estimate(other, value, error)) for weight, other in others]
         return _unpaired(gap, estimate(row, value, error), found, span)
-    gaps = [
-        mine - sum(weight * samples[index] for samples, weight in pairs if samples) for index, mine in enumerate(own)
-    ]
-    spread = standard_error(gaps)
-    if spread is None:
-        return Estimate(gap, None, None, None, True)
-    if len(others) == 1 and others[0][0] == 1.0 and _is_binary(own) and _is_binary(pairs[0][0] or []):
-        return Estimate(gap, spread, *_bonett_price(gaps), True)
-    if _is_constant(gaps):
-        return Estimate(gap, spread, *_rule_of_three(gap, len(gaps), span), True)
-    return _within(span, gap, spread, _student(gap, gaps), paired=True)
+    spread = standard_error(
+        [mine - sum(weight * samples[index] for samples, weight in pairs) for index, mine in enumerate(own)]
+    )
+    ends = [(weight, *_paired(own, samples, span)) for samples, weight in pairs]
+    if spread is None or any(low is None or high is None for _, low, high in ends):
+        return Estimate(gap, spread, None, None, True)
+    low, high = (sum(end[0] * (end[side] or 0.0) for end in ends) for side in (1, 2))
+    return _within(span, gap, spread, (low, high), paired=True)
+
+
+def _paired(own: Sequence[float], others: Sequence[float], span: tuple[float, float]) -> _Ends:
+    """The interval of a mean difference, prompt by prompt."""
+    gaps = [mine - other for mine, other in zip(own, others, strict=True)]
+    if len(gaps) < 2:
+        return None, None
+    if _is_binary(own) and _is_binary(others):
+        return _bonett_price(gaps)
+    gap = mean_of(gaps)
+    return _rule_of_three(gap, len(gaps), span) if _is_constant(gaps) else _student(gap, gaps)
 
 
 def mean(parts: Sequence[Estimate]) -> Estimate:

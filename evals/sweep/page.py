@@ -98,7 +98,7 @@ def write_page(rows: Sequence[Row], path: Path, planned: int | None = None) -> N
         figures=interactive.to_json(charts) if charts else "",
         plotly=get_plotlyjs() if charts else "",
         sections=[section for section in _sections(shown, lacking) if section.sheets],
-        measured=_facts(rows, len(rows) - len(shown)),
+        measured=_facts(shown, len(rows) - len(shown)),
     )
     partial = path.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
@@ -112,11 +112,11 @@ def _lead(rows: Sequence[Row], shown: Sequence[Row], planned: int | None) -> str
     parts = [
         f"{len(methods)} method{'s' * (len(methods) != 1)}",
         f"{len(shown)} point{'s' * (len(shown) != 1)}{f' of {planned} planned' if planned else ''}",
-        f"{samples(rows)} samples per point" if samples(rows) else "",
+        f"{samples(shown)} samples per point" if samples(shown) else "",
         f"{stopped(shown)} stopped early, before all of their samples" if stopped(shown) else "",
         f"{failed} failed" if failed else "",
         ", ".join(
-            dict.fromkeys(f"{row['dtype']} on {row['device']}" for row in rows if {"dtype", "device"} <= row.keys())
+            dict.fromkeys(f"{row['dtype']} on {row['device']}" for row in shown if {"dtype", "device"} <= row.keys())
         ),
     ]
     return " · ".join(part for part in parts if part)
@@ -144,15 +144,16 @@ def _sections(rows: Sequence[Row], lacking: int) -> list[Section]:
 
 _ABOUT_MEANS = (
     "The mean over tasks, with its 95 % interval below, and the bytes held when the question came, in % of the full "
-    "cache's keys and values: all live storages, measured, with masks and padding, so the full cache may hold 101 %. "
-    "Each mean is over the tasks that every method of the column has; the best of "
-    "a column and budget is bold. A click on a column's head sorts."
+    "cache's keys and values: all live storages, measured, with masks and padding, so the full cache may hold 101 % "
+    "and more. Each mean is over the tasks that every method of the column has; the best of a column and budget is "
+    "bold. A click on a column's head sorts."
 )
 _ABOUT_SCORES = (
     "The score, and below it its 95 % interval and the bytes held in % of the full cache. The context is compressed "
     "before the question is read (question-agnostic), or after all but its last tokens (question-aware); every answer "
     "token comes from the compressed cache. Bold: the best of its budget. ≈: not told apart from that. °: not told "
-    "apart from the full cache. *: on the Pareto front, no other is as good in fewer bytes, or better in as few."
+    "apart from the full cache. *: on the Pareto front of what compresses and found anything: no other is as good in "
+    "fewer bytes, or better in as few."
 )
 _ABOUT_TIES = (
     "Two methods are not told apart if the 95 % interval of their difference contains 0. Where both read the same "
@@ -162,7 +163,7 @@ _ABOUT_TIES = (
 _ABOUT_FLOOR = (
     "How much better a method is than sinks + recent tokens in as many bytes, with the 95 % interval. Between the "
     "floor's points, and from the last up to the full cache, straight lines are drawn. More than 0 is better; bold: "
-    "the interval leaves out 0."
+    "the interval leaves out 0, by 0.005 or more."
 )
 _ABOUT_PROXIES = (
     "Spearman's rank correlation, over methods and budgets, between figures of the task text and the score of another "

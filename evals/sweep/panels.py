@@ -75,6 +75,31 @@ def one_each(rows: Sequence[Row]) -> list[Row]:
     return list(shown.values())
 
 
+# what else decides a score or its bytes, and how a name is told of it: a digest stands for a text
+_DECIDING = ("dtype", "hold_back", "continuation", "chunk", "turns", "transcript", "text", "documents", "question")
+
+
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with the settings that differ between those of one table in the names of their tasks.
+
+    What is measured in another dtype, or with other `turns`, is another task. Rows of older sweeps, which lack a
+    setting, are named without it.
+    """
+    tables: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        tables.setdefault((subject(row), row["protocol"]), []).append(row)
+    differ = {
+        place: [name for name in _DECIDING if len({str(row[name]) for row in own if row.get(name) is not None}) > 1]
+        for place, own in tables.items()
+    }
+    named = []
+    for row in rows:
+        settings = [name for name in differ[subject(row), row["protocol"]] if row.get(name) is not None]
+        words = [str(row[name]) if name == "dtype" else f"{name} {str(row[name])[:8]}" for name in settings]
+        named.append(row | {"task": f"{row['task']} ({', '.join(words)})"} if words else row)
+    return named
+
+
 def share(row: Row) -> float | None:
     """The bytes that a row's cache held over those of the full cache; None if nobody measured the latter."""
     return row["bytes"] / row["full_bytes"] if row.get("full_bytes") else None

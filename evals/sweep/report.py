@@ -18,6 +18,7 @@ from kvcompress.evals.sweep.panels import (
     score_panels,
     stopped,
     subject,
+    told_apart,
 )
 from kvcompress.evals.sweep.plot import draw
 from kvcompress.evals.sweep.rows import read_rows
@@ -34,6 +35,7 @@ __all__ = [
     "make_panels",
     "make_tables",
     "make_ties",
+    "one_each",
     "read",
     "reason",
     "stopped",
@@ -52,7 +54,8 @@ _COLUMNS = [
         "kl kl_stderr attention_error attention_error_stderr perplexity",
         "full_perplexity bytes full_bytes ratio device_bytes host_bytes fetched_bytes tokens_kept least_kept most_kept",
         "tokens_seen compressed samples seed",
-        "num_fewshot limit hold_back chunk continuation model dtype device seconds error key",
+        "num_fewshot limit hold_back chunk continuation turns transcript text documents question",
+        "shown model dtype device seconds error key",
     )
     for name in line.split()
 ]
@@ -64,7 +67,7 @@ _PLACE = (
 _NEEDED = {"status", "task", "length", "protocol", "method", "budget", "model", "provenance"}
 _MEASURED = {"score", "bytes"}
 # what rows of older sweeps may lack
-_DEFAULTS: Row = {"metric": "score", "stderr": None, "error": "no message"}
+_DEFAULTS: Row = {"metric": "score", "stderr": None}
 
 
 def read(folders: Sequence[Path]) -> list[Row]:
@@ -79,18 +82,22 @@ def read(folders: Sequence[Path]) -> list[Row]:
         if not own:
             raise ValueError(f"there are no rows of a sweep (results.jsonl) in {folder}")
         for key, row in own.items():
-            lacking = sorted((_NEEDED | (_MEASURED if row.get("status") == "ok" else set())) - row.keys())
+            succeeded = row.get("status") == "ok"
+            lacking = sorted(_NEEDED - row.keys())
+            if succeeded:
+                lacking += sorted(name for name in _MEASURED if not isinstance(row.get(name), int | float))
             if lacking:
                 raise ValueError(f"the row {key!r} in {folder} is none of a sweep: it lacks {', '.join(lacking)}")
             if key not in found or found[key]["status"] != "ok":
-                found[key] = _DEFAULTS | row
+                found[key] = _DEFAULTS | ({} if succeeded else {"error": "no message"}) | row
     # of a class of somebody's own that has changed in between, the newest
     newest = {row["key"] if "source" not in row else tuple(map(row.get, _PLACE)): row for row in found.values()}
     return list(newest.values())
 
 
 def collect(folders: Sequence[Path]) -> list[Row]:
-    """The rows of several sweeps in one order; with several models, tasks get the model's name.
+    """The rows of several sweeps in one order; with several models, tasks get the model's name, and with several
+    settings, such as the dtype, those that differ.
 
     Raises:
         ValueError: as `read`.
@@ -98,7 +105,7 @@ def collect(folders: Sequence[Path]) -> list[Row]:
     rows = read(folders)
     if len({row["model"] for row in rows}) > 1:
         rows = [row | {"task": f"{Path(row['model']).name}: {row['task']}"} for row in rows]
-    rows = list(_with_full_bytes(rows))
+    rows = list(_with_full_bytes(told_apart(rows)))
     places: dict[str, int] = {}
     for row in rows:
         places.setdefault(subject(row), len(places))
@@ -139,6 +146,7 @@ def _marks(rows: Sequence[Row]) -> dict[int, Row]:
         for row in panel.rows:
             own, over = estimate(row), over_full(row, members, rises=panel.rises)
             marks[id(row)] = {
+                "shown": id(row) in shown,
                 **_columns("score", own, "low high"),
                 "pareto": id(row) in front,
                 **_columns("over_floor", over_floor(row, members, rises=panel.rises), " stderr low high"),

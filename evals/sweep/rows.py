@@ -115,6 +115,16 @@ def _append(path: Path, value: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def damaged(folder: Path) -> list[str]:
+    """The lines of a sweep's results that are no rows, for people: such as the last one, where a machine went down."""
+    found = []
+    for path in sorted(folder.glob("results*.jsonl")):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if line.strip() and _entry(line) is None:
+                found.append(f"{path}:{number}")
+    return found
+
+
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """The newest row of each key, from the folder's results.jsonl and the files of several processes."""
     rows: dict[str, dict[str, Any]] = {}
@@ -145,14 +155,21 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         # another process has finished, and no longer needs it
         return
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "key" in row:
-                for old, new in RENAMED.items():
-                    if "method" in row:
-                        row["method"] = row["method"].replace(f":{old}=", f":{new}=")
-                yield row
+    for row in map(_entry, lines):
+        if row is not None:
+            for old, new in RENAMED.items():
+                if "method" in row:
+                    row["method"] = row["method"].replace(f":{old}=", f":{new}=")
+            yield row
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line holds; None if that is nothing with a key."""
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and "key" in row:
+            return row
+    return None
 
 
 def held(measured: Sequence[Measured], budget: int | None) -> dict[str, Any]:

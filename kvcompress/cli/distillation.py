@@ -61,6 +61,8 @@ def distill(
     for path in (*data, *(text or ())):
         if not path.is_file():
             raise UsageError(f"there is no file {path}")
+    if steps < 0:
+        raise UsageError(f"--steps must be 0 or more, got {steps}")
     auto = skip_from == "auto"
     split = 1 if auto else _layer(skip_from)
     if held_out < 0:

@@ -139,7 +139,15 @@ def report(
     with user_errors():
         rows = reports.collect(folders)
     check_folder(out)
+    for folder in folders:
+        _tell_damaged(folder)
     status = show(rows, reports.write_all(rows, out))
+    if hidden := len(rows) - len(reports.one_each(rows)):
+        print(
+            f"{hidden} of {len(rows)} rows are not shown: others of the same points have more samples or are newer "
+            "(another seed makes no other point); results.csv has all",
+            file=sys.stderr,
+        )
     if leaderboard is not None:
         with user_errors():
             for path in write_leaderboard(reports.read(folders), leaderboard):
@@ -194,6 +202,8 @@ def run_sweep(
             check_budgets(model, work.points)
             work.check_tasks()
         without = " without --fresh" * fresh
+        if not fresh:
+            _tell_damaged(folder)
         _tell_left_out(work)
         _tell_batches(work)
         try:
@@ -207,12 +217,22 @@ def run_sweep(
         cut = sum(work.key(point) not in failed for point in work.missing())
         if cut:
             print(
-                f"time is up for {cut} of {len(work.points)} points; the same command{without} goes on", file=sys.stderr
+                f"time is up: {cut} of {len(work.points)} points have not read all of their samples; the same "
+                f"command{without} goes on",
+                file=sys.stderr,
             )
         if not rows:
             return 0
         paths = report.write_all(rows, folder, planned=len(work.points))
     return show(rows, [work.results.path, *paths])
+
+
+def _tell_damaged(folder: Path) -> None:
+    """Says which lines of a sweep's results cannot be read."""
+    from kvcompress.evals.sweep.rows import damaged
+
+    for place in damaged(folder):
+        print(f"{place} is not a row of a sweep, and is left out", file=sys.stderr)
 
 
 def _tell_left_out(work: "Sweep") -> None:

@@ -477,7 +477,7 @@ def test_the_options_of_distill_are_its_settings_and_those_of_the_model():
         *("data", "model", "out", "skip_from", "share", "dtype"),
         "diagnose",
         *("own_last", "skip_between"),
-        "text",
+        *("text", "held_out"),
         "retrieval",
     }
     # what the paper gives no reason to change
