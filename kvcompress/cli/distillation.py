@@ -105,7 +105,11 @@ def distill(
     loaded, tokenizer = load(model, dtype, "cpu")
     with user_errors():
         rows = read_rows(data, tokenizer, length)
-        texts = {path.stem: read_rows([path], tokenizer, length) for path in text or ()} or None
+        named = {path.stem for path in text or ()}
+        unique = len(named) == len(text or ())
+        texts = {
+            path.stem if unique else str(path): read_rows([path], tokenizer, length) for path in text or ()
+        } or None
         how: Any = {"texts": texts, "fit_tokens": fit_tokens, "length": length, "retrieval": retrieval, "seed": seed}
         how |= {"own_last": own_last, "skip_between": skip_between, "probe_tokens": held_out}
         if diagnose:
@@ -129,7 +133,8 @@ def distill(
                 student = convert(loaded, split, share, own_last=own_last, skip_between=skip_between)
         held = None
         if steps and held_out:
-            rows, held = hold_out(rows, tokenizer, texts=texts, tokens=held_out, length=length, seed=seed)
+            own: Any = {"tokens": held_out, "length": length, "seed": seed, "asks": bool(retrieval)}
+            rows, held = hold_out(rows, tokenizer, texts=texts, **own)
         if retrieval:
             rows = with_retrieval(rows, tokenizer, length, retrieval, seed)
 
@@ -144,7 +149,8 @@ def distill(
             f"perplexity of {name}: {value:.2f} (the model's {teacher['perplexity'][name]:.2f})"
             for name, value in score["perplexity"].items()
         ]
-        parts += [f"found: {score['found']:.2f} ({teacher['found']:.2f})", f"KL: {score['divergence']:.4f}"]
+        parts += [f"found: {score['found']:.2f} ({teacher['found']:.2f})"] if score["found"] is not None else []
+        parts += [f"KL: {score['divergence']:.4f}"]
         print(f"{score['step']}/{settings.steps}  {'  '.join(parts)}", flush=True)
 
     with user_errors():
@@ -157,8 +163,8 @@ def distill(
         tokenizer.save_pretrained(out)
         if held is not None:
             scores = [json.loads(line) for line in (out / "scores.jsonl").read_text("utf-8").splitlines()]
-            best = min(scores, key=lambda score: score["divergence"])
-            print(f"the model as it was after {best['step']} updates, which scored best")
+            best = next(score["step"] for score in reversed(scores) if score["best"])
+            print(f"the model as it was after {best} updates, which scored best")
         print(out)
 
 

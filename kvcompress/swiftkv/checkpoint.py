@@ -1,5 +1,5 @@
-"""What a run of distillation writes to its folder: a checkpoint to resume from, the losses and scores so far, and what
-scored best."""
+"""What a run of distillation writes to its folder: a checkpoint to resume from, which holds what scored best, and its
+losses and scores."""
 
 import dataclasses
 import hashlib
@@ -24,34 +24,37 @@ from kvcompress.swiftkv.model import SwiftKVModel, trained_parameters
 _CHECKPOINT = "checkpoint.pt"
 _LOSSES = "losses.jsonl"
 _SCORES = "scores.jsonl"
-_BEST = "best.pt"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's results depend on. base: the model without what is trained. rows: how many, and a digest."""
+    """What a run's results depend on.
+
+    base: the model without what is trained. rows: how many, and a digest. held_out: a digest of what it is measured on,
+    or None.
+    """
 
     settings: dict[str, Any]
     base: hf.Fingerprint
     rows: str
+    held_out: str | None = None
 
     @classmethod
-    def of(cls, model: SwiftKVModel, rows: Sequence[Row], settings: Mapping[str, Any]) -> "Run":
+    def of(
+        cls, model: SwiftKVModel, rows: Sequence[Row], settings: Mapping[str, Any], held_out: Sequence[Row] = ()
+    ) -> "Run":
         """
         Args:
             settings: those on which the run's results depend.
+            held_out: what it is measured on.
         """
-        digest = hashlib.sha256()
-        for row in rows:
-            # the length first, so that rows cannot run into each other
-            digest.update(len(row.ids).to_bytes(8, "little"))
-            digest.update(row.ids.long().cpu().numpy().tobytes() + row.answered.cpu().numpy().tobytes())
         tokens = sum(len(row.ids) for row in rows)
         known: Any = model
         return cls(
             json.loads(json.dumps(settings)),
             hf.Fingerprint.of(known, without=frozenset(trained_parameters(model))),
-            f"{len(rows)} rows of {tokens} tokens, {digest.hexdigest()[:16]}",
+            f"{len(rows)} rows of {tokens} tokens, {_digest(rows)}",
+            _digest(held_out) if held_out else None,
         )
 
     def check(self, state: dict[str, Any], folder: Path) -> None:
@@ -75,6 +78,21 @@ class Run:
                 f"{folder} holds a run on other data: {state['rows']}, got {self.rows}; choose another folder"
             )
 
+        if self.held_out is not None and state.get("held_out") not in (None, self.held_out):
+            raise ValueError(
+                f"{folder} holds a run that was measured on other rows, whose scores do not compare; measure on the "
+                "same texts, or choose another folder"
+            )
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        # the length first, so that rows cannot run into each other
+        digest.update(len(row.ids).to_bytes(8, "little"))
+        digest.update(row.ids.long().cpu().numpy().tobytes() + row.answered.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
 
 class Checkpoint:
     """The state of a run, in a folder."""
@@ -93,6 +111,8 @@ class Checkpoint:
         self._trained = trained
         self._optimiser = optimiser
         self._scaler = scaler
+        self._held_out = run.held_out
+        self._best: dict[str, Any] | None = None
 
     def is_there(self) -> bool:
         """Whether the folder holds the state of a run."""
@@ -102,6 +122,8 @@ class Checkpoint:
         """Writes everything needed to resume after so many updates, and then losses and scores for a reader."""
         state = {
             "trained": {name: parameter.detach().cpu() for name, parameter in self._trained.items()},
+            "best": self._best,
+            "held_out": self._held_out,
             "optimiser": self._optimiser.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "settings": self._run.settings,
@@ -120,7 +142,7 @@ class Checkpoint:
         self.write_lines(lines, scores)
 
     def write_lines(self, lines: list[dict[str, float]], scores: list[dict[str, Any]]) -> None:
-        """Writes losses and scores for a reader."""
+        """Writes losses and scores for a reader; what there is none of has no file."""
         for name, written in ((_LOSSES, lines), (_SCORES, scores)):
             text = "".join(json.dumps(line) + "\n" for line in written)
 
@@ -130,37 +152,24 @@ class Checkpoint:
 
             if written:
                 write_whole(self._folder, name, write)
+            else:
+                (self._folder / name).unlink(missing_ok=True)
 
-    def save_best(self, step: int) -> None:
-        """Writes what is trained, as it is after so many updates."""
-        state = {"trained": {name: parameter.detach().cpu() for name, parameter in self._trained.items()}, "step": step}
+    def keep_best(self) -> None:
+        """What is trained now is the best so far; `save` writes it too."""
+        self._best = {name: parameter.detach().cpu().clone() for name, parameter in self._trained.items()}
 
-        def write(file: BinaryIO) -> str:
-            torch.save(state, file)
-            return _BEST
-
-        write_whole(self._folder, _BEST, write)
-
-    def load_best(self, device: torch.device) -> int:
-        """Sets what is trained to what was last written as best; returns after how many updates that was.
-
-        Raises:
-            ValueError: it is damaged, or not there.
-        """
-        path = self._folder / _BEST
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, which held the best of this run; choose another folder to start over")
-        state = _read_state(path, device)
-        self._set(state["trained"])
-        step: int = state["step"]
-        return step
+    def load_best(self) -> None:
+        """Sets what is trained to the best that was written."""
+        best = _read_state(self._folder / _CHECKPOINT)["best"]
+        self._set(best)
 
     def _set(self, values: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(values[name])
 
-    def resume(self, device: torch.device) -> tuple[int, list[dict[str, float]], list[dict[str, Any]]]:
+    def resume(self) -> tuple[int, list[dict[str, float]], list[dict[str, Any]]]:
         """Restores what the folder holds of the run; returns the updates done, their lines, and the scores so far.
 
         Raises:
@@ -169,7 +178,7 @@ class Checkpoint:
         if not self.is_there():
             return 0, [], []
         folder = self._folder
-        state = _read_state(folder / _CHECKPOINT, device)
+        state = _read_state(folder / _CHECKPOINT)
         self._run.check(state, folder)
         if set(state["trained"]) != set(self._trained):
             raise ValueError(f"{folder} holds another run, which differs in the layers trained; choose another folder")
@@ -178,6 +187,8 @@ class Checkpoint:
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
         scores = state.get("scores", [])
+        self._best = state.get("best")
+        self._held_out = self._held_out or state.get("held_out")
         if "lines" in state:
             return state["step"], state["lines"], scores
         # before checkpoints had them
@@ -185,7 +196,7 @@ class Checkpoint:
         return state["step"], lines[: state["step"]], scores
 
 
-def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     """
     Raises:
         ValueError: the checkpoint is not as it was written.
@@ -195,7 +206,8 @@ def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is None:
-            return torch.load(path, map_location=device, weights_only=True)
+            # into host memory, whichever device it was on: parameters and the optimiser's state are copied from there
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (
         zipfile.BadZipFile,
         zlib.error,

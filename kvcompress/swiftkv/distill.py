@@ -109,20 +109,23 @@ def distill(
         model: as returned by `kvcompress.convert`.
         rows: as returned by `read_rows`.
         settings: of the run.
-        folder: gets checkpoint.pt, from which a run with the same settings, base model and rows resumes; losses.jsonl,
-            with a line per update; losses.png if matplotlib is installed; and with `held_out` scores.jsonl and best.pt.
+        folder: gets checkpoint.pt, from which a run with the same settings, base model, rows and held-out rows
+            resumes; losses.jsonl, with a line per update; losses.png if matplotlib is installed; and with `held_out`
+            scores.jsonl.
         on_step: called after every update, in the first process, with its line.
         held_out: what to measure on before the first update and whenever a checkpoint is written, as of `hold_out`. The
-            model is then left as it scored best: with the lowest KL(teacher || student) on texts and rows that ask.
+            model is then left as it scored best: with the lowest KL(teacher || student) on texts and rows that ask,
+            over all of their tokens.
         on_score: called after every measurement, in the first process, with a line of scores.jsonl: step, perplexity
-            of each text, found and divergence, as of `probes.Score`, and those of the teacher.
+            of each text, found and divergence, as of `probes.Score`, those of the teacher, and whether it is the best
+            so far.
 
     Returns:
         The lines: step, loss, divergence (T^2 KL), hidden (MSE), rate, tokens and seconds.
 
     Raises:
-        ValueError: the model was not converted, or has no teacher or no later layers, there are no rows, or the folder
-            holds another run.
+        ValueError: the model was not converted, or has no teacher or no later layers, there are no rows, what is held
+            out is too short to be measured, or the folder holds another run.
     """
     check_has_teacher(model)
     if not rows:
@@ -154,14 +157,17 @@ def _train(
     set_seed(settings.seed)
     # tokens of an update are averaged by hand: Accelerate only scales and synchronises
     accelerator = Accelerator(mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
-    run = Run.of(model, rows, settings.course())
+    measured = [] if held_out is None else [*held_out.rows(), *held_out.asked]
+    run = Run.of(model, rows, settings.course(), measured)
     trained = _freeze(model, settings, has_own=bool(own_last))
     model.to(accelerator.device)
     optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate(0), betas=settings.betas, weight_decay=0.0)
     checkpoint = Checkpoint(folder, run, trained, optimiser, accelerator.scaler)
     if settings.fit_tokens and not checkpoint.is_there():
         fit(model, first_rows(rows, settings.fit_tokens, settings.seed))
-    begun, lines, scores = checkpoint.resume(accelerator.device)
+    begun, lines, scores = checkpoint.resume()
+    # all have read what the first may soon replace
+    accelerator.wait_for_everyone()
     if begun and accelerator.is_main_process:
         # for a run that was killed between the files
         checkpoint.write_lines(lines, scores)
@@ -174,8 +180,9 @@ def _train(
     judge = None
     if held_out is not None and accelerator.is_main_process:
         judge = _Judge(model, held_out, own_last, checkpoint, accelerator, scores, on_score)
-        if not scores:
+        if not scores or scores[-1]["step"] != begun:
             judge.measure(begun)
+            checkpoint.save(begun, lines, scores)
     objective = Objective(network, model, settings.temperature, accelerator)
     # dropout is off, so that teacher and student differ only by the conversion
     network.train(settings.checkpointing)
@@ -199,7 +206,7 @@ def _train(
             plot_losses(lines, folder / "losses.png", scores)
         if held_out is not None:
             accelerator.wait_for_everyone()
-            checkpoint.load_best(accelerator.device)
+            checkpoint.load_best()
     finally:
         objective.close()
         model.train(was_training)
@@ -225,7 +232,10 @@ class _Judge:
             scores: of the run so far; gets what is measured.
         """
         # every token of both counts as much
-        both = {**held_out.texts, "rows that ask": [row.ids for row in held_out.asked]}
+        name = "rows that ask"
+        while name in held_out.texts:
+            name += ", generated"
+        both = {**held_out.texts, name: [row.ids for row in held_out.asked]} if held_out.asked else held_out.texts
         self._model, self._own_last, self._accelerator = model, own_last, accelerator
         self._checkpoint, self._scores, self._on_score = checkpoint, scores, on_score
         self._first = model.config.num_key_value_layers
@@ -234,13 +244,14 @@ class _Judge:
             self._teacher = dataclasses.asdict(self._probes.base())
 
     def measure(self, step: int) -> None:
-        """Scores the model as it is after so many updates; if it is the best so far, the folder gets it."""
+        """Scores the model as it is after so many updates; the checkpoint keeps it if none before was better."""
         with self._as_used():
             score = {"step": step, **dataclasses.asdict(self._probes.score(self._model, self._first))}
         finite = [each["divergence"] for each in self._scores if math.isfinite(each["divergence"])]
-        if not self._scores or score["divergence"] < min(finite, default=math.inf):
-            self._checkpoint.save_best(step)
-        self._scores.append(score | {"teacher": self._teacher})
+        best = not self._scores or score["divergence"] <= min(finite, default=math.inf)
+        if best:
+            self._checkpoint.keep_best()
+        self._scores.append(score | {"teacher": self._teacher, "best": best})
         if self._on_score is not None:
             self._on_score(self._scores[-1])
 
@@ -324,7 +335,8 @@ def plot_losses(lines: Sequence[dict[str, float]], path: Path, scores: Sequence[
         at = [learned[score["step"]] for score in scores]
         beside = under.twinx()
         drawn = under.plot(at, [score["divergence"] for score in scores], "o-", label="KL of what is held out, nats")
-        drawn += beside.plot(at, [score["found"] for score in scores], "s--", color="C1", label="found")
+        if scores[0]["found"] is not None:
+            drawn += beside.plot(at, [score["found"] for score in scores], "s--", color="C1", label="found")
         axes.set(xlabel="")
         under.set(xlabel="tokens", ylabel="KL, nats")
         beside.set(ylabel="found", ylim=(0, 1.05))

@@ -81,7 +81,7 @@ class Frontier:
 
     def found(self, score: Score) -> float:
         """What a score found of what was asked for, over what the base model found."""
-        return score.found / max(self.base.found, 1e-9)
+        return (score.found or 0.0) / max(self.base.found or 0.0, 1e-9)
 
     def elbow(self, found: float = FOUND, perplexity: float = PERPLEXITY) -> Point | None:
         """The cheapest fitted conversion that finds this share of what the base model finds, at no more than this
@@ -228,6 +228,8 @@ class Survey:
             unfitted: score conversions before they are fitted, too.
             on_point: called with each point.
         """
+        if not any(bool(row.answered[1:].any()) for row in asked):
+            raise ValueError("there is nothing to measure: it takes texts, and rows that ask for something")
         between = self.skip_between
         # where what a conversion computes is no longer what the model does
         changed = {first: first if between is None else between[0] for first in self.firsts}

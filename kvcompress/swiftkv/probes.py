@@ -2,7 +2,8 @@
 (retrieval.py).
 
 With `own_last` (model.py), the first half of a text is a prompt, and the second half is measured; of a row that asks,
-what comes before the first answer is the prompt.
+what comes before the first answer is the prompt. Rows whose prompt is no longer than `own_last`, of which nothing is
+skipped, are left out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,30 +29,34 @@ _TOKENS_AT_ONCE = 512
 class Score:
     """What a model knows of the probes.
 
-    perplexity: of each text. found: the share of answers whose first tokens, up to eight, it each finds likeliest.
-    divergence: KL(the base model || it) on the texts, in nats per token.
+    perplexity: of each text. found: the share of answers whose first tokens, up to eight, it each finds likeliest; None
+    if nothing was asked. divergence: KL(the base model || it) on the texts, in nats per token.
     """
 
     perplexity: dict[str, float]
-    found: float
+    found: float | None
     divergence: float
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """What a model is measured on. texts: of each, rows of token ids [tokens] int64. asked: rows whose `answered`
-    tokens are looked up.
+    tokens are looked up; none, if that is not measured.
 
     Raises:
-        ValueError: there are no texts, or no row asks for anything.
+        ValueError: there is no text of two tokens.
     """
 
     texts: Mapping[str, Sequence[Tensor]]
     asked: Sequence[Row]
 
     def __post_init__(self) -> None:
-        if not any(self.texts.values()) or not any(bool(row.answered.any()) for row in self.asked):
-            raise ValueError("there is nothing to measure: it takes texts, and rows that ask for something")
+        if not any(len(ids) > 1 for parts in self.texts.values() for ids in parts):
+            raise ValueError("there is nothing to measure: it takes texts of at least two tokens")
+
+    def rows(self) -> list[Row]:
+        """Those of the texts."""
+        return [Row(ids, torch.ones_like(ids, dtype=torch.bool)) for parts in self.texts.values() for ids in parts]
 
 
 def hold_out(
@@ -62,6 +67,7 @@ def hold_out(
     tokens: int = 2048,
     length: int = 512,
     seed: int = 0,
+    asks: bool = True,
 ) -> tuple[list[Row], HeldOut]:
     """The rows that are left to learn from, and what to measure on: texts, and rows generated of them that ask.
 
@@ -72,6 +78,7 @@ def hold_out(
         tokens: how many of each text; of rows that ask, four times as many.
         length: the most tokens of a row of generated ones.
         seed: of the choice of rows. With another, rows for training are generated.
+        asks: whether to generate rows that ask.
 
     Raises:
         ValueError: there are too few rows, or as `retrieval_rows`.
@@ -89,7 +96,7 @@ def hold_out(
     asking = [row for part in texts.values() for row in part]
     return left, HeldOut(
         {name: first_rows(part, tokens, seed) for name, part in texts.items()},
-        retrieval_rows(asking, tokenizer, _ASKED * tokens, length, seed + 1),
+        retrieval_rows(asking, tokenizer, _ASKED * tokens, length, seed + 1) if asks else (),
     )
 
 
@@ -103,13 +110,25 @@ class Probes:
             model: the base model, or one converted from it, which is its own teacher.
             firsts: layers before which the conversions that will be scored compute what the base model does.
             own_last: as of `convert`; the conversions'.
+
+        Raises:
+            ValueError: no row is long enough to have a prompt of which anything is skipped.
         """
         self.layers = model.model.layers
         self._own_last = own_last
         self._model = model
-        rows = [Row(ids, torch.zeros(0)) for parts in held.texts.values() for ids in parts]
-        self._names = [name for name, parts in held.texts.items() for _ in parts]
-        self._rows = [*rows, *(row for row in held.asked if bool(row.answered.any()))]
+        texts = [(name, ids) for name, parts in held.texts.items() for ids in parts if len(ids) > 1]
+        texts = [(name, ids) for name, ids in texts if not own_last or len(ids) // 2 > own_last]
+        answers = [(row, next(_runs(row.answered), None)) for row in held.asked]
+        asked = [row for row, first in answers if first and (not own_last or first[0] - 1 > own_last)]
+        left_out = [name for name, parts in held.texts.items() if parts and name not in {name for name, _ in texts}]
+        if left_out or bool(held.asked) != bool(asked):
+            raise ValueError(
+                f"there is nothing to measure of {', '.join(left_out) or 'rows that ask'}: it takes rows of at least "
+                f"two tokens, texts of more than twice own_last={own_last}, and prompts of more"
+            )
+        self._names = [name for name, _ in texts]
+        self._rows = [*(Row(ids, torch.zeros(0)) for _, ids in texts), *asked]
         self._entered: list[dict[int, Tensor]] = []
         last = self.layers[-1]
         captures = hf.Captured(inputs=[self.layers[first] for first in firsts], outputs=[last])
@@ -161,7 +180,8 @@ class Probes:
             found += sum(bool(each.all()) for each in right)
             asked += len(answers)
         perplexity = {name: float((torch.stack(each).sum() / tokens[name]).exp()) for name, each in lost.items()}
-        return Score(perplexity, found / asked, divergence / measured)
+        # rounding may leave less than nothing; what is no number stays none
+        return Score(perplexity, found / asked if asked else None, max(divergence / measured, 0.0))
 
     def _as_base(self) -> AbstractContextManager[None]:
         """Within it, the model that the probes were made with is the base model."""

@@ -19,12 +19,13 @@ def rows(count=12, tokens=16):
     return [Row(prompt(tokens, seed=seed)[0].cpu(), torch.ones(tokens, dtype=torch.bool)) for seed in range(count)]
 
 
-def interrupted(folder, step=3, data=None, **settings):
+def interrupted(folder, step=3, data=None, held_out=None, **settings):
     """A folder of a run that was interrupted after so many steps."""
 
     def stop(line):
         if line["step"] == step:
             raise KeyboardInterrupt
 
+    how = Distillation(**{**SMALL, **settings}, save_every=2)
     with pytest.raises(KeyboardInterrupt):
-        distill(student(), data or rows(), Distillation(**{**SMALL, **settings}, save_every=2), folder, stop)
+        distill(student(), data or rows(), how, folder, stop, held_out=held_out)

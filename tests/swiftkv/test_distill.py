@@ -18,6 +18,7 @@ from kvcompress.swiftkv.conversion import convert
 from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.distill import Distillation, distill
 from kvcompress.swiftkv.model import as_teacher, trained_parameters
+from kvcompress.swiftkv.probes import HeldOut
 from tests.contract.models import build, prompt
 from tests.swiftkv.runs import SMALL, rows, student
 
@@ -137,7 +138,10 @@ def as_launched(rank, port, folder):
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in launched.items()} | {"ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
-    distill(student(), rows(), Distillation(**{**SMALL, "batch": 1}), folder)
+    held = HeldOut({"text": [rows(14)[-1].ids]}, ())
+    for _ in range(2):
+        # the second finds the first one's folder
+        distill(student(), rows(), Distillation(**{**SMALL, "batch": 1}), folder, held_out=held)
 
 
 def test_two_processes_train_as_one_with_twice_the_rows(tmp_path):
@@ -178,8 +182,10 @@ def test_the_command_line_leaves_a_model_that_loads(smollm2, tmp_path, capsys):
     assert "too few tokens to hold out 2048 of them: hold out fewer, or give texts" in capsys.readouterr().err
     assert main([*command, *rest, "--held-out", "64"]) == 2
     assert "at least 128 tokens to hide something and ask for it, got 32" in capsys.readouterr().err
-    assert main([*command, *rest, "--retrieval", "0", "--held-out", "0"]) == 0
-    assert "2/2  loss" in capsys.readouterr().out
+    assert main([*command, *rest, "--retrieval", "0", "--held-out", "32"]) == 0
+    printed = capsys.readouterr().out
+    assert "2/2  loss" in printed
+    assert "found" not in printed
     settings = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["settings"]
     assert (settings["fit_tokens"], settings["hidden_weight"], settings["length"]) == (64, 0.5, 32)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -195,6 +201,8 @@ def test_the_command_line_leaves_a_model_that_loads(smollm2, tmp_path, capsys):
     assert "--held-out 0 measures nothing" in capsys.readouterr().err
     assert main([*command, "--diagnose", "--held-out", "0"]) == 2
     assert "--held-out 0 leaves nothing" in capsys.readouterr().err
+    assert main([*command, "--steps", "-1"]) == 2
+    assert "--steps must be 0 or more, got -1" in capsys.readouterr().err
     assert main([*command, "--steps", "0", "--fit-tokens", "0"]) == 2
     assert "leaves nothing to do" in capsys.readouterr().err
     # half of what it learns from is generated, unless told otherwise
@@ -206,7 +214,8 @@ def test_the_command_line_leaves_a_model_that_loads(smollm2, tmp_path, capsys):
         capsys.readouterr()
         assert main([*given, "--steps", "3", "--batch", "2", "--length", "128", "--held-out", "128"]) == 0
         printed = capsys.readouterr().out
-        assert re.search(r"0/3  perplexity of held out: \d+\.\d+ \(the model's .*  found: .*  KL: \d", printed)
+        found = r"found: \d.*  " if float(share) else ""
+        assert re.search(rf"0/3  perplexity of held out: \d+\.\d+ \(the model's .*\)  {found}KL: \d", printed)
         assert re.search(r"the model as it was after [03] updates, which scored best", printed)
         rows_of = torch.load(out / "checkpoint.pt", weights_only=True)["rows"]
         learned[share] = int(re.search(r"rows of (\d+) tokens", rows_of)[1])

@@ -12,12 +12,13 @@ from kvcompress.swiftkv.distill import Distillation, distill, plot_losses
 from kvcompress.swiftkv.model import as_teacher, set_own_last, trained_parameters
 from kvcompress.swiftkv.probes import HeldOut, Probes, hold_out
 from tests.contract.models import prompt
-from tests.swiftkv.runs import SMALL, rows, student
+from tests.swiftkv.runs import SMALL, interrupted, rows, student
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("no_precision_of_an_earlier_run")
 
 SETTINGS = Distillation(**{**SMALL, "steps": 8}, save_every=2)
+SETTINGS_OF_INTERRUPTED = Distillation(**SMALL, save_every=2)
 
 
 def held(tokens=24):
@@ -118,9 +119,55 @@ def test_a_run_that_stopped_leaves_the_best_of_both_halves(tmp_path):
     distill(again, rows(), SETTINGS, tmp_path / "whole", held_out=held())
     for name, value in trained(again).items():
         assert torch.equal(value, trained(whole)[name]), name
-    (tmp_path / "whole" / "best.pt").unlink()
-    with pytest.raises(ValueError, match=r"best\.pt is missing"):
-        distill(student(), rows(), SETTINGS, tmp_path / "whole", held_out=held())
+
+
+def test_what_was_measured_on_other_rows_is_not_compared(tmp_path):
+    interrupted(tmp_path, 3, held_out=held())
+    with pytest.raises(ValueError, match="holds a run that was measured on other rows"):
+        distill(student(), rows(), SETTINGS_OF_INTERRUPTED, tmp_path, held_out=held(30))
+    # one that was not measured so far is from there on, to its end
+    distill(student(), rows(), SETTINGS_OF_INTERRUPTED, tmp_path)
+    scores = []
+    distill(student(), rows(), SETTINGS_OF_INTERRUPTED, tmp_path, held_out=held(), on_score=scores.append)
+    assert [score["step"] for score in scores] == [6]
+    written = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [score["step"] for score in written] == [0, 2, 6]
+    assert [score["best"] for score in written] == [True, True, True]
+
+
+def test_the_first_score_is_in_the_folder_before_the_first_update(tmp_path):
+    interrupted(tmp_path, 1, held_out=held())
+    (line,) = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 0
+    assert len(distill(student(), rows(), SETTINGS_OF_INTERRUPTED, tmp_path, held_out=held())) == 6
+    (tmp_path / "checkpoint.pt").unlink()
+    distill(student(), rows(), SETTINGS_OF_INTERRUPTED, tmp_path)
+    assert not (tmp_path / "scores.jsonl").exists()
+
+
+def test_what_own_last_leaves_nothing_of_is_not_measured(tmp_path):
+    model = student()
+    set_own_last(model, 12)
+    before = trained(model)
+    with pytest.raises(
+        ValueError, match=r"nothing to measure of text, rows that ask: .* texts of more than twice own_last=12"
+    ):
+        distill(model, rows(), SETTINGS, tmp_path, held_out=held())
+    assert model.config.swiftkv_own_last == 12
+    assert all(torch.equal(value, before[name]) for name, value in trained(model).items())
+    long = HeldOut({"text": [*held(40).texts["text"], *held(8).texts["text"]]}, held(40).asked)
+    probes = Probes(model, long, [1], 12)
+    alone = Probes(model, held(40), [1], 12)
+    assert probes.score(model, 1) == alone.score(model, 1)
+    assert probes.score(model, 1).divergence > 0
+
+
+def test_a_row_that_asks_at_its_first_token_alone_is_left_out():
+    first = Row(prompt(20, seed=60)[0].cpu(), torch.arange(20) < 1)
+    model = student()
+    one = Probes(model, HeldOut(held().texts, [*held().asked, first]), [1]).score(model, 1)
+    assert one == Probes(model, held(), [1]).score(model, 1)
+    assert Probes(model, HeldOut(held().texts, ()), [1]).score(model, 1).found is None
 
 
 def test_a_start_that_is_better_than_all_updates_stays(tmp_path):
