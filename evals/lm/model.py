@@ -15,6 +15,7 @@ text in chunks, each with what is left of those before. With `cache=none` all sc
 model.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -105,6 +106,8 @@ class CompressedLM(HFLM):
             self._size = min(_AUTO_WITHOUT_GPU, limit)
         self.cache, self.budget, self.chunk = cache, budget, chunk
         # a shell passes \n as two characters
+        # contexts without and with that text
+        self._with_hold_back = {False: 0, True: 0}
         self.hold_back = hold_back.replace("\\n", "\n") if isinstance(hold_back, str) else hold_back
         self.measured: list[Measured] = []
         # the same by task, and the one whose requests are being answered
@@ -178,6 +181,14 @@ class CompressedLM(HFLM):
                 found |= zip(indices, own, strict=True)
         finally:
             self._task = None
+        without, having = self._with_hold_back[False], self._with_hold_back[True]
+        self._with_hold_back = {False: 0, True: 0}
+        if without and not having:
+            warnings.warn(
+                f"hold_back={self.hold_back!r} occurs in none of the {without} contexts: all but the last token of "
+                "each was compressed, the question too",
+                stacklevel=2,
+            )
         return [found[index] for index in range(len(requests))]
 
     # likelihoods
@@ -365,6 +376,9 @@ class CompressedLM(HFLM):
             return min(self.hold_back, len(context))
         text = self.tok_decode(list(context)) if text is None else text
         at = text.rfind(self.hold_back)
+        # a rolling likelihood has one token before it
+        if len(context) > 1:
+            self._with_hold_back[at >= 0] += 1
         if at < 0:
             return 1
         return min(max(1, len(context) - len(self.tok_encode(text[:at]))), len(context))

@@ -142,7 +142,10 @@ def _quantized(backend: str) -> Any:
         model: PreTrainedModel, *, bits: int = 4, group_size: int = 64, residual: int = 64
     ) -> MeasuredQuantizedCache:
         if not installed(backend):
-            raise ValueError(f"the method {backend} needs the package {_PROJECTS[backend]}, which is not installed")
+            raise ValueError(
+                f"the method {backend} needs the package {_PROJECTS[backend]}, which is not installed: pip install "
+                f"{_PROJECTS[backend]}"
+            )
         axis = _AXES[backend]
         return MeasuredQuantizedCache(
             backend, model.config, nbits=bits, axis_key=axis, axis_value=axis, q_group_size=group_size,

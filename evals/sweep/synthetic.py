@@ -49,7 +49,13 @@ class SyntheticTask(PartedTask):
             for protocol in self._protocols():
                 # samples of one file differ in what they need
                 count = self.settings.samples if RECIPES[self.name].reads_documents else 1
-                prompt = make_prompt(tokenizer, self.samples(tokenizer, length, count, self._questions(protocol))[0])
+                questions = self._questions(protocol)
+                try:
+                    prompt = make_prompt(tokenizer, self.samples(tokenizer, length, count, questions)[0])
+                except ValueError as error:
+                    if questions == 1:
+                        raise
+                    raise ValueError(f"{error}; {protocol} asks for {questions} answers in it (--turns)") from None
                 split(prompt, protocol, self.settings.hold_back)
 
     def cost(self, point: Point) -> int:

@@ -151,7 +151,8 @@ def as_dtype(name: str, option: str = "--dtype") -> "torch.dtype":
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in kinds:
-        raise UsageError(f"{option} must be one of {', '.join(kinds)}, got {name!r}")
+        auto = " or auto" * (option == "--dtype")
+        raise UsageError(f"{option} must be one of {', '.join(kinds)}{auto}, got {name!r}")
     return kinds[name]
 
 

@@ -21,13 +21,13 @@ def methods(
     ] = None,
 ) -> None:
     """List the methods, or the settings of one: their types, defaults and meanings."""
-    from kvcompress import registry
-
     if method is None:
         _show_all()
         return
+    from kvcompress.evals.sweep import baselines
+
     with user_errors():
-        found, given = registry.parse(method)
+        found, given = baselines.parse(method)
     _show_one(found, given)
 
 

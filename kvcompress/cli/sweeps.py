@@ -112,10 +112,15 @@ def sweep(
         values |= {name: value for name, value in _QUICK.items() if is_default(context, name)}
     kinds: dict[str, Callable[[str], Any]] = {"lengths": count, "budgets": as_budget}
     for name in ("methods", "budgets", "tasks", "lengths", "protocols"):
-        values[name] = tuple(kinds.get(name, str)(part) for part in parts(values[name]))
+        try:
+            values[name] = tuple(kinds.get(name, str)(part) for part in parts(values[name]))
+        except UsageError as error:
+            raise UsageError(f"--{name}: {error}") from None
     values["methods"] = expanded(values["methods"])
     values["metadata"] = as_object("--metadata", metadata)
     values["question"] = question and unescaped(question)
+    if documents is not None and not Path(documents).exists():
+        raise UsageError(f"there is nothing at {documents} (--documents)")
     with user_errors():
         settings = Settings(**values)
         tasks_by_name = make_tasks(settings)

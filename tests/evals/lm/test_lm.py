@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tomllib
+import warnings
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -192,6 +193,17 @@ def test_examples_are_read_once_for_all_questions_after_them(loaded):
     for (got, greedy), (alone, alone_greedy) in zip(scores[0], [*scores[1], *scores[2]], strict=True):
         assert got == pytest.approx(alone, rel=1e-4)
         assert greedy == alone_greedy
+
+
+@pytest.mark.parametrize("name", ["colours_until", "colours_choice"])
+def test_a_text_to_hold_back_that_is_in_no_context_is_told(loaded, tasks, name):
+    wrong = CompressedLM(**loaded, cache="h2o", budget=20, hold_back="Qestion:", batch_size=4)
+    with pytest.warns(UserWarning, match=r"hold_back='Qestion:' occurs in none of the \d+ contexts"):
+        evaluated(wrong, tasks, name)
+    right = CompressedLM(**loaded, cache="h2o", budget=20, hold_back="Question:", batch_size=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "hold_back=")
+        evaluated(right, tasks, name)
 
 
 def test_too_long_a_context_is_cut_on_the_left_as_the_harness_does(loaded):

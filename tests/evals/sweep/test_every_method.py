@@ -47,7 +47,7 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("out")
 
 
-# docs: It measures every method at every budget, next to transformers' own caches
+# docs: It measures every method at every budget, next to sinks + recent
 @pytest.mark.filterwarnings("ignore:AcrossKVCache on")
 @pytest.mark.parametrize("spec", SPECS)
 def test_it_works_in_a_sweep(spec, model, tokenizer, data, out):

@@ -148,6 +148,34 @@ def test_a_method_is_not_told_apart_from_itself():
         assert (found.value, found.is_apart) == (0.0, False)
 
 
+def test_between_two_rows_an_interval_is_between_those_of_both():
+    own, low, high = scored([0.0] * 8), scored([0.0] * 8, "streaming"), scored([1.0] * 8, "none", None)
+    at_low, at_high = (difference(own, [(1.0, other)]) for other in (low, high))
+    assert not at_low.is_apart
+    for share in (0.0, 0.001, 0.5, 0.9, 1.0):
+        found = difference(own, [(1.0 - share, low), (share, high)])
+        assert found.value == pytest.approx(-share)
+        ends = [
+            (1.0 - share) * one + share * other for one, other in zip(ends_of(at_low), ends_of(at_high), strict=True)
+        ]
+        assert ends_of(found) == pytest.approx(ends)
+    # a hair above the floor's bytes tells nothing apart that is equal at them
+    assert not difference(own, [(0.999, low), (0.001, high)]).is_apart
+    assert difference(own, [(0.1, low), (0.9, high)]).is_apart
+
+
+def ends_of(found):
+    return found.low, found.high
+
+
+def test_a_row_is_equal_to_itself_without_doubt():
+    for one in (scored([0.0, 1.0, 1.0]), scored([0.2, 0.3]), row(kl=0.3, kl_stderr=0.1)):
+        found = difference(one, [(1.0, dict(one))])
+        assert (found.value, found.low, found.high, found.exact) == (0.0, 0.0, 0.0, True)
+        other = difference(one, [(1.0, one | {"method": "tova"})])
+        assert other.low is None or other.low < 0.0
+
+
 def test_a_weighted_sum_is_taken_prompt_by_prompt_too():
     own, low, high = [0.5, 0.9, 0.2], [0.1, 0.3, 0.0], [0.6, 0.8, 0.4]
     found = difference(scored(own), [(0.25, scored(low)), (0.75, scored(high))])

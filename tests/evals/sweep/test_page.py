@@ -250,7 +250,7 @@ def test_what_is_not_finished_does_not_look_finished(page):
     assert [line[2].partition("·")[2] for line in means] == ["", " n = 3 to 12"]
 
 
-# docs: the page names the planned points that have no row
+# docs: counts the planned points that have no row
 def test_planned_points_without_a_row_are_named(page, tmp_path):
     made = [row("none", None), row("h2o"), row("tova"), row("none", None, task="kv"), row("h2o", task="kv")]
     assert not cells(page(made), "unfinished")

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from kvcompress.cli import main
 from kvcompress.cli.sweeps import show
 from kvcompress.evals.sweep import report
 from tests.evals.sweep.reported import FAILED, row, rows, scored
@@ -154,6 +155,59 @@ def test_sweeps_of_several_models_keep_them_apart(tmp_path):
     first = write(tmp_path / "one", row("h2o", 0.2))
     other = write(tmp_path / "two", row("h2o", 0.2, model="org/large") | {"key": "x"})
     assert [r["task"] for r in report.collect([first, other])] == ["tiny: needle", "large: needle"]
+
+
+# docs: the names of their tasks then say what differs
+def test_sweeps_of_other_settings_keep_them_apart(tmp_path):
+    first = write(tmp_path / "one", row("none", None, turns=3), row("h2o", 0.2, turns=3))
+    changes = {"dtype": "bfloat16"}, {"turns": 5}, {"text": "0123456789abcdef"}
+    # one that lacks a setting, and one without a text
+    others = [write(tmp_path / f"{at}", row("none", None, **new) | {"key": f"{at}"}) for at, new in enumerate(changes)]
+    assert [r["task"] for r in report.collect([first, others[0]])] == ["needle (float32)"] * 2 + ["needle (bfloat16)"]
+    assert [r["task"] for r in report.collect([first, others[1]])] == ["needle (turns 3)"] * 2 + ["needle (turns 5)"]
+    assert {r["task"] for r in report.collect([first, others[2]])} == {"needle"}
+    texts = write(tmp_path / "text", row("h2o", 0.2, text="fedcba9876543210") | {"key": "z"})
+    assert [r["task"] for r in report.collect([others[2], texts])] == [
+        "needle (text 01234567)",
+        "needle (text fedcba98)",
+    ]
+    # in another protocol nothing differs
+    other = write(tmp_path / "aware", row("h2o", 0.2, protocol="question-agnostic", dtype="bfloat16"))
+    assert {r["task"] for r in report.collect([first, other])} == {"needle"}
+
+
+def test_lines_that_are_no_rows_are_named(tmp_path, capsys):
+    folder = write(tmp_path / "one", row("none", None), row("h2o", 0.2), row("streaming", 0.2))
+    file = folder / "results.jsonl"
+    file.write_text("\x00\xff\n" + file.read_text()[:-30])
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert f"{file}:1 is not a row of a sweep, and is left out" in said
+    assert f"{file}:4 is not a row of a sweep, and is left out" in said
+    assert f"{file}:2" not in said
+
+
+# docs: Of a point with several rows, such as those of two seeds, the one with more samples is shown
+def test_rows_that_are_not_shown_are_counted_and_marked(tmp_path, capsys):
+    folder = write(
+        tmp_path / "one",
+        row("none", None),
+        row("h2o", 0.2, samples=9),
+        row("h2o", 0.2, score=0.9, samples=4, seed=1) | {"key": "x"},
+    )
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert "1 of 3 rows are not shown" in capsys.readouterr().err
+    with (tmp_path / "out" / "results.csv").open() as file:
+        assert [(line["shown"], line["samples"], line["error"]) for line in csv.DictReader(file)] == [
+            ("True", "4", ""), ("True", "9", ""), ("False", "4", ""),
+        ]  # fmt: skip
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "4 to 9 samples per point" in page
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is none of a sweep: it lacks score"):
+        report.collect([write(tmp_path / "rows", row(score=None))])
 
 
 def test_old_rows_take_the_full_caches_bytes_from_its_row(tmp_path):

@@ -356,7 +356,7 @@ def sequential(sweep, **change):
     return work
 
 
-# docs: it reads no more samples once every score's 95 % interval reaches at most 0.1 to either side
+# docs: it reads no more samples, from eight on, once half of every score's 95 % interval is at most 0.1
 def test_points_end_early_once_they_are_known_well_enough(sweep, monkeypatch):
     # the first point is not known well enough from its first part
     widths = iter([0.5] + [0.2] * 100)
