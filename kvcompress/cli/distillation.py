@@ -170,12 +170,20 @@ def distill(
 
 def _diagnose(model: Any, tokenizer: Any, rows: Any, share: int, how: dict[str, Any], out: Path) -> None:
     """Prints the frontier, and writes it to frontier.json and frontier.png."""
-    from kvcompress.swiftkv.frontier import Point, diagnose
-
-    def show(point: Point) -> None:
-        print(f"layer {point.first}, share {point.share}: measured", flush=True)
+    from kvcompress import hf
+    from kvcompress.swiftkv.frontier import Point, diagnose, usual_firsts
 
     shares = sorted({1, share})
+    layers = hf.sizes(model.config).layers
+    firsts = usual_firsts(layers, how["skip_between"])
+    left = [(first, each) for first in firsts for each in shares if not (layers - first) % each]
+    planned = len(left)
+    print(f"{planned} conversions, after one pass over {how['fit_tokens']} tokens", flush=True)
+
+    def show(point: Point) -> None:
+        left.pop()
+        print(f"{planned - len(left)}/{planned}  layer {point.first}, share {point.share}: measured", flush=True)
+
     frontier, _ = diagnose(model, tokenizer, rows, shares=shares, on_point=show, **how)
     out.mkdir(parents=True, exist_ok=True)
     (out / "frontier.json").write_text(json.dumps(frontier.facts(), indent=1) + "\n", encoding="utf-8")

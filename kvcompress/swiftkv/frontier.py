@@ -138,6 +138,11 @@ class Frontier:
         return True
 
 
+def usual_firsts(layers: int, skip_between: tuple[int, int] | None = None) -> range:
+    """The first layers that are looked at: those from a third of the layers on, and behind what is skipped between."""
+    return range(max(1 if skip_between is None else max(skip_between) + 1, layers // 3), layers)
+
+
 class Survey:
     """The least-squares sums of a model, for several first layers, from one pass over some rows."""
 
@@ -164,8 +169,7 @@ class Survey:
         """
         check_fit(rows, ridge)
         layers = hf.sizes(model.config).layers
-        least = 1 if skip_between is None else max(skip_between) + 1
-        self.firsts = sorted(range(max(least, layers // 3), layers) if firsts is None else firsts)
+        self.firsts = sorted(usual_firsts(layers, skip_between) if firsts is None else firsts)
         if not self.firsts and skip_between is not None:
             raise ValueError(f"skip_between={tuple(skip_between)} leaves no layer behind it that could be skipped")
         if not self.firsts or not 1 <= self.firsts[0] <= self.firsts[-1] < layers:

@@ -122,9 +122,9 @@ def _solved(students: dict[str, Any], sums: Sums, ridge: float) -> dict[str, tup
     for name, before, after, products, total in zip(
         students, *(each.split(widths, -1) for each in (begun, solved, sums.cross, sums.energy)), strict=True
     ):
-        # what is nothing may come out below it
+        # what is nothing may come out below it; what is no number stays none
         errors = [
-            max(0.0, float((total - 2 * (w * products).sum(0) + (w * (sums.inner @ w)).sum(0)).sum()))
+            max(float((total - 2 * (w * products).sum(0) + (w * (sums.inner @ w)).sum(0)).sum()), 0.0)
             for w in (before, after)
         ]
         found[name] = errors[0] / float(total.sum()), errors[1] / float(total.sum())

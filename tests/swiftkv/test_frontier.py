@@ -263,6 +263,7 @@ def test_the_command_tells_what_conversions_would_cost(folder, capsys):
     facts = json.loads((folder / "out" / "frontier.json").read_text())
     assert [(each["first"], each["share"]) for each in facts["points"]] == [(1, 1), (1, 3), (2, 1), (3, 1)]
     assert "| 2 of 4 | 1 | " in said
+    assert "4/4  layer 3, share 1: measured" in said
     assert (folder / "out" / "frontier.png").exists()
     # of random weights nothing is found
     assert main([*command, "--skip-from", "auto", "--steps", "0"]) != 0
