@@ -210,6 +210,7 @@ def run_sweep(
         if not fresh:
             _tell_damaged(folder)
         _tell_left_out(work)
+        _tell_lengths(work)
         _tell_batches(work)
         try:
             rows = _run(work)
@@ -249,6 +250,18 @@ def _tell_left_out(work: "Sweep") -> None:
         left = [task for task in work.tasks if task not in ran]
         if left:
             print(f"{protocol} asks several questions, and leaves out {', '.join(left)}", file=sys.stderr)
+
+
+def _tell_lengths(work: "Sweep") -> None:
+    """Says which lengths are more than the model was trained for."""
+    from kvcompress import hf
+
+    trained = hf.trained_length(hf.decoder_config(work.model))
+    lengths = dict.fromkeys(point.length for point in work.points if point.length is not None)
+    beyond = [str(length) for length in lengths if trained is not None and length > trained]
+    if beyond:
+        told = f"{work.model_name} was trained for {trained} tokens"
+        print(f"{told}: {', '.join(beyond)} are more, and the full cache may fail too", file=sys.stderr)
 
 
 def _tell_batches(work: "Sweep") -> None:

@@ -73,6 +73,7 @@ from kvcompress.hf.configs import shares_kv as shares_kv
 from kvcompress.hf.configs import sizes as sizes
 from kvcompress.hf.configs import takes_one_mask as takes_one_mask
 from kvcompress.hf.configs import text_config as text_config
+from kvcompress.hf.configs import trained_length as trained_length
 from kvcompress.hf.configs import without_windows as without_windows
 from kvcompress.hf.fingerprint import Fingerprint as Fingerprint
 from kvcompress.hf.indexer import Choice as Choice

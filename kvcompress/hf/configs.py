@@ -164,9 +164,14 @@ def sizes(config: PreTrainedConfig) -> Sizes:
         head_dim,
         max(widths) if isinstance(widths, list) else widths,
         config.vocab_size,
-        getattr(config, "max_position_embeddings", None),
+        trained_length(config),
         getattr(config, "rope_parameters", None) is None,
     )
+
+
+def trained_length(config: PreTrainedConfig) -> int | None:
+    """How many tokens a decoder was trained for, None if its config does not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def head_counts(config: PreTrainedConfig) -> tuple[int, int, int]:

@@ -52,7 +52,8 @@ def read_rows(paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: i
                     rows.append(row)
             text = "\n\n".join(texts)
         if text:
-            ids = tokenizer(text, return_tensors="pt").input_ids[0]
+            # it is cut into rows: that it is long needs no warning
+            ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
             rows += [Row(part, torch.ones_like(part, dtype=torch.bool)) for part in ids.split(length) if len(part) > 1]
         if len(rows) == before:
             raise ValueError(f"{path} holds nothing to learn from")

@@ -340,6 +340,14 @@ def test_a_sweep_says_where_it_reads_fewer_at_a_time(sweep, capsys, monkeypatch)
     assert "at a time" not in capsys.readouterr().err
 
 
+def test_a_sweep_says_which_lengths_the_model_was_not_trained_for(sweep, capsys, monkeypatch):
+    monkeypatch.setattr(sweeps, "_run", lambda work: [])
+    assert sweep("--lengths", "400,9000") == 0
+    assert re.search(r"was trained for \d+ tokens: 9000 are more", capsys.readouterr().err)
+    assert sweep("--lengths", "400") == 0
+    assert "was trained for" not in capsys.readouterr().err
+
+
 def test_a_sweep_that_is_done_measures_nothing_again(sweep, tmp_path, capsys):
     sweep()
     before = rows(tmp_path)
