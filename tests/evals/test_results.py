@@ -9,7 +9,7 @@ import pytest
 
 from kvcompress.choosing import FORESEEN, UNFORESEEN
 from kvcompress.evals.studies.swiftkv import projection_flops
-from kvcompress.evals.sweep.intervals import estimate
+from kvcompress.evals.sweep.intervals import difference, estimate
 from tests.test_readme import MARKS, ROOT
 
 RESULTS = ROOT / "evals" / "results"
@@ -332,14 +332,37 @@ def test_what_todays_scales_find():
     assert score("study_1k_gear", "gear:bits=3", None) == 0.62
 
 
-# README: | `AttentionMatchingCache(budget=0.1)`, text of 512 tokens | `KVzipCache` of as many bytes |
+# README: | `AttentionMatchingCache(budget=0.1)`, text of 512 tokens;
 def test_attention_matching_beside_kvzip():
     kl = {}
     for method in ("attention_matching", "kvzip"):
         (row,) = rows("allocation", method=method, budget=0.1, samples=12, length=512, text=WIKITEXT)
         kl[method] = row["kl"]
     told = f"KL {kl['attention_matching']:.3f} nats; {kl['kvzip']:.3f}"
-    assert told in said("| `AttentionMatchingCache(budget=0.1)`")
+    at = {"task": "multikey", "length": 1024, "protocol": "question-agnostic", "samples": 50}
+    start = PAGE.index("*Attention Matching on the same prompts*")
+    page = " ".join(PAGE[start:].split("\n\n")[0].split())
+    found, gaps, held = {}, [], []
+    for budget in (0.1, 0.2):
+        (ours,) = rows("study_1k_matched", method="attention_matching", budget=budget, **at)
+        (kvzip,) = rows("study_1k", method="kvzip", budget=budget, **at)
+        assert ours["answers"] == kvzip["answers"]
+        found[budget] = ours["score"], kvzip["score"]
+        gap = difference(ours, [(1.0, kvzip)])
+        assert gap.paired
+        assert not gap.is_apart
+        gaps.append(f"{gap.value:+.2f} [{gap.low:.2f}, {gap.high:.2f}]")
+        held.append(100 * ours["bytes"] / ours["full_bytes"])
+        (full,) = rows("study_1k", method="none", **at)
+        assert difference(ours, [(1.0, full)]).is_apart == (budget == 0.1)
+    assert f"({' and '.join(gaps)})" in page
+    assert (
+        "{:.2f} at 10 % and {:.2f} at 20 %, in {:.1f} and {:.1f} %".format(found[0.1][0], found[0.2][0], *held) in page
+    )
+    assert f"`kvzip` finds {found[0.1][1]:.2f} and {found[0.2][1]:.2f};" in page
+    line = said("| `AttentionMatchingCache(budget=0.1)`")
+    assert told in line
+    assert line.endswith("needles {:.2f}; {:.2f} |".format(*found[0.2]))
 
 
 def test_what_training_brings_back_of_swiftkv():
