@@ -62,7 +62,7 @@ def main(
         skip_between=skip_between, on_point=show,
     )  # fmt: skip
     results["frontier"] = frontier.facts()
-    results["fit_seconds"] = round(survey.seconds, 1)
+    results["fit_seconds"] = round(survey.seconds, 3)
     lap("frontier")
     print(frontier.table(), flush=True)
     elbow = frontier.elbow()
