@@ -106,9 +106,9 @@ class CompressedLM(HFLM):
             self._size = min(_AUTO_WITHOUT_GPU, limit)
         self.cache, self.budget, self.chunk = cache, budget, chunk
         # a shell passes \n as two characters
-        # contexts without and with that text
-        self._with_hold_back = {False: 0, True: 0}
         self.hold_back = hold_back.replace("\\n", "\n") if isinstance(hold_back, str) else hold_back
+        # contexts without and with the text to hold back
+        self._with_hold_back = {False: 0, True: 0}
         self.measured: list[Measured] = []
         # the same by task, and the one whose requests are being answered
         self.measured_by_task: dict[str, list[Measured]] = {}

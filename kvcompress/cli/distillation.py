@@ -2,6 +2,7 @@
 tells beforehand what conversions would cost."""
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -133,8 +134,9 @@ def distill(
                 student = convert(loaded, split, share, own_last=own_last, skip_between=skip_between)
         held = None
         if steps and held_out:
-            own: Any = {"tokens": held_out, "length": length, "seed": seed, "asks": bool(retrieval)}
-            rows, held = hold_out(rows, tokenizer, texts=texts, **own)
+            rows, held = hold_out(
+                rows, tokenizer, texts=texts, tokens=held_out, length=length, seed=seed, asks=bool(retrieval)
+            )
         if retrieval:
             rows = with_retrieval(rows, tokenizer, length, retrieval, seed)
 
@@ -171,18 +173,16 @@ def distill(
 def _diagnose(model: Any, tokenizer: Any, rows: Any, share: int, how: dict[str, Any], out: Path) -> None:
     """Prints the frontier, and writes it to frontier.json and frontier.png."""
     from kvcompress import hf
-    from kvcompress.swiftkv.frontier import Point, diagnose, usual_firsts
+    from kvcompress.swiftkv.frontier import Point, conversions, diagnose, usual_firsts
 
     shares = sorted({1, share})
     layers = hf.sizes(model.config).layers
-    firsts = usual_firsts(layers, how["skip_between"])
-    left = [(first, each) for first in firsts for each in shares if not (layers - first) % each]
-    planned = len(left)
+    planned = len(conversions(layers, usual_firsts(layers, how["skip_between"]), shares))
+    measured = itertools.count(1)
     print(f"{planned} conversions, after one pass over {how['fit_tokens']} tokens", flush=True)
 
     def show(point: Point) -> None:
-        left.pop()
-        print(f"{planned - len(left)}/{planned}  layer {point.first}, share {point.share}: measured", flush=True)
+        print(f"{next(measured)}/{planned}  layer {point.first}, share {point.share}: measured", flush=True)
 
     frontier, _ = diagnose(model, tokenizer, rows, shares=shares, on_point=show, **how)
     out.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,6 @@ class Run:
             raise ValueError(
                 f"{folder} holds a run on other data: {state['rows']}, got {self.rows}; choose another folder"
             )
-
         if self.held_out is not None and state.get("held_out") not in (None, self.held_out):
             raise ValueError(
                 f"{folder} holds a run that was measured on other rows, whose scores do not compare; measure on the "

@@ -157,8 +157,7 @@ def _train(
     set_seed(settings.seed)
     # tokens of an update are averaged by hand: Accelerate only scales and synchronises
     accelerator = Accelerator(mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
-    measured = [] if held_out is None else [*held_out.rows(), *held_out.asked]
-    run = Run.of(model, rows, settings.course(), measured)
+    run = Run.of(model, rows, settings.course(), [] if held_out is None else held_out.rows())
     trained = _freeze(model, settings, has_own=bool(own_last))
     model.to(accelerator.device)
     optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate(0), betas=settings.betas, weight_decay=0.0)

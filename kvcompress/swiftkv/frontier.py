@@ -143,6 +143,11 @@ def usual_firsts(layers: int, skip_between: tuple[int, int] | None = None) -> ra
     return range(max(1 if skip_between is None else max(skip_between) + 1, layers // 3), layers)
 
 
+def conversions(layers: int, firsts: Sequence[int], shares: Sequence[int]) -> list[tuple[int, int]]:
+    """Each first layer with each share that divides what it skips."""
+    return [(first, share) for first in firsts for share in shares if not (layers - first) % share]
+
+
 class Survey:
     """The least-squares sums of a model, for several first layers, from one pass over some rows."""
 
@@ -242,25 +247,22 @@ class Survey:
         config = self.model.config
         whole = projection_flops(config, prompt)
         points = []
-        for first in self.firsts:
-            for share in shares:
-                if (layers - first) % share:
-                    continue
-                begun = convert(self.model, first, share, own_last=own_last, skip_between=between)
-                before = probes.score(begun, changed[first]) if unfitted else None
-                cost = projection_flops(config, prompt, first, share, own_last=own_last, skip_between=between)
-                points.append(
-                    Point(
-                        first,
-                        share,
-                        cost / whole,
-                        (first + (layers - first) // share) / layers,
-                        before,
-                        probes.score(self.converted(first, share, own_last), changed[first]),
-                    )
+        for first, share in conversions(layers, self.firsts, shares):
+            begun = convert(self.model, first, share, own_last=own_last, skip_between=between)
+            before = probes.score(begun, changed[first]) if unfitted else None
+            cost = projection_flops(config, prompt, first, share, own_last=own_last, skip_between=between)
+            points.append(
+                Point(
+                    first,
+                    share,
+                    cost / whole,
+                    (first + (layers - first) // share) / layers,
+                    before,
+                    probes.score(self.converted(first, share, own_last), changed[first]),
                 )
-                if on_point is not None:
-                    on_point(points[-1])
+            )
+            if on_point is not None:
+                on_point(points[-1])
         return Frontier(layers, prompt, probes.base(), tuple(points), own_last, between)
 
 

@@ -16,7 +16,7 @@ from kvcompress.swiftkv.data import Row
 from kvcompress.swiftkv.model import SwiftKVModel, as_teacher, entered_at
 
 # how many tokens' probabilities are compared at a time: each takes two float32 rows of the vocabulary's size
-_TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE = 512
 
 
 def distillation_loss(
@@ -31,7 +31,7 @@ def distillation_loss(
     """
     total = student.new_zeros((), dtype=torch.float32)
     student, teacher = student[answered], teacher[answered]
-    for ours, theirs in zip(student.split(_TOKENS_AT_ONCE), teacher.split(_TOKENS_AT_ONCE), strict=True):
+    for ours, theirs in zip(student.split(TOKENS_AT_ONCE), teacher.split(TOKENS_AT_ONCE), strict=True):
         ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (ours, theirs))
         total = total + nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
     return temperature**2 * total / tokens

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from kvcompress import hf
 from kvcompress.swiftkv.data import Row, first_rows
 from kvcompress.swiftkv.model import SwiftKVModel, as_teacher, entered_at
+from kvcompress.swiftkv.objective import TOKENS_AT_ONCE, distillation_loss
 from kvcompress.swiftkv.retrieval import retrieval_rows
 
 # first tokens of an answer that must be right; tokens of rows that ask, for each of those to measure a text on
 _ANSWER, _ASKED = 8, 4
-# how many tokens' probabilities are compared at a time: each takes three float32 rows of the vocabulary's size
-_TOKENS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class HeldOut:
             raise ValueError("there is nothing to measure: it takes texts of at least two tokens")
 
     def rows(self) -> list[Row]:
-        """Those of the texts."""
-        return [Row(ids, torch.ones_like(ids, dtype=torch.bool)) for parts in self.texts.values() for ids in parts]
+        """Those of the texts, and those that ask."""
+        texts = [Row(ids, torch.ones_like(ids, dtype=torch.bool)) for parts in self.texts.values() for ids in parts]
+        return [*texts, *self.asked]
 
 
 def hold_out(
@@ -160,10 +161,11 @@ class Probes:
                     logits = self._logits(model, ids, prompt)
                 with self._as_base(), entered_at(self._model, len(self.layers), entered[len(self.layers)]):
                     wanted_logits = self._logits(self._model, ids, prompt)
-                said = ids[0, prompt + 1 :, None].to(logits.device)
-                kl, surprise = _compared(logits, wanted_logits, said)
-                divergence += kl
-                lost.setdefault(name, []).append(surprise)
+                said = ids[0, prompt + 1 :].to(logits.device)
+                every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+                divergence += float(distillation_loss(logits, wanted_logits, every, 1, temperature=1.0))
+                parts = zip(logits[:-1].split(TOKENS_AT_ONCE), said.split(TOKENS_AT_ONCE), strict=True)
+                lost.setdefault(name, []).extend(cross_entropy(x.float(), y, reduction="sum") for x, y in parts)
                 tokens[name] = tokens.get(name, 0) + len(said)
                 measured += len(said) + 1
                 continue
@@ -191,18 +193,6 @@ class Probes:
         """The logits of what follows the first tokens of a row [1, tokens], [tokens - prompt, vocabulary]."""
         logits: Tensor = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - prompt if prompt else 0).logits[0]
         return logits
-
-
-def _compared(student: Tensor, teacher: Tensor, said: Tensor) -> tuple[float, Tensor]:
-    """KL(teacher || student) of logits [tokens, vocabulary], and -log p of what is said [tokens - 1, 1]: both sums."""
-    divergence, surprise = 0.0, student.new_zeros((), dtype=torch.float32)
-    parts = (each.split(_TOKENS_AT_ONCE) for each in (student, teacher))
-    for start, (ours, theirs) in zip(range(0, len(student), _TOKENS_AT_ONCE), zip(*parts, strict=True), strict=True):
-        ours, theirs = (each.float().log_softmax(-1) for each in (ours, theirs))
-        divergence += float((theirs.exp() * (theirs - ours)).sum())
-        here = said[start : start + _TOKENS_AT_ONCE]
-        surprise -= ours[: len(here)].gather(1, here).sum()
-    return divergence, surprise
 
 
 def _runs(answered: Tensor) -> Iterator[tuple[int, int]]:
